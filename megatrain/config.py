@@ -1,0 +1,439 @@
+"""Every setting of a run: its name, default and meaning.
+
+A config is a YAML file of sections; `section.key=value` words on the command line are laid over it. Sections are
+frozen: nothing rewrites a setting once it is read. What follows from several settings (the data size, the
+number of microbatches, the steps of a token budget) is computed here, in one place, by `Config`'s methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatrain.errors import ConfigError
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A section's field with its default and the sentence that `megatrain config` prints."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata={"meaning": meaning})
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Run:
+    output_dir: str = setting("runs/pretrain", "Folder for everything the run writes.")
+    seed: int = setting(1234, "Seed of initial weights, sample order and dropout.")
+    name: str = setting("", "Name shown in logs and pictures; the output folder's name when empty.")
+    master_port: int = setting(0, "Port on which local ranks meet; 0 takes a free one. Launchers set their own.")
+    verbose: bool = setting(False, "Show what DeepSpeed and torch say instead of sending it to logs/ in the run's folder.")
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str | list[dict[str, Any]] | None = setting(
+        None, "Indexed dataset to train on: a prefix (PREFIX.bin, PREFIX.idx) or a list of {path, weight}."
+    )
+    valid: str | list[dict[str, Any]] | None = setting(None, "Indexed dataset to evaluate on, written as `train` is.")
+    split: str | None = setting(
+        None, 'Shares of the training documents for train, valid and test, as "98,1,1"; used when `valid` is not given.'
+    )
+    tokenizer: str | None = setting(None, "Folder of the tokenizer; checked against the model and saved with checkpoints.")
+    sequence_length: int = setting(1024, "Tokens in a training sequence.")
+    document_mask: bool = setting(
+        False, "Attend within documents only and restart positions at each; off attends across documents, as GPT-3 did."
+    )
+
+
+@dataclass(frozen=True)
+class Parallel:
+    tensor: int = setting(1, "Ranks that split each layer (tensor parallelism).")
+    pipeline: int = setting(1, "Ranks that split the list of layers into stages (pipeline parallelism).")
+    data: int | None = setting(None, "Replicas of the model; derived from the number of ranks when left out.")
+    sequence: bool = setting(False, "Split norms and residuals along the sequence among tensor ranks (sequence parallelism).")
+    zero: Literal[0, 1, 2, 3] = setting(1, "DeepSpeed ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights.")
+    schedule: Literal["gpipe", "1f1b"] = setting("1f1b", "Order of forwards and backwards on a pipeline.")
+    offload: Literal["none", "cpu"] = setting("none", "Where the optimizer and its states live: with the model, or in CPU memory.")
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int | None = setting(None, "Optimizer steps; 0 initialises, evaluates if asked, and saves.")
+    tokens: int | None = setting(None, "Token budget instead of `steps`; rounded up to whole steps.")
+    global_batch_size: int = setting(8, "Sequences in one optimizer step, over all ranks.")
+    micro_batch_size: int = setting(1, "Sequences in one forward on one rank.")
+    dtype: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", "Arithmetic of the model; bf16 and fp16 keep fp32 master weights and accumulate gradients in fp32."
+    )
+    recompute: Literal["none", "selective", "full"] = setting(
+        "none", "What the backward computes again instead of keeping: nothing, attention and MLP inner parts, or whole blocks."
+    )
+    eval_every: int = setting(0, "Steps between evaluations; 0 evaluates never.")
+    eval_batches: int = setting(10, "Global batches in one evaluation.")
+    save_every: int = setting(0, "Steps between checkpoints; 0 saves at the end only.")
+    keep_last: int = setting(0, "Checkpoints to keep, newest first; 0 keeps all.")
+    log_every: int = setting(1, "Steps between printed lines.")
+    resume: str = setting("auto", "`auto` takes the run's newest whole checkpoint, `never` starts afresh, a folder takes that one.")
+    max_bad_steps: int = setting(5, "Steps in a row with a non-finite loss or gradient after which the run stops.")
+    stop_after: int | None = setting(None, "Save and stop after this step although `steps` goes on; schedules still see `steps`.")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: Literal["adamw", "adam", "sgd", "lion"] = setting("adamw", "Update rule.")
+    lr: float = setting(3e-4, "Peak learning rate.")
+    betas: list[float] = setting([0.9, 0.95], "Decay of the moments of adam, adamw and lion.")
+    eps: float = setting(1e-8, "Added to the root of the second moment of adam and adamw.")
+    momentum: float = setting(0.9, "Momentum of sgd.")
+    weight_decay: float = setting(0.1, "Weight decay of matrices; biases, norms and one-dimensional weights have none.")
+    decay_embeddings: bool = setting(True, "Whether embeddings decay too, as in GPT-3 and Llama.")
+    grad_clip: float = setting(1.0, "Largest norm of the whole gradient; 0 clips nothing.")
+
+
+@dataclass(frozen=True)
+class LrSchedule:
+    name: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = setting("cosine", "Shape after the warm-up.")
+    warmup_steps: int = setting(0, "Steps of linear warm-up from 0.")
+    min_lr: float = setting(0.0, "Learning rate at the end of the decay.")
+    decay_steps: int | None = setting(None, "Steps at which the decay ends, warm-up included; the run's steps when left out.")
+    stable_fraction: float = setting(0.8, "Share of the steps after warm-up that wsd keeps at the peak before it decays.")
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    model: str | dict[str, Any] = setting("", "A Hugging Face config: a folder, a config.json, or its fields with model_type.")
+    data: Data = field(default_factory=Data)
+    parallel: Parallel = field(default_factory=Parallel)
+    train: Train = field(default_factory=Train)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_schedule: LrSchedule = field(default_factory=LrSchedule)
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks of one replica."""
+        return self.parallel.tensor * self.parallel.pipeline
+
+    def data_size(self, world_size: int) -> int:
+        """Replicas among `world_size` ranks; refuses a world that the layout does not fit."""
+        p = self.parallel
+        layout = f"tensor {p.tensor} x pipeline {p.pipeline}"
+        if p.data is None:
+            if world_size % self.model_ranks:
+                raise ConfigError(
+                    "parallel", layout, f"does not divide the {world_size} ranks of this run",
+                    f"start a multiple of {self.model_ranks} ranks",
+                )
+            return world_size // self.model_ranks
+        if p.data * self.model_ranks != world_size:
+            raise ConfigError(
+                "parallel", f"{layout} x data {p.data}", f"needs {p.data * self.model_ranks} ranks and there are {world_size}",
+                f"start {p.data * self.model_ranks} ranks or leave parallel.data out",
+            )
+        return p.data
+
+    def microbatches(self, data_size: int) -> int:
+        """Microbatches of one step on each replica; refuses batch sizes that do not divide."""
+        unit = self.train.micro_batch_size * data_size
+        if self.train.global_batch_size % unit:
+            below = max(unit, self.train.global_batch_size // unit * unit)
+            raise ConfigError(
+                "train.global_batch_size", self.train.global_batch_size,
+                f"is not a multiple of train.micro_batch_size={self.train.micro_batch_size} x data size {data_size}",
+                f"the nearest that work are {below} and {below + unit}",
+            )
+        return self.train.global_batch_size // unit
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.data.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.tokens is not None, "checked in `check`"
+        return -(-self.train.tokens // self.tokens_per_step)
+
+    @property
+    def run_name(self) -> str:
+        return self.run.name or Path(self.run.output_dir).name
+
+
+def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config and lay `section.key=value` words over it.
+
+    Raises ConfigError for a file that cannot be read, an unknown setting, a wrong type or a value out of range.
+    """
+    raw = _read_yaml(Path(path)) if path is not None else {}
+    for word in overrides or []:
+        _lay_over(raw, word)
+    base = Path(path).parent if path is not None else Path()
+    config = from_dict(raw, base=base)
+    check(config)
+    return config
+
+
+def from_dict(raw: dict[str, Any], *, base: Path = Path()) -> Config:
+    """A typed config from nested mappings; a relative `model` path is looked up beside the config file too."""
+    values: dict[str, Any] = {}
+    sections = typing.get_type_hints(Config)
+    for name, content in raw.items():
+        if name not in sections:
+            raise ConfigError(name, _short(content), "is not a section of the config", _did_you_mean(name, list(sections)))
+        if name == "model":
+            values[name] = _model_value(content, base)
+        else:
+            values[name] = _section(sections[name], name, content)
+    return Config(**values)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def check(config: Config) -> None:
+    """Refuse what is wrong in itself, before model, data or ranks are looked at."""
+    _check_ranges(config)
+    _check_train(config)
+    _check_parallel(config)
+
+
+def describe() -> str:
+    """Every setting with its default and meaning, as `megatrain config` prints it (valid YAML)."""
+    lines: list[str] = []
+    for section in fields(Config):
+        if section.name == "model":
+            lines += [f"# {section.metadata['meaning']}", "model: {}", ""]
+            continue
+        lines.append(f"{section.name}:")
+        cls = typing.get_type_hints(Config)[section.name]
+        hints = typing.get_type_hints(cls)
+        for item in fields(cls):
+            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+            shown = yaml.safe_dump(default, default_flow_style=True).strip().removesuffix("...").strip()
+            choices = f" ({_type_name(hints[item.name])})"
+            lines.append(f"  {item.name}: {shown}".ljust(34) + f"  # {item.metadata['meaning']}{choices}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
+    except FileNotFoundError:
+        raise ConfigError("CONFIG", path, "does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("CONFIG", path, f"cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError("CONFIG", path, f"is not valid YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError("CONFIG", path, "must hold sections such as `train:`")
+    return raw
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe YAML in which 3e-4 is a number (YAML 1.1 wants 3.0e-4) and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _add_float_resolver() -> None:
+    import re
+
+    pattern = re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$|^[-+]?(\d[\d_]*)?\.\d+([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+    _YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789."))
+
+
+_add_float_resolver()
+
+
+def _lay_over(raw: dict[str, Any], word: str) -> None:
+    path, equals, text = word.partition("=")
+    if not equals or not path:
+        raise ConfigError("argument", word, "is not of the form section.key=value", "for example train.steps=100")
+    try:
+        value = yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError:
+        raise ConfigError(path, text, "is not a YAML value", "quote it") from None
+    *parents, key = path.split(".")
+    target = raw
+    for parent in parents:
+        child = target.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(path, text, f"cannot be set: `{parent}` is not a section here")
+        target = child
+    target[key] = value
+
+
+def _section(cls: type, name: str, content: Any) -> Any:
+    if content is None:
+        return cls()
+    if not isinstance(content, dict):
+        raise ConfigError(name, _short(content), "must be a section of settings", f"write `{name}:` with settings below it")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in content.items():
+        if key not in hints:
+            raise ConfigError(f"{name}.{key}", _short(value), "is not a setting", _did_you_mean(str(key), list(hints)))
+        values[key] = _typed(f"{name}.{key}", value, hints[key])
+    return cls(**values)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type that `hint` asks for; only what loses nothing is converted (2 → 2.0, 100.0 → 100)."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None):
+            if value is None:
+                return None
+        elif typing.get_origin(option) is Literal:
+            if value in typing.get_args(option) and not isinstance(value, bool):
+                return value
+            if value is not None:
+                choices = ", ".join(str(c) for c in typing.get_args(option))
+                close = _did_you_mean(str(value), [str(c) for c in typing.get_args(option)], always="")
+                raise ConfigError(name, _short(value), f"is not one of {choices}", close)
+        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif option is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
+            return int(value)
+        elif option is bool and isinstance(value, bool):
+            return value
+        elif option is str and isinstance(value, str):
+            return value
+        elif typing.get_origin(option) is list and isinstance(value, list):
+            (inner,) = typing.get_args(option)
+            return [_typed(f"{name}[{i}]", item, inner) for i, item in enumerate(value)]
+        elif (typing.get_origin(option) or option) is dict and isinstance(value, dict):
+            return value
+    raise ConfigError(name, _short(value), f"must be {_type_name(hint)}", f"it is {_a(type(value).__name__)}")
+
+
+def _model_value(content: Any, base: Path) -> str | dict[str, Any]:
+    if isinstance(content, dict):
+        return content
+    if not isinstance(content, str):
+        raise ConfigError("model", _short(content), "must be a folder, a config.json or a Hugging Face config's fields")
+    beside = base / content
+    return str(beside) if not Path(content).exists() and beside.exists() else content
+
+
+def _did_you_mean(word: str, known: list[str], always: str | None = None) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean `{close[0]}`?"
+    return "known are " + ", ".join(known) if always is None else always
+
+
+def _type_name(hint: Any) -> str:
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null", dict: "a mapping"}
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_type_name(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(str(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return "a list"
+    return names.get(typing.get_origin(hint) or hint, str(hint))
+
+
+def _a(name: str) -> str:
+    return {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "empty",
+            "list": "a list", "dict": "a mapping"}.get(name, name)  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checking
+
+
+_POSITIVE = ["data.sequence_length", "parallel.tensor", "parallel.pipeline", "parallel.data", "train.global_batch_size",
+             "train.micro_batch_size", "train.log_every", "train.tokens", "train.max_bad_steps", "train.eval_batches",
+             "lr_schedule.decay_steps"]  # fmt: skip
+_NOT_NEGATIVE = ["train.steps", "train.eval_every", "train.save_every", "train.keep_last", "train.stop_after", "run.seed",
+                 "run.master_port", "optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip",
+                 "lr_schedule.warmup_steps", "lr_schedule.min_lr"]  # fmt: skip
+
+
+def _value(config: Config, name: str) -> Any:
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _check_ranges(config: Config) -> None:
+    for names, least, words in ((_POSITIVE, 1, "must be at least 1"), (_NOT_NEGATIVE, 0, "must not be negative")):
+        for name in names:
+            value = _value(config, name)
+            if value is not None and not value >= least:
+                raise ConfigError(name, value, words)
+    for name in ("momentum",):
+        if not 0 <= getattr(config.optimizer, name) < 1:
+            raise ConfigError(f"optimizer.{name}", getattr(config.optimizer, name), "must be in [0, 1)")
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError("optimizer.betas", betas, "must be two numbers in [0, 1)", "for example [0.9, 0.95]")
+    if not 0 <= config.lr_schedule.stable_fraction <= 1:
+        raise ConfigError("lr_schedule.stable_fraction", config.lr_schedule.stable_fraction, "must be in [0, 1]")
+
+
+def _check_train(config: Config) -> None:
+    train = config.train
+    if (train.steps is None) == (train.tokens is None):
+        rule = "are both given" if train.steps is not None else "are both missing"
+        raise ConfigError("train.steps and train.tokens", f"{train.steps}, {train.tokens}", rule, "give one of them")
+    schedule = config.lr_schedule
+    if config.steps and schedule.warmup_steps > (schedule.decay_steps or config.steps):
+        raise ConfigError("lr_schedule.warmup_steps", schedule.warmup_steps,
+                          f"is more than the {schedule.decay_steps or config.steps} steps of the schedule")  # fmt: skip
+    if schedule.min_lr > config.optimizer.lr:
+        raise ConfigError("lr_schedule.min_lr", schedule.min_lr, f"is above optimizer.lr={config.optimizer.lr}")
+
+
+def _check_parallel(config: Config) -> None:
+    p = config.parallel
+    if p.zero >= 2 and p.pipeline > 1:
+        raise ConfigError(
+            "parallel.zero", p.zero,
+            f"needs parallel.pipeline=1 and it is {p.pipeline}: every microbatch would reduce gradients across replicas "
+            "while other stages still wait for it",
+            f"use parallel.zero=1 with parallel.pipeline={p.pipeline} (a stage holds 1/{p.pipeline} of weights and gradients "
+            f"already), or parallel.zero={p.zero} with parallel.pipeline=1 and parallel.data={p.pipeline * (p.data or 1)}",
+        )
+    if p.sequence and p.tensor == 1:
+        raise ConfigError("parallel.sequence", True, "splits the sequence among tensor ranks and parallel.tensor=1",
+                          "set parallel.sequence=false or parallel.tensor to 2 or more")  # fmt: skip
+    if p.sequence and config.data.sequence_length % p.tensor:
+        raise ConfigError("data.sequence_length", config.data.sequence_length,
+                          f"does not divide among parallel.tensor={p.tensor} ranks, which parallel.sequence asks for",
+                          f"use {config.data.sequence_length // p.tensor * p.tensor or p.tensor}")  # fmt: skip
+    if p.data is not None:
+        config.microbatches(p.data)

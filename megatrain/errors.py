@@ -1,0 +1,27 @@
+"""The errors that speak to the person who started the run.
+
+Each is one clear sentence; the command line prints it without a traceback and exits with 1. Anything else that is
+raised is a mistake of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user wrote, or gave us, that cannot work."""
+
+
+class ConfigError(UserError):
+    """A setting that cannot work: which one, its value, the rule it breaks and the way out."""
+
+    def __init__(self, setting: str, value: object, rule: str, way_out: str = "") -> None:
+        self.setting, self.value, self.rule, self.way_out = setting, value, rule, way_out
+        super().__init__(f"{setting}={value} {rule}" + (f"; {way_out}" if way_out else ""))
+
+
+class DataError(UserError):
+    """A data file that is missing, damaged or does not hold what it should."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or of another model, or that cannot be written."""
