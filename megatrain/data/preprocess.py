@@ -1,0 +1,194 @@
+"""Text files to PREFIX.bin and PREFIX.idx.
+
+    read_blocks --> worker processes: parse, encode --> IndexedWriter        2 blocks a worker under way, kept in order
+
+A process each, and not the tokenizers library's own threads: threads share one cache and one interpreter lock, under
+which ids become numbers again. The tokenizer's own special tokens are not added (no beginning-of-sequence); every
+document ends with the end-of-document token.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TextIO
+
+import numpy as np
+
+from megatrain.data.documents import Block, Problem, find_inputs, parse_block, read_blocks
+from megatrain.data.indexed import IndexedWriter, Tokens, token_dtype
+from megatrain.data.progress import Progress
+from megatrain.data.tokenizer import end_of_document_id, load_tokenizer
+from megatrain.errors import DataError
+
+
+@dataclass
+class Preprocessed:
+    """What a run of `preprocess` read and wrote."""
+
+    prefix: Path
+    documents: int = 0
+    tokens: int = 0  # end-of-document tokens included
+    bytes: int = 0  # of text, in UTF-8
+    seconds: float = 0.0
+    skipped: Counter[str] = field(default_factory=Counter)  # records left out, by reason
+    ignored: list[Path] = field(default_factory=list)  # files in the folders given, of kinds that are not read
+
+
+class Recipe(NamedTuple):
+    """What a worker needs to encode blocks."""
+
+    tokenizer: str  # tokenizer.json, whole
+    end_of_document: int
+    dtype: np.dtype[Any]
+    field: str
+
+
+class EncodedBlock(NamedTuple):
+    """The documents of one block, end to end."""
+
+    tokens: Tokens
+    lengths: list[int]
+    text_bytes: int
+    problems: list[Problem]
+
+
+def preprocess(
+    inputs: Sequence[str | Path],
+    *,
+    tokenizer: str | Path,
+    output: str | Path,
+    workers: int | None = None,
+    field: str = "text",
+    on_error: Literal["stop", "skip"] = "stop",
+    progress: TextIO | None = None,
+) -> Preprocessed:
+    """Encode every document of `inputs` (files, folders, globs) with the tokenizer in a folder; write the data set.
+
+    Raises DataError at the first record that is no document, with file, line and reason, or with on_error="skip"
+    counts them by reason in the result. `workers` is the number of processes, by default one for each core; 1 means
+    this one. Progress goes to `progress` when given.
+    """
+    found = find_inputs(inputs)
+    loaded = load_tokenizer(tokenizer)
+    vocab_size = len(loaded)
+    recipe = Recipe(loaded.backend_tokenizer.to_str(), end_of_document_id(loaded), token_dtype(vocab_size), field)
+    result = Preprocessed(Path(output), ignored=found.ignored)
+    started = time.monotonic()
+    blocks = read_blocks(found.files, field=field)
+    with Progress(progress) as line, IndexedWriter(output, vocab_size=vocab_size) as writer:
+        for encoded in _encode_all(blocks, recipe, workers=workers or len(os.sched_getaffinity(0))):
+            if encoded.problems and on_error == "stop":
+                raise DataError(f"{encoded.problems[0]}; --on-error skip leaves such documents out and counts them")
+            result.skipped.update(problem.reason for problem in encoded.problems)
+            writer.add_documents(encoded.tokens, lengths=encoded.lengths)
+            result.bytes += encoded.text_bytes
+            line.show(num_bytes=result.bytes, num_tokens=writer.num_tokens)
+    result.documents, result.tokens = writer.num_documents, writer.num_tokens
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def make_encoder(recipe: Recipe) -> Callable[[Block], EncodedBlock]:
+    """Return a function that encodes blocks in this process, on one core."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(recipe.tokenizer)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def encode(block: Block) -> EncodedBlock:
+        texts, problems = parse_block(block, field=recipe.field)
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        lengths = [len(some) + 1 for some in ids]
+        tokens = np.empty(sum(lengths), dtype=recipe.dtype)
+        start = 0
+        for some, length in zip(ids, lengths, strict=True):
+            tokens[start : start + length - 1] = some
+            tokens[start + length - 1] = recipe.end_of_document
+            start += length
+        return EncodedBlock(tokens, lengths, sum(_utf8_length(text) for text in texts), problems)
+
+    return encode
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _encode_all(blocks: Iterable[Block], recipe: Recipe, *, workers: int) -> Iterator[EncodedBlock]:
+    if workers == 1:
+        with _one_thread():
+            yield from map(make_encoder(recipe), blocks)
+    else:
+        yield from _encode_in_processes(blocks, recipe, workers=workers)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep the tokenizers library from starting a thread for each core."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _encode_in_processes(blocks: Iterable[Block], recipe: Recipe, *, workers: int) -> Iterator[EncodedBlock]:
+    from multiprocessing import get_context
+
+    # Spawned, not forked: a fork would copy whatever threads and locks this process already has.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(recipe,))
+    under_way: deque[Future[EncodedBlock]] = deque()
+    try:
+        for block in blocks:
+            under_way.append(pool.submit(_encode_in_worker, block))
+            if len(under_way) == 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError("a worker process was killed, most likely for lack of memory; use fewer --workers") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_encode: Callable[[Block], EncodedBlock] | None = None  # in a worker process only: set as it starts
+
+
+def _start_worker(recipe: Recipe) -> None:
+    import signal
+    import threading
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends the pool
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    global _encode
+    _encode = make_encoder(recipe)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for its next block for ever."""
+    from multiprocessing import parent_process
+
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(block: Block) -> EncodedBlock:
+    assert _encode is not None
+    return _encode(block)

@@ -1,0 +1,54 @@
+"""`megatrain preprocess INPUT... --tokenizer DIR --output PREFIX`: text files to an indexed data set."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatrain.data.preprocess import Preprocessed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's arguments."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs of JSONL, text or parquet")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of the tokenizer")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument("--field", default="text", help="field or column that holds the text (default: %(default)s)")
+    parser.add_argument(
+        "--on-error", choices=["stop", "skip"], default="stop",
+        help="at a record that is no document: stop, or skip and count it (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the data set and print what went into it, and what did not."""
+    from megatrain.data.preprocess import preprocess
+
+    result = preprocess(
+        args.inputs, tokenizer=args.tokenizer, output=args.output, workers=args.workers, field=args.field,
+        on_error=args.on_error, progress=sys.stderr,
+    )  # fmt: skip
+    print("\n".join(describe(result)))
+    return 0
+
+
+def describe(result: Preprocessed) -> list[str]:
+    """Return the lines that say what was written, skipped and ignored."""
+    lines = [
+        f"{result.prefix}: {result.documents} documents, {result.tokens} tokens, {result.bytes} bytes of text "
+        f"in {result.seconds:.1f} s ({result.bytes / 1e6 / result.seconds:.1f} MB/s)"
+    ]
+    lines += [f"skipped {count}: {reason}" for reason, count in result.skipped.most_common()]
+    if result.ignored:
+        lines.append(f"ignored {len(result.ignored)} files of other kinds, such as {result.ignored[0]}")
+    return lines
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
