@@ -1,0 +1,138 @@
+"""Start the ranks of a run on this machine and watch over them.
+
+On CPUs the ranks are forked from a parent that has imported torch, deepspeed and transformers once: the imports cost
+more CPU time than many a small run. CUDA does not survive a fork, so on GPUs they are spawned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext, SpawnContext
+
+from megatrain import machine
+from megatrain.config import Config
+from megatrain.errors import ConfigError, UserError
+from megatrain.place import Place
+from megatrain.rank import GROUP_TIMEOUT, Target, enter_rank
+from megatrain.supervisor import STOP_SIGNALS, RankProcess, Supervisor
+
+_HERE = "127.0.0.1"
+
+
+def run_local(target: Target, config: Config, *, world_size: int) -> int:
+    """Run `target(config, place)` on `world_size` ranks of this machine; returns the run's exit code.
+
+    `target` must be a function of a module, as spawned ranks import it. It finds torch.distributed set up. When a rank
+    fails the first cause is printed, the others are ended and the code is not 0.
+    """
+    with _environment(world_size), _listening(config.run.master_port) as listener:
+        context = _context(world_size)
+        supervisor = Supervisor(config)
+        with supervisor.passing_signals_on():
+            for rank in range(world_size):
+                place = Place(rank, world_size, rank, world_size, _HERE, listener.getsockname()[1])
+                supervisor.ranks.append(_start(context, target, config, place))
+            # Served from here, after the last fork: a rank that dies takes no store with it.
+            with _store(listener):
+                return supervisor.watch()
+
+
+@contextlib.contextmanager
+def _environment(world_size: int) -> Iterator[None]:
+    before = dict(os.environ)
+    machine.set_environment(world_size)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _listening(port: int) -> Iterator[socket.socket]:
+    """The socket of the store, open before any rank starts: no other run can take its port in between."""
+    try:
+        listener = socket.create_server((_HERE, port))
+    except OSError as error:
+        rule = f"cannot be used ({error.strerror})"
+        raise ConfigError("run.master_port", port, rule, "0 takes a free port") from None
+    with listener:
+        yield listener
+
+
+@contextlib.contextmanager
+def _store(listener: socket.socket) -> Iterator[None]:
+    from torch.distributed import TCPStore
+
+    address, port = listener.getsockname()
+    store = TCPStore(
+        address, port, is_master=True, wait_for_workers=False, timeout=GROUP_TIMEOUT, master_listen_fd=listener.detach()
+    )
+    yield
+    del store
+
+
+def _context(world_size: int) -> ForkContext | SpawnContext:
+    if not machine.has_gpu():
+        _import_once()
+        return multiprocessing.get_context("fork")
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus < world_size:
+        raise UserError(
+            f"the layout asks for {world_size} ranks and this machine shows {gpus} GPUs: choose a smaller layout, "
+            "start the run on several machines with torchrun or srun, or set DS_ACCELERATOR=cpu to train on CPUs"
+        )
+    return multiprocessing.get_context("spawn")
+
+
+def _import_once() -> None:
+    """Import what every rank needs, in the parent that they are forked from."""
+    import torch.distributed  # noqa: F401
+    import transformers.models.auto.configuration_auto  # noqa: F401
+
+    machine.forbid_builds()
+
+
+def _start(context: ForkContext | SpawnContext, target: Target, config: Config, place: Place) -> RankProcess:
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_rank_main, args=(target, config, place, writer, os.getpid()), name=f"megatrain rank {place.rank}"
+    )
+    # Held back until the rank has its own handlers: it would run its copy of the parent's otherwise.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    writer.close()
+    return RankProcess(place.rank, process, reader)
+
+
+def _rank_main(target: Target, config: Config, place: Place, writer: Connection, parent: int) -> None:
+    # A process group of its own: Ctrl-C in a terminal reaches the supervisor alone, and from there each rank once.
+    os.setpgid(0, 0)
+    _die_with(parent)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    sys.exit(enter_rank(target, config, place, report=writer.send))
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, however that happens (Linux only)."""
+    if sys.platform != "linux":
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)

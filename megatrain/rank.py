@@ -1,0 +1,147 @@
+"""One rank from its start to its end: its log, its group, the work, and how it says that it failed.
+
+A rank that fails says why and leaves at once, without cleaning up: a neighbour that is gone could hold up any step of
+a clean exit.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+
+from megatrain import log, machine
+from megatrain.config import Config
+from megatrain.errors import UserError
+from megatrain.place import Place
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+Target = Callable[[Config, Place], object]
+
+# The first step of a large run, a slow file system or a long evaluation on one rank must not look like a hang.
+GROUP_TIMEOUT = timedelta(minutes=30)
+
+INTERRUPTED = 130
+
+
+class Report(NamedTuple):
+    """What a failing rank tells its supervisor.
+
+    `user` is a sentence for the user, `error` a traceback, `lost` the traceback of a connection that broke because
+    another rank failed first.
+    """
+
+    rank: int
+    kind: Literal["user", "error", "lost"]
+    text: str
+    time: float
+
+
+def enter_rank(target: Target, config: Config, place: Place, *, report: Callable[[Report], Any] | None = None) -> int:
+    """Run `target(config, place)` as the rank at `place`, inside its torch.distributed group; returns the exit code 0.
+
+    `report` takes a failure to the supervisor that started this rank and holds its store; without it the rank prints
+    the failure itself. After a failure the process ends here and nothing is returned.
+    """
+    store: Store | None = None
+    try:
+        with log.rank_streams(config, place) as streams:
+            try:
+                machine.set_rank_environment(place)
+                machine.forbid_builds()
+                store = _meet(place, supervised=report is not None)
+                _join_group(place, store)
+                target(config, place)
+                _leave_group()
+                return 0
+            except BaseException:
+                traceback.print_exc(file=streams.log)
+                raise
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED)
+    except Exception as error:
+        failure = _describe(error, place.rank)
+        if report is not None:
+            report(failure)
+        else:
+            _say(failure, store)
+        _leave(1)
+
+
+def _meet(place: Place, *, supervised: bool) -> Store:
+    """The store through which ranks find each other; a supervisor holds it, otherwise the launcher or rank 0 does."""
+    import torch.distributed as dist
+
+    if supervised:
+        return dist.TCPStore(place.master_addr, place.master_port, is_master=False, timeout=GROUP_TIMEOUT)
+    store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=GROUP_TIMEOUT))
+    return store
+
+
+def _join_group(place: Place, store: Store) -> None:
+    import torch
+    import torch.distributed as dist
+
+    device = machine.device_of(place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store, rank=place.rank, world_size=place.world_size, timeout=GROUP_TIMEOUT,
+    )  # fmt: skip
+
+
+def _leave_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _describe(error: Exception, rank: int) -> Report:
+    if isinstance(error, UserError):
+        return Report(rank, "user", str(error), time.time())
+    text = "".join(traceback.format_exception(error))
+    return Report(rank, "lost" if _is_lost_connection(error) else "error", text, time.time())
+
+
+# What gloo, NCCL and the store say when the rank at the other end is gone.
+_LOST = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket timeout",
+         "remote process exited", "failed to recv, got 0 bytes")  # fmt: skip
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(words in str(error).lower() for words in _LOST)
+
+
+def _say(failure: Report, store: Store | None) -> None:
+    """Print a failure where the user looks; a sentence that all ranks would print is printed by the first of them."""
+    if failure.kind != "user":
+        print(f"rank {failure.rank} failed:\n{failure.text}", file=sys.stderr, flush=True)
+    elif _is_first_to_say(failure, store):
+        print(f"error: {failure.text}", file=sys.stderr, flush=True)
+        # Rank 0 may hold the store that the others are about to ask.
+        time.sleep(1 if store is not None else 0)
+
+
+def _is_first_to_say(failure: Report, store: Store | None) -> bool:
+    if store is None:
+        return True
+    try:
+        return store.add(f"megatrain/said/{failure.text}", 1) == 1
+    except RuntimeError:  # the rank that held the store is gone, and it has said something
+        return True
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

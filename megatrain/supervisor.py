@@ -1,0 +1,178 @@
+"""Watch the ranks of one machine: pass signals on, find the first cause of a failure, end the others.
+
+One rank that fails makes its neighbours fail too, with broken connections. So the watch looks at all reports of the
+moment and shows the earliest that is a cause, not a consequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from megatrain.config import Config
+from megatrain.log import START_OF_RUN, log_path
+from megatrain.rank import INTERRUPTED, Report
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# How long a broken connection waits for the report of what broke it.
+_SECONDS_FOR_CAUSES = 2.0
+# How long ranks that were asked to stop may take once the first of them has ended without finishing.
+_SECONDS_TO_STOP = 10.0
+_LOG_TAIL_LINES = 20
+
+
+class RankProcess(NamedTuple):
+    """A started rank: its process, and the end of the pipe on which it reports."""
+
+    rank: int
+    process: BaseProcess
+    reports: Connection
+
+
+class Death(NamedTuple):
+    """A rank that ended without finishing and without a report."""
+
+    rank: int
+    code: int
+    time: float
+
+
+class Supervisor:
+    """The ranks of one machine, from their start until all have ended."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.ranks: list[RankProcess] = []
+        self.reports: list[Report] = []
+        self.deaths: list[Death] = []
+        self.ended: set[int] = set()
+        self.silent: set[int] = set()
+        self.stop_signal: int | None = None
+
+    @contextlib.contextmanager
+    def passing_signals_on(self) -> Iterator[None]:
+        """Within it SIGINT and SIGTERM go to every rank once and a second one kills them; no rank outlives it."""
+        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            self._kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def watch(self) -> int:
+        """Wait until all ranks have ended, or end them when one has failed; returns the run's exit code."""
+        while len(self.ended) < len(self.ranks) and not self._failed():
+            self._look(timeout=None)
+        if not self._failed():
+            return 0
+        self._wait_for_causes()
+        self._kill()
+        return self._explain()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        again = self.stop_signal is not None
+        self.stop_signal = number
+        for rank in self.ranks:
+            if rank.rank not in self.ended and rank.process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.process.pid, signal.SIGKILL if again else number)
+
+    def _failed(self) -> bool:
+        return bool(self.reports or self.deaths)
+
+    def _look(self, *, timeout: float | None) -> None:
+        """Take in what has happened to the ranks, waiting up to `timeout` seconds for something to happen."""
+        open_pipes = [rank.reports for rank in self.ranks if rank.rank not in self.silent]
+        sentinels = [rank.process.sentinel for rank in self.ranks if rank.rank not in self.ended]
+        ready = wait([*open_pipes, *sentinels], timeout)
+        for rank in self.ranks:
+            if rank.reports in ready:
+                self._read(rank)
+        for rank in self.ranks:
+            if rank.process.sentinel in ready:
+                self._bury(rank)
+
+    def _read(self, rank: RankProcess) -> None:
+        try:
+            self.reports.append(rank.reports.recv())
+        except EOFError:
+            self.silent.add(rank.rank)
+
+    def _bury(self, rank: RankProcess) -> None:
+        rank.process.join()
+        self.ended.add(rank.rank)
+        while rank.rank not in self.silent and rank.reports.poll():
+            self._read(rank)
+        code = rank.process.exitcode
+        if code and all(report.rank != rank.rank for report in self.reports):
+            self.deaths.append(Death(rank.rank, code, time.time()))
+
+    def _wait_for_causes(self) -> None:
+        seconds = _SECONDS_FOR_CAUSES if self.stop_signal is None else _SECONDS_TO_STOP
+        until = time.monotonic() + seconds
+        while len(self.ended) < len(self.ranks) and self._cause() is None and time.monotonic() < until:
+            self._look(timeout=until - time.monotonic())
+
+    def _cause(self) -> Report | Death | None:
+        """The earliest failure that is not the consequence of another, or of a signal that was passed on."""
+        causes: list[Report | Death] = [report for report in self.reports if report.kind != "lost"]
+        if self.stop_signal is None:
+            causes += self.deaths
+        return min(causes, key=lambda cause: cause.time, default=None)
+
+    def _kill(self) -> None:
+        """End the ranks that still run, with the processes they have started."""
+        for rank in self.ranks:
+            if rank.rank not in self.ended and rank.process.pid is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(rank.process.pid, signal.SIGKILL)
+                rank.process.kill()
+        for rank in self.ranks:
+            rank.process.join()
+
+    def _explain(self) -> int:
+        cause = self._cause()
+        if cause is None and self.stop_signal is not None:
+            return 128 + self.stop_signal
+        failure = cause or min(self.reports, key=lambda report: report.time)
+        if isinstance(failure, Death) and failure.code == INTERRUPTED:
+            return INTERRUPTED
+        print(_words(failure, log_path(self.config, failure.rank)), file=sys.stderr, flush=True)
+        return 1
+
+
+def _words(failure: Report | Death, log: Path) -> str:
+    if isinstance(failure, Death):
+        tail = "".join(f"  {line}\n" for line in _last_lines(log))
+        return f"rank {failure.rank} {_ending(failure.code)}; the last lines of its log, {log}:\n{tail}"
+    if failure.kind == "user":
+        return f"error: {failure.text}"
+    return f"rank {failure.rank} failed:\n{failure.text}its log: {log}"
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = " (often: out of memory)" if -code == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"
+
+
+def _last_lines(log: Path) -> list[str]:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    start = max((i for i, line in enumerate(lines) if line.startswith(START_OF_RUN)), default=0)
+    return lines[start:][-_LOG_TAIL_LINES:]
