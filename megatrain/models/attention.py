@@ -1,0 +1,81 @@
+"""Causal self-attention with grouped key and value heads, its heads split over tensor ranks.
+
+    [S, B, H] -> query [S, B, h, d], key and value [S, B, g, d] -> rotate -> attend -> [S, B, h*d] -> out -> [S, B, H]
+
+h query heads and g key-value heads on this rank, d head_dim.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatrain.models.context import Context
+from megatrain.models.norms import RmsNorm
+from megatrain.models.parts import Parts
+from megatrain.models.random import dropout
+from megatrain.models.rotary import rotate
+from megatrain.parallel import collectives
+from megatrain.parallel.layers import Linear, RowLinear, widen
+
+
+class Attention(nn.Module):
+    def __init__(self, parts: Parts, layer: int, *, recompute: bool) -> None:
+        super().__init__()
+        a = parts.architecture
+        self.layer, self.heads, self.kv_heads, self.head_dim = layer, parts.heads, parts.kv_heads, a.head_dim
+        self.axis, self.sequence, self.recompute = parts.grid.tensor, parts.sequence, recompute
+        self.window, self.dropout = a.window(layer), a.attention_dropout
+        self.query = Linear(*parts.columns("query", layer, bias=a.qkv_bias))
+        self.key = Linear(*parts.columns("key", layer, bias=a.qkv_bias))
+        self.value = Linear(*parts.columns("value", layer, bias=a.qkv_bias))
+        self.query_norm = self.key_norm = None
+        if a.qk_norm:
+            norms = [parts.whole(f"{role}_norm", layer, "weight", a.head_dim, kind="norm", value=1.0, partial=True)
+                     for role in ("query", "key")]  # fmt: skip
+            self.query_norm, self.key_norm = (RmsNorm(weight, a.norm_eps) for weight in norms)
+        self.out = RowLinear(*parts.rows("out", layer, bias=a.out_bias), axis=self.axis, sequence=self.sequence)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = collectives.enter(x, self.axis, sequence=self.sequence)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.recompute and self.training:
+            y = checkpoint(self._core, q, k, v, context, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = self._core(q, k, v, context)
+        return self.out(y)
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Query [S, B, h*d], key and value [S, B, g*d] -> [S, B, h*d]."""
+        q = q.unflatten(-1, (self.heads, self.head_dim))
+        k = k.unflatten(-1, (self.kv_heads, self.head_dim))
+        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if context.rotation is not None:
+            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        y = self._attend(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), context)
+        return y.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Scaled dot products, q [B, h, S, d], k and v [B, g, S, d] -> [B, h, S, d]."""
+        mask = context.mask(self.window)
+        dtype = q.dtype
+        q, k, v = widen(q), widen(k), widen(v)
+        probability = self.dropout if self.training else 0.0
+        if probability > 0.0:
+            return self._attend_with_dropout(q, k, v, mask, probability, context).to(dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads)
+        return y.to(dtype)
+
+    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, probability: float, context: Context) -> Tensor:
+        """Written out, because the dropout inside torch's kernels cannot be given a mask of ours."""
+        if mask is None:
+            length = q.shape[2]
+            mask = q.new_ones((length, length), dtype=bool).tril()
+        k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
+        scores = (q @ k.transpose(-1, -2)).mul_(self.head_dim**-0.5).masked_fill(~mask, float("-inf"))
+        weights = F.softmax(scores.float(), dim=-1).to(q.dtype)
+        place = context.mask_key("attention", self.layer, self.axis.rank)
+        return dropout(weights, probability, place, training=True) @ v

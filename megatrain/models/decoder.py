@@ -1,0 +1,169 @@
+"""A decoder as a list of layers: embedding, blocks, head. A stage takes a slice of the list; one rank takes all of it.
+
+Each layer maps (what flows, context of the microbatch) to what flows on; the head's result is the loss.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatrain.models.architecture import Architecture
+from megatrain.models.attention import Attention
+from megatrain.models.context import Context
+from megatrain.models.feedforward import FeedForward
+from megatrain.models.norms import LayerNorm, RmsNorm
+from megatrain.models.parts import Parts
+from megatrain.models.random import dropout
+from megatrain.parallel import collectives
+from megatrain.parallel.layers import VocabEmbedding, linear, vocab_cross_entropy
+
+
+class Flow(NamedTuple):
+    """What goes from layer to layer and from stage to stage.
+
+    hidden: [S, B, H], or this tensor rank's [S/t, B, H] under sequence parallelism.
+    """
+
+    hidden: Tensor
+
+
+class LayerSpec(NamedTuple):
+    """One entry of the list of layers, before it is built: enough to plan stages and to count parameters."""
+
+    kind: str
+    index: int
+
+    @property
+    def title(self) -> str:
+        return f"block {self.index}" if self.kind == "block" else self.kind
+
+
+def layer_list(architecture: Architecture) -> list[LayerSpec]:
+    """The whole model in order."""
+    blocks = [LayerSpec("block", index) for index in range(architecture.num_layers)]
+    return [LayerSpec("embedding", 0), *blocks, LayerSpec("head", 0)]
+
+
+def build_layer(spec: LayerSpec, parts: Parts, *, recompute: str) -> nn.Module:
+    """The layer on this rank, its parameters not yet initialised."""
+    if spec.kind == "embedding":
+        return Embedding(parts)
+    if spec.kind == "head":
+        return Head(parts)
+    return Block(parts, spec.index, recompute=recompute)
+
+
+def build_layers(specs: list[LayerSpec], parts: Parts, *, recompute: str) -> nn.ModuleList:
+    """A stage's layers; when embedding and tied head are both here they share one parameter."""
+    layers = nn.ModuleList([build_layer(spec, parts, recompute=recompute) for spec in specs])
+    if parts.architecture.tied and isinstance(layers[0], Embedding) and isinstance(layers[-1], Head):
+        layers[-1].weight = layers[0].tokens.weight
+    return layers
+
+
+def _norm(parts: Parts, role: str, layer: int | None) -> nn.Module:
+    a = parts.architecture
+    weight = parts.whole(role, layer, "weight", a.hidden_size, kind="norm", value=1.0)
+    if a.norm == "rms":
+        return RmsNorm(weight, a.norm_eps)
+    return LayerNorm(weight, parts.whole(role, layer, "bias", a.hidden_size, kind="norm"), a.norm_eps)
+
+
+class Residual(nn.Module):
+    """Dropout at the end of a residual branch: equal where tensor ranks hold copies, independent where they hold parts."""
+
+    def __init__(self, parts: Parts, probability: float, place: str, layer: int) -> None:
+        super().__init__()
+        self.probability, self.place, self.layer = probability, place, layer
+        self.part = parts.grid.tensor.rank if parts.sequence else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        if self.probability == 0.0 or not self.training:
+            return x
+        return dropout(x, self.probability, context.mask_key(self.place, self.layer, self.part), training=True)
+
+
+class Embedding(nn.Module):
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        a, grid = parts.architecture, parts.grid
+        summed = (grid.ends,) if a.tied and grid.pipeline.size > 1 else ()
+        weight = parts.vocabulary("embedding", summed=summed)
+        self.axis, self.sequence = grid.tensor, parts.sequence
+        self.tokens = VocabEmbedding(weight, start=parts.vocab_start, axis=grid.tensor, sequence=parts.sequence)
+        self.positions = None if a.rotary else PositionEmbedding(parts)
+        self.residual = Residual(parts, a.embedding_dropout, "embedding", 0)
+
+    def forward(self, flow: Flow | None, context: Context) -> Flow:
+        hidden = self.tokens(context.tokens)
+        if self.positions is not None:
+            hidden = hidden + self.positions(context.positions)
+        return Flow(self.residual(hidden, context))
+
+
+class PositionEmbedding(nn.Module):
+    """Learned positions: int64 [B, S] -> [S, B, H], this rank's part under sequence parallelism."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.weight = parts.position_table()
+        self.axis, self.sequence = parts.grid.tensor, parts.sequence
+
+    def forward(self, positions: Tensor) -> Tensor:
+        mine = positions.t()
+        if self.sequence:
+            mine = collectives.own_part(mine, self.axis)
+        return torch.nn.functional.embedding(mine, self.weight)
+
+
+class Block(nn.Module):
+    def __init__(self, parts: Parts, layer: int, *, recompute: str) -> None:
+        super().__init__()
+        a = parts.architecture
+        self.recompute = recompute == "full"
+        self.attention_norm = _norm(parts, "attention_norm", layer)
+        self.attention = Attention(parts, layer, recompute=recompute == "selective")
+        self.attention_residual = Residual(parts, a.residual_dropout, "attention", layer)
+        self.feedforward_norm = _norm(parts, "feedforward_norm", layer)
+        self.feedforward = FeedForward(parts, layer)
+        self.feedforward_residual = Residual(parts, a.residual_dropout, "feedforward", layer)
+
+    def forward(self, flow: Flow, context: Context) -> Flow:
+        if self.recompute and self.training:
+            return Flow(checkpoint(self._compute, flow.hidden, context, use_reentrant=False, preserve_rng_state=False))
+        return Flow(self._compute(flow.hidden, context))
+
+    def _compute(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.attention_residual(self.attention(self.attention_norm(x), context), context)
+        return x + self.feedforward_residual(self.feedforward(self.feedforward_norm(x)), context)
+
+
+class Head(nn.Module):
+    """Final norm, logits over this rank's vocabulary, and the sum of the tokens' losses (fp32 scalar)."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        a, grid = parts.architecture, parts.grid
+        alone = grid.pipeline.size == 1
+        summed = (grid.ends,) if a.tied and not alone else ()
+        self.norm = _norm(parts, "final_norm", None)
+        self.weight = parts.vocabulary("embedding" if a.tied else "head", counted=not a.tied or alone, summed=summed)
+        self.axis, self.sequence = grid.tensor, parts.sequence
+        self.start, self.vocab_size = parts.vocab_start, a.vocab_size
+
+    def forward(self, flow: Flow, context: Context) -> Tensor:
+        logits = self.logits(flow)
+        labels = context.labels.t().reshape(-1)
+        losses = vocab_cross_entropy(logits.flatten(0, 1), labels, start=self.start, vocab_size=self.vocab_size, axis=self.axis)
+        return losses.sum()
+
+    def logits(self, flow: Flow) -> Tensor:
+        """[S, B, V/t], this rank's part of the vocabulary."""
+        x = collectives.enter(self.norm(flow.hidden), self.axis, sequence=self.sequence)
+        return linear(x, self.weight)
+
+

@@ -1,0 +1,146 @@
+"""Makes a model's parameters: each with its shape on this rank and the declaration of what it is a part of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from megatrain.errors import ConfigError
+from megatrain.models.architecture import Architecture
+from megatrain.parallel.grid import Axis, Grid, part_of
+from megatrain.parallel.sharding import Init, Sharding, declare
+
+Role = str
+
+
+class Parts:
+    """A rank's share of an architecture, and the maker of its parameters.
+
+    Attributes:
+        heads, kv_heads: attention heads on this rank.
+        vocab_start, vocab_rows: rows of the vocabulary on this rank, padding included.
+    """
+
+    def __init__(self, architecture: Architecture, grid: Grid, *, sequence: bool, dtype: torch.dtype, device: str) -> None:
+        self.architecture, self.grid, self.sequence = architecture, grid, sequence
+        self.dtype, self.device = dtype, device
+        a, t, rank = architecture, grid.tensor.size, grid.tensor.rank
+        check_tensor_split(a, t)
+        self.heads = a.num_heads // t
+        self.kv_heads = max(1, a.num_kv_heads // t)
+        self.kv_copies: Axis | None = part_of(grid.tensor, t // a.num_kv_heads) if t > a.num_kv_heads else None
+        self.kv_start = rank * a.num_kv_heads // t
+        self.vocab_rows = padded_vocab(a.vocab_size, t) // t
+        self.vocab_start = rank * self.vocab_rows
+
+    # sizes of the whole model's outputs by role
+    def _out_features(self, role: Role) -> int:
+        a = self.architecture
+        kv = a.num_kv_heads * a.head_dim
+        sizes = {"query": a.num_heads * a.head_dim, "key": kv, "value": kv, "gate": a.intermediate_size,
+                 "up": a.intermediate_size, "out": a.hidden_size, "down": a.hidden_size}  # fmt: skip
+        return sizes[role]
+
+    def _in_features(self, role: Role) -> int:
+        a = self.architecture
+        return {"out": a.num_heads * a.head_dim, "down": a.intermediate_size}.get(role, a.hidden_size)
+
+    def _name(self, role: Role, layer: int | None, suffix: str) -> str:
+        return f"{self.architecture.names[role].name.format(layer)}.{suffix}"
+
+    def _columns(self, role: Role) -> tuple[int, int, bool, tuple[Axis, ...]]:
+        """This rank's output features of a role split by columns: start, length, counted, summed over."""
+        a, axis = self.architecture, self.grid.tensor
+        if role in ("key", "value"):
+            copies = self.kv_copies
+            return (self.kv_start * a.head_dim, self.kv_heads * a.head_dim, copies is None or copies.rank == 0,
+                    () if copies is None else (copies,))  # fmt: skip
+        length = self._out_features(role) // axis.size
+        return axis.rank * length, length, True, ()
+
+    def columns(self, role: Role, layer: int, *, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Weight [out / t, in] and bias [out / t] of a linear split by output features."""
+        start, length, counted, summed = self._columns(role)
+        fused = self.architecture.names[role].fused
+        whole_out = sum(self._out_features(r) for r in fused) if fused else self._out_features(role)
+        start += sum(self._out_features(r) for r in fused[: fused.index(role)]) if fused else 0
+        declaration = self._matrix(role, layer, whole_out, self._in_features(role), "out", start, length)
+        weight = self._make((length, self._in_features(role)), replace(declaration, counted=counted, summed=summed))
+        if not bias:
+            return weight, None
+        bias_declaration = Sharding(self._name(role, layer, "bias"), (whole_out,), 0, start, length, kind="bias",
+                                    counted=counted, summed=summed)  # fmt: skip
+        return weight, self._make((length,), bias_declaration)
+
+    def rows(self, role: Role, layer: int, *, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Weight [out, in / t] and whole bias [out] of a linear split by input features, which ends a residual branch."""
+        axis, out = self.grid.tensor, self._out_features(role)
+        length = self._in_features(role) // axis.size
+        declaration = self._matrix(role, layer, out, self._in_features(role), "in", axis.rank * length, length)
+        std = self.architecture.residual_init_std or self.architecture.init_std
+        weight = self._make((out, length), replace(declaration, init=Init(std=std)))
+        return weight, self.whole(role, layer, "bias", out, kind="bias") if bias else None
+
+    def _matrix(self, role: Role, layer: int, out: int, inn: int, split: Literal["in", "out"], start: int, length: int) -> Sharding:
+        transposed = self.architecture.transposed
+        shape = (inn, out) if transposed else (out, inn)
+        dim = int((split == "in") != transposed)
+        whole = self.grid.tensor.size == 1 and length == shape[dim]
+        return Sharding(self._name(role, layer, "weight"), shape, None if whole else dim, start, length, transposed,
+                        Init(std=self.architecture.init_std))  # fmt: skip
+
+    def whole(self, role: Role, layer: int | None, suffix: str, size: int, *, kind: Literal["bias", "norm"], value: float = 0.0,
+              partial: bool = False) -> nn.Parameter:  # fmt: skip
+        """A vector [size] that all tensor ranks hold; `partial` when each sees only its heads' share of the gradient.
+
+        Under sequence parallelism each rank sees only its tokens' share.
+        """
+        axis = self.grid.tensor
+        summed = (axis,) if axis.size > 1 and (partial or self.sequence) else ()
+        declaration = Sharding(self._name(role, layer, suffix), (size,), init=Init(value=value), kind=kind,
+                               counted=axis.rank == 0, summed=summed)  # fmt: skip
+        return self._make((size,), declaration)
+
+    def vocabulary(self, role: Role, *, counted: bool = True, summed: tuple[Axis, ...] = ()) -> nn.Parameter:
+        """Rows [V / t, H] of the embedding or the head, padded to the same number on each rank."""
+        a, axis = self.architecture, self.grid.tensor
+        length = max(0, min(self.vocab_rows, a.vocab_size - self.vocab_start))
+        whole = axis.size == 1 and length == self.vocab_rows
+        declaration = Sharding(self._name(role, None, "weight"), (a.vocab_size, a.hidden_size), None if whole else 0,
+                               min(self.vocab_start, a.vocab_size), length, init=Init(std=a.init_std), kind="embedding",
+                               counted=counted, summed=summed)  # fmt: skip
+        return self._make((self.vocab_rows, a.hidden_size), declaration)
+
+    def position_table(self) -> nn.Parameter:
+        """Learned positions [max_positions, H], whole on every tensor rank."""
+        a, axis = self.architecture, self.grid.tensor
+        declaration = Sharding(self._name("positions", None, "weight"), (a.max_positions, a.hidden_size),
+                               init=Init(std=a.init_std), kind="embedding", counted=axis.rank == 0,
+                               summed=(axis,) if axis.size > 1 and self.sequence else ())  # fmt: skip
+        return self._make((a.max_positions, a.hidden_size), declaration)
+
+    def _make(self, shape: tuple[int, ...], declaration: Sharding) -> nn.Parameter:
+        return declare(nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device)), declaration)
+
+
+def padded_vocab(vocab_size: int, tensor: int) -> int:
+    """The vocabulary as the ranks hold it: the same number of rows on each."""
+    return -(-vocab_size // tensor) * tensor
+
+
+def check_tensor_split(a: Architecture, tensor: int) -> None:
+    """Refuse what tensor parallelism cannot split, naming sizes that it can."""
+    fits = [t for t in range(1, a.num_heads + 1) if _splits(a, t)]
+    if not _splits(a, tensor):
+        rule = (f"does not fit num_attention_heads={a.num_heads}, num_key_value_heads={a.num_kv_heads} and "
+                f"intermediate_size={a.intermediate_size}: it must divide heads and intermediate_size, and divide the "
+                "key-value heads or be a multiple of them")  # fmt: skip
+        raise ConfigError("parallel.tensor", tensor, rule, f"use one of {', '.join(map(str, fits))}")
+
+
+def _splits(a: Architecture, t: int) -> bool:
+    kv = a.num_kv_heads
+    return a.num_heads % t == 0 and a.intermediate_size % t == 0 and (kv % t == 0 or t % kv == 0)

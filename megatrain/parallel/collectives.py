@@ -1,0 +1,153 @@
+"""Collectives along one axis, each with its backward.
+
+The letters of Megatron-LM (arXiv 1909.08053, section 3; sequence parallelism: arXiv 2205.05198, section 4.2.2):
+
+    function          forward            backward           before -> after, along the axis
+    copy          f   identity           all-reduce         same on all  -> same on all, used by split weights
+    reduce        f*  all-reduce         identity           partial sums -> same on all
+    gather        g   all-gather         reduce-scatter     sequence split -> whole
+    scatter_sum   g*  reduce-scatter     all-gather         partial sums -> sequence split
+    split             keep own part      all-gather         same on all  -> sequence split
+    collect           all-gather         keep own part      sequence split -> same on all, used alike by all
+
+An axis of size 1 makes each the identity. "Sequence" is dim 0 of the tensors, so parts are contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatrain.parallel.grid import Axis
+
+
+def all_reduce(x: Tensor, axis: Axis, *, op: Any = None) -> Tensor:
+    """Sum (or `op`) over the axis, in place; returns x."""
+    if axis.size > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.SUM if op is None else op, group=axis.group)
+    return x
+
+
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """Parts [s, ...] joined along dim 0 in rank order: [s * size, ...]."""
+    if axis.size == 1:
+        return x
+    whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=axis.group)
+    return whole
+
+
+def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's part along dim 0 of the sum over the axis: [s, ...] -> [s / size, ...]."""
+    if axis.size == 1:
+        return x
+    part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(part, x.contiguous(), group=axis.group)
+    return part
+
+
+def own_part(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's part along dim 0."""
+    return x.chunk(axis.size)[axis.rank].contiguous() if axis.size > 1 else x
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.contiguous(), ctx.axis), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(x.clone() if axis.size > 1 else x.view_as(x), axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(grad, ctx.axis), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.axis), None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return own_part(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.axis), None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return own_part(grad, ctx.axis), None
+
+
+def copy(x: Tensor, axis: Axis) -> Tensor:
+    return _Copy.apply(x, axis) if axis.size > 1 else x
+
+
+def reduce(x: Tensor, axis: Axis) -> Tensor:
+    return _Reduce.apply(x, axis) if axis.size > 1 else x
+
+
+def gather(x: Tensor, axis: Axis) -> Tensor:
+    return _Gather.apply(x, axis) if axis.size > 1 else x
+
+
+def scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+    return _ScatterSum.apply(x, axis) if axis.size > 1 else x
+
+
+def split(x: Tensor, axis: Axis) -> Tensor:
+    return _Split.apply(x, axis) if axis.size > 1 else x
+
+
+def collect(x: Tensor, axis: Axis) -> Tensor:
+    return _Collect.apply(x, axis) if axis.size > 1 else x
+
+
+def enter(x: Tensor, axis: Axis, *, sequence: bool) -> Tensor:
+    """Into weights split by columns: whole sequence on every tensor rank afterwards."""
+    return gather(x, axis) if sequence else copy(x, axis)
+
+
+def leave(x: Tensor, axis: Axis, *, sequence: bool) -> Tensor:
+    """Out of weights split by rows: partial sums become the sum, whole or split along the sequence."""
+    return scatter_sum(x, axis) if sequence else reduce(x, axis)

@@ -1,0 +1,97 @@
+"""Who am I on each axis of the layout, and who are my peers.
+
+Ranks fill a box of pipeline x data x tensor, tensor fastest, so that tensor ranks, which talk most, are neighbours on
+one machine (Megatron-LM SC21, section 3.2). An axis of size 1 has no process group: its collectives are the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's line of peers along one axis.
+
+    Attributes:
+        rank: this rank's place on the axis.
+        size: how many ranks the axis has.
+        ranks: the peers' global ranks, this one included, in order.
+        group: their process group; None when the axis has one rank or the grid was made without processes.
+    """
+
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The layout as this rank sees it; passed to whoever needs it, never global."""
+
+    rank: int
+    world_size: int
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    model: Axis
+    """All ranks of this rank's replica: tensor x pipeline."""
+    ends: Axis
+    """First and last stage with this rank's tensor and data place: those that share a tied embedding."""
+    singleton: dist.ProcessGroup | None = None
+    """This rank alone, for libraries that want a group where we have none."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank == self.pipeline.size - 1
+
+
+def box(*, tensor: int, pipeline: int, data: int) -> np.ndarray:
+    """Global ranks by [pipeline, data, tensor]."""
+    return np.arange(tensor * pipeline * data).reshape(pipeline, data, tensor)
+
+
+def make_grid(rank: int, *, tensor: int = 1, pipeline: int = 1, data: int = 1, connect: bool = True) -> Grid:
+    """This rank's grid; with `connect` every rank of the world must call it together, since it makes process groups."""
+    ranks = box(tensor=tensor, pipeline=pipeline, data=data)
+    lines = {
+        "tensor": ranks.reshape(-1, tensor),
+        "pipeline": ranks.reshape(pipeline, -1).T,
+        "data": ranks.transpose(0, 2, 1).reshape(-1, data),
+        "model": ranks.transpose(1, 0, 2).reshape(data, -1),
+        "ends": ranks[[0, -1]].reshape(2, -1).T if pipeline > 1 else ranks.reshape(-1, 1),
+    }
+    axes = {name: _axis(rank, groups, connect) for name, groups in lines.items()}
+    return Grid(rank=rank, world_size=ranks.size, singleton=_new_group((rank,)) if connect else None, **axes)
+
+
+def part_of(axis: Axis, size: int) -> Axis:
+    """The `size` neighbours of this rank on the axis: ranks [k*size, (k+1)*size) of it. All of the axis call it together."""
+    first = axis.rank // size * size
+    ranks = axis.ranks[first : first + size]
+    group = _new_group(ranks) if axis.group is not None and size > 1 else None
+    return Axis(rank=axis.rank - first, size=size, ranks=ranks, group=group)
+
+
+def _axis(rank: int, lines: np.ndarray, connect: bool) -> Axis:
+    mine = next((tuple(line) for line in lines.tolist() if rank in line), (rank,))
+    group = _new_group(mine) if connect and len(mine) > 1 else None
+    return Axis(rank=mine.index(rank), size=len(mine), ranks=mine, group=group)
+
+
+def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """Only the members meet, so that making a grid costs the same on 4 ranks and on 4096."""
+    import torch.distributed as dist
+
+    return dist.new_group(list(ranks), use_local_synchronization=True)

@@ -1,0 +1,52 @@
+"""Cuts the list of layers into stages, balanced by cost, each layer on exactly one stage."""
+
+from __future__ import annotations
+
+from megatrain.errors import ConfigError
+
+
+def cut_layers(costs: list[float], stages: int) -> list[range]:
+    """Contiguous ranges of layers, one a stage, none empty, whose most costly is as cheap as it can be.
+
+    Among the cuts with that best maximum, the one with the least sum of squares: the other stages are even too.
+    Embedding and head count with their cost like any layer.
+
+    Raises ConfigError when there are more stages than blocks to give each at least one.
+    """
+    blocks = len(costs) - 2
+    if stages > max(blocks, 1):
+        raise ConfigError("parallel.pipeline", stages, f"is more than num_hidden_layers={blocks}", f"use at most {blocks}")
+    cuts = _best_cuts(costs, stages)
+    ranges = [range(first, last) for first, last in zip([0, *cuts], [*cuts, len(costs)], strict=True)]
+    assert [layer for stage in ranges for layer in stage] == list(range(len(costs))), "every layer on exactly one stage"
+    return ranges
+
+
+def _best_cuts(costs: list[float], stages: int) -> list[int]:
+    """Dynamic programme over (stages left, first layer): least (maximum, sum of squares)."""
+    total = len(costs)
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    best: list[tuple[float, float, list[int]] | None] = [(0.0, 0.0, [])] + [None] * total
+    for stage in range(stages):
+        following: list[tuple[float, float, list[int]] | None] = [None] * (total + 1)
+        for last in range(1, total + 1):
+            for first in range(last):
+                before = best[first]
+                if before is None or not _holds_block(first, last, total, stages):
+                    continue
+                cost = sums[last] - sums[first]
+                candidate = (max(before[0], cost), before[1] + cost * cost, [*before[2], last])
+                held = following[last]
+                if held is None or candidate[:2] < held[:2]:
+                    following[last] = candidate
+        best = following
+    found = best[total]
+    assert found is not None
+    return found[2][:-1]
+
+
+def _holds_block(first: int, last: int, total: int, stages: int) -> bool:
+    """A stage of embedding or head alone would only wait; with one stage all is in it."""
+    return stages == 1 or (min(last, total - 1) - max(first, 1)) >= 1
