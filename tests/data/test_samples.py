@@ -80,16 +80,16 @@ def test_the_document_mask(tmp_path, monkeypatch):
     #           0   1 2   3 4 5 6   7         documents, empty ones among them
     lengths = [1, 2, 0, 4, 1]
     source = make_source(write(tmp_path / "a", lengths), sequence_length=6, document_mask=True)
-    monkeypatch.setattr(source, "_epoch", lambda number: SimpleNamespace(offset=OFFSET, order=lambda index: index))
     expected = {
         0: ([0, 1, 2, 3, 4, 5], [-100, 2, -100, 4, 5, 6], [0, 0, 1, 0, 1, 2], [0, 1, 1, 2, 2, 2]),
         1: ([1, 2, 3, 4, 5, 6], [2, -100, 4, 5, 6, -100], [0, 1, 0, 1, 2, 3], [0, 0, 1, 1, 1, 1]),
         # 7 ends the ring: the document at its other end is another one
         5: ([5, 6, 7, 0, 1, 2], [6, -100, -100, -100, 2, -100], [0, 1, 0, 0, 0, 1], [0, 0, 1, 2, 3, 3]),
     }
-    for OFFSET, (tokens, labels, positions, documents) in expected.items():  # noqa: N806
-        sample = source.fetch(0)
-        assert [field.tolist() for field in sample] == [tokens, labels, positions, documents]
+    for offset, fields in expected.items():
+        epoch = SimpleNamespace(offset=offset, order=lambda index: index)
+        monkeypatch.setattr(source, "_epoch", lambda number, epoch=epoch: epoch)
+        assert [field.tolist() for field in source.fetch(0)] == list(fields)
 
 
 @settings(deadline=None, max_examples=30)

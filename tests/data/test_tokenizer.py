@@ -1,0 +1,74 @@
+"""Training a tokenizer, and loading it as transformers does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+from megatrain.data import tokenizer_verb
+from megatrain.data.tokenizer import END_OF_TEXT, end_of_document_id, load_tokenizer, train_tokenizer
+from megatrain.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"some words and number {i} " * 5}) + "\n" for i in range(50)))
+    return path
+
+
+@pytest.mark.parametrize("text", ["tab\t and\r\n\n  spaces ", "naïve café 你好 🙂", "\x00\x7f", " 'quoted' , . !"])
+def test_any_text_comes_back_as_it_was(tokenizer_folder, text):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_the_end_of_a_document_is_one_token_and_nothing_pads(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert tokenizer.convert_ids_to_tokens(end_of_document_id(tokenizer)) == END_OF_TEXT
+    assert tokenizer(END_OF_TEXT).input_ids == [end_of_document_id(tokenizer)]
+    assert tokenizer.pad_token is None
+
+
+def test_further_special_tokens_are_never_split(corpus, tmp_path):
+    made = train_tokenizer([corpus], vocab_size=300, output=tmp_path / "t", special_tokens=["<|im_start|>"])
+    assert made.documents == 50
+    assert len(load_tokenizer(made.folder)("<|im_start|>").input_ids) == 1
+
+
+def test_the_vocabulary_has_the_size_asked_for_where_the_text_allows(corpus, tmp_path):
+    assert train_tokenizer([corpus], vocab_size=257, output=tmp_path / "bytes").vocab_size == 257
+    assert len(load_tokenizer(tmp_path / "bytes")) == 257
+    assert 257 < train_tokenizer([corpus], vocab_size=5000, output=tmp_path / "all").vocab_size < 5000
+
+
+def test_a_vocabulary_too_small_for_bytes(corpus, tmp_path):
+    with pytest.raises(ConfigError, match="--vocab-size=256 must be at least 257: 256 bytes and"):
+        train_tokenizer([corpus], vocab_size=256, output=tmp_path / "t")
+
+
+def test_a_bad_line_stops_training(corpus, tmp_path):
+    corpus.write_text('{"text": "a"}\n{"body": "b"}\n')
+    with pytest.raises(DataError, match=r'text.jsonl, line 2: no field "text"'):
+        train_tokenizer([corpus], vocab_size=300, output=tmp_path / "t")
+
+
+def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(DataError, match="there is no folder"):
+        load_tokenizer(tmp_path / "none")
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_verb_says_what_it_made(corpus, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    tokenizer_verb.add_arguments(parser)
+    arguments = [str(corpus), "--vocab-size", "5000", "--output", str(tmp_path / "t")]
+    assert tokenizer_verb.run(parser.parse_args(arguments)) == 0
+    printed = capsys.readouterr().out
+    assert "tokens from 50 documents" in printed
+    assert "--vocab-size 5000 was not reached" in printed
