@@ -38,6 +38,11 @@ def from_environment(environ: Mapping[str, str]) -> Place | None:
     return None
 
 
+def speaks_for_its_machine(environ: Mapping[str, str]) -> bool:
+    """False for all ranks but one of each machine: what all of them would say before they meet is said once."""
+    return environ.get("LOCAL_RANK" if "RANK" in environ else "SLURM_LOCALID", "0") == "0"
+
+
 def _from_torchrun(environ: Mapping[str, str]) -> Place:
     launcher = "the launcher's RANK is"
     world_size = _number(environ, "WORLD_SIZE", launcher)

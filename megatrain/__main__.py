@@ -1,0 +1,79 @@
+"""The command line: `megatrain VERB ...`. Each verb lives in a module that is imported when its verb is used.
+
+So `megatrain --help` needs no torch. A verb's module has `add_arguments(parser)` and `run(args) -> int`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from typing import NamedTuple
+
+from megatrain import __version__
+from megatrain.errors import UserError
+from megatrain.place import speaks_for_its_machine
+
+
+class Verb(NamedTuple):
+    """A verb's module and what it does."""
+
+    module: str
+    help: str
+
+
+VERBS = {
+    "tokenizer": Verb("megatrain.data.tokenizer_verb", "train a tokenizer on text files"),
+    "preprocess": Verb("megatrain.data.preprocess_verb", "turn text files into an indexed dataset"),
+    "pretrain": Verb("megatrain.pretrain", "train a model from a config"),
+    "config": Verb("megatrain.config_verb", "show every setting and its meaning, or a config as it resolves"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the verb that `argv` (the process's own arguments when None) begins with; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        if not words or words[0].startswith("-"):
+            return _without_verb(words)
+        return _run_verb(words[0], words[1:])
+    except UserError as error:
+        if speaks_for_its_machine(os.environ):
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _without_verb(words: list[str]) -> int:
+    verbs = "\n".join(f"  {name:12}{verb.help}" for name, verb in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="megatrain", usage="megatrain VERB ...", allow_abbrev=False,
+        description="Train large transformers in parallel over layers, tensors and data.",
+        epilog=f"verbs:\n{verbs}\n\n`megatrain VERB --help` explains a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"megatrain {__version__}")
+    parser.parse_args(words)
+    parser.print_help(sys.stderr)
+    return 2
+
+
+def _run_verb(name: str, words: list[str]) -> int:
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else "known are " + ", ".join(VERBS)
+        raise UserError(f"`{name}` is not a verb; {hint}")
+    verb = VERBS[name]
+    module = importlib.import_module(verb.module)
+    parser = argparse.ArgumentParser(prog=f"megatrain {name}", description=verb.help, allow_abbrev=False)
+    module.add_arguments(parser)
+    # Intermixed: options may stand between a config and its overrides.
+    code: int = module.run(parser.parse_intermixed_args(words))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

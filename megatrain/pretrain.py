@@ -1,0 +1,68 @@
+"""Pretrain a model: the verb `megatrain pretrain`, and the script that launchers start.
+
+    megatrain pretrain CONFIG [section.key=value ...]
+    torchrun --nproc-per-node 8 megatrain/pretrain.py CONFIG [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # A script's folder comes first on the path, where our module names would hide others'; its parent belongs there.
+    _folder = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _folder]
+    if str(_folder.parent) not in sys.path:
+        sys.path.insert(0, str(_folder.parent))
+
+from megatrain import machine
+from megatrain.config import Config, load
+from megatrain.launch import run_local
+from megatrain.place import from_environment
+from megatrain.rank import enter_rank
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's arguments."""
+    parser.add_argument("config", metavar="CONFIG", help="the run's YAML")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the YAML")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and start nothing")
+    # The deepspeed launcher adds it for scripts that cannot read LOCAL_RANK.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train on the ranks that a launcher started, or start those that the layout asks for; returns the exit code."""
+    config = load(args.config, args.overrides)
+    place = from_environment(os.environ)
+    world_size = place.world_size if place else local_world_size(config)
+    machine.set_environment(place.local_size if place else world_size)
+    # Imports torch, so it comes after the environment is set.
+    from megatrain.train.run import check_without_ranks, dry_run, pretrain
+
+    if args.dry_run:
+        print(dry_run(config))
+        return 0
+    if place is not None:
+        return enter_rank(pretrain, config, place)
+    check_without_ranks(config, world_size)
+    return run_local(pretrain, config, world_size=world_size)
+
+
+def local_world_size(config: Config) -> int:
+    """Ranks to start without a launcher: one replica, or as many as the config names."""
+    return config.model_ranks * (config.parallel.data or 1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the verb with `argv`, the process's own arguments when None; returns the exit code."""
+    from megatrain.__main__ import main as run_verb
+
+    return run_verb(["pretrain", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
