@@ -1,0 +1,96 @@
+"""What a run writes about its steps: metrics.jsonl and TensorBoard events.
+
+metrics.jsonl holds one JSON object a line. Lines with `loss` are training steps, lines with `valid_loss` evaluations.
+Every step is there once: a run that resumes from step n first drops what was written about the steps after n.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FILE_NAME = "metrics.jsonl"
+
+Value = float | int | str | bool | None
+
+
+class MetricsLog:
+    """The metrics of one run, written by one rank.
+
+    `after_step` is the step that the run resumes from, 0 at a start; what the folder holds about later ones is dropped.
+    """
+
+    def __init__(self, run_folder: Path | str, *, after_step: int) -> None:
+        self.folder = Path(run_folder)
+        self.after_step = after_step
+        self.folder.mkdir(parents=True, exist_ok=True)
+        drop_after(self.folder / FILE_NAME, step=after_step)
+        self._file = (self.folder / FILE_NAME).open("a", encoding="utf-8")
+        self._events: SummaryWriter | None = None
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Add a line about `step` and its numbers to the TensorBoard events; what is not finite is written as null."""
+        line = {"step": step, **{name: _json_value(value) for name, value in values.items()}}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                self._writer().add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _writer(self) -> SummaryWriter:
+        if self._events is None:
+            # Takes a second to import, and needs none of it before the first step.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=self.after_step + 1 if self.after_step else None
+            )
+        return self._events
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def drop_after(path: Path, *, step: int) -> None:
+    """Keep the whole lines up to `step`, in one move: a kill leaves the file as it was or as it should be."""
+    if not path.exists():
+        return
+    kept = [line for line in read(path) if line["step"] <= step]
+    new = path.with_name(path.name + ".new")
+    with new.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _json_value(value: Value) -> Value:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,57 @@
+"""A picture of a run's loss, drawn from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatrain.train.metrics import FILE_NAME, read
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's blue and vermillion, which readers of all kinds of colour sight tell apart; the marks differ too.
+_TRAIN, _VALID = "#0072B2", "#D55E00"
+
+Points = tuple[list[float], list[float]]
+
+
+def draw_loss(run_folder: Path | str, *, title: str = "") -> Path:
+    """Draw the training loss and the evaluations over tokens (steps where lines hold none) into loss.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder = Path(run_folder)
+    lines = list(read(folder / FILE_NAME))
+    x_name = "tokens" if all("tokens" in line for line in lines) else "step"
+    # Drawn without pyplot, which would take over the program's figures and choose a display.
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    train, valid = _points(lines, x_name, "loss"), _points(lines, x_name, "valid_loss")
+    if train[0]:
+        axes.plot(*train, color=_TRAIN, linewidth=1.2, label="training")
+    if valid[0]:
+        axes.plot(*valid, color=_VALID, marker="o", markersize=5, linestyle="--", linewidth=1, label="validation")
+    _label(axes, title or f"Loss of {folder.resolve().name}", "tokens" if x_name == "tokens" else "optimizer steps")
+    path = folder / "loss.png"
+    canvas.print_png(str(path))
+    return path
+
+
+def _points(lines: list[dict[str, float]], x_name: str, y_name: str) -> Points:
+    with_y = [line for line in lines if line.get(y_name) is not None]
+    return [line[x_name] for line in with_y], [line[y_name] for line in with_y]
+
+
+def _label(axes: Axes, title: str, x_label: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_title(title)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("cross-entropy loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.has_data():
+        axes.legend(frameon=False)
