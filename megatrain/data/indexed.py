@@ -226,6 +226,20 @@ class IndexedDataset:
         """
         return bisect_right(range(self.num_documents), token, key=self.document_start) - 1
 
+    def starts_within(self, start: int, stop: int) -> Tokens:
+        """Return the starts of documents s with start < s < stop, in tokens: int64[any number]."""
+        found: list[Tokens] = [np.empty(0, dtype=np.int64)]
+        first = self.document_at(start) + 1
+        while first < self.num_documents:
+            # A few at a time: cheaper than a second search for the last, and bounded when a window holds thousands.
+            last = min(first + 15, self.num_documents - 1)
+            offsets = self.document_offsets(first, last)
+            found.append(offsets[: offsets.searchsorted(stop)])
+            if offsets[-1] >= stop:
+                break
+            first = last + 1
+        return np.concatenate(found)
+
     def document_offsets(self, first: int = 0, last: int | None = None) -> Tokens:
         """Return where documents `first` to `last` start in the stream, in tokens: int64[last - first + 1].
 
@@ -236,7 +250,7 @@ class IndexedDataset:
         sequences = self._documents[first : last + 1]
         inside = np.minimum(sequences, len(self._pointers) - 1)
         offsets = np.where(sequences == inside, self._pointers[inside] // self.dtype.itemsize, self.num_tokens)
-        if (np.diff(offsets) < 0).any() or offsets[0] < 0 or offsets[-1] > self.num_tokens:
+        if (offsets[1:] < offsets[:-1]).any() or offsets[0] < 0 or offsets[-1] > self.num_tokens:
             raise DataError(f"{self.idx_path} is damaged: the starts of documents {first} to {last} do not rise")
         return offsets
 

@@ -151,14 +151,11 @@ class SampleSource:
         found: list[Int64] = []
         filled = 0
         for piece_start, length in self._pieces(start):
-            first = self.dataset.document_at(piece_start)
-            last = self.dataset.document_at(piece_start + length - 1)
             if filled:  # the ring's seam
                 found.append(np.array([filled], dtype=np.int64))
-            if last > first:
-                found.append(self.dataset.document_offsets(first + 1, last) - piece_start + filled)
+            found.append(self.dataset.starts_within(piece_start, piece_start + length) - piece_start + filled)
             filled += length
-        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+        return np.concatenate(found) if len(found) > 1 else found[0]
 
     def _outside_vocabulary(self, tokens: Tokens, start: int) -> DataError:
         at = int((tokens.view(self._unsigned) >= self.vocab_size).argmax())
@@ -173,10 +170,12 @@ def _masked(window: Int64, *, boundaries: Int64) -> Sample:
     length = len(window) - 1
     labels = window[1:].copy()
     labels[boundaries - 1] = IGNORED
-    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.unique(boundaries[boundaries < length])])
-    lengths = np.diff(starts, append=length)
-    positions = np.arange(length, dtype=np.int64) - np.repeat(starts, lengths)
-    return Sample(window[:-1], labels, positions, np.repeat(np.arange(len(starts)), lengths))
+    is_start = np.zeros(length + 1, dtype=np.bool_)
+    is_start[boundaries] = True
+    documents = np.cumsum(is_start[:-1], dtype=np.int64)
+    is_start[0] = True  # of what the sample shows of its first document
+    positions = np.arange(length, dtype=np.int64) - np.flatnonzero(is_start)[documents]
+    return Sample(window[:-1], labels, positions, documents)
 
 
 def _frozen(array: Int64) -> Int64:

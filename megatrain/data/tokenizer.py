@@ -106,7 +106,6 @@ def _save(tokenizer: Any, folder: Path, *, special_tokens: list[str]) -> None:
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         additional_special_tokens=special_tokens,
-        clean_up_tokenization_spaces=False,  # it would change text on the way back
     )
     try:
         fast.save_pretrained(str(folder))

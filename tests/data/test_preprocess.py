@@ -50,6 +50,21 @@ def test_each_document_is_what_transformers_makes_of_it_and_its_end(tmp_path, to
     assert result.bytes == sum(len(text.encode()) for text in TEXTS)
 
 
+def test_a_tokenizers_own_special_tokens_are_left_out(tmp_path, tokenizer_folder):
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    start = ("<|endoftext|>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[start]
+    )
+    tokenizer.save_pretrained(tmp_path / "adds_start")
+    assert load_tokenizer(tmp_path / "adds_start")("x").input_ids[0] == tokenizer.eos_token_id
+    preprocess([write_jsonl(tmp_path / "a.jsonl")], tokenizer=tmp_path / "adds_start", output=tmp_path / "o", workers=1)
+    preprocess([tmp_path / "a.jsonl"], tokenizer=tokenizer_folder, output=tmp_path / "plain", workers=1)
+    assert contents(tmp_path / "o") == contents(tmp_path / "plain")
+
+
 def test_several_processes_write_the_same_files(tmp_path, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(documents, "BLOCK_BYTES", 500)
     texts = [f"document {i} " * (1 + i * 7919 % 50) for i in range(300)]

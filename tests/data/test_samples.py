@@ -92,6 +92,13 @@ def test_the_document_mask(tmp_path, monkeypatch):
         assert [field.tolist() for field in source.fetch(0)] == list(fields)
 
 
+def test_a_sample_of_many_small_documents(tmp_path):
+    source = make_source(write(tmp_path / "a", [2] * 100), sequence_length=90, document_mask=True)
+    for sample in epoch_of(source):
+        assert len(set(sample.documents.tolist())) in (45, 46)
+        np.testing.assert_array_equal(sample.labels == IGNORED, sample.tokens % 2 == 1)
+
+
 @settings(deadline=None, max_examples=30)
 @given(lengths=st.lists(st.integers(0, 9), min_size=2, max_size=30), seed=st.integers(0, 99))
 def test_the_document_mask_follows_the_documents(tmp_path_factory, lengths, seed):
