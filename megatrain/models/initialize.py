@@ -1,0 +1,22 @@
+"""Initial weights as a function of (seed, name, global index), part by part."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatrain.models.random import normal_slice
+from megatrain.parallel.sharding import parameters
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, seed: int) -> None:
+    """Fill every parameter; a rank makes the part it holds and no more."""
+    for declaration, parameter in parameters(module):
+        parameter.zero_()
+        part = declaration.part_of(parameter)
+        if declaration.init.std is None:
+            part.fill_(declaration.init.value)
+        elif part.numel():
+            values = normal_slice(seed, declaration.name, declaration.shape, declaration.whole_slice(), std=declaration.init.std)
+            part.copy_(values)

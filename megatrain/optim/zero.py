@@ -1,0 +1,349 @@
+"""The one adapter to DeepSpeed: sharding of the optimizer, reduction over replicas, norm, clipping and the step.
+
+Gradients of stages below 2 accumulate in fp32 buffers, `parameter.main_grad`, that live as long as the run: linear layers add
+to them in place, the rest is added after each backward. Before a step they are summed over the axes that each
+parameter declares, then handed to DeepSpeed. ZeRO 0 is ZeRO 1 over a group of this rank alone, after a reduction of ours. ZeRO 2
+and 3 let DeepSpeed take the gradients as autograd makes them.
+
+All private calls into DeepSpeed 0.19 are in this file; tests/optim/test_zero.py holds them to plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatrain.config import Config
+from megatrain.optim.groups import STATES, decay_groups, make_optimizer
+from megatrain.parallel.grid import Axis, Grid
+from megatrain.parallel.sharding import Sharding, parameters, sharding
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BUCKET = 50_000_000
+"""Elements reduced at a time."""
+
+
+class StepResult(NamedTuple):
+    grad_norm: float
+    applied: bool
+
+
+class Fragment(NamedTuple):
+    """The run of elements of one parameter whose optimizer state this rank holds, as views that can be written to.
+
+    Attributes:
+        start: of the flattened parameter of this rank, padding included.
+        tensors: by name: `master` and the states of the update rule, each fp32 [n].
+    """
+
+    sharding: Sharding
+    parameter: nn.Parameter
+    start: int
+    tensors: dict[str, Tensor]
+
+
+class Zero:
+    """A stage's optimizer.
+
+    Attributes:
+        module: what to call for a forward: the stage, or under ZeRO 2 and 3 DeepSpeed's engine around it.
+    """
+
+    def __init__(self, stage: nn.Module, *, config: Config, grid: Grid, microbatches: int) -> None:
+        import deepspeed
+
+        self.config, self.grid, self.stage = config, grid, stage
+        self.partitioned = config.parallel.zero >= 2
+        for declaration, parameter in parameters(stage):
+            # DeepSpeed's norm: the first mark counts a parameter on every rank, the second on none.
+            parameter.tensor_model_parallel = declaration.counted  # type: ignore[attr-defined]
+            parameter.ds_pipe_replicated = not declaration.counted  # type: ignore[attr-defined]
+        groups = decay_groups(stage.parameters(), config.optimizer)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=stage, optimizer=make_optimizer(groups, config.optimizer), config=_engine_config(config, microbatches),
+            mpu=_Mpu(grid, shard=config.parallel.zero > 0), dist_init_required=False,
+        )  # fmt: skip
+        self.engine.enable_backward_allreduce = self.partitioned
+        if self.partitioned:
+            self._sum_in_hooks()
+        else:
+            self._take_main_grads()
+            self._make_states()
+
+    @property
+    def module(self) -> Callable[..., Any]:
+        return self.engine if self.partitioned else self.stage
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.optimizer.loss_scale) if self.config.train.dtype == "fp16" else 1.0
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    def _take_main_grads(self) -> None:
+        """DeepSpeed's own fp32 buffers where it keeps them (bf16), else ours."""
+        self._bf16 = hasattr(self.optimizer, "fp32_groups_gradients")
+        if self._bf16:
+            for group, grads in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True):
+                for parameter, grad in zip(group, grads, strict=True):
+                    parameter.main_grad = grad.view_as(parameter)
+        else:
+            for parameter in self.stage.parameters():
+                parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def _sum_in_hooks(self) -> None:
+        """ZeRO 2 and 3 reduce a gradient as soon as it is there, so what must be summed first is summed in its hook."""
+
+        def summed(axes: tuple[Axis, ...]) -> Callable[[Tensor], Tensor]:
+            def hook(grad: Tensor) -> Tensor:
+                grad = grad.clone()
+                for axis in axes:
+                    dist.all_reduce(grad, group=axis.group)
+                return grad
+
+            return hook
+
+        for declaration, parameter in parameters(self.stage):
+            if declaration.summed:
+                parameter.register_hook(summed(declaration.summed))
+
+    def backward(self, output: Tensor, grad: Tensor, *, last: bool) -> None:
+        """Autograd from a stage's output; gradients are accumulated in fp32 afterwards."""
+        if self.partitioned:
+            self.engine.set_gradient_accumulation_boundary(last)
+            self.engine.backward((output * grad).sum(), scale_wrt_gas=False)
+            return
+        torch.autograd.backward(output, grad)
+        for parameter in self.stage.parameters():
+            if parameter.grad is not None:
+                parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+                parameter.grad = None
+
+    def first_bad_gradient(self) -> str | None:
+        """Name of the first parameter of this stage whose gradient is not finite (below ZeRO 2)."""
+        if self.partitioned:
+            return None
+        for declaration, parameter in parameters(self.stage):
+            if not torch.isfinite(parameter.main_grad.sum()):  # type: ignore[attr-defined]
+                return declaration.name
+        return None
+
+    def discard(self) -> None:
+        """Forget the gradients of a step that is not to be taken."""
+        if self.partitioned:
+            self.optimizer.zero_grad()
+            return
+        for parameter in self.stage.parameters():
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+
+    def _sum_declared(self) -> None:
+        """All-reduce main_grads over the axes their parameters declare, one message an axis."""
+        by_axis: dict[tuple[int, ...], tuple[Axis, list[Tensor]]] = {}
+        for declaration, parameter in parameters(self.stage):
+            for axis in declaration.summed:
+                by_axis.setdefault(axis.ranks, (axis, []))[1].append(parameter.main_grad)  # type: ignore[attr-defined]
+        for axis, grads in by_axis.values():
+            _all_reduce_together(grads, axis)
+
+    def _reduce(self) -> None:
+        """Average over replicas and put the result where DeepSpeed's step looks."""
+        self._sum_declared()
+        if self.config.parallel.zero == 0 and self.grid.data.size > 1:
+            grads = [parameter.main_grad for parameter in self.stage.parameters()]  # type: ignore[attr-defined]
+            _all_reduce_together(grads, self.grid.data)
+            for grad in grads:
+                grad.div_(self.grid.data.size)
+        if self._bf16:
+            self.optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in self.optimizer.bf16_groups]
+            self.engine.buffered_allreduce_fallback(grads=None, elements_per_buffer=BUCKET)
+            return
+        for parameter in self.stage.parameters():
+            if parameter.dtype == torch.float32:
+                parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
+            else:
+                held = getattr(parameter, "grad_accum", None)
+                total = parameter.main_grad.clone()  # type: ignore[attr-defined]
+                parameter.grad_accum = total if held is None else total.add_(held)  # type: ignore[attr-defined]
+        self.optimizer.set_gradient_accumulation_boundary(True)
+        self.optimizer.reduce_gradients(pipeline_parallel=False)
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    def step(self, lr: float) -> StepResult:
+        """Reduce, clip and update; gradients are empty afterwards. Not applied when the norm is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.partitioned:
+            self.engine.step()
+        else:
+            self._reduce()
+            self.engine._take_model_step(None)
+            if not self._bf16:
+                self.discard()
+        norm = self.optimizer._global_grad_norm
+        return StepResult(float(norm), not bool(getattr(self.optimizer, "overflow", False)))
+
+    # -- state by name and slice -------------------------------------------------------------------------------------
+
+    def _make_states(self) -> None:
+        """Create the states before the first step, so that saving and loading never meet an optimizer without them."""
+        rule = self.config.optimizer.name
+        for group in self.optimizer.optimizer.param_groups:
+            for flat in group["params"]:
+                state = self.optimizer.optimizer.state[flat]
+                for name in STATES[rule]:
+                    state[name] = torch.zeros_like(flat.detach())
+                if rule in ("adam", "adamw"):
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+
+    @property
+    def updates(self) -> int:
+        """Updates applied so far, as the rule's bias correction counts them."""
+        return int(max((float(state["step"]) for state in self.optimizer.optimizer.state.values() if "step" in state), default=0))
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for state in self.optimizer.optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.full_like(torch.as_tensor(state["step"]), float(count))
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of masters and states, in the order of the parameters."""
+        if self.config.parallel.zero == 3:
+            yield from self._fragments_of_weights()
+            return
+        lp_groups = self.optimizer.bf16_groups if hasattr(self.optimizer, "bf16_groups") else self.optimizer.bit16_groups
+        for lp_group, group in zip(lp_groups, self.optimizer.optimizer.param_groups, strict=True):
+            (flat,) = group["params"]
+            state = self.optimizer.optimizer.state[flat]
+            for parameter in lp_group:
+                mapping = parameter._hp_mapping
+                if mapping is None:
+                    continue
+                place = mapping.hp_fragment_address
+                held = {"master": flat.detach()} | {name: state[name] for name in STATES[self.config.optimizer.name] if name in state}
+                tensors = {name: tensor.narrow(0, place.start, place.numel) for name, tensor in held.items()}
+                yield Fragment(sharding(parameter), parameter, mapping.lp_fragment_address.start, tensors)
+
+    def _fragments_of_weights(self) -> Iterator[Fragment]:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        for parameter in self.stage.parameters():
+            share = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            start = self.grid.data.rank * share
+            count = max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]
+            if count:
+                tensors = {"master": safe_get_local_fp32_param(parameter)}
+                for name in STATES[self.config.optimizer.name]:
+                    tensors[name] = safe_get_local_optimizer_state(parameter, name)
+                tensors = {name: tensor.view(-1)[:count] for name, tensor in tensors.items() if tensor is not None}
+                yield Fragment(sharding(parameter), parameter, start, tensors)
+
+    def masters_to_weights(self) -> None:
+        """Make the model's weights what the masters say, on all replicas; after loading."""
+        if self.config.parallel.zero == 3:
+            from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+            for parameter in self.stage.parameters():
+                safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clone())
+        else:
+            self.optimizer.update_lp_params()
+
+    def whole_weights(self, parameter: nn.Parameter) -> Tensor:
+        """This tensor rank's weights, gathered over replicas under ZeRO 3; all of them call it together."""
+        if self.config.parallel.zero != 3:
+            return parameter.detach()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+
+def _all_reduce_together(grads: list[Tensor], axis: Axis) -> None:
+    """Sum over the axis in messages of at most BUCKET elements, in place."""
+    bucket: list[Tensor] = []
+    for grad in [*grads, None]:
+        if grad is None or sum(t.numel() for t in bucket) + grad.numel() > BUCKET:
+            if bucket:
+                flat = torch.cat([t.reshape(-1) for t in bucket])
+                dist.all_reduce(flat, group=axis.group)
+                for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+            bucket = []
+        if grad is not None:
+            bucket.append(grad)
+
+
+def _engine_config(config: Config, microbatches: int) -> dict[str, Any]:
+    p = config.parallel
+    zero: dict[str, Any] = {
+        "stage": max(1, p.zero), "overlap_comm": False, "contiguous_gradients": p.zero >= 2,
+        "reduce_bucket_size": BUCKET, "allgather_bucket_size": 2 * BUCKET, "memory_efficient_linear": False,
+        "stage3_param_persistence_threshold": 0,
+    }  # fmt: skip
+    if p.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": microbatches if p.zero >= 2 else 1,
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.train.dtype == "bf16"},
+        "fp16": {"enabled": config.train.dtype == "fp16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**9,
+    }
+
+
+class _Mpu:
+    """Our grid in the words DeepSpeed asks for; without `shard` its data-parallel group is this rank alone."""
+
+    def __init__(self, grid: Grid, *, shard: bool) -> None:
+        self.grid = grid
+        alone = Axis(0, 1, (grid.rank,))
+        self.data = grid.data if shard else alone
+
+    def _group(self, axis: Axis) -> Any:
+        return axis.group if axis.group is not None else self.grid.singleton
+
+    def get_data_parallel_group(self) -> Any:
+        return self._group(self.data)
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self.data.ranks)
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._group(self.grid.model)
+
+    def get_model_parallel_rank(self) -> int:
+        return self.grid.model.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.grid.model.size
+
+    def get_tensor_model_parallel_group(self) -> Any:
+        return self._group(self.grid.tensor)
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.grid.tensor.rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.grid.tensor.size
+
+    def get_pipe_parallel_world_size(self) -> int:
+        return self.grid.pipeline.size
+
+    def get_pipe_parallel_group(self) -> Any:
+        return self._group(self.grid.pipeline)
