@@ -1,0 +1,31 @@
+# make install   an environment in .venv     make demo   a small model from files to transformers, on any machine
+# make test      all tests                   make lint   ruff and mypy
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+
+.PHONY: install demo test lint
+install: .venv/installed
+
+# torch first and alone: deepspeed's build looks at the torch that is there.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'set PYTHON to a Python 3.11 or newer'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: install
+	$(BIN)/python tools/gather_stdlib.py $(DEMO)/train.jsonl --valid $(DEMO)/valid.jsonl
+	$(BIN)/megatrain tokenizer $(DEMO)/train.jsonl --vocab-size 4096 --output $(DEMO)/tokenizer
+	$(BIN)/megatrain preprocess $(DEMO)/train.jsonl --tokenizer $(DEMO)/tokenizer --output $(DEMO)/train
+	$(BIN)/megatrain preprocess $(DEMO)/valid.jsonl --tokenizer $(DEMO)/tokenizer --output $(DEMO)/valid
+	$(BIN)/megatrain pretrain configs/demo_cpu.yaml
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy

@@ -1,0 +1,40 @@
+"""Every YAML in configs/ loads, and describes a model and a layout that fit each other."""
+
+from pathlib import Path
+
+import pytest
+
+from megatrain import config
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.train.flops import matrix_weights
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+# Ranks that each is written for, and billions of weights in its matrices (all but an input embedding and vectors).
+WRITTEN_FOR = {
+    "demo_cpu": (4, 0.0024),
+    "gpt2_125m": (8, 0.124),
+    "llama3_8b": (64, 7.50),
+    "llama3_70b": (64, 69.5),
+    "qwen3_8b": (64, 7.57),
+    "gpt3_175b": (1536, 174.6),
+    "gpt_1t": (3072, 1008),
+}
+
+
+def test_the_table_above_is_complete():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(WRITTEN_FOR)
+
+
+@pytest.mark.parametrize("name", WRITTEN_FOR)
+def test_a_config_loads_and_its_layout_fits(name):
+    ranks, billions = WRITTEN_FOR[name]
+    loaded = config.load(CONFIGS / f"{name}.yaml")
+    architecture = read_architecture(load_config(loaded.model))
+    tensor, pipeline = loaded.parallel.tensor, loaded.parallel.pipeline
+    assert loaded.microbatches(loaded.data_size(ranks)) >= pipeline
+    assert architecture.num_heads % tensor == 0
+    assert architecture.num_kv_heads % tensor == 0
+    assert architecture.num_layers % pipeline == 0
+    assert loaded.data.sequence_length <= architecture.max_positions
+    assert matrix_weights(architecture.config) / 1e9 == pytest.approx(billions, rel=0.01)
