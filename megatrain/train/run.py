@@ -1,0 +1,274 @@
+"""A run from config to finish, the parts in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatrain import machine
+from megatrain.checkpoint import load as loading
+from megatrain.checkpoint import save as saving
+from megatrain.checkpoint.save import Progress
+from megatrain.config import Config, to_yaml
+from megatrain.data.loader import Loader
+from megatrain.data.samples import Samples, open_samples
+from megatrain.errors import ConfigError, DataError, UserError
+from megatrain.models.architecture import Architecture, load_config, read_architecture
+from megatrain.models.parts import check_tensor_split
+from megatrain.parallel.grid import make_grid
+from megatrain.place import Place
+from megatrain.train import console
+from megatrain.train.build import plan_stages, stage_specs, total_parameters
+from megatrain.train.flops import flops_per_token, peak_flops
+from megatrain.train.metrics import MetricsLog
+from megatrain.train.picture import draw_loss
+from megatrain.train.trainer import StepReport, Trainer
+
+logger = logging.getLogger("megatrain")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# before any rank starts
+
+
+def check_without_ranks(config: Config, world_size: int) -> None:
+    """Refuse whatever can be seen to be wrong without a rank."""
+    architecture = read_architecture(load_config(config.model))
+    _check_layout(config, architecture, world_size)
+    _check_tokenizer(config, architecture)
+    _check_output(config)
+    _open(config, architecture, "train")
+    if config.train.eval_every:
+        _open(config, architecture, "valid")
+    path, _ = loading.choose(config)
+    if path is not None:
+        loading.check(path, config, architecture)
+
+
+def _check_layout(config: Config, a: Architecture, world_size: int) -> None:
+    config.microbatches(config.data_size(world_size))
+    check_tensor_split(a, config.parallel.tensor)
+    stage_specs(config, a)
+    if config.train.dtype == "fp16" and not machine.has_gpu():
+        raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
+    if config.data.sequence_length > a.max_positions:
+        raise ConfigError("data.sequence_length", config.data.sequence_length,
+                          f"is more than the model's {a.max_positions} positions", f"use at most {a.max_positions}")  # fmt: skip
+
+
+def _check_tokenizer(config: Config, a: Architecture) -> None:
+    if config.data.tokenizer is None:
+        return
+    if not Path(config.data.tokenizer).is_dir():
+        raise ConfigError("data.tokenizer", config.data.tokenizer, "is not a folder")
+    from transformers import AutoTokenizer
+
+    try:
+        size = len(AutoTokenizer.from_pretrained(config.data.tokenizer, local_files_only=True))
+    except Exception as error:
+        raise ConfigError("data.tokenizer", config.data.tokenizer, f"holds no readable tokenizer ({error})") from None
+    if size > a.vocab_size:
+        raise ConfigError("model.vocab_size", a.vocab_size, f"is less than the {size} tokens of data.tokenizer={config.data.tokenizer}",
+                          f"set model.vocab_size={size}")  # fmt: skip
+
+
+def _check_output(config: Config) -> None:
+    folder = Path(config.run.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})") from None
+
+
+def _open(config: Config, architecture: Architecture, which: str) -> Samples:
+    if config.data.train is None:
+        raise ConfigError("data.train", "(nothing)", "is missing", "give the prefix that `megatrain preprocess --output` wrote")
+    return open_samples(config.data, which=which, sequence_length=config.data.sequence_length, seed=config.run.seed,
+                        vocab_size=architecture.vocab_size)  # type: ignore[arg-type] # fmt: skip
+
+
+def dry_run(config: Config) -> str:
+    """What the run would be: layers and parameters by stage, batches, and whether its data are there."""
+    architecture = read_architecture(load_config(config.model))
+    p = config.parallel
+    world_size = config.model_ranks * (p.data or 1)
+    _check_layout(config, architecture, world_size)
+    data_size = config.data_size(world_size)
+    lines = [_header(config, architecture, world_size, "(dry run)"),
+             f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
+             f"{config.train.micro_batch_size} on each of {data_size} replicas",
+             "", "stage  layers                          parameters on each tensor rank"]  # fmt: skip
+    for number, plan in enumerate(plan_stages(config, architecture)):
+        titles = plan.specs[0].title if len(plan.specs) == 1 else f"{plan.specs[0].title} ... {plan.specs[-1].title}"
+        lines.append(f"{number:>5}  {f'{len(plan.specs)}: {titles}':<30}  {plan.parameters_per_rank:>15,}")
+    for which in ("train", "valid") if config.train.eval_every else ("train",):
+        try:
+            _open(config, architecture, which)
+        except (DataError, ConfigError) as error:
+            lines.append(f"note: {error}")
+    return "\n".join(lines)
+
+
+def _header(config: Config, architecture: Architecture, world_size: int, device: str) -> str:
+    p = config.parallel
+    layout = (f"tensor {p.tensor} x pipeline {p.pipeline} x data {config.data_size(world_size)}"
+              f"{', sequence' if p.sequence else ''}, {p.schedule}, ZeRO {p.zero}")  # fmt: skip
+    return console.header(name=config.run_name, model=architecture.model_type, num_parameters=total_parameters(architecture),
+                          layout=layout, device=f"{world_size} ranks, {device}", dtype=config.train.dtype,
+                          tokens_per_step=config.tokens_per_step, steps=config.steps)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# on every rank
+
+
+def pretrain(config: Config, place: Place) -> None:
+    """The whole run on one rank."""
+    if place.rank == 0:
+        check_without_ranks(config, place.world_size)
+    _Pretraining(config, place).run()
+
+
+class _Pretraining:
+    """The loop and what happens every n steps around it."""
+
+    def __init__(self, config: Config, place: Place) -> None:
+        self.config, self.place = config, place
+        self.architecture = read_architecture(load_config(config.model))
+        data_size = config.data_size(place.world_size)
+        self.device = machine.device_of(place)
+        self.grid = make_grid(place.rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=data_size)
+        self.folder = Path(config.run.output_dir)
+        if place.rank == 0:
+            device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+            logger.info(_header(config, self.architecture, place.world_size, device))
+        path, why = loading.choose(config)
+        if place.rank == 0:
+            logger.info(f"  {why}")
+        self.trainer = Trainer(config, self.architecture, self.grid, self.device)
+        self.progress = Progress(0, 0, 0)
+        if path is not None:
+            self.progress = loading.load(path, zero=self.trainer.zero, config=config, grid=self.grid)
+        self.train_loader = self._loader("train")
+        self.valid_loader = self._loader("valid") if config.train.eval_every else None
+        self.stop_asked = False
+        self.flops = flops_per_token(self.architecture.config, sequence_length=config.data.sequence_length)
+        self.peak = peak_flops(torch.cuda.get_device_name(), config.train.dtype) if self.device.type == "cuda" else None
+
+    def _loader(self, which: str) -> Loader:
+        train = self.config.train
+        return Loader(_open(self.config, self.architecture, which), global_batch_size=train.global_batch_size,
+                      micro_batch_size=train.micro_batch_size, data_rank=self.grid.data.rank, data_size=self.grid.data.size)  # fmt: skip
+
+    def run(self) -> None:
+        config = self.config
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._ask_to_stop)
+        metrics = None
+        if self.place.rank == 0:
+            (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            metrics = MetricsLog(self.folder, after_step=self.progress.step)
+        last = min(config.steps, config.train.stop_after if config.train.stop_after is not None else config.steps)
+        try:
+            if self.progress.step == 0:
+                self._first(metrics)
+            while self.progress.step < last:
+                self._step(metrics, last)
+                if self._all_agree_to_stop() and self.progress.step < last:
+                    self._save()
+                    if self.place.rank == 0:
+                        logger.info(f"stopped by a signal after step {self.progress.step}; start the same command to go on")
+                    break
+        finally:
+            self.train_loader.close()
+            if self.valid_loader is not None:
+                self.valid_loader.close()
+            if metrics is not None:
+                metrics.close()
+        if self.place.rank == 0:
+            draw_loss(self.folder, title=config.run_name)
+            logger.info(f"everything is in {self.folder}: checkpoints, metrics.jsonl, loss.png, tensorboard")
+
+    def _first(self, metrics: MetricsLog | None) -> None:
+        """Step 0: the model as initialised, evaluated if asked; saved when no step is to follow."""
+        if self.valid_loader is not None:
+            loss = self._evaluate()
+            if metrics is not None:
+                metrics.write(0, {"valid_loss": loss, "tokens": 0})
+        if self.config.steps == 0:
+            self._save()
+
+    def _step(self, metrics: MetricsLog | None, last: int) -> None:
+        config, step = self.config, self.progress.step + 1
+        started = time.perf_counter()
+        report = self.trainer.step(step, self.train_loader.microbatches(step - 1))
+        seconds = time.perf_counter() - started
+        self.progress = Progress(step, self.progress.tokens + config.tokens_per_step,
+                                 self.progress.updates + report.applied, 0 if report.applied else self.progress.bad_steps + 1)  # fmt: skip
+        if not report.applied:
+            self._bad_step(report)
+        values = self._values(report, seconds)
+        if step % config.train.log_every == 0 and self.place.rank == 0:
+            self._print(report, seconds)
+        if self.valid_loader is not None and (step % config.train.eval_every == 0 or step == last):
+            values["valid_loss"] = self._evaluate()
+        if metrics is not None:
+            metrics.write(step, values)
+        if step == last or (config.train.save_every and step % config.train.save_every == 0):
+            self._save()
+
+    def _bad_step(self, report: StepReport) -> None:
+        bad = self.progress.bad_steps
+        what = "loss" if report.loss != report.loss or abs(report.loss) == float("inf") else "gradient"
+        if self.place.rank == 0:
+            logger.warning(f"step {self.progress.step}: non-finite {what}, skipped ({bad} in a row)")
+        if bad >= self.config.train.max_bad_steps:
+            where = self.trainer.first_bad_layer()
+            raise UserError(f"{bad} steps in a row (train.max_bad_steps) had a non-finite {what}; {where}")
+
+    def _values(self, report: StepReport, seconds: float) -> dict[str, float | int | str | bool | None]:
+        rate = self.config.tokens_per_step / seconds
+        per_rank = rate * self.flops / self.place.world_size
+        return {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr, "tokens": self.progress.tokens,
+                "seconds": seconds, "tokens_per_second": rate, "tflops_per_rank": per_rank / 1e12,
+                "mfu": per_rank / self.peak if self.peak else None, "skipped": not report.applied}  # fmt: skip
+
+    def _print(self, report: StepReport, seconds: float) -> None:
+        rate = self.config.tokens_per_step / seconds
+        logger.info(console.step_line(console.Step(
+            step=self.progress.step, steps=self.config.steps, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr,
+            tokens_per_second=rate, flops_per_second=rate * self.flops, seconds_per_step=seconds)))  # fmt: skip
+
+    def _evaluate(self) -> float:
+        assert self.valid_loader is not None
+        loss = self.trainer.evaluate(self.valid_loader.microbatches, self.config.train.eval_batches)
+        if self.place.rank == 0:
+            logger.info(console.evaluation_line(step=self.progress.step, steps=self.config.steps, loss=loss))
+        return loss
+
+    def _save(self) -> None:
+        checkpoints = self.folder / "checkpoints"
+        path = saving.save(checkpoints, self.progress, zero=self.trainer.zero, config=self.config,
+                           architecture=self.architecture, grid=self.grid)  # fmt: skip
+        if self.place.rank == 0:
+            logger.info(f"saved {path}")
+            saving.keep_newest(checkpoints, self.config.train.keep_last)
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self.stop_asked = True
+
+    def _all_agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop: all stop after the same step."""
+        asked = torch.tensor(int(self.stop_asked), device=self.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)

@@ -1,0 +1,169 @@
+"""One training step and one evaluation, on one rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatrain.config import Config
+from megatrain.data.loader import Batch
+from megatrain.models.architecture import Architecture
+from megatrain.models.context import Context
+from megatrain.models.initialize import initialize
+from megatrain.models.random import key
+from megatrain.models.rotary import Rotation, frequencies, rotation
+from megatrain.optim.learning_rate import learning_rate
+from megatrain.optim.zero import DTYPES, Zero
+from megatrain.parallel import collectives
+from megatrain.parallel.grid import Grid
+from megatrain.pipeline.actions import Action, Instruction
+from megatrain.pipeline.channels import Channels
+from megatrain.pipeline.executor import Executor
+from megatrain.pipeline.schedules import make_schedule
+from megatrain.pipeline.transfers import add_transfers, check_schedule
+from megatrain.train.build import build_stage, stage_specs
+
+
+class StepReport(NamedTuple):
+    """The same on every rank. `loss` is the mean over the step's tokens."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    applied: bool
+
+
+class Trainer:
+    """A rank's stage with its optimizer and schedule. All ranks call its methods together."""
+
+    def __init__(self, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> None:
+        self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
+        self.microbatches = config.microbatches(grid.data.size)
+        stage = build_stage(config, architecture, grid, str(device))
+        initialize(stage, config.run.seed)
+        self.zero = Zero(stage, config=config, grid=grid, microbatches=self.microbatches)
+        self.stage = stage
+        length = config.data.sequence_length // (grid.tensor.size if config.parallel.sequence else 1)
+        self.executor = Executor(
+            self.zero.module, channels=Channels(grid.pipeline) if grid.pipeline.size > 1 else None,
+            flow_shape=(length, config.train.micro_batch_size, architecture.hidden_size),
+            dtype=DTYPES[config.train.dtype], device=device,
+        )  # fmt: skip
+        # On one rank there is nothing to fill: each backward follows its forward, whatever the schedule's name.
+        name = config.parallel.schedule if grid.pipeline.size > 1 else "1f1b"
+        self.instructions = self._instructions(name)
+        self.forward_instructions = self._instructions("forward")
+        self._frequencies = None
+        if architecture.rotary:
+            inv_freq, factor = frequencies(architecture)
+            self._frequencies = (inv_freq.to(device), factor)
+        self._plain_rotation: Rotation | None = None
+
+    def _instructions(self, name: str) -> list[Instruction]:
+        schedule = make_schedule(name, self.grid.pipeline.size, self.microbatches)
+        check_schedule(schedule, self.microbatches, backward=name != "forward")
+        return add_transfers(schedule)[self.grid.pipeline.rank]
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def step(self, step: int, batches: Sequence[Batch]) -> StepReport:
+        """Train on this data rank's microbatches; `step` counts from 1."""
+        self.stage.train()
+        contexts = [self._context(batch, step=step, index=index) for index, batch in enumerate(batches)]
+        tokens = self._trained_tokens(batches)
+        weight = torch.tensor(self.grid.data.size * self.zero.loss_scale / tokens, device=self.device)
+        losses = self.executor.run(self.instructions, contexts, backward=self.zero.backward, loss_weight=weight)
+        loss = self._total(losses) / tokens
+        lr = learning_rate(step, peak=self.config.optimizer.lr, schedule=self.config.lr_schedule, steps=self.config.steps)
+        if not math.isfinite(loss):
+            self._bad = (contexts, self.zero.first_bad_gradient())
+            self.zero.discard()
+            return StepReport(loss, math.nan, lr, False)
+        result = self.zero.step(lr)
+        if not result.applied:
+            self._bad = (contexts, None)
+        return StepReport(loss, result.grad_norm, lr, result.applied)
+
+    def evaluate(self, batches_of: Callable[[int], Sequence[Batch]], count: int) -> float:
+        """Mean loss a token over `count` global batches."""
+        self.stage.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        for number in range(count):
+            batches = batches_of(number)
+            contexts = [self._context(batch, step=None, index=index) for index, batch in enumerate(batches)]
+            losses = self.executor.run(self.forward_instructions, contexts, backward=None)
+            total += torch.tensor([self._total(losses), self._trained_tokens(batches)], dtype=torch.float64)
+        return float(total[0] / total[1])
+
+    def _total(self, losses: list[Tensor]) -> float:
+        """Sum over microbatches, replicas and stages; the last stage's first tensor rank speaks for its copies."""
+        total = torch.zeros((), dtype=torch.float64)
+        if losses and self.grid.tensor.rank == 0:
+            total = torch.stack(losses).double().sum().cpu()
+        total = total.to(self.device)
+        if self.grid.world_size > 1:
+            dist.all_reduce(total)
+        return float(total)
+
+    def _trained_tokens(self, batches: Sequence[Batch]) -> int:
+        """Tokens with a loss in the global batch."""
+        count = torch.tensor(sum(int((batch.labels >= 0).sum()) for batch in batches), device=self.device)
+        return int(collectives.all_reduce(count, self.grid.data))
+
+    def _context(self, batch: Batch, *, step: int | None, index: int) -> Context:
+        batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
+        masked = self.config.data.document_mask
+        microbatch = index * self.grid.data.size + self.grid.data.rank
+        return Context(
+            tokens=batch.tokens, labels=batch.labels, positions=batch.positions,
+            documents=batch.documents if masked else None, rotation=self._rotation(batch.positions, shared=not masked),
+            dropout_key=None if step is None else key(self.config.run.seed, step, microbatch),
+        )  # fmt: skip
+
+    def _rotation(self, positions: Tensor, *, shared: bool) -> Rotation | None:
+        """Of the positions; where all sequences count from 0 alike, made once."""
+        if self._frequencies is None:
+            return None
+        dtype = DTYPES[self.config.train.dtype]
+        if not shared:
+            return rotation(positions, *self._frequencies, dtype)
+        if self._plain_rotation is None:
+            self._plain_rotation = rotation(positions[:1], *self._frequencies, dtype)
+        return self._plain_rotation
+
+    # -- bad numbers -------------------------------------------------------------------------------------------------
+
+    def first_bad_layer(self) -> str:
+        """Where the last bad step went wrong: the first layer whose output is not finite, else a gradient's name."""
+        contexts, gradient = self._bad
+        first = sum(len(specs) for specs in stage_specs(self.config, self.architecture)[: self.grid.pipeline.rank])
+        titles = stage_specs(self.config, self.architecture)[self.grid.pipeline.rank]
+        found: list[tuple[int, str]] = []
+
+        def watch(index: int) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
+                tensor = output if isinstance(output, Tensor) else output[0]  # type: ignore[index]
+                if not torch.isfinite(tensor).all():
+                    found.append((first + index, titles[index].title))
+
+            return hook
+
+        handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(self.stage.layers)]
+        self.executor.run(self.forward_instructions, contexts, backward=None)
+        for handle in handles:
+            handle.remove()
+        everyone: list[tuple[tuple[int, str] | None, str | None]] = [(None, None)] * self.grid.world_size
+        dist.all_gather_object(everyone, (min(found, default=None), gradient))
+        layers = sorted(layer for layer, _ in everyone if layer is not None)
+        if layers:
+            return f"the first layer with a non-finite output is {layers[0][1]}"
+        names = [name for _, name in everyone if name is not None]
+        return f"all layers' outputs are finite; a non-finite gradient is that of {names[0]}" if names else "a gradient overflows"
+
+    def actions(self) -> list[Action]:
+        return [i for i in self.instructions if isinstance(i, Action)]

@@ -1,0 +1,174 @@
+"""Right on every layout: losses, gradients and gradient norms of each row equal transformers with plain torch AdamW."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
+
+from megatrain import config as configuration
+from megatrain.data.loader import Batch
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.initialize import initialize
+from megatrain.parallel.grid import make_grid
+from megatrain.parallel.sharding import parameters
+from megatrain.train.build import build_stage
+
+STEPS, BATCH, LENGTH, LR = 10, 8, 16, 1e-3
+LLAMA = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+MODELS = {
+    "llama": LLAMA,
+    "tied": {**LLAMA, "tie_word_embeddings": True},
+    "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 5},
+    "qwen2": {**LLAMA, "model_type": "qwen2"},
+    "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 67, "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 64,
+             "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2},
+}  # fmt: skip
+
+
+def make_config(model: str, **settings):
+    values = {"train.steps": STEPS, "train.global_batch_size": BATCH, "data.sequence_length": LENGTH, "optimizer.lr": LR,
+              "lr_schedule.name": "constant", "optimizer.grad_clip": 0.5, "run.seed": 7} | settings  # fmt: skip
+    raw = {"model": MODELS[model]}
+    for name, value in values.items():
+        section, key = name.split(".")
+        raw.setdefault(section, {})[key] = value
+    config = configuration.from_dict(raw)
+    configuration.check(config)
+    return config
+
+
+def tokens(step: int) -> torch.Tensor:
+    return torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+
+
+def reference(model: str):
+    """transformers and torch.optim.AdamW, one process, no code of ours but the initial weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(model)
+    hf_config = load_config(MODELS[model])
+    hf_config._attn_implementation = "eager"
+    network = AutoModelForCausalLM.from_config(hf_config)
+    stage = build_stage(config, read_architecture(hf_config), make_grid(0, connect=False), "cpu")
+    initialize(stage, config.run.seed)
+    state = network.state_dict()
+    for declaration, parameter in parameters(stage):
+        state[declaration.name][declaration.whole_slice()] = declaration.part_of(parameter.detach())
+    network.load_state_dict(state)
+    network.train()
+    decayed = [p for p in network.parameters() if p.dim() > 1]
+    kept = [p for p in network.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}], lr=LR,
+                                  betas=(0.9, 0.95))  # fmt: skip
+    losses, norms, gradients = [], [], {}
+    for step in range(1, STEPS + 1):
+        batch = tokens(step)
+        logits = network(batch[:, :-1]).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)))
+        if step == 1:
+            gradients = {name: p.grad.clone() for name, p in network.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses, norms, gradients
+
+
+def run_layout(rank: int, world_size: int, config):
+    """Losses, norms, and this rank's parts of the first step's clipped gradient (Adam's first moment / 0.1)."""
+    from megatrain.train.trainer import Trainer
+
+    p = config.parallel
+    grid = make_grid(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    trainer = Trainer(config, read_architecture(load_config(config.model)), grid, torch.device("cpu"))
+    losses, norms, pieces = [], [], []
+    position = torch.arange(LENGTH).expand(config.train.micro_batch_size, LENGTH)
+    for step in range(1, STEPS + 1):
+        rows = tokens(step).split(config.train.micro_batch_size)[grid.data.rank :: grid.data.size]
+        report = trainer.step(step, [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows])
+        assert report.applied
+        losses.append(report.loss)
+        norms.append(report.grad_norm)
+        if step == 1:
+            for fragment in trainer.zero.fragments():
+                moment = fragment.tensors["exp_avg"].clone() / 0.1
+                pieces.append((fragment.sharding.name, fragment.sharding.whole_slice(), fragment.sharding.transposed,
+                               tuple(fragment.parameter.ds_shape if hasattr(fragment.parameter, "ds_shape") else fragment.parameter.shape),
+                               fragment.start, moment, fragment.sharding.dim, fragment.sharding.length))  # fmt: skip
+    return losses, norms, pieces
+
+
+def worst_gradient(results, gradients) -> float:
+    """Largest relative norm of the difference, over tensors; every element must have come from some rank."""
+    whole = {name: torch.full_like(g, float("nan")) for name, g in gradients.items()}
+    parts: dict = {}
+    for _, _, pieces in results:
+        for name, where, transposed, shape, start, moment, dim, length in pieces:
+            key = (name, tuple((s.start, s.stop) for s in where))
+            flat = parts.setdefault(key, (torch.full((torch.Size(shape).numel(),), float("nan")), shape, transposed, dim, length, where))[0]
+            flat[start : start + moment.numel()] = moment
+    for (name, _), (flat, shape, transposed, dim, length, where) in parts.items():
+        part = flat.view(shape)
+        part = part.t() if transposed else part
+        whole[name][where] = part if dim is None else part.narrow(dim, 0, length)
+    worst = 0.0
+    for name, gradient in gradients.items():
+        assert not whole[name].isnan().any(), f"{name} is not whole"
+        if gradient.norm() > 1e-8:
+            worst = max(worst, float((whole[name] - gradient).norm() / gradient.norm()))
+    return worst
+
+
+@pytest.fixture(scope="module")
+def references():
+    cache: dict = {}
+
+    def get(model: str):
+        if model not in cache:
+            cache[model] = reference(model)
+        return cache[model]
+
+    return get
+
+
+def row(model="llama", world=1, **parallel):
+    name = "-".join([model, f"w{world}", *(f"{k}{v}" for k, v in parallel.items())])
+    return pytest.param(model, world, parallel, id=name)
+
+
+ROWS = [
+    *[row(model) for model in MODELS],
+    row(world=2, tensor=2), row(world=4, tensor=4), row(world=2, pipeline=2), row(world=4, pipeline=4), row(world=2, zero=1),
+    row(world=4, tensor=2, pipeline=2), row(world=4, tensor=2, pipeline=2, sequence=True), row(world=4, tensor=4, sequence=True),
+    row(world=4, tensor=2, pipeline=2, schedule="gpipe"), row(world=2, pipeline=2, schedule="gpipe"),
+    row("tied", 2, pipeline=2), row("tied", 4, tensor=2, pipeline=2, sequence=True), row("tied", 4, pipeline=4), row("tied", 4, pipeline=2),
+    row(world=4, pipeline=2), row(world=4, tensor=2), row(world=2, zero=0), row(world=4, tensor=2, zero=0),
+    row(world=2, zero=2), row(world=2, zero=3), row("tied", 4, tensor=2, zero=2, sequence=True), row("tied", 4, tensor=2, zero=3),
+    row(world=4, tensor=2, pipeline=2, recompute="full"), row(world=2, tensor=2, sequence=True, recompute="selective"),
+    row("gpt2", 4, tensor=2, pipeline=2, sequence=True), row("gpt2", 4, tensor=4), row("qwen3", 4, tensor=4, sequence=True),
+    row("qwen2", 4, tensor=2, pipeline=2), row("mistral", 4, tensor=2, pipeline=2), row(world=2, offload="cpu"),
+    row(world=8, tensor=2, pipeline=2), row("tied", 8, tensor=4, pipeline=2, sequence=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "world", "parallel"), ROWS)
+def test_equals_plain_torch(model, world, parallel, references, tmp_path):
+    parallel = dict(parallel)
+    settings = {"train.recompute": parallel.pop("recompute", "none")} | {f"parallel.{k}": v for k, v in parallel.items()}
+    results = run_ranks(run_layout, world, make_config(model, **settings), folder=tmp_path)
+    losses, norms, gradients = references(model)
+    for ours, our_norms, _ in results:
+        assert ours == results[0][0]
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-5, atol=0)
+    assert worst_gradient(results, gradients) < 1e-5
