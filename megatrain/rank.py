@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TextIO
 
 from megatrain import log, machine
 from megatrain.config import Config
@@ -29,6 +29,9 @@ GROUP_TIMEOUT = timedelta(minutes=30)
 
 INTERRUPTED = 130
 
+# How long rank 0, which may hold the store, stays for the others to ask it whether a sentence has been said.
+_SECONDS_TO_ASK = 3.0
+
 
 class Report(NamedTuple):
     """What a failing rank tells its supervisor.
@@ -43,35 +46,38 @@ class Report(NamedTuple):
     time: float
 
 
-def enter_rank(target: Target, config: Config, place: Place, *, report: Callable[[Report], Any] | None = None) -> int:
+Reporter = Callable[[Report], Any]
+
+
+def enter_rank(target: Target, config: Config, place: Place, *, report: Reporter | None = None) -> int:
     """Run `target(config, place)` as the rank at `place`, inside its torch.distributed group; returns the exit code 0.
 
     `report` takes a failure to the supervisor that started this rank and holds its store; without it the rank prints
     the failure itself. After a failure the process ends here and nothing is returned.
     """
-    store: Store | None = None
     try:
         with log.rank_streams(config, place) as streams:
-            try:
-                machine.set_rank_environment(place)
-                machine.forbid_builds()
-                store = _meet(place, supervised=report is not None)
-                _join_group(place, store)
-                target(config, place)
-                _leave_group()
-                return 0
-            except BaseException:
-                traceback.print_exc(file=streams.log)
-                raise
+            return _work(target, config, place, streams, report)
+    except UserError as error:  # there is no log, everything later is caught within
+        _fail(error, place, sys.stderr, report, store=None)
+
+
+def _work(target: Target, config: Config, place: Place, streams: log.Streams, report: Reporter | None) -> int:
+    store: Store | None = None
+    try:
+        machine.set_rank_environment(place)
+        machine.forbid_builds()
+        store = _meet(place, supervised=report is not None)
+        _join_group(place, store)
+        target(config, place)
+        _leave_group()
+        return 0
     except KeyboardInterrupt:
+        traceback.print_exc(file=streams.log)
         _leave(INTERRUPTED)
     except Exception as error:
-        failure = _describe(error, place.rank)
-        if report is not None:
-            report(failure)
-        else:
-            _say(failure, store)
-        _leave(1)
+        traceback.print_exc(file=streams.log)
+        _fail(error, place, streams.err, report, store)
 
 
 def _meet(place: Place, *, supervised: bool) -> Store:
@@ -122,23 +128,30 @@ def _is_lost_connection(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or any(words in str(error).lower() for words in _LOST)
 
 
-def _say(failure: Report, store: Store | None) -> None:
-    """Print a failure where the user looks; a sentence that all ranks would print is printed by the first of them."""
-    if failure.kind != "user":
-        print(f"rank {failure.rank} failed:\n{failure.text}", file=sys.stderr, flush=True)
-    elif _is_first_to_say(failure, store):
-        print(f"error: {failure.text}", file=sys.stderr, flush=True)
-        # Rank 0 may hold the store that the others are about to ask.
-        time.sleep(1 if store is not None else 0)
+def _fail(error: Exception, place: Place, console: TextIO, report: Reporter | None, store: Store | None) -> NoReturn:
+    """Tell the supervisor, or else the user, and leave. File descriptors still lead to the log: what libraries say as
+    connections break stays there."""
+    failure = _describe(error, place.rank)
+    if report is not None:
+        report(failure)
+    elif failure.kind != "user":
+        print(f"rank {failure.rank} failed:\n{failure.text}", file=console, flush=True)
+    else:
+        if _is_first_to_say(failure, store):
+            print(f"error: {failure.text}", file=console, flush=True)
+        if store is not None and place.rank == 0:
+            time.sleep(_SECONDS_TO_ASK)
+    _leave(1)
 
 
 def _is_first_to_say(failure: Report, store: Store | None) -> bool:
+    """Whether this rank is to print a sentence that others may have to say as well."""
     if store is None:
         return True
     try:
         return store.add(f"megatrain/said/{failure.text}", 1) == 1
     except RuntimeError:  # the rank that held the store is gone, and it has said something
-        return True
+        return False
 
 
 def _leave(code: int) -> NoReturn:

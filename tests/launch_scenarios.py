@@ -1,0 +1,164 @@
+"""What ranks do in test_launch.py, and a server that starts them quickly.
+
+The server imports torch and deepspeed once. For each line of JSON that it reads it forks a process that launches one
+scenario with its output in files, as a shell would; tests signal that process and ask for its exit code.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from megatrain import config, machine
+from megatrain.errors import DataError
+from megatrain.launch import run_local
+from megatrain.place import from_environment
+from megatrain.rank import enter_rank
+
+
+def folder_of(run):
+    return Path(run.run.output_dir)
+
+
+def come_up(run, place):
+    """Leave a file with this rank's process id, whole from its first moment."""
+    new = folder_of(run) / f"new-{place.rank}"
+    new.write_text(str(os.getpid()))
+    new.rename(folder_of(run) / f"up-{place.rank}")
+
+
+def meet():
+    """Wait for all ranks, as a collective in a step does."""
+    import torch
+    import torch.distributed
+
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def work(run, place):
+    import deepspeed
+    import torch
+
+    deepspeed.init_distributed()
+    logging.getLogger("megatrain").info("%d ranks met", meet())
+    asked = os.environ["OMP_NUM_THREADS"]
+    print(f"noise of rank {place.rank} with {torch.get_num_threads()} threads, {asked} asked for")
+    os.system("echo noise of a child process")
+
+
+def raise_on_one(run, place):
+    if place.rank == 1:
+        raise ValueError("the cause")
+    meet()
+
+
+def consequence_first(run, place):
+    if place.rank == 0:
+        raise RuntimeError("[gloo] Connection closed by peer")
+    time.sleep(0.5)
+    raise ValueError("the cause")
+
+
+def only_consequences(run, place):
+    raise RuntimeError("[gloo] Connection closed by peer")
+
+
+def raise_user_error(run, place):
+    raise DataError("there is no file x.bin")
+
+
+def die(run, place):
+    print(f"last words of rank {place.rank}")
+    if place.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    meet()
+
+
+def leave_with_3(run, place):
+    if place.rank == 1:
+        sys.exit(3)
+    meet()
+
+
+def count_signals(run, place):
+    seen = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: seen.append(signal.Signals(number).name))
+    come_up(run, place)
+    while not seen:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    (folder_of(run) / f"seen-{place.rank}").write_text(" ".join(seen))
+
+
+def ignore_signals(run, place):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sleep(run, place)
+
+
+def sleep(run, place):
+    come_up(run, place)
+    time.sleep(60)
+
+
+def launch_locally(target, run, world_size):
+    return run_local(target, run, world_size=world_size)
+
+
+def launch_as_torchrun(target, run, world_size):
+    """Start the ranks as a launcher does: RANK and its kin in the environment, nobody watching."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world_size):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        children.append(in_a_fork(lambda: enter_rank(target, run, from_environment(os.environ))))
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
+def in_a_fork(function):
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        code = function()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def start(order):
+    def launch():
+        os.setsid()
+        for name, fd in (("out", 1), ("err", 2)):
+            os.dup2(os.open(Path(order["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), fd)
+        run = config.load(None, ["train.steps=1", f"run.output_dir={order['folder']}", *order["overrides"]])
+        return globals()[order["launcher"]](globals()[order["scenario"]], run, order["world_size"])
+
+    return in_a_fork(launch)
+
+
+def main():
+    machine.set_environment(ranks_here=4)
+    machine.forbid_builds()
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
+        else:
+            answer = start(order)
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()

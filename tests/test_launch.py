@@ -1,0 +1,233 @@
+"""Ranks start, meet and end together, and a failure shows its first cause, whoever started them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatrain import config
+from megatrain.errors import ConfigError
+from megatrain.launch import run_local
+
+
+class Launched:
+    """A launch under way in its own process, and what it has written."""
+
+    def __init__(self, server, folder, pid, world_size):
+        self.server, self.folder, self.pid, self.world_size = server, folder, pid, world_size
+
+    def wait(self):
+        return ask(self.server, {"wait": self.pid})
+
+    def rank_pids(self):
+        """The process of each rank, once all are in their target."""
+        files = [self.folder / f"up-{rank}" for rank in range(self.world_size)]
+        until(lambda: all(file.exists() for file in files))
+        return [int(file.read_text()) for file in files]
+
+    def text(self, name):
+        return (self.folder / name).read_text()
+
+    def log(self, rank):
+        return self.text(f"logs/rank-{rank:05d}.log")
+
+
+def ask(server, order):
+    server.stdin.write(json.dumps(order) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+def until(true, *, seconds=20):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"waited {seconds} s for it"
+        time.sleep(0.02)
+
+
+def runs(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.fixture(scope="module")
+def extensions(tmp_path_factory):
+    return tmp_path_factory.mktemp("extensions")
+
+
+@pytest.fixture(scope="module")
+def server(extensions):
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMP_", "RANK"))}
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("launch_scenarios.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**outside, "TORCH_EXTENSIONS_DIR": str(extensions)},
+    )
+    yield process
+    process.stdin.close()
+    assert process.wait(timeout=10) == 0
+
+
+@pytest.fixture
+def launch(server, tmp_path):
+    started = []
+
+    def start(scenario, *, world_size=4, launcher="launch_locally", overrides=()):
+        order = {"scenario": scenario, "folder": str(tmp_path), "world_size": world_size, "launcher": launcher}
+        started.append(ask(server, {**order, "overrides": list(overrides)}))
+        return Launched(server, tmp_path, started[-1], world_size)
+
+    yield start
+    for pid in started:
+        if runs(pid):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def test_ranks_meet_and_only_rank_0_speaks(launch, extensions):
+    run = launch("work")
+    assert run.wait() == 0
+    assert run.text("out") == "4 ranks met\n"
+    assert run.text("err") == ""
+    threads = max(1, len(os.sched_getaffinity(0)) // 4)
+    for rank in range(4):
+        first, *lines = run.log(rank).splitlines()
+        assert f"rank {rank} of 4" in first
+        assert any(line.endswith("INFO 4 ranks met") for line in lines)
+        assert f"noise of rank {rank} with {threads} threads, {threads} asked for" in lines
+        assert "noise of a child process" in lines
+    # Nothing was compiled, although deepspeed has set up its collectives.
+    assert list(extensions.iterdir()) == []
+
+
+def test_verbose_shows_the_noise(launch):
+    run = launch("work", world_size=2, overrides=["run.verbose=true"])
+    assert run.wait() == 0
+    assert run.text("out").count("noise of a child process") == 2
+    assert "2 ranks met" in run.log(1)
+
+
+def test_the_traceback_of_the_rank_that_raised_is_shown_and_the_others_are_ended(launch):
+    run = launch("raise_on_one")
+    began = time.monotonic()
+    assert run.wait() == 1
+    assert time.monotonic() - began < 5
+    assert run.text("err").startswith("rank 1 failed:\nTraceback")
+    assert "ValueError: the cause\n" in run.text("err")
+    assert run.text("err").count("Traceback") == 1
+    assert "ValueError: the cause" in run.log(1)
+
+
+def test_a_broken_connection_does_not_hide_what_broke_it(launch):
+    run = launch("consequence_first", world_size=2)
+    assert run.wait() == 1
+    assert run.text("err").startswith("rank 1 failed:")
+    assert "Connection closed" not in run.text("err")
+
+
+def test_a_broken_connection_is_shown_when_nothing_else_is_known(launch):
+    run = launch("only_consequences", world_size=2)
+    assert run.wait() == 1
+    assert "Connection closed by peer" in run.text("err")
+
+
+@pytest.mark.parametrize("launcher", ["launch_locally", "launch_as_torchrun"])
+def test_a_sentence_for_the_user_is_said_once_and_alone(launch, launcher):
+    run = launch("raise_user_error", launcher=launcher)
+    assert run.wait() == 1
+    assert run.text("err") == "error: there is no file x.bin\n"
+    assert "Traceback" in run.log(3)
+
+
+def test_a_killed_rank_is_named_with_its_last_words(launch):
+    launch("die").wait()  # a run before it in the same folder, whose log is not shown again
+    run = launch("die")
+    began = time.monotonic()
+    assert run.wait() == 1
+    assert time.monotonic() - began < 5
+    assert run.text("err").startswith("rank 1 was killed by SIGKILL (often: out of memory)")
+    assert run.text("err").count("last words of rank 1") == 1
+
+
+def test_a_rank_that_just_leaves_is_named(launch):
+    run = launch("leave_with_3")
+    assert run.wait() == 1
+    assert run.text("err").startswith("rank 1 ended with exit code 3")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_every_rank_sees_a_signal_once_even_if_the_terminal_sends_it_to_all(launch, number):
+    run = launch("count_signals")
+    run.rank_pids()
+    os.killpg(run.pid, number)
+    assert run.wait() == 0
+    assert [run.text(f"seen-{rank}") for rank in range(4)] == [number.name] * 4
+    assert run.text("err") == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_nothing(launch, number, code):
+    run = launch("sleep", world_size=2)
+    ranks = run.rank_pids()
+    os.kill(run.pid, number)
+    assert run.wait() == code
+    assert run.text("err") == ""
+    assert not any(runs(pid) for pid in ranks)
+
+
+def test_a_second_signal_kills(launch):
+    run = launch("ignore_signals", world_size=2)
+    ranks = run.rank_pids()
+    os.kill(run.pid, signal.SIGTERM)
+    time.sleep(0.3)
+    assert all(runs(pid) for pid in ranks)
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait() == 143
+    assert not any(runs(pid) for pid in ranks)
+
+
+def test_ranks_do_not_outlive_a_killed_supervisor(launch):
+    run = launch("ignore_signals", world_size=2)
+    ranks = run.rank_pids()
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    until(lambda: not any(runs(pid) for pid in ranks), seconds=2)
+
+
+def test_under_a_launcher_ranks_meet(launch):
+    run = launch("work", world_size=2, launcher="launch_as_torchrun")
+    assert run.wait() == 0
+    assert run.text("out") == "2 ranks met\n"
+
+
+def test_under_a_launcher_a_failing_rank_says_why_and_leaves(launch):
+    run = launch("raise_on_one", world_size=2, launcher="launch_as_torchrun")
+    assert run.wait() == 1
+    assert "rank 1 failed:\nTraceback" in run.text("err")
+    assert "ValueError: the cause\n" in run.text("err")
+
+
+def test_a_port_in_use_is_refused_before_ranks_start(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run = config.load(None, ["train.steps=1", f"run.output_dir={tmp_path}", f"run.master_port={port}"])
+        with pytest.raises(ConfigError, match=rf"run.master_port={port} cannot be used .*0 takes a free port"):
+            run_local(print, run, world_size=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_error(launch, tmp_path):
+    (tmp_path / "file").touch()
+    run = launch("work", world_size=2, overrides=[f"run.output_dir={tmp_path}/file/run"])
+    assert run.wait() == 1
+    assert run.text("err").startswith(f"error: run.output_dir={tmp_path}/file/run cannot be written")
