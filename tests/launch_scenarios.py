@@ -149,8 +149,11 @@ def start(order):
 
 
 def main():
+    import torch  # noqa: F401  before any thread is asked for, so that ranks have to set theirs
+
     machine.set_environment(ranks_here=4)
     machine.forbid_builds()
+    del os.environ["OMP_NUM_THREADS"]
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:
