@@ -83,7 +83,7 @@ def _store(listener: socket.socket) -> Iterator[None]:
 
 def _context(world_size: int) -> ForkContext | SpawnContext:
     if not machine.has_gpu():
-        _import_once()
+        import_before_fork()
         return multiprocessing.get_context("fork")
     import torch
 
@@ -108,7 +108,7 @@ _IMPORTED_LATE = (
 )
 
 
-def _import_once() -> None:
+def import_before_fork() -> None:
     """Import what every rank needs, in the parent that they are forked from."""
     machine.forbid_builds()
     for name in _IMPORTED_LATE:

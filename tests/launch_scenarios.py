@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatrain import config, machine
 from megatrain.errors import DataError
-from megatrain.launch import run_local
+from megatrain.launch import import_before_fork, run_local
 from megatrain.place import from_environment
 from megatrain.rank import enter_rank
 
@@ -152,7 +152,7 @@ def main():
     import torch  # noqa: F401  before any thread is asked for, so that ranks have to set theirs
 
     machine.set_environment(ranks_here=4)
-    machine.forbid_builds()
+    import_before_fork()
     del os.environ["OMP_NUM_THREADS"]
     for line in sys.stdin:
         order = json.loads(line)
