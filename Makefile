@@ -17,6 +17,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
+	mkdir -p $(DEMO)
 	$(BIN)/python tools/gather_stdlib.py $(DEMO)/train.jsonl --valid $(DEMO)/valid.jsonl
 	$(BIN)/megatrain tokenizer $(DEMO)/train.jsonl --vocab-size 4096 --output $(DEMO)/tokenizer
 	$(BIN)/megatrain preprocess $(DEMO)/train.jsonl --tokenizer $(DEMO)/tokenizer --output $(DEMO)/train
