@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 
 def _main(rank, world_size, store, function, args, results):
@@ -23,7 +24,8 @@ def _main(rank, world_size, store, function, args, results):
             os.dup2(log.fileno(), 2)
         forbid_builds()
         dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
-        results.put((rank, function(rank, world_size, *args), None))
+        # Pickled here: torch would hand tensors over as shared memory, which ends with this process.
+        results.put((rank, pickle.dumps(function(rank, world_size, *args)), None))
         dist.barrier()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
@@ -36,9 +38,12 @@ def run_ranks(function, world_size: int, *args, folder: Path, timeout: float = 3
     """Results by rank; raises with the first failing rank's traceback."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401  imported once, before the forks
+    import transformers.models.auto.modeling_auto  # noqa: F401
 
-    context = mp.get_context("fork")
-    results = context.SimpleQueue() if False else context.Queue()
+    import megatrain.train.trainer  # noqa: F401
+
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
     store = str(folder / f"store-{world_size}-{os.urandom(4).hex()}")
     processes = [context.Process(target=_main, args=(rank, world_size, store, function, args, results)) for rank in range(world_size)]
     for process in processes:
@@ -49,7 +54,7 @@ def run_ranks(function, world_size: int, *args, folder: Path, timeout: float = 3
             rank, value, error = results.get(timeout=timeout)
             if error is not None:
                 raise AssertionError(f"rank {rank}:\n{error}")
-            found[rank] = value
+            found[rank] = pickle.loads(value)
     finally:
         for process in processes:
             process.join(0 if len(found) < world_size else 20)

@@ -21,7 +21,7 @@ from megatrain.train.build import build_stage
 
 STEPS, BATCH, LENGTH, LR = 10, 8, 16, 1e-3
 LLAMA = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 MODELS = {
     "llama": LLAMA,
