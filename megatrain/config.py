@@ -222,7 +222,7 @@ def describe() -> str:
         cls = typing.get_type_hints(Config)[section.name]
         hints = typing.get_type_hints(cls)
         for item in fields(cls):
-            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc, operator]
             shown = yaml.safe_dump(default, default_flow_style=True).strip().removesuffix("...").strip()
             choices = f" ({_type_name(hints[item.name])})"
             lines.append(f"  {item.name}: {shown}".ljust(34) + f"  # {item.metadata['meaning']}{choices}")
@@ -323,9 +323,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             return float(value)
         elif option is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
             return int(value)
-        elif option is bool and isinstance(value, bool):
-            return value
-        elif option is str and isinstance(value, str):
+        elif (option is bool and isinstance(value, bool)) or (option is str and isinstance(value, str)):
             return value
         elif typing.get_origin(option) is list and isinstance(value, list):
             (inner,) = typing.get_args(option)

@@ -55,7 +55,7 @@ class Attention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if context.rotation is not None:
             q, k = rotate(q, context.rotation), rotate(k, context.rotation)
-        y = self._attend(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), context)
+        y = self._attend(q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), context)
         return y.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:

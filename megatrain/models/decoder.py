@@ -35,11 +35,11 @@ class LayerSpec(NamedTuple):
     """One entry of the list of layers, before it is built: enough to plan stages and to count parameters."""
 
     kind: str
-    index: int
+    number: int
 
     @property
     def title(self) -> str:
-        return f"block {self.index}" if self.kind == "block" else self.kind
+        return f"block {self.number}" if self.kind == "block" else self.kind
 
 
 def layer_list(architecture: Architecture) -> list[LayerSpec]:
@@ -54,7 +54,7 @@ def build_layer(spec: LayerSpec, parts: Parts, *, recompute: str) -> nn.Module:
         return Embedding(parts)
     if spec.kind == "head":
         return Head(parts)
-    return Block(parts, spec.index, recompute=recompute)
+    return Block(parts, spec.number, recompute=recompute)
 
 
 def build_layers(specs: list[LayerSpec], parts: Parts, *, recompute: str) -> nn.ModuleList:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from megatrain.models.parts import Parts
 from megatrain.parallel import collectives
 from megatrain.parallel.layers import Linear, RowLinear
 
-_FORWARD = {
+_FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

@@ -18,7 +18,8 @@ STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"),
 
 def decay_groups(parameters: Iterable[nn.Parameter], config: Optimizer) -> list[dict[str, Any]]:
     """Two groups: matrices (and embeddings where asked) decay; biases and norms do not, as in GPT-2 and Llama."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in parameters:
         kind = sharding(parameter).kind
         decays = kind == "matrix" or (kind == "embedding" and config.decay_embeddings)

@@ -29,7 +29,7 @@ def _best_cuts(costs: list[float], stages: int) -> list[int]:
     for cost in costs:
         sums.append(sums[-1] + cost)
     best: list[tuple[float, float, list[int]] | None] = [(0.0, 0.0, [])] + [None] * total
-    for stage in range(stages):
+    for _stage in range(stages):
         following: list[tuple[float, float, list[int]] | None] = [None] * (total + 1)
         for last in range(1, total + 1):
             for first in range(last):

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -90,11 +91,11 @@ def _check_output(config: Config) -> None:
         raise ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})") from None
 
 
-def _open(config: Config, architecture: Architecture, which: str) -> Samples:
+def _open(config: Config, architecture: Architecture, which: Literal["train", "valid"]) -> Samples:
     if config.data.train is None:
         raise ConfigError("data.train", "(nothing)", "is missing", "give the prefix that `megatrain preprocess --output` wrote")
     return open_samples(config.data, which=which, sequence_length=config.data.sequence_length, seed=config.run.seed,
-                        vocab_size=architecture.vocab_size)  # type: ignore[arg-type] # fmt: skip
+                        vocab_size=architecture.vocab_size)  # fmt: skip
 
 
 def dry_run(config: Config) -> str:
@@ -111,7 +112,8 @@ def dry_run(config: Config) -> str:
     for number, plan in enumerate(plan_stages(config, architecture)):
         titles = plan.specs[0].title if len(plan.specs) == 1 else f"{plan.specs[0].title} ... {plan.specs[-1].title}"
         lines.append(f"{number:>5}  {f'{len(plan.specs)}: {titles}':<30}  {plan.parameters_per_rank:>15,}")
-    for which in ("train", "valid") if config.train.eval_every else ("train",):
+    parts: list[Literal["train", "valid"]] = ["train", "valid"] if config.train.eval_every else ["train"]
+    for which in parts:
         try:
             _open(config, architecture, which)
         except (DataError, ConfigError) as error:
@@ -165,7 +167,7 @@ class _Pretraining:
         self.flops = flops_per_token(self.architecture.config, sequence_length=config.data.sequence_length)
         self.peak = peak_flops(torch.cuda.get_device_name(), config.train.dtype) if self.device.type == "cuda" else None
 
-    def _loader(self, which: str) -> Loader:
+    def _loader(self, which: Literal["train", "valid"]) -> Loader:
         train = self.config.train
         return Loader(_open(self.config, self.architecture, which), global_batch_size=train.global_batch_size,
                       micro_batch_size=train.micro_batch_size, data_rank=self.grid.data.rank, data_size=self.grid.data.size)  # fmt: skip
