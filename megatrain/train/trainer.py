@@ -21,7 +21,7 @@ from megatrain.optim.learning_rate import learning_rate
 from megatrain.optim.zero import DTYPES, Zero
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Grid
-from megatrain.pipeline.actions import Action, Instruction
+from megatrain.pipeline.actions import Instruction
 from megatrain.pipeline.channels import Channels
 from megatrain.pipeline.executor import Executor
 from megatrain.pipeline.schedules import make_schedule
@@ -164,6 +164,3 @@ class Trainer:
             return f"the first layer with a non-finite output is {layers[0][1]}"
         names = [name for _, name in everyone if name is not None]
         return f"all layers' outputs are finite; a non-finite gradient is that of {names[0]}" if names else "a gradient overflows"
-
-    def actions(self) -> list[Action]:
-        return [i for i in self.instructions if isinstance(i, Action)]
