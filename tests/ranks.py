@@ -1,63 +1,119 @@
-"""Runs a function on N forked ranks over gloo and returns what each returned."""
+"""Runs a function on N ranks over gloo and returns what each returned.
+
+The ranks are processes that live as long as pytest, forked once libraries and tests are imported: a start of eight ranks costs
+more than most of what is asked of them. Each call gets a world of its own, made of the first N of them. A function is given by
+reference, so it belongs to a module, and it leaves the process as it found it.
+"""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import multiprocessing
 import os
 import pickle
+import time
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
+from typing import Any, NamedTuple
 
 
-def _main(rank, world_size, store, function, args, results):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "DS_ACCELERATOR": "cpu",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    torch.set_num_threads(1)
+class _Worker(NamedTuple):
+    process: Any
+    pipe: Connection
+
+
+_workers: list[_Worker] = []
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+
     from megatrain.machine import forbid_builds
 
+    torch.set_num_threads(1)
+    forbid_builds()
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    while True:
+        try:
+            task = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            os._exit(0)
+        pipe.send_bytes(_answer(*task))
+
+
+def _answer(rank: int, world_size: int, store: str, function: Any, args: tuple) -> bytes:
+    import deepspeed.comm.comm
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # fmt: skip
     try:
-        with open(store + f".log{rank}", "w") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        forbid_builds()
         dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
-        # Pickled here: torch would hand tensors over as shared memory, which ends with this process.
-        results.put((rank, pickle.dumps(function(rank, world_size, *args)), None))
+        deepspeed.comm.comm.cdb = None  # it would speak to the groups of the call before
+        result = function(rank, world_size, *args)
         dist.barrier()
+        # Pickled here: a pipe of multiprocessing would hand tensors over as shared memory.
+        return pickle.dumps((result, None))
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
-    results.close()
-    results.join_thread()
-    os._exit(0)
+        return pickle.dumps((None, traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()
 
 
-def run_ranks(function, world_size: int, *args, folder: Path, timeout: float = 300.0):
-    """Results by rank; raises with the first failing rank's traceback."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401  imported once, before the forks
+def _start(count: int) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    import deepspeed  # noqa: F401
     import transformers.models.auto.modeling_auto  # noqa: F401
 
     import megatrain.train.trainer  # noqa: F401
+    from megatrain.launch import import_before_fork
 
+    import_before_fork()
     context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    store = str(folder / f"store-{world_size}-{os.urandom(4).hex()}")
-    processes = [context.Process(target=_main, args=(rank, world_size, store, function, args, results)) for rank in range(world_size)]
-    for process in processes:
+    while len(_workers) < count:
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(there,), daemon=True)
         process.start()
-    found = {}
-    try:
-        while len(found) < world_size:
-            rank, value, error = results.get(timeout=timeout)
+        there.close()
+        _workers.append(_Worker(process, here))
+
+
+@atexit.register
+def stop() -> None:
+    """End all ranks; the next call starts new ones."""
+    for worker in _workers:
+        worker.process.kill()
+        worker.process.join()
+    _workers.clear()
+
+
+def run_ranks(function: Any, world_size: int, *args: Any, folder: Path, timeout: float = 300.0) -> list[Any]:
+    """`function(rank, world_size, *args)` on every rank: results by rank, or the first failing rank's traceback raised."""
+    _start(world_size)
+    store = str(folder / f"store-{world_size}-{os.urandom(4).hex()}")
+    for rank in range(world_size):
+        _workers[rank].pipe.send_bytes(pickle.dumps((rank, world_size, store, function, args)))
+    results: dict[int, Any] = {}
+    until = time.monotonic() + timeout
+    while len(results) < world_size:
+        waiting = {_workers[rank].pipe: rank for rank in range(world_size) if rank not in results}
+        ready = multiprocessing.connection.wait(list(waiting), max(0.0, until - time.monotonic()))
+        if not ready:
+            stop()
+            raise AssertionError(f"ranks {sorted(waiting.values())} gave no answer in {timeout:.0f} s")
+        for pipe in ready:
+            try:
+                result, error = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                result, error = None, "its process is gone"
             if error is not None:
-                raise AssertionError(f"rank {rank}:\n{error}")
-            found[rank] = pickle.loads(value)
-    finally:
-        for process in processes:
-            process.join(0 if len(found) < world_size else 20)
-            if process.is_alive():
-                process.kill()
-    return [found[rank] for rank in range(world_size)]
+                stop()  # the others may wait for it for ever
+                raise AssertionError(f"rank {waiting[pipe]}:\n{error}")
+            results[waiting[pipe]] = result
+    return [results[rank] for rank in range(world_size)]

@@ -73,25 +73,31 @@ def make_grid(rank: int, *, tensor: int = 1, pipeline: int = 1, data: int = 1, c
         "ends": ranks[[0, -1]].reshape(2, -1).T if pipeline > 1 else ranks.reshape(-1, 1),
     }
     axes = {name: _axis(rank, groups, connect) for name, groups in lines.items()}
-    return Grid(rank=rank, world_size=ranks.size, singleton=_new_group((rank,)) if connect else None, **axes)
+    return Grid(rank=rank, world_size=ranks.size, singleton=new_group((rank,)) if connect else None, **axes)
 
 
 def part_of(axis: Axis, size: int) -> Axis:
     """The `size` neighbours of this rank on the axis: ranks [k*size, (k+1)*size) of it. All of the axis call it together."""
     first = axis.rank // size * size
     ranks = axis.ranks[first : first + size]
-    group = _new_group(ranks) if axis.group is not None and size > 1 else None
+    group = new_group(ranks) if axis.group is not None and size > 1 else None
     return Axis(rank=axis.rank - first, size=size, ranks=ranks, group=group)
 
 
 def _axis(rank: int, lines: np.ndarray, connect: bool) -> Axis:
     mine = next((tuple(line) for line in lines.tolist() if rank in line), (rank,))
-    group = _new_group(mine) if connect and len(mine) > 1 else None
-    return Axis(rank=mine.index(rank), size=len(mine), ranks=mine, group=group)
+    # Also for a rank alone on a line of others' (see new_group).
+    group = new_group(mine) if connect and lines.shape[1] > 1 else None
+    return Axis(rank=mine.index(rank), size=len(mine), ranks=mine, group=group if len(mine) > 1 else None)
 
 
-def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """Only the members meet, so that making a grid costs the same on 4 ranks and on 4096."""
+def new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """A group of `ranks`, this one included. Only they meet, so that a grid costs the same on 4 ranks and on 4096.
+
+    torch names the group after its ranks and the number of groups that the caller made before. Unless all ranks of the
+    world have made equally many, members wait for each other under different names for ever: so whoever is left out of a
+    round of groups makes one of itself.
+    """
     import torch.distributed as dist
 
     return dist.new_group(list(ranks), use_local_synchronization=True)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.parallel.grid import Axis
+from megatrain.parallel.grid import Axis, new_group
 
 
 class Arrival(NamedTuple):
@@ -31,14 +31,17 @@ class Channels:
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
-        self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
-        # Even pairs first: neighbours meet in the same order everywhere, so making the groups cannot deadlock.
-        for first in [*range(0, axis.size - 1, 2), *range(1, axis.size - 1, 2)]:
-            for pair in ((first, first + 1), (first + 1, first)):
-                if axis.rank in pair:
-                    members = [axis.ranks[i] for i in sorted(pair)]
-                    self._groups[pair] = dist.new_group(members, use_local_synchronization=True)
+        for first in (0, 1):
+            self._connect([(a, a + 1) for a in range(first, axis.size - 1, 2)])
+
+    def _connect(self, pairs: list[tuple[int, int]]) -> None:
+        """One round of groups: the pairs share no rank, so each rank makes two, of itself where it is in no pair."""
+        pair = next((pair for pair in pairs if self.axis.rank in pair), None)
+        members = (self.axis.rank,) if pair is None else pair
+        for direction in (members, members[::-1]):
+            self._groups[direction] = new_group(tuple(self.axis.ranks[i] for i in members))
 
     def send(self, tensor: Tensor, peer: int) -> None:
         """Start sending to pipeline rank `peer`; the tensor is held until it has left."""

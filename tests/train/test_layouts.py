@@ -35,7 +35,7 @@ MODELS = {
 
 
 def make_config(model: str, **settings):
-    values = {"train.steps": STEPS, "train.global_batch_size": BATCH, "data.sequence_length": LENGTH, "optimizer.lr": LR,
+    values = {"train.steps": STEPS, "train.global_batch_size": BATCH, "train.micro_batch_size": 2, "data.sequence_length": LENGTH, "optimizer.lr": LR,
               "lr_schedule.name": "constant", "optimizer.grad_clip": 0.5, "run.seed": 7} | settings  # fmt: skip
     raw = {"model": MODELS[model]}
     for name, value in values.items():
@@ -80,7 +80,7 @@ def reference(model: str):
             gradients = {name: p.grad.clone() for name, p in network.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, norms, gradients
 
 
@@ -141,29 +141,64 @@ def references():
     return get
 
 
-def row(model="llama", world=1, **parallel):
-    name = "-".join([model, f"w{world}", *(f"{k}{v}" for k, v in parallel.items())])
-    return pytest.param(model, world, parallel, id=name)
+def row(model="llama", world=1, **settings):
+    name = "-".join([model, f"w{world}", *(f"{k}{v}" for k, v in settings.items())])
+    return pytest.param(model, world, settings, id=name)
 
 
+TP, PP, TP_PP = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}
 ROWS = [
+    # one rank: our model against each family's in transformers
     *[row(model) for model in MODELS],
-    row(world=2, tensor=2), row(world=4, tensor=4), row(world=2, pipeline=2), row(world=2, zero=1),
-    row(world=4, tensor=2, pipeline=2), row(world=4, tensor=2, pipeline=2, sequence=True),
-    row(world=4, tensor=2, pipeline=2, schedule="gpipe"),
-    row("tied", 2, pipeline=2), row(world=2, zero=0), row(world=2, zero=2), row(world=2, zero=3),
-    row(world=4, tensor=2, pipeline=2, recompute="full"),
+    row(recompute="full"), row(recompute="selective"), row(micro_batch_size=1), row(zero=0), row(offload="cpu"),
+    # one axis
+    row(world=2, **TP), row(world=4, tensor=4), row(world=2, sequence=True, **TP), row(world=4, tensor=4, sequence=True),
+    row(world=2, **PP), row(world=2, schedule="gpipe", **PP), row(world=4, pipeline=4), row(world=4, pipeline=4, schedule="gpipe"),
+    *[row(world=2, zero=stage) for stage in (0, 1, 2, 3)], row(world=4, zero=1),
+    row(world=2, zero=1, offload="cpu"), row(world=2, zero=2, offload="cpu"),
+    # two axes
+    *[row(model, 4, **TP_PP) for model in MODELS], *[row(model, 4, sequence=True, **TP_PP) for model in MODELS],
+    row(world=4, schedule="gpipe", **TP_PP), row(world=4, recompute="full", **TP_PP),
+    row(world=4, recompute="selective", sequence=True, **TP_PP),
+    *[row(world=4, zero=stage, **TP) for stage in (0, 1, 2, 3)], row(world=4, zero=1, sequence=True, **TP),
+    *[row(world=4, zero=stage, **PP) for stage in (0, 1)], row(world=4, schedule="gpipe", **PP),
+    # key and value heads held by two ranks each; one tied matrix at both ends of the pipeline
+    row("qwen3", 4, tensor=4, sequence=True), row("gpt2", 4, tensor=4),
+    row("tied", 2, **PP), row("tied", 4, pipeline=4), row("tied", 4, zero=0, **PP), row("tied", 4, zero=1, **PP),
+    row("tied", 4, zero=2, **TP), row("tied", 4, zero=3, **TP), row("gpt2", 4, zero=3, sequence=True, **TP),
+    # three axes
+    row(world=8, **TP_PP), row("tied", 8, sequence=True, **TP_PP), row("gpt2", 8, pipeline=4, zero=0),
+]  # fmt: skip
+BF16_ROWS = [
+    row(), row("gpt2"), row(world=2, **TP), row(world=2, **PP), *[row(world=2, zero=stage) for stage in (0, 1, 2, 3)],
+    row(world=4, sequence=True, **TP_PP), row("tied", 4, **TP_PP), row("tied", 4, **PP), row(world=4, zero=2, **TP),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "world", "parallel"), ROWS)
-def test_equals_plain_torch(model, world, parallel, references, tmp_path):
-    parallel = dict(parallel)
-    settings = {"train.recompute": parallel.pop("recompute", "none")} | {f"parallel.{k}": v for k, v in parallel.items()}
-    results = run_ranks(run_layout, world, make_config(model, **settings), folder=tmp_path)
+def layout(model: str, settings: dict, **more):
+    """A row's config; settings that are not of `parallel` are of `train`."""
+    train = ("recompute", "micro_batch_size")
+    return make_config(model, **{f"{'train' if key in train else 'parallel'}.{key}": value for key, value in settings.items()}, **more)
+
+
+@pytest.mark.parametrize(("model", "world", "settings"), ROWS)
+def test_equals_plain_torch(model, world, settings, references, tmp_path):
+    results = run_ranks(run_layout, world, layout(model, settings), folder=tmp_path)
     losses, norms, gradients = references(model)
     for ours, our_norms, _ in results:
         assert ours == results[0][0]
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-6, atol=0)
         torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-5, atol=0)
     assert worst_gradient(results, gradients) < 1e-5
+
+
+@pytest.mark.parametrize(("model", "world", "settings"), BF16_ROWS)
+def test_bf16_stays_near_fp32(model, world, settings, references, tmp_path):
+    """Rounding of weights and activations to 8 bits is all that differs from plain torch in fp32."""
+    results = run_ranks(run_layout, world, layout(model, settings, **{"train.dtype": "bf16"}), folder=tmp_path)
+    losses, norms, gradients = references(model)
+    ours, our_norms, _ = results[0]
+    print("BF16", model, world, settings, (torch.tensor(ours)/torch.tensor(losses)-1).abs().max(), (torch.tensor(our_norms)/torch.tensor(norms)-1).abs().max(), worst_gradient(results, gradients))
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-2, atol=0)
+    assert worst_gradient(results, gradients) < 2e-2
