@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -43,7 +44,7 @@ class Data:
     )
     valid: str | list[dict[str, Any]] | None = setting(None, "Indexed dataset to evaluate on, written as `train` is.")
     split: str | None = setting(
-        None, 'Shares of the training documents for train, valid and test, as "98,1,1"; used when `valid` is not given.'
+        None, 'Shares of the training documents for train, valid and test, as "98,1,1"; instead of `valid`.'
     )
     tokenizer: str | None = setting(None, "Folder of the tokenizer; checked against the model and saved with checkpoints.")
     sequence_length: int = setting(1024, "Tokens in a training sequence.")
@@ -313,15 +314,18 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             if value is None:
                 return None
         elif typing.get_origin(option) is Literal:
-            if value in typing.get_args(option) and not isinstance(value, bool):
-                return value
+            same = [choice for choice in typing.get_args(option) if choice == value and not isinstance(value, bool)]
+            if same:
+                return same[0]  # 1 where 1.0 was written
             if value is not None:
                 choices = ", ".join(str(c) for c in typing.get_args(option))
                 close = _did_you_mean(str(value), [str(c) for c in typing.get_args(option)], always="")
                 raise ConfigError(name, _short(value), f"is not one of {choices}", close)
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not abs(value) <= sys.float_info.max:
+                raise ConfigError(name, _short(value), "must be a finite number")
             return float(value)
-        elif option is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
+        elif option is int and isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
             return int(value)
         elif (option is bool and isinstance(value, bool)) or (option is str and isinstance(value, str)):
             return value
@@ -393,14 +397,15 @@ def _check_ranges(config: Config) -> None:
             value = _value(config, name)
             if value is not None and not value >= least:
                 raise ConfigError(name, value, words)
-    for name in ("momentum",):
-        if not 0 <= getattr(config.optimizer, name) < 1:
-            raise ConfigError(f"optimizer.{name}", getattr(config.optimizer, name), "must be in [0, 1)")
+    if not 0 <= config.optimizer.momentum < 1:
+        raise ConfigError("optimizer.momentum", config.optimizer.momentum, "must be in [0, 1)")
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ConfigError("optimizer.betas", betas, "must be two numbers in [0, 1)", "for example [0.9, 0.95]")
     if not 0 <= config.lr_schedule.stable_fraction <= 1:
         raise ConfigError("lr_schedule.stable_fraction", config.lr_schedule.stable_fraction, "must be in [0, 1]")
+    if config.run.master_port > 65535:
+        raise ConfigError("run.master_port", config.run.master_port, "is no port", "use 1 to 65535, or 0 for a free one")
 
 
 def _check_train(config: Config) -> None:

@@ -67,6 +67,8 @@ def test_whole_numbers_may_be_written_as_floats_and_only_whole_ones():
     read = load(None, ["train.tokens=1e9", "data.sequence_length=1024.0"])
     assert (read.train.tokens, read.data.sequence_length) == (10**9, 1024)
     assert isinstance(read.train.tokens, int)
+    zero = made("parallel.zero=1.0").parallel.zero
+    assert (zero, type(zero)) == (1, int)
     assert "must be a whole number" in refusal("train.log_every=1.5")
 
 
@@ -146,7 +148,17 @@ REFUSED = {
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] must be two numbers in [0, 1); for example [0.9, 0.95]",
     "optimizer.betas=[0.9, 1.0]": "must be two numbers in [0, 1)",
     "optimizer.momentum=1.0": "optimizer.momentum=1.0 must be in [0, 1)",
-    "optimizer.lr=.nan": "optimizer.lr=nan must not be negative",
+    "optimizer.lr=.nan": "optimizer.lr=nan must be a finite number",
+    "optimizer.lr=.inf": "optimizer.lr=inf must be a finite number",
+    "optimizer.betas=[.nan, 0.9]": "optimizer.betas[0]=nan must be a finite number",
+    f"optimizer.lr=1{'0' * 400}": "must be a finite number",
+    "train.tokens=.inf": "train.tokens=inf must be a whole number or null",
+    "train.steps=.nan": "train.steps=nan must be a whole number or null",
+    "parallel.zero=.nan": "parallel.zero=nan is not one of 0, 1, 2, 3",
+    "parallel.zero=[1]": "parallel.zero=[1] is not one of 0, 1, 2, 3",
+    "parallel.zero=1.5": "parallel.zero=1.5 is not one of 0, 1, 2, 3",
+    "parallel.schedule=1": "parallel.schedule=1 is not one of gpipe, 1f1b",
+    "run.master_port=70000": "run.master_port=70000 is no port; use 1 to 65535, or 0 for a free one",
     "lr_schedule.stable_fraction=1.1": "lr_schedule.stable_fraction=1.1 must be in [0, 1]",
     "lr_schedule.warmup_steps=11": "lr_schedule.warmup_steps=11 is more than the 10 steps of the schedule",
     "lr_schedule.min_lr=1": "lr_schedule.min_lr=1.0 is above optimizer.lr=0.0003",

@@ -51,6 +51,8 @@ class Architecture:
     mlp_bias: bool = False
     qk_norm: bool = False
     tied: bool = False
+    padding_token: int | None = None
+    """Its embedding starts at zero and gets no gradient from the input, as with torch's padding_idx."""
     windows: tuple[int | None, ...] = ()
     """Sliding window of each layer in tokens; None attends to all before."""
     transposed: bool = False
@@ -98,8 +100,9 @@ def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
         raise ConfigError("model.model_type", "(nothing)", "is missing", f"one of {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
         raise ConfigError("model.model_type", model_type, "is not supported", f"one of {', '.join(FAMILIES)}")
-    known = set(AutoConfig.for_model(model_type).to_dict()) | {"rope_theta", "rope_scaling", "layer_types"}
-    known |= set(AutoConfig.for_model(model_type).attribute_map)
+    known = set(AutoConfig.for_model(model_type).to_dict()) | set(AutoConfig.for_model(model_type).attribute_map)
+    if "rope_parameters" in known:
+        known |= {"rope_theta", "rope_scaling"}  # what transformers called them before version 5
     for name in fields:
         if name not in known:
             import difflib
@@ -126,12 +129,19 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ConfigError("model.model_type", config.model_type, "is not supported", f"one of {', '.join(FAMILIES)}")
+    _refuse(config, "quantization_config", (None,))
     architecture = family(config)
     _check_sizes(architecture)
     return architecture
 
 
 def _check_sizes(a: Architecture) -> None:
+    for name in ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "max_positions"):
+        if getattr(a, name) < 1:
+            raise ConfigError(f"model's {name}", getattr(a, name), "must be at least 1")
+    for name in ("embedding_dropout", "residual_dropout", "attention_dropout"):
+        if not 0 <= getattr(a, name) < 1:
+            raise ConfigError(f"model's {name}", getattr(a, name), "must be in [0, 1)")
     if a.num_heads % a.num_kv_heads:
         raise ConfigError("model.num_key_value_heads", a.num_kv_heads, f"does not divide num_attention_heads={a.num_heads}")
     if a.rotary and a.head_dim % 2:
@@ -215,10 +225,20 @@ def _llama_like(config: PreTrainedConfig, **switches: Any) -> Architecture:
         "activation": _activation(config, "hidden_act"),
         "tied": bool(config.tie_word_embeddings),
         "init_std": config.initializer_range,
-        "attention_dropout": config.attention_dropout,
+        "attention_dropout": config.attention_dropout or 0.0,
+        "padding_token": _padding_token(config),
         "config": config,
     }
     return Architecture(**(values | switches))
+
+
+def _padding_token(config: PreTrainedConfig) -> int | None:
+    """Counted from the end of the vocabulary where negative, as torch does."""
+    token = config.pad_token_id
+    if token is not None and not -config.vocab_size <= token < config.vocab_size:
+        raise ConfigError("model.pad_token_id", token, f"is outside the vocabulary of {config.vocab_size}",
+                          "leave it out: pretraining pads nothing")  # fmt: skip
+    return None if token is None else token % config.vocab_size
 
 
 def _llama(config: PreTrainedConfig) -> Architecture:
@@ -234,6 +254,9 @@ def _layer_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     for kind in config.layer_types:
         if kind not in ("full_attention", "sliding_attention"):
             raise ConfigError("model.layer_types", kind, "is not built", "full_attention or sliding_attention")
+    if "sliding_attention" in config.layer_types and config.sliding_window is None:
+        raise ConfigError("model.layer_types", "sliding_attention", "asks for a window and none is set",
+                          "set model.use_sliding_window=true and model.sliding_window")  # fmt: skip
     return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types)
 
 
@@ -250,6 +273,8 @@ def _gpt2(config: PreTrainedConfig) -> Architecture:
     _refuse(config, "scale_attn_weights", (True,))
     _refuse(config, "scale_attn_by_inverse_layer_idx", (False,))
     _refuse(config, "add_cross_attention", (False,))
+    if config.n_embd % config.n_head:
+        raise ConfigError("model.n_head", config.n_head, f"does not divide n_embd={config.n_embd}")
     return Architecture(
         model_type="gpt2",
         vocab_size=config.vocab_size,

@@ -94,7 +94,8 @@ class Embedding(nn.Module):
         summed = (grid.ends,) if a.tied and grid.pipeline.size > 1 else ()
         weight = parts.vocabulary("embedding", summed=summed)
         self.axis, self.sequence = grid.tensor, parts.sequence
-        self.tokens = VocabEmbedding(weight, start=parts.vocab_start, axis=grid.tensor, sequence=parts.sequence)
+        self.tokens = VocabEmbedding(weight, start=parts.vocab_start, axis=grid.tensor, sequence=parts.sequence,
+                                     padding_token=a.padding_token)  # fmt: skip
         self.positions = None if a.rotary else PositionEmbedding(parts)
         self.residual = Residual(parts, a.embedding_dropout, "embedding", 0)
 

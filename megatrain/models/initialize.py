@@ -20,3 +20,6 @@ def initialize(module: nn.Module, seed: int) -> None:
         elif part.numel():
             values = normal_slice(seed, declaration.name, declaration.shape, declaration.whole_slice(), std=declaration.init.std)
             part.copy_(values)
+            row = declaration.init.zero_row
+            if row is not None and declaration.start <= row < declaration.start + part.shape[0]:
+                part[row - declaration.start] = 0.0

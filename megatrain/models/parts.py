@@ -109,8 +109,9 @@ class Parts:
         a, axis = self.architecture, self.grid.tensor
         length = max(0, min(self.vocab_rows, a.vocab_size - self.vocab_start))
         whole = axis.size == 1 and length == self.vocab_rows
+        init = Init(std=a.init_std, zero_row=a.padding_token if role == "embedding" else None)
         declaration = Sharding(self._name(role, None, "weight"), (a.vocab_size, a.hidden_size), None if whole else 0,
-                               min(self.vocab_start, a.vocab_size), length, init=Init(std=a.init_std), kind="embedding",
+                               min(self.vocab_start, a.vocab_size), length, init=init, kind="embedding",
                                counted=counted, summed=summed)  # fmt: skip
         return self._make((self.vocab_rows, a.hidden_size), declaration)
 

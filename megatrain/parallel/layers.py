@@ -106,17 +106,19 @@ class RowLinear(Linear):
 class VocabEmbedding(nn.Module):
     """Rows of a table split over tensor ranks: tokens int64 [B, S] -> [S, B, H], or [S/t, B, H] under sequence parallelism."""
 
-    def __init__(self, weight: nn.Parameter, *, start: int, axis: Axis, sequence: bool) -> None:
+    def __init__(self, weight: nn.Parameter, *, start: int, axis: Axis, sequence: bool, padding_token: int | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.start, self.axis, self.sequence = start, axis, sequence
+        here = padding_token is not None and start <= padding_token < start + weight.shape[0]
+        self.padding_row = padding_token - start if padding_token is not None and here else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens.t() - self.start
         if self.axis.size == 1:
-            return F.embedding(local, self.weight)
+            return F.embedding(local, self.weight, self.padding_row)
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight, self.padding_row)
         return collectives.leave(rows.masked_fill(elsewhere[..., None], 0), self.axis, sequence=self.sequence)
 
 

@@ -17,10 +17,11 @@ from megatrain.parallel.grid import Axis
 
 @dataclass(frozen=True)
 class Init:
-    """Initial values: all `value` when `std` is None, else normal with mean 0 and this standard deviation."""
+    """Initial values: all `value` when `std` is None, else normal with mean 0 and this standard deviation, but for a row of zeros."""
 
     std: float | None = None
     value: float = 0.0
+    zero_row: int | None = None
 
 
 @dataclass(frozen=True)
