@@ -23,6 +23,7 @@ demo: install
 	$(BIN)/megatrain preprocess $(DEMO)/train.jsonl --tokenizer $(DEMO)/tokenizer --output $(DEMO)/train
 	$(BIN)/megatrain preprocess $(DEMO)/valid.jsonl --tokenizer $(DEMO)/tokenizer --output $(DEMO)/valid
 	$(BIN)/megatrain pretrain configs/demo_cpu.yaml
+	$(BIN)/python tools/try_model.py $(DEMO)/run
 
 test: install
 	$(BIN)/python -m pytest

@@ -198,7 +198,6 @@ def test_bf16_stays_near_fp32(model, world, settings, references, tmp_path):
     results = run_ranks(run_layout, world, layout(model, settings, **{"train.dtype": "bf16"}), folder=tmp_path)
     losses, norms, gradients = references(model)
     ours, our_norms, _ = results[0]
-    print("BF16", model, world, settings, (torch.tensor(ours)/torch.tensor(losses)-1).abs().max(), (torch.tensor(our_norms)/torch.tensor(norms)-1).abs().max(), worst_gradient(results, gradients))
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-4, atol=0)
     torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-2, atol=0)
     assert worst_gradient(results, gradients) < 2e-2

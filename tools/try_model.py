@@ -1,0 +1,83 @@
+"""Loads a run's newest checkpoint with plain transformers: its validation perplexity beside the trainer's own, and a sample.
+
+    python tools/try_model.py RUN [--prompt TEXT] [--tokens N]
+
+Exits with 1 when the two perplexities differ by more than rounding: what was trained is then not what others would load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from megatrain import config as configuration
+from megatrain.checkpoint.manifest import find_newest
+from megatrain.config import Config
+from megatrain.data.loader import Batch, Loader
+from megatrain.data.samples import open_samples
+from megatrain.train.metrics import FILE_NAME
+
+RELATIVE_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print both perplexities and the sample; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--prompt", default="import os\n\n\ndef ", help="text that the sample goes on from")
+    parser.add_argument("--tokens", type=int, default=60, help="length of the sample")
+    args = parser.parse_args(argv)
+    config = configuration.load(args.run / "config.yaml")
+    checkpoint, _ = find_newest(args.run / "checkpoints")
+    if checkpoint is None:
+        print(f"error: {args.run} holds no whole checkpoint", file=sys.stderr)
+        return 1
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    print(f"{checkpoint} in transformers: {type(model).__name__}, {model.num_parameters():,} parameters\n")
+    print(sample(model, tokenizer, args.prompt, args.tokens) + "\n")
+    trainers = trainers_loss(args.run, step=int(checkpoint.name.removeprefix("step-")))
+    plain = validation_loss(model, config)
+    print(f"validation perplexity  {math.exp(plain):.3f} in transformers, {math.exp(trainers):.3f} as the trainer said")
+    if abs(plain / trainers - 1) > RELATIVE_TOLERANCE[config.train.dtype]:
+        print(f"error: losses {plain:.6f} and {trainers:.6f} differ by more than rounding", file=sys.stderr)
+        return 1
+    return 0
+
+
+def trainers_loss(run: Path, *, step: int) -> float:
+    """The validation loss that the run wrote about `step`."""
+    lines = [json.loads(line) for line in (run / FILE_NAME).read_text(encoding="utf-8").splitlines()]
+    return next(float(line["valid_loss"]) for line in reversed(lines) if line["step"] == step and "valid_loss" in line)
+
+
+@torch.inference_mode()
+def validation_loss(model: torch.nn.Module, config: Config) -> float:
+    """Mean loss a token over the validation batches that the run itself took."""
+    samples = open_samples(config.data, which="valid", sequence_length=config.data.sequence_length, seed=config.run.seed,
+                           vocab_size=model.config.vocab_size)  # fmt: skip
+    loader = Loader(samples, global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size,
+                    data_rank=0, data_size=1)  # fmt: skip
+    batches: list[Batch] = [batch for number in range(config.train.eval_batches) for batch in loader.microbatches(number)]
+    loader.close()
+    losses = [torch.nn.functional.cross_entropy(model(batch.tokens).logits.flatten(0, 1), batch.labels.flatten()) for batch in batches]
+    return float(torch.stack(losses).double().mean())
+
+
+def sample(model: torch.nn.Module, tokenizer: object, prompt: str, tokens: int) -> str:
+    """What the model goes on with after the prompt, drawn with a fixed seed."""
+    torch.manual_seed(0)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=50)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
