@@ -123,15 +123,6 @@ class Zero:
                 parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
                 parameter.grad = None
 
-    def first_bad_gradient(self) -> str | None:
-        """Name of the first parameter of this stage whose gradient is not finite (below ZeRO 2)."""
-        if self.partitioned:
-            return None
-        for declaration, parameter in parameters(self.stage):
-            if not torch.isfinite(parameter.main_grad.sum()):  # type: ignore[attr-defined]
-                return declaration.name
-        return None
-
     def discard(self) -> None:
         """Forget the gradients of a step that is not to be taken."""
         if self.partitioned:

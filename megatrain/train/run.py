@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -218,7 +219,7 @@ class _Pretraining:
         self.progress = Progress(step, self.progress.tokens + config.tokens_per_step,
                                  self.progress.updates + report.applied, 0 if report.applied else self.progress.bad_steps + 1)  # fmt: skip
         if not report.applied:
-            self._bad_step(report)
+            self._warn(report)
         values = self._values(report, seconds)
         if step % config.train.log_every == 0 and self.place.rank == 0:
             self._print(report, seconds)
@@ -226,17 +227,20 @@ class _Pretraining:
             values["valid_loss"] = self._evaluate()
         if metrics is not None:
             metrics.write(step, values)
+        if self.progress.bad_steps >= config.train.max_bad_steps:
+            self._give_up(report)
         if step == last or (config.train.save_every and step % config.train.save_every == 0):
             self._save()
 
-    def _bad_step(self, report: StepReport) -> None:
-        bad = self.progress.bad_steps
-        what = "loss" if report.loss != report.loss or abs(report.loss) == float("inf") else "gradient"
+    def _warn(self, report: StepReport) -> None:
         if self.place.rank == 0:
-            logger.warning(f"step {self.progress.step}: non-finite {what}, skipped ({bad} in a row)")
-        if bad >= self.config.train.max_bad_steps:
-            where = self.trainer.first_bad_layer()
-            raise UserError(f"{bad} steps in a row (train.max_bad_steps) had a non-finite {what}; {where}")
+            bad = self.progress.bad_steps
+            logger.warning(f"step {self.progress.step}: non-finite {_bad_part(report)}, skipped ({bad} in a row)")
+
+    def _give_up(self, report: StepReport) -> NoReturn:
+        where = self.trainer.first_bad_layer()
+        bad = self.progress.bad_steps
+        raise UserError(f"{bad} steps in a row (train.max_bad_steps) had a non-finite {_bad_part(report)}; {where}")
 
     def _values(self, report: StepReport, seconds: float) -> dict[str, float | int | str | bool | None]:
         rate = self.config.tokens_per_step / seconds
@@ -274,3 +278,7 @@ class _Pretraining:
         asked = torch.tensor(int(self.stop_asked), device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked)
+
+
+def _bad_part(report: StepReport) -> str:
+    return "gradient" if math.isfinite(report.loss) else "loss"

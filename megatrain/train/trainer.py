@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from megatrain.optim.learning_rate import learning_rate
 from megatrain.optim.zero import DTYPES, Zero
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Grid
+from megatrain.parallel.sharding import parameters
 from megatrain.pipeline.actions import Instruction
 from megatrain.pipeline.channels import Channels
 from megatrain.pipeline.executor import Executor
@@ -81,12 +82,12 @@ class Trainer:
         loss = self._total(losses) / tokens
         lr = learning_rate(step, peak=self.config.optimizer.lr, schedule=self.config.lr_schedule, steps=self.config.steps)
         if not math.isfinite(loss):
-            self._bad = (contexts, self.zero.first_bad_gradient())
+            self._bad = _Step(contexts, weight)
             self.zero.discard()
             return StepReport(loss, math.nan, lr, False)
         result = self.zero.step(lr)
         if not result.applied:
-            self._bad = (contexts, None)
+            self._bad = _Step(contexts, weight)
         return StepReport(loss, result.grad_norm, lr, result.applied)
 
     def evaluate(self, batches_of: Callable[[int], Sequence[Batch]], count: int) -> float:
@@ -139,28 +140,80 @@ class Trainer:
     # -- bad numbers -------------------------------------------------------------------------------------------------
 
     def first_bad_layer(self) -> str:
-        """Where the last bad step went wrong: the first layer whose output is not finite, else a gradient's name."""
-        contexts, gradient = self._bad
+        """Where the last bad step goes wrong when it is done again: a layer's output, a gradient, or only the norm."""
+        layers = [spec for specs in stage_specs(self.config, self.architecture) for spec in specs]
+        outputs = self._gathered(self._bad_outputs())
+        if outputs:
+            return f"the first layer with a non-finite output is {layers[min(outputs)].title}"
+        gradients = self._gathered(self._largest_gradients())
+        bad = [gradient for gradient in gradients if not math.isfinite(gradient.size)]
+        if bad:
+            name = max(bad, key=lambda gradient: gradient.place).name
+            return f"all layers' outputs are finite, and the first gradient behind the loss that is not is that of {name}"
+        largest = max(gradients, key=lambda gradient: gradient.size)
+        return f"each gradient is finite, but not their norm; the largest is that of {largest.name} with {largest.size:.1e}"
+
+    def _gathered(self, mine: list[Any]) -> list[Any]:
+        everyone: list[list[Any]] = [[] for _ in range(self.grid.world_size)]
+        dist.all_gather_object(everyone, mine)
+        return [item for items in everyone for item in items]
+
+    def _bad_outputs(self) -> list[int]:
+        """Layers of this stage, counted in the whole model, with a non-finite output in any microbatch."""
+        found: list[int] = []
         first = sum(len(specs) for specs in stage_specs(self.config, self.architecture)[: self.grid.pipeline.rank])
-        titles = stage_specs(self.config, self.architecture)[self.grid.pipeline.rank]
-        found: list[tuple[int, str]] = []
 
         def watch(index: int) -> Callable[..., None]:
             def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
                 tensor = output if isinstance(output, Tensor) else output[0]  # type: ignore[index]
                 if not torch.isfinite(tensor).all():
-                    found.append((first + index, titles[index].title))
+                    found.append(first + index)
 
             return hook
 
         handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(self.stage.layers)]
-        self.executor.run(self.forward_instructions, contexts, backward=None)
+        self.executor.run(self.forward_instructions, self._bad.contexts, backward=None)
         for handle in handles:
             handle.remove()
-        everyone: list[tuple[tuple[int, str] | None, str | None]] = [(None, None)] * self.grid.world_size
-        dist.all_gather_object(everyone, (min(found, default=None), gradient))
-        layers = sorted(layer for layer, _ in everyone if layer is not None)
-        if layers:
-            return f"the first layer with a non-finite output is {layers[0][1]}"
-        names = [name for _, name in everyone if name is not None]
-        return f"all layers' outputs are finite; a non-finite gradient is that of {names[0]}" if names else "a gradient overflows"
+        return found
+
+    def _largest_gradients(self) -> list[_Gradient]:
+        """Of each parameter of this stage, the largest element of its gradient before anything is summed over ranks."""
+        declared = list(parameters(self.stage))
+        sizes = [0.0] * len(declared)
+
+        def watch(place: int) -> Callable[[Tensor], None]:
+            def hook(gradient: Tensor) -> None:
+                sizes[place] = _larger(sizes[place], float(gradient.abs().max()))
+
+            return hook
+
+        self.zero.discard()
+        handles = []
+        if self.zero.partitioned:
+            handles = [parameter.register_hook(watch(place)) for place, (_, parameter) in enumerate(declared)]
+        self.executor.run(self.instructions, self._bad.contexts, backward=self.zero.backward, loss_weight=self._bad.loss_weight)
+        for handle in handles:
+            handle.remove()
+        if not self.zero.partitioned:
+            sizes = [float(parameter.main_grad.abs().max()) for _, parameter in declared]  # type: ignore[attr-defined]
+        return [_Gradient((self.grid.pipeline.rank, place), declared[place][0].name, size) for place, size in enumerate(sizes)]
+
+
+class _Step(NamedTuple):
+    """What it takes to do a step's forwards and backwards again."""
+
+    contexts: list[Context]
+    loss_weight: Tensor
+
+
+class _Gradient(NamedTuple):
+    place: tuple[int, int]
+    """Stage, and parameter within it."""
+    name: str
+    size: float
+
+
+def _larger(a: float, b: float) -> float:
+    """The maximum, not a number if either is none."""
+    return a if math.isnan(a) else b if math.isnan(b) else max(a, b)
