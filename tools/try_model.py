@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {args.run} holds no whole checkpoint", file=sys.stderr)
         return 1
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
