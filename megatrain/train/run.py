@@ -75,7 +75,7 @@ def _check_tokenizer(config: Config, a: Architecture) -> None:
     try:
         size = len(AutoTokenizer.from_pretrained(config.data.tokenizer, local_files_only=True))
     except Exception as error:
-        raise ConfigError("data.tokenizer", config.data.tokenizer, f"holds no readable tokenizer ({error})") from None
+        raise ConfigError("data.tokenizer", config.data.tokenizer, f"holds no readable tokenizer ({' '.join(str(error).split())})") from None
     if size > a.vocab_size:
         raise ConfigError("model.vocab_size", a.vocab_size, f"is less than the {size} tokens of data.tokenizer={config.data.tokenizer}",
                           f"set model.vocab_size={size}")  # fmt: skip

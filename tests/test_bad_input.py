@@ -1,0 +1,281 @@
+"""What users get wrong is one sentence and an exit code, before any rank starts where that can be."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megatrain.__main__ import main
+from megatrain.config import load
+from megatrain.data.indexed import IndexedWriter
+from megatrain.errors import ConfigError
+from megatrain.train.run import check_without_ranks
+
+VOCABULARY, LENGTH = 67, 16
+CONFIG = {
+    "model": {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "data": {"sequence_length": LENGTH},
+    "train": {"steps": 12, "global_batch_size": 4, "micro_batch_size": 2},
+}  # fmt: skip
+
+
+def write_data(prefix, *, tokens=800, vocabulary=VOCABULARY):
+    with IndexedWriter(prefix, vocab_size=vocabulary) as writer:
+        for part in np.random.default_rng(0).integers(0, vocabulary, tokens).reshape(-1, 20 if tokens > 20 else tokens):
+            writer.add(part)
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    """A run that works."""
+    write_data(tmp_path / "data")
+    raw = {**CONFIG, "run": {"output_dir": str(tmp_path / "run")}, "data": {**CONFIG["data"], "train": str(tmp_path / "data")}}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    return file
+
+
+class RankStarted(Exception):
+    pass
+
+
+@pytest.fixture
+def refusal(run_file, capfd, monkeypatch):
+    """The one line that the command says to a config with these settings."""
+
+    def start(*args, **more):
+        raise RankStarted
+
+    monkeypatch.setattr("megatrain.pretrain.run_local", start)
+    for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):  # so that what the command sets there is taken back
+        monkeypatch.setenv(name, os.environ.get(name, "cpu" if name == "DS_ACCELERATOR" else "1"))
+
+    def refuse(*words):
+        assert main(["pretrain", str(run_file), *words]) == 1
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return refuse
+
+
+def test_what_is_right_is_not_refused(refusal):
+    with pytest.raises(RankStarted):
+        refusal()
+
+
+SENTENCES = {
+    "train.stepz=5": "train.stepz=5 is not a setting; did you mean `steps`?",
+    "trian.steps=5": "trian={'steps': 5} is not a section of the config; did you mean `train`?",
+    "train.steps=many": "train.steps=many must be a whole number or null; it is text",
+    "train.tokens=.inf": "train.tokens=inf must be a whole number or null; it is a number",
+    "optimizer.lr=.nan": "optimizer.lr=nan must be a finite number",
+    "model.num_layers=4": "model.num_layers=4 is not a field of a llama config; did you mean",
+    "model.num_hidden_layers=four": "model=(llama fields) is refused by transformers: ",
+    "model.model_type=bert": "model.model_type=bert is not supported; one of gpt2, llama, mistral, qwen2, qwen3",
+    "model=nowhere": "model=nowhere does not exist; give a folder, a config.json, or fields with model_type",
+    "model.hidden_act=relu2": "model.hidden_act=relu2 changes the model in a way that is not built; only silu or",
+    # a layout that does not fit the model
+    "parallel.tensor=3": "parallel.tensor=3 does not fit num_attention_heads=4, num_key_value_heads=2 and intermediate_size=48",
+    "parallel.tensor=8": "parallel.tensor=8 does not fit num_attention_heads=4",
+    "model.num_key_value_heads=3": "model.num_key_value_heads=3 does not divide num_attention_heads=4",
+    "parallel.pipeline=5": "parallel.pipeline=5 is more than num_hidden_layers=4; use at most 4",
+    "data.sequence_length=65": "data.sequence_length=65 is more than the model's 64 positions; use at most 64",
+    # a batch that does not divide
+    "train.micro_batch_size=3": "train.global_batch_size=4 is not a multiple of train.micro_batch_size=3 x data size 1",
+    "parallel.data=3": "train.global_batch_size=4 is not a multiple of train.micro_batch_size=2 x data size 3; the nearest that work are 6 and 12",
+    # what does not go together
+    "parallel.zero=2 parallel.pipeline=2": "parallel.zero=2 needs parallel.pipeline=1 and it is 2",
+    "parallel.sequence=true": "parallel.sequence=True splits the sequence among tensor ranks and parallel.tensor=1",
+    "train.dtype=fp16": "train.dtype=fp16 needs a GPU; use bf16 or fp32 on CPUs",
+    "data.valid=x data.split='9,1'": "data.split=9,1 cannot be used with data.valid",
+    # data
+    "data.train=null": "data.train=(nothing) is missing; give the prefix that `megatrain preprocess --output` wrote",
+    "data.train=nowhere": "there is no file nowhere.idx; a data set is named without its .bin and .idx",
+    'data.train=[{"path":"x"}]': "data.train={'path': 'x'} must have a path and a weight",
+    "train.eval_every=5": "data.valid=None names no data; set it, or data.split=",
+    "data.tokenizer=nowhere": "data.tokenizer=nowhere is not a folder",
+    "train.resume=nowhere": "train.resume=nowhere is not a folder; give a checkpoint's folder, `auto` or `never`",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SENTENCES)
+def test_a_setting_that_cannot_work(refusal, words):
+    assert refusal(*words.split()).startswith(SENTENCES[words])
+
+
+def test_a_vocabulary_that_does_not_divide_is_padded(refusal):
+    with pytest.raises(RankStarted):
+        refusal("parallel.tensor=4")
+
+
+DAMAGE = {
+    "no .bin": ("data.bin", lambda file: file.unlink(), "there is no file {file}; a data set is named without its .bin and .idx"),
+    "no .idx": ("data.idx", lambda file: file.unlink(), "there is no file {file}; a data set is named without its .bin and .idx"),
+    "half a .bin": ("data.bin", lambda file: file.write_bytes(file.read_bytes()[:800]),
+                    "{file} is 800 bytes long, but {folder}/data.idx describes 1600 bytes; one of them is damaged or of another run"),
+    "an odd .bin": ("data.bin", lambda file: file.write_bytes(file.read_bytes()[:801]), "{file} is 801 bytes long, but"),
+    "half an .idx": ("data.idx", lambda file: file.write_bytes(file.read_bytes()[:200]), "{file} is 200 bytes long, but its header"),
+    "a stump of an .idx": ("data.idx", lambda file: file.write_bytes(b"MMIDIDX"), "{file} is 7 bytes long, shorter than the 34 bytes of a header"),
+    "an empty .idx": ("data.idx", lambda file: file.write_bytes(b""), "{file} is 0 bytes long, shorter than the 34 bytes of a header"),
+    "bad magic": ("data.idx", lambda file: file.write_bytes(b"TNTIDX\0\0\0" + file.read_bytes()[9:]), "{file} is no Megatron index: it starts with"),
+    "another version": ("data.idx", lambda file: file.write_bytes(file.read_bytes()[:9] + struct.pack("<Q", 2) + file.read_bytes()[17:]),
+                        "{file} is a Megatron index of version 2; only version 1 can be read"),
+    "no documents": ("data.idx", lambda file: file.write_bytes(file.read_bytes()[:18] + struct.pack("<QQq", 0, 1, 0)), "{file} holds no documents"),
+    "a folder for a .bin": ("data.bin", lambda file: (file.unlink(), file.mkdir()), "there is no file {file}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_data(refusal, tmp_path, name):
+    file, damage, sentence = DAMAGE[name]
+    damage(tmp_path / file)
+    assert refusal().startswith(sentence.format(file=tmp_path / file, folder=tmp_path))
+
+
+def test_data_without_tokens(refusal, tmp_path):
+    (tmp_path / "data.bin").write_bytes(b"")
+    index = struct.pack("<9sQBQQiqqq", b"MMIDIDX\0\0", 1, 8, 1, 2, 0, 0, 0, 1)
+    (tmp_path / "data.idx").write_bytes(index)
+    assert refusal() == f"{tmp_path}/data.bin holds no tokens"
+
+
+def test_data_of_less_than_a_sample(refusal, tmp_path):
+    write_data(tmp_path / "short", tokens=LENGTH)
+    assert refusal(f"data.train={tmp_path}/short") == (
+        f"{tmp_path}/short.bin has 16 tokens to draw from, but one sample takes data.sequence_length=16 tokens and 1 for the last label"
+    )
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary(refusal, tmp_path):
+    from megatrain.data.tokenizer import train_tokenizer
+
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "some words to learn from"}) + "\n")
+    train_tokenizer([tmp_path / "text.jsonl"], vocab_size=260, output=tmp_path / "tokenizer")
+    said = refusal(f"data.tokenizer={tmp_path}/tokenizer")
+    assert said.startswith("model.vocab_size=67 is less than the 26")
+    assert f"tokens of data.tokenizer={tmp_path}/tokenizer; set model.vocab_size=26" in said
+    (tmp_path / "empty").mkdir()
+    assert refusal(f"data.tokenizer={tmp_path}/empty").startswith(f"data.tokenizer={tmp_path}/empty holds no readable tokenizer (")
+
+
+def test_an_output_folder_that_cannot_be_made(refusal, tmp_path):
+    (tmp_path / "file").touch()
+    said = refusal(f"run.output_dir={tmp_path}/file/run")
+    assert said == f"run.output_dir={tmp_path}/file/run cannot be written (Not a directory)"
+
+
+def test_a_layout_that_does_not_fit_a_launchers_ranks(run_file):
+    """The first thing that rank 0 does; the others then say the same."""
+    with pytest.raises(ConfigError, match="tensor 2 x pipeline 2 does not divide the 6 ranks of this run; start a multiple of 4 ranks"):
+        check_without_ranks(load(run_file, ["parallel.tensor=2", "parallel.pipeline=2"]), 6)
+    with pytest.raises(ConfigError, match="x data 2 needs 2 ranks and there are 4; start 2 ranks or leave"):
+        check_without_ranks(load(run_file, ["parallel.data=2"]), 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what only a running rank can see
+
+GPT2 = {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+OVERFLOWING = {"optimizer": {"lr": 1e30, "grad_clip": 0.0}}
+RUNS = {
+    "outside": {"parallel": {"pipeline": 2}},
+    "loss": {"model": GPT2, **OVERFLOWING, "train": {**CONFIG["train"], "max_bad_steps": 3}},
+    "loss on stages": {"model": GPT2, **OVERFLOWING, "train": {**CONFIG["train"], "max_bad_steps": 2}, "parallel": {"pipeline": 2}},
+    "gradient": {**OVERFLOWING, "train": {**CONFIG["train"], "max_bad_steps": 2}},
+    "gradient of shards": {**OVERFLOWING, "train": {**CONFIG["train"], "max_bad_steps": 2}, "parallel": {"data": 2, "zero": 3}},
+}  # fmt: skip
+
+# The command in a process that has imported what ranks are forked with, once for all runs.
+SERVER = """
+import os, sys
+import transformers.models.auto.tokenization_auto
+import megatrain.train.run
+from megatrain.__main__ import main
+from megatrain.launch import import_before_fork
+import_before_fork()
+for file in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        for descriptor, suffix in ((1, "out"), (2, "err")):
+            os.dup2(os.open(file + "." + suffix, os.O_CREAT | os.O_WRONLY), descriptor)
+        os._exit(main(["pretrain", file]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+class Ended:
+    """A run that has ended."""
+
+    def __init__(self, code, file):
+        self.code, self.folder = code, Path(yaml.safe_load(file.read_text())["run"]["output_dir"])
+        self.out, self.err = (file.with_name(f"{file.name}.{name}").read_text() for name in ("out", "err"))
+
+    def metrics(self):
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Each run of RUNS, by name."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_data(folder / "data")
+    write_data(folder / "outside")
+    tokens = np.memmap(folder / "outside.bin", dtype=np.uint16, mode="r+")
+    tokens[500] = VOCABULARY
+    tokens.flush()
+    files = []
+    for name, settings in RUNS.items():
+        data = {**CONFIG["data"], "train": str(folder / ("outside" if name == "outside" else "data"))}
+        raw = {**CONFIG, "run": {"output_dir": str(folder / name.replace(" ", "-"))}, "data": data, **settings}
+        files.append(folder / f"{name}.yaml")
+        files[-1].write_text(yaml.safe_dump(raw))
+    done = subprocess.run([sys.executable, "-c", SERVER, *map(str, files)], text=True, capture_output=True, check=True,
+                          env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1])  # fmt: skip
+    codes = [int(line) for line in done.stdout.split()]
+    return {name: Ended(code, file) for name, code, file in zip(RUNS, codes, files, strict=True)}
+
+
+def test_a_token_outside_the_vocabulary_ends_the_run_at_the_batch_that_has_it(ended):
+    run = ended["outside"]
+    assert run.code == 1
+    assert run.err == (
+        f"error: {run.folder.parent}/outside.bin: document 25 holds token id 67, outside the vocabulary of 67; "
+        "it was written with another tokenizer\n"
+    )
+    assert len(run.metrics()) > 0, "steps before that batch were taken"
+
+
+@pytest.mark.parametrize(
+    ("name", "bad_steps", "sentence"),
+    [
+        ("loss", 3, "non-finite loss; the first layer with a non-finite output is block 0"),
+        ("loss on stages", 2, "non-finite loss; the first layer with a non-finite output is block 0"),
+        ("gradient", 2, "non-finite gradient; all layers' outputs are finite, and the first gradient behind the loss that is not is that of "
+                        "model.layers.3.mlp.down_proj.weight"),
+        ("gradient of shards", 2, "non-finite gradient; all layers' outputs are finite, and the first gradient behind the loss that is not is "
+                                  "that of model.layers.3.mlp.down_proj.weight"),
+    ],
+)  # fmt: skip
+def test_bad_numbers_are_skipped_and_after_some_in_a_row_the_run_stops(ended, name, bad_steps, sentence):
+    """The first step's update makes weights that overflow; nothing is updated after it."""
+    run = ended[name]
+    assert run.code == 1
+    lines = [line for line in run.err.splitlines() if not line.startswith("warning: step ")]
+    assert lines == [f"error: {bad_steps} steps in a row (train.max_bad_steps) had a {sentence}"]
+    metrics = run.metrics()
+    assert [step["skipped"] for step in metrics] == [False] + [True] * bad_steps
+    losses = [step["loss"] for step in metrics[1:]]
+    assert all(loss is None for loss in losses) if name.startswith("loss") else all(abs(loss - np.log(VOCABULARY)) < 0.1 for loss in losses)
+    assert all(step["grad_norm"] is None for step in metrics[1:])
