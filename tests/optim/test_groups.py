@@ -1,0 +1,52 @@
+"""Which parameters decay."""
+
+import pytest
+import torch
+
+from megatrain.config import Optimizer
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.decoder import build_layers, layer_list
+from megatrain.models.parts import Parts
+from megatrain.optim.groups import decay_groups, make_optimizer
+from megatrain.parallel.grid import make_grid
+from megatrain.parallel.sharding import sharding
+
+LLAMA = {"model_type": "qwen2", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+MATRICES = {
+    "qwen2": {f"model.layers.0.{name}.weight" for name in
+              ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")},
+    "gpt2": {f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
+}  # fmt: skip
+EMBEDDINGS = {"qwen2": {"model.embed_tokens.weight", "lm_head.weight"}, "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"}}
+
+
+def layers(model):
+    architecture = read_architecture(load_config(model))
+    parts = Parts(architecture, make_grid(0, connect=False), sequence=False, dtype=torch.float32, device="cpu")
+    return build_layers(layer_list(architecture), parts, recompute="none")
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["qwen2", "gpt2"])
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_matrices_decay_and_embeddings_if_asked(model, embeddings):
+    module = layers(model)
+    groups = decay_groups(module.parameters(), Optimizer(weight_decay=0.3, decay_embeddings=embeddings))
+    by_decay = {group["weight_decay"]: {sharding(p).name for p in group["params"]} for group in groups}
+    name = model["model_type"]
+    assert by_decay[0.3] == MATRICES[name] | (EMBEDDINGS[name] if embeddings else set())
+    assert by_decay[0.3].isdisjoint(by_decay[0.0])
+    assert by_decay[0.3] | by_decay[0.0] == {sharding(p).name for p in module.parameters()}
+    assert sum(len(group["params"]) for group in groups) == len(list(module.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lion"])
+def test_a_rule_takes_its_settings(name):
+    config = Optimizer(name=name, lr=0.5, betas=[0.7, 0.8], eps=0.01, momentum=0.6, weight_decay=0.3)
+    optimizer = make_optimizer(decay_groups(layers(GPT2).parameters(), config), config)
+    group = optimizer.param_groups[0]
+    expected = {"lr": 0.5, "weight_decay": 0.3}
+    expected |= {"momentum": 0.6} if name == "sgd" else {"betas": (0.7, 0.8)}
+    expected |= {"eps": 0.01} if name.startswith("adam") else {}
+    assert {key: group[key] for key in expected} == expected
