@@ -1,8 +1,9 @@
 """Runs a function on N ranks over gloo and returns what each returned.
 
 The ranks are processes that live as long as pytest, forked once libraries and tests are imported: a start of eight ranks costs
-more than most of what is asked of them. Each call gets a world of its own, made of the first N of them. A function is given by
-reference, so it belongs to a module, and it leaves the process as it found it.
+more than most of what is asked of them. A world of N has processes of its own, which have all done the same before: libraries
+number what they make, and compare the numbers between ranks. A function is given by reference, so it belongs to a module, and
+it leaves the process as it found it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class _Worker(NamedTuple):
     pipe: Connection
 
 
-_workers: list[_Worker] = []
+_worlds: dict[int, list[_Worker]] = {}
 
 
 def _serve(pipe: Connection) -> None:
@@ -66,7 +67,13 @@ def _answer(rank: int, world_size: int, store: str, function: Any, args: tuple) 
         gc.collect()
 
 
-def _start(count: int) -> None:
+def _world(size: int) -> list[_Worker]:
+    if size not in _worlds:
+        _worlds[size] = _start(size)
+    return _worlds[size]
+
+
+def _start(count: int) -> list[_Worker]:
     os.environ |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
     import deepspeed  # noqa: F401
     import transformers.models.auto.modeling_auto  # noqa: F401
@@ -76,33 +83,35 @@ def _start(count: int) -> None:
 
     import_before_fork()
     context = multiprocessing.get_context("fork")
-    while len(_workers) < count:
+    workers = []
+    for _ in range(count):
         here, there = context.Pipe()
         process = context.Process(target=_serve, args=(there,), daemon=True)
         process.start()
         there.close()
-        _workers.append(_Worker(process, here))
+        workers.append(_Worker(process, here))
+    return workers
 
 
 @atexit.register
 def stop() -> None:
     """End all ranks; the next call starts new ones."""
-    for worker in _workers:
+    for worker in (worker for world in _worlds.values() for worker in world):
         worker.process.kill()
         worker.process.join()
-    _workers.clear()
+    _worlds.clear()
 
 
 def run_ranks(function: Any, world_size: int, *args: Any, folder: Path, timeout: float = 300.0) -> list[Any]:
     """`function(rank, world_size, *args)` on every rank: results by rank, or the first failing rank's traceback raised."""
-    _start(world_size)
+    workers = _world(world_size)
     store = str(folder / f"store-{world_size}-{os.urandom(4).hex()}")
     for rank in range(world_size):
-        _workers[rank].pipe.send_bytes(pickle.dumps((rank, world_size, store, function, args)))
+        workers[rank].pipe.send_bytes(pickle.dumps((rank, world_size, store, function, args)))
     results: dict[int, Any] = {}
     until = time.monotonic() + timeout
     while len(results) < world_size:
-        waiting = {_workers[rank].pipe: rank for rank in range(world_size) if rank not in results}
+        waiting = {workers[rank].pipe: rank for rank in range(world_size) if rank not in results}
         ready = multiprocessing.connection.wait(list(waiting), max(0.0, until - time.monotonic()))
         if not ready:
             stop()

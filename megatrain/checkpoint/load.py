@@ -77,6 +77,9 @@ def _fill(file: Path, zero: Zero) -> None:
             entry = index.pop(key, None)
             if entry is None or entry["fragment_start"] != fragment.start:
                 raise CheckpointError(f"{file} does not hold this rank's share of {s.name}")
+            held = {name.rpartition("/")[2] for name in source.keys() if name.startswith(f"{key}/")}  # noqa: SIM118
+            if held != set(fragment.tensors):
+                raise CheckpointError(f"{file} holds {sorted(held)} of {s.name} and this run keeps {sorted(fragment.tensors)}")
             for name, tensor in fragment.tensors.items():
                 tensor.copy_(source.get_tensor(f"{key}/{name}"))
         if index:

@@ -72,7 +72,7 @@ class Zero:
             self._sum_in_hooks()
         else:
             self._take_main_grads()
-            self._make_states()
+        self._make_states()
 
     @property
     def module(self) -> Callable[..., Any]:
@@ -183,13 +183,16 @@ class Zero:
     def _make_states(self) -> None:
         """Create the states before the first step, so that saving and loading never meet an optimizer without them."""
         rule = self.config.optimizer.name
-        for group in self.optimizer.optimizer.param_groups:
-            for flat in group["params"]:
-                state = self.optimizer.optimizer.state[flat]
-                for name in STATES[rule]:
-                    state[name] = torch.zeros_like(flat.detach())
-                if rule in ("adam", "adamw"):
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        if self.config.parallel.zero == 3:
+            masters = self.optimizer.fp32_partitioned_groups_flat
+        else:
+            masters = [flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]]
+        for flat in masters:
+            state = self.optimizer.optimizer.state[flat]
+            for name in STATES[rule]:
+                state[name] = torch.zeros_like(flat.detach())
+            if rule in ("adam", "adamw"):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
 
     @property
     def updates(self) -> int:
@@ -221,26 +224,21 @@ class Zero:
                 yield Fragment(sharding(parameter), parameter, mapping.lp_fragment_address.start, tensors)
 
     def _fragments_of_weights(self) -> Iterator[Fragment]:
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
+        keys = {"master": None, **{name: name for name in STATES[self.config.optimizer.name]}}
+        view = self.optimizer._get_fp32_opt_state_partition
         for parameter in self.stage.parameters():
             share = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
             start = self.grid.data.rank * share
             count = max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]
             if count:
-                tensors = {"master": safe_get_local_fp32_param(parameter)}
-                for name in STATES[self.config.optimizer.name]:
-                    tensors[name] = safe_get_local_optimizer_state(parameter, name)
-                tensors = {name: tensor.view(-1)[:count] for name, tensor in tensors.items() if tensor is not None}
+                tensors = {name: view(parameter, True, key)[0].detach().view(-1)[:count] for name, key in keys.items()}
                 yield Fragment(sharding(parameter), parameter, start, tensors)
 
     def masters_to_weights(self) -> None:
         """Make the model's weights what the masters say, on all replicas; after loading."""
         if self.config.parallel.zero == 3:
-            from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
-
-            for parameter in self.stage.parameters():
-                safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clone())
+            for group in range(len(self.optimizer.fp16_groups)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
         else:
             self.optimizer.update_lp_params()
 

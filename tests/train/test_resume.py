@@ -1,0 +1,188 @@
+"""A run that was stopped, killed or interrupted ends as one that was not: same losses, same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
+from safetensors import safe_open
+
+from megatrain import config as configuration
+from megatrain.checkpoint import manifest
+from megatrain.data.indexed import IndexedWriter
+
+VOCABULARY = 67
+SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "attention_dropout": 0.1, **SIZES}  # fmt: skip
+MODELS = {
+    "llama": LLAMA,
+    "tied": {**LLAMA, "tie_word_embeddings": True},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.1,
+             "embd_pdrop": 0.1, "resid_pdrop": 0.1, **SIZES},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("data") / "tokens"
+    with IndexedWriter(prefix, vocab_size=VOCABULARY) as writer:
+        for document in np.random.default_rng(0).integers(0, VOCABULARY, (60, 40)):
+            writer.add(document)
+    return prefix
+
+
+def settings(model, data, output, **sections):
+    """A run's YAML as nested mappings."""
+    train = {"steps": 6, "global_batch_size": 8, "micro_batch_size": 2, "save_every": 2, "keep_last": 0, "eval_every": 3, "eval_batches": 1,
+             **sections.pop("train", {})}  # fmt: skip
+    return {"run": {"output_dir": str(output)}, "model": MODELS[model], "train": train,
+            "data": {"train": str(data), "valid": str(data), "sequence_length": 16}, **sections}  # fmt: skip
+
+
+def pretrain(rank, world_size, raw):
+    from megatrain.place import Place
+    from megatrain.train.run import pretrain
+
+    config = configuration.from_dict(raw)
+    configuration.check(config)
+    pretrain(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
+
+
+def metrics(run):
+    """Every line's step and numbers, but for those of time."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "tokens_per_second", "tflops_per_rank", "mfu")
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def tensors(checkpoint):
+    """Every tensor of a checkpoint, weights and optimizer, as bytes."""
+    found = {}
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                found[f"{path.relative_to(checkpoint)}:{name}"] = file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
+    return found
+
+
+def assert_same_run(one, other, step=6):
+    assert metrics(one) == metrics(other)
+    first, second = (tensors(run / "checkpoints" / f"step-{step:08d}") for run in (one, other))
+    assert len(first) > 10
+    assert first == second
+
+
+LAYOUTS = [
+    ("gpt2", 1, "fp32", {}), ("gpt2", 1, "bf16", {}),
+    *[("gpt2", 2, "fp32", {"parallel": {"zero": stage}}) for stage in (0, 1, 2, 3)],
+    *[("llama", 2, "bf16", {"parallel": {"zero": stage}}) for stage in (0, 1, 2, 3)],
+    ("tied", 2, "fp32", {"parallel": {"pipeline": 2}}), ("gpt2", 2, "bf16", {"parallel": {"tensor": 2, "sequence": True}}),
+    ("tied", 4, "bf16", {"parallel": {"tensor": 2, "pipeline": 2}}), ("llama", 4, "fp32", {"parallel": {"tensor": 2, "zero": 3}}),
+    ("llama", 1, "fp32", {"optimizer": {"name": "lion"}}), ("llama", 2, "bf16", {"optimizer": {"name": "sgd"}}),
+    ("llama", 2, "fp32", {"parallel": {"offload": "cpu"}}),
+]  # fmt: skip
+
+
+def _name(model, world, dtype, sections):
+    return "-".join([model, f"w{world}", dtype, *(f"{k}{v}" for section in sections.values() for k, v in section.items())])
+
+
+@pytest.mark.parametrize(("model", "world", "dtype", "sections"), LAYOUTS, ids=[_name(*row) for row in LAYOUTS])
+def test_resumed_run_is_bit_identical(model, world, dtype, sections, data, tmp_path):
+    def run(folder, **train):
+        raw = settings(model, data, tmp_path / folder, train={"dtype": dtype, **train}, **json.loads(json.dumps(sections)))
+        run_ranks(pretrain, world, raw, folder=tmp_path)
+
+    run("whole")
+    run("parts", stop_after=2)
+    run("parts", stop_after=4)
+    run("parts")
+    parts = metrics(tmp_path / "parts")
+    # An end is also evaluated, whatever the interval.
+    assert [line.pop("valid_loss") for line in parts if line["step"] in (2, 4)]
+    (tmp_path / "parts" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in parts))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole runs, as a user starts them
+
+
+def start(folder, raw, *words):
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, "-m", "megatrain", "pretrain", str(file), *words], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)  # fmt: skip
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=200)
+    return process.returncode, out
+
+
+def wait_for(path, lines, process):
+    """Until the file has that many lines."""
+    while process.poll() is None:
+        if path.exists() and path.read_text().count("\n") >= lines:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+@pytest.mark.parametrize(("model", "dtype", "parallel"), [("gpt2", "fp32", {}), ("llama", "bf16", {"tensor": 2, "pipeline": 2})],
+                         ids=["one-rank-fp32", "tensor2-pipeline2-bf16"])  # fmt: skip
+def test_killed_at_any_moment_and_started_again(model, dtype, parallel, data, tmp_path):
+    moments = random.Random(model)
+    train = {"dtype": dtype, "steps": 30, "save_every": 1, "keep_last": 3, "eval_every": 0}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = settings(model, data, tmp_path / "whole" / "run", train=train, parallel=parallel)
+    code, out = finish(start(tmp_path / "whole", whole))
+    assert code == 0, out
+    killed = settings(model, data, tmp_path / "killed" / "run", train=train, parallel=parallel)
+    log = tmp_path / "killed" / "run" / "metrics.jsonl"
+    for reached in (moments.randint(2, 9), moments.randint(11, 20)):
+        process = start(tmp_path / "killed", killed)
+        wait_for(log, reached, process)
+        time.sleep(moments.random() * 0.3)
+        os.kill(process.pid, signal.SIGKILL)  # the ranks die with their parent
+        _, out = finish(process)
+        assert process.returncode == -signal.SIGKILL, out
+    code, out = finish(start(tmp_path / "killed", killed))
+    assert code == 0, out
+    assert "resuming from" in out
+    assert_same_run(tmp_path / "whole" / "run", tmp_path / "killed" / "run", step=30)
+    assert [line["step"] for line in metrics(tmp_path / "killed" / "run")] == list(range(1, 31))
+    folders = sorted(path.name for path in (tmp_path / "killed" / "run" / "checkpoints").iterdir())
+    assert folders == ["step-00000028", "step-00000029", "step-00000030"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_ends_the_run(number, data, tmp_path):
+    train = {"steps": 2000, "save_every": 0, "eval_every": 0}
+    raw = settings("llama", data, tmp_path / "run", train=train, parallel={"pipeline": 2} if number == signal.SIGTERM else {})
+    process = start(tmp_path, raw)
+    wait_for(tmp_path / "run" / "metrics.jsonl", 3, process)
+    os.kill(process.pid, number)
+    code, out = finish(process)
+    assert "stopped by a signal after step" in out
+    assert code == 0, out
+    last = metrics(tmp_path / "run")[-1]["step"]
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert saved.name == f"step-{last:08d}"
+    assert manifest.problem(saved, hashes=True) is None
