@@ -76,8 +76,8 @@ def _kinds(timeline: Timeline) -> list[Kind]:
 # Okabe and Ito's palette, told apart by colour-blind people; all of it bears black letters.
 _COLOURS: dict[Kind, tuple[int, int, int]] = {"F": (86, 180, 233), "B": (213, 94, 0), "I": (230, 159, 0), "W": (0, 158, 115)}
 _IDLE = "#e2e2e2"
-_LEFT, _RIGHT, _TOP, _ROW, _BOX = 70, 150, 84, 36, 30
-"""Pixels: beside the boxes, above them, from one rank's line to the next, and a box's height."""
+_LEFT, _RIGHT, _TOP, _ROW, _BOX, _LEGEND = 70, 150, 84, 36, 30, 190
+"""Pixels: beside the boxes, above them, from one rank's line to the next, a box's height, a legend entry's width."""
 
 
 class _Canvas(NamedTuple):
@@ -98,8 +98,8 @@ def draw_svg(timeline: Timeline) -> str:
     """The schedule as an SVG: microbatches in the boxes, kinds by colour, chunks by shade, idle time grey."""
     shortest = min(span.end - span.start for spans in timeline.spans for span in spans if span.end > span.start)
     plot = min(max(24 * timeline.makespan / shortest, 700), 2400)
-    canvas = _Canvas(plot / timeline.makespan, _LEFT + plot + _RIGHT, _TOP + _ROW * len(timeline.spans))
-    legend = _legend(timeline, canvas)
+    width = _LEFT + max(plot + _RIGHT, _LEGEND * (len(_kinds(timeline)) + 1))
+    canvas = _Canvas(plot / timeline.makespan, width, _TOP + _ROW * len(timeline.spans))
     height = canvas.bottom + 50 + 24 * timeline.schedule.placement.chunks
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{canvas.width:.0f}" height="{height:.0f}" '
@@ -109,7 +109,7 @@ def draw_svg(timeline: Timeline) -> str:
         *(_rank_line(timeline, rank, canvas) for rank in range(len(timeline.spans))),
         *_phases(timeline, canvas),
         *_axis(timeline, canvas),
-        *legend,
+        *_legend(timeline, canvas),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -165,7 +165,7 @@ def _phases(timeline: Timeline, canvas: _Canvas) -> list[str]:
         parts.append(f'<path d="M{x + 2:.2f} {_TOP - 8}v-8h{width - 4:.2f}v8" fill="none" stroke="black"/>')
         parts.append(_text(x + width / 2, _TOP - 24, name, anchor="middle"))
         if start:
-            parts.append(f'<path d="M{x:.2f} {_TOP - 16}V{canvas.bottom}" stroke="black" stroke-dasharray="5 4"/>')
+            parts.append(f'<path d="M{x:.2f} {_TOP - 16}V{canvas.bottom}" stroke="black" stroke-opacity="0.4" stroke-dasharray="5 4"/>')
     return parts
 
 
@@ -190,7 +190,7 @@ def _legend(timeline: Timeline, canvas: _Canvas) -> list[str]:
         for kind in _kinds(timeline):
             name = KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else "")
             parts += _legend_entry(x, y, _shade(kind, chunk, chunks), name)
-            x += 175
+            x += _LEGEND
         if chunk == 0:
             parts += _legend_entry(x, y, _IDLE, "bubble (idle)")
     return parts

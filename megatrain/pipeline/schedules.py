@@ -32,9 +32,9 @@ def one_f_one_b(rank: int, ranks: int, microbatches: int, chunks: int = 1) -> li
 
     Rank r holds at most `ranks - r` microbatches' activations.
 
-        0  F0 F1 F2 F3                B0          B1          B2    B3
-        1     F0 F1 F2          B0 F3    B1          B2    B3
-        2        F0 F1    B0 F2    B1 F3    B2    B3
+        0  F0 F1 F2 F3                   B0       B1       B2       B3
+        1     F0 F1 F2             B0    F3 B1       B2       B3
+        2        F0 F1       B0    F2 B1    F3 B2       B3
         3           F0 B0    F1 B1    F2 B2    F3 B3
     """
     return _one_of_each(_each("F", 0, microbatches), _each("B", 0, microbatches), warmup=ranks - rank - 1)
