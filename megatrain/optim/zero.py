@@ -68,6 +68,8 @@ class Zero:
             mpu=_Mpu(grid, shard=config.parallel.zero > 0), dist_init_required=False,
         )  # fmt: skip
         self.engine.enable_backward_allreduce = self.partitioned
+        # With fp32 buffers of its own for gradients.
+        self._bf16 = not self.partitioned and hasattr(self.optimizer, "fp32_groups_gradients")
         if self.partitioned:
             self._sum_in_hooks()
         else:
@@ -86,7 +88,6 @@ class Zero:
 
     def _take_main_grads(self) -> None:
         """DeepSpeed's own fp32 buffers where it keeps them (bf16), else ours."""
-        self._bf16 = hasattr(self.optimizer, "fp32_groups_gradients")
         if self._bf16:
             for group, grads in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True):
                 for parameter, grad in zip(group, grads, strict=True):
@@ -119,17 +120,29 @@ class Zero:
             return
         torch.autograd.backward(output, grad)
         for parameter in self.stage.parameters():
-            if parameter.grad is not None:
-                parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
-                parameter.grad = None
+            # In half precision without its own buffers DeepSpeed's hook has moved the gradient to grad_accum.
+            for name in ("grad", "grad_accum"):
+                if getattr(parameter, name, None) is not None:
+                    parameter.main_grad.add_(getattr(parameter, name))  # type: ignore[attr-defined]
+                    setattr(parameter, name, None)
 
     def discard(self) -> None:
         """Forget the gradients of a step that is not to be taken."""
         if self.partitioned:
             self.optimizer.zero_grad()
+            self._forget_reduced()
             return
         for parameter in self.stage.parameters():
             parameter.main_grad.zero_()  # type: ignore[attr-defined]
+
+    def _forget_reduced(self) -> None:
+        """Drop what DeepSpeed has reduced and not used; its own step leaves it when gradients overflow under offload."""
+        self.optimizer.averaged_gradients = {}
+        if self.config.parallel.zero < 3:
+            self.optimizer.all_grad_tensors = {}
+            self.optimizer.micro_step_id = -1
+        if self.config.parallel.offload == "cpu":
+            self.optimizer.reset_cpu_buffers()
 
     def _sum_declared(self) -> None:
         """All-reduce main_grads over the axes their parameters declare, one message an axis."""
@@ -156,9 +169,7 @@ class Zero:
             if parameter.dtype == torch.float32:
                 parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
             else:
-                held = getattr(parameter, "grad_accum", None)
-                total = parameter.main_grad.clone()  # type: ignore[attr-defined]
-                parameter.grad_accum = total if held is None else total.add_(held)  # type: ignore[attr-defined]
+                parameter.grad_accum = parameter.main_grad.clone()  # type: ignore[attr-defined]
         self.optimizer.set_gradient_accumulation_boundary(True)
         self.optimizer.reduce_gradients(pipeline_parallel=False)
 
@@ -175,8 +186,10 @@ class Zero:
             self.engine._take_model_step(None)
             if not self._bf16:
                 self.discard()
-        norm = self.optimizer._global_grad_norm
-        return StepResult(float(norm), not bool(getattr(self.optimizer, "overflow", False)))
+        overflow = bool(getattr(self.optimizer, "overflow", False))
+        if overflow and not self._bf16:
+            self._forget_reduced()
+        return StepResult(float(self.optimizer._global_grad_norm), not overflow)
 
     # -- state by name and slice -------------------------------------------------------------------------------------
 
@@ -286,6 +299,7 @@ def _engine_config(config: Config, microbatches: int) -> dict[str, Any]:
         "bf16": {"enabled": config.train.dtype == "bf16"},
         "fp16": {"enabled": config.train.dtype == "fp16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "steps_per_print": 10**9,
     }
 
