@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def _together(work: Any, *, cleanup: Path | None = None) -> list[Any]:
     """Do the rank's work; when it failed on any rank, raise the first failure on all. Returns all ranks' results."""
     try:
         outcome: tuple[Any, str | None] = (work(), None)
-    except (OSError, RuntimeError, CheckpointError) as error:
+    except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
         outcome = (None, f"rank {dist.get_rank()} could not write the checkpoint: {error}")
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome)
@@ -101,7 +102,7 @@ def _write_share(temporary: Path, progress: Progress, zero: Zero, config: Config
         if grid.rank == 0:
             written += _write_descriptions(temporary, progress, config, architecture, grid)
         records = [manifest.record(temporary, path) for path in [*written, *(temporary / name for name, _ in shards)]]
-    except OSError:
+    except (OSError, SafetensorError):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return _Share(grid.pipeline.rank, shards, records)

@@ -1,0 +1,238 @@
+"""A checkpoint is a Hugging Face folder, whole or not there; what is wrong with one is said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
+
+from megatrain import config as configuration
+from megatrain.__main__ import main
+from megatrain.checkpoint import manifest
+from megatrain.data.indexed import IndexedWriter
+from megatrain.data.loader import Loader
+from megatrain.data.samples import open_samples
+
+VOCABULARY = 67
+MODEL = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+         "tie_word_embeddings": True}  # fmt: skip
+
+
+def settings(folder, **sections):
+    train = {"steps": 3, "global_batch_size": 4, "micro_batch_size": 2, "save_every": 1, "eval_every": 3, "eval_batches": 2, **sections.pop("train", {})}
+    return {"run": {"output_dir": str(folder / "run")}, "model": MODEL, "train": train,
+            "data": {"train": str(folder / "tokens"), "valid": str(folder / "tokens"), "sequence_length": 16}, **sections}  # fmt: skip
+
+
+def write_data(folder):
+    with IndexedWriter(folder / "tokens", vocab_size=VOCABULARY) as writer:
+        for document in np.random.default_rng(0).integers(0, VOCABULARY, (40, 30)):
+            writer.add(document)
+
+
+def pretrain(rank, world_size, raw, shard_bytes=None):
+    from megatrain.checkpoint import save
+    from megatrain.place import Place
+    from megatrain.train.run import pretrain
+
+    before = save.MAX_SHARD_BYTES
+    save.MAX_SHARD_BYTES = shard_bytes or before
+    try:
+        pretrain(configuration.from_dict(raw), Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
+    finally:
+        save.MAX_SHARD_BYTES = before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three steps at tensor 2 x pipeline 2, its model in several shards, with a checkpoint at each step."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_data(folder)
+    raw = settings(folder, parallel={"tensor": 2, "pipeline": 2})
+    run_ranks(pretrain, 4, raw, 10_000, folder=folder)
+    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it that a test may damage."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(finished / f"tokens{suffix}", tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(tmp_path, parallel={"tensor": 2, "pipeline": 2})))
+    return tmp_path
+
+
+def newest(folder):
+    return sorted((folder / "run" / "checkpoints").glob("step-*"))[-1]
+
+
+def test_is_a_transformers_folder_whose_loss_is_the_runs(finished):
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(newest(finished), dtype=torch.float32, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    config = configuration.load(finished / "run" / "config.yaml")
+    samples = open_samples(config.data, which="valid", sequence_length=16, seed=config.run.seed, vocab_size=VOCABULARY)
+    loader = Loader(samples, global_batch_size=4, micro_batch_size=2, data_rank=0, data_size=1)
+    batches = [batch for number in range(2) for batch in loader.microbatches(number)]
+    loader.close()
+    with torch.inference_mode():
+        losses = [torch.nn.functional.cross_entropy(model.eval()(b.tokens).logits.flatten(0, 1), b.labels.flatten()) for b in batches]
+    last = json.loads((finished / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert float(torch.stack(losses).mean()) == pytest.approx(last["valid_loss"], rel=2e-6)
+
+
+def test_shards_and_index_hold_each_tensor_once_and_no_padding(finished):
+    from safetensors import safe_open
+
+    folder = newest(finished)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    found = {}
+    for shard in shards:
+        with safe_open(folder / shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                assert name not in found
+                found[name] = file.get_tensor(name)
+                assert index["weight_map"][name] == shard
+    assert set(found) == set(index["weight_map"])
+    assert found["model.embed_tokens.weight"].shape == (VOCABULARY, 32)
+    assert "lm_head.weight" not in found
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+
+
+def test_manifest_lists_every_file_with_its_size_and_hash_and_nothing_is_pickled(finished):
+    folder = newest(finished)
+    listed = {entry["path"]: entry for entry in json.loads((folder / "manifest.json").read_text())["files"]}
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    assert set(files) - {"manifest.json"} == set(listed)
+    for name, entry in listed.items():
+        assert entry["size"] == files[name].stat().st_size
+        assert entry["sha256"] == hashlib.sha256(files[name].read_bytes()).hexdigest()
+    assert {path.suffix for path in files.values()} == {".json", ".safetensors"}
+
+
+DAMAGES = {
+    "lacks config.json": lambda folder: (folder / "config.json").unlink(),
+    "bytes in optimizer/rank-00001.safetensors instead of": lambda folder: os.truncate(folder / "optimizer" / "rank-00001.safetensors", 100),
+    "has no manifest.json": lambda folder: (folder / "manifest.json").unlink(),
+    "has an unreadable manifest.json": lambda folder: (folder / "manifest.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("sentence", DAMAGES)
+def test_auto_takes_the_newest_whole_one_and_says_what_is_wrong_with_newer(run, sentence):
+    DAMAGES[sentence](newest(run))
+    (run / "run" / "checkpoints" / ".writing-step-00000009").mkdir()
+    chosen, passed = manifest.find_newest(run / "run" / "checkpoints")
+    assert chosen is not None
+    assert chosen.name == "step-00000002"
+    (words,) = passed
+    assert words.startswith("step-00000003 ")
+    assert sentence in words
+
+
+def refusal(run, capfd, monkeypatch, *words):
+    """What the command says before it would start ranks."""
+    monkeypatch.setattr("megatrain.pretrain.run_local", lambda *args, **more: pytest.fail("ranks were started"))
+    assert main(["pretrain", str(run / "run.yaml"), *words]) == 1
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_a_named_one_that_is_missing(run, capfd, monkeypatch):
+    assert "train.resume=/nowhere is not a folder; give a checkpoint's folder" in refusal(run, capfd, monkeypatch, "train.resume=/nowhere")
+
+
+def test_a_named_one_with_a_flipped_byte(run, capfd, monkeypatch):
+    damaged = newest(run) / "optimizer" / "rank-00002.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    words = refusal(run, capfd, monkeypatch, f"train.resume={newest(run)}")
+    assert "has other content in optimizer/rank-00002.safetensors than was written" in words
+
+
+@pytest.mark.parametrize("words", [(), ("train.resume=NEWEST",)], ids=["auto", "named"])
+def test_one_of_another_model(run, capfd, monkeypatch, words):
+    words = [word.replace("NEWEST", str(newest(run))) for word in words]
+    said = refusal(run, capfd, monkeypatch, *words, "model.intermediate_size=64")
+    assert "is of another model: its intermediate_size is 48 and the run's is 64" in said
+
+
+def command(folder, *words):
+    return subprocess.run([sys.executable, "-m", "megatrain", "pretrain", str(folder / "run.yaml"), *words], capture_output=True,
+                          text=True, timeout=200, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def test_a_finished_run_started_again_does_nothing(run):
+    before = {path: path.read_bytes() for path in (run / "run" / "checkpoints").rglob("*") if path.is_file()}
+    metrics = (run / "run" / "metrics.jsonl").read_text()
+    done = command(run)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    assert {path: path.read_bytes() for path in (run / "run" / "checkpoints").rglob("*") if path.is_file()} == before
+    assert (run / "run" / "metrics.jsonl").read_text() == metrics
+
+
+def test_no_steps_save_the_model_as_initialised(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    write_data(tmp_path)
+    raw = settings(tmp_path, train={"steps": 0, "eval_every": 1, "keep_last": 1})
+    run_ranks(pretrain, 1, raw, folder=tmp_path)
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert folder.name == "step-00000000"
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 10_000
+    (line,) = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert line["step"] == 0
+    assert line["valid_loss"] == pytest.approx(np.log(VOCABULARY), rel=0.02)
+
+
+def test_keep_last_keeps_the_newest(tmp_path):
+    write_data(tmp_path)
+    run_ranks(pretrain, 1, settings(tmp_path, train={"steps": 5, "keep_last": 2, "eval_every": 0}), folder=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000004", "step-00000005"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system that one checkpoint of this size fits on and two do not."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "none", folder], check=False).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(small_disk, tmp_path):
+    write_data(tmp_path)
+    raw = settings(tmp_path, train={"eval_every": 0}, run={"output_dir": str(small_disk / "run")})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    ended = command(tmp_path)
+    assert ended.returncode == 1
+    assert "could not write the checkpoint" in ended.stderr
+    assert "No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    (kept,) = (small_disk / "run" / "checkpoints").iterdir()
+    assert kept.name == "step-00000001"
+    assert manifest.problem(kept, hashes=True) is None
