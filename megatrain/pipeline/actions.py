@@ -83,6 +83,10 @@ class Placement(NamedTuple):
         """The stage that is this rank's chunk."""
         return chunk * self.ranks + (self.ranks - 1 - rank if self._returns(chunk) else rank)
 
+    def stages_of(self, rank: int) -> list[int]:
+        """This rank's stages, by chunk."""
+        return [self.stage(rank, chunk) for chunk in range(self.chunks)]
+
     def place(self, stage: int) -> Place:
         """Where a stage lives; the inverse of `stage`."""
         chunk, position = divmod(stage, self.ranks)

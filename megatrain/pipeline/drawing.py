@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
@@ -27,7 +28,7 @@ def draw_text(timeline: Timeline, width: int) -> str:
     scale = _columns_per_time(timeline, max(width - gutter, 1))
     columns = round(timeline.makespan * scale)
     lines = [f"{rank:<{gutter}}{_text_line(spans, scale, columns)}" for rank, spans in enumerate(timeline.spans)]
-    return "\n".join([*lines, "", _text_legend(timeline)])
+    return "\n".join([*lines, "", textwrap.fill(_text_legend(timeline), width)])
 
 
 def _columns_per_time(timeline: Timeline, columns: int) -> float:

@@ -5,21 +5,34 @@ from __future__ import annotations
 from megatrain.errors import ConfigError
 
 
-def cut_layers(costs: list[float], stages: int) -> list[range]:
+def cut_layers(costs: list[float], stages: int, *, chunks: int = 1) -> list[range]:
     """Contiguous ranges of layers, one a stage, none empty, whose most costly is as cheap as it can be.
 
     Among the cuts with that best maximum, the one with the least sum of squares: the other stages are even too.
     Embedding and head count with their cost like any layer.
 
+    `chunks` is how many of the stages each rank holds (`Placement.stages_of` says which).
+
     Raises ConfigError when there are more stages than blocks to give each at least one.
     """
     blocks = len(costs) - 2
     if stages > max(blocks, 1):
-        raise ConfigError("parallel.pipeline", stages, f"is more than num_hidden_layers={blocks}", f"use at most {blocks}")
+        raise _too_many(stages, blocks, chunks)
     cuts = _best_cuts(costs, stages)
     ranges = [range(first, last) for first, last in zip([0, *cuts], [*cuts, len(costs)], strict=True)]
     assert [layer for stage in ranges for layer in stage] == list(range(len(costs))), "every layer on exactly one stage"
     return ranges
+
+
+def _too_many(stages: int, blocks: int, chunks: int) -> ConfigError:
+    ranks = stages // chunks
+    if chunks == 1:
+        return ConfigError("parallel.pipeline", ranks, f"is more than num_hidden_layers={blocks}", f"use at most {blocks}")
+    fewer_ranks = f"use parallel.pipeline={blocks // chunks} or less, or " if blocks >= chunks else "use "
+    return ConfigError(
+        "parallel.pipeline", ranks, f"with {chunks} chunks of layers a rank makes {stages} stages, more than num_hidden_layers={blocks}",
+        f"{fewer_ranks}a schedule or parallel.virtual with fewer chunks",
+    )  # fmt: skip
 
 
 def _best_cuts(costs: list[float], stages: int) -> list[int]:

@@ -1,0 +1,56 @@
+"""Times of actions, worked out by hand."""
+
+import pytest
+
+from megatrain.pipeline.actions import Action, Placement, Schedule
+from megatrain.pipeline.schedules import make_schedule
+from megatrain.pipeline.simulator import Times, even_times, simulate
+from megatrain.pipeline.transfers import ScheduleError
+
+
+def starts(timeline):
+    return [[(str(span.action), span.start, span.end) for span in spans] for spans in timeline.spans]
+
+
+def test_messages_take_their_time_between_ranks():
+    times = Times([1, 1], [1, 1], [1, 1], send=0.5)
+    made = simulate(make_schedule("1f1b", 2, 2), times)
+    assert starts(made) == [
+        [("F0", 0, 1), ("F1", 1, 2), ("B0", 5, 7), ("B1", 8, 10)],
+        [("F0", 1.5, 2.5), ("B0", 2.5, 4.5), ("F1", 4.5, 5.5), ("B1", 5.5, 7.5)],
+    ]
+    assert (made.makespan, made.busy, made.peak_activations) == (10, [6, 6], [2, 1])
+    assert made.bubble == pytest.approx(1 - 12 / 20)
+
+
+def test_messages_on_one_rank_take_none():
+    made = simulate(make_schedule("zb-v", 1, 1), even_times(Placement(1, 2, "v"), forward=2, input_gradient=2, weight_gradient=2, send=9))
+    assert starts(made) == [
+        [("F0", 0, 1), ("F0.1", 1, 2), ("I0.1", 2, 3), ("W0.1", 3, 4), ("I0", 4, 5), ("W0", 5, 6)],
+    ]
+    assert made.bubble == 0
+
+
+def test_stages_may_differ():
+    """Stage 1 is the slow one, on rank 1; stage 3, rank 0's second chunk in a V of two ranks, is the fast one."""
+    times = Times([1, 4, 1, 0.5], [2, 2, 2, 1], [3, 1, 1, 1])
+    made = simulate(make_schedule("zb-v", 2, 1), times)
+    assert starts(made) == [
+        [("F0", 0, 1), ("F0.1", 6, 6.5), ("I0.1", 6.5, 7.5), ("W0.1", 7.5, 8.5), ("I0", 12.5, 14.5), ("W0", 14.5, 17.5)],
+        [("F0", 1, 5), ("F0.1", 5, 6), ("I0.1", 7.5, 9.5), ("W0.1", 9.5, 10.5), ("I0", 10.5, 12.5), ("W0", 12.5, 13.5)],
+    ]
+
+
+def test_a_whole_backward_takes_both_parts():
+    times = Times([1], [2], [4])
+    assert [times.of(Action(kind, 0), 0) for kind in "FBIW"] == [1, 6, 2, 4]
+
+
+def test_chunks_share_a_ranks_time():
+    assert even_times(Placement(2, 4), forward=1, input_gradient=2, weight_gradient=4, send=3) == Times([0.25] * 8, [0.5] * 8, [1] * 8, 3)
+
+
+def test_ranks_that_wait_for_ever():
+    crossed = [[Action("B", 0), Action("F", 0)], [Action("F", 0), Action("B", 0)]]
+    with pytest.raises(ScheduleError, match="for ever"):
+        simulate(Schedule("", Placement(2), crossed, [1, 1]), Times([1, 1], [1, 1], [1, 1]))
