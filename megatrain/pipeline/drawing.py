@@ -98,7 +98,7 @@ class _Canvas(NamedTuple):
 def draw_svg(timeline: Timeline) -> str:
     """The schedule as an SVG: microbatches in the boxes, kinds by colour, chunks by shade, idle time grey."""
     shortest = min(span.end - span.start for spans in timeline.spans for span in spans if span.end > span.start)
-    plot = min(max(24 * timeline.makespan / shortest, 700), 2400)
+    plot = min(max(24 * timeline.makespan / shortest, 700), 4000)
     width = _LEFT + max(plot + _RIGHT, _LEGEND * (len(_kinds(timeline)) + 1))
     canvas = _Canvas(plot / timeline.makespan, width, _TOP + _ROW * len(timeline.spans))
     height = canvas.bottom + 50 + 24 * timeline.schedule.placement.chunks
@@ -141,8 +141,9 @@ def _box(span: Span, timeline: Timeline, canvas: _Canvas, y: float) -> str:
     label = str(span.action.microbatch)
     colour = _shade(span.action.kind, span.action.chunk, timeline.schedule.placement.chunks)
     box = f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}" fill="{colour}" stroke="white"/>'
-    if 7.5 * len(label) <= width:
-        box += _text(x + width / 2, y + _BOX * 0.65, label, anchor="middle")
+    if width > 0:
+        size = min(13.0, width / (0.62 * len(label)))  # A digit is about 0.6 as wide as the letters are high.
+        box += _text(x + width / 2, y + _BOX / 2 + 0.36 * size, label, anchor="middle", size=size)
     return box
 
 
@@ -201,5 +202,5 @@ def _legend_entry(x: float, y: float, colour: str, name: str) -> list[str]:
     return [f'<rect x="{x}" y="{y}" width="16" height="16" fill="{colour}"/>', _text(x + 22, y + 13, name)]
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 13) -> str:
-    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size}">{escape(text)}</text>'
+def _text(x: float, y: float, text: str, *, anchor: str = "start", size: float = 13) -> str:
+    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size:.4g}">{escape(text)}</text>'
