@@ -88,7 +88,7 @@ def load_config(model: str | dict[str, Any]) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(path), local_files_only=True)
     except Exception as error:
-        raise ConfigError("model", model, f"is not a readable Hugging Face config: {_first_line(error)}") from error
+        raise ConfigError("model", model, f"is not a readable Hugging Face config: {_one_line(error)}") from error
 
 
 def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -113,11 +113,11 @@ def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:
-        raise ConfigError("model", f"({model_type} fields)", f"is refused by transformers: {_first_line(error)}") from error
+        raise ConfigError("model", f"({model_type} fields)", f"is refused by transformers: {_one_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------------

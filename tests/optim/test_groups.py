@@ -1,15 +1,13 @@
 """Which parameters decay."""
 
 import pytest
-import torch
 
-from megatrain.config import Optimizer
+from megatrain.config import Config, Optimizer
 from megatrain.models.architecture import load_config, read_architecture
-from megatrain.models.decoder import build_layers, layer_list
-from megatrain.models.parts import Parts
 from megatrain.optim.groups import decay_groups, make_optimizer
 from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import sharding
+from megatrain.train.build import build_stage
 
 LLAMA = {"model_type": "qwen2", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
          "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -23,9 +21,7 @@ EMBEDDINGS = {"qwen2": {"model.embed_tokens.weight", "lm_head.weight"}, "gpt2": 
 
 
 def layers(model):
-    architecture = read_architecture(load_config(model))
-    parts = Parts(architecture, make_grid(0, connect=False), sequence=False, dtype=torch.float32, device="cpu")
-    return build_layers(layer_list(architecture), parts, recompute="none")
+    return build_stage(Config(), read_architecture(load_config(model)), make_grid(0, connect=False), "cpu")
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["qwen2", "gpt2"])

@@ -1,0 +1,91 @@
+"""Initial weights do not know the layout: any rank's parts are slices of the same whole tensors."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from networks import GPT2, LLAMA
+
+from megatrain import config as configuration
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.initialize import initialize
+from megatrain.models.random import normal_slice
+from megatrain.parallel.grid import make_grid
+from megatrain.parallel.sharding import parameters
+from megatrain.train.build import build_stage
+
+MODELS = {"llama": {**LLAMA, "pad_token_id": 66}, "tied": {**LLAMA, "tie_word_embeddings": True, "num_hidden_layers": 4}, "gpt2": {**GPT2, "n_layer": 4},
+          "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16}}  # fmt: skip
+
+
+def pieces(model, *, tensor, pipeline, seed=3):
+    """(declaration, parameter) of every rank."""
+    words = ["train.steps=1", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
+    config = configuration.load(None, words)
+    for rank in range(tensor * pipeline):
+        stage = build_stage(config, read_architecture(load_config(model)), make_grid(rank, tensor=tensor, pipeline=pipeline, connect=False), "cpu")
+        initialize(stage, seed)
+        yield from parameters(stage)
+
+
+def whole(model, seed=3):
+    tensors = {}
+    for declaration, parameter in pieces(model, tensor=1, pipeline=1, seed=seed):
+        tensors.setdefault(declaration.name, torch.full(declaration.shape, float("nan")))[declaration.whole_slice()] = declaration.part_of(parameter.detach())
+    return tensors
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (4, 1), (1, 2), (2, 2)])
+def test_parts_are_slices_of_the_whole(name, tensor, pipeline):
+    tensors = whole(MODELS[name])
+    counted = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
+    for declaration, parameter in pieces(MODELS[name], tensor=tensor, pipeline=pipeline):
+        part = declaration.part_of(parameter.detach())
+        assert torch.equal(part, tensors[declaration.name][declaration.whole_slice()]), declaration.name
+        counted[declaration.name][declaration.whole_slice()] += declaration.counted
+        assert parameter.numel() == part.numel() or (parameter[declaration.length :] == 0).all(), "padding is zero"
+    assert all((count == 1).all() for count in counted.values()), "one rank of a replica counts each element"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_values_are_those_of_the_architecture(name):
+    """Normal with the config's deviation, smaller where GPT-2 scales the ends of branches; norms one, biases zero."""
+    model = MODELS[name]
+    residual = 0.02 / (2 * model["n_layer"]) ** 0.5 if name == "gpt2" else 0.02
+    for key, tensor in whole(model).items():
+        if tensor.dim() == 1:
+            assert (tensor == (0.0 if key.endswith("bias") else 1.0)).all()
+            continue
+        if name == "llama" and "embed" in key:
+            assert (tensor[66] == 0).all()
+            tensor = tensor[:66]
+        std = residual if "c_proj" in key else 0.02
+        assert abs(float(tensor.std()) / std - 1) < 4 / (2 * tensor.numel()) ** 0.5
+        assert abs(float(tensor.mean())) < 4 * std / tensor.numel() ** 0.5
+
+
+def test_seeds_and_names_give_other_values():
+    first, second = whole(LLAMA), whole(LLAMA, seed=4)
+    matrices = [key for key in first if first[key].dim() == 2]
+    assert all(not torch.equal(first[key], second[key]) for key in matrices)
+    values = {float(first[key][0, 0]) for key in matrices}
+    assert len(values) == len(matrices)
+
+
+def test_any_part_of_a_tensor_can_be_made_alone():
+    shape = (37, 21)
+    all_of_it = normal_slice(1, "name", shape, (slice(0, 37), slice(0, 21)), std=2.0)
+    for rows, columns in [(slice(5, 9), slice(0, 21)), (slice(0, 37), slice(3, 4)), (slice(36, 37), slice(20, 21))]:
+        assert torch.equal(normal_slice(1, "name", shape, (rows, columns), std=2.0), all_of_it[rows, columns])
+    vector = normal_slice(1, "name", (37,), (slice(0, 37),), std=1.0)
+    assert torch.equal(normal_slice(1, "name", (37,), (slice(30, 37),), std=1.0), vector[30:])
+
+
+def test_initial_values_are_the_same_for_ever():
+    """A run that is started again years later starts from the same weights."""
+    found = normal_slice(1234, "model.embed_tokens.weight", (4, 8), (slice(0, 2), slice(0, 3)), std=1.0)
+    torch.testing.assert_close(found, torch.tensor([[0.67740685, -0.22582877, 1.34072912], [1.01881337, 1.23567104, 0.23988722]]), rtol=1e-6, atol=1e-6)

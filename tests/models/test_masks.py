@@ -1,0 +1,77 @@
+"""Who attends to whom: within a document, within a window, never ahead."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from networks import GPT2, LLAMA, build, context, logits, loss, scramble, tokens
+
+from megatrain.models.architecture import load_config, read_architecture
+
+MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 4}
+MODELS = pytest.mark.parametrize("model", [LLAMA, GPT2, MISTRAL, {**LLAMA, "attention_dropout": 0.0, "model_type": "qwen3", "head_dim": 8}],
+                                 ids=["llama", "gpt2", "mistral", "qwen3"])  # fmt: skip
+FIRST = 7
+
+
+def made(model):
+    layers = build(model)
+    scramble(layers)
+    return layers.eval(), read_architecture(load_config(model))
+
+
+@MODELS
+@torch.no_grad()
+def test_two_documents_in_a_sample_are_as_each_alone(model):
+    """Logits, and the losses of the tokens inside each."""
+    layers, architecture = made(model)
+    given = tokens()
+    documents = (torch.arange(16) >= FIRST).long().expand_as(given)
+    positions = torch.cat([torch.arange(FIRST), torch.arange(16 - FIRST)]).expand_as(given)
+    labels = given.roll(-1, 1)
+    labels[:, [FIRST - 1, -1]] = -100
+    both = context(architecture, given, labels, positions=positions, documents=documents)
+    parts = [context(architecture, given[:, part], labels[:, part]) for part in (slice(0, FIRST), slice(FIRST, 16))]
+    torch.testing.assert_close(logits(layers, both), torch.cat([logits(layers, part) for part in parts], dim=1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss(layers, both), sum(loss(layers, part) for part in parts), rtol=1e-5, atol=0)
+    across = context(architecture, given, labels)
+    assert not torch.allclose(logits(layers, across)[:, FIRST:], logits(layers, both)[:, FIRST:], atol=1e-2)
+
+
+@MODELS
+@torch.no_grad()
+def test_no_token_sees_those_after_it(model):
+    layers, architecture = made(model)
+    given = tokens()
+    changed = given.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 67
+    before, after = (logits(layers, context(architecture, x)) for x in (given, changed))
+    torch.testing.assert_close(before[:, :9], after[:, :9], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_window_reaches_as_far_as_layers_carry_it():
+    """4 tokens, itself included, in each of 2 layers: 6 tokens back and no further."""
+    layers, architecture = made(MISTRAL)
+    given = tokens()
+    changed = given.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 67
+    moved = (logits(layers, context(architecture, given)) - logits(layers, context(architecture, changed))).abs().amax((0, 2)) > 1e-5
+    assert moved.tolist() == [5 <= place <= 11 for place in range(16)]
+
+
+def drawn(mask):
+    return ["".join("x" if cell else "." for cell in row) for row in mask]
+
+
+def test_masks_as_drawn():
+    given = context(read_architecture(load_config(GPT2)), tokens(rows=1, length=6), documents=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    assert drawn(given.mask(None)[0, 0]) == ["x.....", "xx....", "xxx...", "...x..", "...xx.", "...xxx"]
+    assert drawn(given.mask(2)[0, 0]) == ["x.....", "xx....", ".xx...", "...x..", "...xx.", "....xx"]
+    plain = context(read_architecture(load_config(GPT2)), tokens(rows=1, length=6))
+    assert drawn(plain.mask(3)[0, 0]) == ["x.....", "xx....", "xxx...", ".xxx..", "..xxx.", "...xxx"]
+    assert plain.mask(None) is plain.mask(6) is None
