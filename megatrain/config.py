@@ -60,7 +60,8 @@ class Parallel:
     data: int | None = setting(None, "Replicas of the model; derived from the number of ranks when left out.")
     sequence: bool = setting(False, "Split norms and residuals along the sequence among tensor ranks (sequence parallelism).")
     zero: Literal[0, 1, 2, 3] = setting(1, "DeepSpeed ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights.")
-    schedule: Literal["gpipe", "1f1b"] = setting("1f1b", "Order of forwards and backwards on a pipeline.")
+    schedule: str = setting("1f1b", "Order of forwards and backwards on a pipeline: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipev or a .csv file.")
+    virtual: int | None = setting(None, "Chunks of layers on each pipeline rank, for schedules that let one choose.")
     offload: Literal["none", "cpu"] = setting("none", "Where the optimizer and its states live: with the model, or in CPU memory.")
 
 
@@ -378,7 +379,7 @@ def _short(value: Any) -> str:
 # checking
 
 
-_POSITIVE = ["data.sequence_length", "parallel.tensor", "parallel.pipeline", "parallel.data", "train.global_batch_size",
+_POSITIVE = ["data.sequence_length", "parallel.tensor", "parallel.pipeline", "parallel.data", "parallel.virtual", "train.global_batch_size",
              "train.micro_batch_size", "train.log_every", "train.tokens", "train.max_bad_steps", "train.eval_batches",
              "lr_schedule.decay_steps"]  # fmt: skip
 _NOT_NEGATIVE = ["train.steps", "train.eval_every", "train.save_every", "train.keep_last", "train.stop_after", "run.seed",

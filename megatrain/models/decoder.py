@@ -48,21 +48,35 @@ def layer_list(architecture: Architecture) -> list[LayerSpec]:
     return [LayerSpec("embedding", 0), *blocks, LayerSpec("head", 0)]
 
 
-def build_layer(spec: LayerSpec, parts: Parts, *, recompute: str) -> nn.Module:
-    """The layer on this rank, its parameters not yet initialised."""
+def build_layer(spec: LayerSpec, parts: Parts, *, recompute: str, tied_across: bool) -> nn.Module:
+    """The layer on this rank, its parameters not yet initialised.
+
+    `tied_across`: embedding and head are one matrix and live on two ranks, each with a copy of it.
+    """
     if spec.kind == "embedding":
-        return Embedding(parts)
+        return Embedding(parts, tied_across=tied_across)
     if spec.kind == "head":
-        return Head(parts)
+        return Head(parts, tied_across=tied_across)
     return Block(parts, spec.number, recompute=recompute)
 
 
+def build_chunks(chunks: list[list[LayerSpec]], parts: Parts, *, recompute: str) -> list[nn.ModuleList]:
+    """A rank's layers by chunk; when embedding and tied head are both among them they share one parameter."""
+    kinds = {spec.kind for chunk in chunks for spec in chunk}
+    together = {"embedding", "head"} <= kinds
+    tied_across = parts.architecture.tied and not together
+    built = [nn.ModuleList([build_layer(spec, parts, recompute=recompute, tied_across=tied_across) for spec in chunk]) for chunk in chunks]
+    if parts.architecture.tied and together:
+        layers = [layer for chunk in built for layer in chunk]
+        embedding = next(layer for layer in layers if isinstance(layer, Embedding))
+        head = next(layer for layer in layers if isinstance(layer, Head))
+        head.weight = embedding.tokens.weight
+    return built
+
+
 def build_layers(specs: list[LayerSpec], parts: Parts, *, recompute: str) -> nn.ModuleList:
-    """A stage's layers; when embedding and tied head are both here they share one parameter."""
-    layers = nn.ModuleList([build_layer(spec, parts, recompute=recompute) for spec in specs])
-    if parts.architecture.tied and isinstance(layers[0], Embedding) and isinstance(layers[-1], Head):
-        layers[-1].weight = layers[0].tokens.weight
-    return layers
+    """The layers of a rank with one chunk."""
+    return build_chunks([specs], parts, recompute=recompute)[0]
 
 
 def _norm(parts: Parts, role: str, layer: int | None) -> nn.Module:
@@ -88,10 +102,10 @@ class Residual(nn.Module):
 
 
 class Embedding(nn.Module):
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, tied_across: bool) -> None:
         super().__init__()
         a, grid = parts.architecture, parts.grid
-        summed = (grid.ends,) if a.tied and grid.pipeline.size > 1 else ()
+        summed = (grid.ends,) if tied_across else ()
         weight = parts.vocabulary("embedding", summed=summed)
         self.axis, self.sequence = grid.tensor, parts.sequence
         self.tokens = VocabEmbedding(weight, start=parts.vocab_start, axis=grid.tensor, sequence=parts.sequence,
@@ -146,13 +160,12 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Final norm, logits over this rank's vocabulary, and the sum of the tokens' losses (fp32 scalar)."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, tied_across: bool) -> None:
         super().__init__()
         a, grid = parts.architecture, parts.grid
-        alone = grid.pipeline.size == 1
-        summed = (grid.ends,) if a.tied and not alone else ()
+        summed = (grid.ends,) if tied_across else ()
         self.norm = _norm(parts, "final_norm", None)
-        self.weight = parts.vocabulary("embedding" if a.tied else "head", counted=not a.tied or alone, summed=summed)
+        self.weight = parts.vocabulary("embedding" if a.tied else "head", counted=not tied_across, summed=summed)
         self.axis, self.sequence = grid.tensor, parts.sequence
         self.start, self.vocab_size = parts.vocab_start, a.vocab_size
 

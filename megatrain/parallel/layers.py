@@ -12,8 +12,10 @@ Shapes: S sequence, B micro-batch, H hidden, F features, V vocabulary, t tensor 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,13 +60,54 @@ class _Linear(torch.autograd.Function):
         weight = ctx.weight
         wide = widen(grad.reshape(-1, grad.shape[-1]))
         dx = (wide @ widen(weight)).to(x.dtype).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = weight_gradient(weight, widen(x.reshape(-1, x.shape[-1])), wide) if ctx.needs_input_grad[1] else None
+        dw = _weight_gradient(Deferred(weight, x, grad)) if ctx.needs_input_grad[1] else None
         db = wide.sum(0).to(grad.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, dw, db
 
 
+class Deferred(NamedTuple):
+    """What a weight's gradient is computed from: the linear's input and its output's gradient."""
+
+    weight: Tensor
+    x: Tensor
+    grad: Tensor
+
+
+_deferred: list[Deferred] | None = None
+
+
+@contextlib.contextmanager
+def deferring(into: list[Deferred]) -> Iterator[None]:
+    """Within it a backward leaves the gradients of linear weights for later, in the list.
+
+    Of the whole process, not of a thread: autograd runs a GPU's backward on a thread of its own.
+    """
+    global _deferred
+    _deferred = into
+    try:
+        yield
+    finally:
+        _deferred = None
+
+
+@torch.no_grad()
+def compute_deferred(deferred: list[Deferred]) -> None:
+    """Add each weight's gradient to its main_grad; what it was computed from is let go at once."""
+    while deferred:
+        weight_gradient(*deferred.pop())
+
+
+def _weight_gradient(sources: Deferred) -> Tensor | None:
+    """Now, or later where a backward is split and the weight has a buffer to add to."""
+    if _deferred is not None and hasattr(sources.weight, "main_grad"):
+        _deferred.append(sources)
+        return None
+    return weight_gradient(*sources)
+
+
 def weight_gradient(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor | None:
     """Add grad' x [out, in] into weight.main_grad and return None, or return it where the weight has no such buffer."""
+    x, grad = widen(x.reshape(-1, x.shape[-1])), widen(grad.reshape(-1, grad.shape[-1]))
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
         return (grad.t() @ x).to(weight.dtype)

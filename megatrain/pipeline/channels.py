@@ -27,17 +27,19 @@ class Arrival(NamedTuple):
 
 
 class Channels:
-    """This rank's channels to its neighbours along the pipeline."""
+    """This rank's channels to its neighbours along the pipeline; on a ring the last rank's next is the first."""
 
-    def __init__(self, axis: Axis) -> None:
+    def __init__(self, axis: Axis, *, ring: bool) -> None:
         self.axis = axis
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
         for first in (0, 1):
             self._connect([(a, a + 1) for a in range(first, axis.size - 1, 2)])
+        if ring and axis.size > 2:
+            self._connect([(0, axis.size - 1)])
 
     def _connect(self, pairs: list[tuple[int, int]]) -> None:
-        """One round of groups: the pairs share no rank, so each rank makes two, of itself where it is in no pair."""
+        """One round of groups: the pairs share no rank, so each rank makes two, of itself where it is in no pair (new_group)."""
         pair = next((pair for pair in pairs if self.axis.rank in pair), None)
         members = (self.axis.rank,) if pair is None else pair
         for direction in (members, members[::-1]):

@@ -1,4 +1,4 @@
-"""Runs a schedule: whatever list of actions passes the checker, on this rank's stage.
+"""Runs a schedule: whatever list of actions passes the checker, on this rank's chunks of layers.
 
 The executor knows nothing of which schedule it runs, of tensor ranks or of the optimizer. It holds, for each microbatch in
 flight, what went in and what came out, and moves tensors as the instruction list says.
@@ -6,6 +6,7 @@ flight, what went in and what came out, and moves tensors as the instruction lis
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,19 +15,25 @@ from torch import Tensor, nn
 
 from megatrain.models.context import Context
 from megatrain.models.decoder import Flow
-from megatrain.pipeline.actions import Action, Instruction, Transfer
+from megatrain.parallel.layers import Deferred, compute_deferred, deferring
+from megatrain.pipeline.actions import Action, Instruction, Transfer, message
 from megatrain.pipeline.channels import Arrival, Channels
 
 
 class Stage(nn.Module):
-    """This rank's slice of the list of layers."""
+    """This rank's layers: one or more chunks, each a slice of the list of layers."""
 
-    def __init__(self, layers: nn.ModuleList) -> None:
+    def __init__(self, chunks: list[nn.ModuleList]) -> None:
         super().__init__()
-        self.layers = layers
+        self.chunks = nn.ModuleList(chunks)
 
-    def forward(self, flow: Flow | None, context: Context) -> Flow | Tensor:
-        for layer in self.layers:
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Of all chunks in turn."""
+        return [layer for chunk in self.chunks for layer in chunk]  # type: ignore[attr-defined]
+
+    def forward(self, flow: Flow | None, context: Context, chunk: int = 0) -> Flow | Tensor:
+        for layer in self.chunks[chunk]:  # type: ignore[attr-defined]
             flow = layer(flow, context)
         assert flow is not None
         return flow
@@ -38,24 +45,30 @@ class Backward(Protocol):
     def __call__(self, output: Tensor, grad: Tensor, *, last: bool) -> None: ...
 
 
-class _InFlight(NamedTuple):
-    entered: Tensor | None
-    output: Tensor
+class Record(NamedTuple):
+    """When an action ran, in seconds of time.perf_counter; from `start` to `ready` it waited for what it takes in."""
+
+    action: Action
+    start: float
+    ready: float
+    end: float
 
 
 class Executor:
-    """Runs instruction lists over one stage.
+    """Runs instruction lists over a rank's stage.
 
     Args:
-        stage: maps (flow, context) to the next flow, or on the last stage to the microbatch's summed loss.
-        channels: to the neighbouring stages; unused with one stage.
+        stage: maps (flow, context, chunk) to the next flow, or at the model's end to the microbatch's summed loss.
+        channels: to the neighbouring ranks; unused with one rank.
         flow_shape: of the hidden tensor between stages.
     """
 
-    def __init__(self, stage: Callable[[Flow | None, Context], Flow | Tensor], *, channels: Channels | None,
+    def __init__(self, stage: Callable[[Flow | None, Context, int], Flow | Tensor], *, channels: Channels | None,
                  flow_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:  # fmt: skip
         self.stage, self.channels = stage, channels
         self.flow_shape, self.dtype, self.device = flow_shape, dtype, device
+        self.records: list[Record] | None = None
+        """While it is a list, each action adds its entry."""
 
     def run(self, instructions: Sequence[Instruction], contexts: Sequence[Context], *, backward: Backward | None,
             loss_weight: Tensor | None = None) -> list[Tensor]:  # fmt: skip
@@ -66,51 +79,102 @@ class Executor:
             backward: None in evaluation: nothing is kept then.
             loss_weight: gradient of the step's loss with respect to a microbatch's summed loss.
 
-        Returns: the microbatches' summed losses on the last stage, nothing on the others.
+        Returns: the microbatches' summed losses on the rank of the last stage, nothing on the others.
         """
-        arrivals: dict[tuple[str, int], Arrival] = {}
-        in_flight: dict[int, _InFlight] = {}
-        ready: dict[tuple[str, int], Tensor] = {}
-        losses: list[Tensor] = []
-        backwards_left = sum(isinstance(i, Action) and i.kind == "B" for i in instructions)
+        backwards = sum(isinstance(i, Action) and i.kind in ("B", "I") for i in instructions)
+        run = _Run(self, contexts, backward, loss_weight, backwards)
         for instruction in instructions:
-            key = (instruction.kind, instruction.microbatch)
             if isinstance(instruction, Transfer):
-                assert self.channels is not None
-                if instruction.direction == "receive":
-                    arrivals[key] = self.channels.receive(self.flow_shape, self.dtype, self.device, instruction.peer)
-                else:
-                    self.channels.send(ready.pop(key), instruction.peer)
-                continue
-            arrived = arrivals.pop(key).wait() if key in arrivals else None
-            if instruction.kind == "F":
-                moved = self._forward(arrived, contexts[instruction.microbatch], keep=backward is not None)
-                if isinstance(moved.output, Tensor) and moved.output.dim() == 0:
-                    losses.append(moved.output.detach())
-                else:
-                    ready[key] = moved.output
-                if backward is not None:
-                    in_flight[instruction.microbatch] = moved
+                run.move(instruction)
             else:
-                assert backward is not None
-                backwards_left -= 1
-                gradient = self._backward(in_flight.pop(instruction.microbatch), arrived, backward, loss_weight, backwards_left == 0)
-                if gradient is not None:
-                    ready[key] = gradient
+                run.compute(instruction)
         if self.channels is not None:
             self.channels.finish()
-        return losses
+        return run.losses
 
-    def _forward(self, arrived: Tensor | None, context: Context, *, keep: bool) -> _InFlight:
+
+class _InFlight(NamedTuple):
+    entered: Tensor | None
+    output: Tensor
+
+
+class _Run:
+    """One step, and what it holds between its instructions."""
+
+    def __init__(self, executor: Executor, contexts: Sequence[Context], backward: Backward | None, loss_weight: Tensor | None,
+                 backwards: int) -> None:  # fmt: skip
+        self.executor, self.contexts, self.backward, self.loss_weight = executor, contexts, backward, loss_weight
+        self.backwards_left = backwards
+        self.losses: list[Tensor] = []
+        self.made: Tensor | None = None
+        """By the last action, for the transfer that stands behind it."""
+        self.arrived: dict[tuple[str, int, int], Arrival | Tensor] = {}
+        self.in_flight: dict[tuple[int, int], _InFlight] = {}
+        self.deferred: dict[tuple[int, int], list[Deferred]] = {}
+
+    def move(self, transfer: Transfer) -> None:
+        executor, key = self.executor, (transfer.kind, transfer.microbatch, transfer.chunk)
+        if transfer.direction == "keep":
+            assert self.made is not None
+            self.arrived[key] = self.made.detach()
+            return
+        assert executor.channels is not None
+        if transfer.direction == "receive":
+            self.arrived[key] = executor.channels.receive(executor.flow_shape, executor.dtype, executor.device, transfer.peer)
+        else:
+            assert self.made is not None
+            executor.channels.send(self.made, transfer.peer)
+
+    def compute(self, action: Action) -> None:
+        start = time.perf_counter()
+        arrived = self._take(action)
+        ready = time.perf_counter()
+        if action.kind == "F":
+            self.made = self._forward(action, arrived)
+        elif action.kind == "W":
+            compute_deferred(self.deferred.pop((action.microbatch, action.chunk)))
+        else:
+            self.made = self._backward(action, arrived)
+        if self.executor.records is not None:
+            if self.executor.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.executor.records.append(Record(action, start, ready, time.perf_counter()))
+
+    def _take(self, action: Action) -> Tensor | None:
+        """What has come for the action, once it is here; nothing at the model's ends."""
+        if action.kind == "W":
+            return None
+        arrival = self.arrived.pop((message(action.kind), action.microbatch, action.chunk), None)
+        return arrival.wait() if isinstance(arrival, Arrival) else arrival
+
+    def _forward(self, action: Action, entered: Tensor | None) -> Tensor | None:
+        """What goes to the next stage."""
+        keep = self.backward is not None
+        if entered is not None and keep:
+            entered.requires_grad_()
         with torch.set_grad_enabled(keep):
-            if arrived is not None and keep:
-                arrived.requires_grad_()
-            result = self.stage(None if arrived is None else Flow(arrived), context)
-        return _InFlight(arrived, result if isinstance(result, Tensor) else result.hidden)
+            flow = None if entered is None else Flow(entered)
+            result = self.executor.stage(flow, self.contexts[action.microbatch], action.chunk)
+        output = result if isinstance(result, Tensor) else result.hidden
+        if keep:
+            self.in_flight[action.microbatch, action.chunk] = _InFlight(entered, output)
+        if isinstance(result, Tensor):
+            self.losses.append(result.detach())
+            return None
+        return output
 
-    def _backward(self, moved: _InFlight, arrived: Tensor | None, backward: Backward, loss_weight: Tensor | None,
-                  last: bool) -> Tensor | None:  # fmt: skip
-        gradient = arrived if arrived is not None else loss_weight
+    def _backward(self, action: Action, arrived: Tensor | None) -> Tensor | None:
+        """What goes to the stage before."""
+        key = (action.microbatch, action.chunk)
+        moved = self.in_flight.pop(key)
+        gradient = arrived if arrived is not None else self.loss_weight
         assert gradient is not None
-        backward(moved.output, gradient, last=last)
+        assert self.backward is not None
+        self.backwards_left -= 1
+        last = self.backwards_left == 0
+        if action.kind == "I":
+            with deferring(self.deferred.setdefault(key, [])):
+                self.backward(moved.output, gradient, last=last)
+        else:
+            self.backward(moved.output, gradient, last=last)
         return None if moved.entered is None else moved.entered.grad

@@ -8,11 +8,14 @@ import torch
 
 from megatrain.config import Config
 from megatrain.models.architecture import Architecture
-from megatrain.models.decoder import LayerSpec, build_layers, layer_list
+from megatrain.models.decoder import LayerSpec, build_chunks, build_layers, layer_list
 from megatrain.models.parts import Parts
 from megatrain.parallel.grid import Grid, make_grid
 from megatrain.parallel.sharding import parameters
+from megatrain.pipeline.actions import Placement, Schedule
+from megatrain.pipeline.choose import choose_schedule
 from megatrain.pipeline.executor import Stage
+from megatrain.pipeline.schedules import make_schedule
 from megatrain.pipeline.stages import cut_layers
 
 
@@ -24,39 +27,50 @@ def layer_costs(architecture: Architecture, sequence_length: int) -> list[float]
     return [float(a.hidden_size), *[float(block)] * a.num_layers, float(a.hidden_size * a.vocab_size)]
 
 
-def stage_specs(config: Config, architecture: Architecture) -> list[list[LayerSpec]]:
-    """Each stage's layers; together they are the model."""
+def run_schedule(config: Config, data_size: int) -> Schedule:
+    """The schedule of a training step. On one rank there is nothing to fill: each backward follows its forward."""
+    p, microbatches = config.parallel, config.microbatches(data_size)
+    if p.pipeline == 1:
+        return make_schedule("1f1b", 1, microbatches)
+    return choose_schedule(p.schedule, ranks=p.pipeline, microbatches=microbatches, virtual=p.virtual,
+                           sequences=config.train.micro_batch_size * data_size)  # fmt: skip
+
+
+def rank_specs(config: Config, architecture: Architecture, placement: Placement) -> list[list[list[LayerSpec]]]:
+    """The layers of each pipeline rank's chunks; together they are the model."""
     specs = layer_list(architecture)
-    cuts = cut_layers(layer_costs(architecture, config.data.sequence_length), config.parallel.pipeline)
-    return [specs[cut.start : cut.stop] for cut in cuts]
+    costs = layer_costs(architecture, config.data.sequence_length)
+    cuts = cut_layers(costs, placement.stages, chunks=placement.chunks)
+    stages = [specs[cut.start : cut.stop] for cut in cuts]
+    return [[stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)] for rank in range(placement.ranks)]
 
 
-def build_stage(config: Config, architecture: Architecture, grid: Grid, device: str) -> Stage:
+def build_stage(config: Config, architecture: Architecture, grid: Grid, device: str, placement: Placement | None = None) -> Stage:
     """This rank's layers, in fp32 and uninitialised; DeepSpeed casts them to the run's dtype."""
     parts = Parts(architecture, grid, sequence=config.parallel.sequence, dtype=torch.float32, device=device)
-    specs = stage_specs(config, architecture)[grid.pipeline.rank]
-    return Stage(build_layers(specs, parts, recompute=config.train.recompute))
+    chunks = rank_specs(config, architecture, placement or Placement(grid.pipeline.size))[grid.pipeline.rank]
+    return Stage(build_chunks(chunks, parts, recompute=config.train.recompute))
 
 
-class StagePlan(NamedTuple):
-    """What a stage holds: its layers, and parameters on each tensor rank."""
+class RankPlan(NamedTuple):
+    """What a pipeline rank holds: its chunks of layers, and parameters on each tensor rank."""
 
-    specs: list[LayerSpec]
+    chunks: list[list[LayerSpec]]
     parameters_per_rank: int
     counted: int
 
 
-def plan_stages(config: Config, architecture: Architecture) -> list[StagePlan]:
-    """Every stage built without memory; their parts are asserted to be the whole model."""
+def plan_ranks(config: Config, architecture: Architecture, placement: Placement) -> list[RankPlan]:
+    """Every rank's layers built without memory; their parts are asserted to be the whole model."""
     p = config.parallel
     plans = []
-    for stage, specs in enumerate(stage_specs(config, architecture)):
+    for rank, chunks in enumerate(rank_specs(config, architecture, placement)):
         counts = []
         for tensor_rank in range(p.tensor):
-            grid = make_grid(stage * p.tensor + tensor_rank, tensor=p.tensor, pipeline=p.pipeline, connect=False)
-            counts.append(_count(build_stage(config, architecture, grid, "meta")))
-        plans.append(StagePlan(specs, counts[0][0], sum(counted for _, counted in counts)))
-    assert sum(plan.counted for plan in plans) == total_parameters(architecture), "the stages are the model"
+            grid = make_grid(rank * p.tensor + tensor_rank, tensor=p.tensor, pipeline=p.pipeline, connect=False)
+            counts.append(_count(build_stage(config, architecture, grid, "meta", placement)))
+        plans.append(RankPlan(chunks, counts[0][0], sum(counted for _, counted in counts)))
+    assert sum(plan.counted for plan in plans) == total_parameters(architecture), "the ranks' parts are the model"
     return plans
 
 

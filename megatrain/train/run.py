@@ -23,11 +23,12 @@ from megatrain.data.loader import Loader
 from megatrain.data.samples import Samples, open_samples
 from megatrain.errors import ConfigError, DataError, UserError
 from megatrain.models.architecture import Architecture, load_config, read_architecture
+from megatrain.models.decoder import LayerSpec
 from megatrain.models.parts import check_tensor_split
 from megatrain.parallel.grid import make_grid
 from megatrain.place import Place
 from megatrain.train import console
-from megatrain.train.build import plan_stages, stage_specs, total_parameters
+from megatrain.train.build import plan_ranks, rank_specs, run_schedule, total_parameters
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import MetricsLog
 from megatrain.train.picture import draw_loss
@@ -57,7 +58,7 @@ def check_without_ranks(config: Config, world_size: int) -> None:
 def _check_layout(config: Config, a: Architecture, world_size: int) -> None:
     config.microbatches(config.data_size(world_size))
     check_tensor_split(a, config.parallel.tensor)
-    stage_specs(config, a)
+    rank_specs(config, a, run_schedule(config, config.data_size(world_size)).placement)
     if config.train.dtype == "fp16" and not machine.has_gpu():
         raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
     if config.data.sequence_length > a.max_positions:
@@ -109,10 +110,10 @@ def dry_run(config: Config) -> str:
     lines = [_header(config, architecture, world_size, "(dry run)"),
              f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
              f"{config.train.micro_batch_size} on each of {data_size} replicas",
-             "", "stage  layers                          parameters on each tensor rank"]  # fmt: skip
-    for number, plan in enumerate(plan_stages(config, architecture)):
-        titles = plan.specs[0].title if len(plan.specs) == 1 else f"{plan.specs[0].title} ... {plan.specs[-1].title}"
-        lines.append(f"{number:>5}  {f'{len(plan.specs)}: {titles}':<30}  {plan.parameters_per_rank:>15,}")
+             "", "pipeline rank  layers                                  parameters on each tensor rank"]  # fmt: skip
+    for number, plan in enumerate(plan_ranks(config, architecture, run_schedule(config, data_size).placement)):
+        layers = ", ".join(_span(chunk) for chunk in plan.chunks)
+        lines.append(f"{number:>13}  {layers:<40}{plan.parameters_per_rank:>15,}")
     parts: list[Literal["train", "valid"]] = ["train", "valid"] if config.train.eval_every else ["train"]
     for which in parts:
         try:
@@ -120,6 +121,11 @@ def dry_run(config: Config) -> str:
         except (DataError, ConfigError) as error:
             lines.append(f"note: {error}")
     return "\n".join(lines)
+
+
+def _span(specs: list[LayerSpec]) -> str:
+    titles = specs[0].title if len(specs) == 1 else f"{specs[0].title} ... {specs[-1].title}"
+    return f"{len(specs)}: {titles}"
 
 
 def _header(config: Config, architecture: Architecture, world_size: int, device: str) -> str:

@@ -14,6 +14,7 @@ from megatrain.config import Config
 from megatrain.data.loader import Batch
 from megatrain.models.architecture import Architecture
 from megatrain.models.context import Context
+from megatrain.models.decoder import layer_list
 from megatrain.models.initialize import initialize
 from megatrain.models.random import key
 from megatrain.models.rotary import Rotation, frequencies, rotation
@@ -22,12 +23,11 @@ from megatrain.optim.zero import DTYPES, Zero
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Grid
 from megatrain.parallel.sharding import parameters
-from megatrain.pipeline.actions import Instruction
 from megatrain.pipeline.channels import Channels
 from megatrain.pipeline.executor import Executor
-from megatrain.pipeline.schedules import make_schedule
+from megatrain.pipeline.schedules import forward_only
 from megatrain.pipeline.transfers import add_transfers, check_schedule
-from megatrain.train.build import build_stage, stage_specs
+from megatrain.train.build import build_stage, rank_specs, run_schedule
 
 
 class StepReport(NamedTuple):
@@ -45,30 +45,26 @@ class Trainer:
     def __init__(self, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> None:
         self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
         self.microbatches = config.microbatches(grid.data.size)
-        stage = build_stage(config, architecture, grid, str(device))
+        self.schedule = run_schedule(config, grid.data.size)
+        placement = self.schedule.placement
+        stage = build_stage(config, architecture, grid, str(device), placement)
         initialize(stage, config.run.seed)
         self.zero = Zero(stage, config=config, grid=grid, microbatches=self.microbatches)
         self.stage = stage
         length = config.data.sequence_length // (grid.tensor.size if config.parallel.sequence else 1)
         self.executor = Executor(
-            self.zero.module, channels=Channels(grid.pipeline) if grid.pipeline.size > 1 else None,
+            self.zero.module, channels=Channels(grid.pipeline, ring=placement.chunks > 1) if grid.pipeline.size > 1 else None,
             flow_shape=(length, config.train.micro_batch_size, architecture.hidden_size),
             dtype=DTYPES[config.train.dtype], device=device,
         )  # fmt: skip
-        # On one rank there is nothing to fill: each backward follows its forward, whatever the schedule's name.
-        name = config.parallel.schedule if grid.pipeline.size > 1 else "1f1b"
-        self.instructions = self._instructions(name)
-        self.forward_instructions = self._instructions("forward")
+        check_schedule(self.schedule, self.microbatches)
+        self.instructions = add_transfers(self.schedule)[grid.pipeline.rank]
+        self.forward_instructions = add_transfers(forward_only(self.schedule))[grid.pipeline.rank]
         self._frequencies = None
         if architecture.rotary:
             inv_freq, factor = frequencies(architecture)
             self._frequencies = (inv_freq.to(device), factor)
         self._plain_rotation: Rotation | None = None
-
-    def _instructions(self, name: str) -> list[Instruction]:
-        schedule = make_schedule(name, self.grid.pipeline.size, self.microbatches)
-        check_schedule(schedule, self.microbatches, backward=name != "forward")
-        return add_transfers(schedule)[self.grid.pipeline.rank]
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -141,7 +137,7 @@ class Trainer:
 
     def first_bad_layer(self) -> str:
         """Where the last bad step goes wrong when it is done again: a layer's output, a gradient, or only the norm."""
-        layers = [spec for specs in stage_specs(self.config, self.architecture) for spec in specs]
+        layers = layer_list(self.architecture)
         outputs = self._gathered(self._bad_outputs())
         if outputs:
             return f"the first layer with a non-finite output is {layers[min(outputs)].title}"
@@ -159,19 +155,21 @@ class Trainer:
         return [item for items in everyone for item in items]
 
     def _bad_outputs(self) -> list[int]:
-        """Layers of this stage, counted in the whole model, with a non-finite output in any microbatch."""
+        """Layers of this rank, counted in the whole model, with a non-finite output in any microbatch."""
         found: list[int] = []
-        first = sum(len(specs) for specs in stage_specs(self.config, self.architecture)[: self.grid.pipeline.rank])
+        everything = layer_list(self.architecture)
+        chunks = rank_specs(self.config, self.architecture, self.schedule.placement)[self.grid.pipeline.rank]
+        mine = [everything.index(spec) for chunk in chunks for spec in chunk]
 
         def watch(index: int) -> Callable[..., None]:
             def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
                 tensor = output if isinstance(output, Tensor) else output[0]  # type: ignore[index]
                 if not torch.isfinite(tensor).all():
-                    found.append(first + index)
+                    found.append(index)
 
             return hook
 
-        handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(self.stage.layers)]
+        handles = [layer.register_forward_hook(watch(index)) for index, layer in zip(mine, self.stage.layers, strict=True)]
         self.executor.run(self.forward_instructions, self._bad.contexts, backward=None)
         for handle in handles:
             handle.remove()

@@ -26,6 +26,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermedia
 MODELS = {
     "llama": LLAMA,
     "tied": {**LLAMA, "tie_word_embeddings": True},
+    "deep": {**LLAMA, "num_hidden_layers": 9, "tie_word_embeddings": True},
     "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 5},
     "qwen2": {**LLAMA, "model_type": "qwen2"},
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
@@ -146,6 +147,7 @@ def row(model="llama", world=1, **settings):
     return pytest.param(model, world, settings, id=name)
 
 
+SPLIT = ("interleaved", "zb-h1", "zb-v", "dualpipev")
 TP, PP, TP_PP = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}
 ROWS = [
     # one rank: our model against each family's in transformers
@@ -166,12 +168,20 @@ ROWS = [
     row("qwen3", 4, tensor=4, sequence=True), row("gpt2", 4, tensor=4),
     row("tied", 2, **PP), row("tied", 4, pipeline=4), row("tied", 4, zero=0, **PP), row("tied", 4, zero=1, **PP),
     row("tied", 4, zero=2, **TP), row("tied", 4, zero=3, **TP), row("gpt2", 4, zero=3, sequence=True, **TP),
+    # every schedule; one tied matrix on one rank of a V
+    *[row(world=2, schedule=name, **PP) for name in SPLIT], *[row("tied", 2, schedule=name, **PP) for name in SPLIT],
+    *[row("tied", 4, schedule=name, pipeline=4) for name in ("zb-h1",)], *[row("deep", 4, schedule=name, pipeline=4, micro_batch_size=1) for name in SPLIT],
+    *[row(world=4, schedule=name, **TP_PP) for name in SPLIT], row("gpt2", 4, schedule="zb-v", sequence=True, recompute="full", **TP_PP),
+    row("deep", 2, schedule="interleaved", virtual=4, **PP), row("deep", 3, schedule="interleaved", pipeline=3, micro_batch_size=1),
+    *[row("tied", 4, schedule=name, zero=1, recompute="selective", **PP) for name in ("interleaved", "zb-h1", "zb-v")],
     # three axes
     row(world=8, **TP_PP), row("tied", 8, sequence=True, **TP_PP), row("gpt2", 8, pipeline=4, zero=0),
+    row("deep", 8, schedule="zb-v", tensor=2, pipeline=4),
 ]  # fmt: skip
 BF16_ROWS = [
     row(), row("gpt2"), row(world=2, **TP), row(world=2, **PP), *[row(world=2, zero=stage) for stage in (0, 1, 2, 3)],
     row(world=4, sequence=True, **TP_PP), row("tied", 4, **TP_PP), row("tied", 4, **PP), row(world=4, zero=2, **TP),
+    *[row(world=2, schedule=name, **PP) for name in SPLIT], row("tied", 4, schedule="zb-v", **TP_PP),
 ]  # fmt: skip
 
 
