@@ -157,7 +157,7 @@ REFUSED = {
     "parallel.zero=.nan": "parallel.zero=nan is not one of 0, 1, 2, 3",
     "parallel.zero=[1]": "parallel.zero=[1] is not one of 0, 1, 2, 3",
     "parallel.zero=1.5": "parallel.zero=1.5 is not one of 0, 1, 2, 3",
-    "parallel.schedule=1": "parallel.schedule=1 is not one of gpipe, 1f1b",
+    "train.dtype=1": "train.dtype=1 is not one of fp32, bf16, fp16",
     "run.master_port=70000": "run.master_port=70000 is no port; use 1 to 65535, or 0 for a free one",
     "lr_schedule.stable_fraction=1.1": "lr_schedule.stable_fraction=1.1 must be in [0, 1]",
     "lr_schedule.warmup_steps=11": "lr_schedule.warmup_steps=11 is more than the 10 steps of the schedule",
