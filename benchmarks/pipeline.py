@@ -1,0 +1,464 @@
+"""The executor beside the simulator, and beside DeepSpeed's PipelineEngine.
+
+    python benchmarks/pipeline.py sleep     [--part 20] [--laps 7]       4 ranks whose compute sleeps: bubbles, throughputs
+    python benchmarks/pipeline.py real      [--laps 7]                   2 ranks x 1 thread of a real model: bubbles
+    python benchmarks/pipeline.py overhead  [--ranks 2] [--laps 30]      what an action costs beside its compute
+
+Contenders live side by side in the same ranks and take turns, a lap each, so that a noisy machine is noisy for all; every
+figure is the median over laps of a lap's figure, ratios those of a lap's ratios. A bubble is the idle share of ranks x
+makespan: a rank is busy while an action computes, not while it waits for what the action takes in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from megatrain.pipeline.actions import Schedule
+    from megatrain.pipeline.channels import Channels
+    from megatrain.pipeline.executor import Record
+    from megatrain.pipeline.simulator import Timeline, Times
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipev")
+BASE = "1f1b"
+MODEL = {"model_type": "llama", "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8,
+         "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 128}  # fmt: skip
+WIDTH = 16
+"""Of the hidden tensors where compute sleeps or is next to nothing."""
+
+Lap = Callable[[], Any]
+"""One step of a contender; what it returns goes to the parent."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ranks: processes that hold the same contenders
+
+
+class Ranks:
+    """Rank processes over gloo, one thread each, that do a lap of the contender they are told.
+
+    Args:
+        make: (rank, ranks, **arguments) -> contenders by name, run in each process.
+    """
+
+    def __init__(self, ranks: int, make: Callable[..., dict[str, Lap]], **arguments: Any) -> None:
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        context = multiprocessing.get_context("spawn")
+        self.pipes = []
+        self.processes = []
+        for rank in range(ranks):
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(there, store, rank, ranks, make, arguments), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+        self._answers()
+
+    def lap(self, name: str) -> list[Any]:
+        """What the contender's lap returned, by rank."""
+        for pipe in self.pipes:
+            pipe.send(name)
+        return self._answers()
+
+    def _answers(self) -> list[Any]:
+        answers = []
+        for pipe in self.pipes:
+            answer, error = pipe.recv()
+            if error:
+                raise SystemExit(error)
+            answers.append(answer)
+        return answers
+
+
+def serve(pipe: Any, store: str, rank: int, ranks: int, make: Callable[..., dict[str, Lap]], arguments: dict[str, Any]) -> None:
+    """A rank's life: laps until the parent is gone."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    try:
+        import torch
+        import torch.distributed as dist
+
+        from megatrain.machine import forbid_builds
+
+        torch.set_num_threads(1)
+        forbid_builds()
+        dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+        contenders = make(rank, ranks, **arguments)
+        pipe.send((None, None))
+        while True:
+            name = pipe.recv()
+            dist.barrier()
+            pipe.send((contenders[name](), None))
+    except EOFError:
+        pass
+    except BaseException:
+        pipe.send((None, traceback.format_exc()))
+
+
+def race(ranks: Ranks, names: list[str], laps: int) -> dict[str, list[list[Any]]]:
+    """By contender and lap, what each rank returned; the first lap of each is not counted."""
+    for name in names:
+        ranks.lap(name)
+    found: dict[str, list[list[Any]]] = {name: [] for name in names}
+    for _ in range(laps):
+        for name in names:
+            found[name].append(ranks.lap(name))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bubbles
+
+
+def makespan(lap: list[list[Record]]) -> float:
+    """Seconds from the first rank's first start to the last rank's end: the ranks share the machine's clock."""
+    return max(records[-1].end for records in lap) - min(records[0].start for records in lap)
+
+
+def bubble(lap: list[list[Record]]) -> float:
+    """Idle share of ranks x makespan."""
+    busy = sum(record.end - record.ready for records in lap for record in records)
+    return 1 - busy / (len(lap) * makespan(lap))
+
+
+def measured_times(schedule: Schedule, lap: list[list[Record]]) -> Times:
+    """Mean seconds of each stage's actions in this lap; a whole backward counts as an input gradient where none is split."""
+    from megatrain.pipeline.simulator import Times
+
+    spent: dict[tuple[str, int], list[float]] = {}
+    for rank, records in enumerate(lap):
+        for record in records:
+            stage = schedule.placement.stage(rank, record.action.chunk)
+            spent.setdefault((record.action.kind, stage), []).append(record.end - record.ready)
+    mean = {key: statistics.fmean(seconds) for key, seconds in spent.items()}
+    stages = range(schedule.placement.stages)
+    input_gradient = [mean["I", s] if ("I", s) in mean else mean["B", s] for s in stages]
+    return Times([mean["F", s] for s in stages], input_gradient, [mean.get(("W", s), 0.0) for s in stages])
+
+
+class Row(NamedTuple):
+    """A schedule's laps: measured, and simulated."""
+
+    measured: list[float]
+    simulated: list[float]
+    spans: list[float]
+    ideal_span: float | None = None
+
+
+def print_bubbles(rows: dict[str, Row]) -> None:
+    base = rows[BASE]
+    print(f"{'':14}{'bubble':>9}{'simulated':>11}{'points off':>12}{'makespan ms':>13}{'x 1f1b':>9}{'simulated':>11}")
+    for name, row in rows.items():
+        off = statistics.median(100 * (a - b) for a, b in zip(row.measured, row.simulated, strict=True))
+        ratio = statistics.median(a / b for a, b in zip(base.spans, row.spans, strict=True))
+        ideal = f"{base.ideal_span / row.ideal_span:.3f}" if base.ideal_span and row.ideal_span else "-"
+        print(f"{name:14}{statistics.median(row.measured):>9.1%}{statistics.median(row.simulated):>11.1%}{off:>+12.2f}"
+              f"{1e3 * statistics.median(row.spans):>13.1f}{ratio:>9.3f}{ideal:>11}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compute that sleeps
+
+
+def sleeping_stage(seconds: float) -> Any:
+    """A stage whose forward, input gradient and weight gradient sleep `seconds` each, the last one where W says."""
+    import torch
+
+    from megatrain.models.decoder import Flow
+    from megatrain.parallel.layers import linear
+
+    class Sleep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(seconds)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            time.sleep(seconds)
+            return grad
+
+    class Buffer:
+        """Where a linear layer adds its weight's gradient."""
+
+        dtype = torch.float32
+
+        def addmm_(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+            time.sleep(seconds)
+
+    class Stage:
+        def __init__(self, last: int | None) -> None:
+            self.last = last
+            self.weight = torch.nn.Parameter(torch.eye(WIDTH))
+            self.weight.main_grad = Buffer()  # type: ignore[attr-defined]
+
+        def __call__(self, flow: Flow | None, context: Any, chunk: int) -> Flow | torch.Tensor:
+            x = torch.ones(1, WIDTH, requires_grad=True) if flow is None else flow.hidden
+            y = linear(Sleep.apply(x), self.weight)
+            return y.sum() if chunk == self.last else Flow(y)
+
+    return Stage
+
+
+def chunk_with_loss(schedule: Schedule, rank: int) -> int | None:
+    """The rank's chunk that is the model's last stage."""
+    end = schedule.placement.place(schedule.placement.stages - 1)
+    return end.chunk if end.rank == rank else None
+
+
+def executor_lap(schedule: Schedule, rank: int, stage: Any, channels: Channels) -> Callable[[list[Record] | None], None]:
+    """A step of the schedule with tensors [1, WIDTH] and nothing but autograd; records go into the list."""
+    import torch
+
+    from megatrain.pipeline.executor import Executor
+    from megatrain.pipeline.transfers import add_transfers, check_schedule
+
+    microbatches = 1 + max(action.microbatch for action in schedule.actions[rank])
+    check_schedule(schedule, microbatches)
+    instructions = add_transfers(schedule)[rank]
+    executor = Executor(stage, channels=channels, flow_shape=(1, WIDTH), dtype=torch.float32, device=torch.device("cpu"))
+
+    def backward(output: torch.Tensor, grad: torch.Tensor, *, last: bool) -> None:
+        torch.autograd.backward(output, grad)
+
+    def lap(records: list[Record] | None) -> None:
+        executor.records = records
+        executor.run(instructions, [None] * microbatches, backward=backward, loss_weight=torch.ones(()))  # type: ignore[list-item]
+
+    return lap
+
+
+def recorded(lap: Callable[[list[Record]], None]) -> list[Record]:
+    records: list[Record] = []
+    lap(records)
+    return records
+
+
+def make_sleepers(rank: int, ranks: int, part: float, microbatches: int) -> dict[str, Lap]:
+    from megatrain.parallel.grid import Axis
+    from megatrain.pipeline.channels import Channels
+    from megatrain.pipeline.schedules import make_schedule
+
+    channels = Channels(Axis(rank, ranks, tuple(range(ranks))), ring=True)
+    laps: dict[str, Lap] = {}
+    for name in SCHEDULES:
+        schedule = make_schedule(name, ranks, microbatches)
+        stage = sleeping_stage(part / schedule.placement.chunks)(chunk_with_loss(schedule, rank))
+        laps[name] = functools.partial(recorded, executor_lap(schedule, rank, stage, channels))
+    return laps
+
+
+def simulated(name: str, ranks: int, microbatches: int, part: float) -> Timeline:
+    """Every rank's forward, input and weight gradient `part` seconds each, whatever its chunks."""
+    from megatrain.pipeline.schedules import make_schedule
+    from megatrain.pipeline.simulator import even_times, simulate
+
+    schedule = make_schedule(name, ranks, microbatches)
+    return simulate(schedule, even_times(schedule.placement, forward=part, input_gradient=part, weight_gradient=part))
+
+
+def sleep(args: argparse.Namespace) -> None:
+    part = args.part / 1e3
+    ranks = Ranks(args.ranks, make_sleepers, part=part, microbatches=args.microbatches)
+    rows = {}
+    for name, laps in race(ranks, list(SCHEDULES), args.laps).items():
+        ideal = simulated(name, args.ranks, args.microbatches, part)
+        rows[name] = Row([bubble(lap) for lap in laps], [ideal.bubble] * len(laps), [makespan(lap) for lap in laps], ideal.makespan)
+    print(f"{args.ranks} ranks, {args.microbatches} microbatches, forward = input = weight gradient = {args.part:g} ms a rank, asleep")
+    print_bubbles(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a real model
+
+
+def real_config(name: str, microbatches: int) -> dict[str, Any]:
+    return {
+        "model": MODEL, "parallel": {"pipeline": 2, "schedule": name}, "data": {"sequence_length": MODEL["max_position_embeddings"]},
+        "train": {"steps": 10**6, "micro_batch_size": 2, "global_batch_size": 2 * microbatches},
+        "lr_schedule": {"name": "constant"}, "optimizer": {"grad_clip": 1.0, "lr": 1e-4},
+    }  # fmt: skip
+
+
+def make_trainers(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
+    import torch
+
+    from megatrain import config as configuration
+    from megatrain.data.loader import Batch
+    from megatrain.models.architecture import load_config, read_architecture
+    from megatrain.parallel.grid import make_grid
+    from megatrain.train.trainer import Trainer
+
+    length: int = MODEL["max_position_embeddings"]  # type: ignore[assignment]
+    architecture = read_architecture(load_config(MODEL))
+    positions = torch.arange(length).expand(2, -1)
+    rows = torch.randint(0, 1024, (microbatches, 2, length + 1), generator=torch.Generator().manual_seed(0))
+    batches = [Batch(row[:, :-1], row[:, 1:], positions, torch.zeros_like(positions)) for row in rows]
+
+    def contender(name: str) -> Lap:
+        config = configuration.from_dict(real_config(name, microbatches))
+        trainer = Trainer(config, architecture, make_grid(rank, pipeline=ranks), torch.device("cpu"))
+        steps = iter(range(1, 10**6))
+
+        def lap(records: list[Record]) -> None:
+            trainer.executor.records = records
+            trainer.step(next(steps), batches)
+
+        return functools.partial(recorded, lap)
+
+    return {name: contender(name) for name in SCHEDULES}
+
+
+def real(args: argparse.Namespace) -> None:
+    from megatrain.pipeline.schedules import make_schedule
+    from megatrain.pipeline.simulator import simulate
+
+    ranks = Ranks(2, make_trainers, microbatches=args.microbatches)
+    rows = {}
+    for name, laps in race(ranks, list(SCHEDULES), args.laps).items():
+        schedule = make_schedule(name, 2, args.microbatches)
+        timelines = [simulate(schedule, measured_times(schedule, lap)) for lap in laps]
+        rows[name] = Row([bubble(lap) for lap in laps], [timeline.bubble for timeline in timelines], [makespan(lap) for lap in laps])
+    print(f"2 ranks x 1 thread, {args.microbatches} microbatches; simulated from each lap's mean times by stage and kind of action")
+    print_bubbles(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what an action costs
+
+
+def make_tiny(rank: int, ranks: int, microbatches: int, steps: int) -> dict[str, Lap]:
+    """Contenders whose every stage is one linear layer [1, WIDTH], and that layer's passes without any engine.
+
+    A lap returns seconds for one step. Reductions over replicas and the optimizer's step are left out of all.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from megatrain.models.decoder import Flow
+    from megatrain.parallel.grid import Axis
+    from megatrain.pipeline.channels import Channels
+    from megatrain.pipeline.schedules import make_schedule
+
+    def timed(step: Callable[[], None]) -> Lap:
+        def lap() -> float:
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(steps):
+                step()
+            return (time.perf_counter() - start) / steps
+
+        return lap
+
+    channels = Channels(Axis(rank, ranks, tuple(range(ranks))), ring=True)
+    layer = torch.nn.Linear(WIDTH, WIDTH)
+
+    def ours(name: str) -> Lap:
+        schedule = make_schedule(name, ranks, microbatches)
+        loss_chunk = chunk_with_loss(schedule, rank)
+
+        def stage(flow: Flow | None, context: Any, chunk: int) -> Flow | torch.Tensor:
+            y = layer(given if flow is None else flow.hidden)
+            return y.sum() if chunk == loss_chunk else Flow(y)
+
+        step = executor_lap(schedule, rank, stage, channels)
+        return timed(lambda: step(None))
+
+    given = torch.ones(1, WIDTH)
+
+    def bare() -> None:
+        for _ in range(microbatches):
+            x = torch.ones(1, WIDTH, requires_grad=rank > 0)
+            y = layer(x)
+            torch.autograd.backward(y, given)
+
+    return {"bare": timed(bare), "PipelineEngine": timed(pipeline_engine(ranks, microbatches)), **{name: ours(name) for name in SCHEDULES}}
+
+
+def pipeline_engine(ranks: int, microbatches: int) -> Callable[[], None]:
+    """A step of DeepSpeed's engine: its 1F1B without the instructions that reduce and update."""
+    import itertools
+
+    import deepspeed
+    import torch
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe import schedule as instructions
+
+    class Passes(instructions.TrainSchedule):  # type: ignore[misc]
+        def steps(self) -> Any:
+            left_out = (instructions.ReduceTiedGrads, instructions.ReduceGrads, instructions.OptimizerStep)
+            for commands in super().steps():
+                yield [command for command in commands if not isinstance(command, left_out)]
+
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    module = PipelineModule(
+        layers=[torch.nn.Linear(WIDTH, WIDTH) for _ in range(ranks)], num_stages=ranks, partition_method="uniform",
+        loss_fn=lambda output, label: output.sum(),
+    )  # fmt: skip
+    settings = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": microbatches, "steps_per_print": 10**9}
+    engine, *_ = deepspeed.initialize(model=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.0), config=settings)
+    batch = (torch.ones(1, WIDTH), torch.zeros(1))
+    engine.train_batch(itertools.repeat(batch))
+    engine.set_dataiterator(itertools.repeat(batch))
+
+    def step() -> None:
+        engine._exec_schedule(Passes(micro_batches=microbatches, stages=ranks, stage_id=engine.stage_id))
+
+    return step
+
+
+def overhead(args: argparse.Namespace) -> None:
+    from megatrain.pipeline.schedules import make_schedule
+
+    ranks = Ranks(args.ranks, make_tiny, microbatches=args.microbatches, steps=args.steps)
+    names = ["bare", "PipelineEngine", *SCHEDULES]
+    seconds = {name: [max(lap) for lap in laps] for name, laps in race(ranks, names, args.laps).items()}
+    counts = {name: len(make_schedule(name, args.ranks, args.microbatches).actions[0]) for name in SCHEDULES}
+    counts |= {"bare": 2 * args.microbatches, "PipelineEngine": 2 * args.microbatches}
+    print(f"{args.ranks} ranks x 1 thread, {args.microbatches} microbatches, a linear layer of {WIDTH} a stage; time of a step / its actions")
+    print(f"{'':16}{'actions':>8}{'us an action':>14}{'x PipelineEngine':>18}{'less bare, us':>15}{'x PipelineEngine':>18}")
+
+    def each(name: str) -> list[float]:
+        return [1e6 * second / counts[name] for second in seconds[name]]
+
+    def less_bare(name: str) -> list[float]:
+        """The schedules' actions as many microbatches' passes as there are: the bare passes once for each chunk."""
+        chunks = make_schedule(name, args.ranks, args.microbatches).placement.chunks if name in SCHEDULES else 1
+        return [1e6 * (a - chunks * b) / counts[name] for a, b in zip(seconds[name], seconds["bare"], strict=True)]
+
+    for name in names:
+        whole = statistics.median(a / b for a, b in zip(each(name), each("PipelineEngine"), strict=True))
+        alone = statistics.median(a / b for a, b in zip(less_bare(name), less_bare("PipelineEngine"), strict=True))
+        net = "-" if name == "bare" else f"{statistics.median(less_bare(name)):.0f}"
+        share = "-" if name == "bare" else f"{alone:.2f}"
+        print(f"{name:16}{counts[name]:>8}{statistics.median(each(name)):>14.0f}{whole:>18.2f}{net:>15}{share:>18}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sleep", "real", "overhead"])
+    parser.add_argument("--ranks", type=int, help="4 for sleep, 2 for overhead unless given; real has 2")
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--part", type=float, default=20.0, help="sleep: milliseconds of a forward, of an input and of a weight gradient")
+    parser.add_argument("--steps", type=int, default=10, help="overhead: steps of a lap")
+    parser.add_argument("--laps", type=int, help="7, for overhead 30, unless given")
+    args = parser.parse_args()
+    args.ranks = args.ranks or {"sleep": 4, "real": 2, "overhead": 2}[args.what]
+    args.laps = args.laps or {"sleep": 7, "real": 7, "overhead": 30}[args.what]
+    {"sleep": sleep, "real": real, "overhead": overhead}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
