@@ -62,6 +62,9 @@ class Parallel:
     zero: Literal[0, 1, 2, 3] = setting(1, "DeepSpeed ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights.")
     schedule: str = setting("1f1b", "Order of forwards and backwards on a pipeline: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipev or a .csv file.")
     virtual: int | None = setting(None, "Chunks of layers on each pipeline rank, for schedules that let one choose.")
+    layers_per_stage: list[int] | None = setting(
+        None, "Blocks on each stage in the model's order, as [3, 5]; cut by cost when left out. A stage is one chunk of one pipeline rank."
+    )
     offload: Literal["none", "cpu"] = setting("none", "Where the optimizer and its states live: with the model, or in CPU memory.")
 
 
@@ -85,6 +88,9 @@ class Train:
     resume: str = setting("auto", "`auto` takes the run's newest whole checkpoint, `never` starts afresh, a folder takes that one.")
     max_bad_steps: int = setting(5, "Steps in a row with a non-finite loss or gradient after which the run stops.")
     stop_after: int | None = setting(None, "Save and stop after this step although `steps` goes on; schedules still see `steps`.")
+    trace_steps: list[int] | None = setting(
+        None, "First and last step, as [20, 22], of which every action is recorded for `megatrain xray`; nothing when left out."
+    )
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,7 @@ def check(config: Config) -> None:
     """Refuse what is wrong in itself, before model, data or ranks are looked at."""
     _check_ranges(config)
     _check_train(config)
+    _check_trace(config)
     _check_parallel(config)
 
 
@@ -420,6 +427,18 @@ def _check_train(config: Config) -> None:
                           f"is more than the {schedule.decay_steps or config.steps} steps of the schedule")  # fmt: skip
     if schedule.min_lr > config.optimizer.lr:
         raise ConfigError("lr_schedule.min_lr", schedule.min_lr, f"is above optimizer.lr={config.optimizer.lr}")
+
+
+def _check_trace(config: Config) -> None:
+    steps = config.train.trace_steps
+    if steps is None:
+        return
+    if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
+        raise ConfigError("train.trace_steps", steps, "must be two steps, the first from 1 and not after the last", "for example [20, 22]")
+    end = min(config.steps, config.train.stop_after if config.train.stop_after is not None else config.steps)
+    if steps[1] > end:
+        way_out = f"for example [{max(1, end - 2)}, {end}]" if end else "leave train.trace_steps out"
+        raise ConfigError("train.trace_steps", steps, f"goes beyond the run's last step, {end}", way_out)
 
 
 def _check_parallel(config: Config) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from megatrain.errors import ConfigError
 
 
@@ -22,6 +24,31 @@ def cut_layers(costs: list[float], stages: int, *, chunks: int = 1) -> list[rang
     ranges = [range(first, last) for first, last in zip([0, *cuts], [*cuts, len(costs)], strict=True)]
     assert [layer for stage in ranges for layer in stage] == list(range(len(costs))), "every layer on exactly one stage"
     return ranges
+
+
+def cut_as_told(counts: list[int], costs: list[float], stages: int, *, chunks: int = 1) -> list[range]:
+    """Ranges of layers, one a stage, with `counts` blocks each; embedding goes to the first stage and head to the last.
+
+    Raises ConfigError when that is not a cut of this model into that many stages, with the cut by cost as the way out.
+    """
+    balanced = blocks_per_stage(cut_layers(costs, stages, chunks=chunks))
+    blocks = len(costs) - 2
+    if len(counts) != stages:
+        rule = f"has {len(counts)} numbers and the model is cut into {stages} stages"
+    elif min(counts) < 1:
+        rule = "leaves a stage without a block"
+    elif sum(counts) != blocks:
+        rule = f"adds up to {sum(counts)} and num_hidden_layers={blocks}"
+    else:
+        bounds = [0, *(1 + sum(counts[: stage + 1]) for stage in range(stages - 1)), len(costs)]
+        return [range(first, last) for first, last in pairwise(bounds)]
+    raise ConfigError("parallel.layers_per_stage", counts, rule, f"for example {balanced}, or leave it out")
+
+
+def blocks_per_stage(cut: list[range]) -> list[int]:
+    """How many blocks each stage of a cut has: its layers without embedding and head."""
+    head = cut[-1].stop - 1
+    return [min(stage.stop, head) - max(stage.start, 1) for stage in cut]
 
 
 def _too_many(stages: int, blocks: int, chunks: int) -> ConfigError:

@@ -16,7 +16,7 @@ from megatrain.pipeline.actions import Placement, Schedule
 from megatrain.pipeline.choose import choose_schedule
 from megatrain.pipeline.executor import Stage
 from megatrain.pipeline.schedules import make_schedule
-from megatrain.pipeline.stages import cut_layers
+from megatrain.pipeline.stages import cut_as_told, cut_layers
 
 
 def layer_costs(architecture: Architecture, sequence_length: int) -> list[float]:
@@ -40,7 +40,11 @@ def rank_specs(config: Config, architecture: Architecture, placement: Placement)
     """The layers of each pipeline rank's chunks; together they are the model."""
     specs = layer_list(architecture)
     costs = layer_costs(architecture, config.data.sequence_length)
-    cuts = cut_layers(costs, placement.stages, chunks=placement.chunks)
+    told = config.parallel.layers_per_stage
+    if told is None:
+        cuts = cut_layers(costs, placement.stages, chunks=placement.chunks)
+    else:
+        cuts = cut_as_told(told, costs, placement.stages, chunks=placement.chunks)
     stages = [specs[cut.start : cut.stop] for cut in cuts]
     return [[stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)] for rank in range(placement.ranks)]
 
