@@ -32,6 +32,7 @@ from megatrain.train.build import plan_ranks, rank_specs, run_schedule, total_pa
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import MetricsLog
 from megatrain.train.picture import draw_loss
+from megatrain.train.trace import Tracer
 from megatrain.train.trainer import StepReport, Trainer
 
 logger = logging.getLogger("megatrain")
@@ -165,6 +166,7 @@ class _Pretraining:
         if place.rank == 0:
             logger.info(f"  {why}")
         self.trainer = Trainer(config, self.architecture, self.grid, self.device)
+        self.tracer = Tracer(self.trainer, self.folder)
         self.progress = Progress(0, 0, 0)
         if path is not None:
             self.progress = loading.load(path, zero=self.trainer.zero, config=config, grid=self.grid)
@@ -219,9 +221,10 @@ class _Pretraining:
 
     def _step(self, metrics: MetricsLog | None, last: int) -> None:
         config, step = self.config, self.progress.step + 1
-        started = time.perf_counter()
-        report = self.trainer.step(step, self.train_loader.microbatches(step - 1))
-        seconds = time.perf_counter() - started
+        with self.tracer.watch(step):
+            started = time.perf_counter()
+            report = self.trainer.step(step, self.train_loader.microbatches(step - 1))
+            seconds = time.perf_counter() - started
         self.progress = Progress(step, self.progress.tokens + config.tokens_per_step,
                                  self.progress.updates + report.applied, 0 if report.applied else self.progress.bad_steps + 1)  # fmt: skip
         if not report.applied:
