@@ -6,6 +6,7 @@ in the sender's order needs no tags, and the two directions can never wait for e
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -26,13 +27,24 @@ class Arrival(NamedTuple):
         return self.tensor
 
 
+class _Channel(NamedTuple):
+    """A directed pair's group, and the peer's rank in it."""
+
+    group: dist.ProcessGroup
+    peer: int
+
+
 class Channels:
     """This rank's channels to its neighbours along the pipeline; on a ring the last rank's next is the first."""
 
+    HELD = 8
+    """On CPUs, messages on their way out before the oldest is waited for."""
+
     def __init__(self, axis: Axis, *, ring: bool) -> None:
         self.axis = axis
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._sending: list[tuple[dist.Work, Tensor]] = []
+        self._to: dict[int, _Channel] = {}
+        self._from: dict[int, _Channel] = {}
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
         for first in (0, 1):
             self._connect([(a, a + 1) for a in range(first, axis.size - 1, 2)])
         if ring and axis.size > 2:
@@ -40,25 +52,42 @@ class Channels:
 
     def _connect(self, pairs: list[tuple[int, int]]) -> None:
         """One round of groups: the pairs share no rank, so each rank makes two, of itself where it is in no pair (new_group)."""
-        pair = next((pair for pair in pairs if self.axis.rank in pair), None)
-        members = (self.axis.rank,) if pair is None else pair
-        for direction in (members, members[::-1]):
-            self._groups[direction] = new_group(tuple(self.axis.ranks[i] for i in members))
+        pair = next((pair for pair in pairs if self.axis.rank in pair), (self.axis.rank,))
+        up, down = (new_group(tuple(self.axis.ranks[rank] for rank in pair)) for _ in range(2))
+        if len(pair) == 1:
+            return
+        lower, upper = pair
+        if self.axis.rank == lower:
+            self._to[upper], self._from[upper] = _Channel(up, 1), _Channel(down, 1)
+        else:
+            self._to[lower], self._from[lower] = _Channel(down, 0), _Channel(up, 0)
 
     def send(self, tensor: Tensor, peer: int) -> None:
-        """Start sending to pipeline rank `peer`; the tensor is held until it has left."""
-        self._sending = [(work, held) for work, held in self._sending if not work.is_completed()]
+        """Start sending to pipeline rank `peer`; the tensor is held until it has left.
+
+        On CPUs the peer has posted all receives of the step (see Executor), so that waiting for an old send is never for
+        something that the peer is yet to do.
+        """
         tensor = tensor.detach().contiguous()
-        work = dist.isend(tensor, self.axis.ranks[peer], group=self._groups[self.axis.rank, peer])
-        self._sending.append((work, tensor))
+        self._let_go(wait=tensor.device.type == "cpu")
+        channel = self._to[peer]
+        # What dist.isend calls after checks that cost as much as the sending itself.
+        self._sending.append((channel.group.send([tensor], channel.peer, 0), tensor))
+
+    def _let_go(self, *, wait: bool) -> None:
+        """Of what has left. A send over gloo is known to have left only when it was waited for."""
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        while wait and len(self._sending) >= self.HELD:
+            self._sending.popleft()[0].wait()
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, peer: int) -> Arrival:
         """Post a receive from pipeline rank `peer`."""
         tensor = torch.empty(shape, dtype=dtype, device=device)
-        return Arrival(tensor, dist.irecv(tensor, self.axis.ranks[peer], group=self._groups[peer, self.axis.rank]))
+        channel = self._from[peer]
+        return Arrival(tensor, channel.group.recv([tensor], channel.peer, 0))
 
     def finish(self) -> None:
         """Wait until all sends have left."""
-        for work, _ in self._sending:
-            work.wait()
-        self._sending = []
+        while self._sending:
+            self._sending.popleft()[0].wait()
