@@ -1,0 +1,313 @@
+"""An x-ray as one HTML page without anything from elsewhere, as numbers, and as a trace for chrome://tracing and Perfetto."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from html import escape
+from typing import Any, NamedTuple
+
+from megatrain.pipeline.actions import Action, Kind
+from megatrain.pipeline.advice import Advice, slow_layers
+from megatrain.pipeline.drawing import _IDLE, KINDS, _shade
+from megatrain.pipeline.simulator import Span
+from megatrain.pipeline.traces import StepTrace
+from megatrain.pipeline.xray import Split, XRay, first_start, span_of
+
+# Okabe and Ito's palette, as in drawings of schedules; waiting is grey there.
+PARTS = {
+    "compute": ("computing", "#56b4e9"),
+    "schedule": ("waiting for a neighbour", "#bdbdbd"),
+    "imbalance": ("imbalance between stages", "#cc79a7"),
+    "microbatches": ("uneven microbatches", "#f0e442"),
+    "communication": ("communication", "#d55e00"),
+}
+MEANINGS = {
+    "schedule": "the schedule's own bubble: what the rank would wait if every stage took the stages' mean time and messages took none",
+    "imbalance": "what it would wait with each stage's own mean time, less the above; the slowest stage waits less than in an even "
+    "pipeline, so its part can be negative",
+    "microbatches": "what it would wait with each action's own time, less the above",
+    "communication": "the rest of the measured waiting: messages on their way, and what the host does between actions",
+}
+
+_STYLE = """
+body { font: 15px/1.45 Helvetica, Arial, sans-serif; color: #111; background: white; margin: 28px auto; max-width: 1280px; padding: 0 24px; }
+h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 32px 0 8px; } p { margin: 6px 0; max-width: 900px; }
+.facts, .small { color: #555; } .small { font-size: 13px; }
+.advice { border-left: 5px solid #0072b2; background: #eef5fa; padding: 10px 16px; margin: 18px 0; }
+.advice p { margin: 4px 0; max-width: none; } .advice code { background: white; padding: 1px 5px; white-space: nowrap; }
+.wide { overflow-x: auto; } svg { display: block; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: 4px 14px 4px 0; text-align: right; }
+th { font-weight: normal; color: #555; border-bottom: 1px solid #bbb; vertical-align: bottom; }
+td:first-child, th:first-child, .left { text-align: left; } tr.all td { border-top: 1px solid #bbb; font-weight: bold; }
+.key { display: inline-block; width: 12px; height: 12px; margin-right: 5px; }
+dt { font-weight: bold; margin-top: 6px; } dd { margin: 0 0 0 16px; max-width: 880px; }
+.bar { display: inline-block; height: 11px; } .slow { font-weight: bold; color: #a03c00; }
+"""
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def draw_page(xray: XRay, advice: list[Advice]) -> str:
+    """The whole page."""
+    parts = [
+        "<!DOCTYPE html>", '<html lang="en"><head><meta charset="utf-8">', f"<title>x-ray of {escape(xray.name)}</title>",
+        f"<style>{_STYLE}</style></head><body>", *_head(xray), *_advice(advice), *_timelines(xray), *_split_table(xray),
+        *_stage_table(xray), *_layer_table(xray), *_definitions(xray), "</body></html>",
+    ]  # fmt: skip
+    return "\n".join(parts) + "\n"
+
+
+def _head(xray: XRay) -> list[str]:
+    measured, placement = xray.measured, xray.measured.placement
+    chunks = f" x {placement.chunks} chunks" if placement.chunks > 1 else ""
+    others = f", {xray.replicas} x {xray.tensor} such pipelines (data x tensor)" if xray.replicas * xray.tensor > 1 else ""
+    microbatches = 1 + max(action.microbatch for action in measured.schedule.actions[0])
+    clock = f"clocks of machines aligned to {_ms(xray.clock_error)} or better" if xray.clock_error else "one clock for all ranks"
+    return [
+        f"<h1>X-ray of {escape(xray.name)}</h1>",
+        f'<p class="facts">{escape(measured.schedule.name)}, {placement.ranks} pipeline ranks{chunks}, {microbatches} microbatches{others}; '
+        f"{_steps(xray.steps)}, {_ms(measured.step_seconds)} a step, of which the pipeline {_ms(xray.span)}; {clock}.</p>",
+    ]  # fmt: skip
+
+
+def _steps(steps: list[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"mean of steps {steps[0]} to {steps[-1]}"
+
+
+def _advice(advice: list[Advice]) -> list[str]:
+    lines = []
+    for item in advice:
+        text, setting, value = item.text.partition("parallel.layers_per_stage=")
+        lines.append(f"<p>{escape(text)}{f'<code>{setting}{escape(value)}</code>' if setting else ''}</p>")
+    return ['<div class="advice">', *lines, "</div>"]
+
+
+# -- timelines ---------------------------------------------------------------------------------------------------------
+
+
+_LEFT, _ROW, _BOX, _AXIS = 70, 34, 28, 24
+"""Pixels: beside the boxes, from one rank's line to the next, a box's height, the line of times below."""
+
+
+class _Box(NamedTuple):
+    action: Action
+    start: float
+    end: float
+    words: str
+    """What the picture says of it when it is pointed at."""
+
+
+def _timelines(xray: XRay) -> list[str]:
+    """Measured above ideal, at one scale."""
+    picture, chunks = xray.picture, xray.measured.placement.chunks
+    zero = first_start(picture.pipeline)
+    measured = [[_Box(a.action, a.ready - zero, a.end - zero, f"{a.action}: {_ms(a.end - a.ready)}, waited {_ms(a.ready - a.start)}") for a in trace.actions]
+                for trace in picture.pipeline]  # fmt: skip
+    ideal = [[_ideal_box(span) for span in spans] for spans in picture.ideal.spans]
+    ends = [span_of(picture.pipeline), picture.ideal.makespan]
+    typical = statistics.median(box.end - box.start for boxes in measured for box in boxes)
+    width = min(max(26 * max(ends) / max(typical, 1e-9), 1100), 6000)
+    scale = width / max(ends)
+    replica = f", data {picture.pipeline[0].data}, tensor {picture.pipeline[0].tensor}" if xray.replicas * xray.tensor > 1 else ""
+    return [
+        f"<h2>Measured: step {picture.step}{replica}, {_ms(ends[0])}, bubble {_bubble(measured, ends[0])}</h2>",
+        f'<div class="wide">{_lanes(measured, ends[0], max(ends), scale, chunks)}',
+        f"<h2>Ideal of the same schedule: {_ms(ends[1])}, bubble {_bubble(ideal, ends[1])}</h2>",
+        f"{_lanes(ideal, ends[1], max(ends), scale, chunks)}</div>",
+        f'<p class="small">{_legend(xray)}</p>',
+        '<p class="small">The ideal has the same actions, every stage at the stages\' mean time, and no communication. '
+        "Numbers are microbatches; point at a box for its time.</p>",
+    ]  # fmt: skip
+
+
+def _ideal_box(span: Span) -> _Box:
+    return _Box(span.action, span.start, span.end, f"{span.action}: {_ms(span.end - span.start)}")
+
+
+def _bubble(lanes: list[list[_Box]], end: float) -> str:
+    busy = sum(box.end - box.start for boxes in lanes for box in boxes)
+    return f"{1 - busy / (len(lanes) * end):.1%}"
+
+
+def _lanes(lanes: list[list[_Box]], end: float, longest: float, scale: float, chunks: int) -> str:
+    width, bottom = _LEFT + longest * scale + 30, _ROW * len(lanes)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{bottom + _AXIS}" font-family="Helvetica, Arial, sans-serif" '
+             'font-size="13">']  # fmt: skip
+    for rank, boxes in enumerate(lanes):
+        y = rank * _ROW
+        parts.append(_text(_LEFT - 10, y + _BOX * 0.66, f"rank {rank}", anchor="end"))
+        parts.append(f'<rect x="{_LEFT}" y="{y}" width="{end * scale:.2f}" height="{_BOX}" fill="{_IDLE}"/>')
+        parts += [_lane_box(box, y, scale, chunks) for box in boxes]
+    return "\n".join([*parts, *_axis(longest, scale, bottom), "</svg>"])
+
+
+def _lane_box(box: _Box, y: float, scale: float, chunks: int) -> str:
+    x, width, label = _LEFT + box.start * scale, (box.end - box.start) * scale, str(box.action.microbatch)
+    colour = _shade(box.action.kind, box.action.chunk, chunks)
+    drawn = f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}" fill="{colour}" stroke="white" stroke-width="{min(1, width / 6):.2f}"/>'
+    size = min(13.0, width / (0.62 * len(label)))
+    if size >= 6:
+        drawn += _text(x + width / 2, y + _BOX / 2 + 0.36 * size, label, anchor="middle", size=size)
+    return f"<g><title>{escape(box.words)}</title>{drawn}</g>"
+
+
+def _axis(longest: float, scale: float, bottom: float) -> list[str]:
+    """Some five to ten ticks, at round times."""
+    step = 1.0
+    while longest / step > 10:
+        step *= 10
+    while longest / step < 5:
+        step /= 10
+    for factor in (5, 2):
+        if longest / step > 5 * factor:
+            step *= factor
+            break
+    marks = []
+    for number in range(int(longest / step + 1e-9) + 1):
+        x = _LEFT + number * step * scale
+        marks.append(f'<path d="M{x:.2f} {bottom - _ROW + _BOX}v5" stroke="#555"/>')
+        marks.append(_text(x, bottom + 12, _ms(number * step) if number else "0", anchor="middle"))
+    return marks
+
+
+def _legend(xray: XRay) -> str:
+    chunks = xray.measured.placement.chunks
+    kinds = [kind for kind in KINDS if any(kind == found for found, _ in xray.measured.by_kind)]
+    entries = [_key(_shade(kind, chunk, chunks), KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else "")) for chunk in range(chunks) for kind in kinds]
+    return " &nbsp; ".join([*entries, _key(_IDLE, "waiting")])
+
+
+def _key(colour: str, name: str) -> str:
+    return f'<span class="key" style="background:{colour}"></span>{escape(name)}'
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", size: float = 13) -> str:
+    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size:.4g}">{escape(text)}</text>'
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _split_table(xray: XRay) -> list[str]:
+    """Where each rank's time went, as a bar and in numbers."""
+    heads = ["rank", "", *(_key(colour, name) for name, colour in PARTS.values()), "bubble", "peak memory"]
+    rows = [[f"{rank}", _split_bar(split), *_shares(split), _bytes(memory)]
+            for rank, (split, memory) in enumerate(zip(xray.splits, xray.peak_memory, strict=True))]  # fmt: skip
+    whole = ["all", _split_bar(xray.total), *_shares(xray.total), _bytes(max(xray.peak_memory))]
+    return [f"<h2>Where the time went, of {_ms(xray.span)}</h2>", *_table(heads, [*rows, whole], last_is_whole=True, left=(1,))]
+
+
+def _shares(split: Split) -> list[str]:
+    return [*(f"{_ms(seconds)} ({seconds / split.span:.1%})".replace("-", "−") for seconds in split), f"{split.waiting / split.span:.1%}"]
+
+
+def _split_bar(split: Split) -> str:
+    """What is negative is left out, and the others are drawn that much shorter."""
+    total = sum(max(seconds, 0.0) for seconds in split)
+    bars = (f'<span class="bar" style="width:{180 * max(seconds, 0.0) / total:.1f}px;background:{colour}"></span>'
+            for seconds, (_, colour) in zip(split, PARTS.values(), strict=True))  # fmt: skip
+    return f'<span style="white-space:nowrap">{"".join(bars)}</span>'
+
+
+def _stage_table(xray: XRay) -> list[str]:
+    mean = statistics.fmean(stage.total for stage in xray.stages)
+    rows = [[f"{stage.stage}", f"{stage.rank}", escape(stage.layers), _ms(stage.forward), _ms(stage.backward), f"{stage.total / mean - 1:+.1%}".replace("-", "−")]
+            for stage in xray.stages]  # fmt: skip
+    return ["<h2>A microbatch on each stage</h2>", *_table(["stage", "rank", "layers", "forward", "backward", "to the mean"], rows, left=(2,))]
+
+
+def _layer_table(xray: XRay) -> list[str]:
+    longest = max(layer.total for layer in xray.layers)
+    if not longest:
+        return []
+    slow = {layer.layer for layer, _ in slow_layers(xray)}
+    rows = []
+    for layer in xray.layers:
+        bars = "".join(f'<span class="bar" style="width:{240 * seconds / longest:.1f}px;background:{_shade(kind, 0, 1)}"></span>'
+                       for kind, seconds in _forward_and_backward(layer.forward, layer.backward))  # fmt: skip
+        title = f'<span class="slow">{escape(layer.title)}</span>' if layer.layer in slow else escape(layer.title)
+        backward = _ms(layer.backward) if layer.backward else "–"
+        rows.append([title, f"{layer.stage}", _ms(layer.forward), backward, f'<span style="white-space:nowrap">{bars}</span>'])
+    note = '<p class="small">A first layer\'s backward cannot be told from the rest of its action; nor can a deferred W be told apart by layer.</p>'
+    return ["<h2>A microbatch in each layer</h2>", *_table(["layer", "stage", "forward", "backward", ""], rows, left=(4,)), note]
+
+
+def _forward_and_backward(forward: float, backward: float) -> Iterable[tuple[Kind, float]]:
+    return (("F", forward), ("B", backward))
+
+
+def _table(heads: list[str], rows: list[list[str]], *, last_is_whole: bool = False, left: tuple[int, ...] = ()) -> list[str]:
+    """Cells are HTML; columns are set to the right but for the first and those in `left`."""
+
+    def line(cells: list[str], tag: str) -> str:
+        return "".join(f"<{tag}{' class=left' if column in left else ''}>{cell}</{tag}>" for column, cell in enumerate(cells))
+
+    lines = [f"<tr{' class=all' if last_is_whole and row is rows[-1] else ''}>{line(row, 'td')}</tr>" for row in rows]
+    return ['<div class="wide"><table>', f"<tr>{line(heads, 'th')}</tr>", *lines, "</table></div>"]
+
+
+def _definitions(xray: XRay) -> list[str]:
+    meanings = [f"<dt>{_key(PARTS[part][1], PARTS[part][0])}</dt><dd>{escape(meaning)}.</dd>" for part, meaning in MEANINGS.items()]
+    return [
+        "<h2>What the words mean</h2>",
+        "<p>A rank computes or waits from the first action's start to the last one's end. Its waiting is split by simulating the same "
+        "actions; the parts add up to it.</p>",
+        "<dl>", *meanings, f"<dt>peak memory</dt><dd>{escape(xray.memory)}.</dd>",
+        "<dt>predictions</dt><dd>the same simulation with other layers on the stages, each layer with its measured time; of the whole step's time, "
+        "with the optimizer and all that is not the pipeline taken as it is.</dd></dl>",
+    ]  # fmt: skip
+
+
+def _ms(seconds: float) -> str:
+    """Three digits, in the unit that suits."""
+    size = abs(seconds)
+    value, unit = (seconds, "s") if size >= 10 else (seconds * 1e3, "ms") if size >= 1e-3 or not size else (seconds * 1e6, "µs")
+    return f"{value:.0f} {unit}" if abs(value) >= 100 else f"{value:.3g} {unit}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def numbers(xray: XRay, advice: list[Advice]) -> dict[str, Any]:
+    """What the page says, for programs; seconds and bytes."""
+    measured = xray.measured
+    return {
+        "schedule": measured.schedule.name, "steps": xray.steps, "step_seconds": measured.step_seconds, "span_seconds": xray.span,
+        "ideal_span_seconds": xray.picture.ideal.makespan, "bubble": xray.total.waiting / xray.span, "message_seconds": measured.message,
+        "clock_error_seconds": xray.clock_error,
+        "ranks": [{**split._asdict(), "peak_memory": memory} for split, memory in zip(xray.splits, xray.peak_memory, strict=True)],
+        "stages": [stage._asdict() for stage in xray.stages], "layers": [layer._asdict() for layer in xray.layers],
+        "layers_per_stage": [sum(0 < layer < len(measured.titles) - 1 for layer in cut) for cut in measured.cut],
+        "advice": [item._asdict() for item in advice],
+    }  # fmt: skip
+
+
+def chrome_trace(steps: list[StepTrace]) -> dict[str, Any]:
+    """Every action and every wait of all steps and ranks: a process a pipeline rank, a thread a (data, tensor) rank; µs."""
+    zero = min(first_start(pipeline) for step in steps for pipeline in step.pipelines())
+    tensor = 1 + max(trace.tensor for trace in steps[0].ranks)
+    events: list[dict[str, Any]] = []
+    for trace in steps[0].ranks:
+        place: dict[str, Any] = {"pid": trace.pipeline, "tid": trace.data * tensor + trace.tensor}
+        events.append({"name": "process_name", "ph": "M", **place, "args": {"name": f"pipeline rank {trace.pipeline}"}})
+        events.append({"name": "thread_name", "ph": "M", **place, "args": {"name": f"data {trace.data}, tensor {trace.tensor}"}})
+    for step in steps:
+        for trace in step.ranks:
+            place = {"ph": "X", "pid": trace.pipeline, "tid": trace.data * tensor + trace.tensor}
+            for a in trace.actions:
+                about = {"step": step.step, "microbatch": a.action.microbatch, "chunk": a.action.chunk,
+                         "stage": trace.placement.stage(trace.pipeline, a.action.chunk)}  # fmt: skip
+                if a.ready - a.start >= 1e-6:
+                    events.append({**place, "name": f"wait for {a.action}", "cat": "wait", **_times(a.start, a.ready, zero), "args": about})
+                events.append({**place, "name": str(a.action), "cat": KINDS[a.action.kind], **_times(a.ready, a.end, zero), "args": about})
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _times(start: float, end: float, zero: float) -> dict[str, float]:
+    return {"ts": round((start - zero) * 1e6, 3), "dur": round((end - start) * 1e6, 3)}
