@@ -1,6 +1,6 @@
 """The executor beside the simulator, and beside DeepSpeed's PipelineEngine.
 
-    python benchmarks/pipeline.py sleep     [--part 20] [--laps 7]       4 ranks whose compute sleeps: bubbles, throughputs
+    python benchmarks/pipeline.py sleep     [--part 30] [--laps 7]       4 ranks whose compute sleeps: bubbles, throughputs
     python benchmarks/pipeline.py real      [--laps 7]                   2 ranks x 1 thread of a real model: bubbles
     python benchmarks/pipeline.py overhead  [--ranks 2] [--laps 30]      what an action costs beside its compute
 
@@ -451,7 +451,7 @@ def main() -> None:
     parser.add_argument("what", choices=["sleep", "real", "overhead"])
     parser.add_argument("--ranks", type=int, help="4 for sleep, 2 for overhead unless given; real has 2")
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--part", type=float, default=20.0, help="sleep: milliseconds of a forward, of an input and of a weight gradient")
+    parser.add_argument("--part", type=float, default=30.0, help="sleep: milliseconds of a forward, of an input and of a weight gradient")
     parser.add_argument("--steps", type=int, default=10, help="overhead: steps of a lap")
     parser.add_argument("--laps", type=int, help="7, for overhead 30, unless given")
     args = parser.parse_args()
