@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import NamedTuple
 
 from megatrain.pipeline.actions import Kind
@@ -23,6 +23,9 @@ NOTABLE = 0.10
 SLOW = 1.25
 """How many times the median block a slow layer takes."""
 SLOW_RANK = 1.15
+"""How many times as long as the middle one a slow rank takes."""
+BEST_FEW = 8
+"""Cuts from which the search goes on."""
 BUDGET = 3_000_000
 """Actions to simulate in search of a better cut: some ten seconds."""
 
@@ -104,31 +107,35 @@ def _layer_seconds(measured: Measured, layer: int) -> float:
 
 
 def best_cut(model: CutModel) -> list[range]:
-    """The fastest cut found: from the measured one and from the one that is even by cost, block by block over a boundary."""
+    """The fastest cut found, from the measured one and the one that is even by cost: what is near the best few is tried too."""
     measured = model.measured
     costs = [sum(seconds for (_, place), seconds in model.layers.items() if place == layer) for layer in range(len(measured.titles))]
-    found = {tuple(blocks_per_stage(cut)): model.makespan(cut) for cut in (measured.cut, cut_layers(costs, measured.placement.stages))}
+    found: dict[tuple[int, ...], float] = {}
+
+    def try_cut(cut: list[range]) -> None:
+        found[tuple(blocks_per_stage(cut))] = model.makespan(cut)
+
+    try_cut(measured.cut)
+    try_cut(cut_layers(costs, measured.placement.stages))
     left = BUDGET // sum(map(len, measured.schedule.actions))
-    best = min(found, key=lambda counts: found[counts])
-    while True:
-        around = [counts for counts in _neighbours(best) if counts not in found][: max(left - len(found), 0)]
-        found |= {counts: model.makespan(cut_of(counts)) for counts in around}
-        following = min(found, key=lambda counts: found[counts])
-        if following == best:
-            return cut_of(best)
-        best = following
+    explored: set[tuple[int, ...]] = set()
+    while front := [counts for counts in sorted(found, key=lambda counts: found[counts])[:BEST_FEW] if counts not in explored]:
+        explored.add(front[0])
+        for counts in _neighbours(front[0]):
+            if counts not in found and len(found) < left:
+                try_cut(cut_of(counts))
+    return cut_of(min(found, key=lambda counts: found[counts]))
 
 
 def _neighbours(counts: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """One block over one boundary, either way."""
+    """One block fewer on a stage and one more on another, those between hand one on; near ones first."""
     found = []
-    for left in range(len(counts) - 1):
-        for step in (1, -1):
+    for source, target in sorted(permutations(range(len(counts)), 2), key=lambda pair: abs(pair[0] - pair[1])):
+        if counts[source] > 1:
             moved = [*counts]
-            moved[left] += step
-            moved[left + 1] -= step
-            if min(moved) >= 1:
-                found.append(tuple(moved))
+            moved[source] -= 1
+            moved[target] += 1
+            found.append(tuple(moved))
     return found
 
 
