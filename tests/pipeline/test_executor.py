@@ -1,0 +1,292 @@
+"""The executor alone: every schedule's gradients, its order, and what it holds.
+
+Weights and inputs are small whole numbers and a stage is |x W' + b|, so that sums are exact in fp32 in whatever order they are
+taken: a gradient is right to the bit or wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
+
+from megatrain.models.decoder import Flow
+from megatrain.parallel.grid import Axis
+from megatrain.parallel.layers import linear
+from megatrain.pipeline import executor as executor_file
+from megatrain.pipeline.actions import Action, Transfer
+from megatrain.pipeline.channels import Channels
+from megatrain.pipeline.csv_schedule import read_schedule, write_schedule
+from megatrain.pipeline.executor import Executor, receives_first
+from megatrain.pipeline.schedules import SCHEDULES, forward_only, make_schedule
+from megatrain.pipeline.transfers import add_transfers, check_instructions
+
+WIDTH, LOSS_WEIGHT = 4, 3.0
+
+
+class Case(NamedTuple):
+    name: str
+    ranks: int
+    microbatches: int
+    chunks: int | None = None
+    shape: tuple[int, ...] = (2, 3, WIDTH)
+    file: str = ""
+    """A schedule written as CSV, in place of the named one."""
+
+    def schedule(self):
+        return read_schedule(self.file, self.ranks) if self.file else make_schedule(self.name, self.ranks, self.microbatches, self.chunks)
+
+
+CASES = [
+    *[Case(name, ranks, microbatches) for ranks, microbatches in ((2, 5), (4, 9)) for name in SCHEDULES],
+    Case("1f1b", 1, 3), Case("zb-h1", 1, 3), Case("zb-v", 1, 3),
+    Case("interleaved", 2, 5, 3), Case("interleaved", 4, 6, 3), Case("zb-h1", 4, 2), Case("1f1b", 2, 40),
+    Case("zb-v", 2, 3, shape=(1, 1, WIDTH)), Case("1f1b", 2, 3, shape=(WIDTH,)), Case("interleaved", 2, 3, shape=(3, 1, 1, 2, WIDTH)),
+]  # fmt: skip
+
+
+class Given(NamedTuple):
+    """In place of a microbatch's context."""
+
+    index: int
+    x: torch.Tensor
+
+
+def weights(stage):
+    """[WIDTH, WIDTH] and [WIDTH], whole numbers; the identity keeps products from growing or vanishing."""
+    generator = torch.Generator().manual_seed(stage)
+    signs = torch.randint(-1, 2, (WIDTH, WIDTH), generator=generator) * (torch.rand(WIDTH, WIDTH, generator=generator) < 0.3)
+    return (torch.eye(WIDTH) + signs).requires_grad_(), torch.randint(-2, 3, (WIDTH,), generator=generator).float().requires_grad_()
+
+
+def microbatches(case):
+    generator = torch.Generator().manual_seed(case.microbatches)
+    return [Given(k, torch.randint(-3, 4, case.shape, generator=generator).float()) for k in range(case.microbatches)]
+
+
+class Layers:
+    """A rank's chunks, and weak references to what each forward keeps for its weight's gradient."""
+
+    def __init__(self, stages, last):
+        self.weights = [weights(stage) for stage in stages]
+        for weight, _ in self.weights:
+            weight.main_grad = torch.zeros_like(weight)
+        self.last = last
+        """The chunk with the loss, if it is here."""
+        self._kept = {}
+
+    def __call__(self, flow, given, chunk):
+        x = given.x.clone() if flow is None else flow.hidden * 1
+        self._kept[given.index, chunk] = weakref.ref(x)
+        y = linear(x, *self.weights[chunk]).abs()
+        # Not contiguous where there are dimensions to turn.
+        return y.sum() if chunk == self.last else Flow(y.movedim(0, -1).contiguous().movedim(-1, 0))
+
+    def alive(self):
+        return {place for place, kept in self._kept.items() if kept() is not None}
+
+
+class Watch(list):
+    """Records, and after each action what is alive and how many messages are held."""
+
+    def __init__(self, layers, channels):
+        self.layers, self.channels = layers, channels
+        self.alive, self.held = [], []
+
+    def append(self, record):
+        super().append(record)
+        self.alive.append(self.layers.alive())
+        self.held.append(0 if self.channels is None else len(self.channels._sending))
+
+
+class Outcome(NamedTuple):
+    losses: list
+    gradients: dict
+    """(weight's, bias's) by stage."""
+    records: list
+    alive: list
+    held: list
+    left: int
+    """What in_flight, deferred, arrived and the channels hold when the step is done."""
+
+
+def autograd(output, grad, *, last):
+    torch.autograd.backward(output, grad)
+
+
+def run_case(rank, channels, case, monkeypatch, *, train=True):
+    schedule = case.schedule() if train else forward_only(case.schedule())
+    placement = schedule.placement
+    end = placement.place(placement.stages - 1)
+    layers = Layers(placement.stages_of(rank), end.chunk if end.rank == rank else None)
+    steps = []
+    whole = executor_file._Run
+    monkeypatch.setattr(executor_file, "_Run", lambda *args: steps.append(whole(*args)) or steps[-1])
+    executor = Executor(layers, channels=channels, flow_shape=case.shape, dtype=torch.float32, device=torch.device("cpu"))
+    executor.records = watch = Watch(layers, channels)
+    losses = executor.run(add_transfers(schedule)[rank], microbatches(case), backward=autograd if train else None,
+                          loss_weight=torch.tensor(LOSS_WEIGHT))  # fmt: skip
+    monkeypatch.undo()
+    left = sum(map(len, (steps[0].in_flight, steps[0].deferred, steps[0].arrived, channels._sending if channels else [])))
+    gradients = {stage: (w.main_grad, b.grad) for stage, (w, b) in zip(placement.stages_of(rank), layers.weights, strict=True)}
+    assert not any(loss.requires_grad for loss in losses)
+    return Outcome(losses, gradients, list(watch), watch.alive, watch.held, left)
+
+
+def run_cases(rank, world, cases):
+    """Of each case, its outcome in training and in evaluation."""
+    channels = Channels(Axis(rank, world, tuple(range(world))), ring=True) if world > 1 else None
+    monkeypatch = pytest.MonkeyPatch()
+    return [(run_case(rank, channels, case, monkeypatch), run_case(rank, channels, case, monkeypatch, train=False)) for case in cases]
+
+
+def plain(case):
+    """Losses and gradients by stage with plain torch: one process, one microbatch after the other."""
+    stages = [weights(stage) for stage in range(case.schedule().placement.stages)]
+    losses = []
+    for given in microbatches(case):
+        x = given.x
+        for weight, bias in stages:
+            x = torch.nn.functional.linear(x, weight, bias).abs()
+        losses.append(x.sum())
+        (losses[-1] * LOSS_WEIGHT).backward()
+    gradients = {stage: (weight.grad, bias.grad) for stage, (weight, bias) in enumerate(stages)}
+    largest = max(float(gradient.abs().max()) for pair in gradients.values() for gradient in pair)
+    assert largest < 2**24, "whole numbers are exact"
+    assert all(gradient.any() for pair in gradients.values() for gradient in pair)
+    return [loss.detach() for loss in losses], gradients
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """By case, on each rank its outcome in training and in evaluation."""
+    folder = tmp_path_factory.mktemp("ranks")
+    found = {}
+    for world in sorted({case.ranks for case in CASES}):
+        cases = [case for case in CASES if case.ranks == world]
+        found |= dict(zip(cases, zip(*run_ranks(run_cases, world, cases, folder=folder), strict=True), strict=True))
+    return found
+
+
+def named(case):
+    return "-".join(map(str, case[:4])) + "-" + "x".join(map(str, case.shape))
+
+
+@pytest.fixture(params=CASES, ids=named)
+def case(request):
+    return request.param
+
+
+def assert_equals_plain(case, ranks):
+    losses, gradients = plain(case)
+    ours = [loss for outcome in ranks for loss in outcome.losses]
+    assert sorted(map(float, ours)) == sorted(map(float, losses))
+    assert sorted(stage for outcome in ranks for stage in outcome.gradients) == sorted(gradients)
+    for outcome in ranks:
+        for stage, pair in outcome.gradients.items():
+            for ours, expected in zip(pair, gradients[stage], strict=True):
+                assert torch.equal(ours, expected), f"stage {stage}"
+
+
+def test_losses_and_gradients_are_those_of_plain_torch(outcomes, case):
+    assert_equals_plain(case, [train for train, _ in outcomes[case]])
+
+
+def test_actions_are_done_in_the_schedules_order(outcomes, case):
+    for actions, (train, evaluation) in zip(case.schedule().actions, outcomes[case], strict=True):
+        assert [record.action for record in train.records] == actions
+        assert [record.action for record in evaluation.records] == [action for action in actions if action.kind == "F"]
+        times = [moment for record in train.records for moment in record[1:]]
+        assert times == sorted(times)
+
+
+def test_an_activation_lives_until_its_backward_or_its_weight_gradient_is_done(outcomes, case):
+    """So never more than the schedule declares, and what W needs is let go by W."""
+    schedule = case.schedule()
+    for actions, peak, (train, _) in zip(schedule.actions, schedule.peaks, outcomes[case], strict=True):
+        expected = set()
+        for action, alive in zip(actions, train.alive, strict=True):
+            place = (action.microbatch, action.chunk)
+            if action.kind == "F":
+                expected.add(place)
+            elif action.kind in "BW":
+                expected.remove(place)
+            assert alive == expected, f"after {action}"
+            assert len(alive) <= peak
+
+
+def test_nothing_is_left_after_a_step(outcomes, case):
+    for pair in outcomes[case]:
+        assert [outcome.left for outcome in pair] == [0, 0]
+
+
+def test_messages_are_let_go_while_the_step_runs(outcomes, case):
+    assert all(held <= Channels.HELD for train, _ in outcomes[case] for held in train.held)
+
+
+def test_evaluation_keeps_nothing_and_has_the_same_losses(outcomes, case):
+    losses, _ = plain(case)
+    found = [loss for _, evaluation in outcomes[case] for loss in evaluation.losses]
+    assert sorted(map(float, found)) == sorted(map(float, losses))
+    for _, evaluation in outcomes[case]:
+        assert not any(evaluation.alive)
+        assert not any(w.any() or b is not None for w, b in evaluation.gradients.values())
+
+
+def test_a_schedule_from_a_file_runs(tmp_path):
+    """One that no name has: ZB-H1 whose last rank does each W at once."""
+    named_schedule = make_schedule("zb-h1", 2, 4)
+    order = [Action(kind, k) for k in range(4) for kind in "FIW"]
+    path = tmp_path / "mine.csv"
+    path.write_text(write_schedule(dataclasses.replace(named_schedule, actions=[named_schedule.actions[0], order])))
+    case = Case("file", 2, 4, file=str(path))
+    ranks = [train for train, _ in (rank[0] for rank in run_ranks(run_cases, 2, [case], folder=tmp_path))]
+    assert [record.action for record in ranks[1].records] == order
+    assert_equals_plain(case, ranks)
+
+
+# -- receives ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.ranks > 1], ids=named)
+def test_receives_first_is_legal_and_changes_nothing_else(case):
+    schedule = case.schedule()
+    lists = add_transfers(schedule)
+    first = [receives_first(instructions) for instructions in lists]
+    check_instructions(first, schedule.placement)
+    for before, after in zip(lists, first, strict=True):
+        receives = [i for i in before if isinstance(i, Transfer) and i.direction == "receive"]
+        assert after == receives + [i for i in before if i not in receives]
+
+
+# -- failure -----------------------------------------------------------------------------------------------------------
+
+
+def run_broken(rank, world, case):
+    channels = Channels(Axis(rank, world, tuple(range(world))), ring=True)
+    layers = Layers([rank], 0 if rank == world - 1 else None)
+
+    def stage(flow, given, chunk):
+        if rank == 1 and given.index == 2:
+            raise RuntimeError("a broken layer")
+        return layers(flow, given, chunk)
+
+    executor = Executor(stage, channels=channels, flow_shape=case.shape, dtype=torch.float32, device=torch.device("cpu"))
+    executor.run(add_transfers(case.schedule())[rank], microbatches(case), backward=autograd, loss_weight=torch.tensor(1.0))
+
+
+def test_a_stage_that_raises_ends_the_step_on_all_ranks(tmp_path):
+    """The others see the connection go, or are told by whoever watches them; none waits for ever."""
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"a broken layer|Connection closed by peer|Connection reset"):
+        run_ranks(run_broken, 2, Case("1f1b", 2, 5), folder=tmp_path, timeout=60)
+    assert time.monotonic() - start < 30
