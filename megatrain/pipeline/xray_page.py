@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable
 from html import escape
@@ -14,13 +15,13 @@ from megatrain.pipeline.simulator import Span
 from megatrain.pipeline.traces import StepTrace
 from megatrain.pipeline.xray import Split, XRay, first_start, span_of
 
-# Okabe and Ito's palette, as in drawings of schedules; waiting is grey there.
+# Colours of Okabe and Ito's palette that no kind of action has in drawings.
 PARTS = {
-    "compute": ("computing", "#56b4e9"),
+    "compute": ("computing", "#4d4d4d"),
     "schedule": ("waiting for a neighbour", "#bdbdbd"),
     "imbalance": ("imbalance between stages", "#cc79a7"),
     "microbatches": ("uneven microbatches", "#f0e442"),
-    "communication": ("communication", "#d55e00"),
+    "communication": ("communication", "#0072b2"),
 }
 MEANINGS = {
     "schedule": "the schedule's own bubble: what the rank would wait if every stage took the stages' mean time and messages took none",
@@ -79,8 +80,8 @@ def _steps(steps: list[int]) -> str:
 def _advice(advice: list[Advice]) -> list[str]:
     lines = []
     for item in advice:
-        text, setting, value = item.text.partition("parallel.layers_per_stage=")
-        lines.append(f"<p>{escape(text)}{f'<code>{setting}{escape(value)}</code>' if setting else ''}</p>")
+        # What can be typed: a setting with its value, or words between backticks.
+        lines.append("<p>" + re.sub(r"`([^`]*)`|(parallel\.\w+=\[[^]]*\])", r"<code>\1\2</code>", escape(item.text)) + "</p>")
     return ['<div class="advice">', *lines, "</div>"]
 
 
@@ -168,7 +169,8 @@ def _axis(longest: float, scale: float, bottom: float) -> list[str]:
     for number in range(int(longest / step + 1e-9) + 1):
         x = _LEFT + number * step * scale
         marks.append(f'<path d="M{x:.2f} {bottom - _ROW + _BOX}v5" stroke="#555"/>')
-        marks.append(_text(x, bottom + 12, _ms(number * step) if number else "0", anchor="middle"))
+        value, unit = _in_unit(number * step)
+        marks.append(_text(x, bottom + 12, f"{value:g} {unit}" if number else "0", anchor="middle"))
     return marks
 
 
@@ -230,7 +232,7 @@ def _layer_table(xray: XRay) -> list[str]:
         title = f'<span class="slow">{escape(layer.title)}</span>' if layer.layer in slow else escape(layer.title)
         backward = _ms(layer.backward) if layer.backward else "–"
         rows.append([title, f"{layer.stage}", _ms(layer.forward), backward, f'<span style="white-space:nowrap">{bars}</span>'])
-    note = '<p class="small">A first layer\'s backward cannot be told from the rest of its action; nor can a deferred W be told apart by layer.</p>'
+    note = '<p class="small">The first layer\'s backward cannot be told from what else its action does, nor a W\'s share of a layer from the others\'.</p>'
     return ["<h2>A microbatch in each layer</h2>", *_table(["layer", "stage", "forward", "backward", ""], rows, left=(4,)), note]
 
 
@@ -262,9 +264,13 @@ def _definitions(xray: XRay) -> list[str]:
 
 def _ms(seconds: float) -> str:
     """Three digits, in the unit that suits."""
+    value, unit = _in_unit(seconds)
+    return f"{value:.0f} {unit}" if abs(value) >= 100 or not value else f"{value:#.3g} {unit}"
+
+
+def _in_unit(seconds: float) -> tuple[float, str]:
     size = abs(seconds)
-    value, unit = (seconds, "s") if size >= 10 else (seconds * 1e3, "ms") if size >= 1e-3 or not size else (seconds * 1e6, "µs")
-    return f"{value:.0f} {unit}" if abs(value) >= 100 else f"{value:.3g} {unit}"
+    return (seconds, "s") if size >= 10 else (seconds * 1e3, "ms") if size >= 1e-3 or not size else (seconds * 1e6, "µs")
 
 
 def _bytes(size: int) -> str:
