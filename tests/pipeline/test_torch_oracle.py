@@ -1,0 +1,185 @@
+"""Our executor beside torch.distributed.pipelining: the same layers and microbatches give the same losses and gradients.
+
+All of torch 2.13's schedules run over gloo on CPUs and none is left out. Theirs take apart autograd's graph where a backward is
+split, ours defers the gradients of linear weights alone; theirs take the loss from whole logits, ours from the model's head.
+Where torch has a schedule that we have not (looped BFS, an interleaved zero bubble of two chunks a rank), ours is the
+interleaved one, on the same placement.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
+
+from megatrain import config as configuration
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.context import Context
+from megatrain.models.decoder import Flow, Head
+from megatrain.models.initialize import initialize
+from megatrain.models.rotary import frequencies, rotation
+from megatrain.parallel.grid import make_grid
+from megatrain.parallel.sharding import parameters
+from megatrain.train.build import build_stage
+
+BATCH, LENGTH, VOCABULARY, LOSS_WEIGHT = 2, 12, 67, 0.5
+MODELS = {
+    "llama": {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH},
+    "gpt2": {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 8, "n_head": 4, "n_positions": LENGTH,
+             "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    theirs: str
+    ours: str
+    world: int
+    model: str = "llama"
+
+    @property
+    def microbatches(self):
+        """DualPipeV's fewest: as many as stages."""
+        return 2 * self.world
+
+
+PAIRS = [
+    ("ScheduleGPipe", "gpipe"), ("Schedule1F1B", "1f1b"), ("ScheduleLoopedBFS", "interleaved"),
+    ("ScheduleInterleaved1F1B", "interleaved"), ("ScheduleInterleavedZeroBubble", "zb-h1"),
+    ("ScheduleInterleavedZeroBubble", "interleaved"), ("ScheduleZBVZeroBubble", "zb-v"), ("ScheduleDualPipeV", "dualpipev"),
+]  # fmt: skip
+CASES = [
+    *[Case(theirs, ours, world) for world in (2, 4) for theirs, ours in PAIRS],
+    Case("ScheduleInterleavedZeroBubble", "zb-h1", 2, "gpt2"), Case("ScheduleZBVZeroBubble", "zb-v", 2, "gpt2"),
+]  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    losses: list
+    """Of the microbatches in turn, on the rank of the last stage."""
+    gradients: dict
+    """By the parameter's name."""
+
+
+def make_config(case):
+    return configuration.from_dict({
+        "model": MODELS[case.model], "parallel": {"pipeline": case.world, "schedule": case.ours}, "data": {"sequence_length": LENGTH},
+        "train": {"steps": 10, "micro_batch_size": BATCH, "global_batch_size": BATCH * case.microbatches},
+        "lr_schedule": {"name": "constant"}, "run": {"seed": 3},
+    })  # fmt: skip
+
+
+def tokens(case):
+    """[microbatches x B, S + 1]"""
+    generator = torch.Generator().manual_seed(case.microbatches)
+    return torch.randint(0, VOCABULARY, (case.microbatches * BATCH, LENGTH + 1), generator=generator)
+
+
+def make_context(architecture, inputs, labels):
+    positions = torch.arange(LENGTH).expand(BATCH, -1)
+    turn = rotation(positions[:1], *frequencies(architecture), torch.float32) if architecture.rotary else None
+    return Context(inputs, labels, positions, rotation=turn)
+
+
+def run_ours(config, architecture, grid, case):
+    """Also the placement."""
+    from megatrain.train.trainer import Trainer
+
+    trainer = Trainer(config, architecture, grid, torch.device("cpu"))
+    contexts = [make_context(architecture, rows[:, :-1], rows[:, 1:]) for rows in tokens(case).split(BATCH)]
+    losses = trainer.executor.run(trainer.instructions, contexts, backward=trainer.zero.backward, loss_weight=torch.tensor(LOSS_WEIGHT))
+    gradients = {declaration.name: parameter.main_grad for declaration, parameter in parameters(trainer.stage)}
+    return Outcome([loss * LOSS_WEIGHT for loss in losses], gradients), trainer.schedule.placement
+
+
+class TheirStage(torch.nn.Module):
+    """Layers of ours as torch wants them: tokens or a hidden tensor to a hidden tensor or logits."""
+
+    def __init__(self, layers, architecture):
+        super().__init__()
+        self.layers, self.architecture = layers, architecture
+
+    def forward(self, x):
+        first = not x.is_floating_point()
+        inputs = x if first else torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+        context, flow = make_context(self.architecture, inputs, inputs), None if first else Flow(x)
+        for layer in self.layers:
+            flow = layer.logits(flow) if isinstance(layer, Head) else layer(flow, context)
+        return flow.hidden if isinstance(flow, Flow) else flow
+
+
+def their_loss(logits, labels):
+    """Logits [S, B, V], labels [B, S]."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.t().reshape(-1), reduction="sum") * LOSS_WEIGHT
+
+
+def run_theirs(config, architecture, grid, case, placement):
+    from torch.distributed.pipelining import PipelineStage, schedules
+
+    stage = build_stage(config, architecture, grid, "cpu", placement)
+    initialize(stage, config.run.seed)
+    rank = grid.pipeline.rank
+    stages = [
+        PipelineStage(TheirStage(layers, architecture), index, placement.stages, torch.device("cpu"))
+        for layers, index in zip(stage.chunks, placement.stages_of(rank), strict=True)
+    ]
+    cls = getattr(schedules, case.theirs)
+    single = issubclass(cls, schedules.PipelineScheduleSingle)
+    schedule = cls(stages[0] if single else stages, case.microbatches, loss_fn=their_loss, scale_grads=False)
+    rows, losses = tokens(case), []
+    inputs = [rows[:, :-1]] if any(each.is_first for each in stages) else []
+    schedule.step(*inputs, target=rows[:, 1:] if any(each.is_last for each in stages) else None, losses=losses, return_outputs=False)
+    gradients = {declaration.name: parameter.grad for declaration, parameter in parameters(stage)}
+    return Outcome([loss.detach() for loss in losses], gradients)
+
+
+def run_cases(rank, world, cases):
+    grid = make_grid(rank, pipeline=world)
+    found = []
+    for case in cases:
+        config, architecture = make_config(case), read_architecture(load_config(MODELS[case.model]))
+        ours, placement = run_ours(config, architecture, grid, case)
+        found.append((ours, run_theirs(config, architecture, grid, case, placement)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """By case, each rank's outcomes: ours, theirs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    found = {}
+    for world in (2, 4):
+        cases = [case for case in CASES if case.world == world]
+        by_rank = run_ranks(run_cases, world, cases, folder=folder, timeout=180)
+        found |= dict(zip(cases, zip(*by_rank, strict=True), strict=True))
+    return found
+
+
+def test_every_schedule_of_torch_is_here():
+    from torch.distributed.pipelining import schedules
+
+    public = {name for name in dir(schedules) if name.startswith("Schedule")}
+    assert {case.theirs for case in CASES} >= public
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_losses_and_gradients_equal_torchs(outcomes, case):
+    with_loss = [rank for rank in outcomes[case] if rank[0].losses]
+    ((ours, theirs),) = with_loss
+    assert len(ours.losses) == case.microbatches
+    torch.testing.assert_close(torch.stack(ours.losses), torch.stack(theirs.losses), rtol=1e-6, atol=0)
+    names = set()
+    for ours, theirs in outcomes[case]:
+        assert ours.gradients.keys() == theirs.gradients.keys()
+        names |= ours.gradients.keys()
+        for name, expected in theirs.gradients.items():
+            assert expected.norm() > 0.01
+            assert float((ours.gradients[name] - expected).norm() / expected.norm()) < 1e-6, name
+    assert len(names) == sum(len(ours.gradients) for ours, _ in outcomes[case]), "each parameter is on one rank"
