@@ -196,8 +196,11 @@ def _moves(measured: Measured, cut: list[range]) -> str:
 
 
 def _named(measured: Measured, layers: list[int]) -> str:
-    first, last = measured.titles[layers[0]], measured.titles[layers[-1]]
-    return first if len(layers) == 1 else f"{first} to {last}"
+    """`block 3`, `blocks 3 and 4`, `blocks 3–5`."""
+    if len(layers) == 1:
+        return measured.titles[layers[0]]
+    first, last = (measured.titles[layer].removeprefix("block ") for layer in (layers[0], layers[-1]))
+    return f"blocks {first} and {last}" if len(layers) == 2 else f"blocks {first}–{last}"
 
 
 def _on_ranks(xray: XRay) -> list[Advice]:

@@ -34,7 +34,7 @@ MEANINGS = {
 _STYLE = """
 body { font: 15px/1.45 Helvetica, Arial, sans-serif; color: #111; background: white; margin: 28px auto; max-width: 1280px; padding: 0 24px; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 32px 0 8px; } p { margin: 6px 0; max-width: 900px; }
-.facts, .small { color: #555; } .small { font-size: 13px; }
+.facts { max-width: none; } .facts, .small { color: #555; } .small { font-size: 13px; }
 .advice { border-left: 5px solid #0072b2; background: #eef5fa; padding: 10px 16px; margin: 18px 0; }
 .advice p { margin: 4px 0; max-width: none; } .advice code { background: white; padding: 1px 5px; white-space: nowrap; }
 .wide { overflow-x: auto; } svg { display: block; }
@@ -90,6 +90,10 @@ def _advice(advice: list[Advice]) -> list[str]:
 
 _LEFT, _ROW, _BOX, _AXIS = 70, 34, 28, 24
 """Pixels: beside the boxes, from one rank's line to the next, a box's height, the line of times below."""
+_LABEL = 11
+"""Pixels: height of a number in a box; boxes too narrow for theirs have none."""
+_WHOLE, _NARROW = 1100, 7
+"""Pixels: a timeline that fits the page; the width of a typical action below which it is rather longer than the page."""
 
 
 class _Box(NamedTuple):
@@ -109,7 +113,7 @@ def _timelines(xray: XRay) -> list[str]:
     ideal = [[_ideal_box(span) for span in spans] for spans in picture.ideal.spans]
     ends = [span_of(picture.pipeline), picture.ideal.makespan]
     typical = statistics.median(box.end - box.start for boxes in measured for box in boxes)
-    width = min(max(26 * max(ends) / max(typical, 1e-9), 1100), 6000)
+    width = min(max(_NARROW * max(ends) / max(typical, 1e-9), _WHOLE), 8 * _WHOLE)
     scale = width / max(ends)
     replica = f", data {picture.pipeline[0].data}, tensor {picture.pipeline[0].tensor}" if xray.replicas * xray.tensor > 1 else ""
     return [
@@ -148,9 +152,8 @@ def _lane_box(box: _Box, y: float, scale: float, chunks: int) -> str:
     x, width, label = _LEFT + box.start * scale, (box.end - box.start) * scale, str(box.action.microbatch)
     colour = _shade(box.action.kind, box.action.chunk, chunks)
     drawn = f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}" fill="{colour}" stroke="white" stroke-width="{min(1, width / 6):.2f}"/>'
-    size = min(13.0, width / (0.62 * len(label)))
-    if size >= 6:
-        drawn += _text(x + width / 2, y + _BOX / 2 + 0.36 * size, label, anchor="middle", size=size)
+    if width > 0.62 * _LABEL * len(label):  # a digit is about 0.6 as wide as the letters are high
+        drawn += _text(x + width / 2, y + _BOX / 2 + 0.36 * _LABEL, label, anchor="middle", size=_LABEL)
     return f"<g><title>{escape(box.words)}</title>{drawn}</g>"
 
 
@@ -177,8 +180,9 @@ def _axis(longest: float, scale: float, bottom: float) -> list[str]:
 def _legend(xray: XRay) -> str:
     chunks = xray.measured.placement.chunks
     kinds = [kind for kind in KINDS if any(kind == found for found, _ in xray.measured.by_kind)]
-    entries = [_key(_shade(kind, chunk, chunks), KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else "")) for chunk in range(chunks) for kind in kinds]
-    return " &nbsp; ".join([*entries, _key(_IDLE, "waiting")])
+    lines = [[_key(_shade(kind, chunk, chunks), KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else "")) for kind in kinds] for chunk in range(chunks)]
+    lines[0].append(_key(_IDLE, "waiting"))
+    return "<br>".join(" &nbsp; ".join(entries) for entries in lines)
 
 
 def _key(colour: str, name: str) -> str:
