@@ -51,7 +51,8 @@ class Ranks:
     """
 
     def __init__(self, ranks: int, make: Callable[..., dict[str, Lap]], **arguments: Any) -> None:
-        store = os.path.join(tempfile.mkdtemp(), "store")
+        self.folder = tempfile.TemporaryDirectory()
+        store = os.path.join(self.folder.name, "store")
         context = multiprocessing.get_context("spawn")
         self.pipes = []
         self.processes = []
