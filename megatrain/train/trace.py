@@ -71,6 +71,8 @@ class Tracer:
             write_trace(self.run_folder, self._trace(step, seconds, actions, offset))
         except OSError as error:  # the run is worth more than its trace
             logger.warning(f"the trace of step {step} cannot be written: {error}")
+        if step == self.steps[-1] and self.trainer.grid.rank == 0:
+            logger.info(f"traced to step {step}; `megatrain xray {self.run_folder}` shows it")
 
     def _layers(self) -> list[list[Layer]]:
         """This rank's layers by chunk, with their places in the model."""
