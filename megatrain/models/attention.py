@@ -39,12 +39,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = collectives.enter(x, self.axis, sequence=self.sequence)
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        q, k, v = self.query(x, context), self.key(x, context), self.value(x, context)
         if self.recompute and self.training:
             y = checkpoint(self._core, q, k, v, context, use_reentrant=False, preserve_rng_state=False)
         else:
             y = self._core(q, k, v, context)
-        return self.out(y)
+        return self.out(y, context)
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Query [S, B, h*d], key and value [S, B, g*d] -> [S, B, h*d]."""

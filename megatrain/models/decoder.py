@@ -154,7 +154,7 @@ class Block(nn.Module):
 
     def _compute(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attention_residual(self.attention(self.attention_norm(x), context), context)
-        return x + self.feedforward_residual(self.feedforward(self.feedforward_norm(x)), context)
+        return x + self.feedforward_residual(self.feedforward(self.feedforward_norm(x), context), context)
 
 
 class Head(nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatrain.models.context import Context
 from megatrain.models.parts import Parts
 from megatrain.parallel import collectives
 from megatrain.parallel.layers import Linear, RowLinear
@@ -49,12 +50,12 @@ class FeedForward(nn.Module):
         self.up = Linear(*parts.columns("up", layer, bias=a.mlp_bias))
         self.down = RowLinear(*parts.rows("down", layer, bias=a.mlp_bias), axis=self.axis, sequence=self.sequence)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         x = collectives.enter(x, self.axis, sequence=self.sequence)
-        up = self.up(x)
+        up = self.up(x, context)
         if self.gate is None:
-            return self.down(_FORWARD[self.activation](up))
-        gate = self.gate(x)
+            return self.down(_FORWARD[self.activation](up), context)
+        gate = self.gate(x, context)
         if self.activation == "silu":
-            return self.down(_GatedSilu.apply(gate, up))
-        return self.down(_FORWARD[self.activation](gate) * up)
+            return self.down(_GatedSilu.apply(gate, up), context)
+        return self.down(_FORWARD[self.activation](gate) * up, context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatrain.models.random import normal_slice
+from megatrain.models.random import normal_slice, uniform_slice
 from megatrain.parallel.sharding import parameters
 
 
@@ -15,7 +15,9 @@ def initialize(module: nn.Module, seed: int) -> None:
     for declaration, parameter in parameters(module):
         parameter.zero_()
         part = declaration.part_of(parameter)
-        if declaration.init.std is None:
+        if declaration.init.bound is not None:
+            part.copy_(uniform_slice(seed, declaration.name, declaration.shape, declaration.whole_slice(), bound=declaration.init.bound))
+        elif declaration.init.std is None:
             part.fill_(declaration.init.value)
         elif part.numel():
             values = normal_slice(seed, declaration.name, declaration.shape, declaration.whole_slice(), std=declaration.init.std)

@@ -21,12 +21,12 @@ class _RmsNorm(torch.autograd.Function):
         return (wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, scale = ctx.saved_tensors
         weight = ctx.weight
         normal = x.float() * scale
         grad = grad.float()
-        dweight = torch.mul(grad, normal).flatten(0, -2).sum(0).to(weight.dtype)
+        dweight = torch.mul(grad, normal).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         dnormal = grad * weight
         inner = torch.mul(dnormal, normal).mean(-1, keepdim=True)
         dx = dnormal.sub_(normal.mul_(inner)).mul_(scale)

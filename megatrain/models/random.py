@@ -7,6 +7,7 @@ Dropout: a mask depends on (seed, step, microbatch, layer, place in the layer), 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -29,6 +30,15 @@ def normal_slice(seed: int, name: str, shape: tuple[int, ...], part: tuple[slice
     Counter-based (Philox, SC11 "Parallel random numbers: as easy as 1, 2, 3") and Box-Muller, so that any part can be
     made alone: each row starts at a counter of its own.
     """
+    return _slice(key("init", seed, name), shape, part, _normal_rows).mul_(std)
+
+
+def uniform_slice(seed: int, name: str, shape: tuple[int, ...], part: tuple[slice, ...], *, bound: float) -> Tensor:
+    """As `normal_slice`, elements uniform in (-bound, bound]."""
+    return _slice(key("init", seed, name), shape, part, _uniform_rows).mul_(2 * bound).sub_(bound)
+
+
+def _slice(philox_key: int, shape: tuple[int, ...], part: tuple[slice, ...], make_rows: Callable[[int, int, int, int], np.ndarray]) -> Tensor:
     matrix_shape = (1, *shape) if len(shape) == 1 else shape
     rows, columns = (slice(0, 1), *part) if len(shape) == 1 else part
     width = matrix_shape[1]
@@ -37,22 +47,31 @@ def normal_slice(seed: int, name: str, shape: tuple[int, ...], part: tuple[slice
     pieces = []
     for first in range(rows.start, rows.stop, chunk):
         last = min(first + chunk, rows.stop)
-        pieces.append(_normal_rows(key("init", seed, name), first, last, blocks)[:, columns])
+        pieces.append(make_rows(philox_key, first, last, blocks)[:, columns])
     values = np.concatenate(pieces) if pieces else np.zeros((0, columns.stop - columns.start), np.float32)
-    return torch.from_numpy(np.ascontiguousarray(values)).mul_(std).view([s.stop - s.start for s in part])
+    return torch.from_numpy(np.ascontiguousarray(values)).view([s.stop - s.start for s in part])
+
+
+def _uniform_rows(philox_key: int, first: int, last: int, blocks: int) -> np.ndarray:
+    """Uniform in (0, 1] of rows [first, last), 8 to a Philox block of four 64-bit words."""
+    return _uniform_words(philox_key, first, last, blocks).astype(np.float32).reshape(last - first, blocks * 8)
 
 
 def _normal_rows(philox_key: int, first: int, last: int, blocks: int) -> np.ndarray:
-    """Standard normals of rows [first, last), 8 to a Philox block of four 64-bit words."""
-    generator = np.random.Philox(key=philox_key)
-    generator.advance(first * blocks)
-    words = generator.random_raw((last - first) * blocks * 4).view(np.uint32).reshape(-1, 2)
-    # (0, 1]: the logarithm below needs more than zero. float64 until the end: results do not depend on vector width.
-    uniform = (words.astype(np.float64) + 1.0) * 2.0**-32
+    """Standard normals of rows [first, last), from the same words."""
+    uniform = _uniform_words(philox_key, first, last, blocks).reshape(-1, 2)
     radius = np.sqrt(-2.0 * np.log(uniform[:, 0]))
     angle = (2.0 * np.pi) * uniform[:, 1]
     pair = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     return pair.astype(np.float32).reshape(last - first, blocks * 8)
+
+
+def _uniform_words(philox_key: int, first: int, last: int, blocks: int) -> np.ndarray:
+    """In (0, 1]: a logarithm needs more than zero. float64 until the end: results do not depend on vector width."""
+    generator = np.random.Philox(key=philox_key)
+    generator.advance(first * blocks)
+    words = generator.random_raw((last - first) * blocks * 4).view(np.uint32)
+    return (words.astype(np.float64) + 1.0) * 2.0**-32
 
 
 def dropout(x: Tensor, probability: float, mask_key: int, *, training: bool) -> Tensor:

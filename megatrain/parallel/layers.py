@@ -130,7 +130,8 @@ class Linear(nn.Module):
         self.weight = weight
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+        """`context`, the microbatch's, is for what may stand in a linear's place."""
         return linear(x, self.weight, self.bias)
 
 
@@ -141,7 +142,7 @@ class RowLinear(Linear):
         super().__init__(weight, bias)
         self.axis, self.sequence = axis, sequence
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Any = None) -> Tensor:
         y = collectives.leave(linear(x, self.weight), self.axis, sequence=self.sequence)
         return y if self.bias is None else y + self.bias
 

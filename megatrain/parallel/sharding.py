@@ -17,9 +17,10 @@ from megatrain.parallel.grid import Axis
 
 @dataclass(frozen=True)
 class Init:
-    """Initial values: all `value` when `std` is None, else normal with mean 0 and this standard deviation, but for a row of zeros."""
+    """Initial values: all `value`, or with `std` normal with mean 0, but for a row of zeros, or with `bound` uniform in its ±."""
 
     std: float | None = None
+    bound: float | None = None
     value: float = 0.0
     zero_row: int | None = None
 
