@@ -16,8 +16,6 @@ from megatrain.models.architecture import Architecture
 from megatrain.models.context import Context
 from megatrain.models.decoder import layer_list
 from megatrain.models.initialize import initialize
-from megatrain.models.random import key
-from megatrain.models.rotary import Rotation, frequencies, rotation
 from megatrain.optim.learning_rate import learning_rate
 from megatrain.optim.zero import DTYPES, Zero
 from megatrain.parallel import collectives
@@ -28,6 +26,7 @@ from megatrain.pipeline.executor import Executor
 from megatrain.pipeline.schedules import forward_only
 from megatrain.pipeline.transfers import add_transfers, check_schedule
 from megatrain.train.build import build_stage, rank_specs, run_schedule
+from megatrain.train.contexts import Contexts
 
 
 class StepReport(NamedTuple):
@@ -60,18 +59,14 @@ class Trainer:
         check_schedule(self.schedule, self.microbatches)
         self.instructions = add_transfers(self.schedule)[grid.pipeline.rank]
         self.forward_instructions = add_transfers(forward_only(self.schedule))[grid.pipeline.rank]
-        self._frequencies = None
-        if architecture.rotary:
-            inv_freq, factor = frequencies(architecture)
-            self._frequencies = (inv_freq.to(device), factor)
-        self._plain_rotation: Rotation | None = None
+        self.contexts = Contexts(config, architecture, grid, device)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def step(self, step: int, batches: Sequence[Batch]) -> StepReport:
         """Train on this data rank's microbatches; `step` counts from 1."""
         self.stage.train()
-        contexts = [self._context(batch, step=step, index=index) for index, batch in enumerate(batches)]
+        contexts = [self.contexts.make(batch, step=step, index=index) for index, batch in enumerate(batches)]
         tokens = self._trained_tokens(batches)
         weight = torch.tensor(self.grid.data.size * self.zero.loss_scale / tokens, device=self.device)
         losses = self.executor.run(self.instructions, contexts, backward=self.zero.backward, loss_weight=weight)
@@ -92,7 +87,7 @@ class Trainer:
         total = torch.zeros(2, dtype=torch.float64)
         for number in range(count):
             batches = batches_of(number)
-            contexts = [self._context(batch, step=None, index=index) for index, batch in enumerate(batches)]
+            contexts = [self.contexts.make(batch, step=None, index=index) for index, batch in enumerate(batches)]
             losses = self.executor.run(self.forward_instructions, contexts, backward=None)
             total += torch.tensor([self._total(losses), self._trained_tokens(batches)], dtype=torch.float64)
         return float(total[0] / total[1])
@@ -111,27 +106,6 @@ class Trainer:
         """Tokens with a loss in the global batch."""
         count = torch.tensor(sum(int((batch.labels >= 0).sum()) for batch in batches), device=self.device)
         return int(collectives.all_reduce(count, self.grid.data))
-
-    def _context(self, batch: Batch, *, step: int | None, index: int) -> Context:
-        batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
-        masked = self.config.data.document_mask
-        microbatch = index * self.grid.data.size + self.grid.data.rank
-        return Context(
-            tokens=batch.tokens, labels=batch.labels, positions=batch.positions,
-            documents=batch.documents if masked else None, rotation=self._rotation(batch.positions, shared=not masked),
-            dropout_key=None if step is None else key(self.config.run.seed, step, microbatch),
-        )  # fmt: skip
-
-    def _rotation(self, positions: Tensor, *, shared: bool) -> Rotation | None:
-        """Of the positions; where all sequences count from 0 alike, made once."""
-        if self._frequencies is None:
-            return None
-        dtype = DTYPES[self.config.train.dtype]
-        if not shared:
-            return rotation(positions, *self._frequencies, dtype)
-        if self._plain_rotation is None:
-            self._plain_rotation = rotation(positions[:1], *self._frequencies, dtype)
-        return self._plain_rotation
 
     # -- bad numbers -------------------------------------------------------------------------------------------------
 

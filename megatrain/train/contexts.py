@@ -1,0 +1,50 @@
+"""From a microbatch of tokens to the context that its layers read, on this rank's device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatrain.config import Config
+from megatrain.data.loader import Batch
+from megatrain.models.architecture import Architecture
+from megatrain.models.context import Context
+from megatrain.models.random import key
+from megatrain.models.rotary import Rotation, frequencies, rotation
+from megatrain.optim.zero import DTYPES
+from megatrain.parallel.grid import Grid
+
+
+class Contexts:
+    """Makes the contexts of a run's microbatches; what all of them share is made once."""
+
+    def __init__(self, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> None:
+        self.config, self.grid, self.device = config, grid, device
+        self._frequencies = None
+        if architecture.rotary:
+            inv_freq, factor = frequencies(architecture)
+            self._frequencies = (inv_freq.to(device), factor)
+        self._plain_rotation: Rotation | None = None
+
+    def make(self, batch: Batch, *, step: int | None, index: int) -> Context:
+        """Of this data rank's microbatch `index`; `step` is None in evaluation, which drops nothing out."""
+        batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
+        masked = self.config.data.document_mask
+        microbatch = index * self.grid.data.size + self.grid.data.rank
+        return Context(
+            tokens=batch.tokens, labels=batch.labels, positions=batch.positions,
+            documents=batch.documents if masked else None, rotation=self._rotation(batch.positions, shared=not masked),
+            dropout_key=None if step is None else key(self.config.run.seed, step, microbatch),
+        )  # fmt: skip
+
+    def _rotation(self, positions: Tensor, *, shared: bool) -> Rotation | None:
+        """Of the positions; where all sequences count from 0 alike, made once for each length."""
+        if self._frequencies is None:
+            return None
+        dtype = DTYPES[self.config.train.dtype]
+        if not shared:
+            return rotation(positions, *self._frequencies, dtype)
+        length = positions.shape[1]
+        if self._plain_rotation is None or self._plain_rotation.cos.shape[0] != length:
+            self._plain_rotation = rotation(positions[:1], *self._frequencies, dtype)
+        return self._plain_rotation
