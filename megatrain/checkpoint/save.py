@@ -115,7 +115,8 @@ def _write_optimizer(temporary: Path, zero: Zero, grid: Grid) -> Path:
         key = f"{s.name}[{s.start}:{s.start + s.length}]"
         count = next(iter(fragment.tensors.values())).numel()
         index.append({"key": key, "name": s.name, "shape": s.shape, "dim": s.dim, "start": s.start, "length": s.length,
-                      "transposed": s.transposed, "counted": s.counted, "local_shape": tuple(fragment.parameter.shape),
+                      "run": s.run, "stride": s.stride, "transposed": s.transposed, "counted": s.counted,
+                      "local_shape": tuple(fragment.parameter.shape),
                       "fragment_start": fragment.start, "fragment_length": count})  # fmt: skip
         for name, tensor in fragment.tensors.items():
             tensors[f"{key}/{name}"] = tensor.detach().cpu().contiguous().clone()
@@ -163,7 +164,7 @@ def _whole_tensors(zero: Zero, grid: Grid) -> Iterator[tuple[str, Tensor]]:
         if declaration.name not in building:
             building[declaration.name] = torch.empty(declaration.shape, dtype=weights.dtype)
         for their, part in zip(declarations, parts, strict=True):
-            building[declaration.name][their[index].whole_slice()] = their[index].part_of(part).cpu()
+            their[index].put(their[index].part_of(part).cpu(), building[declaration.name])
         if last[declaration.name] == index:
             yield declaration.name, building.pop(declaration.name)
 

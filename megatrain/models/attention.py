@@ -26,7 +26,7 @@ class Attention(nn.Module):
         a = parts.architecture
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, parts.heads, parts.kv_heads, a.head_dim
         self.axis, self.sequence, self.recompute = parts.grid.tensor, parts.sequence, recompute
-        self.window, self.dropout = a.window(layer), a.attention_dropout
+        self.window, self.rope_kind, self.dropout = a.window(layer), a.rope_kind(layer), a.attention_dropout
         self.query = Linear(*parts.columns("query", layer, bias=a.qkv_bias))
         self.key = Linear(*parts.columns("key", layer, bias=a.qkv_bias))
         self.value = Linear(*parts.columns("value", layer, bias=a.qkv_bias))
@@ -53,8 +53,9 @@ class Attention(nn.Module):
         v = v.unflatten(-1, (self.kv_heads, self.head_dim))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        if context.rotation is not None:
-            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        if context.rotations:
+            turn = context.rotations[self.rope_kind]
+            q, k = rotate(q, turn), rotate(k, turn)
         y = self._attend(q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), context)
         return y.permute(2, 0, 1, 3).flatten(2)
 

@@ -19,7 +19,7 @@ class Context:
         tokens, labels, positions: int64 [B, S]; label -100 has no loss.
         documents: int64 [B, S], ordinal of each token's document in its sample, when attention stays within
             documents; else None.
-        rotation: cosines and sines of the positions, for models with rotary positions.
+        rotations: cosines and sines of the positions for each kind of layer, for models with rotary positions.
         dropout_key: of (seed, step, microbatch); layers derive theirs from it. None in evaluation.
     """
 
@@ -27,7 +27,7 @@ class Context:
     labels: Tensor
     positions: Tensor
     documents: Tensor | None = None
-    rotation: Rotation | None = None
+    rotations: dict[str | None, Rotation] = field(default_factory=dict)
     dropout_key: int | None = None
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatrain.models.random import normal_slice, uniform_slice
-from megatrain.parallel.sharding import parameters
+from megatrain.parallel.sharding import Sharding, parameters
 
 
 @torch.no_grad()
@@ -15,13 +15,17 @@ def initialize(module: nn.Module, seed: int) -> None:
     for declaration, parameter in parameters(module):
         parameter.zero_()
         part = declaration.part_of(parameter)
-        if declaration.init.bound is not None:
-            part.copy_(uniform_slice(seed, declaration.name, declaration.shape, declaration.whole_slice(), bound=declaration.init.bound))
-        elif declaration.init.std is None:
-            part.fill_(declaration.init.value)
-        elif part.numel():
-            values = normal_slice(seed, declaration.name, declaration.shape, declaration.whole_slice(), std=declaration.init.std)
-            part.copy_(values)
-            row = declaration.init.zero_row
-            if row is not None and declaration.start <= row < declaration.start + part.shape[0]:
-                part[row - declaration.start] = 0.0
+        for region in declaration.regions():
+            part[region.part] = _values(seed, declaration, region.whole)
+        row = declaration.init.zero_row
+        if row is not None and declaration.start <= row < declaration.start + part.shape[0]:
+            part[row - declaration.start] = 0.0
+
+
+def _values(seed: int, declaration: Sharding, region: tuple[slice, ...]) -> Tensor | float:
+    init = declaration.init
+    if init.bound is not None:
+        return uniform_slice(seed, declaration.name, declaration.shape, region, bound=init.bound)
+    if init.std is not None:
+        return normal_slice(seed, declaration.name, declaration.shape, region, std=init.std)
+    return init.value

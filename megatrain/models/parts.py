@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,16 @@ from megatrain.parallel.grid import Axis, Grid, part_of
 from megatrain.parallel.sharding import Init, Sharding, declare
 
 Role = str
+
+
+class Columns(NamedTuple):
+    """A rank's output features within a tensor of `whole` features: see `Sharding`."""
+
+    whole: int
+    start: int
+    length: int
+    run: int = 0
+    stride: int = 0
 
 
 class Parts:
@@ -51,28 +61,39 @@ class Parts:
     def _name(self, role: Role, layer: int | None, suffix: str) -> str:
         return f"{self.architecture.names[role].name.format(layer)}.{suffix}"
 
-    def _columns(self, role: Role) -> tuple[int, int, bool, tuple[Axis, ...]]:
-        """This rank's output features of a role split by columns: start, length, counted, summed over."""
-        a, axis = self.architecture, self.grid.tensor
-        if role in ("key", "value"):
-            copies = self.kv_copies
-            return (self.kv_start * a.head_dim, self.kv_heads * a.head_dim, copies is None or copies.rank == 0,
-                    () if copies is None else (copies,))  # fmt: skip
-        length = self._out_features(role) // axis.size
-        return axis.rank * length, length, True, ()
+    def _columns(self, role: Role) -> Columns:
+        """This rank's output features of a role split by columns, in the tensor that holds them."""
+        a, out = self.architecture, self._out_features(role)
+        length = self.kv_heads * a.head_dim if role in ("key", "value") else out // self.grid.tensor.size
+        start = self.kv_start * a.head_dim if role in ("key", "value") else self.grid.tensor.rank * length
+        source = a.names[role]
+        if not source.fused:
+            return Columns(out, start, length)
+        whole = sum(self._out_features(r) for r in source.fused)
+        before = sum(self._out_features(r) for r in source.fused[: source.fused.index(role)])
+        if not source.by_head:
+            return Columns(whole, before + start, length)
+        groups = a.num_kv_heads
+        group, within = divmod(start, out // groups)
+        run, stride = min(length, out // groups), whole // groups
+        return Columns(whole, group * stride + before // groups + within, length, run, stride)
+
+    def _held(self, role: Role) -> tuple[bool, tuple[Axis, ...]]:
+        """Whether this rank counts its columns of a role, and the axes over which their gradient is summed."""
+        copies = self.kv_copies if role in ("key", "value") else None
+        return copies is None or copies.rank == 0, () if copies is None else (copies,)
 
     def columns(self, role: Role, layer: int, *, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
         """Weight [out / t, in] and bias [out / t] of a linear split by output features."""
-        start, length, counted, summed = self._columns(role)
-        fused = self.architecture.names[role].fused
-        whole_out = sum(self._out_features(r) for r in fused) if fused else self._out_features(role)
-        start += sum(self._out_features(r) for r in fused[: fused.index(role)]) if fused else 0
-        declaration = self._matrix(role, layer, whole_out, self._in_features(role), "out", start, length)
-        weight = self._make((length, self._in_features(role)), replace(declaration, counted=counted, summed=summed))
+        whole, start, length, run, stride = self._columns(role)
+        counted, summed = self._held(role)
+        declaration = self._matrix(role, layer, whole, self._in_features(role), "out", start, length)
+        declaration = replace(declaration, counted=counted, summed=summed, run=run, stride=stride)
+        weight = self._make((length, self._in_features(role)), declaration)
         if not bias:
             return weight, None
-        bias_declaration = Sharding(self._name(role, layer, "bias"), (whole_out,), 0, start, length, kind="bias",
-                                    counted=counted, summed=summed)  # fmt: skip
+        bias_declaration = Sharding(self._name(role, layer, "bias"), (whole,), 0, start, length, kind="bias",
+                                    counted=counted, summed=summed, run=run, stride=stride)  # fmt: skip
         return weight, self._make((length,), bias_declaration)
 
     def rows(self, role: Role, layer: int, *, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:

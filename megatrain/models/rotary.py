@@ -18,16 +18,36 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
-def frequencies(architecture: Architecture) -> tuple[Tensor, float]:
+class Frequencies(NamedTuple):
     """Radians a position for each pair [head_dim / 2] in fp32, and the factor on cosines and sines."""
+
+    inv_freq: Tensor
+    factor: float
+
+
+def frequencies(architecture: Architecture, kind: str | None = None) -> Frequencies:
+    """Those of the layers of a kind (`Architecture.rope_kinds`)."""
     parameters = architecture.config.rope_parameters
+    parameters = parameters if kind is None else parameters[kind]
     if parameters.get("rope_type", "default") == "default":
         exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float) / architecture.head_dim
-        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+        return Frequencies(1.0 / (parameters["rope_theta"] ** exponents), 1.0)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](architecture.config, torch.device("cpu"))
-    return inv_freq.float(), float(factor)
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](architecture.config, torch.device("cpu"), layer_type=kind)
+    return Frequencies(inv_freq.float(), float(factor))
+
+
+def all_frequencies(architecture: Architecture, device: torch.device | str = "cpu") -> dict[str | None, Frequencies]:
+    """Of each kind of layer that the model has; empty where positions are learned."""
+    kinds = {architecture.rope_kind(layer): None for layer in range(architecture.num_layers)} if architecture.rotary else {}
+    found = {kind: frequencies(architecture, kind) for kind in kinds}
+    return {kind: Frequencies(inv_freq.to(device), factor) for kind, (inv_freq, factor) in found.items()}
+
+
+def rotations(positions: Tensor, by_kind: dict[str | None, Frequencies], dtype: torch.dtype) -> dict[str | None, Rotation]:
+    """Of positions int64 [B, S], for each kind of layer."""
+    return {kind: rotation(positions, *its, dtype) for kind, its in by_kind.items()}
 
 
 def rotation(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> Rotation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,16 +25,33 @@ class Init:
     zero_row: int | None = None
 
 
+class Region(NamedTuple):
+    """A rectangle of a whole tensor, and where it lies in the part; both as indices in the whole tensor's orientation."""
+
+    whole: tuple[slice, ...]
+    part: tuple[slice, ...]
+
+
 @dataclass(frozen=True)
 class Sharding:
     """The part of a whole tensor that one rank's parameter holds.
+
+    Along `dim` the part is one run of neighbours, or, where a fused tensor interleaves its roles head by head, equal runs a
+    constant stride apart. Of GPT-NeoX's query_key_value [heads x 3 x head_dim, hidden], with d = head_dim, the second of two
+    tensor ranks holds for its keys, with 4 heads in all,
+
+        whole along dim    | q0 k0 v0 | q1 k1 v1 | q2 k2 v2 | q3 k3 v3 |
+        the part                                      k2         k3         start=7d length=2d run=d stride=3d
+
+    `regions` lists the runs. A region of dim 0 is contiguous in a stored tensor, since it takes in every other dim whole; one of
+    dim 1 is a piece of each row. The part joins its regions in order.
 
     Attributes:
         name: the whole tensor's name in the Hugging Face checkpoint.
         shape: the whole tensor's shape there.
         dim: the dim of the whole tensor along which this is a part; None when it holds all of it.
-        start, length: the part, in elements along `dim`. The parameter may hold more rows than `length`: the padding of a
-            vocabulary that does not divide; it stays zero and never leaves the rank.
+        start, length: where the part begins and how much it holds, in elements along `dim`. The parameter may hold more rows
+            than `length`: the padding of a vocabulary that does not divide; it stays zero and never leaves the rank.
         transposed: the parameter holds the part's transpose (GPT-2 stores its matrices as [in, out]).
         init: initial values.
         kind: what the optimizer's groups tell apart.
@@ -42,6 +59,7 @@ class Sharding:
             among those of a replica that hold a part does.
         summed: axes over which the gradient must be added up before a step, since each rank sees a share of it: norms
             under sequence parallelism, key and value heads on more ranks than there are heads, tied embeddings.
+        run, stride: elements of each run, and from one run's start to the next; run 0 when there is only one, of `length`.
     """
 
     name: str
@@ -54,19 +72,35 @@ class Sharding:
     kind: Literal["matrix", "embedding", "bias", "norm"] = "matrix"
     counted: bool = True
     summed: tuple[Axis, ...] = ()
+    run: int = 0
+    stride: int = 0
 
-    def whole_slice(self) -> tuple[slice, ...]:
-        """The part as an index into the whole tensor."""
+    def regions(self) -> list[Region]:
+        """The part as rectangles of the whole tensor, in the part's order; none when the part is empty."""
         if self.dim is None:
-            return tuple(slice(0, size) for size in self.shape)
-        return tuple(
-            slice(self.start, self.start + self.length) if dim == self.dim else slice(0, size)
-            for dim, size in enumerate(self.shape)
-        )
+            everything = tuple(slice(0, size) for size in self.shape)
+            return [Region(everything, everything)]
+        run = self.run or max(self.length, 1)
+        return [Region(self._along(self.start + i * self.stride, run), self._along(i * run, run)) for i in range(self.length // run)]
+
+    def _along(self, start: int, length: int) -> tuple[slice, ...]:
+        return tuple(slice(start, start + length) if dim == self.dim else slice(0, size) for dim, size in enumerate(self.shape))
 
     def part_shape(self) -> tuple[int, ...]:
         """The part's shape in the whole tensor's orientation."""
-        return tuple(s.stop - s.start for s in self.whole_slice())
+        return tuple(self.length if dim == self.dim else size for dim, size in enumerate(self.shape))
+
+    def take(self, whole: Tensor) -> Tensor:
+        """A copy of the part out of the whole tensor."""
+        part = whole.new_empty(self.part_shape())
+        for region in self.regions():
+            part[region.part] = whole[region.whole]
+        return part
+
+    def put(self, part: Tensor, whole: Tensor) -> None:
+        """Write the part, in the whole tensor's orientation, into its place there."""
+        for region in self.regions():
+            whole[region.whole] = part[region.part]
 
     def part_of(self, parameter: Tensor) -> Tensor:
         """The part that `parameter` holds, without padding, in the whole tensor's orientation (a view)."""

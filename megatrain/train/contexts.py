@@ -10,7 +10,7 @@ from megatrain.data.loader import Batch
 from megatrain.models.architecture import Architecture
 from megatrain.models.context import Context
 from megatrain.models.random import key
-from megatrain.models.rotary import Rotation, frequencies, rotation
+from megatrain.models.rotary import Rotation, all_frequencies, rotations
 from megatrain.optim.zero import DTYPES
 from megatrain.parallel.grid import Grid
 
@@ -20,11 +20,8 @@ class Contexts:
 
     def __init__(self, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> None:
         self.config, self.grid, self.device = config, grid, device
-        self._frequencies = None
-        if architecture.rotary:
-            inv_freq, factor = frequencies(architecture)
-            self._frequencies = (inv_freq.to(device), factor)
-        self._plain_rotation: Rotation | None = None
+        self._frequencies = all_frequencies(architecture, device)
+        self._plain_rotations: dict[int, dict[str | None, Rotation]] = {}
 
     def make(self, batch: Batch, *, step: int | None, index: int) -> Context:
         """Of this data rank's microbatch `index`; `step` is None in evaluation, which drops nothing out."""
@@ -33,18 +30,16 @@ class Contexts:
         microbatch = index * self.grid.data.size + self.grid.data.rank
         return Context(
             tokens=batch.tokens, labels=batch.labels, positions=batch.positions,
-            documents=batch.documents if masked else None, rotation=self._rotation(batch.positions, shared=not masked),
+            documents=batch.documents if masked else None, rotations=self._rotations(batch.positions, shared=not masked),
             dropout_key=None if step is None else key(self.config.run.seed, step, microbatch),
         )  # fmt: skip
 
-    def _rotation(self, positions: Tensor, *, shared: bool) -> Rotation | None:
+    def _rotations(self, positions: Tensor, *, shared: bool) -> dict[str | None, Rotation]:
         """Of the positions; where all sequences count from 0 alike, made once for each length."""
-        if self._frequencies is None:
-            return None
         dtype = DTYPES[self.config.train.dtype]
         if not shared:
-            return rotation(positions, *self._frequencies, dtype)
+            return rotations(positions, self._frequencies, dtype)
         length = positions.shape[1]
-        if self._plain_rotation is None or self._plain_rotation.cos.shape[0] != length:
-            self._plain_rotation = rotation(positions[:1], *self._frequencies, dtype)
-        return self._plain_rotation
+        if length not in self._plain_rotations:
+            self._plain_rotations = {length: rotations(positions[:1], self._frequencies, dtype)}
+        return self._plain_rotations[length]

@@ -12,7 +12,7 @@ from megatrain.models.architecture import Architecture, load_config, read_archit
 from megatrain.models.context import Context
 from megatrain.models.decoder import Block, Embedding, Head
 from megatrain.models.initialize import initialize
-from megatrain.models.rotary import frequencies, rotation
+from megatrain.models.rotary import all_frequencies, rotations
 from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import parameters
 from megatrain.train.build import build_stage
@@ -44,8 +44,8 @@ def scramble(layers: nn.ModuleList) -> None:
 def context(architecture: Architecture, tokens: Tensor, labels: Tensor | None = None, *, positions: Tensor | None = None,
             documents: Tensor | None = None, dropout_key: int | None = None) -> Context:  # fmt: skip
     positions = torch.arange(tokens.shape[1]).expand_as(tokens) if positions is None else positions
-    turn = rotation(positions, *frequencies(architecture), torch.float32) if architecture.rotary else None
-    return Context(tokens, tokens if labels is None else labels, positions, documents, turn, dropout_key)
+    turns = rotations(positions, all_frequencies(architecture), torch.float32)
+    return Context(tokens, tokens if labels is None else labels, positions, documents, turns, dropout_key)
 
 
 def logits(layers: nn.ModuleList, given: Context) -> Tensor:
@@ -77,6 +77,6 @@ def transformers_twin(model: dict[str, Any], layers: nn.ModuleList) -> nn.Module
     twin = AutoModelForCausalLM.from_config(config)
     state = twin.state_dict()
     for declaration, parameter in parameters(layers):
-        state[declaration.name][declaration.whole_slice()] = declaration.part_of(parameter.detach())
+        declaration.put(declaration.part_of(parameter.detach()), state[declaration.name])
     twin.load_state_dict(state)
     return twin.eval()

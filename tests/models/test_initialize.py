@@ -34,7 +34,7 @@ def pieces(model, *, tensor, pipeline, seed=3):
 def whole(model, seed=3):
     tensors = {}
     for declaration, parameter in pieces(model, tensor=1, pipeline=1, seed=seed):
-        tensors.setdefault(declaration.name, torch.full(declaration.shape, float("nan")))[declaration.whole_slice()] = declaration.part_of(parameter.detach())
+        declaration.put(declaration.part_of(parameter.detach()), tensors.setdefault(declaration.name, torch.full(declaration.shape, float("nan"))))
     return tensors
 
 
@@ -45,8 +45,8 @@ def test_parts_are_slices_of_the_whole(name, tensor, pipeline):
     counted = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
     for declaration, parameter in pieces(MODELS[name], tensor=tensor, pipeline=pipeline):
         part = declaration.part_of(parameter.detach())
-        assert torch.equal(part, tensors[declaration.name][declaration.whole_slice()]), declaration.name
-        counted[declaration.name][declaration.whole_slice()] += declaration.counted
+        assert torch.equal(part, declaration.take(tensors[declaration.name])), declaration.name
+        declaration.put(declaration.take(counted[declaration.name]) + declaration.counted, counted[declaration.name])
         assert parameter.numel() == part.numel() or (parameter[declaration.length :] == 0).all(), "padding is zero"
     assert all((count == 1).all() for count in counted.values()), "one rank of a replica counts each element"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def reference(model: str):
     initialize(stage, config.run.seed)
     state = network.state_dict()
     for declaration, parameter in parameters(stage):
-        state[declaration.name][declaration.whole_slice()] = declaration.part_of(parameter.detach())
+        declaration.put(declaration.part_of(parameter.detach()), state[declaration.name])
     network.load_state_dict(state)
     network.train()
     decayed = [p for p in network.parameters() if p.dim() > 1]
@@ -103,9 +104,8 @@ def run_layout(rank: int, world_size: int, config):
         if step == 1:
             for fragment in trainer.zero.fragments():
                 moment = fragment.tensors["exp_avg"].clone() / 0.1
-                pieces.append((fragment.sharding.name, fragment.sharding.whole_slice(), fragment.sharding.transposed,
-                               tuple(fragment.parameter.ds_shape if hasattr(fragment.parameter, "ds_shape") else fragment.parameter.shape),
-                               fragment.start, moment, fragment.sharding.dim, fragment.sharding.length))  # fmt: skip
+                shape = fragment.parameter.ds_shape if hasattr(fragment.parameter, "ds_shape") else fragment.parameter.shape
+                pieces.append((replace(fragment.sharding, summed=()), tuple(shape), fragment.start, moment))
     return losses, norms, pieces
 
 
@@ -114,14 +114,11 @@ def worst_gradient(results, gradients) -> float:
     whole = {name: torch.full_like(g, float("nan")) for name, g in gradients.items()}
     parts: dict = {}
     for _, _, pieces in results:
-        for name, where, transposed, shape, start, moment, dim, length in pieces:
-            key = (name, tuple((s.start, s.stop) for s in where))
-            flat = parts.setdefault(key, (torch.full((torch.Size(shape).numel(),), float("nan")), shape, transposed, dim, length, where))[0]
+        for declaration, shape, start, moment in pieces:
+            flat = parts.setdefault((replace(declaration, counted=True), shape), torch.full((torch.Size(shape).numel(),), float("nan")))
             flat[start : start + moment.numel()] = moment
-    for (name, _), (flat, shape, transposed, dim, length, where) in parts.items():
-        part = flat.view(shape)
-        part = part.t() if transposed else part
-        whole[name][where] = part if dim is None else part.narrow(dim, 0, length)
+    for (declaration, shape), flat in parts.items():
+        declaration.put(declaration.part_of(flat.view(shape)), whole[declaration.name])
     worst = 0.0
     for name, gradient in gradients.items():
         assert not whole[name].isnan().any(), f"{name} is not whole"

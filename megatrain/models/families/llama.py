@@ -1,0 +1,57 @@
+"""Llama 1 to 3.x, and what its many relatives have in common with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatrain.models.architecture import Architecture, Source
+from megatrain.models.families.fields import Fields
+
+NAMES = {
+    "embedding": Source("model.embed_tokens"),
+    "attention_norm": Source("model.layers.{}.input_layernorm"),
+    "query": Source("model.layers.{}.self_attn.q_proj"),
+    "key": Source("model.layers.{}.self_attn.k_proj"),
+    "value": Source("model.layers.{}.self_attn.v_proj"),
+    "query_norm": Source("model.layers.{}.self_attn.q_norm"),
+    "key_norm": Source("model.layers.{}.self_attn.k_norm"),
+    "out": Source("model.layers.{}.self_attn.o_proj"),
+    "feedforward_norm": Source("model.layers.{}.post_attention_layernorm"),
+    "gate": Source("model.layers.{}.mlp.gate_proj"),
+    "up": Source("model.layers.{}.mlp.up_proj"),
+    "down": Source("model.layers.{}.mlp.down_proj"),
+    "final_norm": Source("model.norm"),
+    "head": Source("lm_head"),
+}
+
+
+def llama_like(fields: Fields, **switches: Any) -> Architecture:
+    """What the relatives share; `switches` say what differs."""
+    fields.check_rope()
+    heads = fields.num_attention_heads
+    values: dict[str, Any] = {
+        "model_type": fields.model_type,
+        "vocab_size": fields.vocab_size,
+        "hidden_size": fields.hidden_size,
+        "num_layers": fields.num_hidden_layers,
+        "num_heads": heads,
+        "num_kv_heads": fields.num_key_value_heads or heads,
+        "head_dim": fields.get("head_dim") or fields.hidden_size // heads,
+        "intermediate_size": fields.intermediate_size,
+        "max_positions": fields.max_position_embeddings,
+        "names": NAMES,
+        "norm_eps": fields.rms_norm_eps,
+        "activation": fields.activation("hidden_act"),
+        "tied": bool(fields.tie_word_embeddings),
+        "init_std": fields.initializer_range,
+        "attention_dropout": fields.attention_dropout or 0.0,
+        "padding_token": fields.padding_token(),
+        "config": fields.config,
+    }
+    return Architecture(**(values | switches))
+
+
+def read(fields: Fields) -> Architecture:
+    fields.only("pretraining_tp", 1)
+    bias = bool(fields.attention_bias)
+    return llama_like(fields, qkv_bias=bias, out_bias=bias, mlp_bias=bool(fields.mlp_bias))
