@@ -28,6 +28,7 @@ VERBS = {
     "tokenizer": Verb("megatrain.data.tokenizer_verb", "train a tokenizer on text files"),
     "preprocess": Verb("megatrain.data.preprocess_verb", "turn text files into an indexed dataset"),
     "pretrain": Verb("megatrain.pretrain", "train a model from a config"),
+    "finetune": Verb("megatrain.finetune", "finetune a model on chats"),
     "schedule": Verb("megatrain.schedule_verb", "simulate and draw a pipeline schedule"),
     "xray": Verb("megatrain.xray_verb", "see where a run's time went, with advice"),
     "config": Verb("megatrain.config_verb", "show every setting and its meaning, or a config as it resolves"),

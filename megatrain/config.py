@@ -51,6 +51,14 @@ class Data:
     document_mask: bool = setting(
         False, "Attend within documents only and restart positions at each; off attends across documents, as GPT-3 did."
     )
+    chat_template: str | None = setting(None, "Finetuning: file of a Jinja chat template to use instead of the tokenizer's own.")
+    train_on: Literal["assistant", "completion", "all"] = setting(
+        "assistant", "Finetuning: which tokens have a loss, those of every assistant turn, of the last one, or all."
+    )
+    packing: bool = setting(False, "Finetuning: several samples in one sequence, each with its own positions and attention to itself alone.")
+    too_long: Literal["truncate", "skip", "error"] = setting(
+        "truncate", "Finetuning: samples beyond `sequence_length` are cut at its end, left out or refused; how many is said."
+    )
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Parallel:
 class Train:
     steps: int | None = setting(None, "Optimizer steps; 0 initialises, evaluates if asked, and saves.")
     tokens: int | None = setting(None, "Token budget instead of `steps`; rounded up to whole steps.")
+    epochs: int | None = setting(None, "Finetuning: how often to see every sample, instead of `steps`; the last step is filled with empty sequences.")
     global_batch_size: int = setting(8, "Sequences in one optimizer step, over all ranks.")
     micro_batch_size: int = setting(1, "Sequences in one forward on one rank.")
     dtype: Literal["fp32", "bf16", "fp16"] = setting(
@@ -168,8 +177,17 @@ class Config:
         """Optimizer steps of the whole run."""
         if self.train.steps is not None:
             return self.train.steps
-        assert self.train.tokens is not None, "checked in `check`"
+        assert self.train.tokens is not None, "checked in `check`, and epochs became steps once the data were there"
         return -(-self.train.tokens // self.tokens_per_step)
+
+    def with_steps(self, samples_per_epoch: int) -> Config:
+        """This config with `train.epochs` written as steps; itself where it names none."""
+        if self.train.epochs is None:
+            return self
+        steps = -(-self.train.epochs * samples_per_epoch // self.train.global_batch_size)
+        config = dataclasses.replace(self, train=dataclasses.replace(self.train, epochs=None, steps=steps))
+        check(config)
+        return config
 
     @property
     def run_name(self) -> str:
@@ -215,8 +233,10 @@ def to_yaml(config: Config) -> str:
 def check(config: Config) -> None:
     """Refuse what is wrong in itself, before model, data or ranks are looked at."""
     _check_ranges(config)
-    _check_train(config)
-    _check_trace(config)
+    _check_length(config)
+    if config.train.epochs is None:  # else once the data have said how many steps that is
+        _check_schedule(config)
+        _check_trace(config)
     _check_parallel(config)
 
 
@@ -387,7 +407,7 @@ def _short(value: Any) -> str:
 
 
 _POSITIVE = ["data.sequence_length", "parallel.tensor", "parallel.pipeline", "parallel.data", "parallel.virtual", "train.global_batch_size",
-             "train.micro_batch_size", "train.log_every", "train.tokens", "train.max_bad_steps", "train.eval_batches",
+             "train.micro_batch_size", "train.log_every", "train.tokens", "train.epochs", "train.max_bad_steps", "train.eval_batches",
              "lr_schedule.decay_steps"]  # fmt: skip
 _NOT_NEGATIVE = ["train.steps", "train.eval_every", "train.save_every", "train.keep_last", "train.stop_after", "run.seed",
                  "run.master_port", "optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip",
@@ -416,11 +436,16 @@ def _check_ranges(config: Config) -> None:
         raise ConfigError("run.master_port", config.run.master_port, "is no port", "use 1 to 65535, or 0 for a free one")
 
 
-def _check_train(config: Config) -> None:
-    train = config.train
-    if (train.steps is None) == (train.tokens is None):
-        rule = "are both given" if train.steps is not None else "are both missing"
-        raise ConfigError("train.steps and train.tokens", f"{train.steps}, {train.tokens}", rule, "give one of them")
+def _check_length(config: Config) -> None:
+    lengths = {name: getattr(config.train, name) for name in ("steps", "tokens", "epochs")}
+    if sum(value is not None for value in lengths.values()) != 1:
+        rule = "are all missing" if set(lengths.values()) == {None} else "are given together"
+        raise ConfigError(
+            "train.steps, train.tokens and train.epochs", ", ".join(str(value) for value in lengths.values()), rule, "give one of them"
+        )
+
+
+def _check_schedule(config: Config) -> None:
     schedule = config.lr_schedule
     if config.steps and schedule.warmup_steps > (schedule.decay_steps or config.steps):
         raise ConfigError("lr_schedule.warmup_steps", schedule.warmup_steps,

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 if __name__ == "__main__":
     # A script's folder comes first on the path, where our module names would hide others'; its parent belongs there.
@@ -35,21 +36,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Pretrain; returns the exit code."""
+    return train(args, verb="pretrain")
+
+
+def train(args: argparse.Namespace, *, verb: Literal["pretrain", "finetune"]) -> int:
     """Train on the ranks that a launcher started, or start those that the layout asks for; returns the exit code."""
     config = load(args.config, args.overrides)
     place = from_environment(os.environ)
     world_size = place.world_size if place else local_world_size(config)
     machine.set_environment(place.local_size if place else world_size)
     # Imports torch, so it comes after the environment is set.
-    from megatrain.train.run import check_without_ranks, dry_run, pretrain
+    from megatrain.train.run import VERBS, check_without_ranks, dry_run
 
+    work, task = VERBS[verb]
     if args.dry_run:
-        print(dry_run(config))
+        print(dry_run(config, task))
         return 0
     if place is not None:
-        return enter_rank(pretrain, config, place)
-    check_without_ranks(config, world_size)
-    return run_local(pretrain, config, world_size=world_size)
+        return enter_rank(work, config, place)
+    check_without_ranks(config, world_size, task)
+    return run_local(work, config, world_size=world_size)
 
 
 def local_world_size(config: Config) -> int:
@@ -57,11 +64,11 @@ def local_world_size(config: Config) -> int:
     return config.model_ranks * (config.parallel.data or 1)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, verb: str = "pretrain") -> int:
     """Run the verb with `argv`, the process's own arguments when None; returns the exit code."""
     from megatrain.__main__ import main as run_verb
 
-    return run_verb(["pretrain", *(sys.argv[1:] if argv is None else argv)])
+    return run_verb([verb, *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from megatrain.config import load
 from megatrain.data.indexed import IndexedWriter
 from megatrain.errors import ConfigError
 from megatrain.train.run import check_without_ranks
+from megatrain.train.tasks import Pretraining
 
 VOCABULARY, LENGTH = 67, 16
 CONFIG = {
@@ -179,9 +180,9 @@ def test_an_output_folder_that_cannot_be_made(refusal, tmp_path):
 def test_a_layout_that_does_not_fit_a_launchers_ranks(run_file):
     """The first thing that rank 0 does; the others then say the same."""
     with pytest.raises(ConfigError, match="tensor 2 x pipeline 2 does not divide the 6 ranks of this run; start a multiple of 4 ranks"):
-        check_without_ranks(load(run_file, ["parallel.tensor=2", "parallel.pipeline=2"]), 6)
+        check_without_ranks(load(run_file, ["parallel.tensor=2", "parallel.pipeline=2"]), 6, Pretraining())
     with pytest.raises(ConfigError, match="x data 2 needs 2 ranks and there are 4; start 2 ranks or leave"):
-        check_without_ranks(load(run_file, ["parallel.data=2"]), 4)
+        check_without_ranks(load(run_file, ["parallel.data=2"]), 4, Pretraining())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -162,8 +162,8 @@ REFUSED = {
     "lr_schedule.stable_fraction=1.1": "lr_schedule.stable_fraction=1.1 must be in [0, 1]",
     "lr_schedule.warmup_steps=11": "lr_schedule.warmup_steps=11 is more than the 10 steps of the schedule",
     "lr_schedule.min_lr=1": "lr_schedule.min_lr=1.0 is above optimizer.lr=0.0003",
-    "train.tokens=5": "train.steps and train.tokens=10, 5 are both given; give one of them",
-    "train.steps=null": "train.steps and train.tokens=None, None are both missing; give one of them",
+    "train.tokens=5": "train.steps, train.tokens and train.epochs=10, 5, None are given together; give one of them",
+    "train.steps=null": "train.steps, train.tokens and train.epochs=None, None, None are all missing; give one of them",
     "parallel.sequence=true": "parallel.sequence=True splits the sequence among tensor ranks and parallel.tensor=1",
 }
 

@@ -86,8 +86,10 @@ def find_inputs(inputs: Sequence[str | Path]) -> Inputs:
     return Inputs(files, ignored)
 
 
-def read_blocks(files: Sequence[Path], *, field: str) -> Iterator[Block]:
+def read_blocks(files: Sequence[Path], *, field: str | None) -> Iterator[Block]:
     """Yield the records of all files in order, about BLOCK_BYTES at a time.
+
+    With no `field` the record of a parquet row is the whole row as JSON, for `parse_objects`.
 
     Raises DataError for a file that cannot be read to its end; nothing after that point would be in the right place.
     """
@@ -114,6 +116,20 @@ def parse_block(block: Block, *, field: str) -> tuple[list[str], list[Problem]]:
     return texts, problems
 
 
+def parse_objects(block: Block) -> tuple[list[tuple[int, dict[str, Any]]], list[Problem]]:
+    """Return the JSON objects of a block of lines or whole rows, each with its number, and the records that are none."""
+    found: list[tuple[int, dict[str, Any]]] = []
+    problems: list[Problem] = []
+    for number, record in enumerate(block.records, start=block.first):
+        try:
+            if record is None or number in block.too_long:
+                raise _BadRecord(f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
+            found.append((number, _object(_decoded(record))))
+        except _BadRecord as error:
+            problems.append(Problem(block.path, block.form, number, str(error)))
+    return found, problems
+
+
 class _BadRecord(Exception):
     """The reason is worded without the record's content, so that records can be counted by it."""
 
@@ -123,17 +139,21 @@ def _text(record: bytes | None, *, form: Form, field: str, too_long: bool) -> st
         raise _BadRecord(f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
     if record is None:
         raise _BadRecord(f'column "{field}" is null')
-    try:
-        decoded = record.decode("utf-8")
-    except UnicodeDecodeError:
-        raise _BadRecord("not valid UTF-8") from None
+    decoded = _decoded(record)
     text = _field_of(decoded, field) if form == "line" else decoded
     if not text:
         raise _BadRecord("empty text")
     return text
 
 
-def _field_of(line: str, field: str) -> str:
+def _decoded(record: bytes) -> str:
+    try:
+        return record.decode("utf-8")
+    except UnicodeDecodeError:
+        raise _BadRecord("not valid UTF-8") from None
+
+
+def _object(line: str) -> dict[str, Any]:
     if not line.strip():
         raise _BadRecord("empty line")
     try:
@@ -142,6 +162,11 @@ def _field_of(line: str, field: str) -> str:
         raise _BadRecord("not valid JSON") from None
     if not isinstance(value, dict):
         raise _BadRecord("not a JSON object")
+    return value
+
+
+def _field_of(line: str, field: str) -> str:
+    value = _object(line)
     if field not in value:
         raise _BadRecord(f'no field "{field}"')
     text = value[field]
@@ -185,11 +210,14 @@ def _whole_file(path: Path) -> Block:
     return Block(str(path), "file", 1, [text.removeprefix(_BOM)])
 
 
-def _row_blocks(path: Path, field: str) -> Iterator[Block]:
+def _row_blocks(path: Path, field: str | None) -> Iterator[Block]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
+        if field is None:
+            yield from _whole_rows(path, file)
+            return
         kind = _text_column(path, file.schema_arrow, field)
         first = 1
         for batch in file.iter_batches(batch_size=256, columns=[field]):
@@ -199,6 +227,14 @@ def _row_blocks(path: Path, field: str) -> Iterator[Block]:
                 too_long = {first + i for i, r in enumerate(records) if r is not None and len(r) > MAX_DOCUMENT_BYTES}
                 yield Block(str(path), "row", first, records, frozenset(too_long))
                 first += len(records)
+
+
+def _whole_rows(path: Path, file: Any) -> Iterator[Block]:
+    first = 1
+    for batch in file.iter_batches(batch_size=256):
+        for records in _cut([json.dumps(row, default=str).encode() for row in batch.to_pylist()]):
+            yield Block(str(path), "row", first, records)
+            first += len(records)
 
 
 def _text_column(path: Path, schema: Any, field: str) -> Any:
@@ -214,13 +250,13 @@ def _text_column(path: Path, schema: Any, field: str) -> Any:
     return kind
 
 
-def _cut(records: list[bytes | None]) -> Iterator[list[bytes | None]]:
+def _cut(records: Sequence[bytes | None]) -> Iterator[list[bytes | None]]:
     """Cut records where BLOCK_BYTES are full."""
     start = size = 0
     for i, record in enumerate(records, start=1):
         size += len(record or b"")
         if size >= BLOCK_BYTES or i == len(records):
-            yield records[start:i]
+            yield list(records[start:i])
             start, size = i, 0
 
 

@@ -1,21 +1,17 @@
 """Text files to PREFIX.bin and PREFIX.idx.
 
-    read_blocks --> worker processes: parse, encode --> IndexedWriter        2 blocks a worker under way, kept in order
+    read_blocks --> workers.py: parse, encode --> IndexedWriter
 
-A process each, and not the tokenizers library's own threads: threads share one cache and one interpreter lock, under
-which ids become numbers again. The tokenizer's own special tokens are not added (no beginning-of-sequence); every
-document ends with the end-of-document token.
+The tokenizer's own special tokens are not added (no beginning-of-sequence); every document ends with the
+end-of-document token.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -26,6 +22,7 @@ from megatrain.data.documents import Block, Problem, find_inputs, parse_block, r
 from megatrain.data.indexed import IndexedWriter, Tokens, token_dtype
 from megatrain.data.progress import Progress
 from megatrain.data.tokenizer import end_of_document_id, load_tokenizer
+from megatrain.data.workers import map_blocks
 from megatrain.errors import DataError
 
 
@@ -84,7 +81,7 @@ def preprocess(
     started = time.monotonic()
     blocks = read_blocks(found.files, field=field)
     with Progress(progress) as line, IndexedWriter(output, vocab_size=vocab_size) as writer:
-        for encoded in _encode_all(blocks, recipe, workers=workers or len(os.sched_getaffinity(0))):
+        for encoded in map_blocks(blocks, make_encoder, recipe, workers=workers or len(os.sched_getaffinity(0))):
             if encoded.problems and on_error == "stop":
                 raise DataError(f"{encoded.problems[0]}; --on-error skip leaves such documents out and counts them")
             result.skipped.update(problem.reason for problem in encoded.problems)
@@ -122,73 +119,3 @@ def make_encoder(recipe: Recipe) -> Callable[[Block], EncodedBlock]:
 
 def _utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
-
-
-def _encode_all(blocks: Iterable[Block], recipe: Recipe, *, workers: int) -> Iterator[EncodedBlock]:
-    if workers == 1:
-        with _one_thread():
-            yield from map(make_encoder(recipe), blocks)
-    else:
-        yield from _encode_in_processes(blocks, recipe, workers=workers)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep the tokenizers library from starting a thread for each core."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def _encode_in_processes(blocks: Iterable[Block], recipe: Recipe, *, workers: int) -> Iterator[EncodedBlock]:
-    from multiprocessing import get_context
-
-    # Spawned, not forked: a fork would copy whatever threads and locks this process already has.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(recipe,))
-    under_way: deque[Future[EncodedBlock]] = deque()
-    try:
-        for block in blocks:
-            under_way.append(pool.submit(_encode_in_worker, block))
-            if len(under_way) == 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError("a worker process was killed, most likely for lack of memory; use fewer --workers") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_encode: Callable[[Block], EncodedBlock] | None = None  # in a worker process only: set as it starts
-
-
-def _start_worker(recipe: Recipe) -> None:
-    import signal
-    import threading
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends the pool
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    global _encode
-    _encode = make_encoder(recipe)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for its next block for ever."""
-    from multiprocessing import parent_process
-
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(block: Block) -> EncodedBlock:
-    assert _encode is not None
-    return _encode(block)

@@ -203,8 +203,8 @@ def open_samples(data: DataSection, *, which: Part, sequence_length: int, seed: 
     Validation data are `data.valid`, or the second part of `data.split` of `data.train`. Raises ConfigError for
     settings that cannot work and DataError for files that cannot.
     """
-    paths, split = _chosen(data, which)
-    blend = _read_blend(paths, setting=f"data.{which if split is None else 'train'}")
+    paths, split = chosen_data(data, which)
+    blend = read_blend(paths, setting=f"data.{which if split is None else 'train'}")
     weights = [weight for _, weight in blend]
     if len(blend) > 1:
         Blend(weights, seed=seed)  # settings are checked before any file is opened
@@ -222,7 +222,7 @@ def open_samples(data: DataSection, *, which: Part, sequence_length: int, seed: 
     return sources[0] if len(sources) == 1 else BlendedSamples(sources, weights=weights, seed=seed)
 
 
-def _chosen(data: DataSection, which: Part) -> tuple[Paths, str | None]:
+def chosen_data(data: DataSection, which: Part) -> tuple[Paths, str | None]:
     """Return the data one part is read from, and the split to apply to them."""
     if data.valid is not None and data.split is not None:
         raise ConfigError("data.split", data.split, "cannot be used with data.valid", "leave out one of the two")
@@ -235,7 +235,7 @@ def _chosen(data: DataSection, which: Part) -> tuple[Paths, str | None]:
     return data.valid, None
 
 
-def _read_blend(paths: Paths, *, setting: str) -> list[tuple[str, float]]:
+def read_blend(paths: Paths, *, setting: str) -> list[tuple[str, float]]:
     """Return (prefix, weight) of each source."""
     if isinstance(paths, str):
         return [(paths, 1.0)]

@@ -27,10 +27,12 @@ def header(
     device: str,
     dtype: str,
     tokens_per_step: int,
-    steps: int,
+    steps: int | None,
 ) -> str:
     """The lines that open a run: what is trained, how it is spread, and how much there is to do."""
-    budget = f"{steps} steps x {tokens_per_step:,} tokens = {short_number(steps * tokens_per_step)} tokens"
+    budget = f"steps of {tokens_per_step:,} tokens"
+    if steps is not None:
+        budget = f"{steps} steps x {tokens_per_step:,} tokens = {short_number(steps * tokens_per_step)} tokens"
     return "\n".join(
         [
             f"{name}: {model}, {short_number(num_parameters)} parameters ({num_parameters:,}), {dtype}",

@@ -26,7 +26,7 @@ class Contexts:
     def make(self, batch: Batch, *, step: int | None, index: int) -> Context:
         """Of this data rank's microbatch `index`; `step` is None in evaluation, which drops nothing out."""
         batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
-        masked = self.config.data.document_mask
+        masked = self.config.data.document_mask or self.config.data.packing
         microbatch = index * self.grid.data.size + self.grid.data.rank
         return Context(
             tokens=batch.tokens, labels=batch.labels, positions=batch.positions,

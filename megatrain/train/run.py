@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,18 +20,21 @@ from megatrain.checkpoint import save as saving
 from megatrain.checkpoint.save import Progress
 from megatrain.config import Config, to_yaml
 from megatrain.data.loader import Loader
-from megatrain.data.samples import Samples, open_samples
+from megatrain.data.splits import Part
 from megatrain.errors import ConfigError, DataError, UserError
 from megatrain.models.architecture import Architecture, load_config, read_architecture
 from megatrain.models.decoder import LayerSpec
 from megatrain.models.parts import check_tensor_split
 from megatrain.parallel.grid import make_grid
 from megatrain.place import Place
+from megatrain.rank import Target
 from megatrain.train import console
 from megatrain.train.build import plan_ranks, rank_specs, run_schedule, total_parameters
+from megatrain.train.finetuning import Finetuning
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import MetricsLog
 from megatrain.train.picture import draw_loss
+from megatrain.train.tasks import Pretraining, Source, Task
 from megatrain.train.trace import Tracer
 from megatrain.train.trainer import StepReport, Trainer
 
@@ -42,18 +45,21 @@ logger = logging.getLogger("megatrain")
 # before any rank starts
 
 
-def check_without_ranks(config: Config, world_size: int) -> None:
-    """Refuse whatever can be seen to be wrong without a rank."""
+def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
+    """Refuse whatever can be seen to be wrong without a rank, and have the task's data made."""
+    task.check(config)
     architecture = read_architecture(load_config(config.model))
     _check_layout(config, architecture, world_size)
     _check_tokenizer(config, architecture)
     _check_output(config)
-    _open(config, architecture, "train")
-    if config.train.eval_every:
-        _open(config, architecture, "valid")
     path, _ = loading.choose(config)
     if path is not None:
         loading.check(path, config, architecture)
+    for which in _parts(config):
+        task.prepare(config, which)
+        source = task.open(config, architecture, which)
+        if which == "train":
+            _with_steps(config, source)
 
 
 def _check_layout(config: Config, a: Architecture, world_size: int) -> None:
@@ -94,20 +100,25 @@ def _check_output(config: Config) -> None:
         raise ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})") from None
 
 
-def _open(config: Config, architecture: Architecture, which: Literal["train", "valid"]) -> Samples:
-    if config.data.train is None:
-        raise ConfigError("data.train", "(nothing)", "is missing", "give the prefix that `megatrain preprocess --output` wrote")
-    return open_samples(config.data, which=which, sequence_length=config.data.sequence_length, seed=config.run.seed,
-                        vocab_size=architecture.vocab_size)  # fmt: skip
+def _parts(config: Config) -> list[Part]:
+    return ["train", "valid"] if config.train.eval_every else ["train"]
 
 
-def dry_run(config: Config) -> str:
+def _with_steps(config: Config, source: Source) -> Config:
+    if config.train.epochs is not None and source.per_epoch is None:
+        raise ConfigError("train.epochs", config.train.epochs, "has no meaning for a blend of data", "give train.steps")
+    return config.with_steps(source.per_epoch or 0)
+
+
+def dry_run(config: Config, task: Task) -> str:
     """What the run would be: layers and parameters by stage, batches, and whether its data are there."""
+    task.check(config)
     architecture = read_architecture(load_config(config.model))
     p = config.parallel
     world_size = config.model_ranks * (p.data or 1)
     _check_layout(config, architecture, world_size)
     data_size = config.data_size(world_size)
+    config, notes = _try_data(config, architecture, task)
     lines = [_header(config, architecture, world_size, "(dry run)"),
              f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
              f"{config.train.micro_batch_size} on each of {data_size} replicas",
@@ -115,13 +126,20 @@ def dry_run(config: Config) -> str:
     for number, plan in enumerate(plan_ranks(config, architecture, run_schedule(config, data_size).placement)):
         layers = ", ".join(_span(chunk) for chunk in plan.chunks)
         lines.append(f"{number:>13}  {layers:<40}{plan.parameters_per_rank:>15,}")
-    parts: list[Literal["train", "valid"]] = ["train", "valid"] if config.train.eval_every else ["train"]
-    for which in parts:
+    return "\n".join(lines + notes)
+
+
+def _try_data(config: Config, architecture: Architecture, task: Task) -> tuple[Config, list[str]]:
+    """The config with its steps where the data can say them, and what is wrong with the data."""
+    notes = []
+    for which in _parts(config):
         try:
-            _open(config, architecture, which)
+            task.prepare(config, which)
+            source = task.open(config, architecture, which)
+            config = _with_steps(config, source) if which == "train" else config
         except (DataError, ConfigError) as error:
-            lines.append(f"note: {error}")
-    return "\n".join(lines)
+            notes.append(f"note: {error}")
+    return config, notes
 
 
 def _span(specs: list[LayerSpec]) -> str:
@@ -135,7 +153,8 @@ def _header(config: Config, architecture: Architecture, world_size: int, device:
               f"{', sequence' if p.sequence else ''}, {p.schedule}, ZeRO {p.zero}")  # fmt: skip
     return console.header(name=config.run_name, model=architecture.model_type, num_parameters=total_parameters(architecture),
                           layout=layout, device=f"{world_size} ranks, {device}", dtype=config.train.dtype,
-                          tokens_per_step=config.tokens_per_step, steps=config.steps)  # fmt: skip
+                          tokens_per_step=config.tokens_per_step,
+                          steps=config.steps if config.train.epochs is None else None)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,19 +163,36 @@ def _header(config: Config, architecture: Architecture, world_size: int, device:
 
 def pretrain(config: Config, place: Place) -> None:
     """The whole run on one rank."""
+    _train(config, place, Pretraining())
+
+
+def finetune(config: Config, place: Place) -> None:
+    """The same with chats for data."""
+    _train(config, place, Finetuning())
+
+
+VERBS: dict[str, tuple[Target, Task]] = {"pretrain": (pretrain, Pretraining()), "finetune": (finetune, Finetuning())}
+"""Each verb's work on a rank, and its task."""
+
+
+def _train(config: Config, place: Place, task: Task) -> None:
     if place.rank == 0:
-        check_without_ranks(config, place.world_size)
-    _Pretraining(config, place).run()
+        check_without_ranks(config, place.world_size, task)
+    if place.world_size > 1:
+        dist.barrier()  # what rank 0 makes of the data is there
+    _Training(config, place, task).run()
 
 
-class _Pretraining:
+class _Training:
     """The loop and what happens every n steps around it."""
 
-    def __init__(self, config: Config, place: Place) -> None:
-        self.config, self.place = config, place
+    def __init__(self, config: Config, place: Place, task: Task) -> None:
+        self.asked, self.place = config, place
         self.architecture = read_architecture(load_config(config.model))
         data_size = config.data_size(place.world_size)
         self.device = machine.device_of(place)
+        sources = {which: task.open(config, self.architecture, which) for which in _parts(config)}
+        self.config = config = _with_steps(config, sources["train"])
         self.grid = make_grid(place.rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=data_size)
         self.folder = Path(config.run.output_dir)
         if place.rank == 0:
@@ -164,21 +200,24 @@ class _Pretraining:
             logger.info(_header(config, self.architecture, place.world_size, device))
         path, why = loading.choose(config)
         if place.rank == 0:
+            for words in (words for source in sources.values() for words in source.words):
+                logger.info(f"  data    {words}")
             logger.info(f"  {why}")
         self.trainer = Trainer(config, self.architecture, self.grid, self.device)
         self.tracer = Tracer(self.trainer, self.folder)
         self.progress = Progress(0, 0, 0)
         if path is not None:
             self.progress = loading.load(path, zero=self.trainer.zero, config=config, grid=self.grid)
-        self.train_loader = self._loader("train")
-        self.valid_loader = self._loader("valid") if config.train.eval_every else None
+        self.train_loader = self._loader(sources["train"])
+        self.valid_loader = self._loader(sources["valid"]) if config.train.eval_every else None
+        self.eval_batches = _eval_batches(config, sources)
         self.stop_asked = False
         self.flops = flops_per_token(self.architecture.config, sequence_length=config.data.sequence_length)
         self.peak = peak_flops(torch.cuda.get_device_name(), config.train.dtype) if self.device.type == "cuda" else None
 
-    def _loader(self, which: Literal["train", "valid"]) -> Loader:
+    def _loader(self, source: Source) -> Loader:
         train = self.config.train
-        return Loader(_open(self.config, self.architecture, which), global_batch_size=train.global_batch_size,
+        return Loader(source.samples, global_batch_size=train.global_batch_size,
                       micro_batch_size=train.micro_batch_size, data_rank=self.grid.data.rank, data_size=self.grid.data.size)  # fmt: skip
 
     def run(self) -> None:
@@ -187,7 +226,7 @@ class _Pretraining:
             signal.signal(name, self._ask_to_stop)
         metrics = None
         if self.place.rank == 0:
-            (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            (self.folder / "config.yaml").write_text(to_yaml(self.asked), encoding="utf-8")
             metrics = MetricsLog(self.folder, after_step=self.progress.step)
         last = min(config.steps, config.train.stop_after if config.train.stop_after is not None else config.steps)
         try:
@@ -266,7 +305,7 @@ class _Pretraining:
 
     def _evaluate(self) -> float:
         assert self.valid_loader is not None
-        loss = self.trainer.evaluate(self.valid_loader.microbatches, self.config.train.eval_batches)
+        loss = self.trainer.evaluate(self.valid_loader.microbatches, self.eval_batches)
         if self.place.rank == 0:
             logger.info(console.evaluation_line(step=self.progress.step, steps=self.config.steps, loss=loss))
         return loss
@@ -287,6 +326,12 @@ class _Pretraining:
         asked = torch.tensor(int(self.stop_asked), device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked)
+
+
+def _eval_batches(config: Config, sources: dict[Part, Source]) -> int:
+    """As many as asked for, but no sample twice where their number is known."""
+    asked, per_epoch = config.train.eval_batches, sources["valid"].per_epoch if "valid" in sources else None
+    return asked if per_epoch is None else min(asked, -(-per_epoch // config.train.global_batch_size))
 
 
 def _bad_part(report: StepReport) -> str:

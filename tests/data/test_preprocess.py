@@ -20,9 +20,10 @@ import pytest
 from megatrain.data import documents, preprocess_verb
 from megatrain.data.documents import Block
 from megatrain.data.indexed import IndexedDataset
-from megatrain.data.preprocess import Recipe, _encode_in_processes, preprocess
+from megatrain.data.preprocess import Recipe, make_encoder, preprocess
 from megatrain.data.progress import Progress
 from megatrain.data.tokenizer import load_tokenizer
+from megatrain.data.workers import map_in_processes
 from megatrain.errors import DataError
 
 TEXTS = ["the quick brown fox", "naïve 你好 🙂", "a <|endoftext|> inside", " ", "lines\n\n\nof  text\t"]
@@ -107,7 +108,7 @@ def test_few_blocks_are_under_way_at_a_time(tokenizer_folder):
         for drawn in range(1, 31):
             yield Block("a", "row", drawn, [b"text"])
 
-    ahead = [drawn - done for done, _ in enumerate(_encode_in_processes(blocks(), recipe, workers=2), start=1)]
+    ahead = [drawn - done for done, _ in enumerate(map_in_processes(blocks(), make_encoder, recipe, workers=2), start=1)]
     assert len(ahead) == 30
     assert max(ahead) <= 4
 

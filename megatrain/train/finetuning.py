@@ -1,0 +1,90 @@
+"""Finetuning's task: chats, prepared once in the run's folder, packed or padded to sequences."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatrain.config import Config
+from megatrain.data.chat_dataset import Counts, Recipe, find_prepared, prepare, read_counts
+from megatrain.data.chat_samples import ChatSamples
+from megatrain.data.indexed import IndexedDataset
+from megatrain.data.permutation import keyed_integers
+from megatrain.data.samples import BlendedSamples, chosen_data, read_blend
+from megatrain.data.splits import Part, split_documents
+from megatrain.errors import ConfigError
+from megatrain.models.architecture import Architecture
+from megatrain.train.tasks import Source
+
+
+class Finetuning:
+    """Chats, with a loss on the assistant's tokens."""
+
+    def check(self, config: Config) -> None:
+        """Refuse what only pretraining uses, and a config without data or tokenizer."""
+        data = config.data
+        if data.train is None:
+            raise ConfigError("data.train", "(nothing)", "is missing", "give a file, folder or glob of JSONL or parquet with chats")
+        if data.document_mask:
+            raise ConfigError("data.document_mask", True, "is a setting of pretraining", "leave it out: packed chats attend to themselves alone")
+        if data.tokenizer is None:
+            raise ConfigError("data.tokenizer", "(nothing)", "is missing", "give the model's tokenizer")
+
+    def prepare(self, config: Config, which: Part) -> None:
+        """Tokenise the files, unless that was done."""
+        paths, _ = chosen_data(config.data, which)
+        for number, (path, _) in enumerate(read_blend(paths, setting=f"data.{which}")):
+            prepare(path, _recipe(config), folder=_folder(config), name=_name(config, which, number), progress=sys.stderr)
+
+    def open(self, config: Config, architecture: Architecture, which: Part) -> Source:
+        """The sequences of `data.train` or `data.valid`."""
+        paths, split = chosen_data(config.data, which)
+        blend = read_blend(paths, setting=f"data.{which}")
+        sources, words = [], []
+        for number, (path, _) in enumerate(blend):
+            prefix = find_prepared(path, _recipe(config), folder=_folder(config), name=_name(config, which, number))
+            samples = _open(config, prefix, split, which, number)
+            sources.append(samples)
+            words.append(f"{path}: {describe(read_counts(prefix), samples, config)}")
+        if len(sources) > 1:
+            blended = BlendedSamples(sources, weights=[weight for _, weight in blend], seed=config.run.seed)
+            return Source(blended, None, words)
+        epochs = config.train.epochs if which == "train" else 1
+        sources[0].limit = epochs * sources[0].per_epoch if epochs is not None else None
+        return Source(sources[0], sources[0].per_epoch, words)
+
+
+def describe(counts: Counts, samples: ChatSamples, config: Config) -> str:
+    """What became of a file's chats, in a sentence."""
+    words = f"{samples.num_chats:,} chats in {samples.per_epoch:,} sequences, {samples.fill:.1%} full"
+    words += f"; {counts.trained / counts.tokens:.1%} of {counts.tokens:,} tokens are learnt"
+    if counts.cut:
+        words += f"; {counts.cut:,} cut at data.sequence_length={config.data.sequence_length}"
+    if left_out := counts.skipped + counts.emptied:
+        reason = "longer than that" if counts.cut else f"longer than data.sequence_length={config.data.sequence_length}"
+        words += f"; {left_out:,} left out, {reason}" + (" before anything to learn" if counts.emptied else "")
+    return words
+
+
+def _open(config: Config, prefix: Path, split: str | None, which: Part, number: int) -> ChatSamples:
+    dataset = IndexedDataset(prefix)
+    first, last = 0, dataset.num_documents
+    if split is not None:
+        first, last = split_documents(last, split=split, which=which)
+    return ChatSamples(dataset, sequence_length=config.data.sequence_length, packing=config.data.packing, padding=0,
+                       seed=keyed_integers("source", config.run.seed, which, number)[0], first=first, last=last)  # fmt: skip
+
+
+def _recipe(config: Config) -> Recipe:
+    data = config.data
+    assert data.tokenizer is not None, "checked in `check`"
+    return Recipe(data.tokenizer, data.chat_template, data.train_on, data.too_long, data.sequence_length)
+
+
+def _folder(config: Config) -> Path:
+    return Path(config.run.output_dir) / "data"
+
+
+def _name(config: Config, which: Part, number: int) -> str:
+    """Of the prepared data; with a split both parts are cut from one."""
+    return f"{'train' if config.data.split is not None else which}{number}"

@@ -1,0 +1,58 @@
+"""What a run learns from: pretraining's indexed datasets, or finetuning's chats. The loop around them is one.
+
+A task says which settings it uses, makes what has to be made from the data before a rank starts, and opens samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from megatrain.config import Config, Data
+from megatrain.data.samples import Samples, open_samples
+from megatrain.data.splits import Part
+from megatrain.errors import ConfigError
+from megatrain.models.architecture import Architecture
+
+
+class Source(NamedTuple):
+    """Samples, how many are an epoch (None where they have no count of their own, as those of a blend), and what to say."""
+
+    samples: Samples
+    per_epoch: int | None = None
+    words: Sequence[str] = ()
+
+
+class Task(Protocol):
+    """What a verb trains on."""
+
+    def check(self, config: Config) -> None:
+        """Refuse settings that the task does not use."""
+
+    def prepare(self, config: Config, which: Part) -> None:
+        """Make what `open` reads, in one process and before any rank needs it; quick where it is there already."""
+
+    def open(self, config: Config, architecture: Architecture, which: Part) -> Source:
+        """Open the samples of training or validation; raises ConfigError and DataError."""
+
+
+class Pretraining:
+    """Sequences cut from an indexed dataset's stream of tokens."""
+
+    def check(self, config: Config) -> None:
+        """Refuse what only finetuning uses."""
+        for name in ("chat_template", "train_on", "packing", "too_long"):
+            if getattr(config.data, name) != getattr(Data, name, None):
+                raise ConfigError(f"data.{name}", getattr(config.data, name), "is a setting of `megatrain finetune`", "leave it out")
+        if config.train.epochs is not None:
+            raise ConfigError("train.epochs", config.train.epochs, "counts finetuning's samples", "give train.steps or train.tokens")
+
+    def prepare(self, config: Config, which: Part) -> None:
+        """Nothing: `megatrain preprocess` has made the files."""
+
+    def open(self, config: Config, architecture: Architecture, which: Part) -> Source:
+        """Samples of `data.train` or `data.valid`."""
+        if config.data.train is None:
+            raise ConfigError("data.train", "(nothing)", "is missing", "give the prefix that `megatrain preprocess --output` wrote")
+        return Source(open_samples(config.data, which=which, sequence_length=config.data.sequence_length, seed=config.run.seed,
+                                   vocab_size=architecture.vocab_size))  # fmt: skip

@@ -1,0 +1,150 @@
+"""Which tokens are learnt, under the templates of six families; against transformers' own tokens and masks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from chat_templates import CHAT, MARKED, SPECIAL, TEMPLATES
+
+from megatrain.data.chat import BadSample, Conversation, read_conversation
+from megatrain.data.chat_template import ChatTemplate
+from megatrain.data.tokenizer import train_tokenizer
+from megatrain.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A tokenizer that knows every family's special tokens and has no template."""
+    import json
+
+    folder = tmp_path_factory.mktemp("chat")
+    text = "user assistant system model Hello you See Bye [INST] [/INST] You are a helpful assistant. tool_call "
+    (folder / "text.jsonl").write_text(json.dumps({"text": text * 4}))
+    train_tokenizer([folder / "text.jsonl"], vocab_size=340, output=folder / "made", special_tokens=SPECIAL)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "made")
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
+    tokenizer.save_pretrained(folder / "made")
+    return folder / "made"
+
+
+@pytest.fixture(scope="module")
+def templates(bare):
+    """Each family's template with the tokenizer."""
+    made = {}
+    for name, text in TEMPLATES.items():
+        file = bare.parent / f"{name}.jinja"
+        file.write_text(text)
+        made[name] = ChatTemplate(bare, file=file)
+    return made
+
+
+def marked(template, conversation, train_on):
+    """The text with « and » around what is learnt, put together from the tokens."""
+    tokens, trained = template.encode(conversation, train_on=train_on)
+    parts, before = [], False
+    for token, now in zip(tokens.tolist(), trained.tolist(), strict=True):
+        if now != before:
+            parts.append("«" if now else "»")
+        parts.append(template.tokenizer.decode([token]))
+        before = now
+    return "".join(parts) + ("»" if before else "")
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_the_assistants_tokens_are_learnt(family, templates):
+    assert marked(templates[family], Conversation(CHAT), "assistant") == MARKED[family]
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_the_last_turn_alone(family, templates):
+    first, second = MARKED[family].split("»", 1)
+    assert marked(templates[family], Conversation(CHAT), "completion") == first.replace("«", "") + second
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_tokens_are_those_of_transformers(family, templates):
+    template = templates[family]
+    for train_on in ("assistant", "completion", "all"):
+        tokens, trained = template.encode(Conversation(CHAT), train_on=train_on)
+        assert tokens.tolist() == template.tokenizer.apply_chat_template(CHAT).input_ids
+        assert trained.all() == (train_on == "all")
+
+
+def test_marks_give_the_mask_that_transformers_gives(templates):
+    template = templates["marks"]
+    theirs = template.tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True, return_dict=True)
+    tokens, trained = template.encode(Conversation(CHAT), train_on="assistant")
+    assert (tokens.tolist(), trained.astype(int).tolist()) == (theirs["input_ids"], theirs["assistant_masks"])
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def test_tool_calls_are_learnt_and_what_tools_say_is_not(templates):
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    record = {"tools": [TOOL], "messages": [
+        {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"}, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "2"},
+    ]}  # fmt: skip
+    text = marked(templates["qwen"], read_conversation(record), "assistant")
+    assert '\n{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}\n</tools>' in text
+    assert text.endswith(
+        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+        '«<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>»\n'
+        "<|im_start|>user\n<tool_response>\n2\n</tool_response>\n<tool_response>\n3\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n«2<|im_end|>»\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "token"),
+    [("llama3", "<|eot_id|>"), ("qwen", "<|im_end|>"), ("mistral", "</s>"), ("gemma", "<end_of_turn>"), ("zephyr", "</s>")],
+)
+def test_what_ends_a_turn(family, token, templates):
+    assert templates[family].stop_token() == templates[family].tokenizer.convert_tokens_to_ids(token)
+
+
+def template_of(bare, tmp_path, text):
+    (tmp_path / "t.jinja").write_text(text)
+    return ChatTemplate(bare, file=tmp_path / "t.jinja")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(bare, tmp_path):
+    """As those do that drop what a model thought in all turns but the last."""
+    text = TEMPLATES["chatml"].replace("message['content'] +", "('' if loop.last else '(old) ') + message['content'] +")
+    template = template_of(bare, tmp_path, text)
+    with pytest.raises(BadSample, match=r"writes message 2 or what stands before it otherwise when more follows; learn the last turn alone"):
+        template.encode(Conversation(CHAT), train_on="assistant")
+    short = Conversation(CHAT[:2])
+    with pytest.raises(BadSample, match=r"writes message 2 .*; give a template with \{% generation %\} marks"):
+        template.encode(short, train_on="assistant")
+
+
+def test_marks_around_nothing_leave_nothing_to_learn(bare, tmp_path):
+    template = template_of(bare, tmp_path, TEMPLATES["marks"].replace("== 'assistant'", "== 'nobody'"))
+    with pytest.raises(BadSample, match="no token of it would be learnt"):
+        template.encode(Conversation(CHAT), train_on="assistant")
+
+
+@pytest.mark.parametrize(("family", "roles", "reason"), [
+    ("gemma", ["system", "user", "assistant"], "the chat template fails on it: System role not supported"),
+    ("mistral", ["system", "user", "assistant"], "the chat template fails on it: Conversation roles must alternate user/assistant"),
+])  # fmt: skip
+def test_a_template_that_fails_says_why(family, roles, reason, templates):
+    with pytest.raises(BadSample, match=reason):
+        templates[family].encode(Conversation([{"role": role, "content": "x"} for role in roles]), train_on="assistant")
+
+
+def test_broken_templates(bare, tmp_path):
+    with pytest.raises(BadSample, match="the chat template fails on it: Expected an expression"):
+        template_of(bare, tmp_path, "{% for %}").encode(Conversation(CHAT), train_on="assistant")
+    with pytest.raises(ConfigError, match=r"has no chat template; give one as data\.chat_template=FILE"):
+        ChatTemplate(bare)
+    with pytest.raises(ConfigError, match=r"data.chat_template=.*nowhere.jinja cannot be read"):
+        ChatTemplate(bare, file=tmp_path / "nowhere.jinja")
