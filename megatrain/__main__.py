@@ -31,6 +31,7 @@ VERBS = {
     "finetune": Verb("megatrain.finetune", "finetune a model on chats"),
     "schedule": Verb("megatrain.schedule_verb", "simulate and draw a pipeline schedule"),
     "xray": Verb("megatrain.xray_verb", "see where a run's time went, with advice"),
+    "convert": Verb("megatrain.convert_verb", "turn a checkpoint into another kind, proven"),
     "config": Verb("megatrain.config_verb", "show every setting and its meaning, or a config as it resolves"),
 }
 

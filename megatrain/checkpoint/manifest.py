@@ -40,15 +40,16 @@ def commit(temporary: Path, final: Path, records: list[FileRecord]) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(temporary)
+    sync(temporary)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync_folder(final.parent)
+    sync(final.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """See a file, or a folder's list of names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -1,0 +1,198 @@
+"""One conversion from its source to a published folder, the parts in order.
+
+What is written lies in a hidden folder beside the target until it is whole and proven; then it is renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatrain import __version__
+from megatrain.checkpoint import manifest
+from megatrain.checkpoint.tensors import Tensors
+from megatrain.convert import proof
+from megatrain.convert.choose import open_source
+from megatrain.convert.descriptions import write_descriptions
+from megatrain.convert.folders import check_coverage
+from megatrain.convert.logits import expected_shapes
+from megatrain.convert.progress import Progress
+from megatrain.convert.source import Rounded, Source, nbytes
+from megatrain.convert.writer import plan_shards, write_model
+from megatrain.errors import CheckpointError
+from megatrain.models.architecture import Architecture, load_config, read_architecture
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAME = "conversion.json"
+WORKING_BYTES = 1 << 30
+"""Memory beside the largest tensor in fp32: libraries, blocks being read and written, activations of the prompts."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted.
+
+    Attributes:
+        to: what to write; "hf" is a clean Hugging Face folder.
+        dtype: bf16, fp16 or fp32; each tensor keeps its own when None.
+        verify: prove the target before it is published.
+        config: folder or config.json that says what a source without one holds, or holds otherwise than its own says.
+        tokenizer: folder whose tokenizer goes with the target, instead of the source's.
+    """
+
+    source: Path
+    target: Path
+    to: Literal["hf"] = "hf"
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    max_shard_bytes: int = 5 * 10**9
+    verify: bool = True
+    config: str | None = None
+    tokenizer: Path | None = None
+
+
+Say = Callable[[str], None]
+
+
+def convert(request: Request, *, say: Say) -> Path:
+    """Write request.target and return it; on any failure it does not appear."""
+    check_target(request.target)
+    source = open_source(request.source, config=request.config)
+    architecture = read_architecture(source.config)
+    expected = expected_shapes(architecture)
+    if hasattr(source, "adopt"):
+        source.adopt(expected)
+    check_coverage(source, architecture, expected)
+    say(f"{source.folder}: a {source.kind} of a {architecture.model_type}")
+    dtype = None if request.dtype is None else DTYPES[request.dtype]
+    work = _Work(request, source, architecture, dtype, list(expected), say)
+    work.announce()
+    with hidden_folder(request.target) as folder:
+        work.write(folder)
+        publish(folder, request.target)
+    say(f"wrote {request.target}")
+    return request.target
+
+
+def check_target(target: Path) -> None:
+    """A target is a new name, or an empty folder."""
+    if target.is_dir() and not target.is_symlink():
+        if any(target.iterdir()):
+            raise CheckpointError(f"{target} is not empty; give a new folder")
+    elif target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target} is there and no folder; give a new one")
+
+
+@contextlib.contextmanager
+def hidden_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder beside the target, which is gone at the end; what a killed conversion left there is cleared first."""
+    folder = target.parent / f".converting-{target.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{target} is being written by another conversion; wait for it or give another folder") from None
+        try:
+            _clear(folder)
+            yield folder
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error.strerror or error}; nothing was published") from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Make the folder the target in one step, on the disk too."""
+    for path in folder.rglob("*"):
+        manifest.sync(path)
+    manifest.sync(folder)
+    folder.rename(target)
+    manifest.sync(target.parent)
+
+
+class _Work:
+    """A conversion whose source was found good."""
+
+    def __init__(self, request: Request, source: Source, architecture: Architecture, dtype: torch.dtype | None, names: list[str],
+                 say: Say) -> None:  # fmt: skip
+        self.request, self.source, self.architecture, self.dtype, self.say = request, source, architecture, dtype, say
+        self.tensors = Rounded(source, dtype)
+        self.shards = plan_shards(names, self.tensors, request.max_shard_bytes)
+        self.names = names
+        self.model_bytes = sum(nbytes(self.tensors, name) for name in names)
+
+    def announce(self) -> None:
+        """Sizes, and the memory that it will take, before anything is done; refuses a disk that is too small."""
+        parameters = sum(nbytes(self.source, name) // self.source.dtype(name).itemsize for name in self.names)
+        largest = max(self.names, key=lambda name: nbytes(self.source, name))
+        memory = nbytes(self.source, largest) // self.source.dtype(largest).itemsize * 4 + WORKING_BYTES
+        total = self.model_bytes
+        files = "1 file" if len(self.shards) == 1 else f"{len(self.shards)} files"
+        self.say(f"  to      a Hugging Face folder, {len(self.names)} tensors, {parameters:,} parameters, {total / 1e9:.2f} GB in {files}")
+        self.say(f"  memory  at most {memory / 2**30:.2f} GiB; the largest tensor is {largest} of {nbytes(self.source, largest) / 2**30:.2f} GiB")
+        if self.dtype in proof.WEIGHT_BOUND and any(self.source.dtype(name).itemsize > 2 for name in self.names):
+            self.say(f"  dtype   {self.request.dtype}: rounding changes a weight by at most {proof.WEIGHT_BOUND[self.dtype]:.2g} of itself")
+        existing = next(path for path in [self.request.target, *self.request.target.resolve().parents] if path.exists())
+        free = shutil.disk_usage(existing).free
+        if free < total * 1.01 + 2**20:
+            raise CheckpointError(f"{self.request.target} needs {total / 1e9:.3f} GB and its disk has {free / 1e9:.3f} GB free; nothing was written")
+
+    def write(self, folder: Path) -> None:
+        """Everything that the target holds."""
+        with Progress(self.model_bytes, self.say) as progress:
+            hashes = write_model(folder, self.shards, self.tensors, wrote=progress.add)
+            write_descriptions(folder, self.source, dtype=self.dtype_name(), tokenizer=self.request.tokenizer)
+        figures = self._prove(folder, hashes) if self.request.verify else None
+        self._report(folder, hashes, figures)
+
+    def _prove(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
+        written = Tensors(folder)
+        proof.check_hashes(written, hashes)
+        found = proof.check_logits(self.source, written, load_config(str(folder)), self.architecture, dtype=self.dtype, to=self.request.to)
+        self.say(f"  proof   {found.tensors} tensors read back as written; logits of {found.source_computed_by} and {found.target_computed_by} differ by "
+                 f"at most {found.max_logit_difference:.3g} (allowed {found.bound:.3g})")  # fmt: skip
+        if found.rounding_difference is not None:
+            self.say(f"          rounding to {self.request.dtype} changed logits by at most {found.rounding_difference:.3g}, the largest is {found.largest_logit:.3g}")
+        return found._asdict()
+
+    def _report(self, folder: Path, hashes: dict[str, str], figures: dict[str, Any] | None) -> None:
+        import safetensors
+        import transformers
+
+        report = {
+            "source": str(self.source.folder), "source_kind": self.source.kind, "to": self.request.to, "model_type": self.architecture.model_type,
+            "dtype": self.dtype_name(), "proof": figures, "sha256_of_tensors": dict(sorted(hashes.items())),
+            "versions": {"megatrain": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                         "safetensors": safetensors.__version__},
+        }  # fmt: skip
+        (folder / NAME).write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+    def dtype_name(self) -> str:
+        """Of most elements, as config.json names it."""
+        sizes: dict[torch.dtype, int] = {}
+        for name in self.names:
+            sizes[self.tensors.dtype(name)] = sizes.get(self.tensors.dtype(name), 0) + nbytes(self.tensors, name)
+        return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")

@@ -1,0 +1,121 @@
+"""Folders that hold a model under its Hugging Face names: transformers' own, and our checkpoints, which are such folders and more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.checkpoint import manifest
+from megatrain.checkpoint.tensor_file import Index
+from megatrain.checkpoint.tensors import Tensors
+from megatrain.convert.source import Readable, blocks
+from megatrain.errors import CheckpointError
+from megatrain.models.architecture import Architecture, load_config
+
+_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+"""What older versions of transformers saved beside the parameters; it follows from the config."""
+
+
+class HuggingFaceFolder:
+    """A folder of safetensors or .bin files with a config.json."""
+
+    kind = "Hugging Face folder"
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        self.folder, self.config = folder, config
+        self.extras: Path | None = folder
+        self._tensors = Tensors(folder)
+        self._homes = {name: name for name in self._tensors.names()}
+
+    def adopt(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Give the tensors the names of a whole causal model, leave out what is no parameter, and refuse what is missing or left over."""
+        prefix = next(iter(expected)).partition(".")[0] + "."
+        homes = {}
+        for name in self._tensors.names():
+            whole = name if name in expected or prefix + name not in expected else prefix + name
+            if whole in expected or not whole.endswith(_BUFFERS):
+                homes[whole] = name
+        tied = self.config.tie_word_embeddings and "lm_head.weight" not in expected
+        if tied and "lm_head.weight" in homes:
+            self._check_copy(homes.pop("lm_head.weight"), homes)
+        self._homes = homes
+
+    def _check_copy(self, head: str, homes: dict[str, str]) -> None:
+        embedding = next((home for name, home in homes.items() if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))), None)
+        if embedding is None or not same_values(self._tensors, head, embedding):
+            raise CheckpointError(f"{self.folder} holds {head} with other values than the embedding, and its config ties them; "
+                                  "set tie_word_embeddings to false in its config.json, or remove the tensor")  # fmt: skip
+
+    def names(self) -> list[str]:
+        return list(self._homes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(self._homes[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors.dtype(self._homes[name])
+
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        return self._tensors.read(self._homes[name], index)
+
+
+class Checkpoint(HuggingFaceFolder):
+    """A checkpoint of ours; its files are checked against its manifest."""
+
+    kind = "megatrain checkpoint"
+
+    def __init__(self, folder: Path, config: Any, *, hashes: bool) -> None:
+        wrong = manifest.problem(folder, hashes=hashes)
+        if wrong is not None:
+            raise CheckpointError(f"{folder} {wrong}; choose another checkpoint")
+        super().__init__(folder, config)
+
+
+def same_values(tensors: Readable, one: str, other: str) -> bool:
+    """Whether two tensors are equal, block by block."""
+    if tensors.shape(one) != tensors.shape(other):
+        return False
+    return all(torch.equal(a, b) for a, b in zip(blocks(tensors, one), blocks(tensors, other), strict=True))
+
+
+def check_coverage(source: Any, architecture: Architecture, expected: dict[str, tuple[int, ...]]) -> None:
+    """Every parameter of the architecture is there in its shape, and nothing else is."""
+    found = set(source.names())
+    missing, unexpected = sorted(set(expected) - found), sorted(found - set(expected))
+    if missing or unexpected:
+        words = [f"lacks {_list(missing)}"] * bool(missing) + [f"holds {_list(unexpected)}, for which a {architecture.model_type} of its config has no place"] * bool(unexpected)
+        raise CheckpointError(f"{source.folder} {' and '.join(words)}")
+    for name, shape in expected.items():
+        if source.shape(name) != shape:
+            raise CheckpointError(f"{source.folder} holds {name} of shape {source.shape(name)}, and its config makes it {shape}")
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def model_folder(path: Path) -> Path:
+    """The folder itself, or the newest whole checkpoint of a run's folder."""
+    for runs in (path / "checkpoints", path):
+        if runs.is_dir() and any(_checkpoints(runs)):
+            newest, passed = manifest.find_newest(runs)
+            if newest is None:
+                raise CheckpointError(f"{runs} holds no whole checkpoint: {'; '.join(passed)}")
+            return newest
+    return path
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    return folder.glob("step-*")
+
+
+def open_folder(path: Path, *, hashes: bool) -> HuggingFaceFolder:
+    """A folder with a config.json, as the kind it is."""
+    config = load_config(str(path))
+    if (path / "trainer.json").exists() or (path / manifest.MANIFEST).exists():
+        return Checkpoint(path, config, hashes=hashes)
+    return HuggingFaceFolder(path, config)

@@ -1,0 +1,117 @@
+"""Writes safetensors block by block: the header follows from names, dtypes and shapes, so that no tensor has to be whole in memory.
+
+While a block goes to the disk a second thread takes its hash; both leave Python alone while they work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatrain.convert.source import Readable, blocks, nbytes
+from megatrain.errors import CheckpointError
+
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+          torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+
+
+class Shard(NamedTuple):
+    """One file to write: its name and its tensors in order."""
+
+    file: str
+    tensors: list[str]
+
+
+def plan_shards(names: Iterable[str], tensors: Readable, max_bytes: int) -> list[Shard]:
+    """Cut the tensors, in their order, into files of at most `max_bytes`; a larger tensor has a file of its own."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        if groups[-1] and size + nbytes(tensors, name) > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes(tensors, name)
+    if len(groups) == 1:
+        return [Shard("model.safetensors", groups[0])]
+    return [Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group) for number, group in enumerate(groups, start=1)]
+
+
+def write_model(folder: Path, shards: list[Shard], tensors: Readable, *, wrote: Callable[[int], None]) -> dict[str, str]:
+    """Write all shards and their index; returns the SHA-256 of each tensor's bytes. `wrote` is told of each block's bytes."""
+    hashes: dict[str, str] = {}
+    for shard in shards:
+        hashes |= write_file(folder / shard.file, shard.tensors, tensors, wrote=wrote)
+    if len(shards) > 1:
+        total = sum(nbytes(tensors, name) for shard in shards for name in shard.tensors)
+        homes = {name: shard.file for shard in shards for name in shard.tensors}
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}, indent=1)
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return hashes
+
+
+def write_file(path: Path, names: list[str], tensors: Readable, *, wrote: Callable[[int], None],
+               metadata: dict[str, str] | None = None) -> dict[str, str]:  # fmt: skip
+    """Write one safetensors file and see it on the disk; returns the SHA-256 of each tensor's bytes."""
+    # Wider elements first: each tensor then begins at a multiple of its element's size.
+    names = sorted(names, key=lambda name: -tensors.dtype(name).itemsize)
+    hashes: dict[str, str] = {}
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        _write_all(file.fileno(), memoryview(_header(names, tensors, metadata or {"format": "pt"})))
+        for name in names:
+            digest = hashlib.sha256()
+            hashing: Future[None] | None = None
+            for block in blocks(tensors, name):
+                view = bytes_of(block)
+                if hashing is not None:
+                    hashing.result()
+                hashing = beside.submit(digest.update, view)
+                _write_all(file.fileno(), view)
+                wrote(len(view))
+            if hashing is not None:
+                hashing.result()
+            hashes[name] = digest.hexdigest()
+        os.fsync(file.fileno())
+    return hashes
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's memory, row by row."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def hash_tensor(tensors: Readable, name: str) -> str:
+    """SHA-256 of the tensor's bytes, read block by block."""
+    digest = hashlib.sha256()
+    for block in blocks(tensors, name):
+        digest.update(bytes_of(block))
+    return digest.hexdigest()
+
+
+def _header(names: list[str], tensors: Readable, metadata: dict[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": metadata}
+    at = 0
+    for name in names:
+        dtype = tensors.dtype(name)
+        if dtype not in _NAMES:
+            raise CheckpointError(f"{name} is of {dtype}, which is not written; convert with --dtype bf16, fp16 or fp32")
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(tensors.shape(name)), "data_offsets": [at, at + nbytes(tensors, name)]}
+        at += nbytes(tensors, name)
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_all(handle: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(handle, view) :]

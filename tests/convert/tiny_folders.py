@@ -1,0 +1,49 @@
+"""Tiny models made by transformers, and the verb as a user calls it."""
+
+from __future__ import annotations
+
+import torch
+
+VOCABULARY = 67
+SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, **SIZES}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SIZES}
+
+
+def random_model(fields, seed=0):
+    """transformers' own model of a config, every parameter random so that each counts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(fields)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def make_folder(folder, fields, seed=0, shard="20KB"):
+    model = random_model(fields, seed)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def tensors_of(folder):
+    """Every tensor's dtype and bytes."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                found[name] = (tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found
+
+
+def convert(*words):
+    from megatrain.__main__ import main
+
+    return main(["convert", *map(str, words)])
