@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatrain import config
+from megatrain.__main__ import main
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.train.flops import matrix_weights
 
@@ -24,6 +25,18 @@ WRITTEN_FOR = {
 
 def test_the_table_above_is_complete():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(WRITTEN_FOR)
+
+
+@pytest.mark.parametrize("name", WRITTEN_FOR)
+def test_a_config_runs_dry(name, capsys, monkeypatch, tmp_path):
+    """Every stage's share is built, without memory, and asserted to add up to the model; data need not be there."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\nnote: there is no file") == 2
+    stages = config.load(CONFIGS / f"{name}.yaml").parallel.pipeline
+    assert sum(line.split()[0].isdigit() for line in shown.splitlines() if line.startswith("  ") and line.strip()) == stages
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", WRITTEN_FOR)

@@ -51,8 +51,12 @@ def rank_specs(config: Config, architecture: Architecture, placement: Placement)
 
 def build_stage(config: Config, architecture: Architecture, grid: Grid, device: str, placement: Placement | None = None) -> Stage:
     """This rank's layers, in fp32 and uninitialised; DeepSpeed casts them to the run's dtype."""
-    parts = Parts(architecture, grid, sequence=config.parallel.sequence, dtype=torch.float32, device=device)
     chunks = rank_specs(config, architecture, placement or Placement(grid.pipeline.size))[grid.pipeline.rank]
+    return _build(chunks, config=config, architecture=architecture, grid=grid, device=device)
+
+
+def _build(chunks: list[list[LayerSpec]], *, config: Config, architecture: Architecture, grid: Grid, device: str) -> Stage:
+    parts = Parts(architecture, grid, sequence=config.parallel.sequence, dtype=torch.float32, device=device)
     return Stage(build_chunks(chunks, parts, recompute=config.train.recompute))
 
 
@@ -72,7 +76,7 @@ def plan_ranks(config: Config, architecture: Architecture, placement: Placement)
         counts = []
         for tensor_rank in range(p.tensor):
             grid = make_grid(rank * p.tensor + tensor_rank, tensor=p.tensor, pipeline=p.pipeline, connect=False)
-            counts.append(_count(build_stage(config, architecture, grid, "meta", placement)))
+            counts.append(_count(_build(chunks, config=config, architecture=architecture, grid=grid, device="meta")))
         plans.append(RankPlan(chunks, counts[0][0], sum(counted for _, counted in counts)))
     assert sum(plan.counted for plan in plans) == total_parameters(architecture), "the ranks' parts are the model"
     return plans
