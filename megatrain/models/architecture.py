@@ -16,7 +16,7 @@ from megatrain.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "starcoder2")
 """Each is a `model_type` of transformers and a file of `families/`."""
 
 
@@ -49,16 +49,35 @@ class Architecture:
     names: dict[str, Source]
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
+    norm_plus_one: bool = False
+    """A norm multiplies by 1 + its weight, which starts at zero."""
+    norm_before: bool = True
+    """A norm before each residual branch."""
+    norm_after: bool = False
+    """A norm after each residual branch, before its sum."""
+    parallel_residual: bool = False
+    """Attention and feed-forward both read the block's input, instead of one the other's sum."""
+    embedding_scale: float | None = None
+    """What embeddings are multiplied by, rounded to their dtype."""
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated: bool = True
     rotary: bool = True
     """Queries and keys are turned by their positions; else positions are learned and added to the embedding."""
+    rotary_dim: int | None = None
+    """The first dims of each head that turn; None turns all."""
     rope_kinds: tuple[str | None, ...] = ()
     """Of each layer, the key of its own entry in the config's rope_parameters; None where all layers turn alike."""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "all"] | None = None
+    """An RMS norm of queries and of keys, over each head's dims or over all heads together."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; None: head_dim ** -0.5."""
+    attention_cap: float | None = None
+    """Scores x become cap * tanh(x / cap)."""
+    logit_cap: float | None = None
+    """The same of the head's logits."""
     tied: bool = False
     padding_token: int | None = None
     """Its embedding starts at zero and gets no gradient from the input, as with torch's padding_idx."""
@@ -72,6 +91,8 @@ class Architecture:
     embedding_dropout: float = 0.0
     residual_dropout: float = 0.0
     attention_dropout: float = 0.0
+    former_names: dict[str, str] = field(default_factory=dict)
+    """Of tensors that older checkpoints name otherwise: from the old name to the new."""
     config: Any = field(default=None, repr=False, compare=False)
     """The transformers config itself."""
 
@@ -113,8 +134,7 @@ def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
     if model_type not in FAMILIES:
         raise ConfigError("model.model_type", model_type, "is not supported", f"one of {', '.join(FAMILIES)}")
     known = set(AutoConfig.for_model(model_type).to_dict()) | set(AutoConfig.for_model(model_type).attribute_map)
-    if "rope_parameters" in known:
-        known |= {"rope_theta", "rope_scaling"}  # what transformers called them before version 5
+    known |= _family(model_type).OLD_FIELDS
     for name in fields:
         if name not in known:
             import difflib
@@ -126,6 +146,11 @@ def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:
         raise ConfigError("model", f"({model_type} fields)", f"is refused by transformers: {_one_line(error)}") from error
+
+
+def _family(model_type: str) -> Any:
+    """The family's file: `read(fields)` makes the architecture, `OLD_FIELDS` are what transformers' older configs called things."""
+    return importlib.import_module(f"megatrain.models.families.{model_type}")
 
 
 def _one_line(error: Exception) -> str:
@@ -143,7 +168,7 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
     if config.model_type not in FAMILIES:
         raise ConfigError("model.model_type", config.model_type, "is not supported", f"one of {', '.join(FAMILIES)}")
     fields = Fields(config)
-    architecture = importlib.import_module(f"megatrain.models.families.{config.model_type}").read(fields)
+    architecture = _family(config.model_type).read(fields)
     fields.refuse_unread()
     _check_sizes(architecture)
     return architecture
@@ -158,5 +183,8 @@ def _check_sizes(a: Architecture) -> None:
             raise ConfigError(f"model's {name}", getattr(a, name), "must be in [0, 1)")
     if a.num_heads % a.num_kv_heads:
         raise ConfigError("model.num_key_value_heads", a.num_kv_heads, f"does not divide num_attention_heads={a.num_heads}")
-    if a.rotary and a.head_dim % 2:
+    if a.rotary and a.rotary_dim is None and a.head_dim % 2:
         raise ConfigError("model.head_dim", a.head_dim, "is odd and rotary positions turn pairs", f"use {a.head_dim + 1}")
+    if a.rotary_dim is not None and (a.rotary_dim % 2 or not 0 < a.rotary_dim <= a.head_dim):
+        raise ConfigError("model.rope_parameters.partial_rotary_factor", a.rotary_dim / a.head_dim,
+                          f"turns {a.rotary_dim} dims of each head, and rotary positions turn pairs")  # fmt: skip

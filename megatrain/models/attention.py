@@ -7,12 +7,13 @@ h query heads and g key-value heads on this rank, d head_dim.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatrain.models.context import Context
-from megatrain.models.norms import RmsNorm
+from megatrain.models.norms import query_key_norms
 from megatrain.models.parts import Parts
 from megatrain.models.random import dropout
 from megatrain.models.rotary import rotate
@@ -26,15 +27,12 @@ class Attention(nn.Module):
         a = parts.architecture
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, parts.heads, parts.kv_heads, a.head_dim
         self.axis, self.sequence, self.recompute = parts.grid.tensor, parts.sequence, recompute
+        self.scale, self.cap = a.head_dim**-0.5 if a.attention_scale is None else a.attention_scale, a.attention_cap
         self.window, self.rope_kind, self.dropout = a.window(layer), a.rope_kind(layer), a.attention_dropout
         self.query = Linear(*parts.columns("query", layer, bias=a.qkv_bias))
         self.key = Linear(*parts.columns("key", layer, bias=a.qkv_bias))
         self.value = Linear(*parts.columns("value", layer, bias=a.qkv_bias))
-        self.query_norm = self.key_norm = None
-        if a.qk_norm:
-            norms = [parts.whole(f"{role}_norm", layer, "weight", a.head_dim, kind="norm", value=1.0, partial=True)
-                     for role in ("query", "key")]  # fmt: skip
-            self.query_norm, self.key_norm = (RmsNorm(weight, a.norm_eps) for weight in norms)
+        self.query_norm, self.key_norm = query_key_norms(parts, layer)
         self.out = RowLinear(*parts.rows("out", layer, bias=a.out_bias), axis=self.axis, sequence=self.sequence)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -51,8 +49,7 @@ class Attention(nn.Module):
         q = q.unflatten(-1, (self.heads, self.head_dim))
         k = k.unflatten(-1, (self.kv_heads, self.head_dim))
         v = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = self.query_norm(q), self.key_norm(k)
         if context.rotations:
             turn = context.rotations[self.rope_kind]
             q, k = rotate(q, turn), rotate(k, turn)
@@ -65,18 +62,22 @@ class Attention(nn.Module):
         dtype = q.dtype
         q, k, v = widen(q), widen(k), widen(v)
         probability = self.dropout if self.training else 0.0
-        if probability > 0.0:
-            return self._attend_with_dropout(q, k, v, mask, probability, context).to(dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads)
+        if probability > 0.0 or self.cap is not None:
+            return self._attend_written_out(q, k, v, mask, probability, context).to(dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale,
+                                           enable_gqa=self.heads != self.kv_heads)  # fmt: skip
         return y.to(dtype)
 
-    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, probability: float, context: Context) -> Tensor:
-        """Written out, because the dropout inside torch's kernels cannot be given a mask of ours."""
+    def _attend_written_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, probability: float, context: Context) -> Tensor:
+        """Because torch's kernels cap no scores, and the dropout inside them cannot be given a mask of ours."""
         if mask is None:
             length = q.shape[2]
             mask = q.new_ones((length, length), dtype=bool).tril()
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
-        scores = (q @ k.transpose(-1, -2)).mul_(self.head_dim**-0.5).masked_fill(~mask, float("-inf"))
-        weights = F.softmax(scores.float(), dim=-1).to(q.dtype)
-        place = context.mask_key("attention", self.layer, self.axis.rank)
-        return dropout(weights, probability, place, training=True) @ v
+        scores = (q @ k.transpose(-1, -2)).mul_(self.scale)
+        if self.cap is not None:
+            scores = self.cap * torch.tanh(scores / self.cap)
+        weights = F.softmax(scores.masked_fill(~mask, float("-inf")).float(), dim=-1).to(q.dtype)
+        if probability > 0.0:
+            weights = dropout(weights, probability, context.mask_key("attention", self.layer, self.axis.rank), training=True)
+        return weights @ v

@@ -5,6 +5,7 @@ Each layer maps (what flows, context of the microbatch) to what flows on; the he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from megatrain.models.architecture import Architecture
 from megatrain.models.attention import Attention
 from megatrain.models.context import Context
 from megatrain.models.feedforward import FeedForward
-from megatrain.models.norms import LayerNorm, RmsNorm
+from megatrain.models.norms import hidden_norm
 from megatrain.models.parts import Parts
 from megatrain.models.random import dropout
 from megatrain.parallel import collectives
@@ -79,14 +80,6 @@ def build_layers(specs: list[LayerSpec], parts: Parts, *, recompute: str) -> nn.
     return build_chunks([specs], parts, recompute=recompute)[0]
 
 
-def _norm(parts: Parts, role: str, layer: int | None) -> nn.Module:
-    a = parts.architecture
-    weight = parts.whole(role, layer, "weight", a.hidden_size, kind="norm", value=1.0)
-    if a.norm == "rms":
-        return RmsNorm(weight, a.norm_eps)
-    return LayerNorm(weight, parts.whole(role, layer, "bias", a.hidden_size, kind="norm"), a.norm_eps)
-
-
 class Residual(nn.Module):
     """Dropout at the end of a residual branch: equal where tensor ranks hold copies, independent where they hold parts."""
 
@@ -110,11 +103,14 @@ class Embedding(nn.Module):
         self.axis, self.sequence = grid.tensor, parts.sequence
         self.tokens = VocabEmbedding(weight, start=parts.vocab_start, axis=grid.tensor, sequence=parts.sequence,
                                      padding_token=a.padding_token)  # fmt: skip
+        self.scale = a.embedding_scale
         self.positions = None if a.rotary else PositionEmbedding(parts)
         self.residual = Residual(parts, a.embedding_dropout, "embedding", 0)
 
     def forward(self, flow: Flow | None, context: Context) -> Flow:
         hidden = self.tokens(context.tokens)
+        if self.scale is not None:
+            hidden = hidden * torch.tensor(self.scale, dtype=hidden.dtype)
         if self.positions is not None:
             hidden = hidden + self.positions(context.positions)
         return Flow(self.residual(hidden, context))
@@ -135,16 +131,24 @@ class PositionEmbedding(nn.Module):
         return torch.nn.functional.embedding(mine, self.weight)
 
 
+def _optional(there: bool) -> Callable[[Parts, str, int], nn.Module]:
+    """What makes a norm, or nothing in its place."""
+    return hidden_norm if there else lambda parts, role, layer: nn.Identity()
+
+
 class Block(nn.Module):
     def __init__(self, parts: Parts, layer: int, *, recompute: str) -> None:
         super().__init__()
         a = parts.architecture
-        self.recompute = recompute == "full"
-        self.attention_norm = _norm(parts, "attention_norm", layer)
+        self.recompute, self.parallel = recompute == "full", a.parallel_residual
+        before, after = _optional(a.norm_before), _optional(a.norm_after)
+        self.attention_norm = before(parts, "attention_norm", layer)
         self.attention = Attention(parts, layer, recompute=recompute == "selective")
+        self.attention_norm_after = after(parts, "attention_norm_after", layer)
         self.attention_residual = Residual(parts, a.residual_dropout, "attention", layer)
-        self.feedforward_norm = _norm(parts, "feedforward_norm", layer)
+        self.feedforward_norm = before(parts, "feedforward_norm", layer)
         self.feedforward = FeedForward(parts, layer)
+        self.feedforward_norm_after = after(parts, "feedforward_norm_after", layer)
         self.feedforward_residual = Residual(parts, a.residual_dropout, "feedforward", layer)
 
     def forward(self, flow: Flow, context: Context) -> Flow:
@@ -153,8 +157,10 @@ class Block(nn.Module):
         return Flow(self._compute(flow.hidden, context))
 
     def _compute(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.attention_residual(self.attention(self.attention_norm(x), context), context)
-        return x + self.feedforward_residual(self.feedforward(self.feedforward_norm(x), context), context)
+        attended = self.attention_norm_after(self.attention(self.attention_norm(x), context))
+        y = x + self.attention_residual(attended, context)
+        fed = self.feedforward(self.feedforward_norm(x if self.parallel else y), context)
+        return y + self.feedforward_residual(self.feedforward_norm_after(fed), context)
 
 
 class Head(nn.Module):
@@ -164,10 +170,10 @@ class Head(nn.Module):
         super().__init__()
         a, grid = parts.architecture, parts.grid
         summed = (grid.ends,) if tied_across else ()
-        self.norm = _norm(parts, "final_norm", None)
+        self.norm = hidden_norm(parts, "final_norm", None)
         self.weight = parts.vocabulary("embedding" if a.tied else "head", counted=not tied_across, summed=summed)
         self.axis, self.sequence = grid.tensor, parts.sequence
-        self.start, self.vocab_size = parts.vocab_start, a.vocab_size
+        self.start, self.vocab_size, self.cap = parts.vocab_start, a.vocab_size, a.logit_cap
 
     def forward(self, flow: Flow, context: Context) -> Tensor:
         logits = self.logits(flow)
@@ -178,6 +184,7 @@ class Head(nn.Module):
     def logits(self, flow: Flow) -> Tensor:
         """[S, B, V/t], this rank's part of the vocabulary."""
         x = collectives.enter(self.norm(flow.hidden), self.axis, sequence=self.sequence)
-        return linear(x, self.weight)
+        y = linear(x, self.weight)
+        return y if self.cap is None else self.cap * torch.tanh(y / self.cap)
 
 

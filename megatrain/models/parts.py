@@ -61,11 +61,16 @@ class Parts:
     def _name(self, role: Role, layer: int | None, suffix: str) -> str:
         return f"{self.architecture.names[role].name.format(layer)}.{suffix}"
 
+    def _share(self, role: Role) -> tuple[int, int]:
+        """Start and length of this rank's output features of a role split by columns."""
+        if role in ("key", "value"):
+            return self.kv_start * self.architecture.head_dim, self.kv_heads * self.architecture.head_dim
+        length = self._out_features(role) // self.grid.tensor.size
+        return self.grid.tensor.rank * length, length
+
     def _columns(self, role: Role) -> Columns:
-        """This rank's output features of a role split by columns, in the tensor that holds them."""
-        a, out = self.architecture, self._out_features(role)
-        length = self.kv_heads * a.head_dim if role in ("key", "value") else out // self.grid.tensor.size
-        start = self.kv_start * a.head_dim if role in ("key", "value") else self.grid.tensor.rank * length
+        """Those features in the tensor that holds them."""
+        a, out, (start, length) = self.architecture, self._out_features(role), self._share(role)
         source = a.names[role]
         if not source.fused:
             return Columns(out, start, length)
@@ -124,6 +129,23 @@ class Parts:
         declaration = Sharding(self._name(role, layer, suffix), (size,), init=Init(value=value), kind=kind,
                                counted=axis.rank == 0, summed=summed)  # fmt: skip
         return self._make((size,), declaration)
+
+    def norm(self, role: Role, layer: int | None, size: int, *, partial: bool = False) -> nn.Parameter:
+        """A norm's weight [size], the same on all tensor ranks."""
+        return self.whole(role, layer, "weight", size, kind="norm", value=self._neutral, partial=partial)
+
+    def heads_norm(self, role: Role, layer: int) -> nn.Parameter:
+        """The weight [out / t] of a norm over all heads of a role, split as they are."""
+        start, length = self._share(role)
+        counted, summed = self._held(role)
+        declaration = Sharding(self._name(f"{role}_norm", layer, "weight"), (self._out_features(role),), 0, start, length,
+                               init=Init(value=self._neutral), kind="norm", counted=counted, summed=summed)  # fmt: skip
+        return self._make((length,), declaration)
+
+    @property
+    def _neutral(self) -> float:
+        """The weight of a norm that changes nothing."""
+        return 0.0 if self.architecture.norm_plus_one else 1.0
 
     def vocabulary(self, role: Role, *, counted: bool = True, summed: tuple[Axis, ...] = ()) -> nn.Parameter:
         """Rows [V / t, H] of the embedding or the head, padded to the same number on each rank."""

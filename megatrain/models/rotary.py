@@ -12,42 +12,46 @@ if TYPE_CHECKING:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines [S, B or 1, 1, head_dim] of each token's position."""
+    """Cosines and sines [S, B or 1, 1, dims that turn] of each token's position."""
 
     cos: Tensor
     sin: Tensor
 
 
 class Frequencies(NamedTuple):
-    """Radians a position for each pair [head_dim / 2] in fp32, and the factor on cosines and sines."""
+    """Radians a position for each pair of dims in fp32, and the factor on cosines and sines."""
 
     inv_freq: Tensor
     factor: float
 
 
-def frequencies(architecture: Architecture, kind: str | None = None) -> Frequencies:
-    """Those of the layers of a kind (`Architecture.rope_kinds`)."""
+def frequencies(architecture: Architecture, kind: str | None = None, *, length: int) -> Frequencies:
+    """Those of the layers of a kind (`Architecture.rope_kinds`), in sequences of `length` tokens.
+
+    Only longrope asks for the length, and turns otherwise beyond what the model was first made for. It is that of the whole
+    sequence, also where positions begin anew within it: so it is the same for all microbatches.
+    """
     parameters = architecture.config.rope_parameters
     parameters = parameters if kind is None else parameters[kind]
     if parameters.get("rope_type", "default") == "default":
-        exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float) / architecture.head_dim
+        dim = architecture.rotary_dim or architecture.head_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.float) / dim
         return Frequencies(1.0 / (parameters["rope_theta"] ** exponents), 1.0)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](architecture.config, torch.device("cpu"), layer_type=kind)
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](
+        architecture.config, torch.device("cpu"), seq_len=length, layer_type=kind
+    )
     return Frequencies(inv_freq.float(), float(factor))
 
 
-def all_frequencies(architecture: Architecture, device: torch.device | str = "cpu") -> dict[str | None, Frequencies]:
-    """Of each kind of layer that the model has; empty where positions are learned."""
-    kinds = {architecture.rope_kind(layer): None for layer in range(architecture.num_layers)} if architecture.rotary else {}
-    found = {kind: frequencies(architecture, kind) for kind in kinds}
-    return {kind: Frequencies(inv_freq.to(device), factor) for kind, (inv_freq, factor) in found.items()}
-
-
-def rotations(positions: Tensor, by_kind: dict[str | None, Frequencies], dtype: torch.dtype) -> dict[str | None, Rotation]:
-    """Of positions int64 [B, S], for each kind of layer."""
-    return {kind: rotation(positions, *its, dtype) for kind, its in by_kind.items()}
+def rotations(positions: Tensor, architecture: Architecture, dtype: torch.dtype) -> dict[str | None, Rotation]:
+    """Of positions int64 [B, S], for each kind of layer that the model has; empty where positions are learned."""
+    if not architecture.rotary:
+        return {}
+    kinds = dict.fromkeys(architecture.rope_kind(layer) for layer in range(architecture.num_layers))
+    found = {kind: frequencies(architecture, kind, length=positions.shape[1]) for kind in kinds}
+    return {kind: rotation(positions, inv_freq.to(positions.device), factor, dtype) for kind, (inv_freq, factor) in found.items()}
 
 
 def rotation(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> Rotation:
@@ -80,4 +84,8 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    return _Rotate.apply(x, turn.cos, turn.sin)
+    """x [S, B, heads, head_dim] turned, or its first dims where there are fewer cosines than dims."""
+    dim = turn.cos.shape[-1]
+    if dim == x.shape[-1]:
+        return _Rotate.apply(x, turn.cos, turn.sin)
+    return torch.cat((_Rotate.apply(x[..., :dim], turn.cos, turn.sin), x[..., dim:]), dim=-1)

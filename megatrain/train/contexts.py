@@ -10,7 +10,7 @@ from megatrain.data.loader import Batch
 from megatrain.models.architecture import Architecture
 from megatrain.models.context import Context
 from megatrain.models.random import key
-from megatrain.models.rotary import Rotation, all_frequencies, rotations
+from megatrain.models.rotary import Rotation, rotations
 from megatrain.optim.zero import DTYPES
 from megatrain.parallel.grid import Grid
 
@@ -19,8 +19,7 @@ class Contexts:
     """Makes the contexts of a run's microbatches; what all of them share is made once."""
 
     def __init__(self, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> None:
-        self.config, self.grid, self.device = config, grid, device
-        self._frequencies = all_frequencies(architecture, device)
+        self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
         self._plain_rotations: dict[int, dict[str | None, Rotation]] = {}
 
     def make(self, batch: Batch, *, step: int | None, index: int) -> Context:
@@ -38,8 +37,8 @@ class Contexts:
         """Of the positions; where all sequences count from 0 alike, made once for each length."""
         dtype = DTYPES[self.config.train.dtype]
         if not shared:
-            return rotations(positions, self._frequencies, dtype)
+            return rotations(positions, self.architecture, dtype)
         length = positions.shape[1]
         if length not in self._plain_rotations:
-            self._plain_rotations = {length: rotations(positions[:1], self._frequencies, dtype)}
+            self._plain_rotations = {length: rotations(positions[:1], self.architecture, dtype)}
         return self._plain_rotations[length]

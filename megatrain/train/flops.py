@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from megatrain.models.architecture import Architecture, read_architecture
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -21,42 +23,28 @@ def flops_per_token(config: PreTrainedConfig, *, sequence_length: int) -> float:
     matrix products and count nothing; the head counts whether tied or not. Scores and their use cost 12 x query width
     x sequence, half of it as a token sees on average half of the sequence.
     """
-    query = config.num_attention_heads * head_dim(config)
-    seen = _tokens_seen(config, sequence_length)
-    return 6.0 * matrix_weights(config) + sum(12.0 * query * tokens for tokens in seen)
+    a = read_architecture(config)
+    seen = sum(_tokens_seen(a.window(layer), sequence_length) for layer in range(a.num_layers))
+    return 6.0 * matrix_weights(config) + 12.0 * a.num_heads * a.head_dim * seen
 
 
 def matrix_weights(config: PreTrainedConfig) -> int:
     """Weights of all matrix products: each layer's projections, and the head."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-    attention = hidden * head_dim(config) * (2 * heads + 2 * key_value_heads)
-    inner, gated = _feedforward(config)
-    return config.num_hidden_layers * (attention + hidden * inner * (3 if gated else 2)) + hidden * config.vocab_size
+    a = read_architecture(config)
+    return a.num_layers * _block_weights(a) + a.hidden_size * a.vocab_size
 
 
-def head_dim(config: PreTrainedConfig) -> int:
-    """Width of one attention head; some families (Qwen3) do not derive it from the hidden size."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _block_weights(a: Architecture) -> int:
+    attention = a.hidden_size * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
+    return attention + a.hidden_size * a.intermediate_size * (3 if a.gated else 2)
 
 
-def _feedforward(config: PreTrainedConfig) -> tuple[int, bool]:
-    """Its inner width, and whether a gate makes it three matrices (SwiGLU) instead of two (GPT-2)."""
-    if config.model_type == "gpt2":
-        return config.n_inner or 4 * config.hidden_size, False
-    return config.intermediate_size, True
-
-
-def _tokens_seen(config: PreTrainedConfig, sequence_length: int) -> list[float]:
-    """Tokens that a token attends to on average, for each layer: half of the sequence, less with a sliding window."""
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    full = sequence_length / 2
-    if not window or window >= sequence_length:
-        return [full] * config.num_hidden_layers
+def _tokens_seen(window: int | None, sequence_length: int) -> float:
+    """Tokens that a token attends to on average: half of the sequence, less with a sliding window."""
+    if window is None or window >= sequence_length:
+        return sequence_length / 2
     # The first `window` tokens see half of the window on average, all later ones the whole of it.
-    slid = window - window * window / (2 * sequence_length)
-    return [slid if kind == "sliding_attention" else full for kind in types]
+    return window - window * window / (2 * sequence_length)
 
 
 # Dense peaks in FLOP/s, without sparsity and TF32, from the makers' data sheets. The first name found as words in the

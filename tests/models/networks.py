@@ -12,7 +12,7 @@ from megatrain.models.architecture import Architecture, load_config, read_archit
 from megatrain.models.context import Context
 from megatrain.models.decoder import Block, Embedding, Head
 from megatrain.models.initialize import initialize
-from megatrain.models.rotary import all_frequencies, rotations
+from megatrain.models.rotary import rotations
 from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import parameters
 from megatrain.train.build import build_stage
@@ -38,13 +38,13 @@ def scramble(layers: nn.ModuleList) -> None:
     for declaration, parameter in parameters(layers):
         generator = torch.Generator().manual_seed(len(declaration.name) * 1000 + sum(map(ord, declaration.name)))
         values = torch.randn(parameter.shape, generator=generator) * 0.2
-        parameter.copy_(values + (1.0 if declaration.kind == "norm" and declaration.name.endswith("weight") else 0.0))
+        parameter.copy_(values + declaration.init.value)  # norms stay near what they start from
 
 
 def context(architecture: Architecture, tokens: Tensor, labels: Tensor | None = None, *, positions: Tensor | None = None,
             documents: Tensor | None = None, dropout_key: int | None = None) -> Context:  # fmt: skip
     positions = torch.arange(tokens.shape[1]).expand_as(tokens) if positions is None else positions
-    turns = rotations(positions, all_frequencies(architecture), torch.float32)
+    turns = rotations(positions, architecture, torch.float32)
     return Context(tokens, tokens if labels is None else labels, positions, documents, turns, dropout_key)
 
 

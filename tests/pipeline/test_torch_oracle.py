@@ -24,7 +24,7 @@ from megatrain.models.architecture import load_config, read_architecture
 from megatrain.models.context import Context
 from megatrain.models.decoder import Flow, Head
 from megatrain.models.initialize import initialize
-from megatrain.models.rotary import all_frequencies, rotations
+from megatrain.models.rotary import rotations
 from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import parameters
 from megatrain.train.build import build_stage
@@ -84,7 +84,7 @@ def tokens(case):
 
 def make_context(architecture, inputs, labels):
     positions = torch.arange(LENGTH).expand(BATCH, -1)
-    turns = rotations(positions[:1], all_frequencies(architecture), torch.float32)
+    turns = rotations(positions[:1], architecture, torch.float32)
     return Context(inputs, labels, positions, rotations=turns)
 
 

@@ -13,6 +13,12 @@ FAMILIES = {
     "mistral": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160, "head_dim": 32},
     "qwen2": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160},
     "qwen3": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160, "head_dim": 32},
+    "gemma2": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160, "head_dim": 32, "pad_token_id": None},
+    "gemma3_text": {**SMALL, "num_key_value_heads": 1, "intermediate_size": 160, "head_dim": 32, "pad_token_id": None},
+    "phi3": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160, "pad_token_id": None},
+    "olmo2": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160},
+    "gpt_neox": {**SMALL, "intermediate_size": 160},
+    "starcoder2": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160},
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 96},
     "gpt2 wide": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 96, "n_inner": 100},
 }
@@ -47,6 +53,13 @@ def test_a_sliding_window_bounds_what_a_token_sees():
     )
     assert ratio == 3 / 4
     assert flops_per_token(windowed, sequence_length=4) == flops_per_token(free, sequence_length=4)
+
+
+def test_windows_of_some_layers():
+    """Of Gemma 2's 3 layers the first and the last have one."""
+    windowed = AutoConfig.for_model("gemma2", **FAMILIES["gemma2"], sliding_window=4)
+    scores = flops_per_token(windowed, sequence_length=8) - 6 * matrix_weights(windowed)
+    assert scores == 12 * 4 * 32 * (3 + 4 + 3)
 
 
 @pytest.mark.parametrize(

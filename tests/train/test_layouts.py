@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "models")]
 from ranks import run_ranks
+from variants import BASES
 
 from megatrain import config as configuration
 from megatrain.data.loader import Batch
@@ -34,6 +35,10 @@ MODELS = {
     "gpt2": {"model_type": "gpt2", "vocab_size": 67, "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 64,
              "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2},
 }  # fmt: skip
+PLAIN = tuple(MODELS)
+# Weights large enough that scores reach their caps and windows, norms and rotations show.
+MODELS |= {name: {**BASES[name], "num_hidden_layers": 5, "initializer_range": 0.1}
+           for name in ("gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox", "starcoder2")}  # fmt: skip
 
 
 def make_config(model: str, **settings):
@@ -148,7 +153,7 @@ SPLIT = ("interleaved", "zb-h1", "zb-v", "dualpipev")
 TP, PP, TP_PP = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}
 ROWS = [
     # one rank: our model against each family's in transformers
-    *[row(model) for model in MODELS],
+    *[row(model) for model in PLAIN],
     row(recompute="full"), row(recompute="selective"), row(micro_batch_size=1), row(zero=0), row(offload="cpu"),
     # one axis
     row(world=2, **TP), row(world=4, tensor=4), row(world=2, sequence=True, **TP), row(world=4, tensor=4, sequence=True),
@@ -156,7 +161,7 @@ ROWS = [
     *[row(world=2, zero=stage) for stage in (0, 1, 2, 3)], row(world=4, zero=1),
     row(world=2, zero=1, offload="cpu"), row(world=2, zero=2, offload="cpu"),
     # two axes
-    *[row(model, 4, **TP_PP) for model in MODELS], *[row(model, 4, sequence=True, **TP_PP) for model in MODELS],
+    *[row(model, 4, **TP_PP) for model in PLAIN], *[row(model, 4, sequence=True, **TP_PP) for model in PLAIN],
     row(world=4, schedule="gpipe", **TP_PP), row(world=4, recompute="full", **TP_PP),
     row(world=4, recompute="selective", sequence=True, **TP_PP),
     *[row(world=4, zero=stage, **TP) for stage in (0, 1, 2, 3)], row(world=4, zero=1, sequence=True, **TP),
@@ -171,6 +176,13 @@ ROWS = [
     *[row(world=4, schedule=name, **TP_PP) for name in SPLIT], row("gpt2", 4, schedule="zb-v", sequence=True, recompute="full", **TP_PP),
     row("deep", 2, schedule="interleaved", virtual=4, **PP), row("deep", 3, schedule="interleaved", pipeline=3, micro_batch_size=1),
     *[row("tied", 4, schedule=name, zero=1, recompute="selective", **PP) for name in ("interleaved", "zb-h1", "zb-v")],
+    # the families that throw other switches: norms after branches and over all heads, fused and strided tensors, side by side
+    row("gemma2", 4, sequence=True, **TP_PP), row("gemma2", 4, tensor=4),
+    row("gemma3_text", 2, **PP), row("gemma3_text", 4, tensor=4, sequence=True),
+    row("phi3", 4, sequence=True, **TP_PP), row("phi3", 4, tensor=4),
+    row("olmo2", 4, recompute="selective", **TP_PP), row("olmo2", 4, tensor=4, sequence=True), row("olmo2", 4, zero=3, **TP),
+    row("gpt_neox", 2, sequence=True, **TP), row("gpt_neox", 4, schedule="zb-v", **TP_PP), row("gpt_neox", 4, zero=2, **TP),
+    row("starcoder2", 2, **TP), row("starcoder2", 4, sequence=True, recompute="full", **TP_PP),
     # three axes
     row(world=8, **TP_PP), row("tied", 8, sequence=True, **TP_PP), row("gpt2", 8, pipeline=4, zero=0),
     row("deep", 8, schedule="zb-v", tensor=2, pipeline=4),

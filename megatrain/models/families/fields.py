@@ -18,7 +18,19 @@ WITHOUT_EFFECT = frozenset({
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                 "gelu_fast": "gelu_tanh", "relu": "relu"}  # fmt: skip
-_ROPE_TYPES = ("default", "linear", "llama3")
+_ROPE_TYPES = {
+    "default": frozenset[str](),
+    "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset({"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+                       "mscale_all_dim", "truncate"}),
+    "longrope": frozenset({"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}),
+}  # fmt: skip
+"""What each scaling reads beside rope_theta and partial_rotary_factor."""
+
+OLD_ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling"})
+"""What is in rope_parameters since version 5 of transformers."""
 
 
 class Fields:
@@ -67,23 +79,29 @@ class Fields:
 
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer, from its type."""
+        window = self.sliding_window
         for kind in self.layer_types:
             if kind not in ("full_attention", "sliding_attention"):
                 raise ConfigError("model.layer_types", kind, "is not built", "full_attention or sliding_attention")
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+        if "sliding_attention" in self.layer_types and window is None:
             raise ConfigError("model.layer_types", "sliding_attention", "asks for a window and none is set",
                               "set model.use_sliding_window=true and model.sliding_window")  # fmt: skip
-        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+        return tuple(window if kind == "sliding_attention" else None for kind in self.layer_types)
 
-    def check_rope(self) -> None:
-        """Refuse what the rotations of `rotary` do not know."""
-        parameters = self.rope_parameters or {}
+    def check_rope(self, kind: str | None = None, *, partial: bool = False) -> float:
+        """Refuse what the rotations of `rotary` do not know; returns the share of a head's dims that turn."""
+        where = "model.rope_parameters" if kind is None else f"model.rope_parameters.{kind}"
+        parameters = self.rope_parameters if kind is None else self.rope_parameters[kind]
         rope_type = parameters.get("rope_type", "default")
         if rope_type not in _ROPE_TYPES:
-            raise ConfigError("model.rope_parameters.rope_type", rope_type, "is not built", f"one of {', '.join(_ROPE_TYPES)}")
-        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError("model.rope_parameters.partial_rotary_factor", parameters["partial_rotary_factor"],
-                              "is not built", "leave it out")  # fmt: skip
+            raise ConfigError(f"{where}.rope_type", rope_type, "is not built", f"one of {', '.join(_ROPE_TYPES)}")
+        for name in parameters:
+            if name not in _ROPE_TYPES[rope_type] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+                raise ConfigError(f"{where}.{name}", parameters[name], f"is not read by rope_type={rope_type}", "leave it out")
+        share = parameters.get("partial_rotary_factor", 1.0)
+        if share != 1.0 and not partial:
+            raise ConfigError(f"{where}.partial_rotary_factor", share, f"is not built for {self.model_type}", "leave it out")
+        return share
 
     def refuse_unread(self) -> None:
         """Refuse a field of the config's class that no family's line has read and that says something."""

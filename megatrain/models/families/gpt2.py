@@ -6,6 +6,7 @@ from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture, Source
 from megatrain.models.families.fields import Fields
 
+OLD_FIELDS = frozenset[str]()
 _QKV = ("query", "key", "value")
 NAMES = {
     "embedding": Source("transformer.wte"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatrain.models.architecture import Architecture, Source
-from megatrain.models.families.fields import Fields
+from megatrain.models.families.fields import OLD_ROPE_FIELDS, Fields
 
+OLD_FIELDS = OLD_ROPE_FIELDS
 NAMES = {
     "embedding": Source("model.embed_tokens"),
     "attention_norm": Source("model.layers.{}.input_layernorm"),
@@ -25,9 +26,10 @@ NAMES = {
 }
 
 
-def llama_like(fields: Fields, **switches: Any) -> Architecture:
-    """What the relatives share; `switches` say what differs."""
-    fields.check_rope()
+def llama_like(fields: Fields, *, activation: str = "hidden_act", **switches: Any) -> Architecture:
+    """What the relatives share; `switches` say what differs, `activation` is the field that names it."""
+    if "rope_kinds" not in switches and "rotary_dim" not in switches:
+        fields.check_rope()
     heads = fields.num_attention_heads
     values: dict[str, Any] = {
         "model_type": fields.model_type,
@@ -40,8 +42,8 @@ def llama_like(fields: Fields, **switches: Any) -> Architecture:
         "intermediate_size": fields.intermediate_size,
         "max_positions": fields.max_position_embeddings,
         "names": NAMES,
-        "norm_eps": fields.rms_norm_eps,
-        "activation": fields.activation("hidden_act"),
+        "norm_eps": fields.get("rms_norm_eps", 1e-6),
+        "activation": fields.activation(activation),
         "tied": bool(fields.tie_word_embeddings),
         "init_std": fields.initializer_range,
         "attention_dropout": fields.attention_dropout or 0.0,

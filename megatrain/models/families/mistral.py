@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from megatrain.models.architecture import Architecture
-from megatrain.models.families.fields import Fields
+from megatrain.models.families.fields import OLD_ROPE_FIELDS, Fields
 from megatrain.models.families.llama import llama_like
+
+OLD_FIELDS = OLD_ROPE_FIELDS
 
 
 def read(fields: Fields) -> Architecture:

@@ -1,0 +1,45 @@
+"""Each family and its variants beside transformers in fp32: logits, loss and every gradient of the same weights."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from networks import build, context, logits, loss, scramble, tokens, transformers_twin
+from variants import VARIANTS
+
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.parallel.sharding import parameters
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_loss_and_gradients_are_those_of_transformers(name, record_property):
+    model = VARIANTS[name]
+    architecture = read_architecture(load_config(model))
+    layers = build(model)
+    scramble(layers)
+    twin = transformers_twin(model, layers)
+    given, labels = tokens(), tokens(1)
+    with torch.no_grad():
+        expected = twin(given).logits
+        off = float((logits(layers, context(architecture, given)) - expected).abs().max())
+    assert off <= 1e-5, f"of logits up to {expected.abs().max()}"
+    ours = loss(layers, context(architecture, given, labels)) / labels.numel()
+    ours.backward()
+    theirs = torch.nn.functional.cross_entropy(twin(given).logits.flatten(0, 1), labels.flatten())
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
+    worst = worst_gradient(layers, dict(twin.named_parameters()))
+    assert worst < 1e-5
+    record_property("figures", f"max logit difference {off:.1e} of {float(expected.abs().max()):.1f}, worst gradient {worst:.1e}")
+
+
+def worst_gradient(layers, theirs) -> float:
+    """Largest relative norm of a difference; every element of every gradient comes from one of our parameters."""
+    whole = {name: torch.full_like(p, float("nan")) for name, p in theirs.items()}
+    for declaration, parameter in parameters(layers):
+        declaration.put(declaration.part_of(parameter.grad), whole[declaration.name])
+    assert not any(gradient.isnan().any() for gradient in whole.values())
+    return max(float((whole[name] - p.grad).norm() / p.grad.norm()) for name, p in theirs.items())
