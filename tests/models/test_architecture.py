@@ -70,7 +70,8 @@ def test_logits_follow_a_field_as_in_transformers(case, plain):
 REFUSED = [
     (LLAMA, {"pretraining_tp": 2}, "model.pretraining_tp=2 changes the model in a way that is not built; only 1 is"),
     (LLAMA, {"hidden_act": "quick_gelu"}, "model.hidden_act=quick_gelu changes the model"),
-    (LLAMA, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "model.rope_parameters.rope_type=yarn is not built"),
+    (LLAMA, {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_parameters.rope_type=proportional is not built; one of default"),
+    (LLAMA, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 3}}, "beta_fast=3 is not read by rope_type=linear"),
     (LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not built"),
     (LLAMA, {"layer_types": ["sliding_attention"] * 2}, "model.layer_types=.* is not a field of a llama config"),
     (LLAMA, {"num_key_value_heads": 3}, "model.num_key_value_heads=3 does not divide num_attention_heads=4"),

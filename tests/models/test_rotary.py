@@ -1,5 +1,6 @@
 """Rotary positions and their scalings against transformers' own."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -18,6 +19,10 @@ SCALINGS = {
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
     "llama3": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 32},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0},
+    "longrope": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
+                 "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]},
 }  # fmt: skip
 
 
@@ -30,16 +35,33 @@ def test_queries_are_turned_as_in_transformers(name):
     q = torch.randn(40, 2, 4, 16, generator=torch.Generator().manual_seed(0))  # [S, B, heads, head_dim]
     cos, sin = LlamaRotaryEmbedding(architecture.config)(q, positions)
     expected, _ = apply_rotary_pos_emb(q.permute(1, 2, 0, 3), q.permute(1, 2, 0, 3), cos, sin)
-    found = rotate(q, rotation(positions, *frequencies(architecture), torch.float32))
+    found = rotate(q, rotation(positions, *frequencies(architecture, length=40), torch.float32))
     torch.testing.assert_close(found.permute(1, 2, 0, 3), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_scalings_differ():
-    found = {name: frequencies(read_architecture(load_config({**LLAMA, "head_dim": 16, "rope_parameters": scaling})))[0]
+    found = {name: frequencies(read_architecture(load_config({**LLAMA, "head_dim": 16, "rope_parameters": scaling})), length=40)[0]
              for name, scaling in SCALINGS.items()}  # fmt: skip
     torch.testing.assert_close(found["linear"] * 4, found["default"])
     assert not torch.allclose(found["llama3"], found["theta"])
     assert torch.equal(found["llama3"][0], found["theta"][0]), "the fastest pair is left alone"
+    torch.testing.assert_close(found["dynamic"], found["default"])  # within the positions that the model is made for
+
+
+def test_longrope_is_longer_in_long_sequences():
+    architecture = read_architecture(load_config({**LLAMA, "head_dim": 16, "rope_parameters": SCALINGS["longrope"]}))
+    short, long = (frequencies(architecture, length=length) for length in (32, 33))
+    factors = {name: torch.tensor(SCALINGS["longrope"][f"{name}_factor"]) for name in ("short", "long")}
+    torch.testing.assert_close(short.inv_freq * factors["short"], long.inv_freq * factors["long"])
+    assert short.factor == long.factor == pytest.approx((1 + math.log(4) / math.log(32)) ** 0.5)
+
+
+def test_a_part_of_a_head_turns():
+    positions, x = torch.arange(5)[None], torch.randn(5, 2, 3, 6)
+    turn = rotation(positions, torch.tensor([1.0, 0.1]), 1.0, torch.float32)
+    y = rotate(x, turn)
+    assert torch.equal(y[..., 4:], x[..., 4:])
+    assert torch.equal(y[..., :4], rotate(x[..., :4].contiguous(), turn))
 
 
 def test_the_backward_turns_back():
