@@ -6,6 +6,7 @@ damaged or hostile file is a CheckpointError and never a crash, a wait or a wron
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
@@ -154,12 +155,13 @@ class BinFile:
         self.path = path
         if not path.is_file():
             raise CheckpointError(f"{path} is missing or no file")
-        loaded = _load_bin(path)
+        loaded = load_without_code(path)
         if not isinstance(loaded, dict):
             raise CheckpointError(f"{path} holds a {type(loaded).__name__} and no state dict of tensors")
         size = path.stat().st_size
+        self._mapped = zipfile.is_zipfile(path)
         for name, tensor in loaded.items():
-            if not isinstance(name, str) or not _is_plain(tensor) or tensor.numel() * tensor.dtype.itemsize > size:
+            if not isinstance(name, str) or not is_plain(tensor) or tensor.numel() * tensor.dtype.itemsize > size:
                 raise CheckpointError(f"{path} holds {_short(name)}, which is not a plain tensor")
         self._tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in loaded.items()}
 
@@ -174,21 +176,38 @@ class BinFile:
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
         """The tensor, or the part at `index`, in memory of its own."""
-        return self._tensors[name][index or ()].clone(memory_format=torch.contiguous_format)
+        part = self._tensors[name][index or ()].clone(memory_format=torch.contiguous_format)
+        if self._mapped:
+            let_go(self._tensors[name])
+        return part
 
 
-def _is_plain(tensor: Any) -> bool:
+def let_go(mapped: Tensor) -> None:
+    """Give back the memory of the pages of a tensor that is mapped from a file; they are read again when they are asked for.
+
+    torch keeps the mapping as long as the file's other tensors, and every page that was read would count as this process's.
+    """
+    start, stop = mapped.untyped_storage().data_ptr(), mapped.untyped_storage().data_ptr() + mapped.untyped_storage().nbytes()
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if hasattr(mmap, "MADV_DONTNEED") and last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a dense CPU tensor of no class of its own."""
     return (isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
             and type(tensor) in (Tensor, torch.nn.Parameter))  # fmt: skip
 
 
-def _load_bin(path: Path) -> Any:
+def load_without_code(path: Path, stand_ins: list[Any] | None = None) -> Any:
+    """What torch.save wrote, its tensors mapped. Classes other than tensors are refused, but for those that have a stand-in."""
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             _check_zip(path)
         # What torch wrote before 1.6 is no zip and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals(stand_ins or []):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: it is damaged or holds more than tensors, which could run code when read "
                               f"({_short(error)})") from None  # fmt: skip

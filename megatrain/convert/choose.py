@@ -3,17 +3,74 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from megatrain.convert.folders import model_folder, open_folder
+from megatrain.convert.megatron import MegatronCheckpoint
+from megatrain.convert.megatron_ranks import Ranks, find_iteration, read_ranks
+from megatrain.convert.megatron_settings import config_fields, read_args, settings_of_config
 from megatrain.convert.source import Source
 from megatrain.errors import CheckpointError
+from megatrain.models.architecture import load_config
 
 
-def open_source(path: Path, *, config: str | None) -> Source:
+class Hints(NamedTuple):
+    """What the user says of a source that does not say all itself.
+
+    Attributes:
+        config: a Hugging Face config: a folder or config.json.
+        tokenizer: a folder; its length is the vocabulary's where nothing else says it.
+        vocab_size: rows of the embedding that are no padding.
+    """
+
+    config: str | None = None
+    tokenizer: Path | None = None
+    vocab_size: int | None = None
+
+
+def open_source(path: Path, hints: Hints) -> Source:
     """The source at the path, as the kind of folder it is; CheckpointError when it is none that is known."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
     folder = model_folder(path)
     if (folder / "config.json").is_file():
+        if hints.config is not None or hints.vocab_size is not None:
+            raise CheckpointError(f"{folder} has a config.json of its own; leave --config and --vocab-size out")
         return open_folder(folder, hashes=True)
-    raise CheckpointError(f"{path} is of no kind that is read: it holds no config.json")
+    iteration = find_iteration(path)
+    if iteration is not None:
+        return _megatron(read_ranks(iteration), hints)
+    raise CheckpointError(f"{path} is of no kind that is read: it holds neither config.json nor mp_rank_XX folders nor "
+                          "latest_checkpointed_iteration.txt")  # fmt: skip
+
+
+def _megatron(ranks: Ranks, hints: Hints) -> MegatronCheckpoint:
+    config = None if hints.config is None else load_config(hints.config)
+    if ranks.args is None and config is None:
+        raise CheckpointError(f"{ranks.folder} holds no args, which would say what the model is; name a Hugging Face config with --config")
+    settings = settings_of_config(config) if ranks.args is None else read_args(ranks.args, ranks.folder)
+    note = ""
+    if config is None:
+        vocabulary = hints.vocab_size or _tokenizer_size(hints.tokenizer)
+        if vocabulary is None:
+            vocabulary = _padded_rows(ranks)
+            note = f"all {vocabulary} rows of the embedding are kept, Megatron-LM's padding among them; --vocab-size or --tokenizer says how many are real"
+        config = load_config(config_fields(settings, vocabulary, ranks.folder))
+    elif hints.vocab_size not in (None, config.vocab_size):
+        raise CheckpointError(f"--vocab-size {hints.vocab_size} is not the {config.vocab_size} of --config; leave one of them out")
+    return MegatronCheckpoint(ranks, settings, config, extras=hints.tokenizer, note=note)
+
+
+def _tokenizer_size(folder: Path | None) -> int | None:
+    if folder is None:
+        return None
+    from megatrain.data.tokenizer import load_tokenizer
+
+    return len(load_tokenizer(folder))
+
+
+def _padded_rows(ranks: Ranks) -> int:
+    tables = [part.get("embedding.word_embeddings.weight") for part in ranks.parts]
+    if any(table is None or table.dim() != 2 for table in tables):
+        raise CheckpointError(f"{ranks.folder} lacks word embeddings")
+    return sum(table.shape[0] for table in tables if table is not None)

@@ -21,7 +21,7 @@ from megatrain import __version__
 from megatrain.checkpoint import manifest
 from megatrain.checkpoint.tensors import Tensors
 from megatrain.convert import proof
-from megatrain.convert.choose import open_source
+from megatrain.convert.choose import Hints, open_source
 from megatrain.convert.descriptions import write_descriptions
 from megatrain.convert.folders import check_coverage
 from megatrain.convert.logits import expected_shapes
@@ -45,8 +45,9 @@ class Request:
         to: what to write; "hf" is a clean Hugging Face folder.
         dtype: bf16, fp16 or fp32; each tensor keeps its own when None.
         verify: prove the target before it is published.
-        config: folder or config.json that says what a source without one holds, or holds otherwise than its own says.
+        config: folder or config.json of the same model, for a source without one.
         tokenizer: folder whose tokenizer goes with the target, instead of the source's.
+        vocab_size: rows of the embedding that are no padding, for a source that does not say it.
     """
 
     source: Path
@@ -57,6 +58,7 @@ class Request:
     verify: bool = True
     config: str | None = None
     tokenizer: Path | None = None
+    vocab_size: int | None = None
 
 
 Say = Callable[[str], None]
@@ -65,13 +67,14 @@ Say = Callable[[str], None]
 def convert(request: Request, *, say: Say) -> Path:
     """Write request.target and return it; on any failure it does not appear."""
     check_target(request.target)
-    source = open_source(request.source, config=request.config)
+    source = open_source(request.source, Hints(request.config, request.tokenizer, request.vocab_size))
     architecture = read_architecture(source.config)
     expected = expected_shapes(architecture)
-    if hasattr(source, "adopt"):
-        source.adopt(expected)
+    source.adopt(expected)
     check_coverage(source, architecture, expected)
     say(f"{source.folder}: a {source.kind} of a {architecture.model_type}")
+    if source.note:
+        say(f"  note    {source.note}")
     dtype = None if request.dtype is None else DTYPES[request.dtype]
     work = _Work(request, source, architecture, dtype, list(expected), say)
     work.announce()

@@ -24,6 +24,7 @@ class HuggingFaceFolder:
     """A folder of safetensors or .bin files with a config.json."""
 
     kind = "Hugging Face folder"
+    note = ""
 
     def __init__(self, folder: Path, config: Any) -> None:
         self.folder, self.config = folder, config

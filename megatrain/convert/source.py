@@ -28,12 +28,17 @@ class Source(Protocol):
         folder: where it is.
         config: the transformers config of the model.
         extras: the folder whose tokenizer and other small files belong to the model; None when there is none.
+        note: a sentence that the user should read; empty when there is none.
     """
 
     kind: str
     folder: Path
     config: Any
     extras: Path | None
+    note: str
+
+    def adopt(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Find the tensors of a model that holds the expected ones; refuses a folder with others that cannot be left out."""
 
     def names(self) -> list[str]: ...
 
