@@ -94,6 +94,9 @@ class Train:
     save_every: int = setting(0, "Steps between checkpoints; 0 saves at the end only.")
     keep_last: int = setting(0, "Checkpoints to keep, newest first; 0 keeps all.")
     log_every: int = setting(1, "Steps between printed lines.")
+    init_from: str | None = setting(
+        None, "Hugging Face folder whose weights the run starts from; `model` and `data.tokenizer` are its own when left out. A resumed run does not read it."
+    )
     resume: str = setting("auto", "`auto` takes the run's newest whole checkpoint, `never` starts afresh, a folder takes that one.")
     max_bad_steps: int = setting(5, "Steps in a row with a non-finite loss or gradient after which the run stops.")
     stop_after: int | None = setting(None, "Save and stop after this step although `steps` goes on; schedules still see `steps`.")
@@ -219,7 +222,19 @@ def from_dict(raw: dict[str, Any], *, base: Path = Path()) -> Config:
             values[name] = _model_value(content, base)
         else:
             values[name] = _section(sections[name], name, content)
-    return Config(**values)
+    return _with_folder(Config(**values), base)
+
+
+def _with_folder(config: Config, base: Path) -> Config:
+    """Model and tokenizer default to those of `train.init_from`."""
+    if config.train.init_from is None:
+        return config
+    folder = _beside(config.train.init_from, base)
+    tokenizer = config.data.tokenizer
+    if tokenizer is None and any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        tokenizer = folder
+    return dataclasses.replace(config, model=config.model or folder, data=dataclasses.replace(config.data, tokenizer=tokenizer),
+                               train=dataclasses.replace(config.train, init_from=folder))  # fmt: skip
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -370,8 +385,13 @@ def _model_value(content: Any, base: Path) -> str | dict[str, Any]:
         return content
     if not isinstance(content, str):
         raise ConfigError("model", _short(content), "must be a folder, a config.json or a Hugging Face config's fields")
-    beside = base / content
-    return str(beside) if not Path(content).exists() and beside.exists() else content
+    return _beside(content, base)
+
+
+def _beside(path: str, base: Path) -> str:
+    """The path, or what is there from the config's own folder where it is not found from here."""
+    beside = base / path
+    return str(beside) if not Path(path).exists() and beside.exists() else path
 
 
 def _did_you_mean(word: str, known: list[str], always: str | None = None) -> str:

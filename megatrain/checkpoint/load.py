@@ -20,22 +20,24 @@ from megatrain.parallel.grid import Grid
 
 def choose(config: Config) -> tuple[Path | None, str]:
     """The checkpoint that `train.resume` means, and a sentence on why; a named one must be there and whole."""
-    wish, folder = config.train.resume, Path(config.run.output_dir) / "checkpoints"
+    wish, folder, source = config.train.resume, Path(config.run.output_dir) / "checkpoints", config.train.init_from
+    afresh = "starting afresh" if source is None else f"starting from {source}"
+    instead = "" if source is None else f"; train.init_from={source} was where the run began and is not read again"
     if wish == "never":
-        return None, "starting afresh: train.resume=never"
+        return None, f"{afresh}: train.resume=never"
     if wish == "auto":
         newest, passed = manifest.find_newest(folder)
         words = "".join(f"; passed over: {text}" for text in passed)
         if newest is None:
-            return None, f"starting afresh: no whole checkpoint in {folder}{words}"
-        return newest, f"resuming from {newest}, the newest whole checkpoint{words}"
+            return None, f"{afresh}: no whole checkpoint in {folder}{words}"
+        return newest, f"resuming from {newest}, the newest whole checkpoint{words}{instead}"
     path = Path(wish)
     if not path.is_dir():
         raise CheckpointError(f"train.resume={wish} is not a folder; give a checkpoint's folder, `auto` or `never`")
     wrong = manifest.problem(path, hashes=True)
     if wrong is not None:
         raise CheckpointError(f"train.resume={wish} {wrong}; choose another checkpoint or `auto`")
-    return path, f"resuming from {path}, as train.resume names it"
+    return path, f"resuming from {path}, as train.resume names it{instead}"
 
 
 def check(path: Path, config: Config, architecture: Architecture, *, data_size: int | None = None) -> None:

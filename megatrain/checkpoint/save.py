@@ -194,12 +194,18 @@ def _write_descriptions(temporary: Path, progress: Progress, config: Config, arc
     GenerationConfig.from_model_config(hf).save_pretrained(temporary)
     if config.data.tokenizer is not None:
         for path in Path(config.data.tokenizer).iterdir():
-            if path.is_file() and path.name not in ("config.json", "generation_config.json"):
+            if path.is_file() and _is_of_tokenizer(path.name):
                 shutil.copy(path, temporary / path.name)
     trainer = {**progress._asdict(), "layout": layout(config, grid), "config": configuration.to_dict(config),
                "model": architecture.config.to_dict()}  # fmt: skip
     (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1, default=str), encoding="utf-8")
     return [path for path in temporary.iterdir() if path not in before and path.is_file() and not path.name.startswith("stage-")]
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    """Its folder may be a model's as well."""
+    others = ("config.json", "generation_config.json", "trainer.json", manifest.MANIFEST)
+    return name.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken")) and name not in others and not name.endswith(".index.json")
 
 
 def _renamed(temporary: Path, shares: list[_Share]) -> list[manifest.FileRecord]:

@@ -22,8 +22,6 @@ from torch import Tensor
 
 from megatrain.errors import CheckpointError
 
-Index = tuple[slice, ...]
-
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
            "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
            "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
@@ -42,7 +40,9 @@ class TensorFile(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def read(self, name: str, index: Index | None = None) -> Tensor: ...
+    def view(self, name: str) -> Tensor: ...
+
+    def let_go(self, name: str) -> None: ...
 
 
 class _Place(NamedTuple):
@@ -55,7 +55,7 @@ class _Place(NamedTuple):
 
 
 class SafetensorsFile:
-    """A safetensors file. Its header is read at once, its data by `read`, through a mapping of the tensor that lives no longer.
+    """A safetensors file. Its header is read at once, its data when a view is looked at.
 
     Attributes:
         metadata: the header's `__metadata__`.
@@ -91,25 +91,26 @@ class SafetensorsFile:
     def dtype(self, name: str) -> torch.dtype:
         return self._places[name].dtype
 
-    def read(self, name: str, index: Index | None = None) -> Tensor:
-        """The tensor, or the part at `index`, in memory of its own."""
+    def view(self, name: str) -> Tensor:
+        """The tensor in a mapping of the file, which lives as long as the result; not to be written to."""
         dtype, shape, start, stop = self._places[name]
         if start == stop:
-            return torch.empty(shape, dtype=dtype)[index or ()].clone()
+            return torch.empty(shape, dtype=dtype)
         base = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         try:
             with self.path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < stop:  # touching a mapping beyond the end would kill the process
                     raise CheckpointError(f"{self.path} has become shorter while it was read")
-                # Copy on write, since torch wants memory that may be written to; nothing is.
+                # Copy on write, since torch wants memory that may be written to.
                 mapped = mmap.mmap(file.fileno(), stop - base, offset=base, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
         if start % dtype.itemsize == 0:
-            flat = torch.frombuffer(mapped, dtype=dtype, offset=start - base)
-        else:
-            flat = torch.frombuffer(bytearray(mapped[start - base :]), dtype=dtype)
-        return flat.view(shape)[index or ()].clone(memory_format=torch.contiguous_format)
+            return torch.frombuffer(mapped, dtype=dtype, offset=start - base).view(shape)
+        return torch.frombuffer(bytearray(mapped[start - base :]), dtype=dtype).view(shape)
+
+    def let_go(self, name: str) -> None:
+        """Nothing: a view's mapping goes with it."""
 
 
 def _header(path: Path) -> tuple[int, bytes]:
@@ -174,12 +175,14 @@ class BinFile:
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
 
-    def read(self, name: str, index: Index | None = None) -> Tensor:
-        """The tensor, or the part at `index`, in memory of its own."""
-        part = self._tensors[name][index or ()].clone(memory_format=torch.contiguous_format)
+    def view(self, name: str) -> Tensor:
+        """The tensor in a mapping of the file; not to be written to."""
+        return self._tensors[name]
+
+    def let_go(self, name: str) -> None:
+        """Give back the pages of the tensor's mapping that have been looked at."""
         if self._mapped:
             let_go(self._tensors[name])
-        return part
 
 
 def let_go(mapped: Tensor) -> None:

@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.tensor_file import BinFile, Index, SafetensorsFile, TensorFile
+from megatrain.checkpoint.tensor_file import BinFile, SafetensorsFile, TensorFile
 from megatrain.errors import CheckpointError
+
+Index = tuple[slice, ...]
 
 
 class _Format(NamedTuple):
@@ -37,7 +39,7 @@ class Tensors:
     Attributes:
         folder: where they are.
         files: what they are in, in order.
-        bytes_read: bytes of all tensors and slices that `read` has returned.
+        bytes_read: bytes of all tensors and slices that `read` and `copy` have taken from the files.
 
     Raises CheckpointError for whatever is missing, damaged, there twice or named outside the folder.
     """
@@ -75,9 +77,21 @@ class Tensors:
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
         """The tensor, or the part at `index`, as a contiguous CPU tensor with memory of its own."""
-        tensor = self._home(name).read(name, index)
+        tensor = self.view(name)[index or ()].clone(memory_format=torch.contiguous_format)
+        self._home(name).let_go(name)
         self.bytes_read += tensor.nbytes
         return tensor
+
+    def copy(self, name: str, index: Index, *, to: Tensor) -> None:
+        """Write the part at `index` into a tensor of its shape, whatever its dtype and device, with no copy in between on a CPU."""
+        part = self.view(name)[index]
+        self.bytes_read += part.nbytes
+        to.copy_(part)
+        self._home(name).let_go(name)
+
+    def view(self, name: str) -> Tensor:
+        """The tensor as it lies in its file, mapped; not to be written to. What is looked at is read, and nothing else."""
+        return self._home(name).view(name)
 
     def _home(self, name: str) -> TensorFile:
         if name not in self._homes:

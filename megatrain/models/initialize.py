@@ -13,13 +13,17 @@ from megatrain.parallel.sharding import Sharding, parameters
 def initialize(module: nn.Module, seed: int) -> None:
     """Fill every parameter; a rank makes the part it holds and no more."""
     for declaration, parameter in parameters(module):
-        parameter.zero_()
-        part = declaration.part_of(parameter)
-        for region in declaration.regions():
-            part[region.part] = _values(seed, declaration, region.whole)
-        row = declaration.init.zero_row
-        if row is not None and declaration.start <= row < declaration.start + part.shape[0]:
-            part[row - declaration.start] = 0.0
+        initialize_parameter(declaration, parameter, seed)
+
+
+def initialize_parameter(declaration: Sharding, parameter: nn.Parameter, seed: int) -> None:
+    parameter.zero_()
+    part = declaration.part_of(parameter)
+    for region in declaration.regions():
+        part[region.part] = _values(seed, declaration, region.whole)
+    row = declaration.init.zero_row
+    if row is not None and declaration.start <= row < declaration.start + part.shape[0]:
+        part[row - declaration.start] = 0.0
 
 
 def _values(seed: int, declaration: Sharding, region: tuple[slice, ...]) -> Tensor | float:

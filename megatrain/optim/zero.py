@@ -36,12 +36,14 @@ class Fragment(NamedTuple):
     """The run of elements of one parameter whose optimizer state this rank holds, as views that can be written to.
 
     Attributes:
-        start: of the flattened parameter of this rank, padding included.
+        shape: of this rank's parameter, padding included; under ZeRO 3 the parameter itself has none.
+        start: of the flattened parameter.
         tensors: by name: `master` and the states of the update rule, each fp32 [n].
     """
 
     sharding: Sharding
     parameter: nn.Parameter
+    shape: tuple[int, ...]
     start: int
     tensors: dict[str, Tensor]
 
@@ -234,7 +236,7 @@ class Zero:
                 place = mapping.hp_fragment_address
                 held = {"master": flat.detach()} | {name: state[name] for name in STATES[self.config.optimizer.name] if name in state}
                 tensors = {name: tensor.narrow(0, place.start, place.numel) for name, tensor in held.items()}
-                yield Fragment(sharding(parameter), parameter, mapping.lp_fragment_address.start, tensors)
+                yield Fragment(sharding(parameter), parameter, tuple(parameter.shape), mapping.lp_fragment_address.start, tensors)
 
     def _fragments_of_weights(self) -> Iterator[Fragment]:
         keys = {"master": None, **{name: name for name in STATES[self.config.optimizer.name]}}
@@ -245,7 +247,7 @@ class Zero:
             count = max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]
             if count:
                 tensors = {name: view(parameter, True, key)[0].detach().view(-1)[:count] for name, key in keys.items()}
-                yield Fragment(sharding(parameter), parameter, start, tensors)
+                yield Fragment(sharding(parameter), parameter, tuple(parameter.ds_shape), start, tensors)  # type: ignore[attr-defined]
 
     def masters_to_weights(self) -> None:
         """Make the model's weights what the masters say, on all replicas; after loading."""

@@ -84,8 +84,18 @@ def plan_ranks(config: Config, architecture: Architecture, placement: Placement)
 
 def total_parameters(architecture: Architecture) -> int:
     """Parameters of the whole model, without padding."""
+    return _count(_whole_model(architecture))[1]
+
+
+def whole_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The name and shape of each tensor of the model, as a checkpoint holds them."""
+    return {declaration.name: declaration.shape for declaration, _ in parameters(_whole_model(architecture))}
+
+
+def _whole_model(architecture: Architecture) -> torch.nn.Module:
+    """All layers on one rank, without memory."""
     parts = Parts(architecture, make_grid(0, connect=False), sequence=False, dtype=torch.float32, device="meta")
-    return _count(build_layers(layer_list(architecture), parts, recompute="none"))[1]
+    return build_layers(layer_list(architecture), parts, recompute="none")
 
 
 def _count(module: torch.nn.Module) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatrain import machine
 from megatrain.checkpoint import load as loading
 from megatrain.checkpoint import save as saving
+from megatrain.checkpoint.pretrained import Pretrained
 from megatrain.checkpoint.save import Progress
 from megatrain.config import Config, to_yaml
 from megatrain.data.loader import Loader
@@ -29,7 +30,7 @@ from megatrain.parallel.grid import make_grid
 from megatrain.place import Place
 from megatrain.rank import Target
 from megatrain.train import console
-from megatrain.train.build import plan_ranks, rank_specs, run_schedule, total_parameters
+from megatrain.train.build import plan_ranks, rank_specs, run_schedule, total_parameters, whole_tensors
 from megatrain.train.finetuning import Finetuning
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import MetricsLog
@@ -55,6 +56,8 @@ def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
     path, _ = loading.choose(config)
     if path is not None:
         loading.check(path, config, architecture)
+    elif config.train.init_from is not None:
+        Pretrained(config.train.init_from, architecture).check(whole_tensors(architecture))
     for which in _parts(config):
         task.prepare(config, which)
         source = task.open(config, architecture, which)
@@ -117,6 +120,8 @@ def dry_run(config: Config, task: Task) -> str:
     p = config.parallel
     world_size = config.model_ranks * (p.data or 1)
     _check_layout(config, architecture, world_size)
+    if config.train.init_from is not None:
+        Pretrained(config.train.init_from, architecture).check(whole_tensors(architecture))
     data_size = config.data_size(world_size)
     config, notes = _try_data(config, architecture, task)
     lines = [_header(config, architecture, world_size, "(dry run)"),
@@ -203,7 +208,10 @@ class _Training:
             for words in (words for source in sources.values() for words in source.words):
                 logger.info(f"  data    {words}")
             logger.info(f"  {why}")
-        self.trainer = Trainer(config, self.architecture, self.grid, self.device)
+        pretrained = None
+        if path is None and config.train.init_from is not None:
+            pretrained = Pretrained(config.train.init_from, self.architecture)
+        self.trainer = Trainer(config, self.architecture, self.grid, self.device, pretrained=pretrained)
         self.tracer = Tracer(self.trainer, self.folder)
         self.progress = Progress(0, 0, 0)
         if path is not None:

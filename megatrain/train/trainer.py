@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatrain.checkpoint.pretrained import Pretrained
 from megatrain.config import Config
 from megatrain.data.loader import Batch
 from megatrain.models.architecture import Architecture
@@ -41,14 +42,22 @@ class StepReport(NamedTuple):
 class Trainer:
     """A rank's stage with its optimizer and schedule. All ranks call its methods together."""
 
-    def __init__(self, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, architecture: Architecture, grid: Grid, device: torch.device, *, pretrained: Pretrained | None = None
+    ) -> None:
+        """With weights of their own initial values, or those of a folder."""
         self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
         self.microbatches = config.microbatches(grid.data.size)
         self.schedule = run_schedule(config, grid.data.size)
         placement = self.schedule.placement
         stage = build_stage(config, architecture, grid, str(device), placement)
-        initialize(stage, config.run.seed)
+        if pretrained is None:
+            initialize(stage, config.run.seed)
+        else:
+            pretrained.fill(stage, config.run.seed)
         self.zero = Zero(stage, config=config, grid=grid, microbatches=self.microbatches)
+        if pretrained is not None:
+            pretrained.fill_masters(self.zero)
         self.stage = stage
         length = config.data.sequence_length // (grid.tensor.size if config.parallel.sequence else 1)
         self.executor = Executor(

@@ -1,0 +1,148 @@
+"""Starts a run from a Hugging Face folder: every tensor of it is used and every parameter filled, or the run stops.
+
+Each rank reads the slices that it holds and no more. Weights are filled before DeepSpeed takes them over; where they are then
+rounded to the run's dtype, the fp32 masters are filled once more from what the file holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.checkpoint.tensors import Tensors
+from megatrain.errors import CheckpointError
+from megatrain.models.architecture import Architecture
+from megatrain.models.initialize import initialize_parameter
+from megatrain.optim.zero import DTYPES, Fragment, Zero
+from megatrain.parallel.geometry import make_piece, runs_of
+from megatrain.parallel.sharding import Sharding, parameters
+
+_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+"""What old versions of transformers saved beside the weights: masks and rotary frequencies, which follow from the config."""
+
+_SHOWN = 8
+"""Names of tensors in one error."""
+
+
+class Pretrained:
+    """The tensors of a folder under the names that the model gives them.
+
+    Attributes:
+        tensors: the folder; its `bytes_read` counts what this rank has read.
+    """
+
+    def __init__(self, folder: Path | str, architecture: Architecture) -> None:
+        self.folder, self.tensors = folder, Tensors(folder)
+        self._tied = architecture.tied
+        self._embedding, self._head = (f"{architecture.names[role].name}.weight" for role in ("embedding", "head"))
+        self._prefix = self._embedding.partition(".")[0] + "."
+
+    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse the folder unless it holds exactly these tensors in these shapes. Reads no tensor but those of a tied head."""
+        homes = self._homes(wanted)
+        used = {theirs for ours in wanted for theirs in homes.get(ours, [])[:1]}
+        if self._tied:
+            used |= set(homes.get(self._head, [])) & set(self.tensors.names())
+        twice = sorted(theirs for ours in wanted for theirs in homes.get(ours, [])[1:])
+        problems = [
+            _listed("missing", (name for name in wanted if name not in homes)),
+            _listed("unexpected", (n for n in sorted(self.tensors.names()) if n not in used and n not in twice and not _BUFFERS.search(n))),
+            _listed("there twice, with the prefix and without", twice),
+            _listed("of another shape", self._misshapen(homes, wanted)),
+            _listed("not of floating point", (n for n in sorted(used) if self.tensors.dtype(n) not in _FLOATS)),
+        ]
+        words = "; ".join(problem for problem in problems if problem)
+        if words:
+            raise CheckpointError(f"train.init_from={self.folder} does not fit the model: {words}{self._hint(homes, wanted)}")
+        self._check_tied(homes)
+
+    def fill(self, stage: nn.Module, seed: int) -> None:
+        """Fill each parameter with its part of the folder's tensor; one that the folder does not name is initialised."""
+        with torch.no_grad():
+            for declaration, parameter in parameters(stage):
+                home = self._home(declaration.name)
+                if home is None:
+                    initialize_parameter(declaration, parameter, seed)
+                else:
+                    parameter.zero_()
+                    self._fill_part(declaration, parameter, home)
+
+    def fill_masters(self, zero: Zero) -> None:
+        """Give the masters what the weights lost when they were rounded; all ranks call it together."""
+        dtype = DTYPES[zero.config.train.dtype]
+        if dtype == torch.float32:
+            return
+        with torch.no_grad():
+            for fragment in zero.fragments():
+                home = self._home(fragment.sharding.name)
+                if home is not None and self.tensors.dtype(home) != dtype:
+                    self._fill_master(fragment, home)
+        zero.masters_to_weights()
+
+    def _fill_part(self, declaration: Sharding, parameter: Tensor, home: str) -> None:
+        part = declaration.part_of(parameter)
+        for region in declaration.regions():
+            self.tensors.copy(home, region.whole, to=part[region.part])
+
+    def _fill_master(self, fragment: Fragment, home: str) -> None:
+        """Row by row in the parameter's orientation, whole rows in one go where they are neighbours."""
+        s, master = fragment.sharding, fragment.tensors["master"]
+        whole = self.tensors.view(home)
+        whole = whole.t() if s.transposed else whole
+        row = whole[0].numel()
+        for start, local, length in zip(*runs_of(make_piece(s, fragment.shape, fragment.start, master.numel())), strict=True):
+            first = start // row
+            rows = whole[first : -(-(start + length) // row)].reshape(-1)
+            master[local : local + length].copy_(rows[start - first * row : start - first * row + length])
+            self.tensors.bytes_read += int(length) * whole.element_size()
+
+    def _homes(self, wanted: Iterable[str]) -> dict[str, list[str]]:
+        """The names in the folder of each tensor of the model: as it is called, or without the base model's prefix."""
+        homes: dict[str, list[str]] = {}
+        for ours in {*wanted, self._head}:
+            found = [theirs for theirs in (ours, ours.removeprefix(self._prefix)) if theirs in self.tensors]
+            if found:
+                homes[ours] = sorted(set(found), key=found.index)
+        if self._tied and self._embedding not in homes and self._head in homes:
+            homes[self._embedding] = homes[self._head]
+        return homes
+
+    def _home(self, ours: str) -> str | None:
+        return next(iter(self._homes([ours]).get(ours, [])), None)
+
+    def _misshapen(self, homes: dict[str, list[str]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+        there = {ours: self.tensors.shape(homes[ours][0]) for ours in wanted if ours in homes}
+        return [f"{ours} ({_times(shape)} there, {_times(wanted[ours])} by the config)" for ours, shape in there.items() if shape != wanted[ours]]
+
+    def _hint(self, homes: dict[str, list[str]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+        if [name for name in wanted if name not in homes] == [self._head]:
+            return "; a head that is the embedding wants model.tie_word_embeddings=true"
+        return ""
+
+    def _check_tied(self, homes: dict[str, list[str]]) -> None:
+        """A head saved beside the embedding that it is tied to has to be the same; compared a slab of rows at a time."""
+        if not self._tied or self._head not in homes or homes[self._head] == homes[self._embedding]:
+            return
+        head, embedding = (self.tensors.view(homes[name][0]) for name in (self._head, self._embedding))
+        if head.shape != embedding.shape or not all(torch.equal(a, b) for a, b in zip(head.split(4096), embedding.split(4096), strict=True)):
+            raise CheckpointError(
+                f"train.init_from={self.folder} does not fit the model: its {self._head} is not its {self._embedding}, and the "
+                "model ties them; set model.tie_word_embeddings=false to train both"
+            )
+
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _listed(what: str, names: Iterable[str]) -> str:
+    found = list(names)
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return f"{what}: {', '.join(found[:_SHOWN])}{more}" if found else ""
