@@ -14,10 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.tensor_file import BinFile, SafetensorsFile, TensorFile
+from megatrain.checkpoint.tensor_file import BinFile, Index, SafetensorsFile, TensorFile
 from megatrain.errors import CheckpointError
-
-Index = tuple[slice, ...]
 
 
 class _Format(NamedTuple):
