@@ -32,6 +32,7 @@ VERBS = {
     "schedule": Verb("megatrain.schedule_verb", "simulate and draw a pipeline schedule"),
     "xray": Verb("megatrain.xray_verb", "see where a run's time went, with advice"),
     "convert": Verb("megatrain.convert_verb", "turn a checkpoint into another kind, proven"),
+    "evaluate": Verb("megatrain.evaluate", "measure a model: perplexity, multiple choice, lm-evaluation-harness"),
     "config": Verb("megatrain.config_verb", "show every setting and its meaning, or a config as it resolves"),
 }
 

@@ -204,7 +204,7 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """
     raw = _read_yaml(Path(path)) if path is not None else {}
     for word in overrides or []:
-        _lay_over(raw, word)
+        lay_over(raw, word)
     base = Path(path).parent if path is not None else Path()
     config = from_dict(raw, base=base)
     check(config)
@@ -317,7 +317,8 @@ def _add_float_resolver() -> None:
 _add_float_resolver()
 
 
-def _lay_over(raw: dict[str, Any], word: str) -> None:
+def lay_over(raw: dict[str, Any], word: str) -> None:
+    """Put one `section.key=value` word of the command line into nested mappings."""
     path, equals, text = word.partition("=")
     if not equals or not path:
         raise ConfigError("argument", word, "is not of the form section.key=value", "for example train.steps=100")

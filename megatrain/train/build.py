@@ -49,14 +49,16 @@ def rank_specs(config: Config, architecture: Architecture, placement: Placement)
     return [[stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)] for rank in range(placement.ranks)]
 
 
-def build_stage(config: Config, architecture: Architecture, grid: Grid, device: str, placement: Placement | None = None) -> Stage:
-    """This rank's layers, in fp32 and uninitialised; DeepSpeed casts them to the run's dtype."""
+def build_stage(config: Config, architecture: Architecture, grid: Grid, device: str, placement: Placement | None = None,
+                dtype: torch.dtype = torch.float32) -> Stage:  # fmt: skip
+    """This rank's layers, uninitialised; for training in fp32, which DeepSpeed casts to the run's dtype."""
     chunks = rank_specs(config, architecture, placement or Placement(grid.pipeline.size))[grid.pipeline.rank]
-    return _build(chunks, config=config, architecture=architecture, grid=grid, device=device)
+    return _build(chunks, config=config, architecture=architecture, grid=grid, device=device, dtype=dtype)
 
 
-def _build(chunks: list[list[LayerSpec]], *, config: Config, architecture: Architecture, grid: Grid, device: str) -> Stage:
-    parts = Parts(architecture, grid, sequence=config.parallel.sequence, dtype=torch.float32, device=device)
+def _build(chunks: list[list[LayerSpec]], *, config: Config, architecture: Architecture, grid: Grid, device: str,
+           dtype: torch.dtype = torch.float32) -> Stage:  # fmt: skip
+    parts = Parts(architecture, grid, sequence=config.parallel.sequence, dtype=dtype, device=device)
     return Stage(build_chunks(chunks, parts, recompute=config.train.recompute))
 
 

@@ -1,0 +1,50 @@
+"""Whether model, layout, windows and data fit each other, before any rank starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatrain import machine
+from megatrain.config import Config
+from megatrain.errors import ConfigError
+from megatrain.evaluation.choices import looks_like_choices
+from megatrain.evaluation.subject import Kind
+from megatrain.evaluation.texts import is_indexed
+from megatrain.models.architecture import Architecture, load_config, read_architecture
+from megatrain.models.parts import check_tensor_split
+from megatrain.pipeline.actions import Placement
+from megatrain.train.build import rank_specs
+
+WINDOW, STRIDE = 2048, 512
+"""Where not told: the model's positions up to 2048, as papers on language models mostly report, and the stride of
+transformers' guide to perplexity."""
+
+
+
+def check_model(config: Config) -> Architecture:
+    """Refuse a model that is not built, or a layout that does not fit it."""
+    architecture = read_architecture(load_config(config.model))
+    check_tensor_split(architecture, config.parallel.tensor)
+    rank_specs(config, architecture, Placement(config.parallel.pipeline))
+    if config.train.dtype == "fp16" and not machine.has_gpu():
+        raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
+    return architecture
+
+
+def make_windows(architecture: Architecture, *, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Window and stride as told, or by default; refuses what does not fit the model or each other."""
+    most = architecture.max_positions
+    window = min(most, WINDOW) if window is None else window
+    if not 1 <= window <= most:
+        raise ConfigError("--window", window, f"must be from 1 to the model's {most} positions")
+    stride = min(window, STRIDE) if stride is None else stride
+    if not 1 <= stride <= window:
+        raise ConfigError("--stride", stride, f"must be from 1 to --window={window}: tokens in between would not be scored")
+    return window, stride
+
+
+def guess_kind(data: Sequence[str]) -> Kind:
+    """What the data are made for: questions with choices, or else text."""
+    return "choices" if data and not is_indexed(data[0]) and looks_like_choices(data[0]) else "perplexity"
+
+

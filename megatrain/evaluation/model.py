@@ -1,0 +1,58 @@
+"""A model's folder as a scorer: this rank's stage, filled by slices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatrain.checkpoint.tensors import Tensors
+from megatrain.config import Config
+from megatrain.data.tokenizer import load_tokenizer
+from megatrain.errors import ConfigError
+from megatrain.evaluation.scorer import Scorer
+from megatrain.models.architecture import Architecture
+from megatrain.optim.zero import DTYPES
+from megatrain.parallel.grid import Grid
+from megatrain.parallel.sharding import parameters
+from megatrain.pipeline.executor import Stage
+from megatrain.train.build import build_stage
+
+
+def open_scorer(folder: Path, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> Scorer:
+    """Build this rank's stage in the settings' dtype and fill it from the folder."""
+    stage = build_stage(config, architecture, grid, str(device), dtype=DTYPES[config.train.dtype])
+    fill(stage, Tensors(folder))
+    return Scorer(stage, config, architecture, grid, device)
+
+
+@torch.no_grad()
+def fill(stage: Stage, tensors: Tensors) -> None:
+    """Every parameter from its slices, padding with zeros."""
+    for declaration, parameter in parameters(stage):
+        parameter.zero_()
+        part = declaration.part_of(parameter)
+        for region in declaration.regions():
+            part[region.part] = tensors.read(declaration.name, region.whole).to(part)
+
+
+def open_tokenizer(config: Config, architecture: Architecture) -> Any:
+    """The settings' tokenizer, None where they name none; refuses one that the model has no embeddings for."""
+    if config.data.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if len(tokenizer) > architecture.vocab_size:
+        raise ConfigError("data.tokenizer", config.data.tokenizer,
+                          f"has {len(tokenizer)} tokens and the model {architecture.vocab_size}", "give the model's own")  # fmt: skip
+    return tokenizer
+
+
+def prefix_token(tokenizer: Any, architecture: Architecture) -> int | None:
+    """What stands before a text: the tokenizer's beginning of a text, or else its end; the model's where there is no tokenizer."""
+    for source in (tokenizer, architecture.config):
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(source, name, None)
+            if isinstance(token, int) and 0 <= token < architecture.vocab_size:
+                return token
+    return None

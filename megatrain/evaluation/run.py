@@ -1,0 +1,108 @@
+"""An evaluation from settings to its results file, on every rank."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatrain import __version__, machine
+from megatrain.config import Config
+from megatrain.evaluation import hashes, measure
+from megatrain.evaluation.check import check_model
+from megatrain.evaluation.model import open_scorer, open_tokenizer, prefix_token
+from megatrain.evaluation.progress import Progress
+from megatrain.evaluation.subject import Subject, describe_settings
+from megatrain.parallel.grid import make_grid
+from megatrain.place import Place
+from megatrain.train.console import duration
+
+logger = logging.getLogger("megatrain")
+
+Results = dict[str, Any]
+"""What the results file holds; see `docs/evaluate.md`."""
+
+
+def evaluate(config: Config, place: Place, *, subject: Subject) -> Results:
+    """Measure on this rank together with all others; rank 0 writes and prints. All return the same figures, but for the harness's."""
+    architecture = check_model(config)
+    data_size = config.data_size(place.world_size)
+    device = machine.device_of(place)
+    grid = make_grid(place.rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=data_size)
+    folder = Path(subject.model)
+    tokenizer = open_tokenizer(config, architecture)
+    prefix = prefix_token(tokenizer, architecture)
+    scorer = open_scorer(folder, config, architecture, grid, device)
+    progress = Progress(silent=subject.as_json)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        # Beside the evaluation, on the rank that writes them down.
+        hashing = thread.submit(_hashes, subject) if place.rank == 0 else None
+        figures = _measure(subject, scorer, tokenizer, prefix, architecture.vocab_size, progress)
+        hashed = hashing.result() if hashing is not None else {}
+    results = {
+        "kind": subject.kind, "figures": _plain(figures),
+        "model": {"path": subject.model, "sha256": hashed.get("model"), "model_type": architecture.model_type},
+        "data": {"paths": [*subject.data, *subject.tasks], "sha256": hashed.get("data")},
+        "settings": describe_settings(subject, config, place.world_size),
+        "versions": {"megatrain": __version__, "torch": torch.__version__},
+        "seconds": round(progress.seconds, 3), "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+    if place.rank == 0:
+        path = write(results, Path(config.run.output_dir), subject)
+        logger.info(json.dumps(results, indent=1) if subject.as_json else f"{table(results)}\n\nwritten to {path}")
+    return results
+
+
+def _measure(subject: Subject, scorer: Any, tokenizer: Any, prefix: int | None, vocab_size: int, progress: Progress) -> dict[str, Any]:
+    if subject.kind == "harness":
+        from megatrain.evaluation.harness import run_tasks
+
+        return run_tasks(subject, scorer, tokenizer, prefix, progress)
+    if subject.kind == "choices":
+        return measure.choices(subject, scorer, tokenizer, prefix, progress).figures()
+    return measure.perplexity(subject, scorer, tokenizer, prefix, vocab_size, progress).figures()
+
+
+def _hashes(subject: Subject) -> dict[str, str | None]:
+    return {"model": hashes.model_hash(Path(subject.model)), "data": hashes.data_hash(subject.data) if subject.data else None}
+
+
+def write(results: Results, folder: Path, subject: Subject) -> Path:
+    """Write the results file, named after what was measured on what, whole or not at all."""
+    name = re.sub(r"[^\w.-]+", "_", Path((*subject.tasks, *subject.data)[0]).name)
+    path = folder / f"{subject.kind}-{name}.json"
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return new.replace(path)
+
+
+def table(results: Results) -> str:
+    """The figures for people."""
+    settings, model = results["settings"], results["model"]
+    layout = f"tensor {settings['tensor']} x pipeline {settings['pipeline']} x data {settings['data']}, {settings['dtype']}"
+    lines = [f"{results['kind']} of {', '.join(results['data']['paths'])}", f"  model     {model['path']} ({model['model_type']})",
+             f"  settings  window {settings['window']}, stride {settings['stride']}, {layout}",
+             f"  time      {duration(results['seconds'])}, {results['tokens_per_second']:,.0f} tokens/s", ""]  # fmt: skip
+    width = max(len(name) for name in results["figures"])
+    lines += [f"  {name:<{width}}  {_shown(value):>14}" for name, value in results["figures"].items()]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}" if isinstance(value, float) and abs(value) >= 1000 else (
+        f"{value:.5f}" if isinstance(value, float) else str(value))  # fmt: skip
+
+
+def _plain(figures: dict[str, Any]) -> dict[str, Any]:
+    """As JSON knows them: what is not finite is null."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in figures.items()}

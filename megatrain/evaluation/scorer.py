@@ -1,0 +1,152 @@
+"""Log-likelihoods of rows of tokens under a model that is spread over ranks, without optimizer or gradients.
+
+All ranks are given the same rows in the same order and get the same scores. Rows are put together by length, so that little is
+computed of padding: it stands behind what counts, where causal attention never looks.
+
+    rows, sorted by length      | microbatches of one round, all of one length
+    data rank 0                 | 0 2 4 ...
+    data rank 1                 | 1 3 5 ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatrain.config import Config
+from megatrain.data.loader import Batch
+from megatrain.evaluation.windows import IGNORED, Row
+from megatrain.models.architecture import Architecture
+from megatrain.models.context import Context
+from megatrain.models.decoder import Flow, Head
+from megatrain.optim.zero import DTYPES
+from megatrain.parallel import collectives
+from megatrain.parallel.grid import Axis, Grid
+from megatrain.parallel.layers import vocab_cross_entropy
+from megatrain.pipeline.actions import Instruction
+from megatrain.pipeline.channels import Channels
+from megatrain.pipeline.executor import Executor, Stage
+from megatrain.pipeline.schedules import forward_only, make_schedule
+from megatrain.pipeline.transfers import add_transfers
+from megatrain.train.contexts import Contexts
+
+ROUNDS_SORTED = 16
+"""Rounds of rows that are read ahead, to be put together by length."""
+
+Item = TypeVar("Item")
+
+
+class Score(NamedTuple):
+    """Of the labels that count in a row: the sum of their log-likelihoods, and whether each was the likeliest token."""
+
+    loglikelihood: float
+    greedy: bool
+
+
+class Scorer:
+    """A rank's stage in evaluation. All ranks call its methods together."""
+
+    def __init__(self, stage: Stage, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> None:
+        self.config, self.grid, self.device, self.stage = config, grid, device, stage.eval()
+        self.hidden_size = architecture.hidden_size
+        self.contexts = Contexts(config, architecture, grid, device)
+        self.microbatches = 4 * grid.pipeline.size if grid.pipeline.size > 1 else 1
+        self.executor = Executor(
+            self._forward, channels=Channels(grid.pipeline, ring=False) if grid.pipeline.size > 1 else None,
+            flow_shape=(0, 0, 0), dtype=DTYPES[config.train.dtype], device=device,
+        )  # fmt: skip
+        self._instructions = lru_cache(self._make_instructions)
+
+    @property
+    def rows_per_round(self) -> int:
+        """Rows that all ranks together take at once."""
+        return self.microbatches * self.config.train.micro_batch_size * self.grid.data.size
+
+    def scores(self, rows: Iterable[Row]) -> Iterator[Score]:
+        """One score a row, in the rows' order."""
+        waiting = iter(rows)
+        while block := list(islice(waiting, ROUNDS_SORTED * self.rows_per_round)):
+            order = sorted(range(len(block)), key=lambda index: -len(block[index].tokens))
+            found: dict[int, Score] = {}
+            for indices in _parts(order, self.rows_per_round):
+                found.update(zip(indices, self._round([block[index] for index in indices]), strict=True))
+            yield from (found[index] for index in range(len(block)))
+
+    def _round(self, rows: list[Row]) -> list[Score]:
+        """Scores of at most `rows_per_round` rows."""
+        size, replicas = self.config.train.micro_batch_size, self.grid.data.size
+        asked = len(rows)
+        count = -(-asked // (size * replicas))
+        length = self._padded(max(len(row.tokens) for row in rows))
+        rows = [*rows, *[Row([], [])] * (count * size * replicas - len(rows))]
+        mine = list(_parts(rows, size))[self.grid.data.rank :: replicas]
+        contexts = [self.contexts.make(_batch(some, length), step=None, index=index) for index, some in enumerate(mine)]
+        self.executor.flow_shape = (length // (self.grid.tensor.size if self.config.parallel.sequence else 1), size, self.hidden_size)
+        results = self.executor.run(self._instructions(count), contexts, backward=None)
+        return self._gathered(results, count)[:asked]
+
+    def _padded(self, length: int) -> int:
+        unit = self.grid.tensor.size if self.config.parallel.sequence else 1
+        return -(-length // unit) * unit
+
+    def _gathered(self, results: list[Tensor], count: int) -> list[Score]:
+        """What the last stage of each replica found, on all ranks and in the rows' order."""
+        table = torch.zeros((count, self.grid.data.size, self.config.train.micro_batch_size, 2), dtype=torch.float64, device=self.device)
+        if results and self.grid.tensor.rank == 0:
+            table[:, self.grid.data.rank] = torch.stack(results)
+        if self.grid.world_size > 1:
+            dist.all_reduce(table)
+        return [Score(-loss, misses == 0) for loss, misses in table.view(-1, 2).tolist()]
+
+    def _make_instructions(self, count: int) -> list[Instruction]:
+        return add_transfers(forward_only(make_schedule("1f1b", self.grid.pipeline.size, count)))[self.grid.pipeline.rank]
+
+    def _forward(self, flow: Flow | None, context: Context, chunk: int) -> Flow | Tensor:
+        *layers, last = self.stage.layers
+        for layer in layers:
+            flow = layer(flow, context)
+        return _row_scores(last, flow, context) if isinstance(last, Head) else last(flow, context)
+
+
+def _parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
+
+
+def _batch(rows: Sequence[Row], length: int) -> Batch:
+    tokens = torch.zeros((len(rows), length), dtype=torch.int64)
+    labels = torch.full((len(rows), length), IGNORED)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row.tokens)] = torch.tensor(row.tokens, dtype=torch.int64)
+        labels[index, : len(row.labels)] = torch.tensor(row.labels, dtype=torch.int64)
+    return Batch(tokens, labels, torch.arange(length).expand(len(rows), length), torch.zeros_like(tokens))
+
+
+def _row_scores(head: Head, flow: Flow | None, context: Context) -> Tensor:
+    """Of each row the summed loss, and how many labels were not the likeliest token: float64 [B, 2]."""
+    assert flow is not None
+    logits = head.logits(flow).flatten(0, 1)
+    labels = context.labels.t().reshape(-1)
+    misses = _misses(logits, labels, start=head.start, vocab_size=head.vocab_size, axis=head.axis)
+    losses = vocab_cross_entropy(logits, labels, start=head.start, vocab_size=head.vocab_size, axis=head.axis)
+    rows = context.labels.shape[0]
+    return torch.stack([losses.double().view(-1, rows).sum(0), misses.double().view(-1, rows).sum(0)], dim=1)
+
+
+def _misses(logits: Tensor, labels: Tensor, *, start: int, vocab_size: int, axis: Axis) -> Tensor:
+    """Which labels are below another token's logit, bool [n], from this rank's logits [n, V/t]."""
+    real = max(0, min(logits.shape[1], vocab_size - start))
+    lowest = torch.finfo(torch.float32).min
+    top = logits[:, :real].amax(1).float() if real else logits.new_full((logits.shape[0],), lowest, dtype=torch.float32)
+    local = labels - start
+    here = (local >= 0) & (local < real)
+    own = logits.gather(1, local.masked_fill(~here, 0)[:, None]).squeeze(1).float().masked_fill(~here, lowest)
+    both = collectives.all_reduce(torch.stack([top, own]), axis, op=dist.ReduceOp.MAX)
+    return (both[0] > both[1]) & (labels >= 0)
+
+

@@ -1,0 +1,85 @@
+"""What is evaluated, on what, and how: from the words of the command line to settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from megatrain import config as configuration
+from megatrain import machine
+from megatrain.checkpoint import manifest
+from megatrain.config import Config
+from megatrain.errors import CheckpointError, ConfigError
+
+Kind = Literal["perplexity", "choices", "harness"]
+
+USED = ("run.output_dir", "run.name", "run.master_port", "run.verbose", "data.tokenizer", "parallel.tensor", "parallel.pipeline",
+        "parallel.data", "parallel.sequence", "parallel.layers_per_stage", "train.micro_batch_size", "train.dtype")  # fmt: skip
+"""The settings that an evaluation reads; any other is refused."""
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class Subject(NamedTuple):
+    """An evaluation. `tasks` are lm-evaluation-harness's, with the folder where it looks for them beside its own."""
+
+    model: str
+    data: tuple[str, ...]
+    kind: Kind
+    window: int
+    stride: int
+    field: str
+    as_json: bool = False
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+
+
+def model_folder(given: str) -> Path:
+    """The folder of a model: itself, or the newest whole checkpoint of a run's folder."""
+    path = Path(given)
+    if (path / "checkpoints").is_dir() and not (path / "config.json").exists():
+        newest, passed = manifest.find_newest(path / "checkpoints")
+        if newest is None:
+            raise CheckpointError(f"{path} holds no whole checkpoint{''.join(f'; {text}' for text in passed)}")
+        return newest
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{given} is no model: it has no config.json; give a checkpoint, a Hugging Face folder or a run's folder")
+    return path
+
+
+def make_config(folder: Path, words: Sequence[str]) -> Config:
+    """The settings of an evaluation: what the folder says, with `section.key=value` words laid over it."""
+    raw: dict[str, Any] = {"run": {"output_dir": f"runs/evaluate/{folder.resolve().name}"}, "data": {}, "parallel": {},
+                           "train": {"micro_batch_size": 8, "dtype": _own_dtype(folder)}}  # fmt: skip
+    if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists():
+        raw["data"]["tokenizer"] = str(folder)
+    for word in words:
+        name = word.partition("=")[0]
+        if name not in USED:
+            raise ConfigError(name, word.partition("=")[2], "is not read by `megatrain evaluate`", f"it reads {', '.join(USED)}")
+        configuration.lay_over(raw, word)
+    config = configuration.from_dict({**raw, "model": str(folder), "train": {**raw["train"], "steps": 0}})
+    train = dataclasses.replace(config.train, global_batch_size=config.train.micro_batch_size * (config.parallel.data or 1))
+    config = dataclasses.replace(config, train=train, data=dataclasses.replace(config.data, sequence_length=config.parallel.tensor))
+    configuration.check(config)
+    return config
+
+
+def _own_dtype(folder: Path) -> str:
+    """The model's own, but fp32 for fp16 on CPUs, where it is not computed in."""
+    raw = manifest.read_json(folder / "config.json")
+    own = _DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch."), "fp32")
+    return "fp32" if own == "fp16" and not machine.has_gpu() else own
+
+
+def describe_settings(subject: Subject, config: Config, world_size: int) -> dict[str, Any]:
+    """What a figure may depend on, for the results file."""
+    p = config.parallel
+    return {"window": subject.window, "stride": subject.stride, "field": subject.field, "dtype": config.train.dtype,
+            "tokenizer": config.data.tokenizer, "tensor": p.tensor, "pipeline": p.pipeline, "data": config.data_size(world_size),
+            "sequence": p.sequence, "micro_batch_size": config.train.micro_batch_size}  # fmt: skip
+
