@@ -33,6 +33,8 @@ VERBS = {
     "xray": Verb("megatrain.xray_verb", "see where a run's time went, with advice"),
     "convert": Verb("megatrain.convert_verb", "turn a checkpoint into another kind, proven"),
     "evaluate": Verb("megatrain.evaluate", "measure a model: perplexity, multiple choice, lm-evaluation-harness"),
+    "inspect": Verb("megatrain.inspect_verb", "see what a checkpoint holds, and whether it is whole"),
+    "generate": Verb("megatrain.generate_verb", "let a model go on with a text"),
     "config": Verb("megatrain.config_verb", "show every setting and its meaning, or a config as it resolves"),
 }
 

@@ -28,15 +28,18 @@ class Hints(NamedTuple):
     vocab_size: int | None = None
 
 
-def open_source(path: Path, hints: Hints) -> Source:
-    """The source at the path, as the kind of folder it is; CheckpointError when it is none that is known."""
+def open_source(path: Path, hints: Hints, *, checked: bool = True) -> Source:
+    """The source at the path, as the kind of folder it is; CheckpointError when it is none that is known.
+
+    `checked` compares the files of a checkpoint of ours with their hashes first.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
     folder = model_folder(path)
     if (folder / "config.json").is_file():
         if hints.config is not None or hints.vocab_size is not None:
             raise CheckpointError(f"{folder} has a config.json of its own; leave --config and --vocab-size out")
-        return open_folder(folder, hashes=True)
+        return open_folder(folder, checked=checked)
     iteration = find_iteration(path)
     if iteration is not None:
         return _megatron(read_ranks(iteration), hints)

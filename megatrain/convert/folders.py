@@ -42,17 +42,20 @@ class HuggingFaceFolder:
                 homes[whole] = name
         tied = self.config.tie_word_embeddings and "lm_head.weight" not in expected
         if tied and "lm_head.weight" in homes:
-            self._check_copy(homes.pop("lm_head.weight"), homes)
+            self._check_copy(homes.pop("lm_head.weight"), homes.get(next(iter(expected))))
         self._homes = homes
 
-    def _check_copy(self, head: str, homes: dict[str, str]) -> None:
-        embedding = next((home for name, home in homes.items() if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))), None)
+    def _check_copy(self, head: str, embedding: str | None) -> None:
         if embedding is None or not same_values(self._tensors, head, embedding):
             raise CheckpointError(f"{self.folder} holds {head} with other values than the embedding, and its config ties them; "
                                   "set tie_word_embeddings to false in its config.json, or remove the tensor")  # fmt: skip
 
     def names(self) -> list[str]:
         return list(self._homes)
+
+    def file(self, name: str) -> Path:
+        """The file that holds the tensor."""
+        return self._tensors.file(self._homes[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors.shape(self._homes[name])
@@ -65,12 +68,12 @@ class HuggingFaceFolder:
 
 
 class Checkpoint(HuggingFaceFolder):
-    """A checkpoint of ours; its files are checked against its manifest."""
+    """A checkpoint of ours; its files are checked against its manifest when it is to be trusted."""
 
     kind = "megatrain checkpoint"
 
-    def __init__(self, folder: Path, config: Any, *, hashes: bool) -> None:
-        wrong = manifest.problem(folder, hashes=hashes)
+    def __init__(self, folder: Path, config: Any, *, checked: bool) -> None:
+        wrong = manifest.problem(folder, hashes=True) if checked else None
         if wrong is not None:
             raise CheckpointError(f"{folder} {wrong}; choose another checkpoint")
         super().__init__(folder, config)
@@ -114,9 +117,9 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
     return folder.glob("step-*")
 
 
-def open_folder(path: Path, *, hashes: bool) -> HuggingFaceFolder:
+def open_folder(path: Path, *, checked: bool) -> HuggingFaceFolder:
     """A folder with a config.json, as the kind it is."""
     config = load_config(str(path))
     if (path / "trainer.json").exists() or (path / manifest.MANIFEST).exists():
-        return Checkpoint(path, config, hashes=hashes)
+        return Checkpoint(path, config, checked=checked)
     return HuggingFaceFolder(path, config)
