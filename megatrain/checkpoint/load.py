@@ -1,15 +1,19 @@
-"""Takes a run up again from a checkpoint, on the layout that wrote it, bit for bit."""
+"""Takes a run up again from a checkpoint: bit for bit on the layout that wrote it, to rounding on any other.
+
+What a resume must not change is refused, since the run would no longer be the one that was begun: the model, the update rule,
+and what decides which samples come next. Layout, ZeRO, schedule, offload and dtype may change.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
+import torch.distributed as dist
 
 from megatrain.checkpoint import manifest
+from megatrain.checkpoint.optimizer_folder import OptimizerFolder
 from megatrain.checkpoint.save import Progress, layout
 from megatrain.config import Config
 from megatrain.errors import CheckpointError
@@ -40,49 +44,88 @@ def choose(config: Config) -> tuple[Path | None, str]:
     return path, f"resuming from {path}, as train.resume names it{instead}"
 
 
-def check(path: Path, config: Config, architecture: Architecture, *, data_size: int | None = None) -> None:
-    """Refuse a checkpoint of another model; needs no ranks."""
-    trainer = manifest.read_json(path / "trainer.json")
+def check(path: Path, config: Config, architecture: Architecture) -> None:
+    """Refuse a checkpoint of another model or rule, or whose samples would not go on; needs no ranks."""
+    trainer = read_trainer(path)
     ignored = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
     ours = json.loads(json.dumps(architecture.config.to_dict(), default=str))
-    for name in sorted(set(ours) | set(trainer["model"])):
-        there, here = trainer["model"].get(name), ours.get(name)
+    for name in sorted(set(ours) | set(trainer.model)):
+        there, here = trainer.model.get(name), ours.get(name)
         if name not in ignored and there != here:
             raise CheckpointError(f"{path} is of another model: its {name} is {there} and the run's is {here}")
+    _check_same(path, config, trainer)
 
 
 def load(path: Path, *, zero: Zero, config: Config, grid: Grid) -> Progress:
-    """Fill masters, states and weights from this rank's file; all ranks call it together."""
-    trainer = manifest.read_json(path / "trainer.json")
-    for name, here in layout(config, grid).items():
-        there = trainer["layout"].get(name)
-        if there != here:
-            raise CheckpointError(f"{path} was written with {name}={there} and this run has {name}={here}; "
-                                  f"resume with {name}={there}, or start another run")  # fmt: skip
-    file = path / "optimizer" / f"rank-{grid.rank:05d}.safetensors"
-    try:
-        _fill(file, zero)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
-    zero.updates = trainer["updates"]
+    """Fill masters, states and weights from the pieces that are this rank's; all ranks call it together."""
+    trainer = read_trainer(path)
+    folder = OptimizerFolder(path / "optimizer")
+    wanted = set()
+    for fragment in zero.fragments():
+        folder.fill(fragment)
+        wanted.add(fragment.sharding.name)
+    everyone: list[Any] = [None] * grid.world_size
+    dist.all_gather_object(everyone, wanted)
+    unused = folder.names().difference(*everyone)
+    if unused:
+        raise CheckpointError(f"{folder.folder} holds {min(unused)}, which this run has no place for")
+    zero.updates = trainer.progress.updates
     zero.masters_to_weights()
-    return Progress(trainer["step"], trainer["tokens"], trainer["updates"], trainer["bad_steps"])
+    return trainer.progress
 
 
-@torch.no_grad()
-def _fill(file: Path, zero: Zero) -> None:
-    with safe_open(file, framework="pt") as source:
-        index: dict[str, Any] = {entry["key"]: entry for entry in json.loads(source.metadata()["fragments"])}
-        for fragment in zero.fragments():
-            s = fragment.sharding
-            key = f"{s.name}[{s.start}:{s.start + s.length}]"
-            entry = index.pop(key, None)
-            if entry is None or entry["fragment_start"] != fragment.start:
-                raise CheckpointError(f"{file} does not hold this rank's share of {s.name}")
-            held = {name.rpartition("/")[2] for name in source.keys() if name.startswith(f"{key}/")}  # noqa: SIM118
-            if held != set(fragment.tensors):
-                raise CheckpointError(f"{file} holds {sorted(held)} of {s.name} and this run keeps {sorted(fragment.tensors)}")
-            for name, tensor in fragment.tensors.items():
-                tensor.copy_(source.get_tensor(f"{key}/{name}"))
-        if index:
-            raise CheckpointError(f"{file} holds {next(iter(index))}, which this run has no place for")
+class Trainer(NamedTuple):
+    """What trainer.json says: where the run stood, how its model was split, its config and its model's."""
+
+    progress: Progress
+    layout: dict[str, Any]
+    config: dict[str, dict[str, Any]]
+    model: dict[str, Any]
+
+
+def read_trainer(path: Path) -> Trainer:
+    """A checkpoint's trainer.json."""
+    content = manifest.read_json(path / "trainer.json")
+    try:
+        numbers = {name: content[name] for name in Progress._fields}
+        if any(type(number) is not int or number < 0 for number in numbers.values()):
+            raise ValueError(f"{numbers} are not all natural numbers")
+        sections = {name: content["config"][name] for name in ("train", "data", "run", "optimizer")}
+        if not all(isinstance(section, dict) for section in (content["layout"], content["model"], *sections.values())):
+            raise ValueError("a section is no mapping")
+        return Trainer(Progress(**numbers), content["layout"], sections, content["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / 'trainer.json'} is damaged ({type(error).__name__} {str(error)[:120]})") from None
+
+
+def _check_same(path: Path, config: Config, trainer: Trainer) -> None:
+    """Refuse settings that a resume must not change."""
+    for section, name, why in _FIXED:
+        there, here = trainer.config[section].get(name), getattr(getattr(config, section), name)
+        if there != here:
+            raise CheckpointError(f"{path} was written with {section}.{name}={there} and this run has {here}: {why}; set "
+                                  f"{section}.{name}={there}, or start a new run from its weights with train.init_from={path}")  # fmt: skip
+
+
+_FIXED = [
+    ("optimizer", "name", "one rule's states mean nothing to another"),
+    ("train", "global_batch_size", "which samples come next follows from the step and the batch"),
+    ("data", "sequence_length", "which tokens are a sample follows from it"),
+    ("run", "seed", "the order of samples follows from it"),
+]
+
+
+def notes(path: Path, config: Config, grid: Grid) -> list[str]:
+    """What is not as it was when the checkpoint was written, in words for the user."""
+    trainer = read_trainer(path)
+    there, here = trainer.layout, layout(config, grid)
+    found = []
+    moved = [f"{name} {there.get(name)} -> {value}" for name, value in here.items() if there.get(name) != value]
+    if moved:
+        found.append(f"resuming on another layout, equal up to rounding: {', '.join(moved)}")
+    dtype = trainer.config["train"].get("dtype")
+    if dtype != config.train.dtype:
+        found.append(f"train.dtype was {dtype} and is {config.train.dtype}: fp32 masters and moments go on exactly, weights are rounded anew")
+    if trainer.config["data"].get("train") != config.data.train:
+        found.append(f"data.train was {trainer.config['data'].get('train')} and is {config.data.train}: the order goes on at the same sample")
+    return found

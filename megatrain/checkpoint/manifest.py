@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megatrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class FileRecord(NamedTuple):

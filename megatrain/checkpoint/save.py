@@ -3,7 +3,7 @@
     step-00000100/
       config.json  generation_config.json  tokenizer files
       model-0000i-of-0000n.safetensors  model.safetensors.index.json      (one file: model.safetensors)
-      optimizer/rank-00000.safetensors ...   masters and states, by tensor name and slice
+      optimizer/index.json  rank-00000.safetensors ...      masters and states, by tensor name and place
       trainer.json                           step, tokens, layout, the run's config
       manifest.json                          every file's size and hash
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatrain import config as configuration
 from megatrain.checkpoint import manifest
+from megatrain.checkpoint.optimizer_folder import NamedPiece, snapshot, write_index, write_pieces
 from megatrain.config import Config
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture
@@ -48,11 +49,10 @@ class Progress(NamedTuple):
 
 
 def layout(config: Config, grid: Grid) -> dict[str, Any]:
-    """What has to be equal for a bit-exact resume."""
+    """What was split over which ranks; a resume is bit-exact where it is the same, and exact to rounding where it is not."""
     p = config.parallel
     return {"tensor": p.tensor, "pipeline": p.pipeline, "data": grid.data.size, "zero": p.zero, "sequence": p.sequence,
-            "dtype": config.train.dtype, "optimizer": config.optimizer.name,
-            "decay_embeddings": config.optimizer.decay_embeddings}  # fmt: skip
+            "schedule": p.schedule, "offload": p.offload}  # fmt: skip
 
 
 def save(folder: Path, progress: Progress, *, zero: Zero, config: Config, architecture: Architecture, grid: Grid) -> Path:
@@ -60,8 +60,8 @@ def save(folder: Path, progress: Progress, *, zero: Zero, config: Config, archit
     final = folder / f"step-{progress.step:08d}"
     temporary = folder / f".writing-{final.name}"
     _together(lambda: _prepare(temporary) if grid.rank == 0 else None)
-    records = _together(lambda: _write_share(temporary, progress, zero, config, architecture, grid))
-    _together(lambda: manifest.commit(temporary, final, _renamed(temporary, records)) if grid.rank == 0 else None,
+    shares = _together(lambda: _write_share(temporary, progress, zero, config, architecture, grid))
+    _together(lambda: manifest.commit(temporary, final, _renamed(temporary, shares, zero.states)) if grid.rank == 0 else None,
               cleanup=temporary if grid.rank == 0 else None)  # fmt: skip
     return final
 
@@ -88,16 +88,17 @@ def _prepare(temporary: Path) -> None:
 
 
 class _Share(NamedTuple):
-    """What one rank wrote: its model shards in order with their tensors, and its other files."""
+    """What one rank wrote: its model shards in order with their tensors, its pieces of the optimizer, and all files."""
 
     stage: int
     shards: list[tuple[str, dict[str, int]]]
+    pieces: list[NamedPiece]
     records: list[manifest.FileRecord]
 
 
 def _write_share(temporary: Path, progress: Progress, zero: Zero, config: Config, architecture: Architecture, grid: Grid) -> _Share:
     try:
-        written = [_write_optimizer(temporary, zero, grid)]
+        written, pieces = _write_optimizer(temporary, zero, grid)
         shards = _write_model(temporary, zero, grid)
         if grid.rank == 0:
             written += _write_descriptions(temporary, progress, config, architecture, grid)
@@ -105,24 +106,23 @@ def _write_share(temporary: Path, progress: Progress, zero: Zero, config: Config
     except (OSError, SafetensorError):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return _Share(grid.pipeline.rank, shards, records)
+    return _Share(grid.pipeline.rank, shards, pieces, records)
 
 
-def _write_optimizer(temporary: Path, zero: Zero, grid: Grid) -> Path:
-    tensors, index = {}, []
-    for fragment in zero.fragments():
-        s = fragment.sharding
-        key = f"{s.name}[{s.start}:{s.start + s.length}]"
-        count = next(iter(fragment.tensors.values())).numel()
-        index.append({"key": key, "name": s.name, "shape": s.shape, "dim": s.dim, "start": s.start, "length": s.length,
-                      "run": s.run, "stride": s.stride, "transposed": s.transposed, "counted": s.counted,
-                      "local_shape": tuple(fragment.parameter.shape),
-                      "fragment_start": fragment.start, "fragment_length": count})  # fmt: skip
-        for name, tensor in fragment.tensors.items():
-            tensors[f"{key}/{name}"] = tensor.detach().cpu().contiguous().clone()
-    path = temporary / "optimizer" / f"rank-{grid.rank:05d}.safetensors"
-    save_file(tensors, path, metadata={"fragments": json.dumps(index)})
-    return path
+def optimizer_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _write_optimizer(temporary: Path, zero: Zero, grid: Grid) -> tuple[list[Path], list[NamedPiece]]:
+    """Without ZeRO all replicas hold the same, and the first writes it."""
+    if zero.config.parallel.zero == 0 and grid.data.rank != 0:
+        return [], []
+    held = snapshot(zero.fragments())
+    if not held.pieces:
+        return [], []
+    path = temporary / "optimizer" / optimizer_file(grid.rank)
+    write_pieces(path, held)
+    return [path], held.pieces
 
 
 def _write_model(temporary: Path, zero: Zero, grid: Grid) -> list[tuple[str, dict[str, int]]]:
@@ -208,8 +208,8 @@ def _is_of_tokenizer(name: str) -> bool:
     return name.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken")) and name not in others and not name.endswith(".index.json")
 
 
-def _renamed(temporary: Path, shares: list[_Share]) -> list[manifest.FileRecord]:
-    """Give the shards Hugging Face's names and write their index."""
+def _renamed(temporary: Path, shares: list[_Share], states: Iterable[str]) -> list[manifest.FileRecord]:
+    """Give the shards Hugging Face's names and write the indices."""
     records = {entry.path: entry for share in shares for entry in share.records}
     shards = [shard for share in sorted(shares, key=lambda s: s.stage) for shard in share.shards]
     weight_map: dict[str, str] = {}
@@ -218,6 +218,9 @@ def _renamed(temporary: Path, shares: list[_Share]) -> list[manifest.FileRecord]
         (temporary / old).rename(temporary / new)
         records[new] = records.pop(old)._replace(path=new)
         weight_map |= dict.fromkeys(sizes, new)
+    pieces = {optimizer_file(rank): share.pieces for rank, share in enumerate(shares) if share.pieces}
+    written = write_index(temporary / "optimizer", pieces, states)
+    records[str(written.relative_to(temporary))] = manifest.record(temporary, written)
     if len(shards) > 1:
         index = temporary / "model.safetensors.index.json"
         total = sum(size for _, sizes in shards for size in sizes.values())

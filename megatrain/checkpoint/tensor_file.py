@@ -84,6 +84,9 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} has {size} bytes and its header tells of {end}: it is "
                                   f"{'cut short' if size < end else 'longer than it should be'}")  # fmt: skip
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
     def names(self) -> list[str]:
         return list(self._places)
 

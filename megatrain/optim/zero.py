@@ -210,6 +210,11 @@ class Zero:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
 
     @property
+    def states(self) -> tuple[str, ...]:
+        """What a fragment has tensors of."""
+        return ("master", *STATES[self.config.optimizer.name])
+
+    @property
     def updates(self) -> int:
         """Updates applied so far, as the rule's bias correction counts them."""
         return int(max((float(state["step"]) for state in self.optimizer.optimizer.state.values() if "step" in state), default=0))

@@ -215,6 +215,8 @@ class _Training:
         self.tracer = Tracer(self.trainer, self.folder)
         self.progress = Progress(0, 0, 0)
         if path is not None:
+            for words in loading.notes(path, config, self.grid) if place.rank == 0 else []:
+                logger.info(f"  {words}")
             self.progress = loading.load(path, zero=self.trainer.zero, config=config, grid=self.grid)
         self.train_loader = self._loader(sources["train"])
         self.valid_loader = self._loader(sources["valid"]) if config.train.eval_every else None
