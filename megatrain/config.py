@@ -95,7 +95,7 @@ class Train:
     keep_last: int = setting(0, "Checkpoints to keep, newest first; 0 keeps all.")
     log_every: int = setting(1, "Steps between printed lines.")
     init_from: str | None = setting(
-        None, "Hugging Face folder whose weights the run starts from; `model` and `data.tokenizer` are its own when left out. A resumed run does not read it."
+        None, "Hugging Face folder whose weights the run starts from; `model` and `data.tokenizer` are its own when left out. A resumed run does not read it, unless adapters stand on it."
     )
     resume: str = setting("auto", "`auto` takes the run's newest whole checkpoint, `never` starts afresh, a folder takes that one.")
     max_bad_steps: int = setting(5, "Steps in a row with a non-finite loss or gradient after which the run stops.")
@@ -127,6 +127,18 @@ class LrSchedule:
 
 
 @dataclass(frozen=True)
+class Lora:
+    rank: int = setting(0, "Rank of low-rank adapters beside frozen weights, saved as a PEFT adapter; 0 trains the weights themselves.")
+    alpha: float = setting(16.0, "What adapters add is multiplied by alpha / rank.")
+    dropout: float = setting(0.0, "Dropout of the adapters' input.")
+    targets: str | list[str] = setting(
+        "all-linear", "Modules of the Hugging Face model that get adapters, as [q_proj, v_proj]; all-linear is every linear of the blocks."
+    )
+    rslora: bool = setting(False, "Multiply by alpha / sqrt(rank) instead, which keeps large ranks learning (rsLoRA).")
+    dora: bool = setting(False, "Also train the norm of each output's weights, apart from their direction (DoRA).")
+
+
+@dataclass(frozen=True)
 class Config:
     run: Run = field(default_factory=Run)
     model: str | dict[str, Any] = setting("", "A Hugging Face config: a folder, a config.json, or its fields with model_type.")
@@ -135,6 +147,7 @@ class Config:
     train: Train = field(default_factory=Train)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_schedule: LrSchedule = field(default_factory=LrSchedule)
+    lora: Lora = field(default_factory=Lora)
 
     @property
     def model_ranks(self) -> int:
@@ -253,6 +266,7 @@ def check(config: Config) -> None:
         _check_schedule(config)
         _check_trace(config)
     _check_parallel(config)
+    _check_lora(config)
 
 
 def describe() -> str:
@@ -506,3 +520,21 @@ def _check_parallel(config: Config) -> None:
                           f"use {config.data.sequence_length // p.tensor * p.tensor or p.tensor}")  # fmt: skip
     if p.data is not None:
         config.microbatches(p.data)
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.lora
+    if lora.rank < 0:
+        raise ConfigError("lora.rank", lora.rank, "must not be negative", "0 trains the weights themselves")
+    if lora.rank == 0:
+        unused = [item.name for item in fields(Lora) if getattr(lora, item.name) != getattr(Lora(), item.name)]
+        if unused:
+            raise ConfigError("lora.rank", 0, f"leaves lora.{unused[0]} without effect", "set lora.rank, for example 16")
+    if lora.rank and config.train.init_from is None:
+        raise ConfigError("lora.rank", lora.rank, "freezes the weights, and without train.init_from they are random", "name a model as train.init_from")
+    if not lora.alpha > 0:
+        raise ConfigError("lora.alpha", lora.alpha, "must be more than 0")
+    if not 0 <= lora.dropout < 1:
+        raise ConfigError("lora.dropout", lora.dropout, "must be in [0, 1)")
+    if not lora.targets:
+        raise ConfigError("lora.targets", lora.targets, "names nothing", "for example [q_proj, v_proj], or all-linear")

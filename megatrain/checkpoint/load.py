@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from megatrain.checkpoint import manifest
+from megatrain.checkpoint import adapter, manifest
 from megatrain.checkpoint.optimizer_folder import OptimizerFolder
 from megatrain.checkpoint.save import Progress, layout
 from megatrain.config import Config
@@ -26,7 +26,7 @@ def choose(config: Config) -> tuple[Path | None, str]:
     """The checkpoint that `train.resume` means, and a sentence on why; a named one must be there and whole."""
     wish, folder, source = config.train.resume, Path(config.run.output_dir) / "checkpoints", config.train.init_from
     afresh = "starting afresh" if source is None else f"starting from {source}"
-    instead = "" if source is None else f"; train.init_from={source} was where the run began and is not read again"
+    instead = "" if source is None or config.lora.rank else f"; train.init_from={source} was where the run began and is not read again"
     if wish == "never":
         return None, f"{afresh}: train.resume=never"
     if wish == "auto":
@@ -47,6 +47,7 @@ def choose(config: Config) -> tuple[Path | None, str]:
 def check(path: Path, config: Config, architecture: Architecture) -> None:
     """Refuse a checkpoint of another model or rule, or whose samples would not go on; needs no ranks."""
     trainer = read_trainer(path)
+    adapter.check(path, config)
     ignored = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
     ours = json.loads(json.dumps(architecture.config.to_dict(), default=str))
     for name in sorted(set(ours) | set(trainer.model)):

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatrain import config as configuration
-from megatrain.checkpoint import manifest
+from megatrain.checkpoint import adapter, manifest
 from megatrain.checkpoint.optimizer_folder import NamedPiece, snapshot, write_index, write_pieces
 from megatrain.config import Config
 from megatrain.errors import CheckpointError
@@ -61,7 +61,7 @@ def save(folder: Path, progress: Progress, *, zero: Zero, config: Config, archit
     temporary = folder / f".writing-{final.name}"
     _together(lambda: _prepare(temporary) if grid.rank == 0 else None)
     shares = _together(lambda: _write_share(temporary, progress, zero, config, architecture, grid))
-    _together(lambda: manifest.commit(temporary, final, _renamed(temporary, shares, zero.states)) if grid.rank == 0 else None,
+    _together(lambda: manifest.commit(temporary, final, _files(temporary, shares, zero.states, config, architecture)) if grid.rank == 0 else None,
               cleanup=temporary if grid.rank == 0 else None)  # fmt: skip
     return final
 
@@ -146,13 +146,13 @@ def _write_model(temporary: Path, zero: Zero, grid: Grid) -> list[tuple[str, dic
 
 
 def _whole_tensors(zero: Zero, grid: Grid) -> Iterator[tuple[str, Tensor]]:
-    """Each whole tensor of this stage in turn, on tensor rank 0 of data rank 0; the other ranks only take part.
+    """Each whole tensor of this stage that is trained in turn, on tensor rank 0 of data rank 0; the other ranks only take part.
 
     A tensor that several parameters share (fused query, key, value) comes when the last of them was gathered.
     """
     if grid.data.rank != 0 and zero.config.parallel.zero != 3:
         return
-    mine = list(parameters(zero.stage))
+    mine = [(declaration, parameter) for declaration, parameter in parameters(zero.stage) if parameter.requires_grad]
     declarations = _declarations([replace(declaration, summed=()) for declaration, _ in mine], grid)
     last = {declaration.name: index for index, (declaration, _) in enumerate(mine)}
     building: dict[str, Tensor] = {}
@@ -206,6 +206,12 @@ def _is_of_tokenizer(name: str) -> bool:
     """Its folder may be a model's as well."""
     others = ("config.json", "generation_config.json", "trainer.json", manifest.MANIFEST)
     return name.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken")) and name not in others and not name.endswith(".index.json")
+
+
+def _files(temporary: Path, shares: list[_Share], states: Iterable[str], config: Config, architecture: Architecture) -> list[manifest.FileRecord]:
+    """All files under their final names: a model's, or an adapter's."""
+    records = _renamed(temporary, shares, states)
+    return adapter.join(temporary, records, config, architecture) if config.lora.rank else records
 
 
 def _renamed(temporary: Path, shares: list[_Share], states: Iterable[str]) -> list[manifest.FileRecord]:

@@ -21,6 +21,7 @@ class Context:
             documents; else None.
         rotations: cosines and sines of the positions for each kind of layer, for models with rotary positions.
         dropout_key: of (seed, step, microbatch); layers derive theirs from it. None in evaluation.
+        adapters: whether low-rank adapters add to what they stand beside; without them the model is the one that they began from.
     """
 
     tokens: Tensor
@@ -29,6 +30,7 @@ class Context:
     documents: Tensor | None = None
     rotations: dict[str | None, Rotation] = field(default_factory=dict)
     dropout_key: int | None = None
+    adapters: bool = True
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatrain.config import Config
 from megatrain.optim.groups import STATES, decay_groups, make_optimizer
 from megatrain.parallel.grid import Axis, Grid
-from megatrain.parallel.sharding import Sharding, parameters, sharding
+from megatrain.parallel.sharding import Sharding, declare, parameters, sharding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUCKET = 50_000_000
@@ -53,6 +53,7 @@ class Zero:
 
     Attributes:
         module: what to call for a forward: the stage, or under ZeRO 2 and 3 DeepSpeed's engine around it.
+        trained: parameters that are trained; the frozen ones have neither gradients nor masters nor states.
     """
 
     def __init__(self, stage: nn.Module, *, config: Config, grid: Grid, microbatches: int) -> None:
@@ -60,13 +61,15 @@ class Zero:
 
         self.config, self.grid, self.stage = config, grid, stage
         self.partitioned = config.parallel.zero >= 2
+        model = stage if any(parameter.requires_grad for parameter in stage.parameters()) else _with_stand_in(stage)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for declaration, parameter in parameters(stage):
             # DeepSpeed's norm: the first mark counts a parameter on every rank, the second on none.
             parameter.tensor_model_parallel = declaration.counted  # type: ignore[attr-defined]
             parameter.ds_pipe_replicated = not declaration.counted  # type: ignore[attr-defined]
-        groups = decay_groups(stage.parameters(), config.optimizer)
+        groups = decay_groups(self.trained, config.optimizer)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=stage, optimizer=make_optimizer(groups, config.optimizer), config=_engine_config(config, microbatches),
+            model=model, optimizer=make_optimizer(groups, config.optimizer), config=_engine_config(config, microbatches),
             mpu=_Mpu(grid, shard=config.parallel.zero > 0), dist_init_required=False,
         )  # fmt: skip
         self.engine.enable_backward_allreduce = self.partitioned
@@ -95,7 +98,7 @@ class Zero:
                 for parameter, grad in zip(group, grads, strict=True):
                     parameter.main_grad = grad.view_as(parameter)
         else:
-            for parameter in self.stage.parameters():
+            for parameter in self.trained:
                 parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
 
     def _sum_in_hooks(self) -> None:
@@ -110,9 +113,9 @@ class Zero:
 
             return hook
 
-        for declaration, parameter in parameters(self.stage):
-            if declaration.summed:
-                parameter.register_hook(summed(declaration.summed))
+        for parameter in self.trained:
+            if sharding(parameter).summed:
+                parameter.register_hook(summed(sharding(parameter).summed))
 
     def backward(self, output: Tensor, grad: Tensor, *, last: bool) -> None:
         """Autograd from a stage's output; gradients are accumulated in fp32 afterwards."""
@@ -121,7 +124,7 @@ class Zero:
             self.engine.backward((output * grad).sum(), scale_wrt_gas=False)
             return
         torch.autograd.backward(output, grad)
-        for parameter in self.stage.parameters():
+        for parameter in self.trained:
             # In half precision without its own buffers DeepSpeed's hook has moved the gradient to grad_accum.
             for name in ("grad", "grad_accum"):
                 if getattr(parameter, name, None) is not None:
@@ -134,7 +137,7 @@ class Zero:
             self.optimizer.zero_grad()
             self._forget_reduced()
             return
-        for parameter in self.stage.parameters():
+        for parameter in self.trained:
             parameter.main_grad.zero_()  # type: ignore[attr-defined]
 
     def _forget_reduced(self) -> None:
@@ -149,8 +152,8 @@ class Zero:
     def _sum_declared(self) -> None:
         """All-reduce main_grads over the axes their parameters declare, one message an axis."""
         by_axis: dict[tuple[int, ...], tuple[Axis, list[Tensor]]] = {}
-        for declaration, parameter in parameters(self.stage):
-            for axis in declaration.summed:
+        for parameter in self.trained:
+            for axis in sharding(parameter).summed:
                 by_axis.setdefault(axis.ranks, (axis, []))[1].append(parameter.main_grad)  # type: ignore[attr-defined]
         for axis, grads in by_axis.values():
             _all_reduce_together(grads, axis)
@@ -159,7 +162,7 @@ class Zero:
         """Average over replicas and put the result where DeepSpeed's step looks."""
         self._sum_declared()
         if self.config.parallel.zero == 0 and self.grid.data.size > 1:
-            grads = [parameter.main_grad for parameter in self.stage.parameters()]  # type: ignore[attr-defined]
+            grads = [parameter.main_grad for parameter in self.trained]  # type: ignore[attr-defined]
             _all_reduce_together(grads, self.grid.data)
             for grad in grads:
                 grad.div_(self.grid.data.size)
@@ -167,7 +170,7 @@ class Zero:
             self.optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in self.optimizer.bf16_groups]
             self.engine.buffered_allreduce_fallback(grads=None, elements_per_buffer=BUCKET)
             return
-        for parameter in self.stage.parameters():
+        for parameter in self.trained:
             if parameter.dtype == torch.float32:
                 parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
             else:
@@ -236,7 +239,7 @@ class Zero:
             state = self.optimizer.optimizer.state[flat]
             for parameter in lp_group:
                 mapping = parameter._hp_mapping
-                if mapping is None:
+                if mapping is None or not sharding(parameter).name:
                     continue
                 place = mapping.hp_fragment_address
                 held = {"master": flat.detach()} | {name: state[name] for name in STATES[self.config.optimizer.name] if name in state}
@@ -246,7 +249,7 @@ class Zero:
     def _fragments_of_weights(self) -> Iterator[Fragment]:
         keys = {"master": None, **{name: name for name in STATES[self.config.optimizer.name]}}
         view = self.optimizer._get_fp32_opt_state_partition
-        for parameter in self.stage.parameters():
+        for parameter in self.trained:
             share = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
             start = self.grid.data.rank * share
             count = max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]
@@ -270,6 +273,13 @@ class Zero:
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
+
+
+def _with_stand_in(stage: nn.Module) -> nn.Module:
+    """A stage, all of it frozen, and one number that is no part of the model: its rank must take part in DeepSpeed's norm and step."""
+    like = next(stage.parameters())
+    stand_in = declare(nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device)), Sharding("", (1,), counted=False))
+    return nn.ModuleDict({"stage": stage, "stand_in": nn.ParameterList([stand_in])})
 
 
 def _all_reduce_together(grads: list[Tensor], axis: Axis) -> None:

@@ -6,6 +6,7 @@ flight, what went in and what came out, and moves tensors as the instruction lis
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -188,9 +189,9 @@ class _Run:
         assert self.backward is not None
         self.backwards_left -= 1
         last = self.backwards_left == 0
-        if action.kind == "I":
-            with deferring(self.deferred.setdefault(key, [])):
-                self.backward(moved.output, gradient, last=last)
-        else:
+        deferred = self.deferred.setdefault(key, []) if action.kind == "I" else None
+        if not moved.output.requires_grad:
+            return None  # the first stage, all of it frozen
+        with deferring(deferred) if deferred is not None else contextlib.nullcontext():
             self.backward(moved.output, gradient, last=last)
         return None if moved.entered is None else moved.entered.grad

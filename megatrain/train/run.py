@@ -25,6 +25,7 @@ from megatrain.data.splits import Part
 from megatrain.errors import ConfigError, DataError, UserError
 from megatrain.models.architecture import Architecture, load_config, read_architecture
 from megatrain.models.decoder import LayerSpec
+from megatrain.models.lora import target_names
 from megatrain.models.parts import check_tensor_split
 from megatrain.parallel.grid import make_grid
 from megatrain.place import Place
@@ -56,7 +57,7 @@ def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
     path, _ = loading.choose(config)
     if path is not None:
         loading.check(path, config, architecture)
-    elif config.train.init_from is not None:
+    if config.train.init_from is not None and (path is None or config.lora.rank):
         Pretrained(config.train.init_from, architecture).check(whole_tensors(architecture))
     for which in _parts(config):
         task.prepare(config, which)
@@ -68,6 +69,8 @@ def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
 def _check_layout(config: Config, a: Architecture, world_size: int) -> None:
     config.microbatches(config.data_size(world_size))
     check_tensor_split(a, config.parallel.tensor)
+    if config.lora.rank:
+        target_names(a, config.lora.targets)
     rank_specs(config, a, run_schedule(config, config.data_size(world_size)).placement)
     if config.train.dtype == "fp16" and not machine.has_gpu():
         raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
@@ -209,7 +212,7 @@ class _Training:
                 logger.info(f"  data    {words}")
             logger.info(f"  {why}")
         pretrained = None
-        if path is None and config.train.init_from is not None:
+        if config.train.init_from is not None and (path is None or config.lora.rank):  # adapters' checkpoints hold no frozen weights
             pretrained = Pretrained(config.train.init_from, self.architecture)
         self.trainer = Trainer(config, self.architecture, self.grid, self.device, pretrained=pretrained)
         self.tracer = Tracer(self.trainer, self.folder)

@@ -17,6 +17,7 @@ from megatrain.models.architecture import Architecture
 from megatrain.models.context import Context
 from megatrain.models.decoder import layer_list
 from megatrain.models.initialize import initialize
+from megatrain.models.lora import add_adapters, set_magnitudes
 from megatrain.optim.learning_rate import learning_rate
 from megatrain.optim.zero import DTYPES, Zero
 from megatrain.parallel import collectives
@@ -51,10 +52,13 @@ class Trainer:
         self.schedule = run_schedule(config, grid.data.size)
         placement = self.schedule.placement
         stage = build_stage(config, architecture, grid, str(device), placement)
+        if config.lora.rank:
+            add_adapters(stage, architecture, config.lora, grid.tensor)
         if pretrained is None:
             initialize(stage, config.run.seed)
         else:
             pretrained.fill(stage, config.run.seed)
+        set_magnitudes(stage)
         self.zero = Zero(stage, config=config, grid=grid, microbatches=self.microbatches)
         if pretrained is not None:
             pretrained.fill_masters(self.zero)
@@ -160,7 +164,7 @@ class Trainer:
 
     def _largest_gradients(self) -> list[_Gradient]:
         """Of each parameter of this stage, the largest element of its gradient before anything is summed over ranks."""
-        declared = list(parameters(self.stage))
+        declared = [(declaration, parameter) for declaration, parameter in parameters(self.stage) if parameter.requires_grad]
         sizes = [0.0] * len(declared)
 
         def watch(place: int) -> Callable[[Tensor], None]:

@@ -1,0 +1,76 @@
+"""A LoRA run's checkpoint: a PEFT adapter folder, with the optimizer of the adapters alone beside it.
+
+    step-00000100/
+      adapter_config.json  adapter_model.safetensors      what `peft` loads; the base model stays where it is
+      optimizer/ ...  trainer.json  manifest.json          as in every checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatrain.checkpoint import manifest
+from megatrain.config import Config
+from megatrain.errors import CheckpointError
+from megatrain.models.architecture import Architecture
+from megatrain.models.lora import linear_names
+
+CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
+
+
+def write_config(folder: Path, config: Config, architecture: Architecture) -> None:
+    """Write adapter_config.json in PEFT's words."""
+    lora = config.lora
+    targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    if lora.targets == "all-linear":
+        targets = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_names(architecture)))
+    base = None if config.train.init_from is None else str(Path(config.train.init_from).resolve())
+    said = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
+        "r": lora.rank, "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha, "lora_dropout": lora.dropout,
+        "target_modules": targets, "use_rslora": lora.rslora, "use_dora": lora.dora, "fan_in_fan_out": architecture.transposed,
+    }  # fmt: skip
+    (folder / CONFIG).write_text(json.dumps(said, indent=2), encoding="utf-8")
+
+
+def join(folder: Path, records: list[manifest.FileRecord], config: Config, architecture: Architecture) -> list[manifest.FileRecord]:
+    """Make of a model's shards, which hold adapters alone, the one file that PEFT expects, and say what it is; returns all files."""
+    shards = [record.path for record in records if record.path.startswith("model")]
+    tensors: dict[str, Tensor] = {}
+    for name in (name for name in shards if name.endswith(".safetensors")):
+        with safe_open(folder / name, framework="pt") as source:
+            tensors |= {key: source.get_tensor(key) for key in source.keys()}  # noqa: SIM118
+    save_file(tensors, folder / MODEL, metadata={"format": "pt"})
+    for name in shards:
+        (folder / name).unlink()
+    write_config(folder, config, architecture)
+    kept = [record for record in records if record.path not in shards]
+    return [*kept, *(manifest.record(folder, folder / name) for name in (CONFIG, MODEL))]
+
+
+def check(path: Path, config: Config) -> None:
+    """Refuse a checkpoint of other adapters: its weights would fit, or not, and mean something else."""
+    there, here = _settings(path), config.lora
+    if bool(there["rank"]) != bool(here.rank):
+        words = ["whole weights", "adapters"]
+        raise CheckpointError(f"{path} holds {words[bool(there['rank'])]} and this run, with lora.rank={here.rank}, trains {words[bool(here.rank)]}; "
+                              f"set lora.rank={there['rank']}, or start another run")  # fmt: skip
+    for name in ("rank", "alpha", "targets", "rslora", "dora") if here.rank else ():
+        if there.get(name) != getattr(here, name):
+            raise CheckpointError(f"{path} was written with lora.{name}={there.get(name)} and this run has lora.{name}={getattr(here, name)}; "
+                                  f"resume with lora.{name}={there.get(name)}, or start another run")  # fmt: skip
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The `lora` section of the checkpoint's config."""
+    content = manifest.read_json(path / "trainer.json").get("config")
+    lora = content.get("lora", {"rank": 0}) if isinstance(content, dict) else None
+    if not isinstance(lora, dict) or not isinstance(lora.get("rank"), int):
+        raise CheckpointError(f"{path / 'trainer.json'} is damaged: its config says nothing that can be read of lora")
+    return lora

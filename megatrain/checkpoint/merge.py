@@ -1,0 +1,123 @@
+"""Adapters added into the model they belong to: a Hugging Face folder without adapters, which loads everywhere.
+
+Works on files alone, a shard at a time, in fp32, and stores each tensor in its own dtype. W is stored as [out, in], or as [in, out]
+where the adapter says fan_in_fan_out (GPT-2); see `models/lora.py` for the formula.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatrain.checkpoint import manifest
+from megatrain.checkpoint.adapter import CONFIG, MODEL
+from megatrain.checkpoint.tensors import Tensors
+from megatrain.errors import CheckpointError
+from megatrain.models.lora import PREFIX
+
+
+class Low(NamedTuple):
+    """One module's adapter: A [r, in], B [out, r], DoRA's magnitudes [out]."""
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None
+
+
+class Adapter:
+    """A PEFT adapter folder of ours, read whole: adapters are small.
+
+    Attributes:
+        modules: by the name of the linear in the base model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config = manifest.read_json(folder / CONFIG)
+        try:
+            rank, self.transposed = config["r"], config["fan_in_fan_out"]
+            self.scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
+            with safe_open(folder / MODEL, framework="pt") as source:
+                tensors = {name: source.get_tensor(name).float() for name in source.keys()}  # noqa: SIM118
+            names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+            self.modules = {name.removeprefix(PREFIX): Low(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"],
+                                                           tensors.get(f"{name}.lora_magnitude_vector")) for name in names}  # fmt: skip
+        except (OSError, SafetensorError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{folder} is no readable adapter: {type(error).__name__} {error}") from None
+
+    def merged(self, weight: Tensor, low: Low) -> Tensor:
+        """The weight with its adapter, in the weight's dtype and orientation."""
+        wide = weight.float().t() if self.transposed else weight.float()
+        wide = torch.addmm(wide, low.b, low.a, alpha=self.scale)
+        if low.magnitude is not None:
+            wide = wide * (low.magnitude / wide.norm(dim=1))[:, None]
+        return (wide.t() if self.transposed else wide).to(weight.dtype).contiguous()
+
+
+@torch.no_grad()
+def merge(adapter_folder: Path, base: Path, output: Path) -> Path:
+    """Write `output`, a Hugging Face folder of the base model with the adapter in its weights; it appears whole or not at all."""
+    adapter, tensors = Adapter(adapter_folder), Tensors(base)
+    homes = {_in_base(name, tensors): low for name, low in adapter.modules.items()}
+    temporary = output.with_name(f".writing-{output.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_model(temporary, adapter, tensors, homes)
+        # The config is the base's, as its weights' dtype is; what else both folders have is the adapter's.
+        _copy_others(base, temporary, but=())
+        _copy_others(adapter_folder, temporary, but=(CONFIG, "config.json", "trainer.json", "README.md"))
+        records = [manifest.record(temporary, path) for path in sorted(temporary.iterdir())]
+        manifest.commit(temporary, output, records)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{output} could not be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+def _copy_others(source: Path, target: Path, *, but: tuple[str, ...]) -> None:
+    """Copy what is no tensors: config, tokenizer, chat template."""
+    for path in source.iterdir():
+        if path.is_file() and path.name not in (manifest.MANIFEST, *but) and not path.name.endswith((".safetensors", ".bin", ".index.json")):
+            shutil.copy(path, target / path.name)
+
+
+def _in_base(module: str, tensors: Tensors) -> str:
+    """The weight's name in the base's files, which may leave out the first part of it (GPT-2's own do)."""
+    for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
+        if name in tensors:
+            return name
+    raise CheckpointError(f"{tensors.folder} holds no {module}.weight, which the adapter changes; is it the model that the adapter was trained on?")
+
+
+def _write_model(folder: Path, adapter: Adapter, tensors: Tensors, homes: dict[str, Low]) -> None:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, file in enumerate(tensors.files, start=1):
+        name = "model.safetensors" if len(tensors.files) == 1 else f"model-{number:05d}-of-{len(tensors.files):05d}.safetensors"
+        shard = {key: _merged(key, adapter, tensors, homes) for key in file.names()}
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+        total += sum(tensor.nbytes for tensor in shard.values())
+    if len(tensors.files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _merged(name: str, adapter: Adapter, tensors: Tensors, homes: dict[str, Low]) -> Tensor:
+    weight = tensors.read(name)
+    if name not in homes:
+        return weight
+    low = homes[name]
+    outputs, inputs = weight.shape[::-1] if adapter.transposed else weight.shape
+    if (low.b.shape[0], low.a.shape[1]) != (outputs, inputs):
+        raise CheckpointError(f"{tensors.folder} has {name} of shape {tuple(weight.shape)}, and {adapter.folder} is for [{low.b.shape[0]}, {low.a.shape[1]}]")
+    return adapter.merged(weight, low)

@@ -1,0 +1,167 @@
+"""Low-rank adapters beside frozen linear weights, in PEFT's names and orientation: LoRA (arXiv 2106.09685), with rsLoRA's
+scale (arXiv 2312.03732) and DoRA's magnitudes (arXiv 2402.09353) as options.
+
+    y = W x + s B A x + b          W [out, in] frozen, A [r, in], B [out, r]; s = alpha / r, under rsLoRA alpha / sqrt(r)
+    y = m/|W + s B A| (W x + s B A x) + b          DoRA: m and the norms [out], the norms held constant in the backward
+
+    W's split      A             B             m            each rank sees a share of the gradient of
+    by columns     whole         as W's rows   as B         A
+    by rows        as W's cols   whole         as B         B, m
+
+Split by rows, B A x are partial sums that join those of W x before they are reduced: no message is added. A module that several
+of our linears are pieces of (GPT-2's c_attn) has one A, which they share, and one B, of which each holds its own rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.config import Lora
+from megatrain.errors import ConfigError
+from megatrain.models.architecture import Architecture
+from megatrain.models.context import Context
+from megatrain.models.random import dropout
+from megatrain.parallel import collectives
+from megatrain.parallel.grid import Axis
+from megatrain.parallel.layers import Linear, RowLinear, linear
+from megatrain.parallel.sharding import Init, Sharding, declare, sharding
+
+PREFIX = "base_model.model."
+LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
+
+
+def linear_names(architecture: Architecture) -> list[str]:
+    """The linear modules of all blocks, in the Hugging Face model's names."""
+    sources = [architecture.names[role] for role in LINEARS if role != "gate" or architecture.gated]
+    names = [source.name.format(layer) for layer in range(architecture.num_layers) for source in sources]
+    return list(dict.fromkeys(names))
+
+
+def target_names(architecture: Architecture, targets: str | list[str]) -> set[str]:
+    """The modules that `lora.targets` means: a target is the end of a module's name, from a dot on, as PEFT reads it."""
+    names = linear_names(architecture)
+    if targets == "all-linear":
+        return set(names)
+    wanted: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        matched = {name for name in names if f".{name}".endswith(f".{target}")}
+        if not matched:
+            ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise ConfigError("lora.targets", target, "matches no linear module of the model's blocks", f"there are {ends}; or all-linear")
+        wanted |= matched
+    return wanted
+
+
+class LoraLinear(Linear):
+    """A frozen linear and its adapter, in the linear's place.
+
+    `part` is the tensor rank where the input is split among tensor ranks, so that their dropout differs.
+    """
+
+    def __init__(self, base: Linear, a: nn.Parameter, b: nn.Parameter, magnitude: nn.Parameter | None, settings: Lora) -> None:
+        super().__init__(base.weight, base.bias)
+        self.lora_a, self.lora_b, self.magnitude = a, b, magnitude
+        self.scale = scale(settings)
+        self.dropout, self.name = settings.dropout, module_name(sharding(base.weight))
+        self.rows = (base.axis, base.sequence) if isinstance(base, RowLinear) else None
+        self.part = base.axis.rank if isinstance(base, RowLinear) else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # type: ignore[override]
+        y = linear(x, self.weight)
+        if context.adapters:
+            y = self._adapted(x, y, context)
+        if self.rows is not None:
+            axis, sequence = self.rows
+            y = collectives.leave(y, axis, sequence=sequence)
+        return y if self.bias is None else y + self.bias
+
+    def _adapted(self, x: Tensor, y: Tensor, context: Context) -> Tensor:
+        """y = W x becomes W x + s B A x, or DoRA's multiple of it; partial sums where the weight is split by rows."""
+        dropped = x
+        if self.dropout > 0.0 and self.training:
+            dropped = dropout(x, self.dropout, context.mask_key("lora", self.name, self.part), training=True)
+        low = linear(linear(dropped, self.lora_a), self.lora_b) * self.scale
+        if self.magnitude is None:
+            return y + low
+        factor = (self.magnitude / self.norms()).to(y.dtype)
+        # As PEFT has it: what the magnitude adds to W x sees the dropped input too.
+        return y + (factor - 1) * (y if dropped is x else linear(dropped, self.weight)) + factor * low
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """Norm of each row of W + s B A, fp32 [out]; rows split among ranks are summed over them."""
+        whole = torch.addmm(self.weight.float(), self.lora_b.float(), self.lora_a.float(), alpha=self.scale)
+        squares = whole.square_().sum(1)
+        if self.rows is not None:
+            collectives.all_reduce(squares, self.rows[0])
+        return squares.sqrt_()
+
+
+def scale(settings: Lora) -> float:
+    return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+
+
+def module_name(weight: Sharding) -> str:
+    return weight.name.removesuffix(".weight")
+
+
+def add_adapters(stage: nn.Module, architecture: Architecture, settings: Lora, axis: Axis) -> None:
+    """Freeze every weight of the stage and put adapters, uninitialised, beside the linears that are targets."""
+    targets = target_names(architecture, settings.targets)
+    for parameter in stage.parameters():
+        parameter.requires_grad_(False)
+    shared: dict[str, nn.Parameter] = {}
+    for module in list(stage.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear) and module_name(sharding(child.weight)) in targets:
+                setattr(module, name, _adapt(child, settings, axis, shared))
+
+
+def _adapt(base: Linear, settings: Lora, axis: Axis, shared: dict[str, nn.Parameter]) -> LoraLinear:
+    weight, split = sharding(base.weight), "rows" if isinstance(base, RowLinear) else "columns"
+    name = module_name(weight)
+    if name not in shared:
+        shared[name] = _make_a(base, settings, axis, split)
+    b = _make(base, _output_part(weight, f"{PREFIX}{name}.lora_B.weight", (settings.rank,), split, axis), (base.weight.shape[0], settings.rank))
+    magnitude = None
+    if settings.dora:
+        declaration = replace(_output_part(weight, f"{PREFIX}{name}.lora_magnitude_vector", (), split, axis), kind="norm")
+        magnitude = _make(base, declaration, (base.weight.shape[0],))
+    return LoraLinear(base, shared[name], b, magnitude, settings)
+
+
+def _make_a(base: Linear, settings: Lora, axis: Axis, split: Literal["rows", "columns"] | str) -> nn.Parameter:
+    weight = sharding(base.weight)
+    inputs = weight.shape[0 if weight.transposed else 1]
+    # torch's initial weights of a linear, as PEFT takes them: kaiming-uniform with a = sqrt(5).
+    declaration = Sharding(f"{PREFIX}{module_name(weight)}.lora_A.weight", (settings.rank, inputs), init=Init(bound=inputs**-0.5))
+    if split == "columns":
+        declaration = replace(declaration, counted=axis.rank == 0, summed=(axis,) if axis.size > 1 else ())
+    elif axis.size > 1:
+        declaration = replace(declaration, dim=1, start=weight.start, length=weight.length)
+    return _make(base, declaration, (settings.rank, base.weight.shape[1]))
+
+
+def _output_part(weight: Sharding, name: str, more: tuple[int, ...], split: str, axis: Axis) -> Sharding:
+    """Of a tensor with the weight's outputs as its first dim: the part that goes with this rank's outputs."""
+    shape = (weight.shape[1 if weight.transposed else 0], *more)
+    if split == "rows":
+        return Sharding(name, shape, counted=axis.rank == 0, summed=(axis,) if axis.size > 1 else ())
+    return replace(weight, name=name, shape=shape, dim=None if weight.dim is None else 0, transposed=False, init=Init(), kind="matrix")
+
+
+def _make(base: Linear, declaration: Sharding, shape: tuple[int, ...]) -> nn.Parameter:
+    return declare(nn.Parameter(torch.empty(shape, dtype=base.weight.dtype, device=base.weight.device)), declaration)
+
+
+@torch.no_grad()
+def set_magnitudes(stage: nn.Module) -> None:
+    """DoRA's magnitudes as they start: the norms of the base weights, which must be in place, and B zero. Tensor ranks call it together."""
+    for module in stage.modules():
+        if isinstance(module, LoraLinear) and module.magnitude is not None:
+            module.magnitude.copy_(module.norms())

@@ -1,0 +1,165 @@
+"""A LoRA run's checkpoint: peft loads it with equal logits, a run goes on from it bit for bit, and it merges into its base."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from models.networks import GPT2, LLAMA, build, context, logits, transformers_twin
+from models.networks import tokens as some_tokens
+from ranks import run_ranks
+
+from megatrain import config as configuration
+from megatrain.checkpoint import adapter, manifest
+from megatrain.checkpoint import load as loading
+from megatrain.checkpoint import save as saving
+from megatrain.checkpoint.merge import merge
+from megatrain.checkpoint.optimizer_folder import OptimizerFolder
+from megatrain.checkpoint.save import Progress
+from megatrain.config import Lora
+from megatrain.data.loader import Batch
+from megatrain.errors import CheckpointError
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.lora import add_adapters
+from megatrain.parallel.grid import make_grid
+from megatrain.parallel.sharding import parameters
+
+MODELS = {"llama": {**LLAMA, "tie_word_embeddings": True}, "gpt2": GPT2}
+LORAS = {"llama": {"rank": 4, "alpha": 6, "rslora": True}, "gpt2": {"rank": 3, "alpha": 6, "dora": True, "targets": ["c_attn", "c_proj"]}}
+LENGTH, BATCH = 12, 4
+
+
+def make_config(model: str, **parallel):
+    raw = {"model": MODELS[model], "lora": LORAS[model], "run": {"seed": 5}, "parallel": parallel, "data": {"sequence_length": LENGTH},
+           "train": {"steps": 4, "global_batch_size": BATCH, "micro_batch_size": 1}, "optimizer": {"lr": 1e-2},
+           "lr_schedule": {"name": "constant"}}  # fmt: skip
+    return configuration.from_dict(raw)
+
+
+def batches(step: int, grid) -> list[Batch]:
+    rows = torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step)).split(1)[grid.data.rank :: grid.data.size]
+    position = torch.arange(LENGTH)[None]
+    return [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows]
+
+
+def train_and_resume(rank: int, world_size: int, config, folder: Path):
+    """Losses of steps 3 and 4 when all four are done in one go, and when a new trainer goes on from step 2; step 4 saved."""
+    from megatrain.train.trainer import Trainer
+
+    p, architecture = config.parallel, read_architecture(load_config(config.model))
+    grid = make_grid(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    more = {"config": config, "architecture": architecture, "grid": grid}
+    first = Trainer(config, architecture, grid, torch.device("cpu"))
+    losses = [first.step(step, batches(step, grid)).loss for step in (1, 2)]
+    path = saving.save(folder, Progress(2, 0, 2), zero=first.zero, **more)
+    losses += [first.step(step, batches(step, grid)).loss for step in (3, 4)]
+    second = Trainer(config, architecture, grid, torch.device("cpu"))
+    loading.check(path, config, architecture)
+    assert loading.load(path, zero=second.zero, config=config, grid=grid).step == 2
+    again = [second.step(step, batches(step, grid)).loss for step in (3, 4)]
+    saving.save(folder, Progress(4, 0, 4), zero=second.zero, **more)
+    return losses[2:], again, first.evaluate(lambda number: batches(9, grid), 1)
+
+
+def ours_with(model: str, folder: Path):
+    """Our layers on one rank with the adapters of the folder."""
+    layers, architecture = build(MODELS[model]), read_architecture(load_config(MODELS[model]))
+    add_adapters(layers, architecture, Lora(**LORAS[model]), make_grid(0, connect=False).tensor)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for declaration, parameter in parameters(layers):
+        if parameter.requires_grad:
+            parameter.data.copy_(declaration.take(tensors[declaration.name]))
+    return layers.eval(), architecture
+
+
+@pytest.mark.parametrize(("model", "world", "parallel"), [
+    ("llama", 4, {"tensor": 2, "pipeline": 2}), ("gpt2", 2, {"zero": 3}), ("gpt2", 2, {"tensor": 2}),
+])  # fmt: skip
+def test_peft_loads_what_a_run_goes_on_from(model, world, parallel, tmp_path):
+    from peft import PeftModel
+
+    config = make_config(model, **parallel)
+    losses, again, evaluated = run_ranks(train_and_resume, world, config, tmp_path / "checkpoints", folder=tmp_path)[0]
+    assert again == losses
+    base = tmp_path / "base"
+    transformers_twin(MODELS[model], build(MODELS[model])).save_pretrained(base)
+    saved = tmp_path / "checkpoints" / "step-00000004"
+    assert manifest.problem(saved, hashes=True) is None
+    assert not list(saved.glob("model*.safetensors"))
+    frozen = {declaration.name for declaration, _ in parameters(build(MODELS[model]))}
+    assert OptimizerFolder(saved / "optimizer").names()
+    assert not frozen & OptimizerFolder(saved / "optimizer").names()
+
+    from transformers import AutoModelForCausalLM
+
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager"), saved).eval()
+    layers, architecture = ours_with(model, saved)
+    given = some_tokens()
+    with torch.no_grad():
+        ours = logits(layers, context(architecture, given))
+        torch.testing.assert_close(theirs(input_ids=given).logits, ours, rtol=0, atol=1e-5)
+        held_out = batches(9, make_grid(0, connect=False))
+        loss = [torch.nn.functional.cross_entropy(theirs(input_ids=b.tokens).logits.flatten(0, 1), b.labels.flatten()) for b in held_out]
+        assert evaluated == pytest.approx(float(torch.stack(loss).mean()), rel=1e-6)
+
+        merged = AutoModelForCausalLM.from_pretrained(merge(saved, base, tmp_path / "merged"), attn_implementation="eager").eval()
+        torch.testing.assert_close(merged(given).logits, ours, rtol=0, atol=1e-5)
+        plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+        assert (plain(given).logits - ours).abs().max() > 1e-3
+    theirs.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    mine, other = load_file(tmp_path / "merged" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors")
+    assert mine.keys() == other.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """An adapter of llama as a checkpoint has it, without a run, and the base's folder."""
+    layers, architecture = build(MODELS["llama"]), read_architecture(load_config(MODELS["llama"]))
+    transformers_twin(MODELS["llama"], layers).save_pretrained(tmp_path / "base")
+    add_adapters(layers, architecture, Lora(**LORAS["llama"]), make_grid(0, connect=False).tensor)
+    tensors = {d.name: torch.ones(d.shape) for d, p in parameters(layers) if p.requires_grad}
+    from safetensors.torch import save_file
+
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "model.safetensors")
+    adapter.join(tmp_path / "adapter", [manifest.FileRecord("model.safetensors", 0, "")], make_config("llama"), architecture)
+    return tmp_path
+
+
+def test_merging_refuses_what_does_not_belong_together(written):
+    base = written / "base" / "model.safetensors"
+    whole = base.read_bytes()
+    other = {**LLAMA, "intermediate_size": 40}
+    transformers_twin(other, build(other)).save_pretrained(written / "other")
+    with pytest.raises(CheckpointError, match=r"has model.layers.0.mlp.* of shape \(\d+, \d+\), and .*adapter is for \[\d+, \d+\]"):
+        merge(written / "adapter", written / "other", written / "out")
+    transformers_twin(GPT2, build(GPT2)).save_pretrained(written / "gpt2")
+    with pytest.raises(CheckpointError, match=r"holds no model.layers.* is it the model"):
+        merge(written / "adapter", written / "gpt2", written / "out")
+    (written / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match="adapter is no readable adapter"):
+        merge(written / "adapter", written / "base", written / "out")
+    assert base.read_bytes() == whole
+    assert not (written / "out").exists()
+    assert not list(written.glob(".writing*"))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"rank": 0}, "holds adapters and this run, with lora.rank=0, trains whole weights; set lora.rank=4"),
+    ({"alpha": 7.0}, "lora.alpha=6.0 and this run has lora.alpha=7.0"), ({"dora": True}, "lora.dora=False and this run has lora.dora=True"),
+])  # fmt: skip
+def test_resuming_with_other_adapters_is_refused(change, words, tmp_path):
+    config = make_config("llama")
+    (tmp_path / "trainer.json").write_text(json.dumps({"config": configuration.to_dict(config)}))
+    adapter.check(tmp_path, config)
+    with pytest.raises(CheckpointError, match=words):
+        adapter.check(tmp_path, replace(config, lora=replace(config.lora, **change)))

@@ -1,0 +1,212 @@
+"""LoRA, rsLoRA and DoRA on every layout: losses, adapter gradients and norms equal peft on transformers with plain torch AdamW."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
+
+from megatrain import config as configuration
+from megatrain.data.loader import Batch
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.initialize import initialize
+from megatrain.models.lora import add_adapters, set_magnitudes
+from megatrain.models.random import normal_slice
+from megatrain.parallel.grid import make_grid
+from megatrain.parallel.sharding import parameters
+from megatrain.train.build import build_stage
+
+STEPS, BATCH, LENGTH, LR = 3, 8, 12, 1e-3
+LLAMA = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+MODELS = {
+    "llama": LLAMA,
+    "tied": {**LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 67, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64,
+             "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2},
+    "neox": {"model_type": "gpt_neox", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "phi3": {**LLAMA, "model_type": "phi3", "num_hidden_layers": 2, "pad_token_id": 0},
+}  # fmt: skip
+LAST = ["layers.3.self_attn.v_proj", "layers.3.mlp.down_proj"]
+
+
+def make_config(model: str, lora: dict, **settings):
+    values = {"train.steps": STEPS, "train.global_batch_size": BATCH, "train.micro_batch_size": 2, "data.sequence_length": LENGTH,
+              "optimizer.lr": LR, "lr_schedule.name": "constant", "optimizer.grad_clip": 0.5, "run.seed": 7} | settings  # fmt: skip
+    raw: dict = {"model": MODELS[model], "lora": {"rank": 4, "alpha": 6, **lora}}
+    for name, value in values.items():
+        section, key = name.split(".")
+        raw.setdefault(section, {})[key] = value
+    return configuration.from_dict(raw)
+
+
+def tokens(step: int) -> torch.Tensor:
+    return torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+
+
+def scrambled(name: str, shape: tuple[int, ...], value: torch.Tensor) -> torch.Tensor:
+    """B is not zero and DoRA's magnitudes are not the norms, or half of what is to be tested would be zero."""
+    return value if "lora_A" in name else value + normal_slice(99, name, shape, tuple(slice(0, size) for size in shape), std=0.1)
+
+
+def reference(model: str, lora: dict):
+    """peft on transformers and torch.optim.AdamW, one process; of ours only the initial weights."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(model, lora)
+    hf_config = load_config(MODELS[model])
+    hf_config._attn_implementation = "eager"
+    network = AutoModelForCausalLM.from_config(hf_config)
+    stage = build_stage(config, read_architecture(hf_config), make_grid(0, connect=False), "cpu")
+    add_adapters(stage, read_architecture(hf_config), config.lora, make_grid(0, connect=False).tensor)
+    initialize(stage, config.run.seed)
+    set_magnitudes(stage)
+    state, adapters = network.state_dict(), {}
+    for declaration, parameter in parameters(stage):
+        if parameter.requires_grad:
+            whole = adapters.setdefault(declaration.name, torch.full(declaration.shape, float("nan")))
+        else:
+            whole = state[declaration.name]
+        declaration.put(declaration.part_of(parameter.detach()), whole)
+    network.load_state_dict(state)
+    adapters = {name: scrambled(name, value.shape, value) for name, value in adapters.items()}
+    targets = config.lora.targets
+    network = get_peft_model(network, LoraConfig(
+        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, use_rslora=config.lora.rslora, use_dora=config.lora.dora,
+        fan_in_fan_out=model == "gpt2", task_type="CAUSAL_LM"))  # fmt: skip
+    missed = set_peft_model_state_dict(network, adapters)
+    assert not missed.unexpected_keys
+    network.train()
+    trained = {name.replace(".default", "").replace("vector.weight", "vector"): p for name, p in network.named_parameters() if p.requires_grad}
+    assert set(trained) == set(adapters)
+    decayed = [p for p in trained.values() if p.dim() > 1]
+    kept = [p for p in trained.values() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}], lr=LR,
+                                  betas=(0.9, 0.95))  # fmt: skip
+    losses, norms, gradients = [], [], {}
+    for step in range(1, STEPS + 1):
+        batch = tokens(step)
+        logits = network(input_ids=batch[:, :-1]).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), 0.5)))
+        if step == 1:
+            gradients = {name: p.grad.clone() for name, p in trained.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, norms, gradients
+
+
+@torch.no_grad()
+def scramble(zero) -> None:
+    for fragment in zero.fragments():
+        s = fragment.sharding
+        master = fragment.tensors["master"]
+        part = s.take(scrambled(s.name, s.shape, torch.zeros(s.shape)))
+        master.add_(part.flatten()[fragment.start : fragment.start + master.numel()])
+    zero.masters_to_weights()
+
+
+def run_layout(rank: int, world_size: int, config):
+    """Losses, norms, and this rank's parts of the first step's clipped gradient (Adam's first moment / 0.1)."""
+    from megatrain.train.trainer import Trainer
+
+    p = config.parallel
+    grid = make_grid(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    trainer = Trainer(config, read_architecture(load_config(config.model)), grid, torch.device("cpu"))
+    scramble(trainer.zero)
+    frozen = [(p, p.detach().clone()) for p in trainer.stage.parameters() if not p.requires_grad]
+    losses, norms, pieces = [], [], []
+    position = torch.arange(LENGTH).expand(config.train.micro_batch_size, LENGTH)
+    for step in range(1, STEPS + 1):
+        rows = tokens(step).split(config.train.micro_batch_size)[grid.data.rank :: grid.data.size]
+        report = trainer.step(step, [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows])
+        assert report.applied
+        losses.append(report.loss)
+        norms.append(report.grad_norm)
+        if step == 1:
+            for fragment in trainer.zero.fragments():
+                pieces.append((replace(fragment.sharding, summed=()), fragment.start, fragment.tensors["exp_avg"].clone() / 0.1))
+    assert all(torch.equal(p, before) and p.grad is None and not hasattr(p, "main_grad") for p, before in frozen)
+    return losses, norms, pieces
+
+
+def worst_gradient(results, gradients) -> float:
+    """Largest relative norm of the difference, over tensors; every element must have come from some rank."""
+    whole = {name: torch.full_like(g, float("nan")) for name, g in gradients.items()}
+    for _, _, pieces in results:
+        for declaration, start, values in pieces:
+            part = declaration.take(whole[declaration.name])
+            part.view(-1)[start : start + values.numel()] = values
+            declaration.put(part, whole[declaration.name])
+    worst = 0.0
+    for name, gradient in gradients.items():
+        assert not whole[name].isnan().any(), f"{name} is not whole"
+        worst = max(worst, float((whole[name] - gradient).norm() / gradient.norm()))
+    return worst
+
+
+@pytest.fixture(scope="module")
+def references():
+    cache: dict = {}
+
+    def get(model: str, lora: dict):
+        name = f"{model}{sorted(lora.items())}"
+        if name not in cache:
+            cache[name] = reference(model, lora)
+        return cache[name]
+
+    return get
+
+
+KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "last": {"targets": LAST}}
+
+
+def row(model="llama", kind="lora", world=1, **settings):
+    name = "-".join([model, kind, f"w{world}", *(f"{k}{v}" for k, v in settings.items())])
+    return pytest.param(model, kind, world, settings, id=name)
+
+
+TP, PP, TP_PP = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}
+ROWS = [
+    *[row(model, kind) for model in ("llama", "gpt2") for kind in ("lora", "rslora", "dora")],
+    # one axis
+    *[row(model, "dora", 2, **TP) for model in ("llama", "gpt2")], row("gpt2", "rslora", 2, **PP), row("gpt2", "lora", 2, **TP),
+    row(world=2), row(world=2, zero=0), row(kind="dora", world=2, zero=2), row(kind="dora", world=2, zero=3), row(world=2, offload="cpu"),
+    *[row("tied", "dora", 2, schedule=name, **PP) for name in ("interleaved", "zb-h1", "zb-v", "dualpipev")],
+    # two and three axes
+    *[row(model, kind, 4, **TP_PP) for model in ("llama", "gpt2") for kind in ("lora", "dora")],
+    *[row(model, "dora", 2, **TP) for model in ("neox", "phi3")],
+    row("gpt2", "dora", 4, zero=3, **TP), row("gpt2", "dora", 4, zero=2, sequence=True, **TP), row("tied", "dora", 4, tensor=4, sequence=True),
+    row("gpt2", "dora", 4, sequence=True, schedule="zb-v", recompute="full", **TP_PP),
+    row("tied", "lora", 4, recompute="selective", schedule="zb-h1", **PP), row("llama", "dora", 8, **TP_PP),
+    # stages, and whole ranks, without an adapter
+    row("llama", "last", 2, schedule="zb-h1", **PP), row("tied", "last", 4, **PP), row("llama", "last", 4, pipeline=4, zero=0),
+    row("llama", "last", 2, schedule="zb-v", **PP),
+]  # fmt: skip
+
+
+def layout(model: str, kind: str, settings: dict, **more):
+    """A row's config; settings that are not of `parallel` are of `train`."""
+    train = ("recompute", "micro_batch_size")
+    return make_config(model, KINDS[kind], **{f"{'train' if key in train else 'parallel'}.{key}": value for key, value in settings.items()}, **more)
+
+
+@pytest.mark.parametrize(("model", "kind", "world", "settings"), ROWS)
+def test_equals_peft(model, kind, world, settings, references, tmp_path):
+    results = run_ranks(run_layout, world, layout(model, kind, settings), folder=tmp_path)
+    losses, norms, gradients = references(model, KINDS[kind])
+    for ours, our_norms, _ in results:
+        assert ours == results[0][0]
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-5, atol=0)
+    assert worst_gradient(results, gradients) < 1e-5
