@@ -1,4 +1,4 @@
-# make install   an environment in .venv     make demo   a small model from files to transformers, on any machine
+# make install   an environment in .venv     make demo   a small model from files to transformers to answers, on any machine
 # make test      all tests                   make lint   ruff and mypy
 
 PYTHON ?= python3
@@ -19,11 +19,14 @@ install: .venv/installed
 demo: install
 	mkdir -p $(DEMO)
 	$(BIN)/python tools/gather_stdlib.py $(DEMO)/train.jsonl --valid $(DEMO)/valid.jsonl
-	$(BIN)/megatrain tokenizer $(DEMO)/train.jsonl --vocab-size 4096 --output $(DEMO)/tokenizer
+	$(BIN)/megatrain tokenizer $(DEMO)/train.jsonl --vocab-size 4096 --special-token '<|im_start|>' --special-token '<|im_end|>' --output $(DEMO)/tokenizer
 	$(BIN)/megatrain preprocess $(DEMO)/train.jsonl --tokenizer $(DEMO)/tokenizer --output $(DEMO)/train
 	$(BIN)/megatrain preprocess $(DEMO)/valid.jsonl --tokenizer $(DEMO)/tokenizer --output $(DEMO)/valid
 	$(BIN)/megatrain pretrain configs/demo_cpu.yaml
 	$(BIN)/python tools/try_model.py $(DEMO)/run
+	$(BIN)/python tools/gather_docstrings.py $(DEMO)/questions.jsonl --valid $(DEMO)/questions_valid.jsonl
+	$(BIN)/megatrain finetune configs/finetune_sft_demo_cpu.yaml
+	$(BIN)/python tools/try_chat.py $(DEMO)/chat
 
 test: install
 	$(BIN)/python -m pytest

@@ -20,16 +20,27 @@ if __name__ == "__main__":
         sys.path.insert(0, str(_folder.parent))
 
 from megatrain import pretrain
+from megatrain.config import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
     pretrain.add_arguments(parser)
+    parser.add_argument("--show-sample", action="store_true", help="print the first samples with what is learnt marked, and start nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Finetune; returns the exit code."""
-    return pretrain.train(args, verb="finetune")
+    return show_sample(args) if args.show_sample else pretrain.train(args, verb="finetune")
+
+
+def show_sample(args: argparse.Namespace, *, count: int = 3) -> int:
+    """Print the first samples of the training data as they are learnt; returns the exit code."""
+    from megatrain.train.finetuning import show
+
+    for text in show(load(args.config, args.overrides), count=count, colour=sys.stdout.isatty()):
+        print(text)
+    return 0
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def train(args: argparse.Namespace, *, verb: Literal["pretrain", "finetune"]) ->
     world_size = place.world_size if place else local_world_size(config)
     machine.set_environment(place.local_size if place else world_size)
     # Imports torch, so it comes after the environment is set.
-    from megatrain.train.run import VERBS, check_without_ranks, dry_run
+    from megatrain.train.checks import check_without_ranks, dry_run
+    from megatrain.train.run import VERBS
 
     work, task = VERBS[verb]
     if args.dry_run:

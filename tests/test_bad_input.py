@@ -17,7 +17,7 @@ from megatrain.__main__ import main
 from megatrain.config import load
 from megatrain.data.indexed import IndexedWriter
 from megatrain.errors import ConfigError
-from megatrain.train.run import check_without_ranks
+from megatrain.train.checks import check_without_ranks
 from megatrain.train.tasks import Pretraining
 
 VOCABULARY, LENGTH = 67, 16
@@ -84,7 +84,7 @@ SENTENCES = {
     "optimizer.lr=.nan": "optimizer.lr=nan must be a finite number",
     "model.num_layers=4": "model.num_layers=4 is not a field of a llama config; did you mean",
     "model.num_hidden_layers=four": "model=(llama fields) is refused by transformers: Validation error for field 'num_hidden_layers'",
-    "model.model_type=bert": "model.model_type=bert is not supported; one of gpt2, llama, mistral, qwen2, qwen3",
+    "model.model_type=bert": "model.model_type=bert is not supported; one of gpt2, ",
     "model=nowhere": "model=nowhere does not exist; give a folder, a config.json, or fields with model_type",
     "model.hidden_act=relu2": "model.hidden_act=relu2 changes the model in a way that is not built; only silu or",
     # a layout that does not fit the model

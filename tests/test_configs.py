@@ -14,6 +14,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # Ranks that each is written for, and billions of weights in its matrices (all but an input embedding and vectors).
 WRITTEN_FOR = {
     "demo_cpu": (4, 0.0024),
+    "finetune_sft_demo_cpu": (2, 0.0024),
     "gpt2_125m": (8, 0.124),
     "llama3_8b": (64, 7.50),
     "llama3_70b": (64, 69.5),
@@ -31,9 +32,12 @@ def test_the_table_above_is_complete():
 def test_a_config_runs_dry(name, capsys, monkeypatch, tmp_path):
     """Every stage's share is built, without memory, and asserted to add up to the model; data need not be there."""
     monkeypatch.chdir(tmp_path)
-    assert main(["pretrain", str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
+    verb = "finetune" if name.startswith("finetune") else "pretrain"
+    assert main([verb, str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("\nnote: there is no file") == 2
+    notes = ["there is no file"] if verb == "pretrain" else ["train.init_from=", config.load(CONFIGS / f"{name}.yaml").data.train]
+    assert all(f"\nnote: {note}" in shown for note in notes)
+    assert shown.count("\nnote: ") == (2 if verb == "pretrain" else 3)
     stages = config.load(CONFIGS / f"{name}.yaml").parallel.pipeline
     assert sum(line.split()[0].isdigit() for line in shown.splitlines() if line.startswith("  ") and line.strip()) == stages
     assert list(tmp_path.iterdir()) == []

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatrain import config as configuration
 from megatrain.checkpoint import adapter, manifest
+from megatrain.checkpoint.descriptions import Chat, write_descriptions
 from megatrain.checkpoint.optimizer_folder import NamedPiece, snapshot, write_index, write_pieces
 from megatrain.config import Config
 from megatrain.errors import CheckpointError
@@ -55,12 +56,13 @@ def layout(config: Config, grid: Grid) -> dict[str, Any]:
             "schedule": p.schedule, "offload": p.offload}  # fmt: skip
 
 
-def save(folder: Path, progress: Progress, *, zero: Zero, config: Config, architecture: Architecture, grid: Grid) -> Path:
+def save(folder: Path, progress: Progress, *, zero: Zero, config: Config, architecture: Architecture, grid: Grid,
+         chat: Chat | None = None) -> Path:  # fmt: skip
     """Write `folder/step-NNNNNNNN` and return it. A failure on any rank is raised on all, and leaves nothing new."""
     final = folder / f"step-{progress.step:08d}"
     temporary = folder / f".writing-{final.name}"
     _together(lambda: _prepare(temporary) if grid.rank == 0 else None)
-    shares = _together(lambda: _write_share(temporary, progress, zero, config, architecture, grid))
+    shares = _together(lambda: _write_share(temporary, progress, zero, config, architecture, grid, chat))
     _together(lambda: manifest.commit(temporary, final, _files(temporary, shares, zero.states, config, architecture)) if grid.rank == 0 else None,
               cleanup=temporary if grid.rank == 0 else None)  # fmt: skip
     return final
@@ -96,12 +98,13 @@ class _Share(NamedTuple):
     records: list[manifest.FileRecord]
 
 
-def _write_share(temporary: Path, progress: Progress, zero: Zero, config: Config, architecture: Architecture, grid: Grid) -> _Share:
+def _write_share(temporary: Path, progress: Progress, zero: Zero, config: Config, architecture: Architecture, grid: Grid,
+                 chat: Chat | None) -> _Share:  # fmt: skip
     try:
         written, pieces = _write_optimizer(temporary, zero, grid)
         shards = _write_model(temporary, zero, grid)
         if grid.rank == 0:
-            written += _write_descriptions(temporary, progress, config, architecture, grid)
+            written += _write_descriptions(temporary, progress, config, architecture, grid, chat)
         records = [manifest.record(temporary, path) for path in [*written, *(temporary / name for name, _ in shards)]]
     except (OSError, SafetensorError):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -183,29 +186,14 @@ def _declarations(mine: list[Sharding], grid: Grid) -> list[list[Sharding]]:
     return theirs
 
 
-def _write_descriptions(temporary: Path, progress: Progress, config: Config, architecture: Architecture, grid: Grid) -> list[Path]:
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
+def _write_descriptions(temporary: Path, progress: Progress, config: Config, architecture: Architecture, grid: Grid,
+                        chat: Chat | None) -> list[Path]:  # fmt: skip
     before = set(temporary.iterdir())
-    hf = type(architecture.config).from_dict(architecture.config.to_dict())
-    hf.architectures = [AutoModelForCausalLM._model_mapping[type(hf)].__name__]
-    hf.dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.train.dtype]
-    hf.save_pretrained(temporary)
-    GenerationConfig.from_model_config(hf).save_pretrained(temporary)
-    if config.data.tokenizer is not None:
-        for path in Path(config.data.tokenizer).iterdir():
-            if path.is_file() and _is_of_tokenizer(path.name):
-                shutil.copy(path, temporary / path.name)
+    write_descriptions(temporary, config, architecture, chat)
     trainer = {**progress._asdict(), "layout": layout(config, grid), "config": configuration.to_dict(config),
                "model": architecture.config.to_dict()}  # fmt: skip
     (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1, default=str), encoding="utf-8")
     return [path for path in temporary.iterdir() if path not in before and path.is_file() and not path.name.startswith("stage-")]
-
-
-def _is_of_tokenizer(name: str) -> bool:
-    """Its folder may be a model's as well."""
-    others = ("config.json", "generation_config.json", "trainer.json", manifest.MANIFEST)
-    return name.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken")) and name not in others and not name.endswith(".index.json")
 
 
 def _files(temporary: Path, shares: list[_Share], states: Iterable[str], config: Config, architecture: Architecture) -> list[manifest.FileRecord]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from megatrain.checkpoint.descriptions import Chat
 from megatrain.config import Config
 from megatrain.data.chat_dataset import Counts, Recipe, find_prepared, prepare, read_counts
 from megatrain.data.chat_samples import ChatSamples
+from megatrain.data.chat_template import ChatTemplate
 from megatrain.data.indexed import IndexedDataset
 from megatrain.data.permutation import keyed_integers
 from megatrain.data.samples import BlendedSamples, chosen_data, read_blend
+from megatrain.data.show_sample import show_samples
 from megatrain.data.splits import Part, split_documents
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture
@@ -53,6 +57,14 @@ class Finetuning:
         sources[0].limit = epochs * sources[0].per_epoch if epochs is not None else None
         return Source(sources[0], sources[0].per_epoch, words)
 
+    def chat(self, config: Config) -> Chat | None:
+        """The template where the config names one, and the token that ends a turn."""
+        assert config.data.tokenizer is not None, "checked in `check`"
+        template = ChatTemplate(config.data.tokenizer, file=config.data.chat_template)
+        stop = template.stop_token()
+        text = template.tokenizer.chat_template if config.data.chat_template is not None else None
+        return Chat(text, [] if stop is None else [stop])
+
 
 def describe(counts: Counts, samples: ChatSamples, config: Config) -> str:
     """What became of a file's chats, in a sentence."""
@@ -64,6 +76,14 @@ def describe(counts: Counts, samples: ChatSamples, config: Config) -> str:
         reason = "longer than that" if counts.cut else f"longer than data.sequence_length={config.data.sequence_length}"
         words += f"; {left_out:,} left out, {reason}" + (" before anything to learn" if counts.emptied else "")
     return words
+
+
+def show(config: Config, *, count: int, colour: bool) -> Iterator[str]:
+    """The first training samples, with what is learnt marked."""
+    Finetuning().check(config)
+    paths, _ = chosen_data(config.data, "train")
+    path, _ = read_blend(paths, setting="data.train")[0]
+    return show_samples(path, _recipe(config), count=count, colour=colour)
 
 
 def _open(config: Config, prefix: Path, split: str | None, which: Part, number: int) -> ChatSamples:

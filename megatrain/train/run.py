@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import time
 from pathlib import Path
@@ -22,16 +21,13 @@ from megatrain.checkpoint.save import Progress
 from megatrain.config import Config, to_yaml
 from megatrain.data.loader import Loader
 from megatrain.data.splits import Part
-from megatrain.errors import ConfigError, DataError, UserError
-from megatrain.models.architecture import Architecture, load_config, read_architecture
-from megatrain.models.decoder import LayerSpec
-from megatrain.models.lora import target_names
-from megatrain.models.parts import check_tensor_split
+from megatrain.errors import UserError
+from megatrain.models.architecture import load_config, read_architecture
 from megatrain.parallel.grid import make_grid
 from megatrain.place import Place
 from megatrain.rank import Target
 from megatrain.train import console
-from megatrain.train.build import plan_ranks, rank_specs, run_schedule, total_parameters, whole_tensors
+from megatrain.train.checks import check_without_ranks, parts_of, run_header, with_steps
 from megatrain.train.finetuning import Finetuning
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import MetricsLog
@@ -41,132 +37,6 @@ from megatrain.train.trace import Tracer
 from megatrain.train.trainer import StepReport, Trainer
 
 logger = logging.getLogger("megatrain")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# before any rank starts
-
-
-def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
-    """Refuse whatever can be seen to be wrong without a rank, and have the task's data made."""
-    task.check(config)
-    architecture = read_architecture(load_config(config.model))
-    _check_layout(config, architecture, world_size)
-    _check_tokenizer(config, architecture)
-    _check_output(config)
-    path, _ = loading.choose(config)
-    if path is not None:
-        loading.check(path, config, architecture)
-    if config.train.init_from is not None and (path is None or config.lora.rank):
-        Pretrained(config.train.init_from, architecture).check(whole_tensors(architecture))
-    for which in _parts(config):
-        task.prepare(config, which)
-        source = task.open(config, architecture, which)
-        if which == "train":
-            _with_steps(config, source)
-
-
-def _check_layout(config: Config, a: Architecture, world_size: int) -> None:
-    config.microbatches(config.data_size(world_size))
-    check_tensor_split(a, config.parallel.tensor)
-    if config.lora.rank:
-        target_names(a, config.lora.targets)
-    rank_specs(config, a, run_schedule(config, config.data_size(world_size)).placement)
-    if config.train.dtype == "fp16" and not machine.has_gpu():
-        raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
-    if config.data.sequence_length > a.max_positions:
-        raise ConfigError("data.sequence_length", config.data.sequence_length,
-                          f"is more than the model's {a.max_positions} positions", f"use at most {a.max_positions}")  # fmt: skip
-
-
-def _check_tokenizer(config: Config, a: Architecture) -> None:
-    if config.data.tokenizer is None:
-        return
-    if not Path(config.data.tokenizer).is_dir():
-        raise ConfigError("data.tokenizer", config.data.tokenizer, "is not a folder")
-    from transformers import AutoTokenizer
-
-    try:
-        size = len(AutoTokenizer.from_pretrained(config.data.tokenizer, local_files_only=True))
-    except Exception as error:
-        raise ConfigError("data.tokenizer", config.data.tokenizer, f"holds no readable tokenizer ({' '.join(str(error).split())})") from None
-    if size > a.vocab_size:
-        raise ConfigError("model.vocab_size", a.vocab_size, f"is less than the {size} tokens of data.tokenizer={config.data.tokenizer}",
-                          f"set model.vocab_size={size}")  # fmt: skip
-
-
-def _check_output(config: Config) -> None:
-    folder = Path(config.run.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})") from None
-
-
-def _parts(config: Config) -> list[Part]:
-    return ["train", "valid"] if config.train.eval_every else ["train"]
-
-
-def _with_steps(config: Config, source: Source) -> Config:
-    if config.train.epochs is not None and source.per_epoch is None:
-        raise ConfigError("train.epochs", config.train.epochs, "has no meaning for a blend of data", "give train.steps")
-    return config.with_steps(source.per_epoch or 0)
-
-
-def dry_run(config: Config, task: Task) -> str:
-    """What the run would be: layers and parameters by stage, batches, and whether its data are there."""
-    task.check(config)
-    architecture = read_architecture(load_config(config.model))
-    p = config.parallel
-    world_size = config.model_ranks * (p.data or 1)
-    _check_layout(config, architecture, world_size)
-    if config.train.init_from is not None:
-        Pretrained(config.train.init_from, architecture).check(whole_tensors(architecture))
-    data_size = config.data_size(world_size)
-    config, notes = _try_data(config, architecture, task)
-    lines = [_header(config, architecture, world_size, "(dry run)"),
-             f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
-             f"{config.train.micro_batch_size} on each of {data_size} replicas",
-             "", "pipeline rank  layers                                  parameters on each tensor rank"]  # fmt: skip
-    for number, plan in enumerate(plan_ranks(config, architecture, run_schedule(config, data_size).placement)):
-        layers = ", ".join(_span(chunk) for chunk in plan.chunks)
-        lines.append(f"{number:>13}  {layers:<40}{plan.parameters_per_rank:>15,}")
-    return "\n".join(lines + notes)
-
-
-def _try_data(config: Config, architecture: Architecture, task: Task) -> tuple[Config, list[str]]:
-    """The config with its steps where the data can say them, and what is wrong with the data."""
-    notes = []
-    for which in _parts(config):
-        try:
-            task.prepare(config, which)
-            source = task.open(config, architecture, which)
-            config = _with_steps(config, source) if which == "train" else config
-        except (DataError, ConfigError) as error:
-            notes.append(f"note: {error}")
-    return config, notes
-
-
-def _span(specs: list[LayerSpec]) -> str:
-    titles = specs[0].title if len(specs) == 1 else f"{specs[0].title} ... {specs[-1].title}"
-    return f"{len(specs)}: {titles}"
-
-
-def _header(config: Config, architecture: Architecture, world_size: int, device: str) -> str:
-    p = config.parallel
-    layout = (f"tensor {p.tensor} x pipeline {p.pipeline} x data {config.data_size(world_size)}"
-              f"{', sequence' if p.sequence else ''}, {p.schedule}, ZeRO {p.zero}")  # fmt: skip
-    return console.header(name=config.run_name, model=architecture.model_type, num_parameters=total_parameters(architecture),
-                          layout=layout, device=f"{world_size} ranks, {device}", dtype=config.train.dtype,
-                          tokens_per_step=config.tokens_per_step,
-                          steps=config.steps if config.train.epochs is None else None)  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# on every rank
 
 
 def pretrain(config: Config, place: Place) -> None:
@@ -199,13 +69,13 @@ class _Training:
         self.architecture = read_architecture(load_config(config.model))
         data_size = config.data_size(place.world_size)
         self.device = machine.device_of(place)
-        sources = {which: task.open(config, self.architecture, which) for which in _parts(config)}
-        self.config = config = _with_steps(config, sources["train"])
+        sources = {which: task.open(config, self.architecture, which) for which in parts_of(config)}
+        self.config = config = with_steps(config, sources["train"])
         self.grid = make_grid(place.rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=data_size)
         self.folder = Path(config.run.output_dir)
         if place.rank == 0:
             device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-            logger.info(_header(config, self.architecture, place.world_size, device))
+            logger.info(run_header(config, self.architecture, place.world_size, device))
         path, why = loading.choose(config)
         if place.rank == 0:
             for words in (words for source in sources.values() for words in source.words):
@@ -224,6 +94,7 @@ class _Training:
         self.train_loader = self._loader(sources["train"])
         self.valid_loader = self._loader(sources["valid"]) if config.train.eval_every else None
         self.eval_batches = _eval_batches(config, sources)
+        self.chat = task.chat(config) if place.rank == 0 else None
         self.stop_asked = False
         self.flops = flops_per_token(self.architecture.config, sequence_length=config.data.sequence_length)
         self.peak = peak_flops(torch.cuda.get_device_name(), config.train.dtype) if self.device.type == "cuda" else None
@@ -326,7 +197,7 @@ class _Training:
     def _save(self) -> None:
         checkpoints = self.folder / "checkpoints"
         path = saving.save(checkpoints, self.progress, zero=self.trainer.zero, config=self.config,
-                           architecture=self.architecture, grid=self.grid)  # fmt: skip
+                           architecture=self.architecture, grid=self.grid, chat=self.chat)  # fmt: skip
         if self.place.rank == 0:
             logger.info(f"saved {path}")
             saving.keep_newest(checkpoints, self.config.train.keep_last)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from megatrain.checkpoint.descriptions import Chat
 from megatrain.config import Config, Data
 from megatrain.data.samples import Samples, open_samples
 from megatrain.data.splits import Part
@@ -35,6 +36,9 @@ class Task(Protocol):
     def open(self, config: Config, architecture: Architecture, which: Part) -> Source:
         """Open the samples of training or validation; raises ConfigError and DataError."""
 
+    def chat(self, config: Config) -> Chat | None:
+        """What a saved folder is to say of chats."""
+
 
 class Pretraining:
     """Sequences cut from an indexed dataset's stream of tokens."""
@@ -56,3 +60,7 @@ class Pretraining:
             raise ConfigError("data.train", "(nothing)", "is missing", "give the prefix that `megatrain preprocess --output` wrote")
         return Source(open_samples(config.data, which=which, sequence_length=config.data.sequence_length, seed=config.run.seed,
                                    vocab_size=architecture.vocab_size))  # fmt: skip
+
+    def chat(self, config: Config) -> Chat | None:
+        """Nothing."""
+        return None

@@ -1,0 +1,152 @@
+"""What is done before any rank starts: everything refused that can be seen to be wrong, and a dry run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatrain import machine
+from megatrain.checkpoint import load as loading
+from megatrain.checkpoint.pretrained import Pretrained
+from megatrain.config import Config
+from megatrain.data.splits import Part
+from megatrain.errors import ConfigError, DataError
+from megatrain.models.architecture import Architecture, load_config, read_architecture
+from megatrain.models.decoder import LayerSpec
+from megatrain.models.lora import target_names
+from megatrain.models.parts import check_tensor_split
+from megatrain.train import console
+from megatrain.train.build import plan_ranks, rank_specs, run_schedule, total_parameters, whole_tensors
+from megatrain.train.tasks import Source, Task
+
+
+def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
+    """Refuse whatever can be seen to be wrong without a rank, and have the task's data made."""
+    task.check(config)
+    architecture = read_architecture(load_config(config.model))
+    _check_layout(config, architecture, world_size)
+    _check_tokenizer(config, architecture)
+    _check_output(config)
+    path, _ = loading.choose(config)
+    if path is not None:
+        loading.check(path, config, architecture)
+    if config.train.init_from is not None and (path is None or config.lora.rank):
+        Pretrained(config.train.init_from, architecture).check(whole_tensors(architecture))
+    for which in parts_of(config):
+        task.prepare(config, which)
+        source = task.open(config, architecture, which)
+        if which == "train":
+            with_steps(config, source)
+
+
+def _check_layout(config: Config, a: Architecture, world_size: int) -> None:
+    config.microbatches(config.data_size(world_size))
+    check_tensor_split(a, config.parallel.tensor)
+    if config.lora.rank:
+        target_names(a, config.lora.targets)
+    rank_specs(config, a, run_schedule(config, config.data_size(world_size)).placement)
+    if config.train.dtype == "fp16" and not machine.has_gpu():
+        raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
+    if config.data.sequence_length > a.max_positions:
+        raise ConfigError("data.sequence_length", config.data.sequence_length,
+                          f"is more than the model's {a.max_positions} positions", f"use at most {a.max_positions}")  # fmt: skip
+
+
+def _check_tokenizer(config: Config, a: Architecture) -> None:
+    if config.data.tokenizer is None:
+        return
+    if not Path(config.data.tokenizer).is_dir():
+        raise ConfigError("data.tokenizer", config.data.tokenizer, "is not a folder")
+    from transformers import AutoTokenizer
+
+    try:
+        size = len(AutoTokenizer.from_pretrained(config.data.tokenizer, local_files_only=True))
+    except Exception as error:
+        raise ConfigError("data.tokenizer", config.data.tokenizer, f"holds no readable tokenizer ({' '.join(str(error).split())})") from None
+    if size > a.vocab_size:
+        raise ConfigError("model.vocab_size", a.vocab_size, f"is less than the {size} tokens of data.tokenizer={config.data.tokenizer}",
+                          f"set model.vocab_size={size}")  # fmt: skip
+
+
+def _check_output(config: Config) -> None:
+    folder = Path(config.run.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})") from None
+
+
+def parts_of(config: Config) -> list[Part]:
+    """The data that a run reads."""
+    return ["train", "valid"] if config.train.eval_every else ["train"]
+
+
+def with_steps(config: Config, source: Source) -> Config:
+    """The config with its epochs of the training data as steps."""
+    if config.train.epochs is not None and source.per_epoch is None:
+        raise ConfigError("train.epochs", config.train.epochs, "has no meaning for a blend of data", "give train.steps")
+    return config.with_steps(source.per_epoch or 0)
+
+
+def dry_run(config: Config, task: Task) -> str:
+    """What the run would be: layers and parameters by stage, batches, and whether its data are there."""
+    task.check(config)
+    architecture = read_architecture(load_config(config.model))
+    p = config.parallel
+    world_size = config.model_ranks * (p.data or 1)
+    _check_layout(config, architecture, world_size)
+    notes = _try_weights(config, architecture)
+    data_size = config.data_size(world_size)
+    config, more = _try_data(config, architecture, task)
+    notes += more
+    lines = [run_header(config, architecture, world_size, "(dry run)"),
+             f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
+             f"{config.train.micro_batch_size} on each of {data_size} replicas",
+             "", "pipeline rank  layers                                  parameters on each tensor rank"]  # fmt: skip
+    for number, plan in enumerate(plan_ranks(config, architecture, run_schedule(config, data_size).placement)):
+        layers = ", ".join(_span(chunk) for chunk in plan.chunks)
+        lines.append(f"{number:>13}  {layers:<40}{plan.parameters_per_rank:>15,}")
+    return "\n".join(lines + notes)
+
+
+def _try_weights(config: Config, architecture: Architecture) -> list[str]:
+    """Refuse weights to start from that do not fit; what is said where there are none."""
+    folder = config.train.init_from
+    if folder is None:
+        return []
+    if not Path(folder).exists():
+        return [f"note: train.init_from={folder} does not exist"]
+    Pretrained(folder, architecture).check(whole_tensors(architecture))
+    return []
+
+
+def _try_data(config: Config, architecture: Architecture, task: Task) -> tuple[Config, list[str]]:
+    """The config with its steps where the data can say them, and what is wrong with the data."""
+    notes = []
+    for which in parts_of(config):
+        try:
+            task.prepare(config, which)
+            source = task.open(config, architecture, which)
+            config = with_steps(config, source) if which == "train" else config
+        except (DataError, ConfigError) as error:
+            notes.append(f"note: {error}")
+    return config, notes
+
+
+def _span(specs: list[LayerSpec]) -> str:
+    titles = specs[0].title if len(specs) == 1 else f"{specs[0].title} ... {specs[-1].title}"
+    return f"{len(specs)}: {titles}"
+
+
+def run_header(config: Config, architecture: Architecture, world_size: int, device: str) -> str:
+    """The lines that open a run."""
+    p = config.parallel
+    layout = (f"tensor {p.tensor} x pipeline {p.pipeline} x data {config.data_size(world_size)}"
+              f"{', sequence' if p.sequence else ''}, {p.schedule}, ZeRO {p.zero}")  # fmt: skip
+    return console.header(name=config.run_name, model=architecture.model_type, num_parameters=total_parameters(architecture),
+                          layout=layout, device=f"{world_size} ranks, {device}", dtype=config.train.dtype,
+                          tokens_per_step=config.tokens_per_step,
+                          steps=config.steps if config.train.epochs is None else None)  # fmt: skip

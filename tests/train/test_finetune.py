@@ -1,0 +1,346 @@
+"""Finetuning equals plain torch: transformers' model, tokens and masks, each chat alone and unpadded, one mean over all tokens."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).parent))
+from chat_templates import CHATML, WITH_MARKS
+from ranks import run_ranks
+from test_layouts import worst_gradient
+from test_resume import assert_same_run, metrics
+
+from megatrain import config as configuration
+from megatrain.__main__ import main
+from megatrain.data.loader import Loader
+from megatrain.data.permutation import Permutation, keyed_integers
+from megatrain.data.tokenizer import train_tokenizer
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.initialize import initialize
+from megatrain.parallel.grid import make_grid
+from megatrain.parallel.sharding import parameters
+from megatrain.train.build import build_stage
+from megatrain.train.finetuning import Finetuning
+
+VOCABULARY, LENGTH, CHATS, STEPS, LR = 290, 96, 20, 4, 1e-3
+MODEL = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Chats of very different lengths, a tokenizer, a template with marks and one without."""
+    folder = tmp_path_factory.mktemp("finetune")
+    random = np.random.default_rng(0)
+    (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 5)}))
+    train_tokenizer([folder / "text.jsonl"], vocab_size=VOCABULARY, output=folder / "tokenizer", special_tokens=["<|im_start|>", "<|im_end|>"])
+
+    def turn(role, most):
+        return {"role": role, "content": " ".join(random.choice(WORDS, random.integers(1, most)))}
+
+    for name in ("train", "valid"):
+        chats = [[turn("user", 8), turn("assistant", 12)] * int(random.integers(1, 3)) for _ in range(CHATS)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    (folder / "marks.jinja").write_text(WITH_MARKS)
+    (folder / "chatml.jinja").write_text(CHATML)
+    return folder
+
+
+def settings(files, **sections):
+    raw = {"run": {"output_dir": str(files / "run"), "seed": 7}, "model": MODEL,
+           "data": {"train": str(files / "train.jsonl"), "valid": str(files / "valid.jsonl"), "tokenizer": str(files / "tokenizer"),
+                    "chat_template": str(files / "chatml.jinja"), "sequence_length": LENGTH, "too_long": "error"},
+           "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 1},
+           "optimizer": {"lr": LR, "grad_clip": 0.5}, "lr_schedule": {"name": "constant"}}  # fmt: skip
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section}
+    return raw
+
+
+def make_config(raw):
+    config = configuration.from_dict(raw)
+    configuration.check(config)
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# truth from outside
+
+
+def read_chats(files):
+    """Each chat's tokens and mask, as transformers gives them by the template with marks, in the file's order."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(files / "tokenizer")
+    tokenizer.chat_template = WITH_MARKS
+    chats = []
+    for line in (files / "train.jsonl").read_text().splitlines():
+        made = tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        chats.append((torch.tensor(made["input_ids"]), torch.tensor(made["assistant_masks"])))
+    return chats
+
+
+def alone_order(position):
+    """The chat at a position when each has a sequence to itself."""
+    epoch, index = divmod(position, CHATS)
+    return [Permutation(CHATS, key=("chats", keyed_integers("source", 7, "train", 0)[0], epoch))(index)]
+
+
+def reference(files, chats_of_step, *, steps=STEPS, model=MODEL):
+    """Losses, norms and the first gradient; no code of ours but the initial weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = make_config({**settings(files), "model": model})
+    hf_config = load_config(model)
+    hf_config._attn_implementation = "eager"
+    network = AutoModelForCausalLM.from_config(hf_config)
+    stage = build_stage(config, read_architecture(hf_config), make_grid(0, connect=False), "cpu")
+    initialize(stage, config.run.seed)
+    state = network.state_dict()
+    for declaration, parameter in parameters(stage):
+        declaration.put(declaration.part_of(parameter.detach()), state[declaration.name])
+    network.load_state_dict(state)
+    network.train()
+    decayed, kept = ([p for p in network.parameters() if (p.dim() > 1) == large] for large in (True, False))
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.95))
+    chats = read_chats(files)
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        total, count = torch.zeros(()), 0
+        for number in chats_of_step(step):
+            tokens, mask = chats[number]
+            logits = network(tokens[None, :-1]).logits[0]
+            wanted = mask[1:] == 1
+            total = total + torch.nn.functional.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="sum")
+            count += int(wanted.sum())
+        loss = total / count
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)))
+        if step == 0:
+            gradients = {name: p.grad.clone() for name, p in network.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, norms, gradients
+
+
+def run_layout(rank, world_size, raw):
+    """Losses, norms and this rank's parts of the first gradient; and how many tokens its microbatches learn in each step."""
+    from megatrain.train.trainer import Trainer
+
+    config = make_config(raw)
+    architecture = read_architecture(load_config(config.model))
+    source = Finetuning().open(config, architecture, "train")
+    config = config.with_steps(source.per_epoch)
+    p = config.parallel
+    grid = make_grid(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    trainer = Trainer(config, architecture, grid, torch.device("cpu"))
+    loader = Loader(source.samples, global_batch_size=config.train.global_batch_size,
+                    micro_batch_size=config.train.micro_batch_size, data_rank=grid.data.rank, data_size=grid.data.size)  # fmt: skip
+    losses, norms, pieces, learnt = [], [], [], []
+    for step in range(1, config.train.steps + 1):
+        batches = loader.microbatches(step - 1)
+        learnt.append([int((batch.labels >= 0).sum()) for batch in batches])
+        report = trainer.step(step, batches)
+        losses.append(report.loss)
+        norms.append(report.grad_norm)
+        for fragment in trainer.zero.fragments() if step == 1 else []:
+            moment = fragment.tensors["exp_avg"].clone() / 0.1
+            pieces.append((replace(fragment.sharding, summed=()), tuple(fragment.parameter.shape), fragment.start, moment))
+    loader.close()
+    return losses, norms, pieces, learnt
+
+
+def prepared(raw):
+    """The config's data, made by this process as a run's first rank would."""
+    Finetuning().prepare(make_config(raw), "train")
+    return raw
+
+
+def assert_equal(results, expected):
+    losses, norms, gradients = expected
+    for ours, our_norms, *_ in results:
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-5, atol=1e-5)
+    assert worst_gradient([result[:3] for result in results], gradients) < 1e-5
+
+
+LAYOUTS = [
+    (1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (2, {}), (4, {"tensor": 2, "pipeline": 2}), (4, {"tensor": 2, "zero": 2}), (4, {"pipeline": 2}),
+    (8, {"tensor": 2, "pipeline": 2, "sequence": True}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(files):
+    return reference(files, lambda step: [chat for position in range(8 * step, 8 * step + 8) for chat in alone_order(position)])
+
+
+@pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
+def test_equals_plain_torch(world, parallel, files, alone, tmp_path):
+    assert_equal(run_ranks(run_layout, world, prepared(settings(files, parallel=parallel)), folder=tmp_path), alone)
+
+
+PACKED = [(1, {}, 2, MODEL), (1, {}, 1, GPT2), (2, {}, 1, MODEL), (4, {"tensor": 2, "pipeline": 2}, 2, MODEL), (8, {"tensor": 2, "pipeline": 2}, 1, MODEL)]
+
+
+@pytest.mark.parametrize(("world", "parallel", "micro", "model"), PACKED, ids=lambda value: value["model_type"] if "model_type" in str(value) else str(value))
+def test_packed_equals_plain_torch_on_each_chat_alone(world, parallel, micro, model, files, tmp_path):
+    """GPT-2's learned positions would show that they do not restart; rotated ones, which are relative, would not."""
+    train = {"global_batch_size": 4, "micro_batch_size": micro}
+    raw = prepared({**settings(files, parallel=parallel, data={"packing": True}, train=train), "model": model})
+    samples = Finetuning().open(make_config(raw), read_architecture(load_config(model)), "train").samples
+    assert samples.per_epoch < 0.8 * CHATS, "most share a sequence"
+    chats = {tuple(tokens.tolist()): number for number, (tokens, _) in enumerate(read_chats(files))}
+
+    def chats_of(step):
+        """Read out of the sequences themselves."""
+        found = []
+        for position in range(4 * step, 4 * step + 4):
+            sample = samples.fetch(position)
+            for document in range(sample.documents.max() + 1):
+                here = sample.tokens[sample.documents == document]
+                found += [number for tokens, number in chats.items() if tokens[:-1] == tuple(here.tolist())][:1]
+        return found
+
+    assert_equal(run_ranks(run_layout, world, raw, folder=tmp_path), reference(files, chats_of, model=model))
+
+
+def test_packed_and_alone_have_the_same_loss_and_gradient(files, tmp_path):
+    """All chats in one step, in a few sequences or each in its own."""
+    results = []
+    for packing in (False, True):
+        raw = prepared(settings(files, data={"packing": packing}, train={"steps": 1}))
+        count = Finetuning().open(make_config(raw), read_architecture(load_config(MODEL)), "train").per_epoch
+        raw["train"]["global_batch_size"] = count
+        results += run_ranks(run_layout, 1, raw, folder=tmp_path)
+    (loss, _, pieces, learnt), (packed_loss, _, packed_pieces, packed_learnt) = results
+    assert len(packed_learnt[0]) < 0.8 * len(learnt[0])
+    assert sum(learnt[0]) == sum(packed_learnt[0])
+    assert abs(loss[0] - packed_loss[0]) < 1e-6
+    for one, other in zip(pieces, packed_pieces, strict=True):
+        torch.testing.assert_close(one[3], other[3], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("world", "parallel", "micro"), [(2, {}, 8), (4, {"pipeline": 2}, 2), (1, {}, 1)], ids=str)
+def test_microbatches_and_ranks_without_anything_to_learn(world, parallel, micro, files, tmp_path):
+    """One epoch of 20 chats at 16 a step: the last step is filled with empty sequences, some of them a rank's all."""
+    train = {"steps": None, "epochs": 1, "global_batch_size": 16, "micro_batch_size": micro}
+    results = run_ranks(run_layout, world, prepared(settings(files, parallel=parallel, train=train)), folder=tmp_path)
+    learnt = [sum(result[3][1]) if micro == 8 else min(result[3][1]) for result in results]
+    assert 0 in learnt
+    assert_equal(results, reference(files, lambda step: [alone_order(p)[0] for p in range(16 * step, min(16 * step + 16, CHATS))], steps=2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole runs
+
+
+def finetune(rank, world_size, raw):
+    from megatrain.place import Place
+    from megatrain.train.run import finetune
+
+    finetune(make_config(raw), Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
+
+
+def test_a_resumed_run_is_bit_identical_and_its_folder_speaks_in_chats(files, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def run(folder, **train):
+        raw = settings(files, run={"output_dir": str(tmp_path / folder)}, data={"packing": True}, parallel={"pipeline": 2},
+                       train={"steps": None, "epochs": 3, "global_batch_size": 4, "eval_every": 3, "eval_batches": 50, **train})  # fmt: skip
+        run_ranks(finetune, 2, raw, folder=tmp_path)
+
+    run("whole")
+    last = metrics(tmp_path / "whole")[-1]["step"]
+    assert last >= 6
+    run("parts", stop_after=3)
+    run("parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", step=last)
+    assert "epochs: 3" in (tmp_path / "whole" / "config.yaml").read_text()
+    saved = tmp_path / "whole" / "checkpoints" / f"step-{last:08d}"
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    assert tokenizer.chat_template == CHATML
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>"), 0]
+    # every validation chat once, though more batches were asked for
+    total, count = 0.0, 0
+    for line in (files / "valid.jsonl").read_text().splitlines():
+        made = tokenizer.apply_chat_template(json.loads(line)["messages"], chat_template=WITH_MARKS, return_dict=True, return_assistant_tokens_mask=True)
+        wanted = torch.tensor(made["assistant_masks"][1:]) == 1
+        tokens = torch.tensor(made["input_ids"])
+        with torch.no_grad():
+            logits = model(tokens[None, :-1]).logits[0]
+        total += float(torch.nn.functional.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="sum"))
+        count += int(wanted.sum())
+    assert abs(metrics(tmp_path / "whole")[-1]["valid_loss"] - total / count) < 1e-5
+
+
+def test_how_to_generate_is_kept_and_ends_where_answers_do(tmp_path):
+    """What the tokenizer's folder said stays, even what transformers itself would not write; weights there are not copied."""
+    from megatrain.checkpoint.descriptions import Chat, write_descriptions
+
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    for folder in (theirs, ours):
+        folder.mkdir()
+    (theirs / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false, "eos_token_id": 5}')
+    for name in ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "model.safetensors", "trainer.json", "modeling.py"):
+        (theirs / name).write_text("{}")
+    config = make_config({"model": MODEL, "data": {"tokenizer": str(theirs)}, "train": {"steps": 1}})
+    write_descriptions(ours, config, read_architecture(load_config(MODEL)), Chat("mine", [7, 5]))
+    assert json.loads((ours / "generation_config.json").read_text()) == {"temperature": 0.6, "do_sample": False, "eos_token_id": [7, 5]}
+    assert (ours / "chat_template.jinja").read_text() == "mine"
+    assert {path.name for path in ours.iterdir()} == {"config.json", "generation_config.json", "tokenizer.json", "special_tokens_map.json",
+                                                      "chat_template.jinja"}  # fmt: skip
+
+
+SENTENCES = {
+    "data.chat_template=null": "data.tokenizer={folder}/tokenizer has no chat template; give one as data.chat_template=FILE",
+    "data.tokenizer=null": "data.tokenizer=(nothing) is missing; give the model's tokenizer",
+    "data.train=null": "data.train=(nothing) is missing; give a file, folder or glob of JSONL or parquet with chats",
+    "data.train=nowhere.jsonl": "nowhere.jsonl names no file of text",
+    "data.document_mask=true": "data.document_mask=True is a setting of pretraining; leave it out: packed chats attend to themselves alone",
+    "data.train={folder}/text.jsonl": "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: messages;",
+    "data.sequence_length=24 data.too_long=error": "{folder}/train.jsonl, line 1: takes ",
+    "train.steps=null train.epochs=0": "train.epochs=0 must be at least 1",
+    "train.steps=5 train.epochs=1": "train.steps, train.tokens and train.epochs=5, None, 1 are given together; give one of them",
+    "train.steps=null train.epochs=1 lr_schedule.warmup_steps=50": "lr_schedule.warmup_steps=50 is more than the 3 steps of the schedule",
+    'train.steps=null train.epochs=1 data.train=[{{"path":"{folder}/train.jsonl","weight":1}},{{"path":"{folder}/valid.jsonl","weight":1}}]':
+        "train.epochs=1 has no meaning for a blend of data; give train.steps",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SENTENCES)
+def test_what_cannot_work_is_one_sentence(words, files, tmp_path, capfd, monkeypatch):
+    for name, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings(files, run={"output_dir": str(tmp_path / "run")})))
+    assert main(["finetune", str(file), *words.format(folder=files).split()]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: " + SENTENCES[words].format(folder=files))
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["data.packing=true", "data.chat_template=x", "data.train_on=all", "data.too_long=skip", "train.epochs=1 train.steps=null"])
+def test_pretraining_refuses_what_only_finetuning_uses(word, files, tmp_path, capfd):
+    file = tmp_path / "run.yaml"
+    raw = settings(files, run={"output_dir": str(tmp_path / "run")})
+    del raw["data"]["chat_template"]
+    file.write_text(yaml.safe_dump(raw))
+    assert main(["pretrain", str(file), *word.split()]) == 1
+    assert "finetun" in capfd.readouterr().err

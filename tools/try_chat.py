@@ -1,0 +1,85 @@
+"""Puts held-out questions to a finetuned model and to the one it came from, both in plain transformers.
+
+    python tools/try_chat.py RUN [--questions N]
+
+Prints the loss of both on all held-out answers, the trainer's own beside it, and some answers. Exits with 1 when the
+trainer's loss differs by more than rounding: what was trained is then not what others would load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from try_model import RELATIVE_TOLERANCE, trainers_loss
+
+from megatrain import config as configuration
+from megatrain.checkpoint.manifest import find_newest
+from megatrain.data.chat import read_conversation
+from megatrain.data.chat_template import ChatTemplate, Encoded
+from megatrain.data.documents import find_inputs, parse_objects, read_blocks
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print losses and answers before and after; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the finetuning run's folder")
+    parser.add_argument("--questions", type=int, default=3, help="how many answers to show")
+    args = parser.parse_args(argv)
+    config = configuration.load(args.run / "config.yaml")
+    checkpoint, _ = find_newest(args.run / "checkpoints")
+    if checkpoint is None or not isinstance(config.data.valid, str) or config.train.init_from is None:
+        print(f"error: {args.run} holds no whole checkpoint, or no data.valid or train.init_from to compare with", file=sys.stderr)
+        return 1
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    template = ChatTemplate(checkpoint)
+    before, after = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (config.train.init_from, checkpoint))
+    chats = [read_conversation(record) for block in read_blocks(find_inputs([config.data.valid]).files, field=None)
+             for _, record in parse_objects(block)[0]]  # fmt: skip
+    for chat in chats[:: max(1, len(chats) // args.questions)][: args.questions]:
+        print(f"\n{chat.messages[0]['content']}")
+        print(f"  before  {answer(before, template.tokenizer, chat.messages[:-1])}")
+        print(f"  after   {answer(after, template.tokenizer, chat.messages[:-1])}")
+        print(f"  wanted  {chat.messages[-1]['content']}")
+    encoded = [template.encode(chat, train_on=config.data.train_on) for chat in chats]
+    trainers = trainers_loss(args.run, step=int(checkpoint.name.removeprefix("step-")))
+    plain = loss(after, encoded)
+    print(f"\nloss on {len(chats)} held-out answers  {loss(before, encoded):.4f} before, {plain:.4f} after, {trainers:.4f} as the trainer said")
+    if abs(plain / trainers - 1) > RELATIVE_TOLERANCE[config.train.dtype]:
+        print(f"error: losses {plain:.6f} and {trainers:.6f} differ by more than rounding", file=sys.stderr)
+        return 1
+    return 0
+
+
+@torch.inference_mode()
+def loss(model: torch.nn.Module, chats: list[Encoded]) -> float:
+    """Mean over all tokens that are learnt."""
+    total, count = 0.0, 0
+    for start in range(0, len(chats), 32):
+        some = chats[start : start + 32]
+        # Padding comes after a chat, where nothing of it looks.
+        ids, wanted = (pad_sequence([torch.from_numpy(chat[field]) for chat in some], batch_first=True) for field in (0, 1))
+        logits = model(ids[:, :-1]).logits[wanted[:, 1:]]
+        total += float(torch.nn.functional.cross_entropy(logits, ids[:, 1:][wanted[:, 1:]], reduction="sum"))
+        count += len(logits)
+    return total / count
+
+
+def answer(model: Any, tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """The model's likeliest answer that says no three tokens twice, on one line, up to where it ends or 40 tokens."""
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=40, do_sample=False,
+                            no_repeat_ngram_size=3, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
+    return json.dumps(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False), ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
