@@ -139,15 +139,32 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Preference:
+    beta: float | None = setting(
+        None, "How much rewards are stretched (dpo, simpo), or the comparison's share of the loss (orpo); 0.1 when left out, for simpo 2."
+    )
+    margin: float = setting(1.0, "simpo: by how much the chosen answer's reward should lead.")
+    label_smoothing: float = setting(0.0, "dpo and simpo: share of pairs in which the rejected answer may be the better one.")
+    reference: Literal["auto", "adapters-off", "beforehand"] = setting(
+        "auto", "dpo: log-probabilities of the model it began from, by a forward without adapters in each step, or computed before the first and kept "
+        "in the run's folder; auto is the first where lora.rank is set."
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     run: Run = field(default_factory=Run)
     model: str | dict[str, Any] = setting("", "A Hugging Face config: a folder, a config.json, or its fields with model_type.")
+    task: Literal["sft", "dpo", "simpo", "orpo"] = setting(
+        "sft", "What `megatrain finetune` learns: answers as they are, or to prefer one of two (prompt, chosen, rejected)."
+    )
     data: Data = field(default_factory=Data)
     parallel: Parallel = field(default_factory=Parallel)
     train: Train = field(default_factory=Train)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_schedule: LrSchedule = field(default_factory=LrSchedule)
     lora: Lora = field(default_factory=Lora)
+    preference: Preference = field(default_factory=Preference)
 
     @property
     def model_ranks(self) -> int:
@@ -233,6 +250,8 @@ def from_dict(raw: dict[str, Any], *, base: Path = Path()) -> Config:
             raise ConfigError(name, _short(content), "is not a section of the config", _did_you_mean(name, list(sections)))
         if name == "model":
             values[name] = _model_value(content, base)
+        elif name == "task":
+            values[name] = _typed(name, content, sections[name])
         else:
             values[name] = _section(sections[name], name, content)
     return _with_folder(Config(**values), base)
@@ -267,14 +286,16 @@ def check(config: Config) -> None:
         _check_trace(config)
     _check_parallel(config)
     _check_lora(config)
+    _check_preference(config)
 
 
 def describe() -> str:
     """Every setting with its default and meaning, as `megatrain config` prints it (valid YAML)."""
     lines: list[str] = []
     for section in fields(Config):
-        if section.name == "model":
-            lines += [f"# {section.metadata['meaning']}", "model: {}", ""]
+        if section.metadata:
+            default = "{}" if section.name == "model" else section.default
+            lines += [f"# {section.metadata['meaning']}", f"{section.name}: {default}", ""]
             continue
         lines.append(f"{section.name}:")
         cls = typing.get_type_hints(Config)[section.name]
@@ -446,7 +467,7 @@ _POSITIVE = ["data.sequence_length", "parallel.tensor", "parallel.pipeline", "pa
              "lr_schedule.decay_steps"]  # fmt: skip
 _NOT_NEGATIVE = ["train.steps", "train.eval_every", "train.save_every", "train.keep_last", "train.stop_after", "run.seed",
                  "run.master_port", "optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip",
-                 "lr_schedule.warmup_steps", "lr_schedule.min_lr"]  # fmt: skip
+                 "lr_schedule.warmup_steps", "lr_schedule.min_lr", "lora.rank", "preference.margin"]  # fmt: skip
 
 
 def _value(config: Config, name: str) -> Any:
@@ -524,8 +545,6 @@ def _check_parallel(config: Config) -> None:
 
 def _check_lora(config: Config) -> None:
     lora = config.lora
-    if lora.rank < 0:
-        raise ConfigError("lora.rank", lora.rank, "must not be negative", "0 trains the weights themselves")
     if lora.rank == 0:
         unused = [item.name for item in fields(Lora) if getattr(lora, item.name) != getattr(Lora(), item.name)]
         if unused:
@@ -538,3 +557,24 @@ def _check_lora(config: Config) -> None:
         raise ConfigError("lora.dropout", lora.dropout, "must be in [0, 1)")
     if not lora.targets:
         raise ConfigError("lora.targets", lora.targets, "names nothing", "for example [q_proj, v_proj], or all-linear")
+
+
+def _check_preference(config: Config) -> None:
+    task, preference = config.task, config.preference
+    unused = {"beta": task == "sft", "margin": task != "simpo", "label_smoothing": task not in ("dpo", "simpo"), "reference": task != "dpo"}
+    for name, is_unused in unused.items():
+        if is_unused and getattr(preference, name) != getattr(Preference(), name):
+            raise ConfigError(f"preference.{name}", getattr(preference, name), f"has no effect with task={task}", "leave it out or set task")
+    if preference.beta is not None and not preference.beta > 0:
+        raise ConfigError("preference.beta", preference.beta, "must be more than 0")
+    if not 0 <= preference.label_smoothing < 0.5:
+        raise ConfigError("preference.label_smoothing", preference.label_smoothing, "must be in [0, 0.5)")
+    if preference.reference == "adapters-off" and not config.lora.rank:
+        raise ConfigError("preference.reference", "adapters-off", "needs adapters and lora.rank=0", "use beforehand, or set lora.rank")
+    if task != "sft" and config.train.micro_batch_size % 2:
+        raise ConfigError("train.micro_batch_size", config.train.micro_batch_size,
+                          f"is odd, and with task={task} the two sequences of a pair go together", f"use {config.train.micro_batch_size + 1}")  # fmt: skip
+    if task != "sft" and config.data.packing:
+        raise ConfigError("data.packing", True, f"puts several samples in a sequence, and task={task} compares sequences", "set data.packing=false")
+    if task != "sft" and config.data.train_on == "all":
+        raise ConfigError("data.train_on", "all", f"has no meaning with task={task}: answers are compared", "leave it out")

@@ -27,10 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
     pretrain.add_arguments(parser)
     parser.add_argument("--show-sample", action="store_true", help="print the first samples with what is learnt marked, and start nothing")
+    parser.add_argument("--merge", action="store_true", help="add the newest checkpoint's adapters to the model they stand on, as RUN/merged, and start nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Finetune; returns the exit code."""
+    if args.merge:
+        return merge(args)
     return show_sample(args) if args.show_sample else pretrain.train(args, verb="finetune")
 
 
@@ -40,6 +43,14 @@ def show_sample(args: argparse.Namespace, *, count: int = 3) -> int:
 
     for text in show(load(args.config, args.overrides), count=count, colour=sys.stdout.isatty()):
         print(text)
+    return 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Write a LoRA run's model without adapters; returns the exit code."""
+    from megatrain.checkpoint.merge import merge_run
+
+    print(f"merged into {merge_run(load(args.config, args.overrides))}")
     return 0
 
 

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatrain.checkpoint import manifest
+from megatrain.checkpoint import adapter, load, manifest
 from megatrain.checkpoint.adapter import CONFIG, MODEL
 from megatrain.checkpoint.tensors import Tensors
-from megatrain.errors import CheckpointError
+from megatrain.config import Config
+from megatrain.errors import CheckpointError, ConfigError
 from megatrain.models.lora import PREFIX
 
 
@@ -61,16 +62,28 @@ class Adapter:
         return (wide.t() if self.transposed else wide).to(weight.dtype).contiguous()
 
 
+def merge_run(config: Config) -> Path:
+    """Merge the adapter of a run's newest checkpoint, or of the one that `train.resume` names, into RUN/merged."""
+    if config.lora.rank == 0:
+        raise ConfigError("lora.rank", 0, "makes no adapter that could be merged", "the run's checkpoints are whole models as they are")
+    assert config.train.init_from is not None, "checked with the config"
+    path, why = load.choose(config)
+    if path is None:
+        raise CheckpointError(f"there is no checkpoint to merge ({why})")
+    adapter.check(path, config)
+    return merge(path, Path(config.train.init_from), Path(config.run.output_dir) / "merged")
+
+
 @torch.no_grad()
 def merge(adapter_folder: Path, base: Path, output: Path) -> Path:
     """Write `output`, a Hugging Face folder of the base model with the adapter in its weights; it appears whole or not at all."""
-    adapter, tensors = Adapter(adapter_folder), Tensors(base)
-    homes = {_in_base(name, tensors): low for name, low in adapter.modules.items()}
+    added, tensors = Adapter(adapter_folder), Tensors(base)
+    homes = {_in_base(name, tensors): low for name, low in added.modules.items()}
     temporary = output.with_name(f".writing-{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write_model(temporary, adapter, tensors, homes)
+        _write_model(temporary, added, tensors, homes)
         # The config is the base's, as its weights' dtype is; what else both folders have is the adapter's.
         _copy_others(base, temporary, but=())
         _copy_others(adapter_folder, temporary, but=(CONFIG, "config.json", "trainer.json", "README.md"))
@@ -98,12 +111,12 @@ def _in_base(module: str, tensors: Tensors) -> str:
     raise CheckpointError(f"{tensors.folder} holds no {module}.weight, which the adapter changes; is it the model that the adapter was trained on?")
 
 
-def _write_model(folder: Path, adapter: Adapter, tensors: Tensors, homes: dict[str, Low]) -> None:
+def _write_model(folder: Path, added: Adapter, tensors: Tensors, homes: dict[str, Low]) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for number, file in enumerate(tensors.files, start=1):
         name = "model.safetensors" if len(tensors.files) == 1 else f"model-{number:05d}-of-{len(tensors.files):05d}.safetensors"
-        shard = {key: _merged(key, adapter, tensors, homes) for key in file.names()}
+        shard = {key: _merged(key, added, tensors, homes) for key in file.names()}
         save_file(shard, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
         total += sum(tensor.nbytes for tensor in shard.values())
@@ -112,12 +125,12 @@ def _write_model(folder: Path, adapter: Adapter, tensors: Tensors, homes: dict[s
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _merged(name: str, adapter: Adapter, tensors: Tensors, homes: dict[str, Low]) -> Tensor:
+def _merged(name: str, added: Adapter, tensors: Tensors, homes: dict[str, Low]) -> Tensor:
     weight = tensors.read(name)
     if name not in homes:
         return weight
     low = homes[name]
-    outputs, inputs = weight.shape[::-1] if adapter.transposed else weight.shape
+    outputs, inputs = weight.shape[::-1] if added.transposed else weight.shape
     if (low.b.shape[0], low.a.shape[1]) != (outputs, inputs):
-        raise CheckpointError(f"{tensors.folder} has {name} of shape {tuple(weight.shape)}, and {adapter.folder} is for [{low.b.shape[0]}, {low.a.shape[1]}]")
-    return adapter.merged(weight, low)
+        raise CheckpointError(f"{tensors.folder} has {name} of shape {tuple(weight.shape)}, and {added.folder} is for [{low.b.shape[0]}, {low.a.shape[1]}]")
+    return added.merged(weight, low)

@@ -20,9 +20,10 @@ import numpy as np
 
 from megatrain.data.chat import BadSample, read_conversation
 from megatrain.data.chat_samples import coded
-from megatrain.data.chat_template import ChatTemplate, TrainOn
+from megatrain.data.chat_template import ChatTemplate, Encoded, TrainOn
 from megatrain.data.documents import Block, Problem, find_inputs, parse_objects, read_blocks
 from megatrain.data.indexed import IndexedWriter
+from megatrain.data.pairs import read_pair
 from megatrain.data.progress import Progress
 from megatrain.data.workers import map_blocks
 from megatrain.errors import DataError
@@ -41,6 +42,7 @@ class Recipe(NamedTuple):
     train_on: TrainOn
     too_long: TooLong
     sequence_length: int
+    pairs: bool = False
 
 
 @dataclass
@@ -120,12 +122,9 @@ def make_encoder(recipe: Recipe) -> Callable[[Block], EncodedChats]:
         chats = []
         for number, record in records:
             try:
-                chat = _encode(record, template, recipe, counts)
+                chats += _encode(record, template, recipe, counts)
             except BadSample as error:
                 problems.append(Problem(block.path, block.form, number, str(error)))
-                continue
-            if chat is not None:
-                chats.append(chat)
         codes = np.concatenate(chats) if chats else np.empty(0, dtype=np.int64)
         problems.sort(key=lambda problem: problem.number)
         return EncodedChats(codes, [len(chat) for chat in chats], counts, problems, sum(len(r or b"") for r in block.records))
@@ -133,26 +132,34 @@ def make_encoder(recipe: Recipe) -> Callable[[Block], EncodedChats]:
     return encode
 
 
-def _encode(record: dict[str, Any], template: ChatTemplate, recipe: Recipe, counts: Counts) -> Any:
-    """The record `coded` and counted; None where it is left out."""
-    tokens, trained = template.encode(read_conversation(record), train_on=recipe.train_on)
+def encode_record(record: dict[str, Any], template: ChatTemplate, recipe: Recipe) -> list[Encoded]:
+    """The record's chat, or the two of a pair, as tokens, however long."""
+    if recipe.pairs:
+        return [template.encode(chat, train_on="completion") for chat in read_pair(record)]
+    return [template.encode(read_conversation(record), train_on=recipe.train_on)]
+
+
+def _encode(record: dict[str, Any], template: ChatTemplate, recipe: Recipe, counts: Counts) -> list[Any]:
+    """The record `coded` and counted: one chat, of a pair two; none where it is left out."""
+    chats = encode_record(record, template, recipe)
     most = recipe.sequence_length + 1
-    if len(tokens) > most:
+    longest = max(len(tokens) for tokens, _ in chats)
+    if longest > most:
         if recipe.too_long == "error":
-            rule = f"takes {len(tokens) - 1} places and data.sequence_length={recipe.sequence_length}"
+            rule = f"takes {longest - 1} places and data.sequence_length={recipe.sequence_length}"
             raise BadSample(f"{rule}; data.too_long=truncate or skip goes on")
         if recipe.too_long == "skip":
             counts.skipped += 1
-            return None
-        tokens, trained = tokens[:most], trained[:most]
-        if not trained[1:].any():
+            return []
+        chats = [Encoded(tokens[:most], trained[:most]) for tokens, trained in chats]
+        if not all(trained[1:].any() for _, trained in chats):
             counts.emptied += 1
-            return None
+            return []
         counts.cut += 1
     counts.samples += 1
-    counts.tokens += len(tokens)
-    counts.trained += int(trained[1:].sum())
-    return coded(tokens, trained)
+    counts.tokens += sum(len(tokens) for tokens, _ in chats)
+    counts.trained += sum(int(trained[1:].sum()) for _, trained in chats)
+    return [coded(tokens, trained) for tokens, trained in chats]
 
 
 def _make(files: list[Path], recipe: Recipe, prefix: Path, progress: TextIO | None) -> Counts:

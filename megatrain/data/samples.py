@@ -184,17 +184,18 @@ def _frozen(array: Int64) -> Int64:
 
 
 class BlendedSamples:
-    """Several sources mixed by weight."""
+    """Several sources mixed by weight; `each` neighbours in a source stay together."""
 
-    def __init__(self, sources: Sequence[Samples], *, weights: Sequence[float], seed: int) -> None:
+    def __init__(self, sources: Sequence[Samples], *, weights: Sequence[float], seed: int, each: int = 1) -> None:
         assert len(sources) == len(weights) > 0
-        self._sources = sources
+        self._sources, self._each = sources, each
         self._blend = Blend(weights, seed=seed)
 
     def fetch(self, position: int) -> Sample:
         """Return the sample at `position`, from the source that the blend gives it."""
-        place = self._blend.place(position)
-        return self._sources[place.source].fetch(place.position)
+        first, within = divmod(position, self._each)
+        place = self._blend.place(first)
+        return self._sources[place.source].fetch(place.position * self._each + within)
 
 
 def open_samples(data: DataSection, *, which: Part, sequence_length: int, seed: int, vocab_size: int) -> Samples:

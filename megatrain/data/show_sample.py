@@ -7,8 +7,8 @@ from itertools import islice, pairwise
 
 import numpy as np
 
-from megatrain.data.chat import BadSample, read_conversation
-from megatrain.data.chat_dataset import Recipe
+from megatrain.data.chat import BadSample
+from megatrain.data.chat_dataset import Recipe, encode_record
 from megatrain.data.chat_template import ChatTemplate, Encoded
 from megatrain.data.documents import Problem, find_inputs, parse_objects, read_blocks
 from megatrain.errors import DataError
@@ -47,9 +47,10 @@ def _samples(path: str, template: ChatTemplate, recipe: Recipe) -> Iterator[tupl
             if first_bad is not None and first_bad < number:
                 break
             try:
-                encoded = template.encode(read_conversation(record), train_on=recipe.train_on)
+                chats = encode_record(record, template, recipe)
             except BadSample as error:
                 raise DataError(str(Problem(block.path, block.form, number, str(error)))) from None
-            yield f"{block.path}, {block.form} {number}", encoded
+            for encoded in chats:
+                yield f"{block.path}, {block.form} {number}", encoded
         if problems:
             raise DataError(str(problems[0]))

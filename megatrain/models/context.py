@@ -22,6 +22,8 @@ class Context:
         rotations: cosines and sines of the positions for each kind of layer, for models with rotary positions.
         dropout_key: of (seed, step, microbatch); layers derive theirs from it. None in evaluation.
         adapters: whether low-rank adapters add to what they stand beside; without them the model is the one that they began from.
+        reference: fp32 [B], log-probabilities that the objective compares with.
+        log_probs, measured: left here by the objective, on the last stage alone; see `objective.py`.
     """
 
     tokens: Tensor
@@ -31,6 +33,9 @@ class Context:
     rotations: dict[str | None, Rotation] = field(default_factory=dict)
     dropout_key: int | None = None
     adapters: bool = True
+    reference: Tensor | None = None
+    log_probs: Tensor | None = None
+    measured: Tensor | None = None
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor | None:

@@ -17,6 +17,7 @@ from megatrain.models.attention import Attention
 from megatrain.models.context import Context
 from megatrain.models.feedforward import FeedForward
 from megatrain.models.norms import hidden_norm
+from megatrain.models.objective import Objective, TokenLoss
 from megatrain.models.parts import Parts
 from megatrain.models.random import dropout
 from megatrain.parallel import collectives
@@ -164,7 +165,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm, logits over this rank's vocabulary, and the sum of the tokens' losses (fp32 scalar)."""
+    """Final norm, logits over this rank's vocabulary, and what the objective makes of the tokens' losses (fp32 scalar)."""
 
     def __init__(self, parts: Parts, *, tied_across: bool) -> None:
         super().__init__()
@@ -174,12 +175,13 @@ class Head(nn.Module):
         self.weight = parts.vocabulary("embedding" if a.tied else "head", counted=not tied_across, summed=summed)
         self.axis, self.sequence = grid.tensor, parts.sequence
         self.start, self.vocab_size, self.cap = parts.vocab_start, a.vocab_size, a.logit_cap
+        self.objective: Objective = TokenLoss()
 
     def forward(self, flow: Flow, context: Context) -> Tensor:
         logits = self.logits(flow)
         labels = context.labels.t().reshape(-1)
         losses = vocab_cross_entropy(logits.flatten(0, 1), labels, start=self.start, vocab_size=self.vocab_size, axis=self.axis)
-        return losses.sum()
+        return self.objective(losses.unflatten(0, (context.labels.shape[1], -1)), context)
 
     def logits(self, flow: Flow) -> Tensor:
         """[S, B, V/t], this rank's part of the vocabulary."""

@@ -12,6 +12,7 @@ from megatrain.data.chat_dataset import Counts, Recipe, find_prepared, prepare, 
 from megatrain.data.chat_samples import ChatSamples
 from megatrain.data.chat_template import ChatTemplate
 from megatrain.data.indexed import IndexedDataset
+from megatrain.data.pairs import PairSamples
 from megatrain.data.permutation import keyed_integers
 from megatrain.data.samples import BlendedSamples, chosen_data, read_blend
 from megatrain.data.show_sample import show_samples
@@ -22,7 +23,7 @@ from megatrain.train.tasks import Source
 
 
 class Finetuning:
-    """Chats, with a loss on the assistant's tokens."""
+    """Chats, with a loss on the assistant's tokens; or pairs of answers to one prompt, compared."""
 
     def check(self, config: Config) -> None:
         """Refuse what only pretraining uses, and a config without data or tokenizer."""
@@ -51,7 +52,8 @@ class Finetuning:
             sources.append(samples)
             words.append(f"{path}: {describe(read_counts(prefix), samples, config)}")
         if len(sources) > 1:
-            blended = BlendedSamples(sources, weights=[weight for _, weight in blend], seed=config.run.seed)
+            blended = BlendedSamples(sources, weights=[weight for _, weight in blend], seed=config.run.seed,
+                                     each=1 if config.task == "sft" else 2)  # fmt: skip
             return Source(blended, None, words)
         epochs = config.train.epochs if which == "train" else 1
         sources[0].limit = epochs * sources[0].per_epoch if epochs is not None else None
@@ -88,17 +90,18 @@ def show(config: Config, *, count: int, colour: bool) -> Iterator[str]:
 
 def _open(config: Config, prefix: Path, split: str | None, which: Part, number: int) -> ChatSamples:
     dataset = IndexedDataset(prefix)
-    first, last = 0, dataset.num_documents
+    each, kind = (1, ChatSamples) if config.task == "sft" else (2, PairSamples)
+    first, last = 0, dataset.num_documents // each
     if split is not None:
         first, last = split_documents(last, split=split, which=which)
-    return ChatSamples(dataset, sequence_length=config.data.sequence_length, packing=config.data.packing, padding=0,
-                       seed=keyed_integers("source", config.run.seed, which, number)[0], first=first, last=last)  # fmt: skip
+    return kind(dataset, sequence_length=config.data.sequence_length, packing=config.data.packing, padding=0,
+                seed=keyed_integers("source", config.run.seed, which, number)[0], first=each * first, last=each * last)  # fmt: skip
 
 
 def _recipe(config: Config) -> Recipe:
     data = config.data
     assert data.tokenizer is not None, "checked in `check`"
-    return Recipe(data.tokenizer, data.chat_template, data.train_on, data.too_long, data.sequence_length)
+    return Recipe(data.tokenizer, data.chat_template, data.train_on, data.too_long, data.sequence_length, pairs=config.task != "sft")
 
 
 def _folder(config: Config) -> Path:

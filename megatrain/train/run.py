@@ -32,9 +32,10 @@ from megatrain.train.finetuning import Finetuning
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import MetricsLog
 from megatrain.train.picture import draw_loss
+from megatrain.train.reference import BatchesOf, make_reference
 from megatrain.train.tasks import Pretraining, Source, Task
 from megatrain.train.trace import Tracer
-from megatrain.train.trainer import StepReport, Trainer
+from megatrain.train.trainer import StepReport, Trainer, wants_reference
 
 logger = logging.getLogger("megatrain")
 
@@ -95,6 +96,8 @@ class _Training:
         self.valid_loader = self._loader(sources["valid"]) if config.train.eval_every else None
         self.eval_batches = _eval_batches(config, sources)
         self.chat = task.chat(config) if place.rank == 0 else None
+        if wants_reference(config) == "beforehand":
+            self.trainer.reference = make_reference(config, self.trainer, self._all_batches(sources), resumed=path is not None)
         self.stop_asked = False
         self.flops = flops_per_token(self.architecture.config, sequence_length=config.data.sequence_length)
         self.peak = peak_flops(torch.cuda.get_device_name(), config.train.dtype) if self.device.type == "cuda" else None
@@ -103,6 +106,14 @@ class _Training:
         train = self.config.train
         return Loader(source.samples, global_batch_size=train.global_batch_size,
                       micro_batch_size=train.micro_batch_size, data_rank=self.grid.data.rank, data_size=self.grid.data.size)  # fmt: skip
+
+    def _all_batches(self, sources: dict[Part, Source]) -> list[tuple[BatchesOf, int]]:
+        """What the run will see of training and validation data, each sequence at least once, as batches by number and how many."""
+        train = self.config.train
+        epoch = sources["train"].per_epoch
+        steps = self.config.steps if epoch is None else min(self.config.steps, -(-epoch // train.global_batch_size))
+        parts: list[tuple[BatchesOf, int]] = [(self.train_loader.microbatches, steps)]
+        return parts if self.valid_loader is None else [*parts, (self.valid_loader.microbatches, self.eval_batches)]
 
     def run(self) -> None:
         config = self.config
@@ -136,9 +147,9 @@ class _Training:
     def _first(self, metrics: MetricsLog | None) -> None:
         """Step 0: the model as initialised, evaluated if asked; saved when no step is to follow."""
         if self.valid_loader is not None:
-            loss = self._evaluate()
+            values = self._evaluate()
             if metrics is not None:
-                metrics.write(0, {"valid_loss": loss, "tokens": 0})
+                metrics.write(0, {**values, "tokens": 0})
         if self.config.steps == 0:
             self._save()
 
@@ -156,7 +167,7 @@ class _Training:
         if step % config.train.log_every == 0 and self.place.rank == 0:
             self._print(report, seconds)
         if self.valid_loader is not None and (step % config.train.eval_every == 0 or step == last):
-            values["valid_loss"] = self._evaluate()
+            values |= self._evaluate()
         if metrics is not None:
             metrics.write(step, values)
         if self.progress.bad_steps >= config.train.max_bad_steps:
@@ -179,7 +190,7 @@ class _Training:
         per_rank = rate * self.flops / self.place.world_size
         return {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr, "tokens": self.progress.tokens,
                 "seconds": seconds, "tokens_per_second": rate, "tflops_per_rank": per_rank / 1e12,
-                "mfu": per_rank / self.peak if self.peak else None, "skipped": not report.applied}  # fmt: skip
+                "mfu": per_rank / self.peak if self.peak else None, "skipped": not report.applied, **report.measures}  # fmt: skip
 
     def _print(self, report: StepReport, seconds: float) -> None:
         rate = self.config.tokens_per_step / seconds
@@ -187,12 +198,12 @@ class _Training:
             step=self.progress.step, steps=self.config.steps, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr,
             tokens_per_second=rate, flops_per_second=rate * self.flops, seconds_per_step=seconds)))  # fmt: skip
 
-    def _evaluate(self) -> float:
+    def _evaluate(self) -> dict[str, float]:
         assert self.valid_loader is not None
-        loss = self.trainer.evaluate(self.valid_loader.microbatches, self.eval_batches)
+        loss, measures = self.trainer.evaluate(self.valid_loader.microbatches, self.eval_batches)
         if self.place.rank == 0:
             logger.info(console.evaluation_line(step=self.progress.step, steps=self.config.steps, loss=loss))
-        return loss
+        return {"valid_loss": loss, **{f"valid_{name}": value for name, value in measures.items()}}
 
     def _save(self) -> None:
         checkpoints = self.folder / "checkpoints"

@@ -48,6 +48,8 @@ class Pretraining:
         for name in ("chat_template", "train_on", "packing", "too_long"):
             if getattr(config.data, name) != getattr(Data, name, None):
                 raise ConfigError(f"data.{name}", getattr(config.data, name), "is a setting of `megatrain finetune`", "leave it out")
+        if config.task != "sft":
+            raise ConfigError("task", config.task, "is a setting of `megatrain finetune`", "leave it out")
         if config.train.epochs is not None:
             raise ConfigError("train.epochs", config.train.epochs, "counts finetuning's samples", "give train.steps or train.tokens")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,10 @@ from megatrain.config import Config
 from megatrain.data.loader import Batch
 from megatrain.models.architecture import Architecture
 from megatrain.models.context import Context
-from megatrain.models.decoder import layer_list
+from megatrain.models.decoder import Head, layer_list
 from megatrain.models.initialize import initialize
 from megatrain.models.lora import add_adapters, set_magnitudes
+from megatrain.models.objective import make_objective
 from megatrain.optim.learning_rate import learning_rate
 from megatrain.optim.zero import DTYPES, Zero
 from megatrain.parallel import collectives
@@ -29,15 +30,33 @@ from megatrain.pipeline.schedules import forward_only
 from megatrain.pipeline.transfers import add_transfers, check_schedule
 from megatrain.train.build import build_stage, rank_specs, run_schedule
 from megatrain.train.contexts import Contexts
+from megatrain.train.reference import Reference
 
 
 class StepReport(NamedTuple):
-    """The same on every rank. `loss` is the mean over the step's tokens."""
+    """The same on every rank. `loss` is the mean over the step's tokens, or pairs; `measures` are the objective's, likewise."""
 
     loss: float
     grad_norm: float
     lr: float
     applied: bool
+    measures: dict[str, float]
+
+
+class Evaluation(NamedTuple):
+    """The same on every rank: means over the tokens, or pairs, of all batches."""
+
+    loss: float
+    measures: dict[str, float]
+
+
+def wants_reference(config: Config) -> Literal["none", "adapters-off", "beforehand"]:
+    """How log-probabilities to compare with are found, where the task compares."""
+    if config.task != "dpo":
+        return "none"
+    if config.preference.reference == "auto":
+        return "adapters-off" if config.lora.rank else "beforehand"
+    return config.preference.reference
 
 
 class Trainer:
@@ -49,6 +68,8 @@ class Trainer:
         """With weights of their own initial values, or those of a folder."""
         self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
         self.microbatches = config.microbatches(grid.data.size)
+        self.objective = make_objective(config.task, config.preference)
+        self.reference: Reference | None = None
         self.schedule = run_schedule(config, grid.data.size)
         placement = self.schedule.placement
         stage = build_stage(config, architecture, grid, str(device), placement)
@@ -59,6 +80,8 @@ class Trainer:
         else:
             pretrained.fill(stage, config.run.seed)
         set_magnitudes(stage)
+        for head in (layer for layer in stage.layers if isinstance(layer, Head)):
+            head.objective = self.objective
         self.zero = Zero(stage, config=config, grid=grid, microbatches=self.microbatches)
         if pretrained is not None:
             pretrained.fill_masters(self.zero)
@@ -78,46 +101,82 @@ class Trainer:
 
     def step(self, step: int, batches: Sequence[Batch]) -> StepReport:
         """Train on this data rank's microbatches; `step` counts from 1."""
-        self.stage.train()
         contexts = [self.contexts.make(batch, step=step, index=index) for index, batch in enumerate(batches)]
-        tokens = self._trained_tokens(batches)
-        weight = torch.tensor(self.grid.data.size * self.zero.loss_scale / tokens, device=self.device)
+        self._refer(contexts)
+        self.stage.train()
+        count = self._count(batches)
+        weight = torch.tensor(self.grid.data.size * self.zero.loss_scale / count, device=self.device)
         losses = self.executor.run(self.instructions, contexts, backward=self.zero.backward, loss_weight=weight)
-        loss = self._total(losses) / tokens
+        loss, *measured = self._totals(losses, contexts, count)
+        measures = dict(zip(self.objective.measures, measured, strict=True))
         lr = learning_rate(step, peak=self.config.optimizer.lr, schedule=self.config.lr_schedule, steps=self.config.steps)
         if not math.isfinite(loss):
             self._bad = _Step(contexts, weight)
             self.zero.discard()
-            return StepReport(loss, math.nan, lr, False)
+            return StepReport(loss, math.nan, lr, False, measures)
         result = self.zero.step(lr)
         if not result.applied:
             self._bad = _Step(contexts, weight)
-        return StepReport(loss, result.grad_norm, lr, result.applied)
+        return StepReport(loss, result.grad_norm, lr, result.applied, measures)
 
-    def evaluate(self, batches_of: Callable[[int], Sequence[Batch]], count: int) -> float:
-        """Mean loss a token over `count` global batches."""
-        self.stage.eval()
-        total = torch.zeros(2, dtype=torch.float64)
+    def evaluate(self, batches_of: Callable[[int], Sequence[Batch]], count: int) -> Evaluation:
+        """Mean loss and measures over `count` global batches."""
+        sums, counted = [0.0] * (1 + len(self.objective.measures)), 0
         for number in range(count):
             batches = batches_of(number)
             contexts = [self.contexts.make(batch, step=None, index=index) for index, batch in enumerate(batches)]
-            losses = self.executor.run(self.forward_instructions, contexts, backward=None)
-            total += torch.tensor([self._total(losses), self._trained_tokens(batches)], dtype=torch.float64)
-        return float(total[0] / total[1])
+            self._refer(contexts)
+            losses = self._forward(contexts)
+            sums = [a + b for a, b in zip(sums, self._totals(losses, contexts, 1), strict=True)]
+            counted += self._count(batches)
+        loss, *measures = (total / counted for total in sums)
+        return Evaluation(loss, dict(zip(self.objective.measures, measures, strict=True)))
 
-    def _total(self, losses: list[Tensor]) -> float:
-        """Sum over microbatches, replicas and stages; the last stage's first tensor rank speaks for its copies."""
-        total = torch.zeros((), dtype=torch.float64)
+    def log_probs(self, batches: Sequence[Batch]) -> list[Context]:
+        """The microbatches' contexts with each sequence's log-probability, on the last stage, by the model without adapters."""
+        contexts = [self.contexts.make(batch, step=None, index=index) for index, batch in enumerate(batches)]
+        self._forward_without_adapters(contexts)
+        return contexts
+
+    def _refer(self, contexts: list[Context]) -> None:
+        """Give each microbatch the log-probabilities that it is compared with."""
+        if self.reference is not None:
+            self.reference.attach(contexts)
+        elif wants_reference(self.config) == "adapters-off":
+            records, self.executor.records = self.executor.records, None  # a traced step is its schedule's actions
+            self._forward_without_adapters(contexts)
+            self.executor.records = records
+            for context in contexts:
+                context.reference = context.log_probs
+
+    def _forward_without_adapters(self, contexts: list[Context]) -> None:
+        for context in contexts:
+            context.adapters = False
+        self._forward(contexts)
+        for context in contexts:
+            context.adapters = True
+
+    def _forward(self, contexts: list[Context]) -> list[Tensor]:
+        """Without dropout and gradients."""
+        self.stage.eval()
+        return self.executor.run(self.forward_instructions, contexts, backward=None)
+
+    def _totals(self, losses: list[Tensor], contexts: list[Context], count: int) -> list[float]:
+        """Loss and measures, summed over microbatches, replicas and stages, by `count`; the last stage's first tensor rank speaks for its copies."""
+        totals = torch.zeros(1 + len(self.objective.measures), dtype=torch.float64)
         if losses and self.grid.tensor.rank == 0:
-            total = torch.stack(losses).double().sum().cpu()
-        total = total.to(self.device)
+            totals[0] = torch.stack(losses).double().sum()
+            for context in contexts if self.objective.measures else []:
+                assert context.measured is not None, "left by the objective"
+                totals[1:] += context.measured.double().cpu()
+        totals = totals.to(self.device)
         if self.grid.world_size > 1:
-            dist.all_reduce(total)
-        return float(total)
+            dist.all_reduce(totals)
+        return (totals / count).tolist()
 
-    def _trained_tokens(self, batches: Sequence[Batch]) -> int:
-        """Tokens with a loss in the global batch."""
-        count = torch.tensor(sum(int((batch.labels >= 0).sum()) for batch in batches), device=self.device)
+    def _count(self, batches: Sequence[Batch]) -> int:
+        """Tokens with a loss, or pairs, in the global batch."""
+        count = torch.tensor(sum(self.objective.count(batch.labels) for batch in batches), device=self.device)
         return int(collectives.all_reduce(count, self.grid.data))
 
     # -- bad numbers -------------------------------------------------------------------------------------------------
