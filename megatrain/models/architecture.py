@@ -6,6 +6,7 @@ family.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +128,7 @@ def load_config(model: str | dict[str, Any]) -> PreTrainedConfig:
 def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    fields = dict(fields)
+    fields = copy.deepcopy(fields)  # transformers writes into what it is given
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ConfigError("model.model_type", "(nothing)", "is missing", f"one of {', '.join(FAMILIES)}")

@@ -151,3 +151,9 @@ def test_names_and_shapes_are_those_of_transformers(model):
     twin = dict(transformers_twin(model, layers).named_parameters())
     assert {name: tensor.shape for name, tensor in whole.items()} == {name: tensor.shape for name, tensor in twin.items()}
     assert all((count == 1).all() for count in whole.values()), "each element is held once"
+
+
+def test_what_the_user_wrote_is_not_written_into():
+    model = {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    load_config(model)
+    assert model["rope_parameters"] == {"rope_type": "linear", "factor": 2.0}

@@ -17,7 +17,7 @@ _GEMMA = {**_GROUPED, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_wind
 BASES: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0,
              "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2},
-    "gpt_neox": {"model_type": "gpt_neox", **_SIZES},
+    "gpt_neox": {"model_type": "gpt_neox", **_SIZES, "rotary_pct": 0.5},
     "llama": {"model_type": "llama", **_GROUPED},
     "mistral": {"model_type": "mistral", **_GROUPED, "sliding_window": 5},
     "qwen2": {"model_type": "qwen2", **_GROUPED},

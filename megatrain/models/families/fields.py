@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from megatrain.errors import ConfigError
@@ -31,6 +32,13 @@ _ROPE_TYPES = {
 
 OLD_ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling"})
 """What is in rope_parameters since version 5 of transformers."""
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """What a config class says when nothing is given, by field."""
+    if dataclasses.is_dataclass(kind):
+        return {field.name: field.default for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
+    return kind().to_dict()
 
 
 class Fields:
@@ -105,7 +113,7 @@ class Fields:
 
     def refuse_unread(self) -> None:
         """Refuse a field of the config's class that no family's line has read and that says something."""
-        for name, default in type(self.config)().to_dict().items():
+        for name, default in _defaults(type(self.config)).items():
             if name in self._read or name in WITHOUT_EFFECT or name.startswith("_"):
                 continue
             value = getattr(self.config, name, default)

@@ -1,0 +1,66 @@
+"""A random tiny model that transformers made, into the ranks of several layouts and back: the same tensors by name, to the byte."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+from networks import build, context, logits, tokens
+from variants import VARIANTS
+
+from megatrain import config as configuration
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.parallel.grid import make_grid
+from megatrain.parallel.sharding import parameters
+from megatrain.train.build import build_stage
+
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+"""Tensor and pipeline ranks; 4 tensor ranks hold copies of 2 key-value heads."""
+
+
+def ranks(model, *, tensor, pipeline):
+    """(declaration, parameter) of every rank, empty."""
+    config = configuration.load(None, ["train.steps=1", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"])
+    architecture = read_architecture(load_config(model))
+    for rank in range(tensor * pipeline):
+        yield from parameters(build_stage(config, architecture, make_grid(rank, tensor=tensor, pipeline=pipeline, connect=False), "cpu"))
+
+
+def theirs(model, folder):
+    """A random model of transformers, and what it saves."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = load_config(model)
+    config._attn_implementation = "eager"
+    network = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # also biases and norms, which start as constants
+    network.save_pretrained(folder)
+    return network, load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_tensors_go_into_ranks_and_back_unchanged(name, tmp_path):
+    network, saved = theirs(VARIANTS[name], tmp_path)
+    former = read_architecture(load_config(VARIANTS[name])).former_names
+    saved = {former.get(key, key): tensor for key, tensor in saved.items()}
+    for tensor, pipeline in LAYOUTS:
+        back = {}
+        for declaration, parameter in ranks(VARIANTS[name], tensor=tensor, pipeline=pipeline):
+            declaration.part_of(parameter).copy_(declaration.take(saved[declaration.name]))
+            whole = back.setdefault(declaration.name, torch.full(declaration.shape, float("nan")))
+            if declaration.counted:
+                declaration.put(declaration.part_of(parameter), whole)
+        assert back.keys() == saved.keys()
+        assert all(torch.equal(back[key], saved[key]) for key in saved), f"tensor {tensor}, pipeline {pipeline}"
+    layers = build(VARIANTS[name]).eval()
+    for declaration, parameter in parameters(layers):
+        declaration.part_of(parameter).copy_(declaration.take(saved[declaration.name]))
+    found = logits(layers, context(read_architecture(load_config(VARIANTS[name])), tokens()))
+    torch.testing.assert_close(found, network(tokens()).logits, rtol=0, atol=1e-5)
