@@ -2,6 +2,7 @@
 
     python benchmarks/pipeline.py sleep     [--part 30] [--laps 7]       4 ranks whose compute sleeps: bubbles, throughputs
     python benchmarks/pipeline.py real      [--laps 7]                   2 ranks x 1 thread of a real model: bubbles
+    python benchmarks/pipeline.py auto      [--part 30] [--laps 7]       4 ranks whose blocks sleep, even and uneven: auto beside 1f1b
     python benchmarks/pipeline.py overhead  [--ranks 2] [--laps 30]      what an action costs beside its compute
 
 Contenders live side by side in the same ranks and take turns, a lap each, so that a noisy machine is noisy for all; every
@@ -355,6 +356,113 @@ def real(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what auto settles on
+
+BLOCKS = 16
+SLOW_BLOCKS = {5: 3.0, 6: 3.0}
+"""In the uneven model: how many times as long as the others these take."""
+
+
+def sleeping_blocks(seconds: list[float]) -> Any:
+    """Patches under which block k's forward, input gradient and weight gradient sleep seconds[k] each, beside their own compute."""
+    from contextlib import ExitStack
+    from unittest.mock import patch
+
+    import torch
+
+    from megatrain.models.decoder import Block
+    from megatrain.parallel import layers
+
+    class Sleep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
+            ctx.seconds = seconds
+            time.sleep(seconds)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+            time.sleep(ctx.seconds)
+            return grad, None
+
+    make, compute, weight_gradient = Block.__init__, Block._compute, layers.weight_gradient
+
+    def numbered(block: Any, parts: Any, layer: int, **arguments: Any) -> None:
+        make(block, parts, layer, **arguments)
+        block.seconds = seconds[layer]
+        next(weight for weight in block.parameters() if weight.dim() == 2).seconds = seconds[layer]
+
+    def slowly(block: Any, x: torch.Tensor, context: Any) -> torch.Tensor:
+        return Sleep.apply(compute(block, x, context), block.seconds)
+
+    def slow_gradient(weight: Any, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
+        time.sleep(getattr(weight, "seconds", 0.0))
+        return weight_gradient(weight, x, grad)
+
+    stack = ExitStack()
+    for target, name, new in ((Block, "__init__", numbered), (Block, "_compute", slowly), (layers, "weight_gradient", slow_gradient)):
+        stack.enter_context(patch.object(target, name, new))
+    return stack
+
+
+def make_settled(rank: int, ranks: int, seconds: list[float], microbatches: int, folder: str) -> dict[str, Lap]:
+    """1f1b as the model is cut by cost, and what auto settles on; `words` is what it says."""
+    import json
+
+    import torch
+
+    from megatrain import config as configuration
+    from megatrain.data.loader import Batch
+    from megatrain.models.architecture import load_config, read_architecture
+    from megatrain.parallel.grid import make_grid
+    from megatrain.train.auto import settle_schedule
+    from megatrain.train.trainer import Trainer
+
+    sleeping_blocks(seconds)
+    model = {**MODEL, "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": BLOCKS, "num_attention_heads": 1,
+             "num_key_value_heads": 1, "max_position_embeddings": 8}  # fmt: skip
+    architecture, grid = read_architecture(load_config(model)), make_grid(rank, pipeline=ranks)
+    rows = torch.randint(0, 64, (microbatches, 1, 9), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(8).expand(1, -1)
+    batches = [Batch(row[:, :-1], row[:, 1:], positions, torch.zeros_like(positions)) for row in rows]
+
+    def contender(name: str) -> Lap:
+        raw = real_config(name, microbatches) | {"model": model, "run": {"output_dir": folder}, "data": {"sequence_length": 8}}
+        raw["parallel"]["pipeline"] = ranks
+        raw["train"] |= {"micro_batch_size": 1, "global_batch_size": microbatches}
+        settled = settle_schedule(configuration.from_dict(raw), architecture, grid, torch.device("cpu"), batches=lambda: batches)
+        trainer = Trainer(settled.config, architecture, grid, torch.device("cpu"), schedule=settled.schedule, channels=settled.channels)
+        steps = iter(range(1, 10**6))
+
+        def lap(records: list[Record]) -> None:
+            trainer.executor.records = records
+            trainer.step(next(steps), batches)
+
+        return functools.partial(recorded, lap)
+
+    def words() -> str:
+        with open(os.path.join(folder, "schedule.json"), encoding="utf-8") as file:
+            return json.load(file)["words"]
+
+    return {name: contender(name) for name in (BASE, "auto")} | {"words": words}
+
+
+def auto(args: argparse.Namespace) -> None:
+    for title, slow in (("even", {}), ("uneven", SLOW_BLOCKS)):
+        seconds = [args.part / 1e3 * args.ranks / BLOCKS * slow.get(block, 1.0) for block in range(BLOCKS)]
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = Ranks(args.ranks, make_settled, seconds=seconds, microbatches=args.microbatches, folder=folder)
+            words = ranks.lap("words")[0]
+            laps = race(ranks, [BASE, "auto"], args.laps)
+        spans = {name: [makespan(lap) for lap in of_name] for name, of_name in laps.items()}
+        ratio = statistics.median(a / b for a, b in zip(spans[BASE], spans["auto"], strict=True))
+        print(f"{title} blocks, {args.ranks} ranks, {args.microbatches} microbatches, {args.part:g} ms a rank in the mean for each of F, I and W, asleep")
+        for name, of_name in laps.items():
+            print(f"  {name:8}{1e3 * statistics.median(spans[name]):>8.1f} ms, bubble {statistics.median(map(bubble, of_name)):.1%}")
+        print(f"  auto is {ratio:.3f} x 1f1b; it chose {words}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # what an action costs
 
 
@@ -467,16 +575,16 @@ def overhead(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sleep", "real", "overhead"])
-    parser.add_argument("--ranks", type=int, help="4 for sleep, 2 for overhead unless given; real has 2")
+    parser.add_argument("what", choices=["sleep", "real", "auto", "overhead"])
+    parser.add_argument("--ranks", type=int, help="4 for sleep and auto, 2 for overhead unless given; real has 2")
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--part", type=float, default=30.0, help="sleep: milliseconds of a forward, of an input and of a weight gradient")
+    parser.add_argument("--part", type=float, default=30.0, help="sleep and auto: milliseconds of a forward, of an input and of a weight gradient")
     parser.add_argument("--steps", type=int, default=10, help="overhead: steps of a lap")
     parser.add_argument("--laps", type=int, help="7, for overhead 30, unless given")
     args = parser.parse_args()
-    args.ranks = args.ranks or {"sleep": 4, "real": 2, "overhead": 2}[args.what]
-    args.laps = args.laps or {"sleep": 7, "real": 7, "overhead": 30}[args.what]
-    {"sleep": sleep, "real": real, "overhead": overhead}[args.what](args)
+    args.ranks = args.ranks or {"sleep": 4, "real": 2, "auto": 4, "overhead": 2}[args.what]
+    args.laps = args.laps or {"sleep": 7, "real": 7, "auto": 7, "overhead": 30}[args.what]
+    {"sleep": sleep, "real": real, "auto": auto, "overhead": overhead}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -68,10 +68,13 @@ class Parallel:
     data: int | None = setting(None, "Replicas of the model; derived from the number of ranks when left out.")
     sequence: bool = setting(False, "Split norms and residuals along the sequence among tensor ranks (sequence parallelism).")
     zero: Literal[0, 1, 2, 3] = setting(1, "DeepSpeed ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights.")
-    schedule: str = setting("1f1b", "Order of forwards and backwards on a pipeline: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipev or a .csv file.")
+    schedule: str = setting("1f1b", "Order of forwards and backwards on a pipeline: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipev, a .csv file, or auto: what measures fastest.")
     virtual: int | None = setting(None, "Chunks of layers on each pipeline rank, for schedules that let one choose.")
     layers_per_stage: list[int] | None = setting(
         None, "Blocks on each stage in the model's order, as [3, 5]; cut by cost when left out. A stage is one chunk of one pipeline rank."
+    )
+    memory_gib: float | None = setting(
+        None, "What a rank may hold under schedule auto, in GiB: weights, gradients, optimizer and activations; 4/5 of what is free when left out."
     )
     offload: Literal["none", "cpu"] = setting("none", "Where the optimizer and its states live: with the model, or in CPU memory.")
 
@@ -466,7 +469,7 @@ _POSITIVE = ["data.sequence_length", "parallel.tensor", "parallel.pipeline", "pa
              "train.micro_batch_size", "train.log_every", "train.tokens", "train.epochs", "train.max_bad_steps", "train.eval_batches",
              "lr_schedule.decay_steps"]  # fmt: skip
 _NOT_NEGATIVE = ["train.steps", "train.eval_every", "train.save_every", "train.keep_last", "train.stop_after", "run.seed",
-                 "run.master_port", "optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip",
+                 "run.master_port", "parallel.memory_gib", "optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip",
                  "lr_schedule.warmup_steps", "lr_schedule.min_lr", "lora.rank", "preference.margin"]  # fmt: skip
 
 
@@ -539,8 +542,21 @@ def _check_parallel(config: Config) -> None:
         raise ConfigError("data.sequence_length", config.data.sequence_length,
                           f"does not divide among parallel.tensor={p.tensor} ranks, which parallel.sequence asks for",
                           f"use {config.data.sequence_length // p.tensor * p.tensor or p.tensor}")  # fmt: skip
+    _check_auto(p)
     if p.data is not None:
         config.microbatches(p.data)
+
+
+def _check_auto(p: Parallel) -> None:
+    if p.schedule != "auto":
+        if p.memory_gib is not None:
+            raise ConfigError("parallel.memory_gib", p.memory_gib, f"limits what parallel.schedule=auto may choose, and it is {p.schedule}",
+                              "use parallel.schedule=auto or leave parallel.memory_gib out")  # fmt: skip
+        return
+    for name in ("virtual", "layers_per_stage"):
+        if getattr(p, name) is not None:
+            raise ConfigError(f"parallel.{name}", getattr(p, name), "is given and parallel.schedule=auto chooses it",
+                              f"leave parallel.{name} out, or name a schedule")  # fmt: skip
 
 
 def _check_lora(config: Config) -> None:

@@ -9,10 +9,12 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from megatrain.errors import UserError
+from megatrain.errors import ConfigError, UserError
+from megatrain.pipeline.actions import Schedule
 from megatrain.pipeline.choose import choose_schedule
 from megatrain.pipeline.csv_schedule import write_schedule
 from megatrain.pipeline.drawing import draw_svg, draw_text
+from megatrain.pipeline.plans import EvenCosts, find_plans
 from megatrain.pipeline.schedules import SCHEDULES
 from megatrain.pipeline.simulator import Timeline, even_times, simulate
 from megatrain.pipeline.transfers import check_schedule
@@ -29,7 +31,7 @@ class RankTimes(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
-    parser.add_argument("name", metavar="NAME", help=f"{', '.join(SCHEDULES)}, or a CSV file of actions")
+    parser.add_argument("name", metavar="NAME", help=f"{', '.join(SCHEDULES)}, a CSV file of actions, or auto: the fastest for --times")
     parser.add_argument("--ranks", type=_positive, required=True, metavar="N", help="ranks of the pipeline")
     parser.add_argument("--microbatches", type=_positive, required=True, metavar="N", help="microbatches of one step")
     parser.add_argument("--virtual", type=_positive, metavar="N", help="chunks of layers a rank (default: the schedule's own)")
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, simulate, print and write."""
-    schedule = choose_schedule(args.name, ranks=args.ranks, microbatches=args.microbatches, virtual=args.virtual)
+    schedule = _fastest(args) if args.name == "auto" else choose_schedule(args.name, ranks=args.ranks, microbatches=args.microbatches, virtual=args.virtual)
     check_schedule(schedule, args.microbatches)
     timeline = simulate(schedule, even_times(schedule.placement, **args.times._asdict()))
     if args.svg:
@@ -54,11 +56,27 @@ def run(args: argparse.Namespace) -> int:
         _write(args.csv, write_schedule(schedule))
     if args.json:
         summary = {"makespan": timeline.makespan, "bubble": timeline.bubble, "peak_activations": timeline.peak_activations}
-        print(json.dumps(summary))
+        print(json.dumps(summary | ({"schedule": schedule.name} if args.name == "auto" else {})))
     else:
+        if args.name == "auto":
+            print(f"{_title(schedule)}: the fastest for these times, of those that hold no more activations than 1f1b's first rank")
         print(_table(timeline))
         print(f"\n{draw_text(timeline, shutil.get_terminal_size().columns - 1)}")
     return 0
+
+
+def _fastest(args: argparse.Namespace) -> Schedule:
+    """What `parallel.schedule: auto` would choose for a model that is cut evenly and takes the times that are given."""
+    if args.virtual is not None:
+        raise ConfigError("--virtual", args.virtual, "is given and auto chooses it", "leave --virtual out, or name a schedule")
+    costs = EvenCosts(*args.times)
+    return find_plans(costs, ranks=args.ranks, microbatches=args.microbatches, limit=args.ranks * (1 + 1e-9))[0].schedule
+
+
+def _title(schedule: Schedule) -> str:
+    name = "a schedule made for them (--csv FILE writes it)" if schedule.name == "list" else schedule.name
+    chunks = schedule.placement.chunks
+    return f"auto: {name}" + (f", {chunks} chunks a rank in a {'V' if schedule.placement.shape == 'v' else 'loop'}" if chunks > 1 else "")
 
 
 def _table(timeline: Timeline) -> str:

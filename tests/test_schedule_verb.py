@@ -55,3 +55,19 @@ def test_numbers_that_are_none(capsys, words):
     with pytest.raises(SystemExit) as end:
         main(["schedule", "1f1b", *SIZE, *words])
     assert end.value.code == 2
+
+
+def test_auto_plans_from_times(capsys, tmp_path):
+    assert main(["schedule", "auto", *SIZE, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["schedule"], shown["makespan"], max(shown["peak_activations"])) == ("zb-v", 25.5, 8)
+    assert main(["schedule", "auto", *SIZE]) == 0
+    assert capsys.readouterr().out.startswith("auto: zb-v, 2 chunks a rank in a V: the fastest for these times")
+    few = ["--ranks", "4", "--microbatches", "4"]
+    assert main(["schedule", "auto", *few, "--json", "--csv", str(tmp_path / "made.csv")]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made.pop("schedule") == "list"
+    assert main(["schedule", str(tmp_path / "made.csv"), *few, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == made
+    assert main(["schedule", "auto", *SIZE, "--virtual", "2"]) == 1
+    assert capsys.readouterr().err == "error: --virtual=2 is given and auto chooses it; leave --virtual out, or name a schedule\n"

@@ -1,20 +1,13 @@
-"""Advice in words from an x-ray, with predictions that can be tested.
-
-What a step would take with other layers on a stage is simulated: a layer takes its time along, times the speed of the rank
-that it goes to; what a stage takes beside its layers stays. A rank is slow, and not its layers, when its fastest block is slow
-too: blocks of one model are alike unless something is wrong with one of them.
-"""
+"""Advice in words from an x-ray, with predictions that can be tested: what a step would take is simulated (costs.py)."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
-from itertools import pairwise, permutations
 from typing import NamedTuple
 
-from megatrain.pipeline.actions import Kind
-from megatrain.pipeline.stages import blocks_per_stage, cut_layers
-from megatrain.pipeline.xray import KindTimes, LayerTimes, Measured, XRay, simulated
+from megatrain.pipeline.costs import best_cut, cut_model, rank_slowness
+from megatrain.pipeline.stages import blocks_per_stage
+from megatrain.pipeline.xray import LayerTimes, Measured, XRay
 
 WORTH_IT = 0.01
 """The least share of a step's time to give advice for."""
@@ -24,10 +17,6 @@ SLOW = 1.25
 """How many times the median block a slow layer takes."""
 SLOW_RANK = 1.15
 """How many times as long as the middle one a slow rank takes."""
-BEST_FEW = 8
-"""Cuts from which the search goes on."""
-BUDGET = 3_000_000
-"""Actions to simulate in search of a better cut: some ten seconds."""
 
 
 class Advice(NamedTuple):
@@ -42,107 +31,6 @@ def advise(xray: XRay) -> list[Advice]:
     """The most useful first; one sentence at least."""
     found = [*_on_cut(xray), *_on_ranks(xray), *_on_parts(xray)]
     return found or [Advice(f"nothing to mend: no part of the waiting is {NOTABLE:.0%} of the step")]
-
-
-# -- other cuts --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CutModel:
-    """Seconds of a microbatch for any cut of the layers into stages."""
-
-    measured: Measured
-    layers: dict[tuple[Kind, int], float]
-    """On a rank of speed 1."""
-    beside: KindTimes
-    """What a stage takes that is no layer's."""
-    slowness: list[float]
-    """By rank: how many times as long as the middle one it takes for the same."""
-
-    def makespan(self, cut: list[range]) -> float:
-        """Of the whole schedule, with messages."""
-        by_kind = {(kind, stage): self._seconds(kind, stage, cut[stage]) for kind, stage in self.beside}
-        return simulated(self.measured.schedule, by_kind, send=self.measured.message).makespan
-
-    def _seconds(self, kind: Kind, stage: int, layers: range) -> float:
-        slowness = self.slowness[self.measured.placement.place(stage).rank]
-        return self.beside[kind, stage] + slowness * sum(self.layers.get((kind, layer), 0.0) for layer in layers)
-
-
-def cut_model(measured: Measured) -> CutModel:
-    """A model whose times for the measured cut are those that were measured."""
-    taken = _with_deferred(measured)
-    slowness = rank_slowness(measured)
-    places = {layer: measured.placement.place(stage).rank for stage, cut in enumerate(measured.cut) for layer in cut}
-    beside = {(kind, stage): seconds - sum(taken.get((kind, layer), 0.0) for layer in measured.cut[stage])
-              for (kind, stage), seconds in measured.by_kind.items()}  # fmt: skip
-    return CutModel(measured, {(kind, layer): seconds / slowness[places[layer]] for (kind, layer), seconds in taken.items()}, beside, slowness)
-
-
-def _with_deferred(measured: Measured) -> dict[tuple[Kind, int], float]:
-    """Layers' times, each W shared out as its I is: a W does its layers' weights together."""
-    taken = dict(measured.layers)
-    for stage, cut in enumerate(measured.cut):
-        whole = sum(taken.get(("I", layer), 0.0) for layer in cut)
-        if ("W", stage) in measured.by_kind and whole:
-            for layer in cut:
-                taken["W", layer] = measured.by_kind["W", stage] * taken.get(("I", layer), 0.0) / whole
-    return taken
-
-
-def rank_slowness(measured: Measured) -> list[float]:
-    """By rank, its fastest block beside the middle one of all ranks' fastest; 1 where one block says nothing of the rank."""
-    fastest: list[float | None] = []
-    for rank in range(measured.placement.ranks):
-        blocks = [layer for stage in measured.placement.stages_of(rank) for layer in measured.cut[stage] if 0 < layer < len(measured.titles) - 1]
-        times = [_layer_seconds(measured, layer) for layer in blocks]
-        fastest.append(min(times) if len(times) > 1 and min(times) > 0 else None)
-    known = [seconds for seconds in fastest if seconds is not None]
-    middle = statistics.median(known) if known else 1.0
-    return [1.0 if seconds is None else seconds / middle for seconds in fastest]
-
-
-def _layer_seconds(measured: Measured, layer: int) -> float:
-    return sum(seconds for (_, place), seconds in measured.layers.items() if place == layer)
-
-
-def best_cut(model: CutModel) -> list[range]:
-    """The fastest cut found, from the measured one and the one that is even by cost: what is near the best few is tried too."""
-    measured = model.measured
-    costs = [sum(seconds for (_, place), seconds in model.layers.items() if place == layer) for layer in range(len(measured.titles))]
-    found: dict[tuple[int, ...], float] = {}
-
-    def try_cut(cut: list[range]) -> None:
-        found[tuple(blocks_per_stage(cut))] = model.makespan(cut)
-
-    try_cut(measured.cut)
-    try_cut(cut_layers(costs, measured.placement.stages))
-    left = BUDGET // sum(map(len, measured.schedule.actions))
-    explored: set[tuple[int, ...]] = set()
-    while front := [counts for counts in sorted(found, key=lambda counts: found[counts])[:BEST_FEW] if counts not in explored]:
-        explored.add(front[0])
-        for counts in _neighbours(front[0]):
-            if counts not in found and len(found) < left:
-                try_cut(cut_of(counts))
-    return cut_of(min(found, key=lambda counts: found[counts]))
-
-
-def _neighbours(counts: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """One block fewer on a stage and one more on another, those between hand one on; near ones first."""
-    found = []
-    for source, target in sorted(permutations(range(len(counts)), 2), key=lambda pair: abs(pair[0] - pair[1])):
-        if counts[source] > 1:
-            moved = [*counts]
-            moved[source] -= 1
-            moved[target] += 1
-            found.append(tuple(moved))
-    return found
-
-
-def cut_of(counts: tuple[int, ...]) -> list[range]:
-    """Ranges of layers from blocks a stage, embedding and head at the ends."""
-    bounds = [0, *(1 + sum(counts[:stage]) for stage in range(1, len(counts))), sum(counts) + 2]
-    return [range(first, last) for first, last in pairwise(bounds)]
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------------
@@ -218,7 +106,7 @@ def _on_parts(xray: XRay) -> list[Advice]:
     message = f"a message that is waited for takes {1e3 * xray.measured.message:.2g} ms"
     words = {
         "schedule": "is the schedule's own bubble: more microbatches in a step (a larger train.global_batch_size or a smaller "
-        "train.micro_batch_size) or a schedule with less (`megatrain schedule` shows them) would shrink it",
+        "train.micro_batch_size) or a schedule with less (`megatrain schedule` shows them, parallel.schedule=auto finds one) would shrink it",
         "microbatches": "goes to microbatches that take longer than others in the same stage: look for other work on these machines",
         "communication": f"goes to messages and to the host between actions; {message}: a larger train.micro_batch_size makes fewer of them",
     }

@@ -23,7 +23,7 @@ def choose_schedule(schedule: str, *, ranks: int, microbatches: int, virtual: in
         return _from_file(schedule, ranks, microbatches, virtual, sequences)
     if schedule not in SCHEDULES:
         close = difflib.get_close_matches(schedule, SCHEDULES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"use {', '.join(SCHEDULES)} or the path of a .csv file"
+        hint = f"did you mean {close[0]}?" if close else f"use {', '.join(SCHEDULES)}, auto or the path of a .csv file"
         raise ConfigError("parallel.schedule", schedule, "is not a schedule", hint)
     family = SCHEDULES[schedule]
     _check_virtual(schedule, family, virtual)

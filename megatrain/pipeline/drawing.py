@@ -77,7 +77,7 @@ def _kinds(timeline: Timeline) -> list[Kind]:
 # Okabe and Ito's palette, told apart by colour-blind people; all of it bears black letters.
 _COLOURS: dict[Kind, tuple[int, int, int]] = {"F": (86, 180, 233), "B": (213, 94, 0), "I": (230, 159, 0), "W": (0, 158, 115)}
 _IDLE = "#e2e2e2"
-_LEFT, _RIGHT, _TOP, _ROW, _BOX, _LEGEND = 70, 150, 84, 36, 30, 190
+_LEFT, _RIGHT, _TOP, _ROW, _BOX, _LEGEND = 70, 150, 84, 36, 30, 210
 """Pixels: beside the boxes, above them, from one rank's line to the next, a box's height, a legend entry's width."""
 
 

@@ -19,6 +19,7 @@ Numbers are means over the traced steps and over replicas and tensor ranks; what
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -184,15 +185,18 @@ class Measured:
         return self.schedule.placement
 
 
-def measure(steps: list[StepTrace]) -> Measured:
-    """What the advice needs to know."""
+def measure(steps: list[StepTrace], average: Callable[[list[float]], float] = statistics.fmean) -> Measured:
+    """What the advice needs to know; `average` is taken over the actions of each kind.
+
+    The steps may have had several schedules of one placement; the first one's counts as the measured one.
+    """
     pipelines = [pipeline for step in steps for pipeline in step.pipelines()]
     stages = pipelines[0][0].stages
     kinds: dict[tuple[Kind, int], list[float]] = {}
     layers: dict[tuple[Kind, int], list[float]] = {}
     for pipeline in pipelines:
-        for key, seconds in _mean_times(_single_times(pipeline)).items():
-            kinds.setdefault(key, []).append(seconds)
+        for (action, place), taken in _single_times(pipeline).items():
+            kinds.setdefault((action.kind, place), []).append(taken)
         for a in (a for trace in pipeline for a in trace.actions):
             for layer, seconds in a.layers.items():
                 layers.setdefault((a.action.kind, layer), []).append(seconds)
@@ -203,7 +207,7 @@ def measure(steps: list[StepTrace]) -> Measured:
     return Measured(
         schedule_of(pipelines[0]), [title for stage in stages for title in stage],
         [range(first, last) for first, last in pairwise(bounds)],
-        {key: statistics.fmean(values) for key, values in kinds.items()}, {key: statistics.fmean(values) for key, values in layers.items()},
+        {key: average(values) for key, values in kinds.items()}, {key: average(values) for key, values in layers.items()},
         statistics.fmean(step.seconds for step in steps), statistics.median(sent) if sent else 0.0,
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 32px 0 8p
 .advice { border-left: 5px solid #0072b2; background: #eef5fa; padding: 10px 16px; margin: 18px 0; }
 .advice p { margin: 4px 0; max-width: none; } .advice code { background: white; padding: 1px 5px; white-space: nowrap; }
 .wide { overflow-x: auto; } svg { display: block; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: 4px 14px 4px 0; text-align: right; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: 4px 14px 4px 0; text-align: right; } td { white-space: nowrap; }
 th { font-weight: normal; color: #555; border-bottom: 1px solid #bbb; vertical-align: bottom; }
 td:first-child, th:first-child, .left { text-align: left; } tr.all td { border-top: 1px solid #bbb; font-weight: bold; }
 .key { display: inline-block; width: 12px; height: 12px; margin-right: 5px; }
@@ -186,7 +186,8 @@ def _legend(xray: XRay) -> str:
 
 
 def _key(colour: str, name: str) -> str:
-    return f'<span class="key" style="background:{colour}"></span>{escape(name)}'
+    first, *others = escape(name).split(" ")
+    return " ".join([f'<span style="white-space:nowrap"><span class="key" style="background:{colour}"></span>{first}</span>', *others])
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: float = 13) -> str:

@@ -30,8 +30,8 @@ def layer_costs(architecture: Architecture, sequence_length: int) -> list[float]
 def run_schedule(config: Config, data_size: int) -> Schedule:
     """The schedule of a training step. On one rank there is nothing to fill: each backward follows its forward."""
     p, microbatches = config.parallel, config.microbatches(data_size)
-    if p.pipeline == 1:
-        return make_schedule("1f1b", 1, microbatches)
+    if p.pipeline == 1 or p.schedule == "auto":  # what auto begins with and may stay with
+        return make_schedule("1f1b", p.pipeline, microbatches)
     return choose_schedule(p.schedule, ranks=p.pipeline, microbatches=microbatches, virtual=p.virtual,
                            sequences=config.train.micro_batch_size * data_size)  # fmt: skip
 

@@ -105,6 +105,8 @@ def dry_run(config: Config, task: Task) -> str:
     lines = [run_header(config, architecture, world_size, "(dry run)"),
              f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
              f"{config.train.micro_batch_size} on each of {data_size} replicas",
+             *(["  schedule auto is settled by measuring before the first step; shown is 1f1b's cut, which it starts from"]
+               if p.schedule == "auto" and p.pipeline > 1 else []),
              "", "pipeline rank  layers                                  parameters on each tensor rank"]  # fmt: skip
     for number, plan in enumerate(plan_ranks(config, architecture, run_schedule(config, data_size).placement)):
         layers = ", ".join(_span(chunk) for chunk in plan.chunks)

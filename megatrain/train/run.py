@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import signal
@@ -27,6 +28,7 @@ from megatrain.parallel.grid import make_grid
 from megatrain.place import Place
 from megatrain.rank import Target
 from megatrain.train import console
+from megatrain.train.auto import settle_schedule
 from megatrain.train.checks import check_without_ranks, parts_of, run_header, with_steps
 from megatrain.train.finetuning import Finetuning
 from megatrain.train.flops import flops_per_token, peak_flops
@@ -85,14 +87,19 @@ class _Training:
         pretrained = None
         if config.train.init_from is not None and (path is None or config.lora.rank):  # adapters' checkpoints hold no frozen weights
             pretrained = Pretrained(config.train.init_from, self.architecture)
-        self.trainer = Trainer(config, self.architecture, self.grid, self.device, pretrained=pretrained)
+        self.train_loader = self._loader(sources["train"])
+        settled = settle_schedule(config, self.architecture, self.grid, self.device, batches=lambda: self.train_loader.microbatches(0),
+                                  resumed=path is not None, ranks_here=place.local_size)  # fmt: skip
+        self.config = config = settled.config
+        self.asked = dataclasses.replace(self.asked, parallel=config.parallel)
+        self.trainer = Trainer(config, self.architecture, self.grid, self.device, pretrained=pretrained, schedule=settled.schedule,
+                               channels=settled.channels)  # fmt: skip
         self.tracer = Tracer(self.trainer, self.folder)
         self.progress = Progress(0, 0, 0)
         if path is not None:
             for words in loading.notes(path, config, self.grid) if place.rank == 0 else []:
                 logger.info(f"  {words}")
             self.progress = loading.load(path, zero=self.trainer.zero, config=config, grid=self.grid)
-        self.train_loader = self._loader(sources["train"])
         self.valid_loader = self._loader(sources["valid"]) if config.train.eval_every else None
         self.eval_batches = _eval_batches(config, sources)
         self.chat = task.chat(config) if place.rank == 0 else None

@@ -39,12 +39,15 @@ EXCHANGES = 16
 
 
 class Tracer:
-    """Traces the steps of `config.train.trace_steps` into the run's folder. All ranks make it and call it together."""
+    """Traces the steps of `config.train.trace_steps` into the run's folder. All ranks make it and call it together.
 
-    def __init__(self, trainer: Trainer, run_folder: Path) -> None:
-        self.trainer, self.run_folder = trainer, run_folder
-        steps = trainer.config.train.trace_steps
-        self.steps = range(0) if steps is None else range(steps[0], steps[1] + 1)
+    With `keep`, which takes each of this rank's traces, nothing is written; the steps may then be others.
+    """
+
+    def __init__(self, trainer: Trainer, run_folder: Path, *, steps: range | None = None, keep: Callable[[RankTrace], Any] | None = None) -> None:
+        self.trainer, self.run_folder, self.keep = trainer, run_folder, keep
+        told = trainer.config.train.trace_steps
+        self.steps = steps if steps is not None else range(0) if told is None else range(told[0], told[1] + 1)
         if self.steps:
             self.run = _first_ranks(time.time())
             self.clock = SharedClock()
@@ -60,13 +63,16 @@ class Tracer:
         _reset_peak_memory(self.trainer.device)
         executor.records = []
         try:
-            with layer_marks(self._layers(), self.trainer.device) as marks:
+            with layer_marks(own_layers(self.trainer), self.trainer.device) as marks:
                 started = time.perf_counter()
                 yield
                 seconds = time.perf_counter() - started
             actions = traced_actions(executor.records, marks.all(), offset, on_stream=marks.on_stream)
         finally:
             executor.records = None
+        if self.keep is not None:
+            self.keep(self._trace(step, seconds, actions, offset))
+            return
         try:
             write_trace(self.run_folder, self._trace(step, seconds, actions, offset))
         except OSError as error:  # the run is worth more than its trace
@@ -74,29 +80,12 @@ class Tracer:
         if step == self.steps[-1] and self.trainer.grid.rank == 0:
             logger.info(f"traced to step {step}; `megatrain xray {self.run_folder}` shows it")
 
-    def _layers(self) -> list[list[Layer]]:
-        """This rank's layers by chunk, with their places in the model."""
-        placement, rank = self.trainer.schedule.placement, self.trainer.grid.pipeline.rank
-        places: list[list[Layer]] = []
-        sizes = [len(stage) for stage in self._titles()]
-        for chunk, stage in zip(self.trainer.stage.chunks, placement.stages_of(rank), strict=True):
-            first = sum(sizes[:stage])
-            places.append([Layer(first + index, module) for index, module in enumerate(chunk)])  # type: ignore[arg-type]
-        return places
-
-    def _titles(self) -> list[list[str]]:
-        """By stage of the model."""
-        trainer, placement = self.trainer, self.trainer.schedule.placement
-        specs = rank_specs(trainer.config, trainer.architecture, placement)
-        places = [placement.place(stage) for stage in range(placement.stages)]
-        return [[spec.title for spec in specs[place.rank][place.chunk]] for place in places]
-
     def _trace(self, step: int, seconds: float, actions: list[TracedAction], offset: Offset) -> RankTrace:
         trainer, grid = self.trainer, self.trainer.grid
         memory = _peak_memory(trainer.device)
         return RankTrace(
             run=self.run, step=step, rank=grid.rank, world_size=grid.world_size, pipeline=grid.pipeline.rank, data=grid.data.rank,
-            tensor=grid.tensor.rank, schedule=trainer.schedule.name, placement=trainer.schedule.placement, stages=self._titles(),
+            tensor=grid.tensor.rank, schedule=trainer.schedule.name, placement=trainer.schedule.placement, stages=stage_titles(trainer),
             seconds=seconds, peak_memory=memory.size, memory=memory.meaning, clock_error=offset.error, config=to_dict(trainer.config),
             actions=actions,
         )  # fmt: skip
@@ -110,6 +99,25 @@ class Layer(NamedTuple):
 
     place: int
     module: nn.Module
+
+
+def own_layers(trainer: Trainer) -> list[list[Layer]]:
+    """This rank's layers by chunk, with their places in the model."""
+    placement, rank = trainer.schedule.placement, trainer.grid.pipeline.rank
+    places: list[list[Layer]] = []
+    sizes = [len(stage) for stage in stage_titles(trainer)]
+    for chunk, stage in zip(trainer.stage.chunks, placement.stages_of(rank), strict=True):
+        first = sum(sizes[:stage])
+        places.append([Layer(first + index, module) for index, module in enumerate(chunk)])  # type: ignore[arg-type]
+    return places
+
+
+def stage_titles(trainer: Trainer) -> list[list[str]]:
+    """Of the layers, by stage of the model."""
+    placement = trainer.schedule.placement
+    specs = rank_specs(trainer.config, trainer.architecture, placement)
+    places = [placement.place(stage) for stage in range(placement.stages)]
+    return [[spec.title for spec in specs[place.rank][place.chunk]] for place in places]
 
 
 class Mark(NamedTuple):

@@ -24,6 +24,7 @@ from megatrain.optim.zero import DTYPES, Zero
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Grid
 from megatrain.parallel.sharding import parameters
+from megatrain.pipeline.actions import Schedule
 from megatrain.pipeline.channels import Channels
 from megatrain.pipeline.executor import Executor
 from megatrain.pipeline.schedules import forward_only
@@ -60,17 +61,24 @@ def wants_reference(config: Config) -> Literal["none", "adapters-off", "beforeha
 
 
 class Trainer:
-    """A rank's stage with its optimizer and schedule. All ranks call its methods together."""
+    """A rank's stage with its optimizer and schedule. All ranks call its methods together.
+
+    Args:
+        pretrained: gives weights; their own initial values unless given.
+        schedule: in place of the one that the config names.
+        channels: to the pipeline's other ranks, made here unless given.
+        optimizer: what takes in the gradients.
+    """
 
     def __init__(
-        self, config: Config, architecture: Architecture, grid: Grid, device: torch.device, *, pretrained: Pretrained | None = None
-    ) -> None:
-        """With weights of their own initial values, or those of a folder."""
+        self, config: Config, architecture: Architecture, grid: Grid, device: torch.device, *, pretrained: Pretrained | None = None,
+        schedule: Schedule | None = None, channels: Channels | None = None, optimizer: type[Zero] = Zero,
+    ) -> None:  # fmt: skip
         self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
         self.microbatches = config.microbatches(grid.data.size)
         self.objective = make_objective(config.task, config.preference)
         self.reference: Reference | None = None
-        self.schedule = run_schedule(config, grid.data.size)
+        self.follow(schedule or run_schedule(config, grid.data.size))
         placement = self.schedule.placement
         stage = build_stage(config, architecture, grid, str(device), placement)
         if config.lora.rank:
@@ -82,20 +90,26 @@ class Trainer:
         set_magnitudes(stage)
         for head in (layer for layer in stage.layers if isinstance(layer, Head)):
             head.objective = self.objective
-        self.zero = Zero(stage, config=config, grid=grid, microbatches=self.microbatches)
+        self.zero = optimizer(stage, config=config, grid=grid, microbatches=self.microbatches)
         if pretrained is not None:
             pretrained.fill_masters(self.zero)
         self.stage = stage
         length = config.data.sequence_length // (grid.tensor.size if config.parallel.sequence else 1)
+        if channels is None and grid.pipeline.size > 1:
+            channels = Channels(grid.pipeline, ring=placement.chunks > 1)
         self.executor = Executor(
-            self.zero.module, channels=Channels(grid.pipeline, ring=placement.chunks > 1) if grid.pipeline.size > 1 else None,
+            self.zero.module, channels=channels,
             flow_shape=(length, config.train.micro_batch_size, architecture.hidden_size),
             dtype=DTYPES[config.train.dtype], device=device,
         )  # fmt: skip
-        check_schedule(self.schedule, self.microbatches)
-        self.instructions = add_transfers(self.schedule)[grid.pipeline.rank]
-        self.forward_instructions = add_transfers(forward_only(self.schedule))[grid.pipeline.rank]
         self.contexts = Contexts(config, architecture, grid, device)
+
+    def follow(self, schedule: Schedule) -> None:
+        """Go on with another schedule of the same placement; it must be legal."""
+        check_schedule(schedule, self.microbatches)
+        self.schedule = schedule
+        self.instructions = add_transfers(schedule)[self.grid.pipeline.rank]
+        self.forward_instructions = add_transfers(forward_only(schedule))[self.grid.pipeline.rank]
 
     # -- a step ------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ def test_virtual_chunks():
 
 @pytest.mark.parametrize(("name", "settings", "message"), [
     ("1f1", {}, "parallel.schedule=1f1 is not a schedule; did you mean 1f1b?"),
-    ("x", {}, "parallel.schedule=x is not a schedule; use gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipev or the path of a .csv file"),
+    ("x", {}, "parallel.schedule=x is not a schedule; use gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipev, auto or the path of a .csv file"),
     ("1f1b", {"virtual": 2}, "parallel.virtual=2 and parallel.schedule=1f1b has one chunk of layers a rank; "
      "use 1, or parallel.schedule=interleaved, or leave parallel.virtual out"),
     ("zb-h1", {"virtual": 4}, "parallel.virtual=4 and parallel.schedule=zb-h1 has one chunk of layers a rank; "

@@ -157,7 +157,7 @@ def outcomes(tmp_path_factory):
     found = {}
     for world in (2, 4):
         cases = [case for case in CASES if case.world == world]
-        by_rank = run_ranks(run_cases, world, cases, folder=folder, timeout=180)
+        by_rank = run_ranks(run_cases, world, cases, folder=folder)
         found |= dict(zip(cases, zip(*by_rank, strict=True), strict=True))
     return found
 

@@ -111,7 +111,7 @@ def run_on_threads(schedule, microbatches):
                     key = ("F" if i.kind == "F" else "B", i.microbatch, i.chunk)
                     source = placement.taken_from(rank, i)
                     while source and source.rank != rank and key not in here:
-                        here[posted[source.rank].pop(0)] = channels[source.rank, rank].get(timeout=20)
+                        here[posted[source.rank].pop(0)] = channels[source.rank, rank].get(timeout=200)
                     made = [*(here.pop(key) if source else []), (key[0], placement.stage(rank, i.chunk), i.microbatch)]
                     if i.kind != "W" and placement.given_to(rank, i) is None:
                         ends[key[0], i.microbatch] = made

@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from megatrain.__main__ import main
-from megatrain.pipeline.advice import advise, best_cut, cut_model, cut_of, rank_slowness
+from megatrain.pipeline.advice import advise
+from megatrain.pipeline.costs import best_cut, cut_model, cut_of, rank_slowness
 from megatrain.pipeline.schedules import SCHEDULES, make_schedule
 from megatrain.pipeline.simulator import Times, simulate
 from megatrain.pipeline.stages import blocks_per_stage
@@ -179,7 +180,7 @@ def test_no_cut_is_faster_than_the_one_advised(name, seed, monkeypatch):
     stages = schedule.placement.stages
     start = [8 // stages] * stages
     measured = xray_of(name, 2, 6, start, layers, beside=0.2, send=0.05).measured
-    monkeypatch.setattr("megatrain.pipeline.advice.rank_slowness", lambda measured: [1.0, 1.0])  # of blocks that differ it knows nothing
+    monkeypatch.setattr("megatrain.pipeline.costs.rank_slowness", lambda measured: [1.0, 1.0])  # of blocks that differ it knows nothing
     model = cut_model(measured)
     assert model.makespan(measured.cut) == pytest.approx(simulate(schedule, stage_times(start, layers, beside=0.2, send=0.05)).makespan)
     every = [c for c in itertools.product(range(1, 9), repeat=stages) if sum(c) == 8]

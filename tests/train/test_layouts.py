@@ -94,16 +94,23 @@ def reference(model: str):
 
 def run_layout(rank: int, world_size: int, config):
     """Losses, norms, and this rank's parts of the first step's clipped gradient (Adam's first moment / 0.1)."""
+    from megatrain.train.auto import settle_schedule
     from megatrain.train.trainer import Trainer
 
     p = config.parallel
     grid = make_grid(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
-    trainer = Trainer(config, read_architecture(load_config(config.model)), grid, torch.device("cpu"))
+    architecture, device = read_architecture(load_config(config.model)), torch.device("cpu")
     losses, norms, pieces = [], [], []
     position = torch.arange(LENGTH).expand(config.train.micro_batch_size, LENGTH)
-    for step in range(1, STEPS + 1):
+
+    def batches(step: int) -> list[Batch]:
         rows = tokens(step).split(config.train.micro_batch_size)[grid.data.rank :: grid.data.size]
-        report = trainer.step(step, [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows])
+        return [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows]
+
+    settled = settle_schedule(config, architecture, grid, device, batches=lambda: batches(1))
+    trainer = Trainer(settled.config, architecture, grid, device, schedule=settled.schedule, channels=settled.channels)
+    for step in range(1, STEPS + 1):
+        report = trainer.step(step, batches(step))
         assert report.applied
         losses.append(report.loss)
         norms.append(report.grad_norm)
@@ -184,6 +191,11 @@ ROWS = [
     row("olmo2", 4, recompute="selective", **TP_PP), row("olmo2", 4, tensor=4, sequence=True), row("olmo2", 4, zero=3, **TP),
     row("gpt_neox", 2, sequence=True, **TP), row("gpt_neox", 4, schedule="zb-v", **TP_PP), row("gpt_neox", 4, zero=2, **TP),
     row("starcoder2", 2, **TP), row("starcoder2", 4, sequence=True, recompute="full", **TP_PP),
+    # split backwards and several chunks with recomputation, tied weights and replicas together
+    *[row("tied", 4, schedule=name, recompute="full", **TP_PP) for name in SPLIT], row("tied", 2, schedule="gpipe", recompute="selective", **PP),
+    *[row(world=4, schedule=name, recompute="full", micro_batch_size=1, **PP) for name in SPLIT],
+    # whatever auto measures to be fastest
+    row(world=2, schedule="auto", **PP), row("tied", 4, schedule="auto", pipeline=4), row("tied", 4, schedule="auto", **TP_PP),
     # three axes
     row(world=8, **TP_PP), row("tied", 8, sequence=True, **TP_PP), row("gpt2", 8, pipeline=4, zero=0),
     row("deep", 8, schedule="zb-v", tensor=2, pipeline=4),
@@ -191,7 +203,9 @@ ROWS = [
 BF16_ROWS = [
     row(), row("gpt2"), row(world=2, **TP), row(world=2, **PP), *[row(world=2, zero=stage) for stage in (0, 1, 2, 3)],
     row(world=4, sequence=True, **TP_PP), row("tied", 4, **TP_PP), row("tied", 4, **PP), row(world=4, zero=2, **TP),
-    *[row(world=2, schedule=name, **PP) for name in SPLIT], row("tied", 4, schedule="zb-v", **TP_PP),
+    *[row(world=2, schedule=name, **PP) for name in ("auto", *SPLIT)], row("tied", 4, schedule="zb-v", **TP_PP),
+    *[row("tied", 4, schedule=name, recompute="full", micro_batch_size=1, **PP) for name in ("interleaved", "zb-h1", "dualpipev")],
+    *[row("tied", 4, schedule=name, recompute="selective", **TP_PP) for name in ("interleaved", "zb-h1", "dualpipev")],
 ]  # fmt: skip
 
 
@@ -203,7 +217,7 @@ def layout(model: str, settings: dict, **more):
 
 @pytest.mark.parametrize(("model", "world", "settings"), ROWS)
 def test_equals_plain_torch(model, world, settings, references, tmp_path):
-    results = run_ranks(run_layout, world, layout(model, settings), folder=tmp_path)
+    results = run_ranks(run_layout, world, layout(model, settings, **{"run.output_dir": str(tmp_path)}), folder=tmp_path)
     losses, norms, gradients = references(model)
     for ours, our_norms, _ in results:
         assert ours == results[0][0]
@@ -215,7 +229,7 @@ def test_equals_plain_torch(model, world, settings, references, tmp_path):
 @pytest.mark.parametrize(("model", "world", "settings"), BF16_ROWS)
 def test_bf16_stays_near_fp32(model, world, settings, references, tmp_path):
     """Rounding of weights and activations to 8 bits is all that differs from plain torch in fp32."""
-    results = run_ranks(run_layout, world, layout(model, settings, **{"train.dtype": "bf16"}), folder=tmp_path)
+    results = run_ranks(run_layout, world, layout(model, settings, **{"train.dtype": "bf16", "run.output_dir": str(tmp_path)}), folder=tmp_path)
     losses, norms, gradients = references(model)
     ours, our_norms, _ = results[0]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-4, atol=0)
