@@ -228,9 +228,10 @@ def _read(config: Config, asked: dict[str, Any]) -> _Choice | None:
         if kept["asked"] != asked:
             return None
         microbatches = config.microbatches(asked["data"])
-        schedule = choose_schedule(kept["schedule"], ranks=config.parallel.pipeline, microbatches=microbatches, virtual=kept["virtual"])
+        name = str(path.with_name(ACTIONS)) if kept["schedule"].endswith(".csv") else kept["schedule"]
+        schedule = choose_schedule(name, ranks=config.parallel.pipeline, microbatches=microbatches, virtual=kept["virtual"])
         counts = [int(count) for count in kept["layers_per_stage"]]
         words = f"{schedule.name} with {counts} blocks by stage, as chosen when the run began ({path} keeps it)"
         return _Choice(schedule, counts, words)
-    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
         return None
