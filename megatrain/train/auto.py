@@ -205,7 +205,7 @@ def _asked(config: Config, architecture: Architecture, grid: Grid) -> dict[str, 
     p, train = config.parallel, config.train
     asked = {"model": architecture.config.to_dict(), "tensor": p.tensor, "pipeline": p.pipeline, "data": grid.data.size, "sequence": p.sequence,
              "zero": p.zero, "offload": p.offload, "memory_gib": p.memory_gib, "global_batch_size": train.global_batch_size,
-             "micro_batch_size": train.micro_batch_size, "dtype": train.dtype, "recompute": train.recompute, "lora": dataclasses.asdict(config.lora),
+             "micro_batch_size": train.micro_batch_size, "dtype": train.dtype, "recompute": train.recompute, "lora": dataclasses.asdict(config.lora), "task": config.task,
              "sequence_length": config.data.sequence_length}  # fmt: skip
     return json.loads(json.dumps(asked, default=str))
 
