@@ -15,6 +15,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 WRITTEN_FOR = {
     "demo_cpu": (4, 0.0024),
     "finetune_sft_demo_cpu": (2, 0.0024),
+    "finetune_lora_llama3_8b": (8, 7.50),
+    "finetune_dpo_llama3_8b": (16, 7.50),
     "gpt2_125m": (8, 0.124),
     "llama3_8b": (64, 7.50),
     "llama3_70b": (64, 69.5),

@@ -9,6 +9,7 @@ import torch
 from megatrain.config import Config
 from megatrain.models.architecture import Architecture
 from megatrain.models.decoder import LayerSpec, build_chunks, build_layers, layer_list
+from megatrain.models.lora import add_adapters
 from megatrain.models.parts import Parts
 from megatrain.parallel.grid import Grid, make_grid
 from megatrain.parallel.sharding import parameters
@@ -92,6 +93,13 @@ def total_parameters(architecture: Architecture) -> int:
 def whole_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """The name and shape of each tensor of the model, as a checkpoint holds them."""
     return {declaration.name: declaration.shape for declaration, _ in parameters(_whole_model(architecture))}
+
+
+def adapter_parameters(config: Config, architecture: Architecture) -> int:
+    """Parameters of the low-rank adapters of the whole model: all that is trained beside frozen weights."""
+    model = _whole_model(architecture)
+    add_adapters(model, architecture, config.lora, make_grid(0, connect=False).tensor)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _whole_model(architecture: Architecture) -> torch.nn.Module:

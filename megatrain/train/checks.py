@@ -16,7 +16,14 @@ from megatrain.models.decoder import LayerSpec
 from megatrain.models.lora import target_names
 from megatrain.models.parts import check_tensor_split
 from megatrain.train import console
-from megatrain.train.build import plan_ranks, rank_specs, run_schedule, total_parameters, whole_tensors
+from megatrain.train.build import (
+    adapter_parameters,
+    plan_ranks,
+    rank_specs,
+    run_schedule,
+    total_parameters,
+    whole_tensors,
+)
 from megatrain.train.tasks import Source, Task
 
 
@@ -148,7 +155,11 @@ def run_header(config: Config, architecture: Architecture, world_size: int, devi
     p = config.parallel
     layout = (f"tensor {p.tensor} x pipeline {p.pipeline} x data {config.data_size(world_size)}"
               f"{', sequence' if p.sequence else ''}, {p.schedule}, ZeRO {p.zero}")  # fmt: skip
-    return console.header(name=config.run_name, model=architecture.model_type, num_parameters=total_parameters(architecture),
-                          layout=layout, device=f"{world_size} ranks, {device}", dtype=config.train.dtype,
-                          tokens_per_step=config.tokens_per_step,
-                          steps=config.steps if config.train.epochs is None else None)  # fmt: skip
+    words = console.header(name=config.run_name, model=architecture.model_type, num_parameters=total_parameters(architecture),
+                           layout=layout, device=f"{world_size} ranks, {device}", dtype=config.train.dtype,
+                           tokens_per_step=config.tokens_per_step,
+                           steps=config.steps if config.train.epochs is None else None)  # fmt: skip
+    if not config.lora.rank:
+        return words
+    trained = adapter_parameters(config, architecture)
+    return f"{words}\n  lora    adapters of rank {config.lora.rank}: {trained:,} parameters are trained, {trained / total_parameters(architecture):.2%} of the model's"

@@ -106,7 +106,7 @@ class _Training:
         if wants_reference(config) == "beforehand":
             self.trainer.reference = make_reference(config, self.trainer, self._all_batches(sources), resumed=path is not None)
         self.stop_asked = False
-        self.flops = flops_per_token(self.architecture.config, sequence_length=config.data.sequence_length)
+        self.flops = flops_per_token(self.architecture.config, sequence_length=config.data.sequence_length, frozen=config.lora.rank > 0)
         self.peak = peak_flops(torch.cuda.get_device_name(), config.train.dtype) if self.device.type == "cuda" else None
 
     def _loader(self, source: Source) -> Loader:

@@ -65,7 +65,17 @@ def train_and_resume(rank: int, world_size: int, config, folder: Path):
     assert loading.load(path, zero=second.zero, config=config, grid=grid).step == 2
     again = [second.step(step, batches(step, grid)).loss for step in (3, 4)]
     saving.save(folder, Progress(4, 0, 4), zero=second.zero, **more)
-    return losses[2:], again, first.evaluate(lambda number: batches(9, grid), 1)
+    return losses[2:], again, first.evaluate(lambda number: batches(9, grid), 1).loss
+
+
+def resume_elsewhere(rank: int, world_size: int, config, path: Path):
+    """Losses of steps 3 and 4 from step 2's checkpoint, on this layout."""
+    from megatrain.train.trainer import Trainer
+
+    architecture, grid = read_architecture(load_config(config.model)), make_grid(rank, data=world_size)
+    trainer = Trainer(config, architecture, grid, torch.device("cpu"))
+    loading.load(path, zero=trainer.zero, config=config, grid=grid)
+    return [trainer.step(step, batches(step, grid)).loss for step in (3, 4)]
 
 
 def ours_with(model: str, folder: Path):
@@ -88,6 +98,8 @@ def test_peft_loads_what_a_run_goes_on_from(model, world, parallel, tmp_path):
     config = make_config(model, **parallel)
     losses, again, evaluated = run_ranks(train_and_resume, world, config, tmp_path / "checkpoints", folder=tmp_path)[0]
     assert again == losses
+    elsewhere = run_ranks(resume_elsewhere, 1, make_config(model), tmp_path / "checkpoints" / "step-00000002", folder=tmp_path)[0]
+    assert elsewhere == pytest.approx(losses, rel=2e-6)
     base = tmp_path / "base"
     transformers_twin(MODELS[model], build(MODELS[model])).save_pretrained(base)
     saved = tmp_path / "checkpoints" / "step-00000004"

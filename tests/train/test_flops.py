@@ -37,6 +37,12 @@ def test_matrix_weights_are_those_of_transformers_modules(name):
     assert matrix_weights(config) == sum(weight.numel() for weight in matrices)
 
 
+def test_frozen_weights_have_no_gradient_to_compute():
+    config = config_of("llama")
+    saved = flops_per_token(config, sequence_length=32) - flops_per_token(config, sequence_length=32, frozen=True)
+    assert saved == 2 * matrix_weights(config)
+
+
 def test_attention_costs_half_of_the_whole_matrix():
     config = config_of("llama")
     more = flops_per_token(config, sequence_length=32) - flops_per_token(config, sequence_length=0)

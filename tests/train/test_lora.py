@@ -168,7 +168,8 @@ def references():
     return get
 
 
-KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "last": {"targets": LAST}}
+KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "last": {"targets": LAST},
+         "dropped": {"targets": ["q_proj", "v_proj", "up_proj"], "dropout": 0.4, "dora": True}}  # fmt: skip
 
 
 def row(model="llama", kind="lora", world=1, **settings):
@@ -210,3 +211,26 @@ def test_equals_peft(model, kind, world, settings, references, tmp_path):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-6, atol=0)
         torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-5, atol=0)
     assert worst_gradient(results, gradients) < 1e-5
+
+
+@pytest.mark.parametrize(("model", "kind", "world", "settings"), [
+    row("gpt2", "dora"), row("llama", "dora", 4, sequence=True, **TP_PP), row("llama", "last", 4, pipeline=4), row(world=2, zero=2),
+    row("gpt2", "dora", 2, zero=3), row("llama", "last", 2, schedule="zb-v", **PP),
+])  # fmt: skip
+def test_bf16_stays_near_fp32(model, kind, world, settings, references, tmp_path):
+    """Rounding of weights and activations to 8 bits is all that differs from peft in fp32."""
+    results = run_ranks(run_layout, world, layout(model, kind, settings, **{"train.dtype": "bf16"}), folder=tmp_path)
+    losses, norms, gradients = references(model, KINDS[kind])
+    ours, our_norms, _ = results[0]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=3e-2, atol=0)
+    assert worst_gradient(results, gradients) < 0.1
+
+
+def test_dropout_of_whole_inputs_is_the_same_on_every_layout(tmp_path):
+    """What tensor ranks hold copies of is dropped alike, and again alike when a block is computed again."""
+    one, _, _ = run_ranks(run_layout, 1, layout("llama", "dropped", {}), folder=tmp_path)[0]
+    none, _, _ = run_ranks(run_layout, 1, layout("llama", "dropped", {}, **{"lora.dropout": 0.0}), folder=tmp_path)[0]
+    assert one != none
+    split, _, _ = run_ranks(run_layout, 4, layout("llama", "dropped", {"recompute": "full", "schedule": "zb-h1", **TP_PP}), folder=tmp_path)[0]
+    torch.testing.assert_close(torch.tensor(split), torch.tensor(one), rtol=2e-6, atol=0)
