@@ -1,6 +1,7 @@
 """Initial weights do not know the layout: any rank's parts are slices of the same whole tensors."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,17 +9,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from networks import GPT2, LLAMA
+from variants import BASES
 
 from megatrain import config as configuration
-from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.architecture import Source, load_config, read_architecture
 from megatrain.models.initialize import initialize
+from megatrain.models.parts import Parts
 from megatrain.models.random import normal_slice
 from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import parameters
+from megatrain.parallel.sharding import parameters, sharding
 from megatrain.train.build import build_stage
 
 MODELS = {"llama": {**LLAMA, "pad_token_id": 66}, "tied": {**LLAMA, "tie_word_embeddings": True, "num_hidden_layers": 4}, "gpt2": {**GPT2, "n_layer": 4},
-          "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16}}  # fmt: skip
+          "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16},
+          **{name: BASES[name] for name in ("gemma2", "phi3", "olmo2", "gpt_neox")}}  # fmt: skip
 
 
 def pieces(model, *, tensor, pipeline, seed=3):
@@ -58,14 +62,32 @@ def test_values_are_those_of_the_architecture(name):
     residual = 0.02 / (2 * model["n_layer"]) ** 0.5 if name == "gpt2" else 0.02
     for key, tensor in whole(model).items():
         if tensor.dim() == 1:
-            assert (tensor == (0.0 if key.endswith("bias") else 1.0)).all()
+            assert (tensor == (0.0 if key.endswith("bias") or name == "gemma2" else 1.0)).all()  # Gemma's norms add one to theirs
             continue
-        if name == "llama" and "embed" in key:
-            assert (tensor[66] == 0).all()
-            tensor = tensor[:66]
+        padding = model.get("pad_token_id", 1 if name == "olmo2" else None)
+        if padding is not None and "embed" in key:
+            assert (tensor[padding] == 0).all()
+            tensor = torch.cat([tensor[:padding], tensor[padding + 1 :]])
         std = residual if "c_proj" in key else 0.02
         assert abs(float(tensor.std()) / std - 1) < 4 / (2 * tensor.numel()) ** 0.5
         assert abs(float(tensor.mean())) < 4 * std / tensor.numel() ** 0.5
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_roles_that_alternate_by_key_value_head_are_the_whole_tensor(tensor):
+    """Two queries, a key and a value for each of 2 heads, as Megatron-LM stores them; 4 ranks hold half of a group each."""
+    roles = ("query", "key", "value")
+    plain = read_architecture(load_config(LLAMA))
+    fused = replace(plain, names=plain.names | {role: Source("layers.{}.qkv", roles, by_head=True) for role in roles})
+    places = torch.full((fused.head_dim * 8, 32), -1)
+    for rank in range(tensor):
+        parts = Parts(fused, make_grid(rank, tensor=tensor, connect=False), sequence=False, dtype=torch.float32, device="meta")
+        for number, role in enumerate(roles):
+            declaration = sharding(parts.columns(role, 0, bias=False)[0])
+            there = declaration.take(places)
+            assert ((there == -1) | ((there == number) & (role != "query"))).all(), "only keys and values have copies"
+            declaration.put(torch.full_like(there, number), places)
+    assert places[:, 0].view(2, 4, fused.head_dim).tolist() == [[[0] * fused.head_dim] * 2 + [[1] * fused.head_dim, [2] * fused.head_dim]] * 2
 
 
 def test_seeds_and_names_give_other_values():
