@@ -43,6 +43,8 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Chats of very different lengths, a tokenizer, a template with marks and one without."""
+    from transformers import AutoModelForCausalLM
+
     folder = tmp_path_factory.mktemp("finetune")
     random = np.random.default_rng(0)
     (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 5)}))
@@ -54,6 +56,7 @@ def files(tmp_path_factory):
     for name in ("train", "valid"):
         chats = [[turn("user", 8), turn("assistant", 12)] * int(random.integers(1, 3)) for _ in range(CHATS)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    AutoModelForCausalLM.from_config(load_config(GPT2)).save_pretrained(folder / "gpt2")
     (folder / "marks.jinja").write_text(WITH_MARKS)
     (folder / "chatml.jinja").write_text(CHATML)
     return folder
@@ -315,6 +318,8 @@ SENTENCES = {
     "data.document_mask=true": "data.document_mask=True is a setting of pretraining; leave it out: packed chats attend to themselves alone",
     "data.train={folder}/text.jsonl": "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: messages;",
     "data.sequence_length=24 data.too_long=error": "{folder}/train.jsonl, line 1: takes ",
+    "train.init_from={folder}/gpt2": "train.init_from={folder}/gpt2 does not fit the model: missing: model.embed_tokens.weight, ",
+    "train.init_from=nowhere": "nowhere is not a folder",
     "train.steps=null train.epochs=0": "train.epochs=0 must be at least 1",
     "train.steps=5 train.epochs=1": "train.steps, train.tokens and train.epochs=5, None, 1 are given together; give one of them",
     "train.steps=null train.epochs=1 lr_schedule.warmup_steps=50": "lr_schedule.warmup_steps=50 is more than the 3 steps of the schedule",
