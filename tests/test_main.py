@@ -82,9 +82,9 @@ def test_before_ranks_meet_one_of_a_machine_speaks(capsys, monkeypatch, rank):
     assert capsys.readouterr().err == ("error: CONFIG=none.yaml does not exist\n" if rank == 0 else "")
 
 
-@pytest.mark.parametrize("extra", [[], ["--local_rank=1"], ["--local-rank", "1"]])
-def test_as_a_script_from_anywhere_with_what_launchers_append(tmp_path, extra):
-    command = [sys.executable, str(ROOT / "megatrain" / "pretrain.py"), *extra, "none.yaml", "train.steps=1"]
+@pytest.mark.parametrize(("script", "extra"), [("pretrain", []), ("pretrain", ["--local_rank=1"]), ("finetune", ["--local-rank", "1"])])
+def test_as_a_script_from_anywhere_with_what_launchers_append(tmp_path, script, extra):
+    command = [sys.executable, str(ROOT / "megatrain" / f"{script}.py"), *extra, "none.yaml", "train.steps=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "error: CONFIG=none.yaml does not exist\n")
 
