@@ -20,6 +20,9 @@ import yaml
 
 from megatrain.errors import ConfigError
 
+Problem = Literal["single-label", "multi-label", "regression"]
+Augment = Literal["none", "delete", "swap", "mask", "mix"]
+
 
 def setting(default: Any, meaning: str) -> Any:
     """A section's field with its default and the sentence that `megatrain config` prints."""
@@ -101,6 +104,8 @@ class Train:
         None, "Hugging Face folder whose weights the run starts from; `model` and `data.tokenizer` are its own when left out. A resumed run does not read it, unless adapters stand on it."
     )
     resume: str = setting("auto", "`auto` takes the run's newest whole checkpoint, `never` starts afresh, a folder takes that one.")
+    early_stop: int = setting(0, "Stop after this many evaluations in a row without a new best; each best is saved. 0 never stops early.")
+    early_stop_metric: str = setting("valid_loss", "What early stopping goes by: valid_loss, or one that the task measures, such as valid_accuracy.")
     max_bad_steps: int = setting(5, "Steps in a row with a non-finite loss or gradient after which the run stops.")
     stop_after: int | None = setting(None, "Save and stop after this step although `steps` goes on; schedules still see `steps`.")
     trace_steps: list[int] | None = setting(
@@ -155,11 +160,23 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class Classification:
+    labels: list[str] | None = setting(
+        None, "Names of the classes in the order of their numbers; a classifier's own folder brings them. A regression has one, its value's."
+    )
+    problem: Problem = setting("single-label", "Of each text: one class, any number of classes, or a number.")
+    dropout: float = setting(0.0, "Dropout of what the classifier's matrix sees.")
+    label_smoothing: float = setting(0.0, "Share of a label's probability that training spreads over all classes.")
+    augment: Augment = setting("none", "Change the words of training texts at random: delete, swap, mask, or one of these for each text (mix).")
+    augment_share: float = setting(0.1, "Share of a text's words that are changed.")
+
+
+@dataclass(frozen=True)
 class Config:
     run: Run = field(default_factory=Run)
     model: str | dict[str, Any] = setting("", "A Hugging Face config: a folder, a config.json, or its fields with model_type.")
-    task: Literal["sft", "dpo", "simpo", "orpo"] = setting(
-        "sft", "What `megatrain finetune` learns: answers as they are, or to prefer one of two (prompt, chosen, rejected)."
+    task: Literal["sft", "dpo", "simpo", "orpo", "classification", "token-classification"] = setting(
+        "sft", "What `megatrain finetune` learns: answers as they are, to prefer one of two (prompt, chosen, rejected), or labels of texts or of words."
     )
     data: Data = field(default_factory=Data)
     parallel: Parallel = field(default_factory=Parallel)
@@ -168,6 +185,7 @@ class Config:
     lr_schedule: LrSchedule = field(default_factory=LrSchedule)
     lora: Lora = field(default_factory=Lora)
     preference: Preference = field(default_factory=Preference)
+    classification: Classification = field(default_factory=Classification)
 
     @property
     def model_ranks(self) -> int:
@@ -290,6 +308,7 @@ def check(config: Config) -> None:
     _check_parallel(config)
     _check_lora(config)
     _check_preference(config)
+    _check_classification(config)
 
 
 def describe() -> str:
@@ -468,7 +487,7 @@ def _short(value: Any) -> str:
 _POSITIVE = ["data.sequence_length", "parallel.tensor", "parallel.pipeline", "parallel.data", "parallel.virtual", "train.global_batch_size",
              "train.micro_batch_size", "train.log_every", "train.tokens", "train.epochs", "train.max_bad_steps", "train.eval_batches",
              "lr_schedule.decay_steps"]  # fmt: skip
-_NOT_NEGATIVE = ["train.steps", "train.eval_every", "train.save_every", "train.keep_last", "train.stop_after", "run.seed",
+_NOT_NEGATIVE = ["train.steps", "train.early_stop", "train.eval_every", "train.save_every", "train.keep_last", "train.stop_after", "run.seed",
                  "run.master_port", "parallel.memory_gib", "optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip",
                  "lr_schedule.warmup_steps", "lr_schedule.min_lr", "lora.rank", "preference.margin"]  # fmt: skip
 
@@ -577,7 +596,8 @@ def _check_lora(config: Config) -> None:
 
 def _check_preference(config: Config) -> None:
     task, preference = config.task, config.preference
-    unused = {"beta": task == "sft", "margin": task != "simpo", "label_smoothing": task not in ("dpo", "simpo"), "reference": task != "dpo"}
+    compares = task in ("dpo", "simpo", "orpo")
+    unused = {"beta": not compares, "margin": task != "simpo", "label_smoothing": task not in ("dpo", "simpo"), "reference": task != "dpo"}
     for name, is_unused in unused.items():
         if is_unused and getattr(preference, name) != getattr(Preference(), name):
             raise ConfigError(f"preference.{name}", getattr(preference, name), f"has no effect with task={task}", "leave it out or set task")
@@ -587,10 +607,31 @@ def _check_preference(config: Config) -> None:
         raise ConfigError("preference.label_smoothing", preference.label_smoothing, "must be in [0, 0.5)")
     if preference.reference == "adapters-off" and not config.lora.rank:
         raise ConfigError("preference.reference", "adapters-off", "needs adapters and lora.rank=0", "use beforehand, or set lora.rank")
-    if task != "sft" and config.train.micro_batch_size % 2:
+    if compares and config.train.micro_batch_size % 2:
         raise ConfigError("train.micro_batch_size", config.train.micro_batch_size,
                           f"is odd, and with task={task} the two sequences of a pair go together", f"use {config.train.micro_batch_size + 1}")  # fmt: skip
-    if task != "sft" and config.data.packing:
+    if compares and config.data.packing:
         raise ConfigError("data.packing", True, f"puts several samples in a sequence, and task={task} compares sequences", "set data.packing=false")
-    if task != "sft" and config.data.train_on == "all":
+    if compares and config.data.train_on == "all":
         raise ConfigError("data.train_on", "all", f"has no meaning with task={task}: answers are compared", "leave it out")
+
+
+def _check_classification(config: Config) -> None:
+    section = config.classification
+    if config.task not in ("classification", "token-classification"):
+        changed = [item.name for item in fields(Classification) if getattr(section, item.name) != getattr(Classification(), item.name)]
+        if changed:
+            raise ConfigError(f"classification.{changed[0]}", _short(getattr(section, changed[0])), f"has no effect with task={config.task}",
+                              "set task=classification or task=token-classification")  # fmt: skip
+    for name in ("dropout", "label_smoothing", "augment_share"):
+        if not 0 <= getattr(section, name) < 1:
+            raise ConfigError(f"classification.{name}", getattr(section, name), "must be in [0, 1)")
+    if section.labels is not None and len(set(section.labels)) != len(section.labels):
+        raise ConfigError("classification.labels", _short(section.labels), "names a class twice")
+    if section.labels is not None and (len(section.labels) != 1 if section.problem == "regression" else len(section.labels) < 2):
+        raise ConfigError("classification.labels", _short(section.labels), f"has {len(section.labels)} names",
+                          "a regression has 1" if section.problem == "regression" else "a classifier tells 2 classes or more")  # fmt: skip
+    if section.label_smoothing and section.problem != "single-label":
+        raise ConfigError("classification.label_smoothing", section.label_smoothing, f"has no meaning for classification.problem={section.problem}")
+    if config.train.early_stop and not config.train.eval_every:
+        raise ConfigError("train.early_stop", config.train.early_stop, "goes by evaluations, and train.eval_every=0 makes none", "set train.eval_every")

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint, a Hugging Face folder, or a run's folder for its newest checkpoint")
     parser.add_argument("words", nargs="*", metavar="DATA|section.key=value",
                         help="text, JSONL or parquet files, or an indexed dataset's prefix; settings such as parallel.tensor=2")  # fmt: skip
-    parser.add_argument("--kind", choices=["perplexity", "choices"], help="what to measure; by default what the data are made for")
+    parser.add_argument("--kind", choices=["perplexity", "choices", "classification"], help="what to measure; by default what the data are made for")
     parser.add_argument("--window", type=int, help="tokens the model sees at once; its positions up to 2048 by default")
     parser.add_argument("--stride", type=int, help="tokens scored by each window after a document's first; 512 by default")
     parser.add_argument("--field", default="text", help="of JSONL and parquet, where the text is (default: %(default)s)")
@@ -73,8 +73,9 @@ def _subject(args: argparse.Namespace, folder: Path, data: list[str], config: Co
     """What is evaluated, checked as far as that needs no ranks."""
     from megatrain.evaluation import check
 
-    window, stride = check.make_windows(check.check_model(config), window=args.window, stride=args.stride)
-    kind = "harness" if args.tasks else args.kind or check.guess_kind(data)
+    architecture = check.check_model(config)
+    window, stride = check.make_windows(architecture, window=args.window, stride=args.stride)
+    kind = "harness" if args.tasks else check.choose_kind(args.kind, data, architecture)
     tasks = tuple(args.tasks.split(",")) if args.tasks else ()
     return subjects.Subject(str(folder), tuple(data), kind, window, stride, args.field, args.json, tasks,
                             args.include_path, args.limit, args.num_fewshot)  # fmt: skip

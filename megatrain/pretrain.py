@@ -48,9 +48,9 @@ def train(args: argparse.Namespace, *, verb: Literal["pretrain", "finetune"]) ->
     machine.set_environment(place.local_size if place else world_size)
     # Imports torch, so it comes after the environment is set.
     from megatrain.train.checks import check_without_ranks, dry_run
-    from megatrain.train.run import VERBS
+    from megatrain.train.run import VERBS, task_of
 
-    work, task = VERBS[verb]
+    work, task = VERBS[verb], task_of(config, verb)
     if args.dry_run:
         print(dry_run(config, task))
         return 0

@@ -17,6 +17,7 @@ WRITTEN_FOR = {
     "finetune_sft_demo_cpu": (2, 0.0024),
     "finetune_lora_llama3_8b": (8, 7.50),
     "finetune_dpo_llama3_8b": (16, 7.50),
+    "finetune_classify_demo_cpu": (2, 0.00059),
     "gpt2_125m": (8, 0.124),
     "llama3_8b": (64, 7.50),
     "llama3_70b": (64, 69.5),
@@ -37,9 +38,11 @@ def test_a_config_runs_dry(name, capsys, monkeypatch, tmp_path):
     verb = "finetune" if name.startswith("finetune") else "pretrain"
     assert main([verb, str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    notes = ["there is no file"] if verb == "pretrain" else ["train.init_from=", config.load(CONFIGS / f"{name}.yaml").data.train]
+    loaded = config.load(CONFIGS / f"{name}.yaml")
+    notes = ["there is no file"] * 2 if verb == "pretrain" else [str(loaded.data.train), str(loaded.data.valid)]
+    notes += ["train.init_from="] if loaded.train.init_from else []
     assert all(f"\nnote: {note}" in shown for note in notes)
-    assert shown.count("\nnote: ") == (2 if verb == "pretrain" else 3)
+    assert shown.count("\nnote: ") == len(notes)
     stages = config.load(CONFIGS / f"{name}.yaml").parallel.pipeline
     assert sum(line.split()[0].isdigit() for line in shown.splitlines() if line.startswith("  ") and line.strip()) == stages
     assert list(tmp_path.iterdir()) == []

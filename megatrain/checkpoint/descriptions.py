@@ -26,10 +26,8 @@ class Chat(NamedTuple):
 
 def write_descriptions(folder: Path, config: Config, architecture: Architecture, chat: Chat | None) -> None:
     """Write what transformers reads beside the weights; the tokenizer's files are copied from `data.tokenizer`."""
-    from transformers import AutoModelForCausalLM
-
     hf = type(architecture.config).from_dict(architecture.config.to_dict())
-    hf.architectures = [AutoModelForCausalLM._model_mapping[type(hf)].__name__]
+    hf.architectures = [_class_name(hf, architecture)]
     hf.dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.train.dtype]
     hf.save_pretrained(folder)
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer is not None else None
@@ -37,7 +35,31 @@ def write_descriptions(folder: Path, config: Config, architecture: Architecture,
         _copy_tokenizer(tokenizer, folder)
     if chat is not None and chat.chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat.chat_template, encoding="utf-8")
-    _write_generation(folder, hf, tokenizer, chat)
+    if architecture.classifier is None:
+        _write_generation(folder, hf, tokenizer, chat)
+    elif tokenizer is not None:
+        _name_padding(folder, hf.pad_token_id)
+
+
+def _class_name(hf: Any, architecture: Architecture) -> str:
+    """Of the model in transformers."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    classifier = architecture.classifier
+    kinds = AutoModelForCausalLM
+    if classifier is not None:
+        kinds = AutoModelForTokenClassification if classifier.of_tokens else AutoModelForSequenceClassification
+    return str(kinds._model_mapping[type(hf)].__name__)
+
+
+def _name_padding(folder: Path, token: int) -> None:
+    """Tell the tokenizer what texts of a batch are padded with, where it has no word for it: classifiers are asked in batches."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = token
+        tokenizer.save_pretrained(folder)
 
 
 def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:

@@ -35,21 +35,27 @@ class Pretrained:
         tensors: the folder; its `bytes_read` counts what this rank has read.
     """
 
-    def __init__(self, folder: Path | str, architecture: Architecture) -> None:
+    def __init__(self, folder: Path | str, architecture: Architecture, *, called: str = "train.init_from") -> None:
         self.folder, self.tensors = folder, Tensors(folder)
         self._tied = architecture.tied
         self._embedding, self._head = (f"{architecture.names[role].name}.weight" for role in ("embedding", "head"))
         self._prefix = self._embedding.partition(".")[0] + "."
+        self._classifier, self._called = architecture.classifier, called
 
-    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse the folder unless it holds exactly these tensors in these shapes. Reads no tensor but those of a tied head."""
+    def check(self, wanted: Mapping[str, tuple[int, ...]], *, new_head: bool = True) -> None:
+        """Refuse the folder unless it holds exactly these tensors in these shapes. Reads no tensor but those of a tied head.
+
+        With `new_head` a classifier may be made from a language model, whose head is not used and which has no classifier's.
+        """
         homes = self._homes(wanted)
         used = {theirs for ours in wanted for theirs in homes.get(ours, [])[:1]}
         if self._tied:
             used |= set(homes.get(self._head, [])) & set(self.tensors.names())
         twice = sorted(theirs for ours in wanted for theirs in homes.get(ours, [])[1:])
+        if self._classifier is not None and new_head:
+            used |= {self._head} & set(self.tensors.names())  # of the language model that the classifier is made from
         problems = [
-            _listed("missing", (name for name in wanted if name not in homes)),
+            _listed("missing", (name for name in wanted if name not in homes and not (new_head and self._is_new(name)))),
             _listed("unexpected", (n for n in sorted(self.tensors.names()) if n not in used and n not in twice and not _BUFFERS.search(n))),
             _listed("there twice, with the prefix and without", twice),
             _listed("of another shape", self._misshapen(homes, wanted)),
@@ -57,7 +63,7 @@ class Pretrained:
         ]
         words = "; ".join(problem for problem in problems if problem)
         if words:
-            raise CheckpointError(f"train.init_from={self.folder} does not fit the model: {words}{self._hint(homes, wanted)}")
+            raise CheckpointError(f"{self._called}={self.folder} does not fit the model: {words}{self._hint(homes, wanted)}")
         self._check_tied(homes)
 
     def fill(self, stage: nn.Module, seed: int) -> None:
@@ -111,6 +117,10 @@ class Pretrained:
             homes[self._embedding] = homes[self._head]
         return homes
 
+    def _is_new(self, name: str) -> bool:
+        """Whether a tensor is a classifier's own, which starts as it is initialised where the folder has none."""
+        return self._classifier is not None and name.rpartition(".")[0] == self._classifier.name
+
     def _home(self, ours: str) -> str | None:
         return next(iter(self._homes([ours]).get(ours, [])), None)
 
@@ -130,7 +140,7 @@ class Pretrained:
         head, embedding = (self.tensors.view(homes[name][0]) for name in (self._head, self._embedding))
         if head.shape != embedding.shape or not all(torch.equal(a, b) for a, b in zip(head.split(4096), embedding.split(4096), strict=True)):
             raise CheckpointError(
-                f"train.init_from={self.folder} does not fit the model: its {self._head} is not its {self._embedding}, and the "
+                f"{self._called}={self.folder} does not fit the model: its {self._head} is not its {self._embedding}, and the "
                 "model ties them; set model.tie_word_embeddings=false to train both"
             )
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatrain import config as configuration
 from megatrain.checkpoint import adapter, manifest
+from megatrain.checkpoint.best import best_checkpoint
 from megatrain.checkpoint.descriptions import Chat, write_descriptions
 from megatrain.checkpoint.optimizer_folder import NamedPiece, snapshot, write_index, write_pieces
 from megatrain.config import Config
@@ -224,7 +225,9 @@ def _renamed(temporary: Path, shares: list[_Share], states: Iterable[str]) -> li
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Delete all but the newest `count` checkpoints; 0 keeps all."""
+    """Delete all but the newest `count` checkpoints and the run's best; 0 keeps all."""
+    best = best_checkpoint(folder.parent)
     if count > 0:
         for old in sorted(folder.glob("step-*"))[:-count]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatrain import machine
+from megatrain.checkpoint.pretrained import Pretrained
 from megatrain.config import Config
 from megatrain.errors import ConfigError
 from megatrain.evaluation.choices import looks_like_choices
@@ -13,7 +14,8 @@ from megatrain.evaluation.texts import is_indexed
 from megatrain.models.architecture import Architecture, load_config, read_architecture
 from megatrain.models.parts import check_tensor_split
 from megatrain.pipeline.actions import Placement
-from megatrain.train.build import rank_specs
+from megatrain.train.build import rank_specs, whole_tensors
+from megatrain.train.classifying import with_classifier
 
 WINDOW, STRIDE = 2048, 512
 """Where not told: the model's positions up to 2048, as papers on language models mostly report, and the stride of
@@ -22,13 +24,21 @@ transformers' guide to perplexity."""
 
 
 def check_model(config: Config) -> Architecture:
-    """Refuse a model that is not built, or a layout that does not fit it."""
-    architecture = read_architecture(load_config(config.model))
+    """Refuse a model that is not built or whose tensors are not all there, or a layout that does not fit it."""
+    architecture = model_architecture(config)
     check_tensor_split(architecture, config.parallel.tensor)
     rank_specs(config, architecture, Placement(config.parallel.pipeline))
     if config.train.dtype == "fp16" and not machine.has_gpu():
         raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
+    Pretrained(str(config.model), architecture, called="MODEL").check(whole_tensors(architecture), new_head=False)
     return architecture
+
+
+def model_architecture(config: Config) -> Architecture:
+    """Of a language model, or of a classifier where the folder says that it is one."""
+    hf = load_config(config.model)
+    kinds = [kind for kind in ("ForSequenceClassification", "ForTokenClassification") if any(kind in name for name in hf.architectures or ())]
+    return with_classifier(hf, of_tokens=kinds[0] == "ForTokenClassification") if kinds else read_architecture(hf)
 
 
 def make_windows(architecture: Architecture, *, window: int | None, stride: int | None) -> tuple[int, int]:
@@ -43,8 +53,13 @@ def make_windows(architecture: Architecture, *, window: int | None, stride: int 
     return window, stride
 
 
-def guess_kind(data: Sequence[str]) -> Kind:
-    """What the data are made for: questions with choices, or else text."""
-    return "choices" if data and not is_indexed(data[0]) and looks_like_choices(data[0]) else "perplexity"
-
-
+def choose_kind(asked: Kind | None, data: Sequence[str], architecture: Architecture) -> Kind:
+    """What the model and the data are made for: a classifier tells labels; of others, questions with choices, or else text."""
+    if (architecture.classifier is not None) != (asked == "classification") and asked is not None:
+        what = "a language model" if architecture.classifier is None else "a classifier"
+        raise ConfigError("--kind", asked, f"is not what {what} can be asked for", "leave it out")
+    if architecture.classifier is not None:
+        return "classification"
+    if asked is not None:
+        return asked
+    return "choices" if not is_indexed(data[0]) and looks_like_choices(data[0]) else "perplexity"

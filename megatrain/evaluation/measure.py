@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from megatrain.data.labelled import encode, read_labelled
 from megatrain.errors import DataError
 from megatrain.evaluation.choices import Question, read_questions, request, with_delimiter
 from megatrain.evaluation.figures import Choices, Perplexity
@@ -13,7 +16,18 @@ from megatrain.evaluation.progress import Progress
 from megatrain.evaluation.scorer import Scorer
 from megatrain.evaluation.subject import Subject
 from megatrain.evaluation.texts import Text, read_texts
-from megatrain.evaluation.windows import Row, rows
+from megatrain.evaluation.windows import Row, rows, windows
+from megatrain.models.architecture import Architecture
+from megatrain.train import label_metrics
+from megatrain.train.classifying import figures_of, reading
+
+
+class Told(NamedTuple):
+    """What was measured: figures, and where labels were told, those of each class and how often one was taken for another."""
+
+    figures: dict[str, Any]
+    classes: dict[str, dict[str, float]]
+    confusion: label_metrics.Matrix | None
 
 
 def perplexity(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None, vocab_size: int, progress: Progress) -> Perplexity:
@@ -25,10 +39,10 @@ def perplexity(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | N
 
     def all_rows() -> Iterator[Row]:
         for text in texts:
-            made = list(rows(text.tokens, window=subject.window, stride=subject.stride))
-            if made:
-                waiting.append((text, len(made)))
-                yield from made
+            count = sum(1 for _ in windows(len(text.tokens) - 1, window=subject.window, stride=subject.stride))
+            if count:
+                waiting.append((text, count))
+                yield from rows(text.tokens, window=subject.window, stride=subject.stride)
 
     scores = scorer.scores(progress.watch(all_rows()))
     for first in scores:
@@ -64,3 +78,26 @@ def choices(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None
     if not found.right:
         raise DataError(f"{', '.join(subject.data)} holds no question")
     return found
+
+
+def classification(subject: Subject, scorer: Scorer, tokenizer: Any, architecture: Architecture, progress: Progress) -> Told:
+    """Over all texts with labels."""
+    if tokenizer is None:
+        raise DataError(f"there is no tokenizer beside {subject.model}; give data.tokenizer=FOLDER")
+    classifier, as_read = scorer.classifier, reading(architecture)
+    assert classifier is not None
+    texts = [text for path in subject.data for text in read_labelled(path, as_read)]
+    encoded = [encode(text, tokenizer, of_tokens=classifier.of_tokens, length=subject.window, padding=architecture.padding_token or 0) for text in texts]
+    told = list(scorer.told(progress.watch(Row(some.tokens, some.labels) for some in encoded)))
+    numbers = np.array([label for some in encoded for label in some.labels if label >= 0])
+    if classifier.of_tokens:
+        said = np.array([int(row[place]) for row, some in zip(told, encoded, strict=True) for place, label in enumerate(some.labels) if label >= 0])
+        figures: dict[str, Any] = dict(label_metrics.single_label(numbers, said, classifier.num_labels))
+    else:
+        scores = np.array(told)
+        said, figures = scores.argmax(1), dict(figures_of(scores, numbers, classifier))
+    figures |= {"samples": len(texts), "labelled": len(numbers), "cut": sum(some.cut for some in encoded)}
+    if classifier.problem != "single-label":
+        return Told(figures, {}, None)
+    matrix = label_metrics.confusion_matrix(numbers, said, classifier.num_labels)
+    return Told(figures, label_metrics.named_classes(matrix, as_read.labels), matrix)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatrain.checkpoint.tensors import Tensors
+from megatrain.checkpoint.pretrained import Pretrained
 from megatrain.config import Config
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.errors import ConfigError
@@ -15,26 +15,14 @@ from megatrain.evaluation.scorer import Scorer
 from megatrain.models.architecture import Architecture
 from megatrain.optim.zero import DTYPES
 from megatrain.parallel.grid import Grid
-from megatrain.parallel.sharding import parameters
-from megatrain.pipeline.executor import Stage
 from megatrain.train.build import build_stage
 
 
 def open_scorer(folder: Path, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> Scorer:
-    """Build this rank's stage in the settings' dtype and fill it from the folder."""
+    """Build this rank's stage in the settings' dtype and fill it from the folder, which was checked to hold all of it."""
     stage = build_stage(config, architecture, grid, str(device), dtype=DTYPES[config.train.dtype])
-    fill(stage, Tensors(folder))
+    Pretrained(folder, architecture).fill(stage, seed=0)
     return Scorer(stage, config, architecture, grid, device)
-
-
-@torch.no_grad()
-def fill(stage: Stage, tensors: Tensors) -> None:
-    """Every parameter from its slices, padding with zeros."""
-    for declaration, parameter in parameters(stage):
-        parameter.zero_()
-        part = declaration.part_of(parameter)
-        for region in declaration.regions():
-            part[region.part] = tensors.read(declaration.name, region.whole).to(part)
 
 
 def open_tokenizer(config: Config, architecture: Architecture) -> Any:

@@ -16,13 +16,17 @@ import torch
 from megatrain import __version__, machine
 from megatrain.config import Config
 from megatrain.evaluation import hashes, measure
-from megatrain.evaluation.check import check_model
+from megatrain.evaluation.check import model_architecture
+from megatrain.evaluation.measure import Told
 from megatrain.evaluation.model import open_scorer, open_tokenizer, prefix_token
 from megatrain.evaluation.progress import Progress
+from megatrain.evaluation.scorer import Scorer
 from megatrain.evaluation.subject import Subject, describe_settings
+from megatrain.models.architecture import Architecture
 from megatrain.parallel.grid import make_grid
 from megatrain.place import Place
 from megatrain.train.console import duration
+from megatrain.train.picture import draw_confusion
 
 logger = logging.getLogger("megatrain")
 
@@ -32,7 +36,7 @@ Results = dict[str, Any]
 
 def evaluate(config: Config, place: Place, *, subject: Subject) -> Results:
     """Measure on this rank together with all others; rank 0 writes and prints. All return the same figures, but for the harness's."""
-    architecture = check_model(config)
+    architecture = model_architecture(config)
     data_size = config.data_size(place.world_size)
     device = machine.device_of(place)
     grid = make_grid(place.rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=data_size)
@@ -44,10 +48,10 @@ def evaluate(config: Config, place: Place, *, subject: Subject) -> Results:
     with ThreadPoolExecutor(max_workers=1) as thread:
         # Beside the evaluation, on the rank that writes them down.
         hashing = thread.submit(_hashes, subject) if place.rank == 0 else None
-        figures = _measure(subject, scorer, tokenizer, prefix, architecture.vocab_size, progress)
+        measured = _measure(subject, scorer, tokenizer, prefix, architecture, progress)
         hashed = hashing.result() if hashing is not None else {}
     results = {
-        "kind": subject.kind, "figures": _plain(figures),
+        "kind": subject.kind, "figures": _plain(measured.figures), "classes": measured.classes,
         "model": {"path": subject.model, "sha256": hashed.get("model"), "model_type": architecture.model_type},
         "data": {"paths": [*subject.data, *subject.tasks], "sha256": hashed.get("data")},
         "settings": describe_settings(subject, config, place.world_size),
@@ -57,18 +61,22 @@ def evaluate(config: Config, place: Place, *, subject: Subject) -> Results:
     }  # fmt: skip
     if place.rank == 0:
         path = write(results, Path(config.run.output_dir), subject)
+        if measured.confusion is not None:
+            draw_confusion(path.with_suffix(".png"), measured.confusion, list(measured.classes))
         logger.info(json.dumps(results, indent=1) if subject.as_json else f"{table(results)}\n\nwritten to {path}")
     return results
 
 
-def _measure(subject: Subject, scorer: Any, tokenizer: Any, prefix: int | None, vocab_size: int, progress: Progress) -> dict[str, Any]:
+def _measure(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None, architecture: Architecture, progress: Progress) -> Told:
     if subject.kind == "harness":
         from megatrain.evaluation.harness import run_tasks
 
-        return run_tasks(subject, scorer, tokenizer, prefix, progress)
+        return Told(run_tasks(subject, scorer, tokenizer, prefix, progress), {}, None)
     if subject.kind == "choices":
-        return measure.choices(subject, scorer, tokenizer, prefix, progress).figures()
-    return measure.perplexity(subject, scorer, tokenizer, prefix, vocab_size, progress).figures()
+        return Told(measure.choices(subject, scorer, tokenizer, prefix, progress).figures(), {}, None)
+    if subject.kind == "classification":
+        return measure.classification(subject, scorer, tokenizer, architecture, progress)
+    return Told(measure.perplexity(subject, scorer, tokenizer, prefix, architecture.vocab_size, progress).figures(), {}, None)
 
 
 def _hashes(subject: Subject) -> dict[str, str | None]:
@@ -93,6 +101,12 @@ def table(results: Results) -> str:
              f"  time      {duration(results['seconds'])}, {results['tokens_per_second']:,.0f} tokens/s", ""]  # fmt: skip
     width = max(len(name) for name in results["figures"])
     lines += [f"  {name:<{width}}  {_shown(value):>14}" for name, value in results["figures"].items()]
+    if results["classes"]:
+        names = list(next(iter(results["classes"].values())))
+        width = max(len(label) for label in results["classes"])
+        lines += ["", "  " + " " * width + "".join(f"{name:>11}" for name in names)]
+        lines += [f"  {label:<{width}}" + "".join(f"{row[name]:>11.{0 if name == 'support' else 4}f}" for name in names)
+                  for label, row in results["classes"].items()]  # fmt: skip
     return "\n".join(lines)
 
 

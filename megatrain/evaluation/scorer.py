@@ -23,6 +23,7 @@ from megatrain.config import Config
 from megatrain.data.loader import Batch
 from megatrain.evaluation.windows import IGNORED, Row
 from megatrain.models.architecture import Architecture
+from megatrain.models.classifier import ClassifierHead
 from megatrain.models.context import Context
 from megatrain.models.decoder import Flow, Head
 from megatrain.optim.zero import DTYPES
@@ -54,7 +55,7 @@ class Scorer:
 
     def __init__(self, stage: Stage, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> None:
         self.config, self.grid, self.device, self.stage = config, grid, device, stage.eval()
-        self.hidden_size = architecture.hidden_size
+        self.hidden_size, self.classifier = architecture.hidden_size, architecture.classifier
         self.contexts = Contexts(config, architecture, grid, device)
         self.microbatches = 4 * grid.pipeline.size if grid.pipeline.size > 1 else 1
         self.executor = Executor(
@@ -69,17 +70,21 @@ class Scorer:
         return self.microbatches * self.config.train.micro_batch_size * self.grid.data.size
 
     def scores(self, rows: Iterable[Row]) -> Iterator[Score]:
-        """One score a row, in the rows' order."""
+        """Of a language model: one score a row, in the rows' order."""
+        return (Score(-loss, misses == 0) for loss, misses in self.told(rows))
+
+    def told(self, rows: Iterable[Row]) -> Iterator[list[float]]:
+        """What the head says of each row, in the rows' order: `_row_scores` or `_class_scores`."""
         waiting = iter(rows)
         while block := list(islice(waiting, ROUNDS_SORTED * self.rows_per_round)):
             order = sorted(range(len(block)), key=lambda index: -len(block[index].tokens))
-            found: dict[int, Score] = {}
+            found: dict[int, list[float]] = {}
             for indices in _parts(order, self.rows_per_round):
                 found.update(zip(indices, self._round([block[index] for index in indices]), strict=True))
             yield from (found[index] for index in range(len(block)))
 
-    def _round(self, rows: list[Row]) -> list[Score]:
-        """Scores of at most `rows_per_round` rows."""
+    def _round(self, rows: list[Row]) -> list[list[float]]:
+        """Of at most `rows_per_round` rows."""
         size, replicas = self.config.train.micro_batch_size, self.grid.data.size
         asked = len(rows)
         count = -(-asked // (size * replicas))
@@ -89,20 +94,26 @@ class Scorer:
         contexts = [self.contexts.make(_batch(some, length), step=None, index=index) for index, some in enumerate(mine)]
         self.executor.flow_shape = (length // (self.grid.tensor.size if self.config.parallel.sequence else 1), size, self.hidden_size)
         results = self.executor.run(self._instructions(count), contexts, backward=None)
-        return self._gathered(results, count)[:asked]
+        return self._gathered(results, count, self._width(length))[:asked]
 
     def _padded(self, length: int) -> int:
         unit = self.grid.tensor.size if self.config.parallel.sequence else 1
         return -(-length // unit) * unit
 
-    def _gathered(self, results: list[Tensor], count: int) -> list[Score]:
+    def _width(self, length: int) -> int:
+        """Numbers that the head says of a row."""
+        if self.classifier is None:
+            return 2
+        return length if self.classifier.of_tokens else self.classifier.num_labels
+
+    def _gathered(self, results: list[Tensor], count: int, width: int) -> list[list[float]]:
         """What the last stage of each replica found, on all ranks and in the rows' order."""
-        table = torch.zeros((count, self.grid.data.size, self.config.train.micro_batch_size, 2), dtype=torch.float64, device=self.device)
+        table = torch.zeros((count, self.grid.data.size, self.config.train.micro_batch_size, width), dtype=torch.float64, device=self.device)
         if results and self.grid.tensor.rank == 0:
             table[:, self.grid.data.rank] = torch.stack(results)
         if self.grid.world_size > 1:
             dist.all_reduce(table)
-        return [Score(-loss, misses == 0) for loss, misses in table.view(-1, 2).tolist()]
+        return table.view(-1, width).tolist()
 
     def _make_instructions(self, count: int) -> list[Instruction]:
         return add_transfers(forward_only(make_schedule("1f1b", self.grid.pipeline.size, count)))[self.grid.pipeline.rank]
@@ -111,7 +122,9 @@ class Scorer:
         *layers, last = self.stage.layers
         for layer in layers:
             flow = layer(flow, context)
-        return _row_scores(last, flow, context) if isinstance(last, Head) else last(flow, context)
+        if isinstance(last, Head):
+            return _row_scores(last, flow, context)
+        return _class_scores(last, flow, context) if isinstance(last, ClassifierHead) else last(flow, context)
 
 
 def _parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
@@ -136,6 +149,19 @@ def _row_scores(head: Head, flow: Flow | None, context: Context) -> Tensor:
     losses = vocab_cross_entropy(logits, labels, start=head.start, vocab_size=head.vocab_size, axis=head.axis)
     rows = context.labels.shape[0]
     return torch.stack([losses.double().view(-1, rows).sum(0), misses.double().view(-1, rows).sum(0)], dim=1)
+
+
+def _class_scores(head: ClassifierHead, flow: Flow | None, context: Context) -> Tensor:
+    """Of each row the scores of all classes, or the class told of each labelled token and -1 elsewhere: float64 [B, classes or S]."""
+    scores, _ = head.scores(flow, context)
+    labelled = context.labels >= 0
+    if head.classifier.of_tokens:
+        told = torch.full(labelled.shape, -1.0, dtype=torch.float64, device=scores.device)
+        told[labelled] = scores.argmax(1).double()
+        return told
+    told = torch.zeros((labelled.shape[0], head.classifier.num_labels), dtype=torch.float64, device=scores.device)
+    told[labelled.any(1)] = scores.double()
+    return told
 
 
 def _misses(logits: Tensor, labels: Tensor, *, start: int, vocab_size: int, axis: Axis) -> Tensor:

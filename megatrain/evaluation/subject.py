@@ -10,10 +10,11 @@ from typing import Any, Literal, NamedTuple
 from megatrain import config as configuration
 from megatrain import machine
 from megatrain.checkpoint import manifest
+from megatrain.checkpoint.best import best_checkpoint
 from megatrain.config import Config
 from megatrain.errors import CheckpointError, ConfigError
 
-Kind = Literal["perplexity", "choices", "harness"]
+Kind = Literal["perplexity", "choices", "classification", "harness"]
 
 USED = ("run.output_dir", "run.name", "run.master_port", "run.verbose", "data.tokenizer", "parallel.tensor", "parallel.pipeline",
         "parallel.data", "parallel.sequence", "parallel.layers_per_stage", "train.micro_batch_size", "train.dtype")  # fmt: skip
@@ -39,9 +40,12 @@ class Subject(NamedTuple):
 
 
 def model_folder(given: str) -> Path:
-    """The folder of a model: itself, or the newest whole checkpoint of a run's folder."""
+    """The folder of a model: itself, or of a run's folder the checkpoint that it calls its best, or else the newest whole one."""
     path = Path(given)
     if (path / "checkpoints").is_dir() and not (path / "config.json").exists():
+        best = best_checkpoint(path)
+        if best is not None and manifest.problem(best) is None:
+            return best
         newest, passed = manifest.find_newest(path / "checkpoints")
         if newest is None:
             raise CheckpointError(f"{path} holds no whole checkpoint{''.join(f'; {text}' for text in passed)}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from megatrain.config import Problem
 from megatrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +33,19 @@ class Source(NamedTuple):
     name: str
     fused: tuple[str, ...] = ()
     by_head: bool = False
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A head that tells labels instead of tokens: of each text at its last token, or of words. `name` is its matrix's in a checkpoint."""
+
+    num_labels: int
+    of_tokens: bool
+    problem: Problem
+    name: str = "score"
+    bias: bool = False
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,8 @@ class Architecture:
     attention_dropout: float = 0.0
     former_names: dict[str, str] = field(default_factory=dict)
     """Of tensors that older checkpoints name otherwise: from the old name to the new."""
+    classifier: Classifier | None = None
+    """In the vocabulary's place, where the model is a classifier."""
     config: Any = field(default=None, repr=False, compare=False)
     """The transformers config itself."""
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatrain.models.architecture import Architecture
 from megatrain.models.attention import Attention
+from megatrain.models.classifier import ClassifierHead
 from megatrain.models.context import Context
 from megatrain.models.feedforward import FeedForward
 from megatrain.models.norms import hidden_norm
@@ -58,7 +59,7 @@ def build_layer(spec: LayerSpec, parts: Parts, *, recompute: str, tied_across: b
     if spec.kind == "embedding":
         return Embedding(parts, tied_across=tied_across)
     if spec.kind == "head":
-        return Head(parts, tied_across=tied_across)
+        return Head(parts, tied_across=tied_across) if parts.architecture.classifier is None else ClassifierHead(parts)
     return Block(parts, spec.number, recompute=recompute)
 
 

@@ -166,6 +166,14 @@ class Parts:
                                summed=(axis,) if axis.size > 1 and self.sequence else ())  # fmt: skip
         return self._make((a.max_positions, a.hidden_size), declaration)
 
+    def classifier(self, suffix: Literal["weight", "bias"], shape: tuple[int, ...]) -> nn.Parameter:
+        """A classifier's matrix or bias, whole on every tensor rank, each of which sees all it is used for."""
+        a = self.architecture
+        assert a.classifier is not None
+        init = Init(std=a.init_std) if suffix == "weight" else Init()
+        return self._make(shape, Sharding(f"{a.classifier.name}.{suffix}", shape, init=init, kind="matrix" if suffix == "weight" else "bias",
+                                          counted=self.grid.tensor.rank == 0))  # fmt: skip
+
     def _make(self, shape: tuple[int, ...], declaration: Sharding) -> nn.Parameter:
         return declare(nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device)), declaration)
 

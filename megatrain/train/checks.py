@@ -11,7 +11,7 @@ from megatrain.checkpoint.pretrained import Pretrained
 from megatrain.config import Config
 from megatrain.data.splits import Part
 from megatrain.errors import ConfigError, DataError
-from megatrain.models.architecture import Architecture, load_config, read_architecture
+from megatrain.models.architecture import Architecture
 from megatrain.models.decoder import LayerSpec
 from megatrain.models.lora import target_names
 from megatrain.models.parts import check_tensor_split
@@ -30,7 +30,7 @@ from megatrain.train.tasks import Source, Task
 def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
     """Refuse whatever can be seen to be wrong without a rank, and have the task's data made."""
     task.check(config)
-    architecture = read_architecture(load_config(config.model))
+    architecture = task.architecture(config)
     _check_layout(config, architecture, world_size)
     _check_tokenizer(config, architecture)
     _check_output(config)
@@ -101,7 +101,7 @@ def with_steps(config: Config, source: Source) -> Config:
 def dry_run(config: Config, task: Task) -> str:
     """What the run would be: layers and parameters by stage, batches, and whether its data are there."""
     task.check(config)
-    architecture = read_architecture(load_config(config.model))
+    architecture = task.architecture(config)
     p = config.parallel
     world_size = config.model_ranks * (p.data or 1)
     _check_layout(config, architecture, world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -52,9 +53,17 @@ def step_line(step: Step) -> str:
     )
 
 
-def evaluation_line(*, step: int, steps: int, loss: float) -> str:
+def evaluation_line(*, step: int, steps: int, loss: float, measured: Mapping[str, float] | None = None) -> str:
     """The line of an evaluation after `step`."""
-    return f"step {step:>{len(str(steps))}}/{steps}  validation loss {loss:.4f}"
+    return f"step {step:>{len(str(steps))}}/{steps}  validation loss {loss:.4f}{_measured(measured or {})}"
+
+
+def _measured(figures: Mapping[str, float]) -> str:
+    return "".join(f"  {name.removeprefix('valid_')} {figures[name]:.4f}" for name in _SHOWN if name in figures)
+
+
+_SHOWN = ("valid_accuracy", "valid_f1_macro", "valid_mse", "valid_r2")
+"""Of what a task measures; all of it is in metrics.jsonl."""
 
 
 def short_number(value: float) -> str:

@@ -19,10 +19,10 @@ from megatrain.data.show_sample import show_samples
 from megatrain.data.splits import Part, split_documents
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture
-from megatrain.train.tasks import Source
+from megatrain.train.tasks import Source, Task
 
 
-class Finetuning:
+class Finetuning(Task):
     """Chats, with a loss on the assistant's tokens; or pairs of answers to one prompt, compared."""
 
     def check(self, config: Config) -> None:

@@ -16,17 +16,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def flops_per_token(config: PreTrainedConfig, *, sequence_length: int, frozen: bool = False) -> float:
+def flops_per_token(config: PreTrainedConfig, *, sequence_length: int, frozen: bool = False, head: bool = True) -> float:
     """FLOPs of one token's forward and backward in a sequence of `sequence_length`.
 
     6 for each weight that multiplies activations: 2 forward, 4 backward. Embedding lookups, norms and biases are no
-    matrix products and count nothing; the head counts whether tied or not. Scores and their use cost 12 x query width
-    x sequence, half of it as a token sees on average half of the sequence.
+    matrix products and count nothing; the head counts whether tied or not, and a classifier's (no `head`) is as good as
+    nothing. Scores and their use cost 12 x query width x sequence, half of it as a token sees on average half of the sequence.
     `frozen` weights have no gradient and cost 4; the adapters beside them, a percent or less, are left out.
     """
     a = read_architecture(config)
     seen = sum(_tokens_seen(a.window(layer), sequence_length) for layer in range(a.num_layers))
-    return (4.0 if frozen else 6.0) * matrix_weights(config) + 12.0 * a.num_heads * a.head_dim * seen
+    weights = matrix_weights(config) - (0 if head else a.hidden_size * a.vocab_size)
+    return (4.0 if frozen else 6.0) * weights + 12.0 * a.num_heads * a.head_dim * seen
 
 
 def matrix_weights(config: PreTrainedConfig) -> int:

@@ -1,9 +1,11 @@
-"""A picture of a run's loss, drawn from its metrics.jsonl."""
+"""Pictures of a run: its loss, drawn from its metrics.jsonl, and which classes a classifier takes for which."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from megatrain.train.metrics import FILE_NAME, read
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's blue and vermillion, which readers of all kinds of colour sight tell apart; the marks differ too.
 _TRAIN, _VALID = "#0072B2", "#D55E00"
 
+Matrix = np.ndarray[Any, np.dtype[Any]]
 Points = tuple[list[float], list[float]]
 
 
@@ -37,6 +40,36 @@ def draw_loss(run_folder: Path | str, *, title: str = "") -> Path:
     path = folder / "loss.png"
     canvas.print_png(str(path))
     return path
+
+
+def draw_confusion(path: Path, matrix: Matrix, labels: list[str]) -> Path:
+    """Draw int [right class, said class] as shares of each row, with the counts in the cells where they can be read."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = min(14.0, 3.0 + 0.45 * len(labels))
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the right class", shrink=0.8)
+    if len(labels) <= 40:
+        axes.set_xticks(range(len(labels)), [_short(label) for label in labels], rotation=90)
+        axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+    if len(labels) <= 20:
+        for row, column in np.ndindex(*matrix.shape):
+            if matrix[row, column]:
+                axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8,
+                          color="white" if shares[row, column] > 0.6 else "black")  # fmt: skip
+    axes.set_xlabel("class as told")
+    axes.set_ylabel("right class")
+    axes.set_title(f"{np.trace(matrix)} of {matrix.sum()} right")
+    canvas.print_png(str(path))
+    return path
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 20 else label[:19] + "…"
 
 
 def _points(lines: list[dict[str, float]], x_name: str, y_name: str) -> Points:

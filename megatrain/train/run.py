@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,22 +17,24 @@ import torch.distributed as dist
 from megatrain import machine
 from megatrain.checkpoint import load as loading
 from megatrain.checkpoint import save as saving
+from megatrain.checkpoint.best import write_best
 from megatrain.checkpoint.pretrained import Pretrained
 from megatrain.checkpoint.save import Progress
 from megatrain.config import Config, to_yaml
 from megatrain.data.loader import Loader
 from megatrain.data.splits import Part
 from megatrain.errors import UserError
-from megatrain.models.architecture import load_config, read_architecture
 from megatrain.parallel.grid import make_grid
 from megatrain.place import Place
 from megatrain.rank import Target
 from megatrain.train import console
 from megatrain.train.auto import settle_schedule
 from megatrain.train.checks import check_without_ranks, parts_of, run_header, with_steps
+from megatrain.train.classifying import Classification
+from megatrain.train.early import EarlyStop
 from megatrain.train.finetuning import Finetuning
 from megatrain.train.flops import flops_per_token, peak_flops
-from megatrain.train.metrics import MetricsLog
+from megatrain.train.metrics import FILE_NAME, MetricsLog, read
 from megatrain.train.picture import draw_loss
 from megatrain.train.reference import BatchesOf, make_reference
 from megatrain.train.tasks import Pretraining, Source, Task
@@ -48,12 +50,19 @@ def pretrain(config: Config, place: Place) -> None:
 
 
 def finetune(config: Config, place: Place) -> None:
-    """The same with chats for data."""
-    _train(config, place, Finetuning())
+    """The same with chats or labels for data."""
+    _train(config, place, task_of(config, "finetune"))
 
 
-VERBS: dict[str, tuple[Target, Task]] = {"pretrain": (pretrain, Pretraining()), "finetune": (finetune, Finetuning())}
-"""Each verb's work on a rank, and its task."""
+VERBS: dict[str, Target] = {"pretrain": pretrain, "finetune": finetune}
+"""Each verb's work on a rank."""
+
+
+def task_of(config: Config, verb: str) -> Task:
+    """What a run of the verb learns from."""
+    if verb == "pretrain":
+        return Pretraining()
+    return Classification() if config.task in ("classification", "token-classification") else Finetuning()
 
 
 def _train(config: Config, place: Place, task: Task) -> None:
@@ -69,7 +78,7 @@ class _Training:
 
     def __init__(self, config: Config, place: Place, task: Task) -> None:
         self.asked, self.place = config, place
-        self.architecture = read_architecture(load_config(config.model))
+        self.architecture = task.architecture(config)
         data_size = config.data_size(place.world_size)
         self.device = machine.device_of(place)
         sources = {which: task.open(config, self.architecture, which) for which in parts_of(config)}
@@ -106,7 +115,9 @@ class _Training:
         if wants_reference(config) == "beforehand":
             self.trainer.reference = make_reference(config, self.trainer, self._all_batches(sources), resumed=path is not None)
         self.stop_asked = False
-        self.flops = flops_per_token(self.architecture.config, sequence_length=config.data.sequence_length, frozen=config.lora.rank > 0)
+        self.task, self.early = task, self._early_stop()
+        self.flops = flops_per_token(self.architecture.config, sequence_length=config.data.sequence_length, frozen=config.lora.rank > 0,
+                                     head=self.architecture.classifier is None)  # fmt: skip
         self.peak = peak_flops(torch.cuda.get_device_name(), config.train.dtype) if self.device.type == "cuda" else None
 
     def _loader(self, source: Source) -> Loader:
@@ -134,7 +145,7 @@ class _Training:
         try:
             if self.progress.step == 0:
                 self._first(metrics)
-            while self.progress.step < last:
+            while self.progress.step < last and not self._is_over():
                 self._step(metrics, last)
                 if self._all_agree_to_stop() and self.progress.step < last:
                     self._save()
@@ -148,15 +159,17 @@ class _Training:
             if metrics is not None:
                 metrics.close()
         if self.place.rank == 0:
+            if self.early is not None and self._is_over():
+                logger.info(self.early.words())
             draw_loss(self.folder, title=config.run_name)
             logger.info(f"everything is in {self.folder}: checkpoints, metrics.jsonl, loss.png, tensorboard")
 
     def _first(self, metrics: MetricsLog | None) -> None:
         """Step 0: the model as initialised, evaluated if asked; saved when no step is to follow."""
         if self.valid_loader is not None:
-            values = self._evaluate()
+            figures = self._evaluate()
             if metrics is not None:
-                metrics.write(0, {**values, "tokens": 0})
+                metrics.write(0, {**figures, "tokens": 0})
         if self.config.steps == 0:
             self._save()
 
@@ -170,17 +183,22 @@ class _Training:
                                  self.progress.updates + report.applied, 0 if report.applied else self.progress.bad_steps + 1)  # fmt: skip
         if not report.applied:
             self._warn(report)
-        values = self._values(report, seconds)
+        values, figures = self._values(report, seconds), dict[str, float]()
         if step % config.train.log_every == 0 and self.place.rank == 0:
             self._print(report, seconds)
         if self.valid_loader is not None and (step % config.train.eval_every == 0 or step == last):
-            values |= self._evaluate()
+            figures = self._evaluate()
+            values.update(figures)
         if metrics is not None:
             metrics.write(step, values)
         if self.progress.bad_steps >= config.train.max_bad_steps:
             self._give_up(report)
-        if step == last or (config.train.save_every and step % config.train.save_every == 0):
+        judged = self.early is not None and step % config.train.eval_every == 0
+        best = judged and self.early.add(step, figures)  # type: ignore[union-attr]
+        if step == last or best or self._is_over() or (config.train.save_every and step % config.train.save_every == 0):
             self._save()
+        if best and self.place.rank == 0:
+            write_best(self.folder, step=step, metric=config.train.early_stop_metric, value=figures[config.train.early_stop_metric])
 
     def _warn(self, report: StepReport) -> None:
         if self.place.rank == 0:
@@ -206,11 +224,13 @@ class _Training:
             tokens_per_second=rate, flops_per_second=rate * self.flops, seconds_per_step=seconds)))  # fmt: skip
 
     def _evaluate(self) -> dict[str, float]:
+        """The loss, and what the task measures beside it."""
         assert self.valid_loader is not None
-        loss, measures = self.trainer.evaluate(self.valid_loader.microbatches, self.eval_batches)
+        with self.task.measure(self.trainer, self.folder) as measured:
+            loss, measures = self.trainer.evaluate(self.valid_loader.microbatches, self.eval_batches)
         if self.place.rank == 0:
-            logger.info(console.evaluation_line(step=self.progress.step, steps=self.config.steps, loss=loss))
-        return {"valid_loss": loss, **{f"valid_{name}": value for name, value in measures.items()}}
+            logger.info(console.evaluation_line(step=self.progress.step, steps=self.config.steps, loss=loss, measured=measured))
+        return {"valid_loss": loss, **{f"valid_{name}": value for name, value in measures.items()}, **measured}
 
     def _save(self) -> None:
         checkpoints = self.folder / "checkpoints"
@@ -219,6 +239,25 @@ class _Training:
         if self.place.rank == 0:
             logger.info(f"saved {path}")
             saving.keep_newest(checkpoints, self.config.train.keep_last)
+
+    def _early_stop(self) -> EarlyStop | None:
+        """With the evaluations of the run so far, as rank 0 finds them in metrics.jsonl."""
+        train = self.config.train
+        if not train.early_stop:
+            return None
+        early = EarlyStop(patience=train.early_stop, metric=train.early_stop_metric)
+        lines: list[Any] = [None]
+        if self.place.rank == 0:
+            lines = [[line for line in read(self.folder / FILE_NAME) if "valid_loss" in line and 0 < line["step"] <= self.progress.step]]
+        if self.place.world_size > 1:
+            dist.broadcast_object_list(lines, src=0)
+        for line in lines[0]:
+            if line["step"] % train.eval_every == 0:  # not the end of a part of the run
+                early.add(line["step"], line)
+        return early
+
+    def _is_over(self) -> bool:
+        return self.early is not None and self.early.is_over
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self.stop_asked = True

@@ -5,15 +5,20 @@ A task says which settings it uses, makes what has to be made from the data befo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from megatrain.checkpoint.descriptions import Chat
 from megatrain.config import Config, Data
 from megatrain.data.samples import Samples, open_samples
 from megatrain.data.splits import Part
 from megatrain.errors import ConfigError
-from megatrain.models.architecture import Architecture
+from megatrain.models.architecture import Architecture, load_config, read_architecture
+
+if TYPE_CHECKING:
+    from megatrain.train.trainer import Trainer
 
 
 class Source(NamedTuple):
@@ -25,7 +30,7 @@ class Source(NamedTuple):
 
 
 class Task(Protocol):
-    """What a verb trains on."""
+    """What a verb trains on. What most tasks do alike is written here, and inherited."""
 
     def check(self, config: Config) -> None:
         """Refuse settings that the task does not use."""
@@ -33,14 +38,23 @@ class Task(Protocol):
     def prepare(self, config: Config, which: Part) -> None:
         """Make what `open` reads, in one process and before any rank needs it; quick where it is there already."""
 
+    def architecture(self, config: Config) -> Architecture:
+        """The model that learns: the config's, with a language model's head."""
+        return read_architecture(load_config(config.model))
+
     def open(self, config: Config, architecture: Architecture, which: Part) -> Source:
         """Open the samples of training or validation; raises ConfigError and DataError."""
+
+    @contextlib.contextmanager
+    def measure(self, trainer: Trainer, folder: Path) -> Iterator[dict[str, float]]:
+        """Around an evaluation: what it yields holds afterwards what the task measured beside the loss, the same on all ranks."""
+        yield {}
 
     def chat(self, config: Config) -> Chat | None:
         """What a saved folder is to say of chats."""
 
 
-class Pretraining:
+class Pretraining(Task):
     """Sequences cut from an indexed dataset's stream of tokens."""
 
     def check(self, config: Config) -> None:

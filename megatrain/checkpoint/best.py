@@ -1,0 +1,25 @@
+"""Which of a run's checkpoints did best in its evaluations, where the run goes by that (train.early_stop): `best.json` beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FILE_NAME = "best.json"
+
+
+def write_best(run_folder: Path, *, step: int, metric: str, value: float) -> None:
+    """Say that the checkpoint after `step` is the best so far, whole or not at all."""
+    new = run_folder / f"{FILE_NAME}.new"
+    new.write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n", encoding="utf-8")
+    new.replace(run_folder / FILE_NAME)
+
+
+def best_checkpoint(run_folder: Path) -> Path | None:
+    """The best checkpoint's folder; None where the run does not say, or it is not there."""
+    try:
+        step = int(json.loads((run_folder / FILE_NAME).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    path = run_folder / "checkpoints" / f"step-{step:08d}"
+    return path if path.is_dir() else None

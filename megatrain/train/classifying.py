@@ -1,0 +1,206 @@
+"""Classification's task: texts or words with labels, the model that tells them, and how well it does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatrain.checkpoint.descriptions import Chat
+from megatrain.config import Config, Data
+from megatrain.data.labelled import LabelledSamples, Reading, find_labels, read_labelled
+from megatrain.data.permutation import keyed_integers
+from megatrain.data.samples import chosen_data
+from megatrain.data.splits import Part, split_documents
+from megatrain.data.tokenizer import load_tokenizer
+from megatrain.errors import ConfigError
+from megatrain.models.architecture import Architecture, Classifier, load_config, read_architecture
+from megatrain.models.classifier import ClassifierHead
+from megatrain.targets import MOST_CLASSES, decode
+from megatrain.train import label_metrics
+from megatrain.train.label_metrics import Figures, Matrix
+from megatrain.train.picture import draw_confusion
+from megatrain.train.tasks import Source, Task
+from megatrain.train.trainer import Trainer
+
+_HEADS_OF_TOKENS = {"gpt2": "classifier", "gpt_neox": "classifier"}
+"""What transformers calls the matrix of a token classifier where it is not `score`."""
+
+_PROBLEMS = {"single-label": "single_label_classification", "multi-label": "multi_label_classification", "regression": "regression"}
+
+
+class Classification(Task):
+    """Labels of texts or of words."""
+
+    def check(self, config: Config) -> None:
+        """Refuse what other tasks use, and a config without data, tokenizer or labels."""
+        data, section = config.data, config.classification
+        if data.train is None:
+            raise ConfigError("data.train", "(nothing)", "is missing", "give a file, folder or glob of JSONL or parquet with labels")
+        for name in ("train", "valid"):
+            if not isinstance(getattr(data, name), str | None):
+                raise ConfigError(f"data.{name}", getattr(data, name), "is a blend, and labels are not blended", "give one file, folder or glob")
+        for name in ("chat_template", "train_on", "packing", "too_long", "document_mask"):
+            if getattr(data, name) != getattr(Data(), name):
+                raise ConfigError(f"data.{name}", getattr(data, name), f"has no effect with task={config.task}", "leave it out")
+        if config.lora.rank:
+            raise ConfigError("lora.rank", config.lora.rank, f"freezes all weights, and with task={config.task} the classifier's are new", "leave it out")
+        if data.tokenizer is None:
+            raise ConfigError("data.tokenizer", "(nothing)", "is missing", "give the model's tokenizer")
+        if config.task == "token-classification" and section.problem != "single-label":
+            raise ConfigError("classification.problem", section.problem, "is of texts, and task=token-classification tells one class a word",
+                              "use single-label, or task=classification")  # fmt: skip
+
+    def prepare(self, config: Config, which: Part) -> None:
+        """Nothing: files with labels are small, and read as they are."""
+
+    def architecture(self, config: Config) -> Architecture:
+        """The model with a classifier for its head, as a transformers config can tell it."""
+        hf = load_config(config.model)
+        folder = config.data.tokenizer or ""
+        tokenizer = load_tokenizer(folder) if Path(folder).is_dir() else None  # said where settings are checked
+        labels = _labels(config, hf)
+        hf.id2label = dict(enumerate(labels))
+        hf.label2id = {label: number for number, label in enumerate(labels)}
+        hf.problem_type = _PROBLEMS[config.classification.problem] if config.task == "classification" else None
+        hf.pad_token_id = padding_token(hf, tokenizer)
+        if config.task == "token-classification":
+            hf.classifier_dropout = config.classification.dropout
+        section = config.classification
+        return with_classifier(hf, of_tokens=config.task == "token-classification", dropout=section.dropout,
+                               label_smoothing=section.label_smoothing)  # fmt: skip
+
+    def open(self, config: Config, architecture: Architecture, which: Part) -> Source:
+        """Samples of `data.train` or `data.valid`, augmented in training if asked."""
+        path, split = chosen_data(config.data, which)
+        assert isinstance(path, str), "checked in `check`"
+        texts = read_labelled(path, reading(architecture))
+        if split is not None:
+            first, last = split_documents(len(texts), split=split, which=which)
+            texts = texts[first:last]
+        section, train = config.classification, which == "train"
+        samples = LabelledSamples(
+            texts, load_tokenizer(config.data.tokenizer or ""), of_tokens=_classifier(architecture).of_tokens,
+            sequence_length=config.data.sequence_length, padding=architecture.padding_token or 0,
+            seed=keyed_integers("source", config.run.seed, which)[0], how=section.augment if train else "none", share=section.augment_share,
+        )  # fmt: skip
+        epochs = config.train.epochs if train else 1
+        samples.limit = epochs * samples.per_epoch if epochs is not None else None
+        cut = f"; {samples.cut:,} cut at data.sequence_length={config.data.sequence_length}" if samples.cut else ""
+        return Source(samples, samples.per_epoch, [f"{path}: {samples.per_epoch:,} samples, {_classifier(architecture).num_labels} labels{cut}"])
+
+    def chat(self, config: Config) -> Chat | None:
+        """Nothing."""
+        return None
+
+    @contextlib.contextmanager
+    def measure(self, trainer: Trainer, folder: Path) -> Iterator[Figures]:
+        """Watch an evaluation and fill in its figures; rank 0 draws the confusion of classes into the run's folder."""
+        figures: Figures = {}
+        with watched(trainer.stage, first_copy=trainer.grid.tensor.rank == 0) as outcomes:
+            yield figures
+        scores, numbers = _gathered(outcomes, trainer.grid.world_size)
+        classifier = _classifier(trainer.architecture)
+        figures.update({f"valid_{name}": value for name, value in figures_of(scores, numbers, classifier).items()})
+        if trainer.grid.rank == 0 and classifier.problem == "single-label":
+            matrix = label_metrics.confusion_matrix(numbers, scores.argmax(1), classifier.num_labels)
+            draw_confusion(folder / "confusion.png", matrix, list(trainer.architecture.config.id2label.values()))
+
+
+def with_classifier(hf: Any, *, of_tokens: bool, dropout: float = 0.0, label_smoothing: float = 0.0) -> Architecture:
+    """The architecture of a transformers config whose labels, problem and padding are set."""
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    offered = (AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification)._model_mapping
+    if type(hf) not in offered:
+        task = "token-classification" if of_tokens else "classification"
+        raise ConfigError("task", task, f"is not offered by transformers for {hf.model_type} models", "choose another family")
+    problems = {name: problem for problem, name in _PROBLEMS.items()}
+    problem: Any = problems.get(hf.problem_type, "regression" if hf.num_labels == 1 and not of_tokens else "single-label")
+    name = _HEADS_OF_TOKENS.get(hf.model_type, "score") if of_tokens else "score"
+    classifier = Classifier(num_labels=hf.num_labels, of_tokens=of_tokens, problem="single-label" if of_tokens else problem, name=name,
+                            bias=of_tokens, dropout=dropout, label_smoothing=label_smoothing)  # fmt: skip
+    return replace(read_architecture(hf), tied=False, classifier=classifier)
+
+
+def reading(architecture: Architecture) -> Reading:
+    """What the model's records look like."""
+    classifier = _classifier(architecture)
+    labels = [architecture.config.id2label[number] for number in range(classifier.num_labels)]
+    return Reading(classifier.of_tokens, classifier.problem, labels)
+
+
+def padding_token(hf: Any, tokenizer: Any) -> int:
+    """The tokenizer's padding, the model's, or as is usual the end of a text."""
+    for token in (getattr(tokenizer, "pad_token_id", None), hf.pad_token_id, getattr(tokenizer, "eos_token_id", None)):
+        if isinstance(token, int) and 0 <= token < hf.vocab_size:
+            return token
+    return 0
+
+
+def _labels(config: Config, hf: Any) -> list[str]:
+    """As the settings name them, or as a classifier's folder brings them; else the error lists what the data hold."""
+    section = config.classification
+    if section.problem == "regression":
+        return section.labels or ["value"]
+    labels = section.labels
+    if labels is None and any("Classification" in name for name in hf.architectures or ()):
+        labels = [hf.id2label[number] for number in range(hf.num_labels)]
+    if labels is None:
+        found = find_labels(str(config.data.train), of_tokens=config.task == "token-classification", problem=section.problem)
+        raise ConfigError("classification.labels", "(nothing)", "is missing: it names the classes in the order of their numbers",
+                          f"of data.train it would be classification.labels=[{', '.join(found)}]")  # fmt: skip
+    if section.problem == "multi-label" and len(labels) > MOST_CLASSES:
+        raise ConfigError("classification.labels", f"({len(labels)} labels)", f"is more than the {MOST_CLASSES} of a multi-label problem")
+    return labels
+
+
+def _classifier(architecture: Architecture) -> Classifier:
+    assert architecture.classifier is not None
+    return architecture.classifier
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# how well it does
+
+
+@contextlib.contextmanager
+def watched(stage: torch.nn.Module, *, first_copy: bool) -> Iterator[list[tuple[Matrix, Matrix]]]:
+    """Collects scores and targets' numbers of each microbatch that the head sees, where it is on this rank and speaks for its copies."""
+    found: list[tuple[Matrix, Matrix]] = []
+    heads = [module for module in stage.modules() if isinstance(module, ClassifierHead)] if first_copy else []
+    for head in heads:
+        head.outcomes = []
+    try:
+        yield found
+        for head in heads:
+            found += [(scores.cpu().numpy(), numbers.cpu().numpy()) for scores, numbers in head.outcomes or ()]
+    finally:
+        for head in heads:
+            head.outcomes = None
+
+
+def _gathered(outcomes: list[tuple[Matrix, Matrix]], world_size: int) -> tuple[Matrix, Matrix]:
+    """Of all ranks, on all ranks: scores [n, classes] and numbers [n]."""
+    everyone: list[list[tuple[Matrix, Matrix]]] = [outcomes]
+    if world_size > 1:
+        everyone = [[] for _ in range(world_size)]
+        dist.all_gather_object(everyone, outcomes)
+    parts = [part for some in everyone for part in some]
+    return np.concatenate([scores for scores, _ in parts]), np.concatenate([numbers for _, numbers in parts])
+
+
+def figures_of(scores: Matrix, numbers: Matrix, classifier: Classifier) -> Figures:
+    """What a problem is measured by."""
+    right = decode(torch.from_numpy(numbers), problem=classifier.problem, num_labels=classifier.num_labels).numpy()
+    if classifier.problem == "single-label":
+        return label_metrics.single_label(right, scores.argmax(1), classifier.num_labels)
+    if classifier.problem == "multi-label":
+        return label_metrics.multi_label(right > 0.5, scores > 0)
+    return label_metrics.regression(right[:, 0], scores[:, 0])
