@@ -74,7 +74,8 @@ def _subject(args: argparse.Namespace, folder: Path, data: list[str], config: Co
     from megatrain.evaluation import check
 
     architecture = check.check_model(config)
-    window, stride = check.make_windows(architecture, window=args.window, stride=args.stride)
+    window, stride = check.make_windows(architecture, window=args.window, stride=args.stride,
+                                        trained=subjects.trained_length(folder))  # fmt: skip
     kind = "harness" if args.tasks else check.choose_kind(args.kind, data, architecture)
     tasks = tuple(args.tasks.split(",")) if args.tasks else ()
     return subjects.Subject(str(folder), tuple(data), kind, window, stride, args.field, args.json, tasks,

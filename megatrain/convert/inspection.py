@@ -15,7 +15,7 @@ from megatrain.convert.folders import HuggingFaceFolder, check_coverage, model_f
 from megatrain.convert.logits import expected_shapes
 from megatrain.convert.source import nbytes
 from megatrain.errors import UserError
-from megatrain.models.architecture import read_architecture
+from megatrain.models.labels import any_architecture
 
 
 class TensorRow(NamedTuple):
@@ -56,7 +56,7 @@ def inspect(path: Path, hints: Hints, *, hashes: bool) -> Inspection:
     folder = model_folder(path) if path.is_dir() else path
     problem = manifest.problem(folder, hashes=hashes) if (folder / "trainer.json").is_file() else None
     source = open_source(folder, hints, checked=False)
-    architecture = read_architecture(source.config)
+    architecture = any_architecture(source.config)
     expected = expected_shapes(architecture)
     try:
         source.adopt(expected)

@@ -11,11 +11,11 @@ from megatrain.errors import ConfigError
 from megatrain.evaluation.choices import looks_like_choices
 from megatrain.evaluation.subject import Kind
 from megatrain.evaluation.texts import is_indexed
-from megatrain.models.architecture import Architecture, load_config, read_architecture
+from megatrain.models.architecture import Architecture, load_config
+from megatrain.models.labels import any_architecture
 from megatrain.models.parts import check_tensor_split
 from megatrain.pipeline.actions import Placement
 from megatrain.train.build import rank_specs, whole_tensors
-from megatrain.train.classifying import with_classifier
 
 WINDOW, STRIDE = 2048, 512
 """Where not told: the model's positions up to 2048, as papers on language models mostly report, and the stride of
@@ -25,7 +25,7 @@ transformers' guide to perplexity."""
 
 def check_model(config: Config) -> Architecture:
     """Refuse a model that is not built or whose tensors are not all there, or a layout that does not fit it."""
-    architecture = model_architecture(config)
+    architecture = any_architecture(load_config(config.model))
     check_tensor_split(architecture, config.parallel.tensor)
     rank_specs(config, architecture, Placement(config.parallel.pipeline))
     if config.train.dtype == "fp16" and not machine.has_gpu():
@@ -34,17 +34,14 @@ def check_model(config: Config) -> Architecture:
     return architecture
 
 
-def model_architecture(config: Config) -> Architecture:
-    """Of a language model, or of a classifier where the folder says that it is one."""
-    hf = load_config(config.model)
-    kinds = [kind for kind in ("ForSequenceClassification", "ForTokenClassification") if any(kind in name for name in hf.architectures or ())]
-    return with_classifier(hf, of_tokens=kinds[0] == "ForTokenClassification") if kinds else read_architecture(hf)
+def make_windows(architecture: Architecture, *, window: int | None, stride: int | None, trained: int | None = None) -> tuple[int, int]:
+    """Window and stride as told, or by default; refuses what does not fit the model or each other.
 
-
-def make_windows(architecture: Architecture, *, window: int | None, stride: int | None) -> tuple[int, int]:
-    """Window and stride as told, or by default; refuses what does not fit the model or each other."""
+    A classifier of ours sees as much of a text as it did in training, `trained`, so that it has the figures that the run had.
+    """
     most = architecture.max_positions
-    window = min(most, WINDOW) if window is None else window
+    if window is None:
+        window = trained if trained is not None and architecture.classifier is not None else min(most, WINDOW)
     if not 1 <= window <= most:
         raise ConfigError("--window", window, f"must be from 1 to the model's {most} positions")
     stride = min(window, STRIDE) if stride is None else stride

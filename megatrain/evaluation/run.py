@@ -16,13 +16,13 @@ import torch
 from megatrain import __version__, machine
 from megatrain.config import Config
 from megatrain.evaluation import hashes, measure
-from megatrain.evaluation.check import model_architecture
 from megatrain.evaluation.measure import Told
 from megatrain.evaluation.model import open_scorer, open_tokenizer, prefix_token
 from megatrain.evaluation.progress import Progress
 from megatrain.evaluation.scorer import Scorer
 from megatrain.evaluation.subject import Subject, describe_settings
-from megatrain.models.architecture import Architecture
+from megatrain.models.architecture import Architecture, load_config
+from megatrain.models.labels import any_architecture
 from megatrain.parallel.grid import make_grid
 from megatrain.place import Place
 from megatrain.train.console import duration
@@ -36,7 +36,7 @@ Results = dict[str, Any]
 
 def evaluate(config: Config, place: Place, *, subject: Subject) -> Results:
     """Measure on this rank together with all others; rank 0 writes and prints. All return the same figures, but for the harness's."""
-    architecture = model_architecture(config)
+    architecture = any_architecture(load_config(config.model))
     data_size = config.data_size(place.world_size)
     device = machine.device_of(place)
     grid = make_grid(place.rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=data_size)

@@ -55,6 +55,13 @@ def model_folder(given: str) -> Path:
     return path
 
 
+def trained_length(folder: Path) -> int | None:
+    """The sequence length that a checkpoint of ours was trained with."""
+    file = folder / "trainer.json"
+    length = manifest.read_json(file).get("config", {}).get("data", {}).get("sequence_length") if file.is_file() else None
+    return length if isinstance(length, int) else None
+
+
 def make_config(folder: Path, words: Sequence[str]) -> Config:
     """The settings of an evaluation: what the folder says, with `section.key=value` words laid over it."""
     raw: dict[str, Any] = {"run": {"output_dir": f"runs/evaluate/{folder.resolve().name}"}, "data": {}, "parallel": {},

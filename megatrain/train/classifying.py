@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,15 @@ from megatrain.data.samples import chosen_data
 from megatrain.data.splits import Part, split_documents
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.errors import ConfigError
-from megatrain.models.architecture import Architecture, Classifier, load_config, read_architecture
+from megatrain.models.architecture import Architecture, Classifier, load_config
 from megatrain.models.classifier import ClassifierHead
+from megatrain.models.labels import PROBLEMS, with_classifier
 from megatrain.targets import MOST_CLASSES, decode
 from megatrain.train import label_metrics
 from megatrain.train.label_metrics import Figures, Matrix
 from megatrain.train.picture import draw_confusion
 from megatrain.train.tasks import Source, Task
 from megatrain.train.trainer import Trainer
-
-_HEADS_OF_TOKENS = {"gpt2": "classifier", "gpt_neox": "classifier"}
-"""What transformers calls the matrix of a token classifier where it is not `score`."""
-
-_PROBLEMS = {"single-label": "single_label_classification", "multi-label": "multi_label_classification", "regression": "regression"}
 
 
 class Classification(Task):
@@ -68,7 +63,7 @@ class Classification(Task):
         labels = _labels(config, hf)
         hf.id2label = dict(enumerate(labels))
         hf.label2id = {label: number for number, label in enumerate(labels)}
-        hf.problem_type = _PROBLEMS[config.classification.problem] if config.task == "classification" else None
+        hf.problem_type = PROBLEMS[config.classification.problem] if config.task == "classification" else None
         hf.pad_token_id = padding_token(hf, tokenizer)
         if config.task == "token-classification":
             hf.classifier_dropout = config.classification.dropout
@@ -111,22 +106,6 @@ class Classification(Task):
         if trainer.grid.rank == 0 and classifier.problem == "single-label":
             matrix = label_metrics.confusion_matrix(numbers, scores.argmax(1), classifier.num_labels)
             draw_confusion(folder / "confusion.png", matrix, list(trainer.architecture.config.id2label.values()))
-
-
-def with_classifier(hf: Any, *, of_tokens: bool, dropout: float = 0.0, label_smoothing: float = 0.0) -> Architecture:
-    """The architecture of a transformers config whose labels, problem and padding are set."""
-    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
-
-    offered = (AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification)._model_mapping
-    if type(hf) not in offered:
-        task = "token-classification" if of_tokens else "classification"
-        raise ConfigError("task", task, f"is not offered by transformers for {hf.model_type} models", "choose another family")
-    problems = {name: problem for problem, name in _PROBLEMS.items()}
-    problem: Any = problems.get(hf.problem_type, "regression" if hf.num_labels == 1 and not of_tokens else "single-label")
-    name = _HEADS_OF_TOKENS.get(hf.model_type, "score") if of_tokens else "score"
-    classifier = Classifier(num_labels=hf.num_labels, of_tokens=of_tokens, problem="single-label" if of_tokens else problem, name=name,
-                            bias=of_tokens, dropout=dropout, label_smoothing=label_smoothing)  # fmt: skip
-    return replace(read_architecture(hf), tied=False, classifier=classifier)
 
 
 def reading(architecture: Architecture) -> Reading:

@@ -18,20 +18,23 @@ from test_layouts import worst_gradient
 from test_resume import assert_same_run, metrics
 
 from megatrain import config as configuration
+from megatrain.convert.choose import Hints
+from megatrain.convert.inspection import inspect
 from megatrain.data.loader import Loader
 from megatrain.data.permutation import Permutation, keyed_integers
 from megatrain.data.tokenizer import load_tokenizer, train_tokenizer
 from megatrain.errors import ConfigError
-from megatrain.evaluation.check import check_model, choose_kind
-from megatrain.evaluation.subject import Subject, model_folder
+from megatrain.evaluation.check import check_model, choose_kind, make_windows
+from megatrain.evaluation.subject import Subject, model_folder, trained_length
 from megatrain.evaluation.subject import make_config as make_evaluation
 from megatrain.models.architecture import FAMILIES
 from megatrain.models.initialize import initialize
+from megatrain.models.labels import with_classifier
 from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import parameters
 from megatrain.place import Place
 from megatrain.train.build import build_stage, whole_tensors
-from megatrain.train.classifying import Classification, with_classifier
+from megatrain.train.classifying import Classification
 
 VOCABULARY, LENGTH, TEXTS, STEPS, LR = 290, 24, 22, 4, 1e-3
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
@@ -251,7 +254,10 @@ def evaluated(folder, data, tmp_path, parallel):
     words = [f"parallel.{name}={size}" for name, size in parallel.items()]
     config = make_evaluation(folder, [f"run.output_dir={tmp_path / 'evaluation'}", "train.micro_batch_size=3", *words])
     (tmp_path / "evaluation").mkdir()
-    subject = Subject(str(folder), (str(data),), choose_kind(None, [str(data)], check_model(config)), LENGTH, LENGTH, "text")
+    architecture = check_model(config)
+    window, stride = make_windows(architecture, window=None, stride=None, trained=trained_length(folder))
+    assert window == LENGTH, "what the run saw of a text"
+    subject = Subject(str(folder), (str(data),), choose_kind(None, [str(data)], architecture), window, stride, "text")
     return run_ranks(evaluate, 2, config, subject, folder=tmp_path)[0]
 
 
@@ -286,6 +292,7 @@ def test_a_folder_is_a_classifier_of_transformers_with_the_figures_of_the_run(pr
     assert (tmp_path / "evaluation" / f"classification-{problem}.jsonl.png").exists() == (problem in ("single-label", "tokens"))
     if problem == "single-label":
         assert sum(figures["support"] for figures in measured["classes"].values()) == TEXTS
+        assert inspect(folder, Hints(), hashes=True).whole
         texts = [record["text"] for record in records]
         batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)  # their own padding and pooling
         with torch.inference_mode():
