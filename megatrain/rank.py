@@ -6,6 +6,7 @@ a clean exit.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -29,8 +30,8 @@ GROUP_TIMEOUT = timedelta(minutes=30)
 
 INTERRUPTED = 130
 
-# How long rank 0, which may hold the store, stays for the others to ask it whether a sentence has been said.
-_SECONDS_TO_ASK = 3.0
+# How long rank 0, which may hold the store, stays at most for the others to ask it whether a sentence has been said.
+_SECONDS_TO_ASK = 5.0
 
 
 class Report(NamedTuple):
@@ -140,7 +141,7 @@ def _fail(error: Exception, place: Place, console: TextIO, report: Reporter | No
         if _is_first_to_say(failure, store):
             print(f"error: {failure.text}", file=console, flush=True)
         if store is not None and place.rank == 0:
-            time.sleep(_SECONDS_TO_ASK)
+            _wait_for_askers(failure, store, place.world_size)
     _leave(1)
 
 
@@ -149,9 +150,21 @@ def _is_first_to_say(failure: Report, store: Store | None) -> bool:
     if store is None:
         return True
     try:
-        return store.add(f"megatrain/said/{failure.text}", 1) == 1
+        return store.add(_said(failure), 1) == 1
     except RuntimeError:  # the rank that held the store is gone, and it has said something
         return False
+
+
+def _wait_for_askers(failure: Report, store: Store, world_size: int) -> None:
+    """Until all ranks have had the same to say, or it seems that the others have not."""
+    until = time.monotonic() + _SECONDS_TO_ASK
+    with contextlib.suppress(RuntimeError):
+        while store.add(_said(failure), 0) < world_size and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def _said(failure: Report) -> str:
+    return f"megatrain/said/{failure.text}"
 
 
 def _leave(code: int) -> NoReturn:

@@ -59,9 +59,10 @@ def raise_on_one(run, place):
 
 
 def consequence_first(run, place):
+    meet()
     if place.rank == 0:
         raise RuntimeError("[gloo] Connection closed by peer")
-    time.sleep(0.5)
+    time.sleep(0.1)
     raise ValueError("the cause")
 
 
@@ -70,6 +71,7 @@ def only_consequences(run, place):
 
 
 def raise_user_error(run, place):
+    meet()  # a rank that finds nobody to join, because the others have failed before, has another thing to say
     raise DataError("there is no file x.bin")
 
 
@@ -105,7 +107,7 @@ def ignore_signals(run, place):
 
 def sleep(run, place):
     come_up(run, place)
-    time.sleep(60)
+    time.sleep(600)
 
 
 def launch_locally(target, run, world_size):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from commands import run as run_command
 
 from megatrain.__main__ import main
 from megatrain.config import load
@@ -198,30 +196,12 @@ RUNS = {
     "gradient of shards": {**OVERFLOWING, "train": {**CONFIG["train"], "max_bad_steps": 2}, "parallel": {"data": 2, "zero": 3}},
 }  # fmt: skip
 
-# The command in a process that has imported what ranks are forked with, once for all runs.
-SERVER = """
-import os, sys
-import transformers.models.auto.tokenization_auto
-import megatrain.train.run
-from megatrain.__main__ import main
-from megatrain.launch import import_before_fork
-import_before_fork()
-for file in sys.argv[1:]:
-    child = os.fork()
-    if child == 0:
-        for descriptor, suffix in ((1, "out"), (2, "err")):
-            os.dup2(os.open(file + "." + suffix, os.O_CREAT | os.O_WRONLY), descriptor)
-        os._exit(main(["pretrain", file]))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
 
 class Ended:
     """A run that has ended."""
 
-    def __init__(self, code, file):
-        self.code, self.folder = code, Path(yaml.safe_load(file.read_text())["run"]["output_dir"])
-        self.out, self.err = (file.with_name(f"{file.name}.{name}").read_text() for name in ("out", "err"))
+    def __init__(self, ended, folder):
+        self.code, self.err, self.folder = ended.code, ended.err, folder
 
     def metrics(self):
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -236,16 +216,13 @@ def ended(tmp_path_factory):
     tokens = np.memmap(folder / "outside.bin", dtype=np.uint16, mode="r+")
     tokens[500] = VOCABULARY
     tokens.flush()
-    files = []
+    found = {}
     for name, settings in RUNS.items():
         data = {**CONFIG["data"], "train": str(folder / ("outside" if name == "outside" else "data"))}
-        raw = {**CONFIG, "run": {"output_dir": str(folder / name.replace(" ", "-"))}, "data": data, **settings}
-        files.append(folder / f"{name}.yaml")
-        files[-1].write_text(yaml.safe_dump(raw))
-    done = subprocess.run([sys.executable, "-c", SERVER, *map(str, files)], text=True, capture_output=True, check=True,
-                          env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1])  # fmt: skip
-    codes = [int(line) for line in done.stdout.split()]
-    return {name: Ended(code, file) for name, code, file in zip(RUNS, codes, files, strict=True)}
+        output = folder / name.replace(" ", "-")
+        (folder / "run.yaml").write_text(yaml.safe_dump({**CONFIG, "run": {"output_dir": str(output)}, "data": data, **settings}))
+        found[name] = Ended(run_command("pretrain", folder / "run.yaml", folder=folder), output)
+    return found
 
 
 def test_a_token_outside_the_vocabulary_ends_the_run_at_the_batch_that_has_it(ended):

@@ -15,6 +15,9 @@ from megatrain import config
 from megatrain.errors import ConfigError
 from megatrain.launch import run_local
 
+LONG = 120
+"""Seconds that nothing here takes, on a machine however busy."""
+
 
 class Launched:
     """A launch under way in its own process, and what it has written."""
@@ -44,7 +47,7 @@ def ask(server, order):
     return int(server.stdout.readline())
 
 
-def until(true, *, seconds=20):
+def until(true, *, seconds=LONG):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"waited {seconds} s for it"
@@ -57,6 +60,14 @@ def runs(pid):
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def signalled(pid):
+    """Whether it has ended; otherwise it is sent another SIGTERM."""
+    if runs(pid):
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.2)
+    return not runs(pid)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +132,7 @@ def test_the_traceback_of_the_rank_that_raised_is_shown_and_the_others_are_ended
     run = launch("raise_on_one")
     began = time.monotonic()
     assert run.wait() == 1
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < LONG, "the others would wait for it in a collective for half an hour"
     assert run.text("err").startswith("rank 1 failed:\nTraceback")
     assert "ValueError: the cause\n" in run.text("err")
     assert run.text("err").count("Traceback") == 1
@@ -154,7 +165,7 @@ def test_a_killed_rank_is_named_with_its_last_words(launch):
     run = launch("die")
     began = time.monotonic()
     assert run.wait() == 1
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < LONG, "the others would wait for it in a collective for half an hour"
     assert run.text("err").startswith("rank 1 was killed by SIGKILL (often: out of memory)")
     assert run.text("err").count("last words of rank 1") == 1
 
@@ -191,7 +202,7 @@ def test_a_second_signal_kills(launch):
     os.kill(run.pid, signal.SIGTERM)
     time.sleep(0.3)
     assert all(runs(pid) for pid in ranks)
-    os.kill(run.pid, signal.SIGTERM)
+    until(lambda: signalled(run.pid))  # again where the first had not been taken in yet: two at once count as one
     assert run.wait() == 143
     assert not any(runs(pid) for pid in ranks)
 
@@ -201,7 +212,7 @@ def test_ranks_do_not_outlive_a_killed_supervisor(launch):
     ranks = run.rank_pids()
     os.kill(run.pid, signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
-    until(lambda: not any(runs(pid) for pid in ranks), seconds=2)
+    until(lambda: not any(runs(pid) for pid in ranks))
 
 
 def test_under_a_launcher_ranks_meet(launch):

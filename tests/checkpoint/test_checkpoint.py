@@ -16,6 +16,7 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import commands
 from ranks import run_ranks
 
 from megatrain import config as configuration
@@ -178,17 +179,12 @@ def test_one_of_another_model(run, capfd, monkeypatch, words):
     assert "is of another model: its intermediate_size is 48 and the run's is 64" in said
 
 
-def command(folder, *words):
-    return subprocess.run([sys.executable, "-m", "megatrain", "pretrain", str(folder / "run.yaml"), *words], capture_output=True,
-                          text=True, timeout=200, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-
-
 def test_a_finished_run_started_again_does_nothing(run):
     before = {path: path.read_bytes() for path in (run / "run" / "checkpoints").rglob("*") if path.is_file()}
     metrics = (run / "run" / "metrics.jsonl").read_text()
-    done = command(run)
-    assert done.returncode == 0, done.stderr
-    assert "resuming from" in done.stdout
+    done = commands.run("pretrain", run / "run.yaml", folder=run)
+    assert done.code == 0, done
+    assert "resuming from" in done.out
     assert {path: path.read_bytes() for path in (run / "run" / "checkpoints").rglob("*") if path.is_file()} == before
     assert (run / "run" / "metrics.jsonl").read_text() == metrics
 
@@ -228,11 +224,11 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(small_disk, t
     write_data(tmp_path)
     raw = settings(tmp_path, train={"eval_every": 0}, run={"output_dir": str(small_disk / "run")})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
-    ended = command(tmp_path)
-    assert ended.returncode == 1
-    assert "could not write the checkpoint" in ended.stderr
-    assert "No space left on device" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    ended = commands.run("pretrain", tmp_path / "run.yaml", folder=tmp_path)
+    assert ended.code == 1
+    assert "could not write the checkpoint" in ended.err
+    assert "No space left on device" in ended.err
+    assert "Traceback" not in ended.err
     (kept,) = (small_disk / "run" / "checkpoints").iterdir()
     assert kept.name == "step-00000001"
     assert manifest.problem(kept, hashes=True) is None

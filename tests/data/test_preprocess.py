@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def children_of(process):
     return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -172,11 +173,12 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("stream", "control"), [(io.StringIO(), 0), (Terminal(), 1)])
-def test_progress_is_plain_in_a_log_and_one_line_on_a_terminal(stream, control):
+def test_progress_is_plain_in_a_log_and_one_line_on_a_terminal(stream, control, monkeypatch):
+    times = iter([0.0, 20.0, 20.01])
+    monkeypatch.setattr("megatrain.data.progress.time", SimpleNamespace(monotonic=lambda: next(times)))
     with Progress(stream) as line:
-        line._started = line._shown = time.monotonic() - 20
         line.show(num_bytes=40_000_000, num_tokens=10_000_000)
         line.show(num_bytes=40_000_001, num_tokens=10_000_000)  # too soon
     text = stream.getvalue()
-    assert re.search(r"40 MB of text, 10\.0 M tokens, 2\.0 MB/s, (500,0|499,9)\d\d tokens/s", text)
+    assert re.search(r"40 MB of text, 10\.0 M tokens, 2\.0 MB/s, 500,000 tokens/s", text)
     assert (text.count("\r"), text.count("\n")) == (control, 1)

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import commands
 from ranks import run_ranks
 from safetensors import safe_open
 
@@ -122,26 +122,18 @@ def test_resumed_run_is_bit_identical(model, world, dtype, sections, data, tmp_p
 # whole runs, as a user starts them
 
 
-def start(folder, raw, *words):
+def start(folder, raw):
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(raw))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, "-m", "megatrain", "pretrain", str(file), *words], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)  # fmt: skip
+    return commands.start("pretrain", file, folder=folder)
 
 
-def finish(process):
-    out, _ = process.communicate(timeout=200)
-    return process.returncode, out
-
-
-def wait_for(path, lines, process):
+def wait_for(path, lines, command):
     """Until the file has that many lines."""
-    while process.poll() is None:
+    while not command.has_ended(0.01):
         if path.exists() and path.read_text().count("\n") >= lines:
             return
-        time.sleep(0.01)
-    raise AssertionError(process.communicate()[0])
+    raise AssertionError(command.wait())
 
 
 @pytest.mark.parametrize(("model", "dtype", "parallel"), [("gpt2", "fp32", {}), ("llama", "bf16", {"tensor": 2, "pipeline": 2})],
@@ -152,20 +144,20 @@ def test_killed_at_any_moment_and_started_again(model, dtype, parallel, data, tm
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     whole = settings(model, data, tmp_path / "whole" / "run", train=train, parallel=parallel)
-    code, out = finish(start(tmp_path / "whole", whole))
-    assert code == 0, out
+    ended = start(tmp_path / "whole", whole).wait()
+    assert ended.code == 0, ended
     killed = settings(model, data, tmp_path / "killed" / "run", train=train, parallel=parallel)
     log = tmp_path / "killed" / "run" / "metrics.jsonl"
     for reached in (moments.randint(2, 9), moments.randint(11, 20)):
-        process = start(tmp_path / "killed", killed)
-        wait_for(log, reached, process)
+        command = start(tmp_path / "killed", killed)
+        wait_for(log, reached, command)
         time.sleep(moments.random() * 0.3)
-        os.kill(process.pid, signal.SIGKILL)  # the ranks die with their parent
-        _, out = finish(process)
-        assert process.returncode == -signal.SIGKILL, out
-    code, out = finish(start(tmp_path / "killed", killed))
-    assert code == 0, out
-    assert "resuming from" in out
+        os.kill(command.pid, signal.SIGKILL)  # the ranks die with their parent
+        ended = command.wait()
+        assert ended.code in (-signal.SIGKILL, 0), ended  # 0: on a very busy machine it was through before
+    ended = start(tmp_path / "killed", killed).wait()
+    assert ended.code == 0, ended
+    assert "resuming from" in ended.out
     assert_same_run(tmp_path / "whole" / "run", tmp_path / "killed" / "run", step=30)
     assert [line["step"] for line in metrics(tmp_path / "killed" / "run")] == list(range(1, 31))
     folders = sorted(path.name for path in (tmp_path / "killed" / "run" / "checkpoints").iterdir())
@@ -176,12 +168,12 @@ def test_killed_at_any_moment_and_started_again(model, dtype, parallel, data, tm
 def test_a_signal_saves_and_ends_the_run(number, data, tmp_path):
     train = {"steps": 2000, "save_every": 0, "eval_every": 0}
     raw = settings("llama", data, tmp_path / "run", train=train, parallel={"pipeline": 2} if number == signal.SIGTERM else {})
-    process = start(tmp_path, raw)
-    wait_for(tmp_path / "run" / "metrics.jsonl", 3, process)
-    os.kill(process.pid, number)
-    code, out = finish(process)
-    assert "stopped by a signal after step" in out
-    assert code == 0, out
+    command = start(tmp_path, raw)
+    wait_for(tmp_path / "run" / "metrics.jsonl", 3, command)
+    os.kill(command.pid, number)
+    ended = command.wait()
+    assert "stopped by a signal after step" in ended.out
+    assert ended.code == 0, ended
     last = metrics(tmp_path / "run")[-1]["step"]
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert saved.name == f"step-{last:08d}"
