@@ -12,9 +12,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint or run of ours, a Hugging Face folder, "
-                        "or a checkpoint of Megatron-LM (mp_rank_XX)")  # fmt: skip
+                        "a checkpoint of Megatron-LM (mp_rank_XX), or a universal one of DeepSpeed")  # fmt: skip
     parser.add_argument("target", type=Path, metavar="TARGET", help="folder to write; new or empty")
-    parser.add_argument("--to", choices=["hf"], default="hf", help="what to write: a clean Hugging Face folder (default: %(default)s)")
+    parser.add_argument("--to", choices=["hf", "checkpoint"], help="a clean Hugging Face folder, or a checkpoint that a run resumes "
+                        "(default: checkpoint for Hugging Face and universal sources, hf for others)")  # fmt: skip
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="dtype of the weights (default: the source's)")
     parser.add_argument("--max-shard-size", type=parse_size, default=5 * 10**9, metavar="SIZE",
                         help="largest file, such as 500MB; a huge one makes one file (default: 5GB)")  # fmt: skip

@@ -102,7 +102,8 @@ def read_trainer(path: Path) -> Trainer:
 def _check_same(path: Path, config: Config, trainer: Trainer) -> None:
     """Refuse settings that a resume must not change."""
     for section, name, why in _FIXED:
-        there, here = trainer.config[section].get(name), getattr(getattr(config, section), name)
+        here = getattr(getattr(config, section), name)
+        there = trainer.config[section].get(name, here)  # a converted checkpoint binds no run
         if there != here:
             raise CheckpointError(f"{path} was written with {section}.{name}={there} and this run has {here}: {why}; set "
                                   f"{section}.{name}={there}, or start a new run from its weights with train.init_from={path}")  # fmt: skip
@@ -121,12 +122,12 @@ def notes(path: Path, config: Config, grid: Grid) -> list[str]:
     trainer = read_trainer(path)
     there, here = trainer.layout, layout(config, grid)
     found = []
-    moved = [f"{name} {there.get(name)} -> {value}" for name, value in here.items() if there.get(name) != value]
+    moved = [f"{name} {there[name]} -> {value}" for name, value in here.items() if there.get(name, value) != value]
     if moved:
         found.append(f"resuming on another layout, equal up to rounding: {', '.join(moved)}")
-    dtype = trainer.config["train"].get("dtype")
+    dtype = trainer.config["train"].get("dtype", config.train.dtype)
     if dtype != config.train.dtype:
         found.append(f"train.dtype was {dtype} and is {config.train.dtype}: fp32 masters and moments go on exactly, weights are rounded anew")
-    if trainer.config["data"].get("train") != config.data.train:
+    if trainer.config["data"].get("train", config.data.train) != config.data.train:
         found.append(f"data.train was {trainer.config['data'].get('train')} and is {config.data.train}: the order goes on at the same sample")
     return found

@@ -35,16 +35,21 @@ def record(folder: Path, path: Path) -> FileRecord:
 
 def commit(temporary: Path, final: Path, records: list[FileRecord]) -> None:
     """Write the manifest and rename; what stood at `final` before is replaced."""
-    text = json.dumps({"format": FORMAT, "files": [r._asdict() for r in sorted(records)]}, indent=1)
-    with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    sync(temporary)
+    write(temporary, records)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
     sync(final.parent)
+
+
+def write(folder: Path, records: list[FileRecord]) -> None:
+    """Write the manifest, and see it on the disk."""
+    text = json.dumps({"format": FORMAT, "files": [r._asdict() for r in sorted(records)]}, indent=1)
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(folder)
 
 
 def sync(path: Path) -> None:

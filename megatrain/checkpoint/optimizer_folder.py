@@ -56,7 +56,7 @@ def snapshot(fragments: Iterable[Fragment]) -> Snapshot:
             piece = piece_of(fragment)
             pieces.append(piece)
             for state, tensor in fragment.tensors.items():
-                tensors[_key(piece, state)] = tensor.detach().to("cpu", copy=True).contiguous()
+                tensors[piece_key(piece, state)] = tensor.detach().to("cpu", copy=True).contiguous()
     return Snapshot(pieces, tensors)
 
 
@@ -77,7 +77,8 @@ def write_index(folder: Path, files: Mapping[str, list[NamedPiece]], states: Ite
     return path
 
 
-def _key(piece: NamedPiece, state: str) -> str:
+def piece_key(piece: NamedPiece, state: str) -> str:
+    """What a piece's tensor is called in its file."""
     return f"{piece.name}[{piece.piece.start}:{piece.piece.start + piece.piece.length}]/{state}"
 
 
@@ -128,12 +129,19 @@ class OptimizerFolder:
 
     @torch.no_grad()
     def fill(self, fragment: Fragment) -> None:
-        """Write every element of the fragment's tensors, from whatever pieces hold it; padding is left as it is."""
+        """Write every element of the fragment's tensors, from whatever pieces hold it; padding is left as it is.
+
+        Where only masters are kept, as of weights that were converted, moments begin at zero.
+        """
         name, wanted = piece_of(fragment)
-        if set(fragment.tensors) != set(self.states):
+        at_zero = set(fragment.tensors) - {"master"} if self.states == ["master"] else set()
+        if set(fragment.tensors) - at_zero != set(self.states):
             raise CheckpointError(f"{self.folder} keeps {', '.join(self.states)} of each weight and this run keeps {', '.join(fragment.tensors)}")
         sources = self._sources(name, wanted)
         for state, target in fragment.tensors.items():
+            if state in at_zero:
+                target.zero_()
+                continue
             staged = target if target.device.type == "cpu" else target.cpu()
             for saved, copies in sources:
                 _copy(self._view(NamedPiece(name, saved.piece), saved.file, state), staged, copies)
@@ -160,7 +168,7 @@ class OptimizerFolder:
     def _view(self, piece: NamedPiece, file: int, state: str) -> Tensor:
         if file not in self._files:
             self._files[file] = SafetensorsFile(self.folder / self._names[file])
-        opened, key = self._files[file], _key(piece, state)
+        opened, key = self._files[file], piece_key(piece, state)
         if key not in opened:
             raise CheckpointError(f"{opened.path} does not hold {key}, as {INDEX} says")
         view = opened.view(key)

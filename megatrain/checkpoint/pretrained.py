@@ -21,7 +21,7 @@ from megatrain.optim.zero import DTYPES, Fragment, Zero
 from megatrain.parallel.geometry import make_piece, runs_of
 from megatrain.parallel.sharding import Sharding, parameters
 
-_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 """What old versions of transformers saved beside the weights: masks and rotary frequencies, which follow from the config."""
 
 _SHOWN = 8
@@ -41,6 +41,7 @@ class Pretrained:
         self._embedding, self._head = (f"{architecture.names[role].name}.weight" for role in ("embedding", "head"))
         self._prefix = self._embedding.partition(".")[0] + "."
         self._classifier, self._called = architecture.classifier, called
+        self._former = {ours: theirs for theirs, ours in architecture.former_names.items()}
 
     def check(self, wanted: Mapping[str, tuple[int, ...]], *, new_head: bool = True) -> None:
         """Refuse the folder unless it holds exactly these tensors in these shapes. Reads no tensor but those of a tied head.
@@ -56,7 +57,7 @@ class Pretrained:
             used |= {self._head} & set(self.tensors.names())  # of the language model that the classifier is made from
         problems = [
             _listed("missing", (name for name in wanted if name not in homes and not (new_head and self._is_new(name)))),
-            _listed("unexpected", (n for n in sorted(self.tensors.names()) if n not in used and n not in twice and not _BUFFERS.search(n))),
+            _listed("unexpected", (n for n in sorted(self.tensors.names()) if n not in used and n not in twice and not BUFFERS.search(n))),
             _listed("there twice, with the prefix and without", twice),
             _listed("of another shape", self._misshapen(homes, wanted)),
             _listed("not of floating point", (n for n in sorted(used) if self.tensors.dtype(n) not in _FLOATS)),
@@ -107,10 +108,10 @@ class Pretrained:
             self.tensors.bytes_read += int(length) * whole.element_size()
 
     def _homes(self, wanted: Iterable[str]) -> dict[str, list[str]]:
-        """The names in the folder of each tensor of the model: as it is called, or without the base model's prefix."""
+        """The names in the folder of each tensor of the model: as it is called, without the base model's prefix, or as it was called."""
         homes: dict[str, list[str]] = {}
         for ours in {*wanted, self._head}:
-            found = [theirs for theirs in (ours, ours.removeprefix(self._prefix)) if theirs in self.tensors]
+            found = [theirs for theirs in (ours, ours.removeprefix(self._prefix), self._former.get(ours, ours)) if theirs in self.tensors]
             if found:
                 homes[ours] = sorted(set(found), key=found.index)
         if self._tied and self._embedding not in homes and self._head in homes:

@@ -10,6 +10,7 @@ from megatrain.convert.megatron import MegatronCheckpoint
 from megatrain.convert.megatron_ranks import Ranks, find_iteration, read_ranks
 from megatrain.convert.megatron_settings import config_fields, read_args, settings_of_config
 from megatrain.convert.source import Source
+from megatrain.convert.universal import UniversalCheckpoint
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import load_config
 
@@ -40,11 +41,15 @@ def open_source(path: Path, hints: Hints, *, checked: bool = True) -> Source:
         if hints.config is not None or hints.vocab_size is not None:
             raise CheckpointError(f"{folder} has a config.json of its own; leave --config and --vocab-size out")
         return open_folder(folder, checked=checked)
+    if (path / "zero").is_dir():
+        if hints.config is None:
+            raise CheckpointError(f"{path} is a DeepSpeed checkpoint, which does not say what the model is; name its Hugging Face config with --config")
+        return UniversalCheckpoint(path, load_config(hints.config), extras=hints.tokenizer)
     iteration = find_iteration(path)
     if iteration is not None:
         return _megatron(read_ranks(iteration), hints)
-    raise CheckpointError(f"{path} is of no kind that is read: it holds neither config.json nor mp_rank_XX folders nor "
-                          "latest_checkpointed_iteration.txt")  # fmt: skip
+    raise CheckpointError(f"{path} is of no kind that is read: it holds neither config.json, nor mp_rank_XX folders or "
+                          "latest_checkpointed_iteration.txt, nor a folder zero")  # fmt: skip
 
 
 def _megatron(ranks: Ranks, hints: Hints) -> MegatronCheckpoint:

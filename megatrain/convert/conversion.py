@@ -21,15 +21,16 @@ from megatrain import __version__
 from megatrain.checkpoint import manifest
 from megatrain.checkpoint.tensors import Tensors
 from megatrain.convert import proof
+from megatrain.convert.checkpoint_files import OptimizerFiles
 from megatrain.convert.choose import Hints, open_source
 from megatrain.convert.descriptions import write_descriptions
 from megatrain.convert.folders import check_coverage
-from megatrain.convert.logits import expected_shapes
 from megatrain.convert.progress import Progress
 from megatrain.convert.source import Rounded, Source, nbytes
 from megatrain.convert.writer import plan_shards, write_model
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture, load_config, read_architecture
+from megatrain.train.build import whole_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAME = "conversion.json"
@@ -42,7 +43,7 @@ class Request:
     """What is wanted.
 
     Attributes:
-        to: what to write; "hf" is a clean Hugging Face folder.
+        to: "hf" for a clean Hugging Face folder, "checkpoint" for one that a run resumes; None chooses by the source's kind.
         dtype: bf16, fp16 or fp32; each tensor keeps its own when None.
         verify: prove the target before it is published.
         config: folder or config.json of the same model, for a source without one.
@@ -52,7 +53,7 @@ class Request:
 
     source: Path
     target: Path
-    to: Literal["hf"] = "hf"
+    to: Literal["hf", "checkpoint"] | None = None
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     max_shard_bytes: int = 5 * 10**9
     verify: bool = True
@@ -61,6 +62,7 @@ class Request:
     vocab_size: int | None = None
 
 
+_TO_CHECKPOINT = ("Hugging Face folder", "DeepSpeed universal checkpoint")
 Say = Callable[[str], None]
 
 
@@ -69,14 +71,15 @@ def convert(request: Request, *, say: Say) -> Path:
     check_target(request.target)
     source = open_source(request.source, Hints(request.config, request.tokenizer, request.vocab_size))
     architecture = read_architecture(source.config)
-    expected = expected_shapes(architecture)
-    source.adopt(expected)
+    expected = whole_tensors(architecture)
+    source.adopt(architecture, expected)
     check_coverage(source, architecture, expected)
     say(f"{source.folder}: a {source.kind} of a {architecture.model_type}")
     if source.note:
         say(f"  note    {source.note}")
     dtype = None if request.dtype is None else DTYPES[request.dtype]
-    work = _Work(request, source, architecture, dtype, list(expected), say)
+    to = request.to or ("checkpoint" if source.kind in _TO_CHECKPOINT else "hf")
+    work = _Work(request, source, architecture, dtype, to, list(expected), say)
     work.announce()
     with hidden_folder(request.target) as folder:
         work.write(folder)
@@ -139,22 +142,25 @@ def publish(folder: Path, target: Path) -> None:
 class _Work:
     """A conversion whose source was found good."""
 
-    def __init__(self, request: Request, source: Source, architecture: Architecture, dtype: torch.dtype | None, names: list[str],
-                 say: Say) -> None:  # fmt: skip
-        self.request, self.source, self.architecture, self.dtype, self.say = request, source, architecture, dtype, say
+    def __init__(self, request: Request, source: Source, architecture: Architecture, dtype: torch.dtype | None, to: str,
+                 names: list[str], say: Say) -> None:  # fmt: skip
+        self.request, self.source, self.architecture, self.dtype, self.to, self.say = request, source, architecture, dtype, to, say
         self.tensors = Rounded(source, dtype)
         self.shards = plan_shards(names, self.tensors, request.max_shard_bytes)
         self.names = names
-        self.model_bytes = sum(nbytes(self.tensors, name) for name in names)
+        self.optimizer = OptimizerFiles(source, architecture) if to == "checkpoint" else None
+        self.num_bytes = sum(nbytes(self.tensors, name) for name in names) + (0 if self.optimizer is None else self.optimizer.num_bytes)
 
     def announce(self) -> None:
         """Sizes, and the memory that it will take, before anything is done; refuses a disk that is too small."""
         parameters = sum(nbytes(self.source, name) // self.source.dtype(name).itemsize for name in self.names)
         largest = max(self.names, key=lambda name: nbytes(self.source, name))
         memory = nbytes(self.source, largest) // self.source.dtype(largest).itemsize * 4 + WORKING_BYTES
-        total = self.model_bytes
+        total = self.num_bytes
         files = "1 file" if len(self.shards) == 1 else f"{len(self.shards)} files"
-        self.say(f"  to      a Hugging Face folder, {len(self.names)} tensors, {parameters:,} parameters, {total / 1e9:.2f} GB in {files}")
+        kind = "a Hugging Face folder" if self.optimizer is None else "a checkpoint to resume from"
+        self.say(f"  to      {kind}, {len(self.names)} tensors, {parameters:,} parameters, {total / 1e9:.2f} GB in {files}"
+                 f"{'' if self.optimizer is None else self._of_optimizer(self.optimizer)}")  # fmt: skip
         self.say(f"  memory  at most {memory / 2**30:.2f} GiB; the largest tensor is {largest} of {nbytes(self.source, largest) / 2**30:.2f} GiB")
         if self.dtype in proof.WEIGHT_BOUND and any(self.source.dtype(name).itemsize > 2 for name in self.names):
             self.say(f"  dtype   {self.request.dtype}: rounding changes a weight by at most {proof.WEIGHT_BOUND[self.dtype]:.2g} of itself")
@@ -163,18 +169,27 @@ class _Work:
         if free < total * 1.01 + 2**20:
             raise CheckpointError(f"{self.request.target} needs {total / 1e9:.3f} GB and its disk has {free / 1e9:.3f} GB free; nothing was written")
 
+    def _of_optimizer(self, optimizer: OptimizerFiles) -> str:
+        states = ", ".join(["masters", *optimizer.moments.states])
+        return f" and the optimizer's {states}, after {optimizer.moments.updates:,} updates"
+
     def write(self, folder: Path) -> None:
         """Everything that the target holds."""
-        with Progress(self.model_bytes, self.say) as progress:
+        with Progress(self.num_bytes, self.say) as progress:
             hashes = write_model(folder, self.shards, self.tensors, wrote=progress.add)
+            pieces = {} if self.optimizer is None else self.optimizer.write(folder, wrote=progress.add)
             write_descriptions(folder, self.source, dtype=self.dtype_name(), tokenizer=self.request.tokenizer)
+        if self.optimizer is not None and self.request.verify:
+            self.optimizer.check(folder, pieces)
         figures = self._prove(folder, hashes) if self.request.verify else None
         self._report(folder, hashes, figures)
+        if self.optimizer is not None:
+            self.optimizer.finish(folder, self.source)
 
     def _prove(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         written = Tensors(folder)
         proof.check_hashes(written, hashes)
-        found = proof.check_logits(self.source, written, load_config(str(folder)), self.architecture, dtype=self.dtype, to=self.request.to)
+        found = proof.check_logits(self.source, written, load_config(str(folder)), self.architecture, dtype=self.dtype, to=self.to)
         self.say(f"  proof   {found.tensors} tensors read back as written; logits of {found.source_computed_by} and {found.target_computed_by} differ by "
                  f"at most {found.max_logit_difference:.3g} (allowed {found.bound:.3g})")  # fmt: skip
         if found.rounding_difference is not None:
@@ -186,7 +201,7 @@ class _Work:
         import transformers
 
         report = {
-            "source": str(self.source.folder), "source_kind": self.source.kind, "to": self.request.to, "model_type": self.architecture.model_type,
+            "source": str(self.source.folder), "source_kind": self.source.kind, "to": self.to, "model_type": self.architecture.model_type,
             "dtype": self.dtype_name(), "proof": figures, "sha256_of_tensors": dict(sorted(hashes.items())),
             "versions": {"megatrain": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
                          "safetensors": safetensors.__version__},

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint import manifest
+from megatrain.checkpoint.pretrained import BUFFERS
 from megatrain.checkpoint.tensor_file import Index
 from megatrain.checkpoint.tensors import Tensors
 from megatrain.convert.source import Readable, blocks
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture, load_config
-
-_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-"""What older versions of transformers saved beside the parameters; it follows from the config."""
 
 
 class HuggingFaceFolder:
@@ -32,18 +30,12 @@ class HuggingFaceFolder:
         self._tensors = Tensors(folder)
         self._homes = {name: name for name in self._tensors.names()}
 
-    def adopt(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Give the tensors the names of a whole causal model, leave out what is no parameter, and refuse what is missing or left over."""
-        prefix = next(iter(expected)).partition(".")[0] + "."
-        homes = {}
-        for name in self._tensors.names():
-            whole = name if name in expected or prefix + name not in expected else prefix + name
-            if whole in expected or not whole.endswith(_BUFFERS):
-                homes[whole] = name
-        tied = self.config.tie_word_embeddings and "lm_head.weight" not in expected
-        if tied and "lm_head.weight" in homes:
-            self._check_copy(homes.pop("lm_head.weight"), homes.get(next(iter(expected))))
-        self._homes = homes
+    def adopt(self, architecture: Architecture, expected: dict[str, tuple[int, ...]]) -> None:
+        """Give the tensors the names of a whole causal model, leave out what is no parameter, and refuse what is there twice."""
+        self._homes = homes_of(self._tensors.names(), architecture, expected, self.folder)
+        head = f"{architecture.names['head'].name}.weight"
+        if architecture.tied and head in self._homes:
+            self._check_copy(self._homes.pop(head), self._homes.get(f"{architecture.names['embedding'].name}.weight"))
 
     def _check_copy(self, head: str, embedding: str | None) -> None:
         if embedding is None or not same_values(self._tensors, head, embedding):
@@ -77,6 +69,22 @@ class Checkpoint(HuggingFaceFolder):
         if wrong is not None:
             raise CheckpointError(f"{folder} {wrong}; choose another checkpoint")
         super().__init__(folder, config)
+
+
+def homes_of(names: list[str], architecture: Architecture, expected: dict[str, tuple[int, ...]], folder: Path) -> dict[str, str]:
+    """Which tensor of a folder each of the model's is: by its name, without the base model's prefix, or by a former name."""
+    prefix = architecture.names["embedding"].name.partition(".")[0] + "."
+    homes: dict[str, str] = {}
+    for name in names:
+        whole = architecture.former_names.get(name, name)
+        if whole not in expected and prefix + whole in expected:
+            whole = prefix + whole
+        if whole not in expected and BUFFERS.search(name):
+            continue
+        if whole in homes:
+            raise CheckpointError(f"{folder} holds {whole} twice, as {homes[whole]} and as {name}")
+        homes[whole] = name
+    return homes
 
 
 def same_values(tensors: Readable, one: str, other: str) -> bool:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from megatrain.checkpoint import manifest
 from megatrain.convert.choose import Hints, open_source
 from megatrain.convert.folders import HuggingFaceFolder, check_coverage, model_folder
-from megatrain.convert.logits import expected_shapes
 from megatrain.convert.source import nbytes
 from megatrain.errors import UserError
 from megatrain.models.labels import any_architecture
+from megatrain.train.build import whole_tensors
 
 
 class TensorRow(NamedTuple):
@@ -57,9 +57,9 @@ def inspect(path: Path, hints: Hints, *, hashes: bool) -> Inspection:
     problem = manifest.problem(folder, hashes=hashes) if (folder / "trainer.json").is_file() else None
     source = open_source(folder, hints, checked=False)
     architecture = any_architecture(source.config)
-    expected = expected_shapes(architecture)
+    expected = whole_tensors(architecture)
     try:
-        source.adopt(expected)
+        source.adopt(architecture, expected)
         check_coverage(source, architecture, expected)
     except UserError as error:
         problem = problem or str(error)

@@ -18,7 +18,7 @@ from megatrain.models.architecture import Architecture
 from megatrain.models.decoder import build_layers, layer_list
 from megatrain.models.parts import Parts
 from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import Sharding, parameters, sharding
+from megatrain.parallel.sharding import Sharding, sharding
 from megatrain.train.contexts import Contexts
 
 SEQUENCES, LENGTH = 2, 24
@@ -35,11 +35,6 @@ def whole_model(architecture: Architecture) -> nn.ModuleList:
     """All layers on one rank, without memory."""
     parts = Parts(architecture, make_grid(0, connect=False), sequence=False, dtype=torch.float32, device="meta")
     return build_layers(layer_list(architecture), parts, recompute="none").eval()
-
-
-def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of the architecture holds."""
-    return {declaration.name: declaration.shape for declaration, _ in parameters(whole_model(architecture))}
 
 
 @torch.no_grad()

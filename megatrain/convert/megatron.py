@@ -20,6 +20,7 @@ from megatrain.checkpoint.tensor_file import Index, let_go
 from megatrain.convert.megatron_ranks import Ranks
 from megatrain.convert.megatron_settings import Settings
 from megatrain.errors import CheckpointError
+from megatrain.models.architecture import Architecture
 
 
 class Recipe(NamedTuple):
@@ -86,7 +87,7 @@ class MegatronCheckpoint:
         self._recipes: dict[str, Recipe] = {}
         self._last: tuple[str, Tensor] | None = None
 
-    def adopt(self, expected: dict[str, tuple[int, ...]]) -> None:
+    def adopt(self, architecture: Architecture, expected: dict[str, tuple[int, ...]]) -> None:
         """Find each tensor of the model, and refuse a checkpoint that holds others or whose ranks disagree."""
         if self.config.model_type not in FAMILIES:
             raise CheckpointError(f"--config names a {self.config.model_type}, and of Megatron-LM's checkpoints {', '.join(FAMILIES)} are read")

@@ -8,7 +8,7 @@ is lowered the source is rounded to it first, which leaves the same bound, and t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ BOUND = 2e-5
 
 WEIGHT_BOUND = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 """Largest relative change of a weight by rounding to nearest; below fp16's smallest normal number, 6.1e-5, it may be more."""
+
+
+@runtime_checkable
+class ComputesItself(Protocol):
+    """A source with a forward of its own, from its tensors as they lie there; `own_code` says by whom."""
+
+    own_code: str
+
+    def own_logits(self, tokens: Tensor, dtype: torch.dtype | None) -> Tensor: ...
 
 
 class Proof(NamedTuple):
@@ -79,9 +88,9 @@ def check_logits(source: Source, folder: Tensors, config: Any, architecture: Arc
                  "transformers" if by_transformers else "our layers", whole)  # fmt: skip
 
 
-def source_logits(source: Any, architecture: Architecture, tokens: Tensor, *, dtype: torch.dtype | None, by_transformers: bool) -> tuple[Tensor, str]:
+def source_logits(source: Source, architecture: Architecture, tokens: Tensor, *, dtype: torch.dtype | None, by_transformers: bool) -> tuple[Tensor, str]:
     """Logits of the source, and by whose code. A source that knows its own way to compute them goes it."""
-    if hasattr(source, "own_logits"):
+    if isinstance(source, ComputesItself):
         return source.own_logits(tokens, dtype), source.own_code
     rounded = Rounded(source, dtype)
     if by_transformers:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.tensor_file import Index
 from megatrain.errors import CheckpointError
+from megatrain.models.architecture import Architecture
 
 BLOCK_BYTES = 16 << 20
 
@@ -37,7 +38,7 @@ class Source(Protocol):
     extras: Path | None
     note: str
 
-    def adopt(self, expected: dict[str, tuple[int, ...]]) -> None:
+    def adopt(self, architecture: Architecture, expected: dict[str, tuple[int, ...]]) -> None:
         """Find the tensors of a model that holds the expected ones; refuses a folder with others that cannot be left out."""
 
     def names(self) -> list[str]: ...
