@@ -1,0 +1,127 @@
+"""Measure `megatrain convert` beside `cp` of the same bytes on the same disk, interleaved in one run, and its peak memory.
+
+    python benchmarks/convert.py [--folder DIR] [--laps 3]          7 GB of temporary files; 1.1e9 parameters in bf16
+
+Every lap copies with `cp`, copies and waits for the disk with `cp` and `sync`, converts without the proof, and with it. A
+conversion hashes every tensor and waits for the disk, the proof reads all of it back, hashes it again and computes logits of
+source and target. Nothing is asserted: times are for reading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from megatrain.convert import writer
+from megatrain.convert.conversion import Request, convert
+from megatrain.convert.writer import plan_shards, write_model
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.train.build import whole_tensors
+
+MODEL = {"model_type": "llama", "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+         "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}  # fmt: skip
+
+
+class RandomModel:
+    """Normal weights in bf16, each tensor made when it is asked for."""
+
+    def __init__(self, shapes):
+        self.shapes, self._last = shapes, ("", torch.empty(0))
+
+    def shape(self, name):
+        return self.shapes[name]
+
+    def dtype(self, name):
+        return torch.bfloat16
+
+    def read(self, name, index=None):
+        if self._last[0] != name:
+            self._last = (name, torch.ones(self.shapes[name]) if len(self.shapes[name]) == 1 else torch.empty(self.shapes[name]).normal_(0, 0.02))
+        return self._last[1][index or ()].bfloat16()
+
+
+def make_model(folder):
+    """A folder of the model, as transformers writes one; returns its bytes of tensors."""
+    folder.mkdir()
+    config = load_config(MODEL)
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+    shapes = whole_tensors(read_architecture(config))
+    tensors = RandomModel(shapes)
+    write_model(folder, plan_shards(shapes, tensors, 5 * 10**9), tensors, wrote=lambda count: None)
+    return sum(writer.nbytes(tensors, name) for name in shapes)
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def peak_memory(words: list[str]) -> tuple[float, str]:
+    """GiB of the largest resident set of a conversion in a process of its own, and what it said."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([sys.executable, "-m", "megatrain", "convert", *words], stdout=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        said.seek(0)
+        return usage.ru_maxrss / 2**20, said.read()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary one)")
+    parser.add_argument("--laps", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="convert-", dir=args.folder) as name:
+        root = Path(name)
+        source, target = root / "model", root / "target"
+        size = make_model(source)
+        print(f"{size / 1e9:.2f} GB of tensors, {os.cpu_count()} cores, torch {torch.__version__}", flush=True)
+        contestants = {
+            "cp": lambda: subprocess.run(["cp", "-r", source, target], check=True),
+            "cp and sync": lambda: subprocess.run(f"cp -r {source} {target} && sync {target}/*", shell=True, check=True),
+            "convert, no proof": lambda: convert(Request(source, target, to="hf", verify=False), say=lambda line: None),
+            "convert": lambda: convert(Request(source, target, to="hf"), say=lambda line: None),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        for lap in range(args.laps + 1):
+            for name, work in contestants.items():
+                os.sync()
+                cost = timed(work)
+                shutil.rmtree(target)
+                if lap:  # the first has the imports
+                    seconds[name].append(cost)
+        for name, costs in seconds.items():
+            print(f"{name:20} {median(costs):7.2f} s  {size / 1e6 / median(costs):7.0f} MB/s   laps {' '.join(f'{cost:.2f}' for cost in costs)}")
+        for over in ("cp", "cp and sync"):
+            for under in ("convert, no proof", "convert"):
+                rates = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+                print(f"speed of {under} over {over}: {median(rates):.2f}")
+        for words in (["--no-verify"], [], ["--dtype", "fp16"], ["--to", "checkpoint"]):
+            memory, said = peak_memory([str(source), str(target), *([] if "--to" in words else ["--to", "hf"]), *words])
+            promised = next(line.strip() for line in said.splitlines() if "memory" in line)
+            proof = json.loads((target / "conversion.json").read_text())["proof"]
+            shutil.rmtree(target)
+            print(f"peak memory of convert {' '.join(words) or '(proof)'}: {memory:.2f} GiB; it said: {promised}; logits differ by "
+                  f"{proof['max_logit_difference'] if proof else float('nan'):.3g}", flush=True)  # fmt: skip
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"(this process: {own:.2f} GiB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
