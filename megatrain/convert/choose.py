@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from megatrain.convert.folders import model_folder, open_folder
 from megatrain.convert.megatron import MegatronCheckpoint
+from megatrain.convert.megatron_distributed import is_distributed, read_distributed
 from megatrain.convert.megatron_ranks import Ranks, find_iteration, read_ranks
 from megatrain.convert.megatron_settings import config_fields, read_args, settings_of_config
 from megatrain.convert.source import Source
@@ -47,7 +48,7 @@ def open_source(path: Path, hints: Hints, *, checked: bool = True) -> Source:
         return UniversalCheckpoint(path, load_config(hints.config), extras=hints.tokenizer)
     iteration = find_iteration(path)
     if iteration is not None:
-        return _megatron(read_ranks(iteration), hints)
+        return _megatron(read_distributed(iteration) if is_distributed(iteration) else read_ranks(iteration), hints)
     raise CheckpointError(f"{path} is of no kind that is read: it holds neither config.json, nor mp_rank_XX folders or "
                           "latest_checkpointed_iteration.txt, nor a folder zero")  # fmt: skip
 
@@ -78,7 +79,7 @@ def _tokenizer_size(folder: Path | None) -> int | None:
 
 
 def _padded_rows(ranks: Ranks) -> int:
-    tables = [part.get("embedding.word_embeddings.weight") for part in ranks.parts]
-    if any(table is None or table.dim() != 2 for table in tables):
+    name = "embedding.word_embeddings.weight"
+    if any(name not in part.names() or len(part.shape(name)) != 2 for part in ranks.parts):
         raise CheckpointError(f"{ranks.folder} lacks word embeddings")
-    return sum(table.shape[0] for table in tables if table is not None)
+    return sum(part.shape(name)[0] for part in ranks.parts)

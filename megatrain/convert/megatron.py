@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.tensor_file import Index, let_go
+from megatrain.checkpoint.tensor_file import Index
 from megatrain.convert.megatron_ranks import Ranks
 from megatrain.convert.megatron_settings import Settings
 from megatrain.errors import CheckpointError
@@ -83,7 +83,7 @@ class MegatronCheckpoint:
     def __init__(self, ranks: Ranks, settings: Settings, config: Any, *, extras: Path | None, note: str = "") -> None:
         self.ranks, self.settings, self.config, self.extras, self.note = ranks, settings, config, extras, note
         self.folder = ranks.folder
-        self.kind = f"{MegatronCheckpoint.kind} of tensor {len(ranks.parts)} x pipeline {ranks.pipeline} ranks"
+        self.kind = f"{MegatronCheckpoint.kind} of {ranks.layout}"
         self._recipes: dict[str, Recipe] = {}
         self._last: tuple[str, Tensor] | None = None
 
@@ -91,7 +91,7 @@ class MegatronCheckpoint:
         """Find each tensor of the model, and refuse a checkpoint that holds others or whose ranks disagree."""
         if self.config.model_type not in FAMILIES:
             raise CheckpointError(f"--config names a {self.config.model_type}, and of Megatron-LM's checkpoints {', '.join(FAMILIES)} are read")
-        held = [set(part) for part in self.ranks.parts]
+        held = [part.names() for part in self.ranks.parts]
         for number, names in enumerate(held):
             if names != held[0]:
                 raise CheckpointError(f"{self.folder} holds {min(names ^ held[0])} on some tensor ranks and not on rank {number if min(names ^ held[0]) in held[0] else 0}")
@@ -110,31 +110,32 @@ class MegatronCheckpoint:
 
     def _check_equal(self, copy: str, original: str) -> None:
         for part in self.ranks.parts:
-            if original not in part or not torch.equal(part[copy], part[original]):
+            if original not in part.names() or not torch.equal(part.view(copy), part.view(original)):
                 raise CheckpointError(f"{self.folder} is of tied embeddings, and its last stage's copy of them has other values than the first stage's")
 
     def _check_shapes(self, name: str) -> None:
-        first, *others = (part[name] for part in self.ranks.parts)
+        first, *others = self.ranks.parts
+        shape = first.shape(name)
         for rank, other in enumerate(others, start=1):
-            if other.shape != first.shape or other.dtype != first.dtype:
-                raise CheckpointError(f"{self.folder} holds {name} of shape {tuple(other.shape)} on tensor rank {rank} and {tuple(first.shape)} on rank 0")
-            if split_dim(name) is None and not torch.equal(first, other):
+            if other.shape(name) != shape or other.dtype(name) != first.dtype(name):
+                raise CheckpointError(f"{self.folder} holds {name} of shape {other.shape(name)} on tensor rank {rank} and {shape} on rank 0")
+            if split_dim(name) is None and not torch.equal(first.view(name), other.view(name)):
                 raise CheckpointError(f"{self.folder} holds {name} with other values on tensor rank {rank} than on rank 0, and all ranks hold the same of it")
         if name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
             s = self.settings
             rows = s.num_groups * (s.num_heads // s.num_groups + 2) * s.head_dim
-            if s.num_groups % len(self.ranks.parts) or first.shape[0] * len(self.ranks.parts) != rows:
-                raise CheckpointError(f"{self.folder} holds {name} of {first.shape[0]} rows on each of {len(self.ranks.parts)} tensor ranks, and "
+            if s.num_groups % len(self.ranks.parts) or shape[0] * len(self.ranks.parts) != rows:
+                raise CheckpointError(f"{self.folder} holds {name} of {shape[0]} rows on each of {len(self.ranks.parts)} tensor ranks, and "
                                       f"{s.num_heads} heads in {s.num_groups} groups of head_dim {s.head_dim} make {rows}")  # fmt: skip
-        if self.settings.gated and name.endswith(("linear_fc1.weight", "linear_fc1.bias")) and first.shape[0] % 2:
-            raise CheckpointError(f"{self.folder} holds {name} of {first.shape[0]} rows, which are not gate and up of equal size")
+        if self.settings.gated and name.endswith(("linear_fc1.weight", "linear_fc1.bias")) and shape[0] % 2:
+            raise CheckpointError(f"{self.folder} holds {name} of {shape[0]} rows, which are not gate and up of equal size")
 
     def names(self) -> list[str]:
         return list(self._recipes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         made, s = self._recipes[name], self.settings
-        shape = list(self.ranks.parts[0][made.name].shape)
+        shape = list(self.ranks.parts[0].shape(made.name))
         dim = split_dim(made.name)
         if dim is not None:
             shape[dim] *= len(self.ranks.parts)
@@ -146,7 +147,7 @@ class MegatronCheckpoint:
         return tuple(reversed(shape) if made.transposed else shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.ranks.parts[0][self._recipes[name].name].dtype
+        return self.ranks.parts[0].dtype(self._recipes[name].name)
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
         return self._whole(name)[index or ()].clone(memory_format=torch.contiguous_format)
@@ -155,13 +156,13 @@ class MegatronCheckpoint:
         if self._last is None or self._last[0] != name:
             self._last = None
             made = self._recipes[name]
-            parts = [part[made.name] for part in self.ranks.parts]
+            parts = [part.view(made.name) for part in self.ranks.parts]
             whole = _PIECES[made.piece](parts, self.settings, split_dim(made.name))
             if _of_vocabulary(made.name):
                 whole = whole[: self.config.vocab_size]
             self._last = (name, (whole.t() if made.transposed else whole).clone(memory_format=torch.contiguous_format))
-            for part in parts:
-                let_go(part)
+            for part in self.ranks.parts:
+                part.let_go(made.name)
         return self._last[1]
 
     def own_logits(self, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:

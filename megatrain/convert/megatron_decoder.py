@@ -11,22 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatrain.checkpoint.tensor_file import let_go
+from megatrain.convert.megatron_ranks import Part
 from megatrain.convert.megatron_settings import Settings
 
 
 class Decoder:
     """Computes in fp32, one rank's matrix at a time, each rounded to `dtype` first."""
 
-    def __init__(self, ranks: list[dict[str, Tensor]], settings: Settings, dtype: torch.dtype | None) -> None:
+    def __init__(self, ranks: list[Part], settings: Settings, dtype: torch.dtype | None) -> None:
         self.ranks, self.s, self.dtype = ranks, settings, dtype
 
     def _get(self, rank: int, name: str) -> Tensor | None:
-        tensor = self.ranks[rank].get(name)
-        if tensor is None:
+        if name not in self.ranks[rank].names():
             return None
-        exact = tensor.clone()
-        let_go(tensor)
+        exact = self.ranks[rank].view(name).clone()
+        self.ranks[rank].let_go(name)
         return (exact if self.dtype is None else exact.to(self.dtype)).float()
 
     def _must(self, rank: int, name: str) -> Tensor:

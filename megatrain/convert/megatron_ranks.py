@@ -13,11 +13,12 @@ import re
 import zipfile
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from megatrain.checkpoint.tensor_file import is_plain, load_without_code
+from megatrain.checkpoint.tensor_file import is_plain, let_go, load_without_code
 from megatrain.errors import CheckpointError
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,3})(?:_(\d{3}))?")
@@ -42,13 +43,51 @@ _IGNORED = [
 """What Megatron-LM's own files hold beside tensors and args: enumerations, numpy's random state, settings of fp8."""
 
 
+class Part(Protocol):
+    """What one tensor rank holds of the model, under the common names."""
+
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def view(self, name: str) -> Tensor:
+        """The tensor, not to be written to."""
+
+    def let_go(self, name: str) -> None:
+        """Give back what a view has taken of memory."""
+
+
+class MappedPart:
+    """The tensors of files that are mapped."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def view(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def let_go(self, name: str) -> None:
+        let_go(self._tensors[name])
+
+
 class Ranks(NamedTuple):
-    """The model's tensors on each tensor rank, the training arguments if there are any, and what was read."""
+    """The model on each tensor rank, the training arguments if there are any, and how the folder is laid out, in words."""
 
     folder: Path
-    parts: list[dict[str, Tensor]]
+    parts: list[Part]
     args: Namespace | None
-    pipeline: int
+    layout: str
 
 
 def find_iteration(path: Path) -> Path | None:
@@ -75,18 +114,17 @@ def read_ranks(folder: Path) -> Ranks:
         if place not in files:
             raise CheckpointError(f"{folder} lacks tensor rank {place[0]} of pipeline rank {place[1]}, of {tensor} x {pipeline} ranks")
     args: Namespace | None = None
-    parts: list[dict[str, Tensor]] = []
+    parts: list[Part] = []
     for t in range(tensor):
         stages = []
         for p in range(pipeline):
-            state = _load(files[t, p])
-            args = args or state.get("args")
+            state = load_state(files[t, p])
+            found = read_namespace(state, files[t, p])
+            args = args or found
             stages.append(_chunks(state, files[t, p]))
-        parts.append(_number_through(stages, folder))
-    if args is not None and not isinstance(args, Namespace):
-        raise CheckpointError(f"{files[0, 0]} has args that are a {type(args).__name__} and no Namespace")
+        parts.append(MappedPart(_number_through(stages, folder)))
     _check_degrees(args, tensor, pipeline, folder)
-    return Ranks(folder, parts, args, pipeline)
+    return Ranks(folder, parts, args, f"tensor {tensor} x pipeline {pipeline} ranks")
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
@@ -104,17 +142,26 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     return files
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_state(path: Path) -> dict[str, Any]:
+    """What one of Megatron-LM's own files holds; its tensors mapped, its enumerations and random states left out."""
     if not zipfile.is_zipfile(path):  # which alone can be mapped
         raise CheckpointError(f"{path} is damaged, or was written by torch before 1.6; load and save it once with a newer one")
     state = load_without_code(path, [Namespace, *((Inert, name) for name in _IGNORED)])
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__} and no checkpoint of Megatron-LM")
+    return state
+
+
+def read_namespace(state: dict[str, Any], path: Path) -> Namespace | None:
+    """The training arguments, if they are there; refuses a version of old."""
     version = state.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < 2:
         raise CheckpointError(f"{path} is of checkpoint_version {version}, which orders query, key and value otherwise; "
                               "load and save it once with a newer Megatron-LM")  # fmt: skip
-    return state
+    args = state.get("args")
+    if args is not None and not isinstance(args, Namespace):
+        raise CheckpointError(f"{path} has args that are a {type(args).__name__} and no Namespace")
+    return args
 
 
 def _chunks(state: dict[str, Any], path: Path) -> list[dict[str, Tensor]]:

@@ -69,6 +69,26 @@ def gpt2_layer(state, layer, heads, groups):
     return found
 
 
+def whole_tensors(model, *, stacked):
+    """The model under core names, gate above up; layers as tensors of their own or as the first dim of one."""
+    config, state = model.config, {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    gpt2 = config.model_type == "gpt2"
+    heads = config.num_attention_heads
+    layers = [(gpt2_layer if gpt2 else llama_layer)(state, layer, heads, heads if gpt2 else config.num_key_value_heads) for layer in range(config.num_hidden_layers)]
+    layers = [{name: torch.cat(value) if isinstance(value, tuple) else value for name, value in layer.items()} for layer in layers]
+    if stacked:
+        found = {f"decoder.layers.{te_name(name)}": torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    else:
+        found = {f"decoder.layers.{number}.{te_name(name)}": value for number, layer in enumerate(layers) for name, value in layer.items()}
+    at = "transformer" if gpt2 else "model"
+    outside = {"wte.weight": "embedding.word_embeddings.weight", "wpe.weight": "embedding.position_embeddings.weight", "embed_tokens.weight":
+               "embedding.word_embeddings.weight", **{f"{norm}.{kind}": f"decoder.final_layernorm.{kind}" for norm in ("norm", "ln_f") for kind in ("weight", "bias")}}  # fmt: skip
+    found |= {ours: state[f"{at}.{theirs}"] for theirs, ours in outside.items() if f"{at}.{theirs}" in state}
+    if not config.tie_word_embeddings:
+        found["output_layer.weight"] = state["lm_head.weight"]
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
 def rank_part(name, value, rank, size):
     """What one tensor rank holds of a whole tensor."""
     if isinstance(value, tuple):
