@@ -20,7 +20,7 @@ from megatrain.checkpoint.save import Progress
 from megatrain.checkpoint.tensor_file import Index, SafetensorsFile
 from megatrain.convert.logits import read_declared, whole_model
 from megatrain.convert.source import Readable, Source
-from megatrain.convert.writer import hash_tensor, write_file
+from megatrain.convert.writer import Catcher, hash_tensor, write_file
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture
 from megatrain.parallel.geometry import make_piece
@@ -93,11 +93,11 @@ class OptimizerFiles:
         states = ["master", *self.moments.states]
         return [piece_key(piece, state) for piece in self._files[file] for state in states]
 
-    def write(self, folder: Path, *, wrote: Callable[[int], None]) -> dict[str, dict[str, str]]:
+    def write(self, folder: Path, *, wrote: Callable[[int], None], catcher: Catcher) -> dict[str, dict[str, str]]:
         """Write all files and their index; returns the hash of each piece, by file."""
         home = folder / "optimizer"
         home.mkdir()
-        hashes = {file: write_file(home / file, self._keys(file), self, wrote=wrote) for file in self._files}
+        hashes = {file: write_file(home / file, self._keys(file), self, wrote=wrote, catcher=catcher) for file in self._files}
         write_index(home, self._files, ["master", *self.moments.states])
         return hashes
 

@@ -27,7 +27,7 @@ from megatrain.convert.descriptions import write_descriptions
 from megatrain.convert.folders import check_coverage
 from megatrain.convert.progress import Progress
 from megatrain.convert.source import Rounded, Source, nbytes
-from megatrain.convert.writer import plan_shards, write_model
+from megatrain.convert.writer import Catcher, plan_shards, write_model
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture, load_config, read_architecture
 from megatrain.train.build import whole_tensors
@@ -174,10 +174,17 @@ class _Work:
         return f" and the optimizer's {states}, after {optimizer.moments.updates:,} updates"
 
     def write(self, folder: Path) -> None:
-        """Everything that the target holds."""
+        """Everything that the target holds; the disk catches up while it is proven."""
+        catcher = Catcher()
+        try:
+            self._write(folder, catcher)
+        finally:
+            catcher.wait()
+
+    def _write(self, folder: Path, catcher: Catcher) -> None:
         with Progress(self.num_bytes, self.say) as progress:
-            hashes = write_model(folder, self.shards, self.tensors, wrote=progress.add)
-            pieces = {} if self.optimizer is None else self.optimizer.write(folder, wrote=progress.add)
+            hashes = write_model(folder, self.shards, self.tensors, wrote=progress.add, catcher=catcher)
+            pieces = {} if self.optimizer is None else self.optimizer.write(folder, wrote=progress.add, catcher=catcher)
             write_descriptions(folder, self.source, dtype=self.dtype_name(), tokenizer=self.request.tokenizer)
         if self.optimizer is not None and self.request.verify:
             self.optimizer.check(folder, pieces)

@@ -1,6 +1,6 @@
 """Writes safetensors block by block: the header follows from names, dtypes and shapes, so that no tensor has to be whole in memory.
 
-While a block goes to the disk a second thread takes its hash; both leave Python alone while they work.
+While a block is written a second thread takes its hash, and a third has the disk catch up; all leave Python alone while they work.
 """
 
 from __future__ import annotations
@@ -17,11 +17,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.manifest import sync
 from megatrain.convert.source import Readable, blocks, nbytes
 from megatrain.errors import CheckpointError
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
           torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+
+
+_BEHIND = 128 << 20
+"""Bytes after which the disk is asked to catch up."""
+
+
+class Catcher:
+    """Has the disk write what the system still holds in memory, beside other work, so that little is left to wait for at the end."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._done: list[Future[None]] = []
+
+    def catch_up(self, path: Path) -> None:
+        """Begin with what the file holds now, unless the disk is still busy with what it was asked before."""
+        if not self._done or self._done[-1].done():
+            self._done.append(self._thread.submit(sync, path))
+
+    def wait(self) -> None:
+        """Until nothing is under way; raises the OSError of a write that failed."""
+        self._thread.shutdown()
+        for future in self._done:
+            future.result()
 
 
 class Shard(NamedTuple):
@@ -46,11 +70,12 @@ def plan_shards(names: Iterable[str], tensors: Readable, max_bytes: int) -> list
     return [Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group) for number, group in enumerate(groups, start=1)]
 
 
-def write_model(folder: Path, shards: list[Shard], tensors: Readable, *, wrote: Callable[[int], None]) -> dict[str, str]:
+def write_model(folder: Path, shards: list[Shard], tensors: Readable, *, wrote: Callable[[int], None],
+                catcher: Catcher | None = None) -> dict[str, str]:  # fmt: skip
     """Write all shards and their index; returns the SHA-256 of each tensor's bytes. `wrote` is told of each block's bytes."""
     hashes: dict[str, str] = {}
     for shard in shards:
-        hashes |= write_file(folder / shard.file, shard.tensors, tensors, wrote=wrote)
+        hashes |= write_file(folder / shard.file, shard.tensors, tensors, wrote=wrote, catcher=catcher)
     if len(shards) > 1:
         total = sum(nbytes(tensors, name) for shard in shards for name in shard.tensors)
         homes = {name: shard.file for shard in shards for name in shard.tensors}
@@ -60,13 +85,14 @@ def write_model(folder: Path, shards: list[Shard], tensors: Readable, *, wrote: 
 
 
 def write_file(path: Path, names: list[str], tensors: Readable, *, wrote: Callable[[int], None],
-               metadata: dict[str, str] | None = None) -> dict[str, str]:  # fmt: skip
-    """Write one safetensors file and see it on the disk; returns the SHA-256 of each tensor's bytes."""
+               catcher: Catcher | None = None) -> dict[str, str]:  # fmt: skip
+    """Write one safetensors file; returns the SHA-256 of each tensor's bytes. The catcher has the disk follow."""
     # Wider elements first: each tensor then begins at a multiple of its element's size.
     names = sorted(names, key=lambda name: -tensors.dtype(name).itemsize)
     hashes: dict[str, str] = {}
+    behind = 0
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-        _write_all(file.fileno(), memoryview(_header(names, tensors, metadata or {"format": "pt"})))
+        _write_all(file.fileno(), memoryview(_header(names, tensors)))
         for name in names:
             digest = hashlib.sha256()
             hashing: Future[None] | None = None
@@ -77,10 +103,13 @@ def write_file(path: Path, names: list[str], tensors: Readable, *, wrote: Callab
                 hashing = beside.submit(digest.update, view)
                 _write_all(file.fileno(), view)
                 wrote(len(view))
+                behind += len(view)
+                if catcher is not None and behind >= _BEHIND:
+                    catcher.catch_up(path)
+                    behind = 0
             if hashing is not None:
                 hashing.result()
             hashes[name] = digest.hexdigest()
-        os.fsync(file.fileno())
     return hashes
 
 
@@ -98,8 +127,8 @@ def hash_tensor(tensors: Readable, name: str) -> str:
     return digest.hexdigest()
 
 
-def _header(names: list[str], tensors: Readable, metadata: dict[str, str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": metadata}
+def _header(names: list[str], tensors: Readable) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in names:
         dtype = tensors.dtype(name)
