@@ -6,10 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.descriptions import TOKENIZER_FILES
 from megatrain.convert.source import Source
-
-_TOKENIZER_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_OTHERS = {"config.json", "generation_config.json", "trainer.json", "manifest.json", "conversion.json"}
 
 
 def write_descriptions(folder: Path, source: Source, *, dtype: str, tokenizer: Path | None) -> None:
@@ -31,6 +29,5 @@ def write_descriptions(folder: Path, source: Source, *, dtype: str, tokenizer: P
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """What a tokenizer may need: small text files and sentencepiece models that are not of the weights."""
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _TOKENIZER_SUFFIXES
-            and path.name not in _OTHERS and not path.name.endswith(".index.json") and not path.name.startswith(".")]  # fmt: skip
+    """What is a tokenizer's in a folder that may be a whole model's."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and any(path.match(pattern) for pattern in TOKENIZER_FILES)]
