@@ -12,6 +12,7 @@ from networks import GPT2, LLAMA, build, context, logits, scramble, tokens, tran
 
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.families.fields import Fields
 from megatrain.parallel.sharding import parameters
 
 QWEN2, QWEN3, MISTRAL = ({**LLAMA, "model_type": name} for name in ("qwen2", "qwen3", "mistral"))
@@ -157,3 +158,15 @@ def test_what_the_user_wrote_is_not_written_into():
     model = {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
     load_config(model)
     assert model["rope_parameters"] == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_a_field_that_a_family_does_not_read_is_refused_unless_it_says_nothing():
+    """As one would be that a later transformers adds to a config."""
+    fields = Fields(load_config({**LLAMA, "attention_bias": True}))
+    for name in fields.config.to_dict():
+        if name not in ("attention_bias", "mlp_bias"):
+            fields.get(name)
+    with pytest.raises(ConfigError, match="model.attention_bias=True is a field of llama configs that is not built; only False is"):
+        fields.refuse_unread()
+    assert fields.attention_bias
+    fields.refuse_unread()  # mlp_bias stands at its default
