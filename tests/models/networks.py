@@ -76,6 +76,8 @@ def transformers_twin(model: dict[str, Any], layers: nn.ModuleList) -> nn.Module
     config._attn_implementation = "eager"
     twin = AutoModelForCausalLM.from_config(config)
     state = twin.state_dict()
+    # Biases that ours lacks would stay at zero there, and nobody would see it.
+    assert {declaration.name for declaration, _ in parameters(layers)} == {name for name, _ in twin.named_parameters()}
     for declaration, parameter in parameters(layers):
         declaration.put(declaration.part_of(parameter.detach()), state[declaration.name])
     twin.load_state_dict(state)
