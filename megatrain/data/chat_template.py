@@ -26,6 +26,7 @@ from megatrain.errors import ConfigError
 
 TrainOn = Literal["assistant", "completion", "all"]
 Span = tuple[int, int]
+Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -40,7 +41,7 @@ class Rendered(NamedTuple):
 class Encoded(NamedTuple):
     """A conversation as tokens: int64[T] and bool[T]."""
 
-    tokens: np.ndarray[Any, np.dtype[np.int64]]
+    tokens: Int64
     trained: np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -65,11 +66,10 @@ class ChatTemplate:
         rendered = self.render(conversation, train_on=train_on)
         encoding = self._encoder.encode(rendered.text, add_special_tokens=False)
         tokens = np.array(encoding.ids, dtype=np.int64)
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        first, last = _characters(encoding.offsets)
         trained = np.zeros(len(tokens), dtype=np.bool_)
         for start, end in rendered.spans:
-            # One of no width, such as a word's mark that stands for no character, belongs where it stands.
-            trained |= (offsets[:, 0] < end) & (np.maximum(offsets[:, 1], offsets[:, 0] + 1) > start)
+            trained |= (first < end) & (last > start)
         if not trained[1:].any():  # the first token is nothing's next
             raise BadSample("no token of it would be learnt")
         return Encoded(tokens, trained)
@@ -137,6 +137,16 @@ class ChatTemplate:
         except Exception as error:  # whatever a template raises, its own raise_exception and Python's errors
             raise BadSample(f"the chat template fails on it: {_one_line(error)}") from None
         return texts[0], [(start, end) for start, end in (spans[0] if spans else [])]
+
+
+def _characters(offsets: list[Span]) -> tuple[Int64, Int64]:
+    """The first character of each token and the one after its last, each int64[T]."""
+    first, last = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    # Some tokenizers cut spaces off at both ends: what is left of a space's token is a point behind it.
+    before = np.concatenate([[0], np.maximum.accumulate(last)[:-1]]) if len(last) else last
+    first = np.where(first == last, np.minimum(first, before), first)
+    # One that stands for no character, such as the mark of a word's start, belongs to what follows.
+    return first, np.maximum(last, first + 1)
 
 
 def _no_prefix(number: int, *, last: bool) -> str:

@@ -115,6 +115,19 @@ def template_of(bare, tmp_path, text):
     return ChatTemplate(bare, file=tmp_path / "t.jinja")
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_prompt_that_ends_in_a_space_and_tokenizers_that_cut_spaces_off(cut, bare, tmp_path):
+    from tokenizers import processors
+
+    text = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template = template_of(bare, tmp_path, text)
+    template.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=cut)
+    chat = Conversation([{"role": "user", "content": "é 🙂 "}, {"role": "assistant", "content": "🙂 Zq é "}])
+    assert marked(template, chat, "assistant").replace("\ufffd", "") == "user:   </s>assistant: « Zq  </s>»"
+    tokens, trained = template.encode(chat, train_on="assistant")
+    assert template.tokenizer.decode(tokens[trained]) == "🙂 Zq é </s>"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(bare, tmp_path):
     """As those do that drop what a model thought in all turns but the last."""
     text = TEMPLATES["chatml"].replace("message['content'] +", "('' if loop.last else '(old) ') + message['content'] +")
