@@ -248,6 +248,29 @@ def test_microbatches_and_ranks_without_anything_to_learn(world, parallel, micro
     assert_equal(results, reference(files, lambda step: [alone_order(p)[0] for p in range(16 * step, min(16 * step + 16, CHATS))], steps=2))
 
 
+def chats_of(samples, count):
+    return [tuple(samples.fetch(position).tokens.tolist()) for position in range(count)]
+
+
+def test_a_split_and_a_blend(files, tmp_path):
+    """A part of the training data is kept for validation; several files come by weight, without epochs."""
+    architecture = read_architecture(load_config(MODEL))
+
+    def opened(which, **data):
+        raw = settings(files, run={"output_dir": str(tmp_path)}, data={"valid": None, **data})
+        Finetuning().prepare(make_config(raw), which)
+        return Finetuning().open(make_config(raw), architecture, which)
+
+    train, valid = (opened(which, split="80,20") for which in ("train", "valid"))
+    assert (train.per_epoch, valid.per_epoch) == (16, 4)
+    everything = set(chats_of(opened("train").samples, CHATS))
+    assert set(chats_of(train.samples, 16)) | set(chats_of(valid.samples, 4)) == everything
+    assert len(everything) == CHATS
+    blend = opened("train", train=[{"path": str(files / f"{name}.jsonl"), "weight": weight} for name, weight in (("train", 3), ("valid", 1))])
+    assert blend.per_epoch is None
+    assert abs(sum(chat in everything for chat in chats_of(blend.samples, 40)) - 30) <= 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # whole runs
 
