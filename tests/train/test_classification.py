@@ -320,6 +320,15 @@ def test_from_a_language_model_with_a_new_head_and_on(files, tmp_path):
     assert second.config.id2label == first.config.id2label
 
 
+def test_validation_texts_split_off_the_training_texts(files):
+    task, config = Classification(), make_config(settings(files, "single-label", data={"split": "3,1"}))
+    parts = {which: task.open(config, task.architecture(config), which) for which in ("train", "valid")}
+    assert [source.per_epoch for source in parts.values()] == [16, 6]
+    seen = [{tuple(source.samples.fetch(position).tokens) for position in range(source.per_epoch)} for source in parts.values()]
+    everything = task.open(make_config(settings(files, "single-label")), task.architecture(config), "train").samples
+    assert seen[0] | seen[1] == {tuple(everything.fetch(position).tokens) for position in range(TEXTS)}
+
+
 def test_stops_early_and_a_resumed_run_stops_at_the_same_step(files, tmp_path):
     """With dropout, augmentation and a learning rate that lets the loss jump."""
     sections = {"classification": {"dropout": 0.3, "augment": "mix", "augment_share": 0.3, "labels": LABELS},
