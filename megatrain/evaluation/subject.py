@@ -44,12 +44,12 @@ def model_folder(given: str) -> Path:
     path = Path(given)
     if (path / "checkpoints").is_dir() and not (path / "config.json").exists():
         best = best_checkpoint(path)
-        if best is not None and manifest.problem(best) is None:
-            return best
-        newest, passed = manifest.find_newest(path / "checkpoints")
+        newest, passed = (best, []) if best is not None and manifest.problem(best) is None else manifest.find_newest(path / "checkpoints")
         if newest is None:
             raise CheckpointError(f"{path} holds no whole checkpoint{''.join(f'; {text}' for text in passed)}")
-        return newest
+        path = newest
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(f"{path} holds adapters alone; `megatrain finetune CONFIG --merge` makes RUN/merged of them and their model")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{given} is no model: it has no config.json; give a checkpoint, a Hugging Face folder or a run's folder")
     return path

@@ -209,6 +209,7 @@ def test_as_a_command_on_two_ranks(folder, tmp_path):
 
 
 REFUSED = {
+    "{adapters} {texts}": "{adapters} holds adapters alone; `megatrain finetune CONFIG --merge` makes RUN/merged of them",
     "nowhere {texts}": "nowhere is no model: it has no config.json; give a checkpoint, a Hugging Face folder or a run's folder",
     "{model}": "there is nothing to evaluate on: give DATA",
     "{model} {texts} optimizer.lr=1": "optimizer.lr=1 is not read by `megatrain evaluate`; it reads run.output_dir",
@@ -227,5 +228,8 @@ def test_what_cannot_be_evaluated(folder, capsys, monkeypatch, words):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr("megatrain.evaluate.run_local", lambda *args, **more: pytest.fail("ranks were started"))
-    assert main(["evaluate", *words.format(model=folder / "llama", texts=folder / "texts.jsonl").split()]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {REFUSED[words]}")
+    names = {"model": folder / "llama", "texts": folder / "texts.jsonl", "adapters": folder / "adapters"}
+    names["adapters"].mkdir(exist_ok=True)
+    (names["adapters"] / "adapter_config.json").write_text("{}")
+    assert main(["evaluate", *words.format(**names).split()]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {REFUSED[words].format(**names)}")
