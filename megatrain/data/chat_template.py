@@ -85,9 +85,12 @@ class ChatTemplate:
         return self._by_prefixes(messages, tools, train_on)
 
     def stop_token(self) -> int | None:
-        """The special token with which an assistant's turn ends, None where the template writes none."""
+        """The special token with which an assistant's turn ends, None where none can be told."""
         example = Conversation([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
-        encoded = self.encode(example, train_on="completion")
+        try:
+            encoded = self.encode(example, train_on="completion")
+        except BadSample:  # a template that wants more than this
+            return None
         last = int(encoded.tokens[encoded.trained][-1])
         token = self.tokenizer.convert_ids_to_tokens(last)
         return last if token in self._special else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from megatrain.data.splits import Part, split_documents
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture
 from megatrain.train.tasks import Source, Task
+
+logger = logging.getLogger("megatrain")
 
 
 class Finetuning(Task):
@@ -64,6 +67,8 @@ class Finetuning(Task):
         assert config.data.tokenizer is not None, "checked in `check`"
         template = ChatTemplate(config.data.tokenizer, file=config.data.chat_template)
         stop = template.stop_token()
+        if stop is None:
+            logger.warning("the chat template ends an answer with no special token that could be told: the model may not learn where to stop")
         text = template.tokenizer.chat_template if config.data.chat_template is not None else None
         return Chat(text, [] if stop is None else [stop])
 
@@ -71,6 +76,8 @@ class Finetuning(Task):
 def describe(counts: Counts, samples: ChatSamples, config: Config) -> str:
     """What became of a file's chats, in a sentence."""
     words = f"{samples.num_chats:,} chats in {samples.per_epoch:,} sequences, {samples.fill:.1%} full"
+    if config.task == "sft" and not config.data.packing and samples.fill < 0.7:
+        words += " (data.packing=true lets chats share them)"
     words += f"; {counts.trained / counts.tokens:.1%} of {counts.tokens:,} tokens are learnt"
     if counts.cut:
         words += f"; {counts.cut:,} cut at data.sequence_length={config.data.sequence_length}"

@@ -110,6 +110,11 @@ def test_what_ends_a_turn(family, token, templates):
     assert templates[family].stop_token() == templates[family].tokenizer.convert_tokens_to_ids(token)
 
 
+def test_what_ends_a_turn_may_not_be_told(bare, tmp_path):
+    assert template_of(bare, tmp_path, "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}").stop_token() is None
+    assert template_of(bare, tmp_path, "{{ raise_exception('no system') if messages[0].role != 'system' }}").stop_token() is None
+
+
 def template_of(bare, tmp_path, text):
     (tmp_path / "t.jinja").write_text(text)
     return ChatTemplate(bare, file=tmp_path / "t.jinja")
