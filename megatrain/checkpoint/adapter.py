@@ -55,8 +55,12 @@ def join(folder: Path, records: list[manifest.FileRecord], config: Config, archi
 
 
 def check(path: Path, config: Config) -> None:
-    """Refuse a checkpoint of other adapters: its weights would fit, or not, and mean something else."""
-    there, here = _settings(path), config.lora
+    """Refuse a checkpoint of another task or of other adapters: its weights would fit, or not, and mean something else."""
+    task, there = _settings(path)
+    here = config.lora
+    if task != config.task:
+        raise CheckpointError(f"{path} was written with task={task} and this run has task={config.task}; start a new run, with another run.output_dir, "
+                              "from its weights with train.init_from")  # fmt: skip
     if bool(there["rank"]) != bool(here.rank):
         words = ["whole weights", "adapters"]
         raise CheckpointError(f"{path} holds {words[bool(there['rank'])]} and this run, with lora.rank={here.rank}, trains {words[bool(here.rank)]}; "
@@ -67,10 +71,11 @@ def check(path: Path, config: Config) -> None:
                                   f"resume with lora.{name}={there.get(name)}, or start another run")  # fmt: skip
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """The `lora` section of the checkpoint's config."""
+def _settings(path: Path) -> tuple[str, dict[str, Any]]:
+    """The task and the `lora` section of the checkpoint's config."""
     content = manifest.read_json(path / "trainer.json").get("config")
-    lora = content.get("lora", {"rank": 0}) if isinstance(content, dict) else None
-    if not isinstance(lora, dict) or not isinstance(lora.get("rank"), int):
-        raise CheckpointError(f"{path / 'trainer.json'} is damaged: its config says nothing that can be read of lora")
-    return lora
+    if isinstance(content, dict):
+        lora = content.get("lora", {"rank": 0})
+        if isinstance(lora, dict) and isinstance(lora.get("rank"), int):
+            return content.get("task", "sft"), lora
+    raise CheckpointError(f"{path / 'trainer.json'} is damaged: its config says nothing that can be read of lora")

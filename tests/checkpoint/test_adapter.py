@@ -175,3 +175,5 @@ def test_resuming_with_other_adapters_is_refused(change, words, tmp_path):
     adapter.check(tmp_path, config)
     with pytest.raises(CheckpointError, match=words):
         adapter.check(tmp_path, replace(config, lora=replace(config.lora, **change)))
+    with pytest.raises(CheckpointError, match=r"was written with task=sft and this run has task=dpo; start a new run"):
+        adapter.check(tmp_path, replace(config, task="dpo"))
