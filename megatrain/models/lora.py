@@ -32,6 +32,8 @@ from megatrain.parallel.layers import Linear, RowLinear, linear
 from megatrain.parallel.sharding import Init, Sharding, declare, sharding
 
 PREFIX = "base_model.model."
+Split = Literal["rows", "columns"]
+
 LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
@@ -94,7 +96,7 @@ class LoraLinear(Linear):
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """Norm of each row of W + s B A, fp32 [out]; rows split among ranks are summed over them."""
+        """Norm of each row of W + s B A, fp32 [out]; of parts of rows the squares are summed over tensor ranks."""
         whole = torch.addmm(self.weight.float(), self.lora_b.float(), self.lora_a.float(), alpha=self.scale)
         squares = whole.square_().sum(1)
         if self.rows is not None:
@@ -123,7 +125,8 @@ def add_adapters(stage: nn.Module, architecture: Architecture, settings: Lora, a
 
 
 def _adapt(base: Linear, settings: Lora, axis: Axis, shared: dict[str, nn.Parameter]) -> LoraLinear:
-    weight, split = sharding(base.weight), "rows" if isinstance(base, RowLinear) else "columns"
+    weight = sharding(base.weight)
+    split: Split = "rows" if isinstance(base, RowLinear) else "columns"
     name = module_name(weight)
     if name not in shared:
         shared[name] = _make_a(base, settings, axis, split)
@@ -135,7 +138,7 @@ def _adapt(base: Linear, settings: Lora, axis: Axis, shared: dict[str, nn.Parame
     return LoraLinear(base, shared[name], b, magnitude, settings)
 
 
-def _make_a(base: Linear, settings: Lora, axis: Axis, split: Literal["rows", "columns"] | str) -> nn.Parameter:
+def _make_a(base: Linear, settings: Lora, axis: Axis, split: Split) -> nn.Parameter:
     weight = sharding(base.weight)
     inputs = weight.shape[0 if weight.transposed else 1]
     # torch's initial weights of a linear, as PEFT takes them: kaiming-uniform with a = sqrt(5).
@@ -147,7 +150,7 @@ def _make_a(base: Linear, settings: Lora, axis: Axis, split: Literal["rows", "co
     return _make(base, declaration, (settings.rank, base.weight.shape[1]))
 
 
-def _output_part(weight: Sharding, name: str, more: tuple[int, ...], split: str, axis: Axis) -> Sharding:
+def _output_part(weight: Sharding, name: str, more: tuple[int, ...], split: Split, axis: Axis) -> Sharding:
     """Of a tensor with the weight's outputs as its first dim: the part that goes with this rank's outputs."""
     shape = (weight.shape[1 if weight.transposed else 0], *more)
     if split == "rows":

@@ -43,14 +43,14 @@ class _Linear(torch.autograd.Function):
     """x [..., in] times weight [out, in], its weight gradient added straight into the fp32 `main_grad` where there is one.
 
     Adding in place spares a temporary of the weight's size for each microbatch, and accumulates in fp32 whatever the
-    weight's dtype.
+    weight's dtype. For a frozen weight the input is not kept.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         y = F.linear(widen(x), widen(weight), None if bias is None else widen(bias))
         return y.to(x.dtype)
 
@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight = ctx.weight
         wide = widen(grad.reshape(-1, grad.shape[-1]))
-        dx = (wide @ widen(weight)).to(x.dtype).view(x.shape) if ctx.needs_input_grad[0] else None
+        dx = (wide @ widen(weight)).to(grad.dtype).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
         dw = _weight_gradient(Deferred(weight, x, grad)) if ctx.needs_input_grad[1] else None
         db = wide.sum(0).to(grad.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, dw, db

@@ -172,3 +172,14 @@ def test_a_linear_without_main_grad_is_torchs():
     F.linear(x, weight, bias).square().sum().backward()
     for mine, theirs in zip(ours, (weight.grad, bias.grad, x.grad), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_a_frozen_linear_keeps_nothing_and_hands_its_gradient_on():
+    weight, bias = nn.Parameter(randn(5, HIDDEN), requires_grad=False), nn.Parameter(randn(5, seed=4), requires_grad=False)
+    x = randn(3, 2, HIDDEN, seed=5).requires_grad_()
+    y = Linear(weight, bias)(x)
+    assert y.grad_fn.saved_tensors == (None,)
+    y.backward(randn(3, 2, 5, seed=6))
+    given, x.grad = x.grad, None
+    F.linear(x, weight, bias).backward(randn(3, 2, 5, seed=6))
+    torch.testing.assert_close(given, x.grad)

@@ -22,7 +22,7 @@ from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import parameters
 from megatrain.train.build import build_stage
 
-STEPS, BATCH, LENGTH, LR = 3, 8, 12, 1e-3
+STEPS, BATCH, LENGTH, LR = 2, 8, 12, 1e-3
 LLAMA = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 MODELS = {
@@ -179,13 +179,13 @@ def row(model="llama", kind="lora", world=1, **settings):
 
 TP, PP, TP_PP = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}
 ROWS = [
-    *[row(model, kind) for model in ("llama", "gpt2") for kind in ("lora", "rslora", "dora")],
+    row(), row(kind="rslora"), row("gpt2"), row("gpt2", "dora"),
     # one axis
-    *[row(model, "dora", 2, **TP) for model in ("llama", "gpt2")], row("gpt2", "rslora", 2, **PP), row("gpt2", "lora", 2, **TP),
-    row(world=2), row(world=2, zero=0), row(kind="dora", world=2, zero=2), row(kind="dora", world=2, zero=3), row(world=2, offload="cpu"),
+    row("gpt2", "lora", 2, **TP), row("llama", "dora", 2, **TP), row("gpt2", "rslora", 2, **PP),
+    row(world=2, zero=0), row(kind="dora", world=2, zero=2), row(kind="dora", world=2, zero=3),
     *[row("tied", "dora", 2, schedule=name, **PP) for name in ("interleaved", "zb-h1", "zb-v", "dualpipev")],
     # two and three axes
-    *[row(model, kind, 4, **TP_PP) for model in ("llama", "gpt2") for kind in ("lora", "dora")],
+    row(world=4, **TP_PP), row("gpt2", "dora", 4, **TP_PP),
     *[row(model, "dora", 2, **TP) for model in ("neox", "phi3")],
     row("gpt2", "dora", 4, zero=3, **TP), row("gpt2", "dora", 4, zero=2, sequence=True, **TP), row("tied", "dora", 4, tensor=4, sequence=True),
     row("gpt2", "dora", 4, sequence=True, schedule="zb-v", recompute="full", **TP_PP),
@@ -214,8 +214,7 @@ def test_equals_peft(model, kind, world, settings, references, tmp_path):
 
 
 @pytest.mark.parametrize(("model", "kind", "world", "settings"), [
-    row("gpt2", "dora"), row("llama", "dora", 4, sequence=True, **TP_PP), row("llama", "last", 4, pipeline=4), row(world=2, zero=2),
-    row("gpt2", "dora", 2, zero=3), row("llama", "last", 2, schedule="zb-v", **PP),
+    row("llama", "dora", 4, sequence=True, **TP_PP), row("llama", "last", 4, pipeline=4), row("gpt2", "dora", 2, zero=3),
 ])  # fmt: skip
 def test_bf16_stays_near_fp32(model, kind, world, settings, references, tmp_path):
     """Rounding of weights and activations to 8 bits is all that differs from peft in fp32."""
