@@ -183,33 +183,36 @@ class _Work:
 
     def _write(self, folder: Path, catcher: Catcher) -> None:
         with Progress(self.num_bytes, self.say) as progress:
-            hashes = write_model(folder, self.shards, self.tensors, wrote=progress.add, catcher=catcher)
-            pieces = {} if self.optimizer is None else self.optimizer.write(folder, wrote=progress.add, catcher=catcher)
+            write_model(folder, self.shards, self.tensors, wrote=progress.add, catcher=catcher)
+            if self.optimizer is not None:
+                self.optimizer.write(folder, wrote=progress.add, catcher=catcher)
             write_descriptions(folder, self.source, dtype=self.dtype_name(), tokenizer=self.request.tokenizer)
-        if self.optimizer is not None and self.request.verify:
-            self.optimizer.check(folder, pieces)
-        figures = self._prove(folder, hashes) if self.request.verify else None
-        self._report(folder, hashes, figures)
+        figures = self._prove(folder) if self.request.verify else {"proof": None, "sha256_of_tensors": None}
+        self._report(folder, figures)
         if self.optimizer is not None:
             self.optimizer.finish(folder, self.source)
 
-    def _prove(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
+    def _prove(self, folder: Path) -> dict[str, Any]:
         written = Tensors(folder)
-        proof.check_hashes(written, hashes)
+        if set(written.names()) != set(self.names):
+            raise CheckpointError(f"{folder} does not hold the tensors that were written: the disk is not to be trusted")
+        hashes = proof.check_bytes(written, self.tensors, self.names, folder)
+        if self.optimizer is not None:
+            self.optimizer.check(folder)
         found = proof.check_logits(self.source, written, load_config(str(folder)), self.architecture, dtype=self.dtype, to=self.to)
         self.say(f"  proof   {found.tensors} tensors read back as written; logits of {found.source_computed_by} and {found.target_computed_by} differ by "
                  f"at most {found.max_logit_difference:.3g} (allowed {found.bound:.3g})")  # fmt: skip
         if found.rounding_difference is not None:
             self.say(f"          rounding to {self.request.dtype} changed logits by at most {found.rounding_difference:.3g}, the largest is {found.largest_logit:.3g}")
-        return found._asdict()
+        return {"proof": found._asdict(), "sha256_of_tensors": dict(sorted(hashes.items()))}
 
-    def _report(self, folder: Path, hashes: dict[str, str], figures: dict[str, Any] | None) -> None:
+    def _report(self, folder: Path, figures: dict[str, Any]) -> None:
         import safetensors
         import transformers
 
         report = {
             "source": str(self.source.folder), "source_kind": self.source.kind, "to": self.to, "model_type": self.architecture.model_type,
-            "dtype": self.dtype_name(), "proof": figures, "sha256_of_tensors": dict(sorted(hashes.items())),
+            "dtype": self.dtype_name(), **figures,
             "versions": {"megatrain": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
                          "safetensors": safetensors.__version__},
         }  # fmt: skip

@@ -8,6 +8,9 @@ is lowered the source is rounded to it first, which leaves the same bound, and t
 
 from __future__ import annotations
 
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -15,8 +18,8 @@ from torch import Tensor
 
 from megatrain.checkpoint.tensors import Tensors
 from megatrain.convert.logits import fixed_prompts, our_logits, transformers_logits
-from megatrain.convert.source import Rounded, Source
-from megatrain.convert.writer import hash_tensor
+from megatrain.convert.source import Readable, Rounded, Source, blocks
+from megatrain.convert.writer import raw_bytes
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture
 
@@ -54,13 +57,26 @@ class Proof(NamedTuple):
     rounding_difference: float | None = None
 
 
-def check_hashes(folder: Tensors, hashes: dict[str, str]) -> None:
-    """Read back every tensor."""
-    if set(folder.names()) != set(hashes):
-        raise CheckpointError(f"{folder.folder} does not hold the tensors that were written: the disk is not to be trusted")
-    for name, expected in hashes.items():
-        if hash_tensor(folder, name) != expected:
-            raise CheckpointError(f"{folder.folder} holds {name} with other bytes than were written: the disk is not to be trusted")
+def check_bytes(written: Readable, source: Readable, names: list[str], path: Path) -> dict[str, str]:
+    """Read back every tensor and compare it with the source's, block by block; returns the SHA-256 of each."""
+    hashes = {}
+    with ThreadPoolExecutor(1) as beside:
+        for name in names:
+            digest = hashlib.sha256()
+            hashing: list[Future[None]] = []
+            if written.shape(name) != source.shape(name) or written.dtype(name) != source.dtype(name):
+                raise CheckpointError(f"{path} does not hold {name} as it was written: the disk is not to be trusted")
+            for found, expected in zip(blocks(written, name), blocks(source, name), strict=True):
+                held = raw_bytes(found)
+                if not torch.equal(held, raw_bytes(expected)):
+                    raise CheckpointError(f"{path} holds {name} with other bytes than were written: the disk or the memory is not to be trusted")
+                for future in hashing:
+                    future.result()
+                hashing = [beside.submit(digest.update, memoryview(held.numpy()))]
+            for future in hashing:
+                future.result()
+            hashes[name] = digest.hexdigest()
+    return hashes
 
 
 def check_logits(source: Source, folder: Tensors, config: Any, architecture: Architecture, *, dtype: torch.dtype | None, to: str) -> Proof:

@@ -1,11 +1,10 @@
 """Writes safetensors block by block: the header follows from names, dtypes and shapes, so that no tensor has to be whole in memory.
 
-While a block is written a second thread takes its hash, and a third has the disk catch up; all leave Python alone while they work.
+While blocks are written a second thread has the disk catch up.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -70,61 +69,36 @@ def plan_shards(names: Iterable[str], tensors: Readable, max_bytes: int) -> list
     return [Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group) for number, group in enumerate(groups, start=1)]
 
 
-def write_model(folder: Path, shards: list[Shard], tensors: Readable, *, wrote: Callable[[int], None],
-                catcher: Catcher | None = None) -> dict[str, str]:  # fmt: skip
-    """Write all shards and their index; returns the SHA-256 of each tensor's bytes. `wrote` is told of each block's bytes."""
-    hashes: dict[str, str] = {}
+def write_model(folder: Path, shards: list[Shard], tensors: Readable, *, wrote: Callable[[int], None], catcher: Catcher | None = None) -> None:
+    """Write all shards and their index. `wrote` is told of each block's bytes."""
     for shard in shards:
-        hashes |= write_file(folder / shard.file, shard.tensors, tensors, wrote=wrote, catcher=catcher)
+        write_file(folder / shard.file, shard.tensors, tensors, wrote=wrote, catcher=catcher)
     if len(shards) > 1:
         total = sum(nbytes(tensors, name) for shard in shards for name in shard.tensors)
         homes = {name: shard.file for shard in shards for name in shard.tensors}
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}, indent=1)
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    return hashes
 
 
-def write_file(path: Path, names: list[str], tensors: Readable, *, wrote: Callable[[int], None],
-               catcher: Catcher | None = None) -> dict[str, str]:  # fmt: skip
-    """Write one safetensors file; returns the SHA-256 of each tensor's bytes. The catcher has the disk follow."""
+def write_file(path: Path, names: list[str], tensors: Readable, *, wrote: Callable[[int], None], catcher: Catcher | None = None) -> None:
+    """Write one safetensors file; the catcher has the disk follow."""
     # Wider elements first: each tensor then begins at a multiple of its element's size.
     names = sorted(names, key=lambda name: -tensors.dtype(name).itemsize)
-    hashes: dict[str, str] = {}
     behind = 0
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+    with path.open("wb", buffering=0) as file:
         _write_all(file.fileno(), memoryview(_header(names, tensors)))
-        for name in names:
-            digest = hashlib.sha256()
-            hashing: Future[None] | None = None
-            for block in blocks(tensors, name):
-                view = bytes_of(block)
-                if hashing is not None:
-                    hashing.result()
-                hashing = beside.submit(digest.update, view)
-                _write_all(file.fileno(), view)
-                wrote(len(view))
-                behind += len(view)
-                if catcher is not None and behind >= _BEHIND:
-                    catcher.catch_up(path)
-                    behind = 0
-            if hashing is not None:
-                hashing.result()
-            hashes[name] = digest.hexdigest()
-    return hashes
+        for block in (block for name in names for block in blocks(tensors, name)):
+            _write_all(file.fileno(), memoryview(raw_bytes(block).numpy()))
+            wrote(block.nbytes)
+            behind += block.nbytes
+            if catcher is not None and behind >= _BEHIND:
+                catcher.catch_up(path)
+                behind = 0
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's memory, row by row."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
-
-
-def hash_tensor(tensors: Readable, name: str) -> str:
-    """SHA-256 of the tensor's bytes, read block by block."""
-    digest = hashlib.sha256()
-    for block in blocks(tensors, name):
-        digest.update(bytes_of(block))
-    return digest.hexdigest()
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's memory, row by row, uint8 [n]."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def _header(names: list[str], tensors: Readable) -> bytes:
