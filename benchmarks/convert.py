@@ -53,10 +53,10 @@ class RandomModel:
         return self._last[1][index or ()].bfloat16()
 
 
-def make_model(folder):
+def make_model(folder, fields=MODEL):
     """A folder of the model, as transformers writes one; returns its bytes of tensors."""
-    folder.mkdir()
-    config = load_config(MODEL)
+    folder.mkdir(parents=True)
+    config = load_config(fields)
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
     shapes = whole_tensors(read_architecture(config))
@@ -97,7 +97,8 @@ def peak_memory(words: list[str]) -> tuple[float, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary one)")
-    parser.add_argument("--laps", type=int, default=3)
+    parser.add_argument("--laps", type=int, default=3, help="of times; 0 measures memory alone")
+    parser.add_argument("--no-memory", action="store_true", help="measure times alone")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="convert-", dir=args.folder) as name:
         root = Path(name)
@@ -111,31 +112,48 @@ def main() -> int:
             "convert": lambda: convert(Request(source, target, to="hf"), say=lambda line: None),
         }
         seconds: dict[str, list[Cost]] = {name: [] for name in contestants}
-        for lap in range(args.laps + 1):
+        warm_up(root / "small")
+        for lap in range(1, args.laps + 1):
             for name, work in contestants.items():
                 os.sync()
                 cost = timed(work)
                 shutil.rmtree(target)
-                if lap:  # the first has the imports
-                    seconds[name].append(cost)
-                    print(f"  lap {lap}  {name:20} {cost.wall:7.2f} s  {cost.cpu:6.2f} s of CPU", flush=True)
-        for name, costs in seconds.items():
-            wall, cpu = median(cost.wall for cost in costs), median(cost.cpu for cost in costs)
-            print(f"{name:20} {wall:7.2f} s  {size / 1e6 / wall:7.0f} MB/s  {cpu:6.2f} s of CPU")
-        for over in ("cp", "cp and sync"):
-            for under in ("convert, no proof", "convert"):
-                rates = [a.wall / b.wall for a, b in zip(seconds[over], seconds[under], strict=True)]
-                print(f"speed of {under} over {over}: {median(rates):.2f}")
-        for words in (["--no-verify"], [], ["--dtype", "fp16"], ["--to", "checkpoint"]):
-            memory, said = peak_memory([str(source), str(target), *([] if "--to" in words else ["--to", "hf"]), *words])
-            promised = next(line.strip() for line in said.splitlines() if "memory" in line)
-            proof = json.loads((target / "conversion.json").read_text())["proof"]
-            shutil.rmtree(target)
-            print(f"peak memory of convert {' '.join(words) or '(proof)'}: {memory:.2f} GiB; it said: {promised}; logits differ by "
-                  f"{proof['max_logit_difference'] if proof else float('nan'):.3g}", flush=True)  # fmt: skip
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"(this process: {own:.2f} GiB)")
+                seconds[name].append(cost)
+                print(f"  lap {lap}  {name:20} {cost.wall:7.2f} s  {cost.cpu:6.2f} s of CPU", flush=True)
+        report(seconds, size)
+        if not args.no_memory:
+            report_memory(source, target)
     return 0
+
+
+def warm_up(root):
+    """Import all that a conversion needs."""
+    make_model(root / "model", {**MODEL, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 100})
+    convert(Request(root / "model", root / "target", to="hf"), say=lambda line: None)
+
+
+def report(seconds: dict[str, list[Cost]], size: int) -> None:
+    """Medians, and the median of each lap's ratio."""
+    if not all(seconds.values()):
+        return
+    for name, costs in seconds.items():
+        wall, cpu = median(cost.wall for cost in costs), median(cost.cpu for cost in costs)
+        print(f"{name:20} {wall:7.2f} s  {size / 1e6 / wall:7.0f} MB/s  {cpu:6.2f} s of CPU")
+    for over in ("cp", "cp and sync"):
+        for under in ("convert, no proof", "convert"):
+            rates = [a.wall / b.wall for a, b in zip(seconds[over], seconds[under], strict=True)]
+            print(f"speed of {under} over {over}: {median(rates):.2f}", flush=True)
+
+
+def report_memory(source: Path, target: Path) -> None:
+    """The largest resident set of each kind of conversion, in a process of its own, beside what it said."""
+    for words in (["--to", "hf", "--no-verify"], ["--to", "hf"], ["--to", "hf", "--dtype", "fp16"], ["--to", "checkpoint"]):
+        memory, said = peak_memory([str(source), str(target), *words])
+        promised = next(line.strip() for line in said.splitlines() if "memory" in line)
+        proof = json.loads((target / "conversion.json").read_text())["proof"]
+        shutil.rmtree(target)
+        found = "" if proof is None else f"; logits differ by {proof['max_logit_difference']:.3g}"
+        print(f"convert {' '.join(words)}: {memory:.2f} GiB; it said: {promised}{found}", flush=True)
 
 
 if __name__ == "__main__":
