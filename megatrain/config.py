@@ -99,6 +99,8 @@ class Train:
     eval_batches: int = setting(10, "Global batches in one evaluation.")
     save_every: int = setting(0, "Steps between checkpoints; 0 saves at the end only.")
     keep_last: int = setting(0, "Checkpoints to keep, newest first; 0 keeps all.")
+    keep_every: int = setting(0, "Checkpoints of multiples of this many steps are kept whatever `keep_last` says; 0 keeps none of them.")
+    async_save: bool = setting(True, "Go on training while a checkpoint is written from a copy in CPU memory; off waits until it is there.")
     log_every: int = setting(1, "Steps between printed lines.")
     init_from: str | None = setting(
         None, "Hugging Face folder whose weights the run starts from; `model` and `data.tokenizer` are its own when left out. A resumed run does not read it, unless adapters stand on it."
@@ -106,6 +108,12 @@ class Train:
     resume: str = setting("auto", "`auto` takes the run's newest whole checkpoint, `never` starts afresh, a folder takes that one.")
     early_stop: int = setting(0, "Stop after this many evaluations in a row without a new best; each best is saved. 0 never stops early.")
     early_stop_metric: str = setting("valid_loss", "What early stopping goes by: valid_loss, or one that the task measures, such as valid_accuracy.")
+    verify: Literal["sizes", "full"] = setting(
+        "sizes", "What `resume: auto` asks of a whole checkpoint: files of the sizes written, or also of the content (reads all of it)."
+    )
+    resume_margin: float = setting(
+        1.0, "How far above the last losses before a checkpoint the first ones after a resume may be, unless those varied more; 0 asks nothing."
+    )
     max_bad_steps: int = setting(5, "Steps in a row with a non-finite loss or gradient after which the run stops.")
     stop_after: int | None = setting(None, "Save and stop after this step although `steps` goes on; schedules still see `steps`.")
     trace_steps: list[int] | None = setting(
@@ -302,6 +310,7 @@ def check(config: Config) -> None:
     """Refuse what is wrong in itself, before model, data or ranks are looked at."""
     _check_ranges(config)
     _check_length(config)
+    _check_saving(config)
     if config.train.epochs is None:  # else once the data have said how many steps that is
         _check_schedule(config)
         _check_trace(config)
@@ -487,7 +496,7 @@ def _short(value: Any) -> str:
 _POSITIVE = ["data.sequence_length", "parallel.tensor", "parallel.pipeline", "parallel.data", "parallel.virtual", "train.global_batch_size",
              "train.micro_batch_size", "train.log_every", "train.tokens", "train.epochs", "train.max_bad_steps", "train.eval_batches",
              "lr_schedule.decay_steps"]  # fmt: skip
-_NOT_NEGATIVE = ["train.steps", "train.early_stop", "train.eval_every", "train.save_every", "train.keep_last", "train.stop_after", "run.seed",
+_NOT_NEGATIVE = ["train.steps", "train.early_stop", "train.eval_every", "train.save_every", "train.keep_last", "train.keep_every", "train.resume_margin", "train.stop_after", "run.seed",
                  "run.master_port", "parallel.memory_gib", "optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip",
                  "lr_schedule.warmup_steps", "lr_schedule.min_lr", "lora.rank", "preference.margin"]  # fmt: skip
 
@@ -530,6 +539,14 @@ def _check_schedule(config: Config) -> None:
                           f"is more than the {schedule.decay_steps or config.steps} steps of the schedule")  # fmt: skip
     if schedule.min_lr > config.optimizer.lr:
         raise ConfigError("lr_schedule.min_lr", schedule.min_lr, f"is above optimizer.lr={config.optimizer.lr}")
+
+
+def _check_saving(config: Config) -> None:
+    train = config.train
+    if train.keep_every and not train.keep_last:
+        raise ConfigError("train.keep_every", train.keep_every, "has no meaning while train.keep_last=0 keeps all", "set train.keep_last, or leave it out")
+    if train.verify == "full" and train.resume != "auto":
+        raise ConfigError("train.verify", "full", f"is about train.resume=auto and train.resume={train.resume}", "leave it out: a named one is always verified in full")
 
 
 def _check_trace(config: Config) -> None:

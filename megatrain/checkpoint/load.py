@@ -22,15 +22,18 @@ from megatrain.optim.zero import Zero
 from megatrain.parallel.grid import Grid
 
 
-def choose(config: Config) -> tuple[Path | None, str]:
-    """The checkpoint that `train.resume` means, and a sentence on why; a named one must be there and whole."""
+def choose(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
+    """The checkpoint that `train.resume` means, and a sentence on why; a named one must be there and whole.
+
+    `hashes` has `auto` compare not only the sizes of files with those written but their content as well.
+    """
     wish, folder, source = config.train.resume, Path(config.run.output_dir) / "checkpoints", config.train.init_from
     afresh = "starting afresh" if source is None else f"starting from {source}"
     instead = "" if source is None or config.lora.rank else f"; train.init_from={source} was where the run began and is not read again"
     if wish == "never":
         return None, f"{afresh}: train.resume=never"
     if wish == "auto":
-        newest, passed = manifest.find_newest(folder)
+        newest, passed = manifest.find_newest(folder, hashes=hashes)
         words = "".join(f"; passed over: {text}" for text in passed)
         if newest is None:
             return None, f"{afresh}: no whole checkpoint in {folder}{words}"
@@ -75,31 +78,32 @@ def load(path: Path, *, zero: Zero, config: Config, grid: Grid) -> Progress:
     return trainer.progress
 
 
-class Trainer(NamedTuple):
+class TrainerFile(NamedTuple):
     """What trainer.json says: where the run stood, how its model was split, its config and its model's."""
 
     progress: Progress
     layout: dict[str, Any]
-    config: dict[str, dict[str, Any]]
+    config: dict[str, Any]
     model: dict[str, Any]
 
 
-def read_trainer(path: Path) -> Trainer:
+def read_trainer(path: Path) -> TrainerFile:
     """A checkpoint's trainer.json."""
     content = manifest.read_json(path / "trainer.json")
     try:
-        numbers = {name: content[name] for name in Progress._fields}
-        if any(type(number) is not int or number < 0 for number in numbers.values()):
-            raise ValueError(f"{numbers} are not all natural numbers")
-        sections = {name: content["config"][name] for name in ("train", "data", "run", "optimizer")}
-        if not all(isinstance(section, dict) for section in (content["layout"], content["model"], *sections.values())):
+        counts = {name: content[name] for name in ("step", "tokens", "updates", "bad_steps")}
+        if any(type(number) is not int or number < 0 for number in counts.values()):
+            raise ValueError(f"{counts} are not all natural numbers")
+        losses = tuple(float(loss) for loss in content.get("losses", []))
+        sections = [content["config"][name] for name in ("train", "data", "run", "optimizer")]
+        if not all(isinstance(section, dict) for section in (content["layout"], content["model"], content["config"], *sections)):
             raise ValueError("a section is no mapping")
-        return Trainer(Progress(**numbers), content["layout"], sections, content["model"])
+        return TrainerFile(Progress(**counts, losses=losses), content["layout"], content["config"], content["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / 'trainer.json'} is damaged ({type(error).__name__} {str(error)[:120]})") from None
 
 
-def _check_same(path: Path, config: Config, trainer: Trainer) -> None:
+def _check_same(path: Path, config: Config, trainer: TrainerFile) -> None:
     """Refuse settings that a resume must not change."""
     for section, name, why in _FIXED:
         here = getattr(getattr(config, section), name)

@@ -9,10 +9,13 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from megatrain.checkpoint.tensor_file import Written, is_file
 from megatrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+WRITING, DELETING = ".writing-", ".deleting-"
+"""How folders are called that are not checkpoints yet, or no longer."""
 
 
 class FileRecord(NamedTuple):
@@ -33,12 +36,22 @@ def record(folder: Path, path: Path) -> FileRecord:
     return FileRecord(str(path.relative_to(folder)), path.stat().st_size, digest.hexdigest())
 
 
+def written(folder: Path, file: Written) -> FileRecord:
+    """The record of a file that was hashed as it was written."""
+    return FileRecord(str(file.path.relative_to(folder)), file.size, file.sha256)
+
+
 def commit(temporary: Path, final: Path, records: list[FileRecord]) -> None:
     """Write the manifest and rename; what stood at `final` before is replaced."""
     write(temporary, records)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
+    if final.exists():  # moved aside and not deleted, so that only the moment between two renames is without it
+        aside = final.with_name(f"{DELETING}{final.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+        temporary.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        temporary.rename(final)
     sync(final.parent)
 
 
@@ -63,19 +76,22 @@ def sync(path: Path) -> None:
 
 def problem(folder: Path, *, hashes: bool = False) -> str | None:
     """What is wrong with a checkpoint's files, None when it is whole. Sizes always, hashes on request."""
+    if not (folder / MANIFEST).is_file():
+        return f"has no {MANIFEST}"
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        records = [FileRecord(**entry) for entry in manifest["files"]]
-    except FileNotFoundError:
-        return f"has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"has an unreadable {MANIFEST} ({error})"
-    if manifest.get("format", 0) > FORMAT:
-        return f"is of format {manifest['format']} and this version reads up to {FORMAT}"
+        form = manifest["format"]
+        if type(form) is not int or form < 1:
+            raise ValueError(f"format {form!r}")
+        if form > FORMAT:
+            return f"is of format {form} and this version reads up to {FORMAT}"
+        records = [_checked(FileRecord(**entry)) for entry in manifest["files"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"has an unreadable {MANIFEST} ({type(error).__name__} {str(error)[:120]})"
     for entry in records:
         path = folder / entry.path
-        if not path.is_file():
-            return f"lacks {entry.path}"
+        if not is_file(path):
+            return f"lacks {entry.path[:200]}"
         if path.stat().st_size != entry.size:
             return f"has {path.stat().st_size} bytes in {entry.path} instead of {entry.size}"
         if hashes and record(folder, path).sha256 != entry.sha256:
@@ -83,11 +99,20 @@ def problem(folder: Path, *, hashes: bool = False) -> str | None:
     return None
 
 
-def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
+def _checked(entry: FileRecord) -> FileRecord:
+    """A record of a file inside the folder."""
+    if not all(isinstance(text, str) for text in (entry.path, entry.sha256)) or type(entry.size) is not int or "\0" in entry.path:
+        raise ValueError(f"{entry} is no record of a file")
+    if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
+        raise ValueError(f"{entry.path} is outside the folder")
+    return entry
+
+
+def find_newest(folder: Path, *, hashes: bool = False) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint in a run's folder of them, and a sentence on each newer one that was passed over."""
     passed: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        wrong = problem(candidate)
+        wrong = problem(candidate, hashes=hashes)
         if wrong is None:
             return candidate, passed
         passed.append(f"{candidate.name} {wrong}")
@@ -95,7 +120,13 @@ def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_json(path: Path) -> dict:
+    """A file's mapping."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing or no file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds no mapping")
+    return content

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatrain.checkpoint.tensor_file import SafetensorsFile
@@ -58,10 +57,6 @@ def snapshot(fragments: Iterable[Fragment]) -> Snapshot:
             for state, tensor in fragment.tensors.items():
                 tensors[piece_key(piece, state)] = tensor.detach().to("cpu", copy=True).contiguous()
     return Snapshot(pieces, tensors)
-
-
-def write_pieces(file: Path, held: Snapshot) -> None:
-    save_file(held.tensors, file)
 
 
 def write_index(folder: Path, files: Mapping[str, list[NamedPiece]], states: Iterable[str]) -> Path:

@@ -7,6 +7,7 @@ damaged or hostile file is a CheckpointError and never a crash, a wait or a wron
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import math
 import mmap
@@ -14,6 +15,7 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +29,7 @@ Index = tuple[slice, ...]
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
            "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
            "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+_BLOCK = 1 << 24
 _MAX_HEADER = 100_000_000
 """Bytes; what the safetensors format allows."""
 
@@ -118,9 +121,17 @@ class SafetensorsFile:
         """Nothing: a view's mapping goes with it."""
 
 
+def is_file(path: Path) -> bool:
+    """Whether it is a file, also where its name cannot be one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _header(path: Path) -> tuple[int, bytes]:
     """The file's size and its header's JSON."""
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"{path} is missing or no file")
     try:
         with path.open("rb") as file:
@@ -154,12 +165,55 @@ def _no_pair_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+class Written(NamedTuple):
+    """A file that is on the disk, with the SHA-256 of its bytes."""
+
+    path: Path
+    size: int
+    sha256: str
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> Written:
+    """Write a safetensors file from CPU tensors as they lie in memory, hashed on the way, and see it on the disk."""
+    digest, size = hashlib.sha256(), 0
+    # Wider elements first: each tensor then begins at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    with path.open("wb", buffering=0) as file:
+        for block in [memoryview(_make_header(names, tensors, metadata or {})), *(_bytes_of(tensors[name]) for name in names)]:
+            for start in range(0, len(block), _BLOCK):
+                part = block[start : start + _BLOCK]
+                digest.update(part)
+                size += len(part)
+                while part:
+                    part = part[file.write(part) :]
+        os.fsync(file.fileno())
+    return Written(path, size, digest.hexdigest())
+
+
+def _make_header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    words = {dtype: word for word, dtype in _DTYPES.items()}
+    at = 0
+    for name in names:
+        tensor = tensors[name]
+        entries[name] = {"dtype": words[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
 class BinFile:
     """A state dict of torch.save, as Hugging Face kept models before safetensors: mapped, and read so that no code in it runs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
+        if not is_file(path):
             raise CheckpointError(f"{path} is missing or no file")
         loaded = load_without_code(path)
         if not isinstance(loaded, dict):

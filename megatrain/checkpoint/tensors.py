@@ -133,6 +133,8 @@ class Tensors:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Which file each tensor is in; the files are plain names in the index's own folder."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file")
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -35,7 +35,7 @@ def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
     _check_tokenizer(config, architecture)
     _check_output(config)
     path, _ = loading.choose(config)
-    if path is not None:
+    if path is not None and config.train.verify != "full":  # else rank 0 reads every file to see which it is, and checks that
         loading.check(path, config, architecture)
     if config.train.init_from is not None and (path is None or config.lora.rank):
         Pretrained(config.train.init_from, architecture).check(whole_tensors(architecture))

@@ -16,14 +16,15 @@ import torch.distributed as dist
 
 from megatrain import machine
 from megatrain.checkpoint import load as loading
-from megatrain.checkpoint import save as saving
 from megatrain.checkpoint.best import write_best
+from megatrain.checkpoint.descriptions import write_descriptions
 from megatrain.checkpoint.pretrained import Pretrained
 from megatrain.checkpoint.save import Progress
+from megatrain.checkpoint.saver import Saved, Saver
 from megatrain.config import Config, to_yaml
 from megatrain.data.loader import Loader
 from megatrain.data.splits import Part
-from megatrain.errors import UserError
+from megatrain.errors import CheckpointError, UserError
 from megatrain.parallel.grid import make_grid
 from megatrain.place import Place
 from megatrain.rank import Target
@@ -36,6 +37,7 @@ from megatrain.train.finetuning import Finetuning
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import FILE_NAME, MetricsLog, read
 from megatrain.train.picture import draw_loss
+from megatrain.train.plausible import WATCHED, highest, remember
 from megatrain.train.reference import BatchesOf, make_reference
 from megatrain.train.tasks import Pretraining, Source, Task
 from megatrain.train.trace import Tracer
@@ -88,7 +90,7 @@ class _Training:
         if place.rank == 0:
             device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
             logger.info(run_header(config, self.architecture, place.world_size, device))
-        path, why = loading.choose(config)
+        path, why = self._choose()
         if place.rank == 0:
             for words in (words for source in sources.values() for words in source.words):
                 logger.info(f"  data    {words}")
@@ -109,9 +111,12 @@ class _Training:
             for words in loading.notes(path, config, self.grid) if place.rank == 0 else []:
                 logger.info(f"  {words}")
             self.progress = loading.load(path, zero=self.trainer.zero, config=config, grid=self.grid)
+        self.resumed, self.before = path, self.progress
+        chat = task.chat(config) if place.rank == 0 else None
+        self.saver = Saver(self.folder / "checkpoints", zero=self.trainer.zero, config=config, architecture=self.architecture, grid=self.grid,
+                           describe=lambda folder: write_descriptions(folder, config, self.architecture, chat))  # fmt: skip
         self.valid_loader = self._loader(sources["valid"]) if config.train.eval_every else None
         self.eval_batches = _eval_batches(config, sources)
-        self.chat = task.chat(config) if place.rank == 0 else None
         if wants_reference(config) == "beforehand":
             self.trainer.reference = make_reference(config, self.trainer, self._all_batches(sources), resumed=path is not None)
         self.stop_asked = False
@@ -119,6 +124,17 @@ class _Training:
         self.flops = flops_per_token(self.architecture.config, sequence_length=config.data.sequence_length, frozen=config.lora.rank > 0,
                                      head=self.architecture.classifier is None)  # fmt: skip
         self.peak = peak_flops(torch.cuda.get_device_name(), config.train.dtype) if self.device.type == "cuda" else None
+
+    def _choose(self) -> tuple[Path | None, str]:
+        """Rank 0 looks, for all: reading every file on every rank would take as many times as long."""
+        found: list[Any] = [None]
+        if self.place.rank == 0:
+            path, why = loading.choose(self.config, hashes=self.config.train.verify == "full")
+            if path is not None:
+                loading.check(path, self.config, self.architecture)
+            found = [(path, why)]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
 
     def _loader(self, source: Source) -> Loader:
         train = self.config.train
@@ -147,11 +163,13 @@ class _Training:
                 self._first(metrics)
             while self.progress.step < last and not self._is_over():
                 self._step(metrics, last)
-                if self._all_agree_to_stop() and self.progress.step < last:
+                if self._agree_to_stop() and self.progress.step < last:
                     self._save()
+                    self._finish_saving()
                     if self.place.rank == 0:
                         logger.info(f"stopped by a signal after step {self.progress.step}; start the same command to go on")
                     break
+            self._finish_saving()
         finally:
             self.train_loader.close()
             if self.valid_loader is not None:
@@ -179,8 +197,10 @@ class _Training:
             started = time.perf_counter()
             report = self.trainer.step(step, self.train_loader.microbatches(step - 1))
             seconds = time.perf_counter() - started
-        self.progress = Progress(step, self.progress.tokens + config.tokens_per_step,
-                                 self.progress.updates + report.applied, 0 if report.applied else self.progress.bad_steps + 1)  # fmt: skip
+        self._check_plausible(step, report.loss)
+        losses = remember(self.progress.losses, report.loss) if math.isfinite(report.loss) else self.progress.losses
+        self.progress = Progress(step, self.progress.tokens + config.tokens_per_step, self.progress.updates + report.applied,
+                                 0 if report.applied else self.progress.bad_steps + 1, losses)  # fmt: skip
         if not report.applied:
             self._warn(report)
         values, figures = self._values(report, seconds), dict[str, float]()
@@ -189,14 +209,19 @@ class _Training:
         if self.valid_loader is not None and (step % config.train.eval_every == 0 or step == last):
             figures = self._evaluate()
             values.update(figures)
+        judged = self.early is not None and step % config.train.eval_every == 0
+        best = judged and self.early.add(step, figures)  # type: ignore[union-attr]
+        saves = step == last or best or self._is_over() or (config.train.save_every and step % config.train.save_every == 0)
+        if saves and self.progress.bad_steps < config.train.max_bad_steps:
+            self._save()
+        if self.saver.stalled:
+            values["save_stall_seconds"], self.saver.stalled = self.saver.stalled, 0.0
         if metrics is not None:
             metrics.write(step, values)
         if self.progress.bad_steps >= config.train.max_bad_steps:
             self._give_up(report)
-        judged = self.early is not None and step % config.train.eval_every == 0
-        best = judged and self.early.add(step, figures)  # type: ignore[union-attr]
-        if step == last or best or self._is_over() or (config.train.save_every and step % config.train.save_every == 0):
-            self._save()
+        if best or (saves and not config.train.async_save):
+            self._finish_saving()
         if best and self.place.rank == 0:
             write_best(self.folder, step=step, metric=config.train.early_stop_metric, value=figures[config.train.early_stop_metric])
 
@@ -205,7 +230,21 @@ class _Training:
             bad = self.progress.bad_steps
             logger.warning(f"step {self.progress.step}: non-finite {_bad_part(report)}, skipped ({bad} in a row)")
 
+    def _check_plausible(self, step: int, loss: float) -> None:
+        """Refuse to go on from a checkpoint whose first losses are far above those before it."""
+        margin, before = self.config.train.resume_margin, self.before
+        if self.resumed is None or not before.losses or not margin or step > before.step + WATCHED:
+            return
+        most = highest(before.losses, margin)
+        if loss > most:
+            raise CheckpointError(
+                f"{self.resumed} is not to be trusted: step {step} has a loss of {loss:.3f}, after {before.losses[-1]:.3f} at step {before.step}, and at "
+                f"most {most:.3f} was to be expected (train.resume_margin={margin:g}). Take an older one with train.resume=FOLDER, or set "
+                "train.resume_margin=0 where other data explain it"
+            )
+
     def _give_up(self, report: StepReport) -> NoReturn:
+        self._finish_saving()
         where = self.trainer.first_bad_layer()
         bad = self.progress.bad_steps
         raise UserError(f"{bad} steps in a row (train.max_bad_steps) had a non-finite {_bad_part(report)}; {where}")
@@ -233,12 +272,15 @@ class _Training:
         return {"valid_loss": loss, **{f"valid_{name}": value for name, value in measures.items()}, **measured}
 
     def _save(self) -> None:
-        checkpoints = self.folder / "checkpoints"
-        path = saving.save(checkpoints, self.progress, zero=self.trainer.zero, config=self.config,
-                           architecture=self.architecture, grid=self.grid, chat=self.chat)  # fmt: skip
-        if self.place.rank == 0:
-            logger.info(f"saved {path}")
-            saving.keep_newest(checkpoints, self.config.train.keep_last)
+        """Begin to save. Nothing older goes before the first update after a resume has shown what it did."""
+        self._say_saved(self.saver.save(self.progress, prune=self.resumed is None or self.progress.step > self.before.step + 1))
+
+    def _finish_saving(self) -> None:
+        self._say_saved(self.saver.finish())
+
+    def _say_saved(self, saved: Saved | None) -> None:
+        if saved is not None and self.place.rank == 0:
+            logger.info(f"saved {saved.path} ({saved.seconds:.1f} s, for {saved.stalled:.2f} s of which training stood still)")
 
     def _early_stop(self) -> EarlyStop | None:
         """With the evaluations of the run so far, as rank 0 finds them in metrics.jsonl."""
@@ -262,11 +304,13 @@ class _Training:
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self.stop_asked = True
 
-    def _all_agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop: all stop after the same step."""
-        asked = torch.tensor(int(self.stop_asked), device=self.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop: all stop after the same step. The same message says whether any rank still writes a checkpoint."""
+        flags = torch.tensor([int(self.stop_asked), int(self.saver.is_writing)], device=self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        stop, anyone_writes = flags.tolist()
+        self._say_saved(self.saver.proceed(anyone_writes=bool(anyone_writes)))
+        return bool(stop)
 
 
 def _eval_batches(config: Config, sources: dict[Part, Source]) -> int:

@@ -19,10 +19,11 @@ from ranks import run_ranks
 from megatrain import config as configuration
 from megatrain.checkpoint import adapter, manifest
 from megatrain.checkpoint import load as loading
-from megatrain.checkpoint import save as saving
+from megatrain.checkpoint.descriptions import write_descriptions
 from megatrain.checkpoint.merge import merge
 from megatrain.checkpoint.optimizer_folder import OptimizerFolder
 from megatrain.checkpoint.save import Progress
+from megatrain.checkpoint.saver import Saver
 from megatrain.config import Lora
 from megatrain.data.loader import Batch
 from megatrain.errors import CheckpointError
@@ -49,6 +50,13 @@ def batches(step: int, grid) -> list[Batch]:
     return [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows]
 
 
+def save(folder: Path, progress: Progress, *, zero, config, architecture, grid) -> Path:
+    saver = Saver(folder, zero=zero, config=config, architecture=architecture, grid=grid,
+                  describe=lambda path: write_descriptions(path, config, architecture, None))  # fmt: skip
+    saver.save(progress)
+    return saver.finish().path
+
+
 def train_and_resume(rank: int, world_size: int, config, folder: Path):
     """Losses of steps 3 and 4 when all four are done in one go, and when a new trainer goes on from step 2; step 4 saved."""
     from megatrain.train.trainer import Trainer
@@ -58,13 +66,13 @@ def train_and_resume(rank: int, world_size: int, config, folder: Path):
     more = {"config": config, "architecture": architecture, "grid": grid}
     first = Trainer(config, architecture, grid, torch.device("cpu"))
     losses = [first.step(step, batches(step, grid)).loss for step in (1, 2)]
-    path = saving.save(folder, Progress(2, 0, 2), zero=first.zero, **more)
+    path = save(folder, Progress(2, 0, 2), zero=first.zero, **more)
     losses += [first.step(step, batches(step, grid)).loss for step in (3, 4)]
     second = Trainer(config, architecture, grid, torch.device("cpu"))
     loading.check(path, config, architecture)
     assert loading.load(path, zero=second.zero, config=config, grid=grid).step == 2
     again = [second.step(step, batches(step, grid)).loss for step in (3, 4)]
-    saving.save(folder, Progress(4, 0, 4), zero=second.zero, **more)
+    save(folder, Progress(4, 0, 4), zero=second.zero, **more)
     return losses[2:], again, first.evaluate(lambda number: batches(9, grid), 1).loss
 
 

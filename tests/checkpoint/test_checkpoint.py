@@ -130,7 +130,19 @@ def test_manifest_lists_every_file_with_its_size_and_hash_and_nothing_is_pickled
     assert {path.suffix for path in files.values()} == {".json", ".safetensors"}
 
 
+def edit_manifest(change):
+    def damage(folder):
+        content = json.loads((folder / "manifest.json").read_text())
+        change(content)
+        (folder / "manifest.json").write_text(json.dumps(content))
+
+    return damage
+
+
 DAMAGES = {
+    "is of format 99 and this version reads up to 2": edit_manifest(lambda content: content.update(format=99)),
+    "../config.json is outside the folder": edit_manifest(lambda content: content["files"][0].update(path="../config.json")),
+    "/etc/hostname is outside the folder": edit_manifest(lambda content: content["files"][0].update(path="/etc/hostname")),
     "lacks config.json": lambda folder: (folder / "config.json").unlink(),
     "bytes in optimizer/rank-00001.safetensors instead of": lambda folder: os.truncate(folder / "optimizer" / "rank-00001.safetensors", 100),
     "has no manifest.json": lambda folder: (folder / "manifest.json").unlink(),

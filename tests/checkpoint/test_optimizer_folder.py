@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from megatrain.checkpoint.optimizer_folder import OptimizerFolder, piece_of, snapshot, write_index, write_pieces
+from megatrain.checkpoint.optimizer_folder import OptimizerFolder, piece_of, snapshot, write_index
+from megatrain.checkpoint.tensor_file import write_tensors
 from megatrain.errors import CheckpointError
 from megatrain.optim.zero import Fragment
 from megatrain.parallel.sharding import Sharding
@@ -52,7 +53,7 @@ def write(folder, ranks):
     for number, held in enumerate(ranks):
         name = f"rank-{number:05d}.safetensors"
         files[name] = snapshot(held).pieces
-        write_pieces(folder / name, snapshot(held))
+        write_tensors(folder / name, snapshot(held).tensors)
     write_index(folder, files, STATES)
     return folder
 
@@ -120,7 +121,7 @@ def test_memory_beside_a_ranks_own_share_is_that_of_one_tensor(tmp_path):
     held = [Fragment(Sharding(f"t{i}", (1024, 1024)), None, (1024, 1024), 0, {"master": (torch.arange(1 << 20) % 1024 + 512).float()}) for i in range(24)]
     folder = tmp_path / "optimizer"
     folder.mkdir()
-    write_pieces(folder / "rank-00000.safetensors", snapshot(held))
+    write_tensors(folder / "rank-00000.safetensors", snapshot(held).tensors)
     write_index(folder, {"rank-00000.safetensors": [piece_of(fragment) for fragment in held]}, ["master"])
     done = subprocess.run([sys.executable, "-c", MEMORY, folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

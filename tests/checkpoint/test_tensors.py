@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import struct
+import sys
 import zipfile
 from pathlib import Path
 
@@ -14,41 +16,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatrain.checkpoint.tensor_file import SafetensorsFile
+sys.path.insert(0, str(Path(__file__).parent))
+from model_folders import KINDS, SHARDS, WANTED, write
+
+from megatrain.checkpoint.tensor_file import SafetensorsFile, write_tensors
 from megatrain.checkpoint.tensors import Tensors
 from megatrain.errors import CheckpointError
-
-WANTED = {
-    "a.weight": torch.arange(35, dtype=torch.float32).view(7, 5), "a.bias": torch.arange(7, dtype=torch.bfloat16),
-    "b.weight": torch.arange(48, dtype=torch.float16).view(4, 3, 4), "b.flags": torch.tensor([True, False, True]),
-    "c.scalar": torch.tensor(3, dtype=torch.int64), "c.nothing": torch.empty(0, 4),
-}  # fmt: skip
-SHARDS = [{name: tensor for name, tensor in WANTED.items() if name.startswith(letter)} for letter in "abc"]
-
-
-def write(folder, kind):
-    """The wanted tensors in each of the layouts of a Hugging Face folder."""
-    folder.mkdir()
-    stem, suffix = ("model", "safetensors") if kind.startswith("safetensors") else ("pytorch_model", "bin")
-
-    def save(tensors, name):
-        if suffix == "safetensors":
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-        else:
-            torch.save(tensors, folder / name, _use_new_zipfile_serialization=kind != "old bin")
-
-    if kind.endswith("shards"):
-        names = [f"{stem}-{number:05d}-of-00003.{suffix}" for number in (1, 2, 3)]
-        for tensors, name in zip(SHARDS, names, strict=True):
-            save(tensors, name)
-        weight_map = {key: name for tensors, name in zip(SHARDS, names, strict=True) for key in tensors}
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    else:
-        save(WANTED, f"{stem}.{suffix}")
-    return folder
-
-
-KINDS = ("safetensors", "safetensors shards", "bin", "bin shards", "old bin")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,6 +55,16 @@ def test_what_safetensors_itself_reads_is_read_alike(tmp_path):
         assert set(ours.names()) == set(theirs.keys())
         assert ours.metadata == theirs.metadata()
         assert all(torch.equal(ours.view(name), theirs.get_tensor(name)) for name in ours.names())
+
+
+def test_what_is_written_is_what_safetensors_reads(tmp_path):
+    done = write_tensors(tmp_path / "file", WANTED, metadata={"format": "pt"})
+    content = (tmp_path / "file").read_bytes()
+    assert (done.size, done.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    with safe_open(tmp_path / "file", framework="pt") as theirs:
+        assert theirs.metadata() == {"format": "pt"}
+        assert set(theirs.keys()) == set(WANTED)
+        assert all(torch.equal(theirs.get_tensor(name), tensor) for name, tensor in WANTED.items())
 
 
 def test_data_that_do_not_start_at_a_multiple_of_their_size(tmp_path):

@@ -31,8 +31,10 @@ def layouts(name):
 
 def import_and_save(rank, world_size, root):
     """On the ranks of a layout, each variant's folder into a checkpoint."""
-    from megatrain.checkpoint import save as saving
+    from megatrain.checkpoint.descriptions import write_descriptions
     from megatrain.checkpoint.pretrained import Pretrained
+    from megatrain.checkpoint.save import Progress
+    from megatrain.checkpoint.saver import Saver
     from megatrain.models.architecture import load_config, read_architecture
     from megatrain.parallel.grid import make_grid
     from megatrain.train.build import whole_tensors
@@ -49,7 +51,10 @@ def import_and_save(rank, world_size, root):
         pretrained = Pretrained(root / name / "hf", architecture)
         pretrained.check(whole_tensors(architecture))
         trainer = Trainer(config, architecture, grid, torch.device("cpu"), pretrained=pretrained)
-        saving.save(root / name / f"ours-{world_size}", saving.Progress(0, 0, 0), zero=trainer.zero, config=config, architecture=architecture, grid=grid)
+        saver = Saver(root / name / f"ours-{world_size}", zero=trainer.zero, config=config, architecture=architecture, grid=grid,
+                      describe=lambda path, config=config, architecture=architecture: write_descriptions(path, config, architecture, None))  # fmt: skip
+        saver.save(Progress(0, 0, 0))
+        saver.finish()
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatrain.checkpoint import keep, manifest
 from megatrain.checkpoint.best import best_checkpoint, write_best
-from megatrain.checkpoint.save import keep_newest
 from megatrain.errors import ConfigError
 from megatrain.train.early import EarlyStop
 
@@ -46,10 +46,11 @@ def test_words():
 
 def test_the_best_is_kept_whatever_else_is_deleted(tmp_path):
     for step in (1, 2, 3, 4):
-        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f".writing-{step}").mkdir(parents=True)
+        manifest.commit(tmp_path / "checkpoints" / f".writing-{step}", tmp_path / "checkpoints" / f"step-{step:08d}", [])
     assert best_checkpoint(tmp_path) is None
     write_best(tmp_path, step=2, metric="valid_loss", value=1.0)
-    keep_newest(tmp_path / "checkpoints", 1)
+    keep.delete(keep.superseded(tmp_path / "checkpoints", last=1, every=0, best=best_checkpoint(tmp_path)))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
     write_best(tmp_path, step=9, metric="valid_loss", value=1.0)

@@ -101,3 +101,28 @@ def test_losses_go_on_as_of_one_process_that_was_not_interrupted(model, before, 
     parts = losses(runs(model, after, start=half(runs, model, before)))
     assert list(parts) == list(range(HALF + 1, STEPS + 1))
     assert [parts[step] for step in parts] == pytest.approx([whole[step] for step in parts], rel=2e-6, abs=0)
+
+
+@pytest.mark.parametrize(("dtype", "before", "after"), [("fp32", "tp2pp2", "dp2-zero3"), ("bf16", "tp2dp2-zero3", "zb-v"), ("bf16", "zb-v", "dp4-zero1")])
+def test_also_into_bf16(dtype, before, after, runs):
+    """From fp32, and from bf16 on another layout; rounding to 8 bits is all that differs."""
+    whole = losses(runs("llama", "one"))
+    parts = losses(runs("llama", after, start=half(runs, "llama", before, dtype=dtype), dtype="bf16"))
+    assert list(parts) == list(range(HALF + 1, STEPS + 1))
+    assert [parts[step] for step in parts] == pytest.approx([whole[step] for step in parts], rel=2e-4, abs=0)
+
+
+def test_weights_of_another_dtype_are_the_masters_rounded(runs):
+    from safetensors.torch import load_file
+
+    before = half(runs, "llama", "tp2pp2")
+    after = runs("llama", "zb-v", start=before, until=HALF + 1, dtype="bf16") / "checkpoints" / f"step-{HALF + 1:08d}"
+    weights = {name: tensor for path in after.glob("model*.safetensors") for name, tensor in load_file(path).items()}
+    old = {name: tensor for path in before.glob("model*.safetensors") for name, tensor in load_file(path).items()}
+    masters = {name: tensor for path in (after / "optimizer").glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert set(weights) == set(old)
+    for name, tensor in weights.items():
+        (master,) = [masters[key] for key in masters if key.startswith(f"{name}[") and key.endswith("/master")]
+        assert tensor.dtype.itemsize == 2
+        assert tensor.flatten().equal(master.to(tensor.dtype))
+        assert (master.view_as(old[name]) - old[name]).abs().max() < 3e-3, "one step of 1e-3 from what fp32 had"

@@ -65,7 +65,7 @@ def pretrain(rank, world_size, raw):
 def metrics(run):
     """Every line's step and numbers, but for those of time."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second", "tflops_per_rank", "mfu")
+    timed = ("seconds", "tokens_per_second", "tflops_per_rank", "mfu", "save_stall_seconds")
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 
 
@@ -151,7 +151,7 @@ def test_killed_at_any_moment_and_started_again(model, dtype, parallel, data, tm
     for reached in (moments.randint(2, 9), moments.randint(11, 20)):
         command = start(tmp_path / "killed", killed)
         wait_for(log, reached, command)
-        time.sleep(moments.random() * 0.3)
+        time.sleep(moments.random() * 0.15)
         os.kill(command.pid, signal.SIGKILL)  # the ranks die with their parent
         ended = command.wait()
         assert ended.code in (-signal.SIGKILL, 0), ended  # 0: on a very busy machine it was through before
@@ -161,7 +161,8 @@ def test_killed_at_any_moment_and_started_again(model, dtype, parallel, data, tm
     assert_same_run(tmp_path / "whole" / "run", tmp_path / "killed" / "run", step=30)
     assert [line["step"] for line in metrics(tmp_path / "killed" / "run")] == list(range(1, 31))
     folders = sorted(path.name for path in (tmp_path / "killed" / "run" / "checkpoints").iterdir())
-    assert folders == ["step-00000028", "step-00000029", "step-00000030"]
+    assert folders[-3:] == ["step-00000028", "step-00000029", "step-00000030"]
+    assert folders[:-3] in ([], ["step-00000027"]), "nothing goes at the first step after a resume, which may have been the last"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])

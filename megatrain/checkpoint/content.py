@@ -1,0 +1,75 @@
+"""What a rank has to write, copied to CPU memory, so that training can go on while it is written.
+
+The first data rank of each stage gathers the stage's tensors from its tensor ranks; each rank has its own pieces of the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatrain.checkpoint.optimizer_folder import Snapshot, snapshot
+from megatrain.optim.zero import Zero
+from megatrain.parallel.collectives import all_gather
+from megatrain.parallel.grid import Grid
+from megatrain.parallel.sharding import Sharding, parameters
+
+
+class Content(NamedTuple):
+    """A rank's share of a checkpoint: whole tensors of the model by name, and its pieces of the optimizer."""
+
+    model: dict[str, Tensor]
+    optimizer: Snapshot
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in [*self.model.values(), *self.optimizer.tensors.values()])
+
+
+def take(zero: Zero, grid: Grid) -> Content:
+    """This rank's share; all ranks call it together. Without ZeRO all replicas hold the same optimizer, and the first has it."""
+    held = zero.config.parallel.zero > 0 or grid.data.rank == 0
+    return Content(dict(_whole_tensors(zero, grid)), snapshot(zero.fragments() if held else ()))
+
+
+def _whole_tensors(zero: Zero, grid: Grid) -> Iterator[tuple[str, Tensor]]:
+    """Each whole tensor of this stage that is trained in turn, on tensor rank 0 of data rank 0; the other ranks only take part.
+
+    A tensor that several parameters share (fused query, key, value) comes when the last of them was gathered.
+    """
+    if grid.data.rank != 0 and zero.config.parallel.zero != 3:
+        return
+    mine = [(declaration, parameter) for declaration, parameter in parameters(zero.stage) if parameter.requires_grad]
+    declarations = _declarations([replace(declaration, summed=()) for declaration, _ in mine], grid)
+    last = {declaration.name: index for index, (declaration, _) in enumerate(mine)}
+    building: dict[str, Tensor] = {}
+    for index, (declaration, parameter) in enumerate(mine):
+        weights = zero.whole_weights(parameter)
+        parts = all_gather(weights[None].contiguous(), grid.tensor)
+        if grid.data.rank != 0 or grid.tensor.rank != 0 or not _written_here(declarations, index):
+            continue
+        if declaration.name not in building:
+            building[declaration.name] = torch.empty(declaration.shape, dtype=weights.dtype)
+        for their, part in zip(declarations, parts, strict=True):
+            their[index].put(their[index].part_of(part).cpu(), building[declaration.name])
+        if last[declaration.name] == index:
+            yield declaration.name, building.pop(declaration.name)
+
+
+def _written_here(declarations: list[list[Sharding]], index: int) -> bool:
+    """A tensor is written by the stage that counts it; the other end's copy of a tied embedding is not."""
+    return any(their[index].counted for their in declarations)
+
+
+def _declarations(mine: list[Sharding], grid: Grid) -> list[list[Sharding]]:
+    """The declarations of all tensor ranks, in rank order."""
+    if grid.tensor.size == 1:
+        return [mine]
+    theirs: list[Any] = [None] * grid.tensor.size
+    dist.all_gather_object(theirs, mine, group=grid.tensor.group)
+    return theirs

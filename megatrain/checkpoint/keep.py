@@ -1,0 +1,30 @@
+"""Which checkpoints of a run are kept. The only whole one never goes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatrain.checkpoint import manifest
+
+
+def superseded(folder: Path, *, last: int, every: int, best: Path | None = None) -> list[Path]:
+    """What may go: all but the newest `last` (0: all are kept), those of a multiple of `every` steps (0: none), and the run's best.
+
+    Nothing may go unless one that is kept is whole.
+    """
+    found = sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+    if last == 0:
+        return []
+    old = [path for path in found[:-last] if path != best and (not every or int(path.name.removeprefix("step-")) % every)]
+    kept = [path for path in reversed(found) if path not in old]
+    return old if any(manifest.problem(path) is None for path in kept) else []
+
+
+def delete(folders: Iterable[Path]) -> None:
+    """Rename each so that it is no checkpoint any more, then delete it."""
+    for folder in folders:
+        aside = folder.with_name(f"{manifest.DELETING}{folder.name}")
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)

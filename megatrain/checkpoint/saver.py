@@ -1,0 +1,176 @@
+"""Saves without stopping: tensors are copied to CPU memory, a thread writes them, and the ranks agree later that all is there.
+
+    step k          all ranks copy their share, and go on; each has a thread that writes its files, and tells nobody
+    step k+1, ...   the message in which ranks tell each step whether to stop also says who still writes
+    nobody writes   they exchange what they wrote; rank 0 writes indices and manifest and renames the folder
+
+So no thread ever uses a process group. One save is under way at a time. When a writer failed on any rank, the run fails on
+all ranks at the step that learns of it, and the checkpoints before are as they were.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from megatrain.checkpoint import keep, save
+from megatrain.checkpoint.best import best_checkpoint
+from megatrain.checkpoint.content import Content, take
+from megatrain.checkpoint.manifest import DELETING, WRITING
+from megatrain.checkpoint.save import Progress, Share
+from megatrain.config import Config
+from megatrain.errors import CheckpointError
+from megatrain.models.architecture import Architecture
+from megatrain.optim.zero import Zero
+from megatrain.parallel.grid import Grid
+
+Describe = Callable[[Path], None]
+"""Writes what goes with a checkpoint's tensors: model config, tokenizer."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint that is there; how long training stood still for it, and how long its writing took beside training."""
+
+    path: Path
+    stalled: float
+    seconds: float
+
+
+class Saver:
+    """The checkpoints of a run. All ranks call its methods together and in the same order.
+
+    Attributes:
+        stalled: seconds that training has stood still for saves since this was last set to 0.
+    """
+
+    def __init__(self, folder: Path, *, zero: Zero, config: Config, architecture: Architecture, grid: Grid, describe: Describe) -> None:
+        self.folder, self.stalled = folder, 0.0
+        self._zero, self._config, self._architecture, self._grid, self._describe = zero, config, architecture, grid, describe
+        self._writing: _Writing | None = None
+        self._deleting: threading.Thread | None = None
+        if grid.rank == 0:
+            self._clear()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._writing is not None and self._writing.thread.is_alive()
+
+    def save(self, progress: Progress, *, prune: bool = True) -> Saved | None:
+        """Begin to save; returns the checkpoint before, where that had to be waited for. `prune` lets older ones go once it is there."""
+        before = self.finish()
+        started = time.perf_counter()
+        final = self.folder / f"step-{progress.step:08d}"
+        temporary = self.folder / f"{WRITING}{final.name}"
+        self._together(lambda: self._prepare(temporary))
+        content = take(self._zero, self._grid)
+        needed = sum(self._together(lambda: content.nbytes))
+        self._together(lambda: _check_space(self.folder, needed), cleanup=temporary)
+        self._writing = _Writing(lambda: self._write(temporary, content, progress), final, temporary, prune)
+        self._writing.stalled = time.perf_counter() - started
+        self.stalled += self._writing.stalled
+        return before
+
+    def proceed(self, *, anyone_writes: bool) -> Saved | None:
+        """Publish what all ranks have written; `anyone_writes` is the same on all ranks."""
+        writing = self._writing
+        if writing is None or anyone_writes:
+            return None
+        started = time.perf_counter()
+        self._writing = None
+        writing.thread.join()
+        shares: list[Share] = self._together(writing.result, cleanup=writing.temporary)
+        self._together(lambda: self._commit(writing, shares), cleanup=writing.temporary)
+        stalled = time.perf_counter() - started
+        self.stalled += stalled
+        return Saved(writing.final, writing.stalled + stalled, writing.seconds)
+
+    def finish(self) -> Saved | None:
+        """Wait for the save that is under way and publish it."""
+        started = time.perf_counter()
+        if self._writing is not None:
+            self._writing.thread.join()
+        waited = time.perf_counter() - started
+        self.stalled += waited
+        saved = self.proceed(anyone_writes=False)
+        if self._deleting is not None:
+            self._deleting.join()
+        return None if saved is None else saved._replace(stalled=saved.stalled + waited)
+
+    def _clear(self) -> None:
+        """Delete what a killed run left half written or half deleted."""
+        for left in [*self.folder.glob(f"{WRITING}*"), *self.folder.glob(f"{DELETING}*")]:
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _prepare(self, temporary: Path) -> None:
+        if self._grid.rank == 0:
+            save.prepare(temporary)
+
+    def _write(self, temporary: Path, content: Content, progress: Progress) -> Share:
+        if self._grid.rank == 0:
+            self._describe(temporary)
+            save.write_trainer(temporary, progress, config=self._config, architecture=self._architecture, grid=self._grid)
+        return save.write_share(temporary, content, rank=self._grid.rank, stage=self._grid.pipeline.rank)
+
+    def _commit(self, writing: _Writing, shares: list[Share]) -> None:
+        if self._grid.rank == 0:
+            save.commit(writing.temporary, writing.final, shares, states=self._zero.states, config=self._config, architecture=self._architecture)
+        if self._grid.rank == 0 and writing.prune:
+            train = self._config.train
+            old = keep.superseded(self.folder, last=train.keep_last, every=train.keep_every, best=best_checkpoint(self.folder.parent))
+            self._deleting = threading.Thread(target=keep.delete, args=(old,), daemon=True)
+            self._deleting.start()
+
+    def _together(self, work: Callable[[], Any], *, cleanup: Path | None = None) -> list[Any]:
+        """Do the rank's work; when it failed on any rank, raise the first failure on all. Returns all ranks' results."""
+        try:
+            outcome: tuple[Any, str | None] = (work(), None)
+        except (OSError, RuntimeError, ValueError, MemoryError, SafetensorError, CheckpointError) as error:
+            outcome = (None, f"rank {self._grid.rank} could not write the checkpoint: {error}")
+        outcomes: list[Any] = [None] * self._grid.world_size
+        dist.all_gather_object(outcomes, outcome)
+        failure = next((text for _, text in outcomes if text), None)
+        if failure is not None:
+            if cleanup is not None and self._grid.rank == 0:
+                shutil.rmtree(cleanup, ignore_errors=True)
+            raise CheckpointError(f"{failure}; the checkpoints before it are as they were")
+        return [result for result, _ in outcomes]
+
+
+class _Writing:
+    """A thread's work, its result or what it raised."""
+
+    def __init__(self, work: Callable[[], Share], final: Path, temporary: Path, prune: bool) -> None:
+        self.final, self.temporary, self.prune = final, temporary, prune
+        self.stalled, self.seconds = 0.0, 0.0
+        self._share: Share | None = None
+        self._error: Exception | None = None
+        self.thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _run(self, work: Callable[[], Share]) -> None:
+        started = time.perf_counter()
+        try:
+            self._share = work()
+        except Exception as error:  # raised again where the ranks agree on the outcome
+            self._error = error
+        self.seconds = time.perf_counter() - started
+
+    def result(self) -> Share:
+        if self._error is not None:
+            raise self._error
+        assert self._share is not None
+        return self._share
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(f"it takes {needed / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free (No space left on device)")

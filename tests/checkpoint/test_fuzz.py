@@ -1,0 +1,238 @@
+"""Whatever is wrong with a folder, reading it ends in a CheckpointError or ConfigError: no crash, no wait, no code run, nothing touched outside.
+
+Real folders are damaged at random, a byte, a value, a file at a time or several at once. Each case is a seed, and so can be run again alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from model_folders import KINDS, write
+from ranks import run_ranks
+
+from megatrain import config as configuration
+from megatrain.checkpoint import load, manifest
+from megatrain.checkpoint.optimizer_folder import OptimizerFolder
+from megatrain.checkpoint.pretrained import Pretrained
+from megatrain.checkpoint.tensors import Tensors
+from megatrain.data.indexed import IndexedWriter
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.optim.zero import Fragment
+from megatrain.parallel.grid import make_grid
+from megatrain.parallel.sharding import parameters
+from megatrain.train.build import build_stage, whole_tensors
+
+MODEL = {"model_type": "llama", "vocab_size": 19, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+BLOCKS, CASES = 12, 60
+"""720 cases."""
+
+
+class Trap:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def settings(folder):
+    return {"run": {"output_dir": str(folder / "run")}, "model": MODEL, "train": {"steps": 2, "global_batch_size": 2, "save_every": 1},
+            "data": {"train": str(folder / "tokens"), "sequence_length": 8}}  # fmt: skip
+
+
+def pretrain(rank, world_size, raw):
+    from megatrain.place import Place
+    from megatrain.train.run import pretrain
+
+    pretrain(configuration.from_dict(raw), Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A model in each form, one of them with a trap in it, and a run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in KINDS:
+        write(folder / kind, kind)
+    write(folder / "trap", "bin")
+    torch.save({"a": torch.zeros(2), "b": Trap(folder / "it ran")}, folder / "trap" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with IndexedWriter(folder / "tokens", vocab_size=19) as writer:
+        writer.add(np.arange(100) % 19)
+    run_ranks(pretrain, 1, settings(folder), folder=folder)
+    shutil.rmtree(folder / "run" / "tensorboard")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# damage
+
+
+STRANGE = [None, True, -1, 0, 7, 2**63, 2**70, 1.5, 1e308, "", ".", "..", "../../outside", "/etc/hostname", "a\0b", "x" * 5000, [], {}, [[]], "F32", "rank-00001.safetensors"]
+
+
+def damage_bytes(path, dice):
+    content = bytearray(path.read_bytes())
+    kind = dice.choice(["flip", "cut", "append", "zero", "copy", "empty", "front"])
+    if kind == "flip" and content:
+        for _ in range(dice.choice([1, 1, 5, 50])):
+            content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    elif kind == "front" and content:
+        content[dice.randrange(min(len(content), 300))] = dice.randrange(256)
+    elif kind == "cut":
+        del content[dice.randint(0, len(content)) :]
+    elif kind == "append":
+        content += dice.randbytes(dice.choice([1, 8, 4096]))
+    elif kind == "empty":
+        content.clear()
+    else:
+        start, stop = sorted(dice.randint(0, len(content)) for _ in range(2))
+        content[start:stop] = bytes(stop - start) if kind == "zero" else content[start:stop] * 2
+    path.write_bytes(content)
+
+
+def damage_json(path, dice):
+    """Change, drop or double something somewhere in the JSON."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError:
+        return damage_bytes(path, dice)
+    places = []
+
+    def walk(node):
+        for key in node if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], dict | list):
+                walk(node[key])
+
+    walk(value)
+    if not places:
+        return None
+    node, key = dice.choice(places)
+    kind = dice.choice(["strange", "strange", "drop", "other", "rename"])
+    if kind == "strange":
+        node[key] = dice.choice(STRANGE)
+    elif kind == "drop":
+        del node[key]
+    elif kind == "other":
+        other, place = dice.choice(places)
+        node[key] = json.loads(json.dumps(other[place])) if (place in other if isinstance(other, dict) else place < len(other)) else None
+    elif isinstance(node, dict):
+        node[str(dice.choice(STRANGE))] = node.pop(key)
+    return path.write_text(json.dumps(value))
+
+
+def damage_file(path, dice):
+    """The file as a whole: gone, another's, or no file any more."""
+    kind = dice.choice(["gone", "swap", "folder", "fifo", "loop", "copy"])
+    others = [other for other in path.parent.iterdir() if other.is_file() and other != path]
+    if kind == "copy":
+        shutil.copy(path, path.with_name("model-00009-of-00009.safetensors" if path.suffix == ".safetensors" else "extra.json"))
+    elif kind == "swap" and others:
+        path.write_bytes(dice.choice(others).read_bytes())
+    else:
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+        elif kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "loop":
+            path.symlink_to(path)
+
+
+def damage(folder, dice):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for _ in range(dice.choice([1, 1, 1, 2])):
+        path = dice.choice(files)
+        if path.is_file():
+            way = dice.choice([damage_json, damage_json, damage_bytes, damage_file] if path.suffix == ".json" else [damage_bytes, damage_bytes, damage_file])
+            way(path, dice)
+
+
+def agree(folder):
+    """Have the manifest agree with the files, so that what reads them is reached."""
+    records = [manifest.record(folder, path) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != manifest.MANIFEST]
+    text = json.dumps({"format": manifest.FORMAT, "files": [entry._asdict() for entry in records]})
+    if (folder / manifest.MANIFEST).is_file():
+        (folder / manifest.MANIFEST).write_text(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def read_model(folder):
+    tensors = Tensors(folder)
+    for name in tensors.names():
+        tensors.read(name)
+
+
+def read_run(folder):
+    """What a resume and a start from its folder do, without ranks."""
+    config = configuration.from_dict(settings(folder))
+    architecture = read_architecture(load_config(MODEL))
+    path, _ = load.choose(config, hashes=True)
+    if path is not None:
+        load.check(path, config, architecture)
+        load.notes(path, config, make_grid(0, connect=False))
+        optimizer = OptimizerFolder(path / "optimizer")
+        for declaration, parameter in parameters(build_stage(config, architecture, make_grid(0, connect=False), "cpu")):
+            states = {state: torch.zeros(parameter.numel()) for state in ("master", "exp_avg", "exp_avg_sq")}
+            optimizer.fill(Fragment(declaration, parameter, tuple(parameter.shape), 0, states))
+    for path in sorted((folder / "run" / "checkpoints").glob("step-*")):
+        own = read_architecture(load_config(str(path)))
+        pretrained = Pretrained(path, own)
+        pretrained.check(whole_tensors(own))
+        pretrained.fill(build_stage(config, own, make_grid(0, connect=False), "cpu"), 0)
+
+
+def too_long(number, frame):
+    raise AssertionError("reading has not ended")
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_a_damaged_folder_is_a_clear_error_or_is_read(block, bases, tmp_path):
+    outside = {path: path.read_bytes() for path in sorted(bases.rglob("*")) if path.is_file()}
+    refused = 0
+    before = signal.signal(signal.SIGALRM, too_long)
+    try:
+        for case in range(CASES):
+            seed = block * CASES + case
+            dice, folder = random.Random(seed), tmp_path / "case" / str(seed)
+            kind = dice.choice([*KINDS, "trap", *["run"] * 6])
+            shutil.copytree(bases / kind, folder / kind)
+            shutil.copy(bases / "tokens.idx", folder)
+            damage(folder / kind, dice)
+            if kind == "run" and dice.random() < 0.6:
+                for path in (folder / "run" / "checkpoints").glob("step-*"):
+                    agree(path)
+            signal.alarm(240)
+            try:
+                read_run(folder) if kind == "run" else read_model(folder / kind)
+            except (CheckpointError, ConfigError):
+                refused += 1
+            except Exception as error:
+                raise AssertionError(f"seed {seed}: {kind}") from error
+            finally:
+                signal.alarm(0)
+            shutil.rmtree(folder)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert CASES // 4 < refused < CASES, "some are refused, and some damage is not seen without hashes"
+    assert not (bases / "it ran").exists()
+    assert {path: path.read_bytes() for path in sorted(bases.rglob("*")) if path.is_file()} == outside
+    assert list((tmp_path / "case").iterdir()) == []
