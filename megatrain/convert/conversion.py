@@ -29,7 +29,8 @@ from megatrain.convert.progress import Progress
 from megatrain.convert.source import Rounded, Source, nbytes
 from megatrain.convert.writer import Catcher, plan_shards, write_model
 from megatrain.errors import CheckpointError
-from megatrain.models.architecture import Architecture, load_config, read_architecture
+from megatrain.models.architecture import Architecture, load_config
+from megatrain.models.labels import any_architecture
 from megatrain.train.build import whole_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -70,7 +71,9 @@ def convert(request: Request, *, say: Say) -> Path:
     """Write request.target and return it; on any failure it does not appear."""
     check_target(request.target)
     source = open_source(request.source, Hints(request.config, request.tokenizer, request.vocab_size))
-    architecture = read_architecture(source.config)
+    architecture = any_architecture(source.config)
+    if architecture.classifier is not None:
+        raise CheckpointError(f"{source.folder} is a classifier, and language models are converted; transformers loads the folder as it is")
     expected = whole_tensors(architecture)
     source.adopt(architecture, expected)
     check_coverage(source, architecture, expected)

@@ -288,6 +288,8 @@ DAMAGES = {
     "holds model.layers.1.": lambda folder: set_config(folder, num_hidden_layers=1),
     "holds lm_head.weight with other values than the embedding, and its config ties them": untie,
     "model.quantization_config": lambda folder: set_config(folder, quantization_config={"quant_method": "fp8"}),
+    "is a classifier, and language models are converted": lambda folder: set_config(
+        folder, architectures=["LlamaForSequenceClassification"], pad_token_id=0),
     "model.model_type=": lambda folder: set_config(folder, model_type="opt"),
     "is of no kind that is read": lambda folder: (folder / "config.json").unlink(),
     "holds no model": lambda folder: [path.unlink() for path in folder.glob("*.safetensors*")],

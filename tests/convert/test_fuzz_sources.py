@@ -23,7 +23,7 @@ from megatrain.models.architecture import read_architecture
 from megatrain.train.build import whole_tensors
 
 SMALL = {**LLAMA, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 12}
-CASES = 80
+CASES = 60
 
 
 @pytest.fixture(scope="module")
