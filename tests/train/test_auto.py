@@ -248,7 +248,7 @@ def test_bytes_of_layers_by_hand(tmp_path):
         assert sizes[0] == (0, (10.0 + width) * 67 * 32, 16 * 2 * 8), "the tokens, int64"
         assert sizes[1:6] == [(place, (10.0 + width) * block, 16 * 2 * 32 * width) for place in range(1, 6)]
         assert sizes[6][1] == (10.0 + width) * (67 * 32 + 32)
-        assert sizes[6][2] >= 16 * 2 * (67 + 32) * width, "its input and the logits"
+        assert sizes[6][2] == 16 * 2 * ((67 + 2 * 32) * width + 4), "the norm's input, output and, in fp32, its scale; the logits; no weight"
 
 
 def settle(rank, world_size, config):
