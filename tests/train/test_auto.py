@@ -249,6 +249,8 @@ def test_bytes_of_layers_by_hand(tmp_path):
         assert sizes[1:6] == [(place, (10.0 + width) * block, 16 * 2 * 32 * width) for place in range(1, 6)]
         assert sizes[6][1] == (10.0 + width) * (67 * 32 + 32)
         assert sizes[6][2] == 16 * 2 * ((67 + 2 * 32) * width + 4), "the norm's input, output and, in fp32, its scale; the logits; no weight"
+        (kept,) = run_ranks(measure_bytes, 1, layout("llama", {}, **{"train.dtype": dtype}), folder=tmp_path)
+        assert [kept[1][2] - size[2] for size in kept[2:6]] == [2 * 16 * 8 * width] * 4, "the rotations that all blocks share count once"
 
 
 def settle(rank, world_size, config):
