@@ -50,6 +50,14 @@ class TensorFile(Protocol):
     def let_go(self, name: str) -> None: ...
 
 
+class Span(NamedTuple):
+    """Bytes [start, stop) of a file, which are a tensor's, row by row."""
+
+    path: Path
+    start: int
+    stop: int
+
+
 class _Place(NamedTuple):
     """Where a tensor's bytes are in the file."""
 
@@ -119,6 +127,10 @@ class SafetensorsFile:
 
     def let_go(self, name: str) -> None:
         """Nothing: a view's mapping goes with it."""
+
+    def span(self, name: str) -> Span:
+        """Where the tensor's bytes are."""
+        return Span(self.path, self._places[name].start, self._places[name].stop)
 
 
 def is_file(path: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.tensor_file import BinFile, Index, SafetensorsFile, TensorFile
+from megatrain.checkpoint.tensor_file import BinFile, Index, SafetensorsFile, Span, TensorFile
 from megatrain.errors import CheckpointError
 
 
@@ -90,6 +90,11 @@ class Tensors:
     def view(self, name: str) -> Tensor:
         """The tensor as it lies in its file, mapped; not to be written to. What is looked at is read, and nothing else."""
         return self._home(name).view(name)
+
+    def span(self, name: str) -> Span | None:
+        """The bytes of a file that are the tensor, where the file is of safetensors."""
+        home = self._home(name)
+        return home.span(name) if isinstance(home, SafetensorsFile) else None
 
     def _home(self, name: str) -> TensorFile:
         if name not in self._homes:

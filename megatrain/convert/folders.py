@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatrain.checkpoint import manifest
 from megatrain.checkpoint.pretrained import BUFFERS
-from megatrain.checkpoint.tensor_file import Index
+from megatrain.checkpoint.tensor_file import Index, Span
 from megatrain.checkpoint.tensors import Tensors
 from megatrain.convert.source import Readable, blocks
 from megatrain.errors import CheckpointError
@@ -44,6 +44,10 @@ class HuggingFaceFolder:
 
     def names(self) -> list[str]:
         return list(self._homes)
+
+    def span(self, name: str) -> Span | None:
+        """The bytes of a file that are the tensor, if they are to be had as they are."""
+        return self._tensors.span(self._homes[name])
 
     def file(self, name: str) -> Path:
         """The file that holds the tensor."""

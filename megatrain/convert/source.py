@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.tensor_file import Index
+from megatrain.checkpoint.tensor_file import Index, Span
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture
 
@@ -60,6 +60,13 @@ class Readable(Protocol):
     def read(self, name: str, index: Index | None = None) -> Tensor: ...
 
 
+@runtime_checkable
+class HasSpans(Protocol):
+    """Tensors of which some lie in files as they are to be written."""
+
+    def span(self, name: str) -> Span | None: ...
+
+
 class Rounded:
     """The tensors of another in one dtype where they are of floating point; None leaves each as it is."""
 
@@ -72,6 +79,12 @@ class Rounded:
     def dtype(self, name: str) -> torch.dtype:
         dtype = self._tensors.dtype(name)
         return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
+
+    def span(self, name: str) -> Span | None:
+        """Where the bytes are, of a tensor that keeps its dtype."""
+        if not isinstance(self._tensors, HasSpans) or self.dtype(name) != self._tensors.dtype(name):
+            return None
+        return self._tensors.span(name)
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
         exact = self._tensors.read(name, index)

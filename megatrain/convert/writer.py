@@ -1,14 +1,17 @@
 """Writes safetensors block by block: the header follows from names, dtypes and shapes, so that no tensor has to be whole in memory.
 
+Bytes that lie in a file as they are to be written are copied by the system, as `cp` does, and never come to this process.
+
 While blocks are written a second thread has the disk catch up.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.manifest import sync
-from megatrain.convert.source import Readable, blocks, nbytes
+from megatrain.checkpoint.tensor_file import Span
+from megatrain.convert.source import HasSpans, Readable, blocks, nbytes
 from megatrain.errors import CheckpointError
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
@@ -26,6 +30,10 @@ _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 
 _BEHIND = 128 << 20
 """Bytes after which the disk is asked to catch up."""
+
+_COPIED_BYTES = 64 << 20
+_NOT_COPIED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system says that does not copy between files."""
 
 
 class Catcher:
@@ -87,13 +95,45 @@ def write_file(path: Path, names: list[str], tensors: Readable, *, wrote: Callab
     behind = 0
     with path.open("wb", buffering=0) as file:
         _write_all(file.fileno(), memoryview(_header(names, tensors)))
-        for block in (block for name in names for block in blocks(tensors, name)):
-            _write_all(file.fileno(), memoryview(raw_bytes(block).numpy()))
-            wrote(block.nbytes)
-            behind += block.nbytes
+        for count in (count for name in names for count in _write_tensor(file.fileno(), tensors, name)):
+            wrote(count)
+            behind += count
             if catcher is not None and behind >= _BEHIND:
                 catcher.catch_up(path)
                 behind = 0
+
+
+def _write_tensor(handle: int, tensors: Readable, name: str) -> Iterator[int]:
+    """Write it in parts; yields the bytes of each."""
+    span = tensors.span(name) if isinstance(tensors, HasSpans) else None
+    if span is not None and span.start < span.stop and _copies_files(span, handle):
+        begin = os.lseek(handle, 0, os.SEEK_CUR)
+        try:
+            yield from _copy_span(span, handle)
+            return
+        except OSError as error:
+            if error.errno not in _NOT_COPIED:
+                raise
+            os.lseek(handle, begin, os.SEEK_SET)
+    for block in blocks(tensors, name):
+        _write_all(handle, memoryview(raw_bytes(block).numpy()))
+        yield block.nbytes
+
+
+def _copies_files(span: Span, handle: int) -> bool:
+    """Whether the system copies between these files."""
+    return hasattr(os, "copy_file_range") and span.path.stat().st_dev == os.fstat(handle).st_dev
+
+
+def _copy_span(span: Span, handle: int) -> Iterator[int]:
+    with span.path.open("rb") as source:
+        at = span.start
+        while at < span.stop:
+            count = os.copy_file_range(source.fileno(), handle, min(span.stop - at, _COPIED_BYTES), at)
+            if count == 0:
+                raise CheckpointError(f"{span.path} has become shorter while it was read")
+            at += count
+            yield count
 
 
 def raw_bytes(tensor: Tensor) -> Tensor:

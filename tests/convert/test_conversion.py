@@ -170,7 +170,27 @@ def test_a_bit_that_flips_on_its_way_to_the_disk_is_found(source, tmp_path, capf
         write_all(handle, memoryview(content))
 
     monkeypatch.setattr(writer, "_write_all", flip)
+    monkeypatch.setattr(writer, "_copies_files", lambda *args: False)
     assert "with other bytes than were written" in refused(capfd, source, tmp_path / "out", "--to", "hf")
+
+
+def test_a_copy_from_the_wrong_place_is_found(source, tmp_path, capfd, monkeypatch):
+    copy = writer._copy_span
+    monkeypatch.setattr(writer, "_copy_span", lambda span, handle: copy(span._replace(start=span.start - 4, stop=span.stop - 4), handle))
+    assert "with other bytes than were written" in refused(capfd, source, tmp_path / "out", "--to", "hf")
+
+
+@pytest.mark.parametrize("how", ["other disks", "refused"])
+def test_where_the_system_copies_no_files_the_bytes_are_the_same(how, source, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if how == "refused":
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    else:
+        monkeypatch.setattr(writer, "_copies_files", lambda *args: False)
+    assert to_hf(source, tmp_path / "out") == 0
+    assert tensors_of(tmp_path / "out") == tensors_of(source)
 
 
 def test_a_tensor_read_wrongly_shows_in_the_logits(source, tmp_path, capfd, monkeypatch):
@@ -198,7 +218,7 @@ def test_killed_in_the_middle_leaves_no_half_folder_and_the_next_run_clears_up(s
         "import os, sys\nfrom megatrain.convert import writer\nfrom megatrain.__main__ import main\n"
         "write, count = writer._write_all, []\n"
         "def die(*args):\n    count.append(1)\n    write(*args)\n    len(count) == 9 and os.kill(os.getpid(), 9)\n"
-        "writer._write_all = die\nmain(['convert', *sys.argv[1:]])"
+        "writer._write_all, writer._copies_files = die, lambda *args: False\nmain(['convert', *sys.argv[1:]])"
     )
     words = [str(source), str(tmp_path / "out"), "--to", "hf"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -237,6 +257,7 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, capfd, monkeypatch):
         write_all(handle, view)
 
     monkeypatch.setattr(writer, "_write_all", full)
+    monkeypatch.setattr(writer, "_copies_files", lambda *args: False)
     assert "cannot be written: No space left on device; nothing was published" in refused(capfd, source, tmp_path / "out", "--to", "hf")
 
 
