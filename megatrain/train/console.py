@@ -62,7 +62,7 @@ def _measured(figures: Mapping[str, float]) -> str:
     return "".join(f"  {name.removeprefix('valid_')} {figures[name]:.4f}" for name in _SHOWN if name in figures)
 
 
-_SHOWN = ("valid_accuracy", "valid_f1_macro", "valid_mse", "valid_r2")
+_SHOWN = ("valid_accuracy", "valid_f1_macro", "valid_mse", "valid_r2", "valid_rewards/margins", "valid_rewards/accuracy")
 """Of what a task measures; all of it is in metrics.jsonl."""
 
 

@@ -267,9 +267,10 @@ class _Training:
         assert self.valid_loader is not None
         with self.task.measure(self.trainer, self.folder) as measured:
             loss, measures = self.trainer.evaluate(self.valid_loader.microbatches, self.eval_batches)
+        figures = {f"valid_{name}": value for name, value in measures.items()} | measured
         if self.place.rank == 0:
-            logger.info(console.evaluation_line(step=self.progress.step, steps=self.config.steps, loss=loss, measured=measured))
-        return {"valid_loss": loss, **{f"valid_{name}": value for name, value in measures.items()}, **measured}
+            logger.info(console.evaluation_line(step=self.progress.step, steps=self.config.steps, loss=loss, measured=figures))
+        return {"valid_loss": loss, **figures}
 
     def _save(self) -> None:
         """Begin to save. Nothing older goes before the first update after a resume has shown what it did."""

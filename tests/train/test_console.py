@@ -24,6 +24,8 @@ def test_the_header_and_step_lines():
     assert console.step_line(late).index("tok/s") == console.step_line(early).index("tok/s")
     assert console.step_line(late).endswith("330 TFLOP/s  1m40s left")
     assert console.evaluation_line(step=50, steps=300, loss=3.1) == "step  50/300  validation loss 3.1000"
+    figures = {"valid_rewards/accuracy": 0.75, "valid_rewards/margins": 0.5, "valid_log_probs/chosen": -9.0}
+    assert console.evaluation_line(step=1, steps=2, loss=0.6, measured=figures) == "step 1/2  validation loss 0.6000  rewards/margins 0.5000  rewards/accuracy 0.7500"
 
 
 @pytest.mark.parametrize(
