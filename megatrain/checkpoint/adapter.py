@@ -47,8 +47,8 @@ def join(folder: Path, records: list[manifest.FileRecord], config: Config, archi
         with safe_open(folder / name, framework="pt") as source:
             tensors |= {key: source.get_tensor(key) for key in source.keys()}  # noqa: SIM118
     save_file(tensors, folder / MODEL, metadata={"format": "pt"})
-    for name in shards:
-        (folder / name).unlink()
+    for path in folder.glob("model*.safetensors*"):  # the shards, and their index
+        path.unlink()
     write_config(folder, config, architecture)
     kept = [record for record in records if record.path not in shards]
     return [*kept, *(manifest.record(folder, folder / name) for name in (CONFIG, MODEL))]
