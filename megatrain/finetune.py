@@ -9,6 +9,7 @@ The same run as pretraining's, with other data: see `pretrain.py`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ if __name__ == "__main__":
 
 from megatrain import pretrain
 from megatrain.config import load
+from megatrain.place import from_environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +52,9 @@ def merge(args: argparse.Namespace) -> int:
     """Write a LoRA run's model without adapters; returns the exit code."""
     from megatrain.checkpoint.merge import merge_run
 
+    place = from_environment(os.environ)
+    if place is not None and place.rank != 0:
+        return 0  # under a launcher one of its processes is enough
     print(f"merged into {merge_run(load(args.config, args.overrides))}")
     return 0
 

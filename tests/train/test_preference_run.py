@@ -84,7 +84,7 @@ def test_a_run_that_goes_on_is_the_same_run(lora, files, tmp_path):
     assert (tmp_path / "whole" / "reference.safetensors").exists() == (not lora)
 
 
-def test_merging_by_the_verb(files, tmp_path, capsys):
+def test_merging_by_the_verb(files, tmp_path, capsys, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -94,6 +94,11 @@ def test_merging_by_the_verb(files, tmp_path, capsys):
     assert main(["finetune", str(file), "--merge"]) == 1
     assert "there is no checkpoint to merge" in capsys.readouterr().err
     run_ranks(finetune, 2, raw, folder=tmp_path)
+    with monkeypatch.context() as launched:
+        for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+            launched.setenv(name, value)
+        assert main(["finetune", str(file), "--merge"]) == 0
+    assert not (tmp_path / "run" / "merged").exists()
     assert main(["finetune", str(file), "--merge"]) == 0
     assert str(tmp_path / "run" / "merged") in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged").eval()
