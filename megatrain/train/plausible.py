@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
+
+from megatrain.checkpoint.save import Progress
+from megatrain.errors import CheckpointError
 
 REMEMBERED = 32
 """Losses kept with a checkpoint."""
@@ -30,3 +34,27 @@ def highest(before: Sequence[float], margin: float) -> float:
     """The highest loss with which the run may go on after `before`, of which there is at least one."""
     spread = statistics.pstdev(before)
     return max(before) + max(margin * (2 if len(before) < _FEW else 1), _DEVIATIONS * spread)
+
+
+class Watch:
+    """The first steps after a resume from `path`, or of a run that begins afresh, which is held to nothing."""
+
+    def __init__(self, path: Path | None, before: Progress, *, margin: float) -> None:
+        self._path, self._before, self._margin = path, before, margin
+
+    def check(self, step: int, loss: float) -> None:
+        """Refuse to go on from a checkpoint whose first losses are far above those before it."""
+        before = self._before
+        if self._path is None or not before.losses or not self._margin or step > before.step + WATCHED:
+            return
+        most = highest(before.losses, self._margin)
+        if loss > most:
+            raise CheckpointError(
+                f"{self._path} is not to be trusted: step {step} has a loss of {loss:.3f}, after {before.losses[-1]:.3f} at step {before.step}, and at "
+                f"most {most:.3f} was to be expected (train.resume_margin={self._margin:g}). Take an older one with train.resume=FOLDER, or set "
+                "train.resume_margin=0 where other data explain it"
+            )
+
+    def has_seen_an_update(self, step: int) -> bool:
+        """Whether a loss has shown what the first update after the resume did: before that nothing older may go."""
+        return self._path is None or step > self._before.step + 1

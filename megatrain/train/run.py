@@ -24,7 +24,7 @@ from megatrain.checkpoint.saver import Saved, Saver
 from megatrain.config import Config, to_yaml
 from megatrain.data.loader import Loader
 from megatrain.data.splits import Part
-from megatrain.errors import CheckpointError, UserError
+from megatrain.errors import UserError
 from megatrain.parallel.grid import make_grid
 from megatrain.place import Place
 from megatrain.rank import Target
@@ -37,7 +37,7 @@ from megatrain.train.finetuning import Finetuning
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import FILE_NAME, MetricsLog, read
 from megatrain.train.picture import draw_loss
-from megatrain.train.plausible import WATCHED, highest, remember
+from megatrain.train.plausible import Watch, remember
 from megatrain.train.reference import BatchesOf, make_reference
 from megatrain.train.tasks import Pretraining, Source, Task
 from megatrain.train.trace import Tracer
@@ -111,7 +111,7 @@ class _Training:
             for words in loading.notes(path, config, self.grid) if place.rank == 0 else []:
                 logger.info(f"  {words}")
             self.progress = loading.load(path, zero=self.trainer.zero, config=config, grid=self.grid)
-        self.resumed, self.before = path, self.progress
+        self.watch = Watch(path, self.progress, margin=config.train.resume_margin)
         chat = task.chat(config) if place.rank == 0 else None
         self.saver = Saver(self.folder / "checkpoints", zero=self.trainer.zero, config=config, architecture=self.architecture, grid=self.grid,
                            describe=lambda folder: write_descriptions(folder, config, self.architecture, chat))  # fmt: skip
@@ -197,7 +197,7 @@ class _Training:
             started = time.perf_counter()
             report = self.trainer.step(step, self.train_loader.microbatches(step - 1))
             seconds = time.perf_counter() - started
-        self._check_plausible(step, report.loss)
+        self.watch.check(step, report.loss)
         losses = remember(self.progress.losses, report.loss) if math.isfinite(report.loss) else self.progress.losses
         self.progress = Progress(step, self.progress.tokens + config.tokens_per_step, self.progress.updates + report.applied,
                                  0 if report.applied else self.progress.bad_steps + 1, losses)  # fmt: skip
@@ -230,19 +230,6 @@ class _Training:
             bad = self.progress.bad_steps
             logger.warning(f"step {self.progress.step}: non-finite {_bad_part(report)}, skipped ({bad} in a row)")
 
-    def _check_plausible(self, step: int, loss: float) -> None:
-        """Refuse to go on from a checkpoint whose first losses are far above those before it."""
-        margin, before = self.config.train.resume_margin, self.before
-        if self.resumed is None or not before.losses or not margin or step > before.step + WATCHED:
-            return
-        most = highest(before.losses, margin)
-        if loss > most:
-            raise CheckpointError(
-                f"{self.resumed} is not to be trusted: step {step} has a loss of {loss:.3f}, after {before.losses[-1]:.3f} at step {before.step}, and at "
-                f"most {most:.3f} was to be expected (train.resume_margin={margin:g}). Take an older one with train.resume=FOLDER, or set "
-                "train.resume_margin=0 where other data explain it"
-            )
-
     def _give_up(self, report: StepReport) -> NoReturn:
         self._finish_saving()
         where = self.trainer.first_bad_layer()
@@ -273,8 +260,7 @@ class _Training:
         return {"valid_loss": loss, **figures}
 
     def _save(self) -> None:
-        """Begin to save. Nothing older goes before the first update after a resume has shown what it did."""
-        self._say_saved(self.saver.save(self.progress, prune=self.resumed is None or self.progress.step > self.before.step + 1))
+        self._say_saved(self.saver.save(self.progress, prune=self.watch.has_seen_an_update(self.progress.step)))
 
     def _finish_saving(self) -> None:
         self._say_saved(self.saver.finish())
