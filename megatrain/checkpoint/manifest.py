@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from megatrain.checkpoint.tensor_file import Written, is_file
 from megatrain.errors import CheckpointError
+
+if TYPE_CHECKING:  # it brings torch, and whether a checkpoint is whole is asked without
+    from megatrain.checkpoint.tensor_file import Written
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -130,3 +132,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} cannot be read: it holds no mapping")
     return content
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a file, also where its name cannot be one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.manifest import is_file
 from megatrain.errors import CheckpointError
 
 Index = tuple[slice, ...]
@@ -131,14 +132,6 @@ class SafetensorsFile:
     def span(self, name: str) -> Span:
         """Where the tensor's bytes are."""
         return Span(self.path, self._places[name].start, self._places[name].stop)
-
-
-def is_file(path: Path) -> bool:
-    """Whether it is a file, also where its name cannot be one."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _header(path: Path) -> tuple[int, bytes]:
