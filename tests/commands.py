@@ -7,6 +7,7 @@ that imports is started with the first command and lives as long as pytest. A co
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -73,11 +74,22 @@ def _ask(order: dict[str, object]) -> int:
 
 @atexit.register
 def stop() -> None:
-    """End the importing process, and with it what a failed test has left running; the next command starts a new one."""
+    """End the importing process, and with it what a failed test has left running; the next command starts a new one.
+
+    It is told to, as it would wait for ever for the end of its input: ranks forked after it (ranks.py) hold the pipe too.
+    """
     global _server
-    if _server is not None:
-        _server.communicate()
-        _server = None
+    if _server is None:
+        return
+    assert _server.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        _server.stdin.write(json.dumps({"stop": True}) + "\n")
+        _server.stdin.flush()
+    try:
+        _server.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        _server.kill()
+    _server = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,6 +127,8 @@ def _serve() -> None:
     under_way: set[int] = set()
     for line in sys.stdin:
         order = json.loads(line)
+        if "stop" in order:
+            break
         if "wait" in order:
             answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
             under_way.remove(order["wait"])
