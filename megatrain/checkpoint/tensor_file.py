@@ -79,7 +79,7 @@ class SafetensorsFile:
         self.path = path
         size, text = _header(path)
         try:
-            header = json.loads(text, object_pairs_hook=_no_pair_twice)
+            header = json.loads(text, object_pairs_hook=no_name_twice)
             entries: Any = dict(header)
             self.metadata: dict[str, str] = dict(entries.pop("__metadata__", None) or {})
             self._places = {name: _place(entry, 8 + len(text)) for name, entry in entries.items()}
@@ -161,7 +161,8 @@ def _place(entry: dict[str, Any], data: int) -> _Place:
     return _Place(dtype, shape, data + start, data + stop)
 
 
-def _no_pair_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different; ValueError otherwise."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.tensor_file import BinFile, Index, SafetensorsFile, Span, TensorFile
+from megatrain.checkpoint.tensor_file import BinFile, Index, SafetensorsFile, Span, TensorFile, no_name_twice
 from megatrain.errors import CheckpointError
 
 
@@ -141,7 +141,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise CheckpointError(f"{path} is no file")
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
+        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_name_twice)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no readable index: {type(error).__name__} {str(error)[:120]}") from None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -150,12 +150,3 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\0" in file or "\\" in file:
             raise CheckpointError(f"{path} has {name[:120]} in {str(file)[:120]!r}, which is not the name of a file in its folder")
     return weight_map
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name[:120]} is listed twice")
-        found[name] = value
-    return found

@@ -113,7 +113,7 @@ DAMAGES = {
     "its weight_map is not a mapping": edit_index(lambda m: m.clear()),
     "holds a.weight twice": lambda folder: save_file({**SHARDS[1], "a.weight": WANTED["a.weight"]}, folder / TWO),
     "no readable index": lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": '),
-    "a.bias is listed twice": lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a.bias": "x", "a.bias": "y"}}'),
+    "a.bias is there twice": lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a.bias": "x", "a.bias": "y"}}'),
     "may be of different models": lambda folder: save_file(WANTED, folder / "model.safetensors"),
     "holds no model: neither": lambda folder: (folder / "model.safetensors.index.json").unlink(),
     r"x is there twice": replace(ONE, '{"x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}, "x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}}', b"1234"),
