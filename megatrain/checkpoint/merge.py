@@ -6,7 +6,6 @@ where the adapter says fan_in_fan_out (GPT-2); see `models/lora.py` for the form
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from megatrain.checkpoint import adapter, load, manifest
 from megatrain.checkpoint.adapter import CONFIG, MODEL
-from megatrain.checkpoint.tensors import Tensors
+from megatrain.checkpoint.tensors import Tensors, shard_names, write_weight_map
 from megatrain.config import Config
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.models.lora import PREFIX
@@ -114,15 +113,13 @@ def _in_base(module: str, tensors: Tensors) -> str:
 def _write_model(folder: Path, added: Adapter, tensors: Tensors, homes: dict[str, Low]) -> None:
     weight_map: dict[str, str] = {}
     total = 0
-    for number, file in enumerate(tensors.files, start=1):
-        name = "model.safetensors" if len(tensors.files) == 1 else f"model-{number:05d}-of-{len(tensors.files):05d}.safetensors"
+    for name, file in zip(shard_names(len(tensors.files)), tensors.files, strict=True):
         shard = {key: _merged(key, added, tensors, homes) for key in file.names()}
         save_file(shard, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(tensors.files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+        write_weight_map(folder, weight_map, total_size=total)
 
 
 def _merged(name: str, added: Adapter, tensors: Tensors, homes: dict[str, Low]) -> Tensor:

@@ -25,6 +25,7 @@ from megatrain.checkpoint import adapter, manifest
 from megatrain.checkpoint.content import Content
 from megatrain.checkpoint.optimizer_folder import NamedPiece, write_index
 from megatrain.checkpoint.tensor_file import write_tensors
+from megatrain.checkpoint.tensors import shard_names, write_weight_map
 from megatrain.config import Config
 from megatrain.models.architecture import Architecture
 from megatrain.parallel.grid import Grid
@@ -119,15 +120,12 @@ def _renamed(temporary: Path, shares: list[Share], states: Iterable[str]) -> lis
     records = {entry.path: entry for share in shares for entry in share.records}
     shards = [shard for share in sorted(shares, key=lambda s: s.stage) for shard in share.shards]
     weight_map: dict[str, str] = {}
-    for number, (old, sizes) in enumerate(shards, start=1):
-        new = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for new, (old, sizes) in zip(shard_names(len(shards)), shards, strict=True):
         (temporary / old).rename(temporary / new)
         records[new] = records.pop(old)._replace(path=new)
         weight_map |= dict.fromkeys(sizes, new)
     pieces = {_optimizer_file(rank): share.pieces for rank, share in enumerate(shares) if share.pieces}
     write_index(temporary / "optimizer", pieces, states)
     if len(shards) > 1:
-        index = temporary / "model.safetensors.index.json"
-        total = sum(size for _, sizes in shards for size in sizes.values())
-        index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1), encoding="utf-8")
+        write_weight_map(temporary, weight_map, total_size=sum(size for _, sizes in shards for size in sizes.values()))
     return list(records.values())

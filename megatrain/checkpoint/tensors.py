@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,18 @@ _FORMATS: dict[type[SafetensorsFile] | type[BinFile], _Format] = {
     BinFile: _Format("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 }
 """Looked for in this order, as transformers does."""
+
+
+def shard_names(count: int) -> list[str]:
+    """What a model's safetensors files are called, in their order."""
+    names = _FORMATS[SafetensorsFile]
+    return [names.single] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_weight_map(folder: Path, homes: Mapping[str, str], *, total_size: int) -> None:
+    """Say which file each tensor is in, where they are several files; `total_size` in bytes."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(homes)}
+    (folder / _FORMATS[SafetensorsFile].index_name).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 class Tensors:

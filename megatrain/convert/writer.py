@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.manifest import sync
 from megatrain.checkpoint.tensor_file import Span
+from megatrain.checkpoint.tensors import shard_names, write_weight_map
 from megatrain.convert.source import HasSpans, Readable, blocks, nbytes
 from megatrain.errors import CheckpointError
 
@@ -72,9 +73,7 @@ def plan_shards(names: Iterable[str], tensors: Readable, max_bytes: int) -> list
             size = 0
         groups[-1].append(name)
         size += nbytes(tensors, name)
-    if len(groups) == 1:
-        return [Shard("model.safetensors", groups[0])]
-    return [Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group) for number, group in enumerate(groups, start=1)]
+    return [Shard(name, group) for name, group in zip(shard_names(len(groups)), groups, strict=True)]
 
 
 def write_model(folder: Path, shards: list[Shard], tensors: Readable, *, wrote: Callable[[int], None], catcher: Catcher | None = None) -> None:
@@ -84,8 +83,7 @@ def write_model(folder: Path, shards: list[Shard], tensors: Readable, *, wrote: 
     if len(shards) > 1:
         total = sum(nbytes(tensors, name) for shard in shards for name in shard.tensors)
         homes = {name: shard.file for shard in shards for name in shard.tensors}
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}, indent=1)
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_weight_map(folder, dict(sorted(homes.items())), total_size=total)
 
 
 def write_file(path: Path, names: list[str], tensors: Readable, *, wrote: Callable[[int], None], catcher: Catcher | None = None) -> None:
