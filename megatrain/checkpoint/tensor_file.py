@@ -15,7 +15,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -185,7 +185,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
     # Wider elements first: each tensor then begins at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     with path.open("wb", buffering=0) as file:
-        for block in [memoryview(_make_header(names, tensors, metadata or {})), *(_bytes_of(tensors[name]) for name in names)]:
+        header = make_header([(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names], metadata=metadata or {})
+        for block in [memoryview(header), *(memoryview(raw_bytes(tensors[name]).numpy()) for name in names)]:
             for start in range(0, len(block), _BLOCK):
                 part = block[start : start + _BLOCK]
                 digest.update(part)
@@ -196,22 +197,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
     return Written(path, size, digest.hexdigest())
 
 
-def _make_header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def make_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], *, metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with, from the name, dtype and shape of each tensor in the order of their bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     words = {dtype: word for word, dtype in _DTYPES.items()}
     at = 0
-    for name in names:
-        tensor = tensors[name]
-        entries[name] = {"dtype": words[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
-        at += tensor.nbytes
+    for name, dtype, shape in tensors:
+        end = at + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": words[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's memory, row by row, uint8 [n]."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 class BinFile:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.tensor_file import raw_bytes
 from megatrain.checkpoint.tensors import Tensors
 from megatrain.convert.logits import fixed_prompts, our_logits, transformers_logits
 from megatrain.convert.source import Readable, Rounded, Source, blocks
-from megatrain.convert.writer import raw_bytes
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture
 

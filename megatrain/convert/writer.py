@@ -8,26 +8,21 @@ While blocks are written a second thread has the disk catch up.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from megatrain.checkpoint.manifest import sync
-from megatrain.checkpoint.tensor_file import Span
+from megatrain.checkpoint.tensor_file import Span, make_header, raw_bytes
 from megatrain.checkpoint.tensors import shard_names, write_weight_map
 from megatrain.convert.source import HasSpans, Readable, blocks, nbytes
 from megatrain.errors import CheckpointError
 
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-          torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
-
+_WRITTEN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 _BEHIND = 128 << 20
 """Bytes after which the disk is asked to catch up."""
@@ -134,23 +129,11 @@ def _copy_span(span: Span, handle: int) -> Iterator[int]:
             yield count
 
 
-def raw_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's memory, row by row, uint8 [n]."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-
-
 def _header(names: list[str], tensors: Readable) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
     for name in names:
-        dtype = tensors.dtype(name)
-        if dtype not in _NAMES:
-            raise CheckpointError(f"{name} is of {dtype}, which is not written; convert with --dtype bf16, fp16 or fp32")
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(tensors.shape(name)), "data_offsets": [at, at + nbytes(tensors, name)]}
-        at += nbytes(tensors, name)
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+        if tensors.dtype(name) not in _WRITTEN:
+            raise CheckpointError(f"{name} is of {tensors.dtype(name)}, which is not written; convert with --dtype bf16, fp16 or fp32")
+    return make_header([(name, tensors.dtype(name), tensors.shape(name)) for name in names], metadata={"format": "pt"})
 
 
 def _write_all(handle: int, view: memoryview) -> None:
