@@ -91,11 +91,12 @@ def load_model(folder: Path, *, dtype: str | None, memory: int | None, spare: st
 
     from megatrain.checkpoint.tensors import Tensors
     from megatrain.errors import CheckpointError
+    from megatrain.optim.zero import DTYPES
 
     disable_progress_bar()
     tensors = Tensors(folder)  # says what is wrong with a damaged folder
     size = sum(tensors.nbytes(name) for name in tensors.names())
-    wanted = "auto" if dtype is None else {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    wanted = "auto" if dtype is None else DTYPES[dtype]
     where: dict[str, Any] = {}
     limit = memory if memory is not None else int(_free_memory() * _ROOM)
     if torch.cuda.is_available() or size > limit:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from megatrain.config import Config
 from megatrain.models.architecture import Architecture
+from megatrain.optim.zero import DTYPES
 
 TOKENIZER_FILES = ("*token*.json", "*.jinja", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 
@@ -28,7 +29,7 @@ def write_descriptions(folder: Path, config: Config, architecture: Architecture,
     """Write what transformers reads beside the weights; the tokenizer's files are copied from `data.tokenizer`."""
     hf = type(architecture.config).from_dict(architecture.config.to_dict())
     hf.architectures = [_class_name(hf, architecture)]
-    hf.dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.train.dtype]
+    hf.dtype = str(DTYPES[config.train.dtype]).removeprefix("torch.")
     hf.save_pretrained(folder)
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer is not None else None
     if tokenizer is not None:

@@ -31,9 +31,9 @@ from megatrain.convert.writer import Catcher, plan_shards, write_model
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture, load_config
 from megatrain.models.labels import any_architecture
+from megatrain.optim.zero import DTYPES
 from megatrain.train.build import whole_tensors
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAME = "conversion.json"
 WORKING_BYTES = 1 << 30
 """Memory beside the largest tensor in fp32: libraries, blocks being read and written, activations of the prompts."""
