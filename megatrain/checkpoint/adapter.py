@@ -58,7 +58,7 @@ def check(path: Path, config: Config) -> None:
     """Refuse a checkpoint of another task or of other adapters: its weights would fit, or not, and mean something else."""
     task, there = _settings(path)
     here = config.lora
-    if task != config.task:
+    if task is not None and task != config.task:  # a converted checkpoint binds no run
         raise CheckpointError(f"{path} was written with task={task} and this run has task={config.task}; start a new run, with another run.output_dir, "
                               "from its weights with train.init_from")  # fmt: skip
     if bool(there["rank"]) != bool(here.rank):
@@ -71,11 +71,11 @@ def check(path: Path, config: Config) -> None:
                                   f"resume with lora.{name}={there.get(name)}, or start another run")  # fmt: skip
 
 
-def _settings(path: Path) -> tuple[str, dict[str, Any]]:
-    """The task and the `lora` section of the checkpoint's config."""
+def _settings(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """The task, if it names one, and the `lora` section of the checkpoint's config."""
     content = manifest.read_json(path / "trainer.json").get("config")
     if isinstance(content, dict):
         lora = content.get("lora", {"rank": 0})
         if isinstance(lora, dict) and isinstance(lora.get("rank"), int):
-            return content.get("task", "sft"), lora
+            return content.get("task"), lora
     raise CheckpointError(f"{path / 'trainer.json'} is damaged: its config says nothing that can be read of lora")

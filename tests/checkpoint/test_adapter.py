@@ -24,7 +24,7 @@ from megatrain.checkpoint.merge import merge
 from megatrain.checkpoint.optimizer_folder import OptimizerFolder
 from megatrain.checkpoint.save import Progress
 from megatrain.checkpoint.saver import Saver
-from megatrain.config import Lora
+from megatrain.config import Config, Lora
 from megatrain.data.loader import Batch
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import load_config, read_architecture
@@ -185,3 +185,10 @@ def test_resuming_with_other_adapters_is_refused(change, words, tmp_path):
         adapter.check(tmp_path, replace(config, lora=replace(config.lora, **change)))
     with pytest.raises(CheckpointError, match=r"was written with task=sft and this run has task=dpo; start a new run"):
         adapter.check(tmp_path, replace(config, task="dpo"))
+
+
+def test_a_converted_checkpoint_is_of_no_task(tmp_path):
+    (tmp_path / "trainer.json").write_text(json.dumps({"config": {"train": {}}}))
+    adapter.check(tmp_path, replace(Config(), task="dpo"))
+    with pytest.raises(CheckpointError, match="holds whole weights and this run, with lora.rank=4, trains adapters"):
+        adapter.check(tmp_path, make_config("llama"))
