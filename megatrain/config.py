@@ -12,6 +12,7 @@ import difflib
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,12 @@ def setting(default: Any, meaning: str) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata={"meaning": meaning})
     return field(default=default, metadata={"meaning": meaning})
+
+
+def changed(section: Any, names: Iterable[str] | None = None) -> list[str]:
+    """Which of a section's settings, or of those named, are not at their defaults."""
+    plain = type(section)()
+    return [name for name in names or [item.name for item in fields(section)] if getattr(section, name) != getattr(plain, name)]
 
 
 @dataclass(frozen=True)
@@ -311,6 +318,7 @@ def check(config: Config) -> None:
     _check_ranges(config)
     _check_length(config)
     _check_saving(config)
+    _check_early_stop(config)
     if config.train.epochs is None:  # else once the data have said how many steps that is
         _check_schedule(config)
         _check_trace(config)
@@ -549,6 +557,14 @@ def _check_saving(config: Config) -> None:
         raise ConfigError("train.verify", "full", f"is about train.resume=auto and train.resume={train.resume}", "leave it out: a named one is always verified in full")
 
 
+def _check_early_stop(config: Config) -> None:
+    train = config.train
+    if train.early_stop and not train.eval_every:
+        raise ConfigError("train.early_stop", train.early_stop, "goes by evaluations, and train.eval_every=0 makes none", "set train.eval_every")
+    if not train.early_stop and changed(train, ["early_stop_metric"]):
+        raise ConfigError("train.early_stop_metric", train.early_stop_metric, "has no meaning with train.early_stop=0", "set train.early_stop, for example 3")
+
+
 def _check_trace(config: Config) -> None:
     steps = config.train.trace_steps
     if steps is None:
@@ -597,10 +613,8 @@ def _check_auto(p: Parallel) -> None:
 
 def _check_lora(config: Config) -> None:
     lora = config.lora
-    if lora.rank == 0:
-        unused = [item.name for item in fields(Lora) if getattr(lora, item.name) != getattr(Lora(), item.name)]
-        if unused:
-            raise ConfigError("lora.rank", 0, f"leaves lora.{unused[0]} without effect", "set lora.rank, for example 16")
+    if lora.rank == 0 and (unused := changed(lora)):
+        raise ConfigError("lora.rank", 0, f"leaves lora.{unused[0]} without effect", "set lora.rank, for example 16")
     if lora.rank and config.train.init_from is None:
         raise ConfigError("lora.rank", lora.rank, "freezes the weights, and without train.init_from they are random", "name a model as train.init_from")
     if not lora.alpha > 0:
@@ -616,7 +630,7 @@ def _check_preference(config: Config) -> None:
     compares = task in ("dpo", "simpo", "orpo")
     unused = {"beta": not compares, "margin": task != "simpo", "label_smoothing": task not in ("dpo", "simpo"), "reference": task != "dpo"}
     for name, is_unused in unused.items():
-        if is_unused and getattr(preference, name) != getattr(Preference(), name):
+        if is_unused and changed(preference, [name]):
             raise ConfigError(f"preference.{name}", getattr(preference, name), f"has no effect with task={task}", "leave it out or set task")
     if preference.beta is not None and not preference.beta > 0:
         raise ConfigError("preference.beta", preference.beta, "must be more than 0")
@@ -635,14 +649,15 @@ def _check_preference(config: Config) -> None:
 
 def _check_classification(config: Config) -> None:
     section = config.classification
-    if config.task not in ("classification", "token-classification"):
-        changed = [item.name for item in fields(Classification) if getattr(section, item.name) != getattr(Classification(), item.name)]
-        if changed:
-            raise ConfigError(f"classification.{changed[0]}", _short(getattr(section, changed[0])), f"has no effect with task={config.task}",
-                              "set task=classification or task=token-classification")  # fmt: skip
+    if config.task not in ("classification", "token-classification") and (unused := changed(section)):
+        raise ConfigError(f"classification.{unused[0]}", _short(getattr(section, unused[0])), f"has no effect with task={config.task}",
+                          "set task=classification or task=token-classification")  # fmt: skip
     for name in ("dropout", "label_smoothing", "augment_share"):
         if not 0 <= getattr(section, name) < 1:
             raise ConfigError(f"classification.{name}", getattr(section, name), "must be in [0, 1)")
+    if section.augment == "none" and changed(section, ["augment_share"]):
+        raise ConfigError("classification.augment_share", section.augment_share, "has no meaning with classification.augment=none",
+                          "set classification.augment, for example mix")  # fmt: skip
     if section.labels is not None and len(set(section.labels)) != len(section.labels):
         raise ConfigError("classification.labels", _short(section.labels), "names a class twice")
     if section.labels is not None and (len(section.labels) != 1 if section.problem == "regression" else len(section.labels) < 2):
@@ -650,5 +665,3 @@ def _check_classification(config: Config) -> None:
                           "a regression has 1" if section.problem == "regression" else "a classifier tells 2 classes or more")  # fmt: skip
     if section.label_smoothing and section.problem != "single-label":
         raise ConfigError("classification.label_smoothing", section.label_smoothing, f"has no meaning for classification.problem={section.problem}")
-    if config.train.early_stop and not config.train.eval_every:
-        raise ConfigError("train.early_stop", config.train.early_stop, "goes by evaluations, and train.eval_every=0 makes none", "set train.eval_every")

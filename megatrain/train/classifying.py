@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatrain.checkpoint.descriptions import Chat
-from megatrain.config import Config, Data
+from megatrain.config import Config, changed
 from megatrain.data.labelled import LabelledSamples, Reading, find_labels, read_labelled
 from megatrain.data.permutation import keyed_integers
 from megatrain.data.samples import chosen_data
@@ -26,7 +26,7 @@ from megatrain.targets import MOST_CLASSES, decode
 from megatrain.train import label_metrics
 from megatrain.train.label_metrics import Figures, Matrix
 from megatrain.train.picture import draw_confusion
-from megatrain.train.tasks import Source, Task
+from megatrain.train.tasks import OF_CHATS, Source, Task
 from megatrain.train.trainer import Trainer
 
 
@@ -41,9 +41,8 @@ class Classification(Task):
         for name in ("train", "valid"):
             if not isinstance(getattr(data, name), str | None):
                 raise ConfigError(f"data.{name}", getattr(data, name), "is a blend, and labels are not blended", "give one file, folder or glob")
-        for name in ("chat_template", "train_on", "packing", "too_long", "document_mask"):
-            if getattr(data, name) != getattr(Data(), name):
-                raise ConfigError(f"data.{name}", getattr(data, name), f"has no effect with task={config.task}", "leave it out")
+        for name in changed(data, (*OF_CHATS, "document_mask")):
+            raise ConfigError(f"data.{name}", getattr(data, name), f"has no effect with task={config.task}", "leave it out")
         if config.lora.rank:
             raise ConfigError("lora.rank", config.lora.rank, f"freezes all weights, and with task={config.task} the classifier's are new", "leave it out")
         if data.tokenizer is None:

@@ -52,7 +52,7 @@ def pretrain(config: Config, place: Place) -> None:
 
 
 def finetune(config: Config, place: Place) -> None:
-    """The same with chats or labels for data."""
+    """The same with chats, pairs of answers or labels for data."""
     _train(config, place, task_of(config, "finetune"))
 
 

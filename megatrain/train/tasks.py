@@ -1,4 +1,4 @@
-"""What a run learns from: pretraining's indexed datasets, or finetuning's chats. The loop around them is one.
+"""What a run learns from: pretraining's indexed datasets, or finetuning's chats, pairs of answers or labels. The loop around them is one.
 
 A task says which settings it uses, makes what has to be made from the data before a rank starts, and opens samples.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from megatrain.checkpoint.descriptions import Chat
-from megatrain.config import Config, Data
+from megatrain.config import Config, changed
 from megatrain.data.samples import Samples, open_samples
 from megatrain.data.splits import Part
 from megatrain.errors import ConfigError
@@ -19,6 +19,10 @@ from megatrain.models.architecture import Architecture, load_config, read_archit
 
 if TYPE_CHECKING:
     from megatrain.train.trainer import Trainer
+
+
+OF_CHATS = ("chat_template", "train_on", "packing", "too_long")
+"""Settings of `data` that are about conversations."""
 
 
 class Source(NamedTuple):
@@ -59,9 +63,8 @@ class Pretraining(Task):
 
     def check(self, config: Config) -> None:
         """Refuse what only finetuning uses."""
-        for name in ("chat_template", "train_on", "packing", "too_long"):
-            if getattr(config.data, name) != getattr(Data, name, None):
-                raise ConfigError(f"data.{name}", getattr(config.data, name), "is a setting of `megatrain finetune`", "leave it out")
+        for name in changed(config.data, OF_CHATS):
+            raise ConfigError(f"data.{name}", getattr(config.data, name), "is a setting of `megatrain finetune`", "leave it out")
         if config.task != "sft":
             raise ConfigError("task", config.task, "is a setting of `megatrain finetune`", "leave it out")
         if config.train.epochs is not None:

@@ -190,5 +190,5 @@ def test_resuming_with_other_adapters_is_refused(change, words, tmp_path):
 def test_a_converted_checkpoint_is_of_no_task(tmp_path):
     (tmp_path / "trainer.json").write_text(json.dumps({"config": {"train": {}}}))
     adapter.check(tmp_path, replace(Config(), task="dpo"))
-    with pytest.raises(CheckpointError, match="holds whole weights and this run, with lora.rank=4, trains adapters"):
+    with pytest.raises(CheckpointError, match=r"holds whole weights and this run, with lora.rank=4, trains adapters"):
         adapter.check(tmp_path, make_config("llama"))
