@@ -201,6 +201,12 @@ def test_every_number_has_a_range():
     assert numbers == set(config._POSITIVE) | set(config._NOT_NEGATIVE) | own_rule
 
 
+def test_a_share_of_augmented_words_needs_augmentation():
+    words = ["task=classification", "classification.augment_share=0.3"]
+    assert refusal(*words).startswith("classification.augment_share=0.3 has no meaning with classification.augment=none; set classification.augment")
+    assert made(*words, "classification.augment=mix").classification.augment_share == 0.3
+
+
 @pytest.mark.parametrize("zero", [2, 3])
 def test_zero_2_and_3_need_one_stage(zero):
     message = refusal(f"parallel.zero={zero}", "parallel.pipeline=2")
