@@ -1,9 +1,9 @@
 #!/bin/bash
-# One task for each GPU, started by srun; every rank finds its place in srun's own variables.
+# Pretrain on a Slurm cluster, one task for each GPU:
 #
 #     sbatch -N 4 slurm/pretrain.sh configs/llama3_8b.yaml run.output_dir=/shared/runs/llama3_8b
 #
-# Set the account, partition and time of your cluster here or on sbatch's command line.
+# Partition, account and time are options of sbatch. What jobs of your site need beside them goes into slurm/site.env.
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -11,12 +11,9 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --exclusive
 #SBATCH --mem=0
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
-
-set -euo pipefail
-# Slurm runs a copy of this script, so the repository is where sbatch was called.
-cd "${SLURM_SUBMIT_DIR:?run this with sbatch, from the repository}"
-
-# A rank that fails ends the job instead of leaving the others to wait for it.
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" .venv/bin/python megatrain/pretrain.py "$@"
+cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the repository}" || exit 1
+exec bash slurm/job.sh pretrain "$@"

@@ -151,7 +151,7 @@ class _Training:
 
     def run(self) -> None:
         config = self.config
-        for name in (signal.SIGTERM, signal.SIGINT):
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(name, self._ask_to_stop)
         metrics = None
         if self.place.rank == 0:

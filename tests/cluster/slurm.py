@@ -1,0 +1,236 @@
+"""A real Slurm of a few nodes on one machine, for tests: each node is a network namespace with a host name of its own.
+
+    namespace NAMEctl:  br0 10.77.0.1   slurmctld, and the user's sbatch, squeue, scancel
+                         |        |
+    namespace NAME1:    10.77.0.11 node1: slurmd     NAME2:  10.77.0.12 node2: slurmd     ...
+
+So ranks of two nodes meet over a network, and a script that takes localhost for another node fails as it would on a cluster.
+Needs root. Debian's packages are unpacked into a folder where Slurm is not installed. Only processes that were started here
+are ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "libmunge2", "libhwloc15", "liblua5.1-0")
+_SUBNET = "10.77.0"
+_RUNNING = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "SIGNALING", "STAGE_OUT")
+
+
+class Missing(Exception):
+    """Why there can be no cluster here."""
+
+
+def find_programs(folder: Path) -> dict[str, str]:
+    """The environment in which Slurm's programs are found, unpacked into `folder` where they are not installed; or Missing."""
+    if os.geteuid() != 0:
+        raise Missing("network namespaces need root")
+    for program in ("ip", "unshare"):
+        if shutil.which(program) is None:
+            raise Missing(f"there is no `{program}` (Debian: iproute2, util-linux)")
+    probe = f"mtprobe{os.getpid()}"
+    if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode:
+        raise Missing("network namespaces are not allowed here")
+    subprocess.run(["ip", "netns", "del", probe], check=True)
+    if all(shutil.which(program) for program in ("slurmctld", "slurmd", "munged", "sbatch")):
+        return {}
+    return _unpacked(folder)
+
+
+def _unpacked(folder: Path) -> dict[str, str]:
+    ready = folder / "ready"
+    if not ready.exists():
+        if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+            raise Missing("Slurm is not installed and there is no apt-get to fetch it with")
+        folder.mkdir(parents=True, exist_ok=True)
+        for command in (["apt-get", "update", "-qq"], ["apt-get", "download", "-qq", *_PACKAGES]):
+            if subprocess.run(command, cwd=folder, capture_output=True, timeout=120).returncode:
+                raise Missing(f"Slurm is not installed and `{' '.join(command[:2])}` fails")
+        for package in folder.glob("*.deb"):
+            subprocess.run(["dpkg", "-x", package, folder / "root"], check=True)
+        # Slurm's daemons ask the name they were called by which one they are.
+        for name in ("slurmctld", "slurmd", "slurmstepd"):
+            link = folder / "root/usr/sbin" / name
+            if not link.exists():
+                link.symlink_to(f"{name}-wlm")
+        ready.write_text("")
+    root = folder / "root"
+    (plugins,) = root.glob("usr/lib/*/slurm-wlm")
+    return {"PATH": f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}", "LD_LIBRARY_PATH": f"{plugins}:{plugins.parent}",
+            "SLURM_PREFIX": str(root), "SLURM_PLUGINS": str(plugins)}  # fmt: skip
+
+
+class Cluster:
+    """Nodes node1 ... nodeN with `cpus` pretended cores each, from `start` to `stop`."""
+
+    def __init__(self, folder: Path, *, programs: dict[str, str], nodes: int = 2, cpus: int = 16) -> None:
+        self.folder, self.nodes, self.cpus, self.programs = folder, nodes, cpus, programs
+        self.name = f"mt{os.getpid() % 100000}"
+        self.host = socket.gethostname().partition(".")[0]
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.environment = {**os.environ, **programs, "SLURM_CONF": str(folder / "slurm.conf")}
+
+    # -- the user's side ---------------------------------------------------------------------------------------------
+
+    def run(self, *command: object, check: bool = True, cwd: Path | None = None, **more: str) -> str:
+        """Run a command where the user sits, with more environment; returns what it prints."""
+        done = subprocess.run(self._within("ctl", command), env={**self.environment, **more}, cwd=cwd, text=True, capture_output=True,
+                              timeout=120, check=False)  # fmt: skip
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def state(self, job: str) -> str:
+        return self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
+
+    def wait(self, job: str, *, timeout: float) -> str:
+        """The job's last state. (`sbatch --wait` asks ever more rarely.)"""
+        until = time.monotonic() + timeout
+        while (state := self.state(job)) in _RUNNING and time.monotonic() < until:
+            time.sleep(0.3)
+        return state
+
+    # -- daemons -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        for name in ("log", "state", "munge", *(f"spool/node{i}" for i in self._numbers())):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "munge").chmod(0o700)
+        key = self.folder / "munge/key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        self._write_configuration()
+        self._connect()
+        m = self.folder / "munge"
+        self._daemon("munged", None, "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.folder}/munge.sock",
+                     f"--pid-file={m}/pid", f"--log-file={m}/log", f"--seed-file={m}/seed", "--num-threads=4")  # fmt: skip
+        self._until(lambda: (self.folder / "munge.sock").exists(), "munged's socket")
+        self._daemon("slurmctld", "ctl", "slurmctld", "-D", "-c")
+        for i in self._numbers():
+            self.start_node(i)
+        self._until(self._all_idle, "idle nodes")
+
+    def start_node(self, number: int) -> None:
+        prefix = self.programs.get("SLURM_PREFIX")
+        stepd = ["-d", f"{prefix}/usr/sbin/slurmstepd"] if prefix else []
+        self._daemon(f"node{number}", str(number), "slurmd", *stepd, "-D", "-N", f"node{number}")
+
+    def stop(self) -> None:
+        with contextlib.suppress(Exception):
+            self.run("scancel", "--full", "--user=root", check=False)
+            self._until(lambda: not self.run("squeue", "-h", "-t", "R,CG,S,PD", "-o", "%i", check=False), "the end of all jobs")
+        for name in [*(f"node{i}" for i in self._numbers()), "slurmctld", "munged"]:
+            self._end(name)
+        for name in ("ctl", *map(str, self._numbers())):
+            subprocess.run(["ip", "netns", "del", self.name + name], capture_output=True)
+            shutil.rmtree(f"/etc/netns/{self.name}{name}", ignore_errors=True)
+
+    def _daemon(self, name: str, place: str | None, *command: str) -> None:
+        with (self.folder / f"log/{name}.out").open("wb") as log:
+            self.daemons[name] = subprocess.Popen(command if place is None else self._within(place, command), env=self.environment,
+                                                  stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+
+    def _end(self, name: str) -> None:
+        if (daemon := self.daemons.pop(name, None)) is None:
+            return
+        daemon.send_signal(signal.SIGTERM)
+        try:
+            daemon.wait(10)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+
+    def _all_idle(self) -> bool:
+        return self.run("sinfo", "-h", "-N", "-o", "%t", check=False).split() == ["idle"] * self.nodes
+
+    def _until(self, condition: object, what: str) -> None:
+        until = time.monotonic() + 60
+        while not condition():  # type: ignore[operator]
+            if time.monotonic() > until:
+                logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in (self.folder / "log").iterdir())
+                raise AssertionError(f"no {what} after 60 s:\n{logs}")
+            time.sleep(0.1)
+
+    # -- network -----------------------------------------------------------------------------------------------------
+
+    def _numbers(self) -> range:
+        return range(1, self.nodes + 1)
+
+    def _within(self, place: str, command: tuple[object, ...]) -> list[str]:
+        """The command inside a namespace; on a node under the node's host name."""
+        words = [str(word) for word in command]
+        if place != "ctl":
+            words = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', f"node{place}", *words]
+        return ["ip", "netns", "exec", self.name + place, *words]
+
+    def _connect(self) -> None:
+        control = f"{self.name}ctl"
+        hosts = [f"127.0.0.1 localhost\n{_SUBNET}.1 {self.host}", *(f"{_SUBNET}.{10 + i} node{i}" for i in self._numbers())]
+        commands = [f"ip netns add {control}", f"ip -n {control} link set lo up", f"ip -n {control} link add br0 type bridge",
+                    f"ip -n {control} addr add {_SUBNET}.1/24 dev br0", f"ip -n {control} link set br0 up"]  # fmt: skip
+        for i in self._numbers():
+            node = f"{self.name}{i}"
+            commands += [f"ip netns add {node}", f"ip -n {node} link set lo up",
+                         f"ip -n {node} link add eth0 type veth peer name v{i} netns {control}",
+                         f"ip -n {node} addr add {_SUBNET}.{10 + i}/24 dev eth0", f"ip -n {node} link set eth0 up",
+                         f"ip -n {control} link set v{i} master br0 up"]  # fmt: skip
+        for name in (control, *(f"{self.name}{i}" for i in self._numbers())):
+            # `ip netns exec` lays what is here over /etc.
+            folder = Path("/etc/netns") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "hosts").write_text("\n".join(hosts) + "\n")
+        for command in commands:
+            subprocess.run(command.split(), check=True)
+
+    def _write_configuration(self) -> None:
+        f = self.folder
+        # slurmd loads a cgroup plugin even if nothing uses it; v1 loads where no cgroups are mounted.
+        (f / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        plugins = f"PluginDir={self.programs['SLURM_PLUGINS']}" if "SLURM_PLUGINS" in self.programs else ""
+        nodes = "\n".join(f"NodeName=node{i} NodeAddr={_SUBNET}.{10 + i} CPUs={self.cpus} RealMemory=8000" for i in self._numbers())
+        (f / "slurm.conf").write_text(f"""\
+ClusterName=test
+SlurmctldHost={self.host}({_SUBNET}.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+{plugins}
+# cred_expire is also the pause before a requeued job may start again: 120 s unless set, and at least 5.
+AuthInfo=socket={f}/munge.sock,cred_expire=5
+MailProg=/bin/true
+StateSaveLocation={f}/state
+SlurmdSpoolDir={f}/spool/%n
+SlurmctldPidFile={f}/slurmctld.pid
+SlurmdPidFile={f}/%n.pid
+SlurmctldLogFile={f}/log/slurmctld.log
+SlurmdLogFile={f}/log/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=1
+# A node may claim more cores than the machine has.
+SlurmdParameters=config_overrides
+ReturnToService=2
+SlurmdTimeout=30
+KillWait=10
+MinJobAge=3600
+JobRequeue=1
+PropagateResourceLimits=NONE
+{nodes}
+PartitionName=test Nodes=node[1-{self.nodes}] Default=YES DefaultTime=10 MaxTime=UNLIMITED State=UP
+""")
