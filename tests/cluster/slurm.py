@@ -52,7 +52,7 @@ def _unpacked(folder: Path) -> dict[str, str]:
             raise Missing("Slurm is not installed and there is no apt-get to fetch it with")
         folder.mkdir(parents=True, exist_ok=True)
         for command in (["apt-get", "update", "-qq"], ["apt-get", "download", "-qq", *_PACKAGES]):
-            if subprocess.run(command, cwd=folder, capture_output=True, timeout=120).returncode:
+            if not _succeeds(command, folder):
                 raise Missing(f"Slurm is not installed and `{' '.join(command[:2])}` fails")
         for package in folder.glob("*.deb"):
             subprocess.run(["dpkg", "-x", package, folder / "root"], check=True)
@@ -66,6 +66,13 @@ def _unpacked(folder: Path) -> dict[str, str]:
     (plugins,) = root.glob("usr/lib/*/slurm-wlm")
     return {"PATH": f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}", "LD_LIBRARY_PATH": f"{plugins}:{plugins.parent}",
             "SLURM_PREFIX": str(root), "SLURM_PLUGINS": str(plugins)}  # fmt: skip
+
+
+def _succeeds(command: list[str], folder: Path) -> bool:
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, timeout=120).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 class Cluster:
