@@ -17,9 +17,8 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slurm import Cluster, Missing, find_programs
-
 from megatrain.data.indexed import IndexedWriter
+from slurm import Cluster, Missing, find_programs
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
