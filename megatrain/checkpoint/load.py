@@ -6,7 +6,6 @@ and what decides which samples come next. Layout, ZeRO, schedule, offload and dt
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from megatrain.checkpoint.optimizer_folder import OptimizerFolder
 from megatrain.checkpoint.save import Progress, layout
 from megatrain.config import Config
 from megatrain.errors import CheckpointError
-from megatrain.models.architecture import Architecture
+from megatrain.models.architecture import Architecture, differences
 from megatrain.optim.zero import Zero
 from megatrain.parallel.grid import Grid
 
@@ -51,12 +50,8 @@ def check(path: Path, config: Config, architecture: Architecture) -> None:
     """Refuse a checkpoint of another model or rule, or whose samples would not go on; needs no ranks."""
     trainer = read_trainer(path)
     adapter.check(path, config)
-    ignored = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
-    ours = json.loads(json.dumps(architecture.config.to_dict(), default=str))
-    for name in sorted(set(ours) | set(trainer.model)):
-        there, here = trainer.model.get(name), ours.get(name)
-        if name not in ignored and there != here:
-            raise CheckpointError(f"{path} is of another model: its {name} is {there} and the run's is {here}")
+    for name, there, here in differences(trainer.model, architecture.config)[:1]:
+        raise CheckpointError(f"{path} is of another model: its {name} is {there} and the run's is {here}")
     _check_same(path, config, trainer)
 
 

@@ -6,23 +6,31 @@ rounded to the run's dtype, the fp32 masters are filled once more from what the 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from megatrain.checkpoint.tensors import Tensors
 from megatrain.errors import CheckpointError
-from megatrain.models.architecture import Architecture
+from megatrain.models.architecture import Architecture, differences, load_config
 from megatrain.models.initialize import initialize_parameter
 from megatrain.optim.zero import DTYPES, Fragment, Zero
 from megatrain.parallel.geometry import make_piece, runs_of
 from megatrain.parallel.sharding import Sharding, parameters
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 """What old versions of transformers saved beside the weights: masks and rotary frequencies, which follow from the config."""
+
+_OF_LABELS = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id")
+"""What a classifier made of a language model has of its own."""
 
 _SHOWN = 8
 """Names of tensors in one error."""
@@ -66,6 +74,14 @@ class Pretrained:
         if words:
             raise CheckpointError(f"{self._called}={self.folder} does not fit the model: {words}{self._hint(homes, wanted)}")
         self._check_tied(homes)
+
+    def notes(self, config: PreTrainedConfig) -> list[str]:
+        """In which fields a run's own `model` is not the folder's, in words for the user; tensors alone do not tell."""
+        if not (Path(self.folder) / "config.json").is_file():
+            return []
+        there = json.loads(json.dumps(load_config(str(self.folder)).to_dict(), default=str))
+        return [f"model.{name} is {here} and {self._called} was saved with {theirs}" for name, theirs, here in differences(there, config)
+                if name not in _OF_LABELS]  # fmt: skip
 
     def fill(self, stage: nn.Module, seed: int) -> None:
         """Fill each parameter with its part of the folder's tensor; one that the folder does not name is initialised."""

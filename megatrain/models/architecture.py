@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -205,3 +206,21 @@ def _check_sizes(a: Architecture) -> None:
     if a.rotary_dim is not None and (a.rotary_dim % 2 or not 0 < a.rotary_dim <= a.head_dim):
         raise ConfigError("model.rope_parameters.partial_rotary_factor", a.rotary_dim / a.head_dim,
                           f"turns {a.rotary_dim} dims of each head, and rotary positions turn pairs")  # fmt: skip
+
+
+class Difference(NamedTuple):
+    """A field of a config that another has otherwise."""
+
+    name: str
+    there: Any
+    here: Any
+
+
+_SAYS_NOTHING = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
+
+
+def differences(there: dict[str, Any], here: PreTrainedConfig) -> list[Difference]:
+    """The fields in which a config, as it was read from JSON, is of another model than `here`."""
+    ours = json.loads(json.dumps(here.to_dict(), default=str))
+    names = sorted(set(ours) | set(there))
+    return [Difference(name, there.get(name), ours.get(name)) for name in names if name not in _SAYS_NOTHING and there.get(name) != ours.get(name)]

@@ -98,6 +98,8 @@ class _Training:
         pretrained = None
         if config.train.init_from is not None and (path is None or config.lora.rank):  # adapters' checkpoints hold no frozen weights
             pretrained = Pretrained(config.train.init_from, self.architecture)
+            for words in pretrained.notes(self.architecture.config) if place.rank == 0 else []:
+                logger.warning(f"  {words}")
         self.train_loader = self._loader(sources["train"])
         settled = settle_schedule(config, self.architecture, self.grid, self.device, batches=lambda: self.train_loader.microbatches(0),
                                   resumed=path is not None, ranks_here=place.local_size)  # fmt: skip

@@ -250,3 +250,11 @@ def test_model_and_tokenizer_default_to_the_folders(folders, tmp_path):
     assert configuration.from_dict(raw, base=tmp_path).data.tokenizer == str(tmp_path / "pretrained")
     mine = configuration.from_dict({**raw, "model": LLAMA, "data": {"tokenizer": "mine"}}, base=tmp_path)
     assert (mine.model, mine.data.tokenizer) == (LLAMA, "mine")
+
+
+def test_fields_that_tensors_do_not_tell_are_told(folders):
+    theirs = Pretrained(folders["llama"], read_architecture(load_config(LLAMA)))
+    assert theirs.notes(load_config(LLAMA)) == []
+    longer = load_config({**LLAMA, "rope_theta": 500000.0})
+    assert [note.split(" ")[0] for note in theirs.notes(longer)] == ["model.rope_parameters"]
+    assert "'rope_theta': 500000.0" in theirs.notes(longer)[0]
