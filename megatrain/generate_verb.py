@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
     from megatrain.convert_verb import parse_size
 
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, a run (its newest one) or a Hugging Face folder")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, a run (its best one, else its newest) or a Hugging Face folder")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads it from standard input")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message, in the tokenizer's chat template")
     parser.add_argument("--max-new-tokens", type=_count, default=100, metavar="N", help="default: %(default)s")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatrain.checkpoint import manifest
+from megatrain.errors import CheckpointError
+
 FILE_NAME = "best.json"
 
 
@@ -23,3 +26,14 @@ def best_checkpoint(run_folder: Path) -> Path | None:
         return None
     path = run_folder / "checkpoints" / f"step-{step:08d}"
     return path if path.is_dir() else None
+
+
+def chosen_checkpoint(run_folder: Path) -> Path:
+    """What a run's folder means where a model is wanted: the best checkpoint where the run names one, else the newest whole one."""
+    best = best_checkpoint(run_folder)
+    if best is not None and manifest.problem(best) is None:
+        return best
+    newest, passed = manifest.find_newest(run_folder / "checkpoints")
+    if newest is None:
+        raise CheckpointError(f"{run_folder} holds no whole checkpoint{''.join(f'; {text}' for text in passed)}")
+    return newest

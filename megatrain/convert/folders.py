@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint import manifest
+from megatrain.checkpoint.best import chosen_checkpoint
 from megatrain.checkpoint.pretrained import BUFFERS
 from megatrain.checkpoint.tensor_file import Index, Span
 from megatrain.checkpoint.tensors import Tensors
@@ -115,18 +115,9 @@ def _list(names: list[str]) -> str:
 
 
 def model_folder(path: Path) -> Path:
-    """The folder itself, or the newest whole checkpoint of a run's folder."""
-    for runs in (path / "checkpoints", path):
-        if runs.is_dir() and any(_checkpoints(runs)):
-            newest, passed = manifest.find_newest(runs)
-            if newest is None:
-                raise CheckpointError(f"{runs} holds no whole checkpoint: {'; '.join(passed)}")
-            return newest
-    return path
-
-
-def _checkpoints(folder: Path) -> Iterator[Path]:
-    return folder.glob("step-*")
+    """The folder itself, or the chosen checkpoint of a run's folder or of the folder of its checkpoints."""
+    run = path.parent if path.name == "checkpoints" else path
+    return chosen_checkpoint(run) if any((run / "checkpoints").glob("step-*")) else path
 
 
 def open_folder(path: Path, *, checked: bool) -> HuggingFaceFolder:

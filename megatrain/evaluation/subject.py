@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from megatrain import config as configuration
 from megatrain import machine
 from megatrain.checkpoint import manifest
-from megatrain.checkpoint.best import best_checkpoint
+from megatrain.checkpoint.best import chosen_checkpoint
 from megatrain.config import Config
 from megatrain.errors import CheckpointError, ConfigError
 
@@ -43,11 +43,7 @@ def model_folder(given: str) -> Path:
     """The folder of a model: itself, or of a run's folder the checkpoint that it calls its best, or else the newest whole one."""
     path = Path(given)
     if (path / "checkpoints").is_dir() and not (path / "config.json").exists():
-        best = best_checkpoint(path)
-        newest, passed = (best, []) if best is not None and manifest.problem(best) is None else manifest.find_newest(path / "checkpoints")
-        if newest is None:
-            raise CheckpointError(f"{path} holds no whole checkpoint{''.join(f'; {text}' for text in passed)}")
-        path = newest
+        path = chosen_checkpoint(path)
     if (path / "adapter_config.json").is_file():
         raise CheckpointError(f"{path} holds adapters alone; `megatrain finetune CONFIG --merge` makes RUN/merged of them and their model")
     if not (path / "config.json").is_file():

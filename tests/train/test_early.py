@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatrain.checkpoint import keep, manifest
-from megatrain.checkpoint.best import best_checkpoint, write_best
-from megatrain.errors import ConfigError
+from megatrain.checkpoint.best import best_checkpoint, chosen_checkpoint, write_best
+from megatrain.errors import CheckpointError, ConfigError
 from megatrain.train.early import EarlyStop
 
 
@@ -57,3 +57,19 @@ def test_the_best_is_kept_whatever_else_is_deleted(tmp_path):
     assert best_checkpoint(tmp_path) is None, "it is not there"
     (tmp_path / "best.json").write_text("{")
     assert best_checkpoint(tmp_path) is None
+
+
+def test_a_runs_folder_means_its_best_checkpoint_else_its_newest_whole_one(tmp_path):
+    for step in (1, 2, 3):
+        folder = tmp_path / f"checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text('{"format": 2, "files": []}')
+    (folder / "manifest.json").unlink()
+    assert chosen_checkpoint(tmp_path).name == "step-00000002"
+    write_best(tmp_path, step=1, metric="valid_loss", value=1.0)
+    assert chosen_checkpoint(tmp_path).name == "step-00000001"
+    (tmp_path / "checkpoints/step-00000001/manifest.json").unlink()
+    assert chosen_checkpoint(tmp_path).name == "step-00000002"
+    (tmp_path / "checkpoints/step-00000002/manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+        chosen_checkpoint(tmp_path)
