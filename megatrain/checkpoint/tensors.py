@@ -128,6 +128,8 @@ class Tensors:
                 return self._open_shards(kind, names)
         if (self.folder / "adapter_config.json").exists():
             raise CheckpointError(f"{self.folder} holds adapters and not the model they stand on; `megatrain finetune CONFIG --merge` makes one of both")
+        if newest := max(self.folder.glob("checkpoints/step-*"), default=None):
+            raise CheckpointError(f"{self.folder} is a run's folder and no model's; name one of its checkpoints, such as {newest}")
         raise CheckpointError(f"{self.folder} holds no model: neither {' nor '.join(n for names in _FORMATS.values() for n in names[:2])}")
 
     def _open_shards(self, kind: type[SafetensorsFile] | type[BinFile], names: _Format) -> list[TensorFile]:

@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight = ctx.weight
         wide = widen(grad.reshape(-1, grad.shape[-1]))
-        dx = (wide @ widen(weight)).to(grad.dtype).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        dx = (wide @ widen(weight)).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
         dw = _weight_gradient(Deferred(weight, x, grad)) if ctx.needs_input_grad[1] else None
         db = wide.sum(0).to(grad.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, dw, db

@@ -33,6 +33,9 @@ class Finetuning(Task):
         data = config.data
         if data.train is None:
             raise ConfigError("data.train", "(nothing)", "is missing", "give a file, folder or glob of JSONL or parquet with chats")
+        if isinstance(data.train, str) and Path(f"{data.train}.idx").exists():
+            raise ConfigError("data.train", data.train, "is an indexed dataset, which `megatrain pretrain` reads",
+                              "start this config with that verb, or give files of chats")  # fmt: skip
         if data.document_mask:
             raise ConfigError("data.document_mask", True, "is a setting of pretraining", "leave it out: packed chats attend to themselves alone")
         if data.tokenizer is None:

@@ -160,6 +160,8 @@ class _Training:
             (self.folder / "config.yaml").write_text(to_yaml(self.asked), encoding="utf-8")
             metrics = MetricsLog(self.folder, after_step=self.progress.step)
         last = min(config.steps, config.train.stop_after if config.train.stop_after is not None else config.steps)
+        if self.progress.step >= last > 0 and self.place.rank == 0:
+            logger.info(f"nothing left to train: step {self.progress.step} is done, and the run ends after step {last}")
         try:
             if self.progress.step == 0:
                 self._first(metrics)
@@ -182,7 +184,8 @@ class _Training:
             if self.early is not None and self._is_over():
                 logger.info(self.early.words())
             draw_loss(self.folder, title=config.run_name)
-            logger.info(f"everything is in {self.folder}: checkpoints, metrics.jsonl, loss.png, tensorboard")
+            left = [name for name in ("checkpoints", "metrics.jsonl", "loss.png", "tensorboard") if (self.folder / name).exists()]
+            logger.info(f"everything is in {self.folder}: {', '.join(left)}")
 
     def _first(self, metrics: MetricsLog | None) -> None:
         """Step 0: the model as initialised, evaluated if asked; saved when no step is to follow."""
@@ -206,7 +209,7 @@ class _Training:
         if not report.applied:
             self._warn(report)
         values, figures = self._values(report, seconds), dict[str, float]()
-        if step % config.train.log_every == 0 and self.place.rank == 0:
+        if (step % config.train.log_every == 0 or step == last) and self.place.rank == 0:
             self._print(report, seconds)
         if self.valid_loader is not None and (step % config.train.eval_every == 0 or step == last):
             figures = self._evaluate()

@@ -64,9 +64,10 @@ class Pretraining(Task):
     def check(self, config: Config) -> None:
         """Refuse what only finetuning uses."""
         for name in changed(config.data, OF_CHATS):
-            raise ConfigError(f"data.{name}", getattr(config.data, name), "is a setting of `megatrain finetune`", "leave it out")
+            raise ConfigError(f"data.{name}", getattr(config.data, name), "is a setting of `megatrain finetune`",
+                              "start this config with that verb, or leave it out")  # fmt: skip
         if config.task != "sft":
-            raise ConfigError("task", config.task, "is a setting of `megatrain finetune`", "leave it out")
+            raise ConfigError("task", config.task, "is a setting of `megatrain finetune`", "start this config with that verb, or leave it out")
         if config.train.epochs is not None:
             raise ConfigError("train.epochs", config.train.epochs, "counts finetuning's samples", "give train.steps or train.tokens")
 

@@ -183,3 +183,13 @@ def test_a_frozen_linear_keeps_nothing_and_hands_its_gradient_on():
     given, x.grad = x.grad, None
     F.linear(x, weight, bias).backward(randn(3, 2, 5, seed=6))
     torch.testing.assert_close(given, x.grad)
+
+
+def test_a_linear_of_no_rows_has_gradients_of_no_rows():
+    """A microbatch without a label has none for its head."""
+    x = torch.zeros(0, HIDDEN, requires_grad=True)
+    layer = Linear(nn.Parameter(randn(5, HIDDEN)), nn.Parameter(randn(5)))
+    layer(x).sum().backward()
+    assert x.grad.shape == (0, HIDDEN)
+    assert not layer.weight.grad.any()
+    assert not layer.bias.grad.any()

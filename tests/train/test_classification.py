@@ -320,6 +320,15 @@ def test_from_a_language_model_with_a_new_head_and_on(files, tmp_path):
     assert second.config.id2label == first.config.id2label
 
 
+@pytest.mark.parametrize("problem", ["single-label", "tokens"])
+def test_an_epoch_ends_with_microbatches_of_no_text(problem, files, tmp_path):
+    """22 texts in steps of 16: the last step's microbatches hold 4, 2, 0 and 0."""
+    steps = {"steps": None, "epochs": 1, "global_batch_size": 16, "micro_batch_size": 4}
+    lines = metrics(train(files, tmp_path, problem, run="epoch", world=2, train=steps, parallel={"pipeline": 2}))
+    assert [line["step"] for line in lines if line["step"]] == [1, 2]
+    assert all(np.isfinite(line["loss"]) for line in lines if line["step"])
+
+
 def test_validation_texts_split_off_the_training_texts(files):
     task, config = Classification(), make_config(settings(files, "single-label", data={"split": "3,1"}))
     parts = {which: task.open(config, task.architecture(config), which) for which in ("train", "valid")}

@@ -340,6 +340,9 @@ SENTENCES = {
     "data.train=nowhere.jsonl": "nowhere.jsonl names no file of text",
     "data.document_mask=true": "data.document_mask=True is a setting of pretraining; leave it out: packed chats attend to themselves alone",
     "data.train={folder}/text.jsonl": "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: messages;",
+    "data.train={folder}/indexed": "data.train={folder}/indexed is an indexed dataset, which `megatrain pretrain` reads; start this config",
+    "train.init_from={folder}/run": "{folder}/run is a run's folder and no model's; name one of its checkpoints, such as {folder}/run/checkpoints/step-2",
+    "train.resume={folder}/run": "train.resume={folder}/run has no manifest.json; name one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
     "data.sequence_length=24 data.too_long=error": "{folder}/train.jsonl, line 1: takes ",
     "train.init_from={folder}/gpt2": "train.init_from={folder}/gpt2 does not fit the model: missing: model.embed_tokens.weight, ",
     "train.init_from=nowhere": "nowhere is not a folder",
@@ -357,6 +360,9 @@ def test_what_cannot_work_is_one_sentence(words, files, tmp_path, capfd, monkeyp
         monkeypatch.setenv(name, value)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings(files, run={"output_dir": str(tmp_path / "run")})))
+    (files / "indexed.idx").touch()
+    for step in (1, 2):
+        (files / f"run/checkpoints/step-{step}").mkdir(parents=True, exist_ok=True)
     assert main(["finetune", str(file), *words.format(folder=files).split()]) == 1
     out, err = capfd.readouterr()
     assert out == ""
