@@ -9,6 +9,7 @@ import argparse
 import difflib
 import importlib
 import os
+import select
 import sys
 from typing import NamedTuple
 
@@ -41,7 +42,32 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the verb that `argv` (the process's own arguments when None) begins with; returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # here, where a reader that is gone is noticed without a complaint of Python's
+    except BrokenPipeError:
+        if not (gone := _without_reader()):
+            raise  # it was another pipe or connection
+        for descriptor in gone:  # what is still to be written goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        return _READER_GONE
+
+
+_READER_GONE = 128 + 13
+"""What a shell shows of a command that SIGPIPE ended, as it ends most whose reader (`| head`) has seen enough."""
+
+
+def _without_reader() -> list[int]:
+    """Of standard output and standard error, those that are pipes which nobody reads any more."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return [descriptor for descriptor, events in poll.poll(0) if events & (select.POLLERR | select.POLLHUP)]
+
+
+def _run(words: list[str]) -> int:
     try:
         if not words or words[0].startswith("-"):
             return _without_verb(words)

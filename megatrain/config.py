@@ -562,7 +562,8 @@ def _check_early_stop(config: Config) -> None:
     if train.early_stop and not train.eval_every:
         raise ConfigError("train.early_stop", train.early_stop, "goes by evaluations, and train.eval_every=0 makes none", "set train.eval_every")
     if not train.early_stop and changed(train, ["early_stop_metric"]):
-        raise ConfigError("train.early_stop_metric", train.early_stop_metric, "has no meaning with train.early_stop=0", "set train.early_stop, for example 3")
+        raise ConfigError("train.early_stop_metric", train.early_stop_metric, "has no meaning with train.early_stop=0",
+                          "set train.early_stop, for example 3, or leave train.early_stop_metric out")  # fmt: skip
 
 
 def _check_trace(config: Config) -> None:

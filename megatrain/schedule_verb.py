@@ -86,7 +86,14 @@ def _table(timeline: Timeline) -> str:
     for rank, (busy, peak) in enumerate(rows):
         lines.append(f"{rank:>4}{busy:>10.4g}{1 - busy / timeline.makespan:>9.1%}{peak:>19}")
     lines.append(f"{'all':>4}{sum(timeline.busy):>10.4g}{timeline.bubble:>9.1%}{max(timeline.peak_activations):>19}")
-    return "\n".join([*lines, f"makespan {timeline.makespan:.6g}"])
+    return "\n".join([*lines, f"makespan {timeline.makespan:.6g}", _unit(timeline.schedule.placement.chunks)])
+
+
+def _unit(chunks: int) -> str:
+    """What peak activations are counted in, which differs between schedules."""
+    if chunks == 1:
+        return "activations: one is a microbatch's in all layers of a rank"
+    return f"activations: one is a microbatch's in one of the {chunks} chunks of a rank's layers; {chunks} are those of all its layers"
 
 
 def _write(path: str, text: str) -> None:

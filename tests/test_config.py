@@ -164,7 +164,7 @@ REFUSED = {
     "lr_schedule.min_lr=1": "lr_schedule.min_lr=1.0 is above optimizer.lr=0.0003",
     "train.tokens=5": "train.steps, train.tokens and train.epochs=10, 5, None are given together; give one of them",
     "train.steps=null": "train.steps, train.tokens and train.epochs=None, None, None are all missing; give one of them",
-    "train.early_stop_metric=valid_accuracy": "train.early_stop_metric=valid_accuracy has no meaning with train.early_stop=0",
+    "train.early_stop_metric=valid_accuracy": "train.early_stop_metric=valid_accuracy has no meaning with train.early_stop=0; set train.early_stop, for example 3, or leave",
     "parallel.sequence=true": "parallel.sequence=True splits the sequence among tensor ranks and parallel.tensor=1",
 }
 

@@ -64,7 +64,7 @@ def test_a_model_larger_than_memory_is_read_from_disk(folder, capsys, monkeypatc
 BAD = {
     "the model has 64 positions; use at most": ["--max-new-tokens", "64"],
     "has no chat template; leave --chat out": ["--chat"],
-    "there is no folder /nowhere": ["--tokenizer", "/nowhere"],
+    "/nowhere does not exist, and a tokenizer": ["--tokenizer", "/nowhere"],
 }
 
 

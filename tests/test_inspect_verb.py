@@ -88,6 +88,19 @@ def test_a_checkpoint_of_megatron_lm(tmp_path, capsys):
     assert "mp_rank_01_001/model_optim_rng.pt" in said
 
 
+def test_a_converted_checkpoint_has_no_layout(tmp_path, capsys):
+    make_folder(tmp_path / "model", LLAMA)
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--no-verify"]) == 0
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "\n  layout     none: it was converted, no run has written it\n" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    for words in (["inspect", "nowhere"], ["convert", "nowhere", "out"], ["generate", "nowhere", "--prompt", "x"]):
+        assert main(words) == 1
+        assert capsys.readouterr().err == "error: nowhere does not exist\n"
+
+
 def test_a_folder_of_nothing(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
     assert "is of no kind that is read" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The command line: light help, verbs by name, one sentence for what the user got wrong."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,25 @@ def test_as_a_script_from_anywhere_with_what_launchers_append(tmp_path, script, 
     command = [sys.executable, str(ROOT / "megatrain" / f"{script}.py"), *extra, "none.yaml", "train.steps=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "error: CONFIG=none.yaml does not exist\n")
+
+
+@pytest.mark.parametrize("words", [["config"], ["schedule", "zb-v", "--ranks", "4", "--microbatches", "8"]])
+def test_a_reader_that_goes_ends_a_command_quietly(words):
+    """As `| head` does; 141 is what a shell shows of a command that SIGPIPE ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "megatrain", *words], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_connection_that_breaks_is_no_reader_that_goes(monkeypatch):
+    def broken(words):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("megatrain.__main__._run", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["config"])
 
 
 def test_a_script_does_not_hide_modules_behind_ours():

@@ -24,8 +24,14 @@ def test_table_and_drawing_fit_the_terminal(capsys, monkeypatch):
     assert [line.split() for line in shown.splitlines()[:3]] == [
         ["rank", "busy", "bubble", "peak", "activations"], ["0", "24", "11.1%", "4"], ["1", "24", "11.1%", "4"],
     ]  # fmt: skip
+    assert "\nactivations: one is a microbatch's in all layers of a rank\n" in shown
     assert "\n3  ......F0I0F1I1F2I2F3I3W0" in shown
     assert max(map(len, shown.split("\n\n")[1].splitlines())) < 60
+
+
+def test_the_unit_of_activations_is_said(capsys):
+    assert main(["schedule", "zb-v", *SIZE]) == 0
+    assert "\nactivations: one is a microbatch's in one of the 2 chunks of a rank's layers; 2 are those of all its layers\n" in capsys.readouterr().out
 
 
 def test_files(capsys, tmp_path):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 from megatrain.checkpoint import manifest
 from megatrain.errors import CheckpointError
+from megatrain.place import speaks_for_its_machine
 
 FILE_NAME = "best.json"
 
@@ -29,11 +32,19 @@ def best_checkpoint(run_folder: Path) -> Path | None:
 
 
 def chosen_checkpoint(run_folder: Path) -> Path:
-    """What a run's folder means where a model is wanted: the best checkpoint where the run names one, else the newest whole one."""
+    """What a run's folder means where a model is wanted: the best checkpoint where the run names one, else the newest whole one.
+
+    What is passed over for being damaged is said on standard error: figures of another checkpoint than the user thinks of mislead.
+    """
     best = best_checkpoint(run_folder)
-    if best is not None and manifest.problem(best) is None:
+    wrong = None if best is None else manifest.problem(best)
+    if best is not None and wrong is None:
         return best
     newest, passed = manifest.find_newest(run_folder / "checkpoints")
     if newest is None:
         raise CheckpointError(f"{run_folder} holds no whole checkpoint{''.join(f'; {text}' for text in passed)}")
+    if best is not None:
+        passed = [f"{best.name}, the run's best, {wrong}", *(text for text in passed if not text.startswith(f"{best.name} "))]
+    if passed and speaks_for_its_machine(os.environ):
+        print(f"warning: {newest} is taken; passed over: {'; '.join(passed)}", file=sys.stderr)
     return newest

@@ -35,9 +35,9 @@ def open_source(path: Path, hints: Hints, *, checked: bool = True) -> Source:
 
     `checked` compares the files of a checkpoint of ours with their hashes first.
     """
+    folder = model_folder(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
-    folder = model_folder(path)
     if (folder / "config.json").is_file():
         if hints.config is not None or hints.vocab_size is not None:
             raise CheckpointError(f"{folder} has a config.json of its own; leave --config and --vocab-size out")

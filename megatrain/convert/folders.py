@@ -116,6 +116,8 @@ def _list(names: list[str]) -> str:
 
 def model_folder(path: Path) -> Path:
     """The folder itself, or the chosen checkpoint of a run's folder or of the folder of its checkpoints."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
     run = path.parent if path.name == "checkpoints" else path
     return chosen_checkpoint(run) if any((run / "checkpoints").glob("step-*")) else path
 

@@ -113,7 +113,8 @@ def describe(found: Inspection) -> Iterator[str]:
     trainer = found.trainer
     if trainer is not None:
         yield f"  run        step {trainer.get('step')}, {trainer.get('tokens', 0):,} tokens, {trainer.get('updates', 0):,} updates"
-        yield "  layout     " + ", ".join(f"{name} {value}" for name, value in trainer.get("layout", {}).items())
+        layout = ", ".join(f"{name} {value}" for name, value in trainer.get("layout", {}).items())
+        yield f"  layout     {layout or 'none: it was converted, no run has written it'}"
     if found.conversion is not None:
         yield f"  converted  from a {found.conversion.get('source_kind')}, {_proof(found.conversion.get('proof'))}"
     sizes = {"config": {name: value for name, value in found.config.items() if isinstance(value, int | float | str) and name in _SHOWN}}

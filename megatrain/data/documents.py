@@ -80,10 +80,16 @@ def find_inputs(inputs: Sequence[str | Path]) -> Inputs:
         else:
             known = [path] if path.is_file() else sorted(map(Path, glob.glob(str(given), recursive=True)))
         if not known:
-            raise DataError(f"{given} names no file of text")
+            raise DataError(f"{given} {_why_nothing(given)}")
         files += known
     _check(files)
     return Inputs(files, ignored)
+
+
+def _why_nothing(given: str | Path) -> str:
+    if Path(given).exists():
+        return "names no file of text"
+    return "matches no file" if glob.has_magic(str(given)) else "does not exist"
 
 
 def read_blocks(files: Sequence[Path], *, field: str | None) -> Iterator[Block]:

@@ -63,8 +63,10 @@ def train_tokenizer(
 
 def load_tokenizer(folder: str | Path) -> Any:
     """Return the tokenizer in `folder`, a transformers.PreTrainedTokenizerFast; DataError when there is none."""
+    if not Path(folder).exists():
+        raise DataError(f"{folder} does not exist, and a tokenizer was to be loaded from it")
     if not Path(folder).is_dir():
-        raise DataError(f"there is no folder {folder} to load a tokenizer from")
+        raise DataError(f"{folder} is not a folder, and a tokenizer was to be loaded from it")
     from transformers import AutoTokenizer
 
     try:

@@ -1,8 +1,9 @@
-"""What exactly was evaluated: one SHA-256 over a model's files, one over the data's."""
+"""What exactly was evaluated: one SHA-256 over a model's files, one over the data's, and one over all that figures follow from."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,20 @@ def data_hash(data: Sequence[str]) -> str:
     for given in data:
         files += [Path(f"{given}.bin"), Path(f"{given}.idx")] if is_indexed(given) else find_inputs([given]).files
     return _combined((path.name, file_hash(path)) for path in files)
+
+
+def tokenizer_hash(folder: str | None) -> str | None:
+    """Of its tokenizer.json, without which none is used."""
+    file = Path(folder or "", "tokenizer.json")
+    return file_hash(file) if folder is not None and file.is_file() else None
+
+
+def identity(results: dict[str, Any]) -> str:
+    """Eight digits that follow from what was measured on what and how, and from no path: no two evaluations share a file by chance."""
+    settings = {name: value for name, value in results["settings"].items() if name != "tokenizer"}
+    hashes = [results[part]["sha256"] for part in ("model", "tokenizer", "data")]
+    tasks = [] if results["data"]["sha256"] else results["data"]["paths"]
+    return hashlib.sha256(json.dumps([results["kind"], hashes, tasks, settings], sort_keys=True).encode()).hexdigest()[:8]
 
 
 def file_hash(path: Path) -> str:

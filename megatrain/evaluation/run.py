@@ -47,12 +47,13 @@ def evaluate(config: Config, place: Place, *, subject: Subject) -> Results:
     progress = Progress(silent=subject.as_json)
     with ThreadPoolExecutor(max_workers=1) as thread:
         # Beside the evaluation, on the rank that writes them down.
-        hashing = thread.submit(_hashes, subject) if place.rank == 0 else None
+        hashing = thread.submit(_hashes, subject, config.data.tokenizer) if place.rank == 0 else None
         measured = _measure(subject, scorer, tokenizer, prefix, architecture, progress)
         hashed = hashing.result() if hashing is not None else {}
     results = {
         "kind": subject.kind, "figures": _plain(measured.figures), "classes": measured.classes,
         "model": {"path": subject.model, "sha256": hashed.get("model"), "model_type": architecture.model_type},
+        "tokenizer": {"path": config.data.tokenizer, "sha256": hashed.get("tokenizer")},
         "data": {"paths": [*subject.data, *subject.tasks], "sha256": hashed.get("data")},
         "settings": describe_settings(subject, config, place.world_size),
         "versions": {"megatrain": __version__, "torch": torch.__version__},
@@ -79,14 +80,17 @@ def _measure(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | Non
     return Told(measure.perplexity(subject, scorer, tokenizer, prefix, architecture.vocab_size, progress).figures(), {}, None)
 
 
-def _hashes(subject: Subject) -> dict[str, str | None]:
-    return {"model": hashes.model_hash(Path(subject.model)), "data": hashes.data_hash(subject.data) if subject.data else None}
+def _hashes(subject: Subject, tokenizer: str | None) -> dict[str, str | None]:
+    return {"model": hashes.model_hash(Path(subject.model)), "tokenizer": hashes.tokenizer_hash(tokenizer), "data": hashes.data_hash(subject.data) if subject.data else None}
 
 
 def write(results: Results, folder: Path, subject: Subject) -> Path:
-    """Write the results file, named after what was measured on what, whole or not at all."""
+    """Write the results file, named after what was measured on what, whole or not at all.
+
+    The same evaluation, made again, replaces its own file; one of another model, other data or other settings has another name.
+    """
     name = re.sub(r"[^\w.-]+", "_", Path((*subject.tasks, *subject.data)[0]).name)
-    path = folder / f"{subject.kind}-{name}.json"
+    path = folder / f"{subject.kind}-{name}-{hashes.identity(results)}.json"
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return new.replace(path)

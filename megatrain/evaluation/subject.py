@@ -42,6 +42,8 @@ class Subject(NamedTuple):
 def model_folder(given: str) -> Path:
     """The folder of a model: itself, or of a run's folder the checkpoint that it calls its best, or else the newest whole one."""
     path = Path(given)
+    if not path.exists():
+        raise CheckpointError(f"{given} does not exist; give a checkpoint, a Hugging Face folder or a run's folder")
     if (path / "checkpoints").is_dir() and not (path / "config.json").exists():
         path = chosen_checkpoint(path)
     if (path / "adapter_config.json").is_file():
@@ -49,6 +51,12 @@ def model_folder(given: str) -> Path:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{given} is no model: it has no config.json; give a checkpoint, a Hugging Face folder or a run's folder")
     return path
+
+
+def model_name(folder: Path) -> str:
+    """What tells the model from others for a reader: the folder's name, and of a run's checkpoint its run's before it."""
+    whole = folder.resolve()
+    return f"{whole.parents[1].name}-{whole.name}" if whole.parent.name == "checkpoints" else whole.name
 
 
 def trained_length(folder: Path) -> int | None:
@@ -60,7 +68,7 @@ def trained_length(folder: Path) -> int | None:
 
 def make_config(folder: Path, words: Sequence[str]) -> Config:
     """The settings of an evaluation: what the folder says, with `section.key=value` words laid over it."""
-    raw: dict[str, Any] = {"run": {"output_dir": f"runs/evaluate/{folder.resolve().name}"}, "data": {}, "parallel": {},
+    raw: dict[str, Any] = {"run": {"output_dir": f"runs/evaluate/{model_name(folder)}"}, "data": {}, "parallel": {},
                            "train": {"micro_batch_size": 8, "dtype": _own_dtype(folder)}}  # fmt: skip
     if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists():
         raw["data"]["tokenizer"] = str(folder)
@@ -88,5 +96,6 @@ def describe_settings(subject: Subject, config: Config, world_size: int) -> dict
     p = config.parallel
     return {"window": subject.window, "stride": subject.stride, "field": subject.field, "dtype": config.train.dtype,
             "tokenizer": config.data.tokenizer, "tensor": p.tensor, "pipeline": p.pipeline, "data": config.data_size(world_size),
-            "sequence": p.sequence, "micro_batch_size": config.train.micro_batch_size}  # fmt: skip
+            "sequence": p.sequence, "micro_batch_size": config.train.micro_batch_size,
+            "limit": subject.limit, "num_fewshot": subject.num_fewshot}  # fmt: skip
 

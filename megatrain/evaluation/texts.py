@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatrain.data.documents import find_inputs, parse_block, read_blocks
+from megatrain.data.documents import Block, Problem, find_inputs, parse_block, parse_objects, read_blocks
 from megatrain.data.indexed import IndexedDataset
 from megatrain.errors import DataError
 
@@ -44,9 +44,25 @@ def _file_texts(path: str, tokenizer: Any, prefix: int | None, field: str) -> It
     for block in read_blocks(find_inputs([path]).files, field=field):
         texts, problems = parse_block(block, field=field)
         if problems:
-            raise DataError(str(problems[0]))
+            raise DataError(f"{problems[0]}{_other_fields(block, problems[0], field)}")
         for text, tokens in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
             yield _sized(text, tokens, prefix)
+
+
+def _other_fields(block: Block, problem: Problem, field: str) -> str:
+    """Where a line lacks the field, those that it has; nothing for other problems."""
+    if block.form != "line":
+        return ""
+    objects, _ = parse_objects(block)
+    names = next((list(value) for number, value in objects if number == problem.number), [])
+    if not names or field in names:
+        return ""
+    more = ", ..." if len(names) > _SHOWN else ""
+    return f"; it has {', '.join(name[:40] for name in names[:_SHOWN])}{more}, and --field says which of them is the text"
+
+
+_SHOWN = 8
+"""Names of fields that a message lists."""
 
 
 def _indexed_texts(path: str, tokenizer: Any, prefix: int | None, vocab_size: int) -> Iterator[Text]:

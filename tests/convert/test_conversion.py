@@ -327,7 +327,7 @@ def test_a_damaged_source_is_refused(sentence, source, tmp_path, capfd):
 
 
 def test_a_source_that_is_not_there(tmp_path, capfd):
-    assert "/nowhere is not a folder" in refused(capfd, "/nowhere", tmp_path / "out")
+    assert "/nowhere does not exist" in refused(capfd, "/nowhere", tmp_path / "out")
 
 
 def test_sizes():

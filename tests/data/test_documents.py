@@ -147,7 +147,7 @@ def test_folders_and_globs_are_read_in_order(tmp_path):
 def test_inputs_that_cannot_be_meant(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.doc").write_text("x")
-    with pytest.raises(DataError, match=r"none\*.txt names no file"):
+    with pytest.raises(DataError, match=r"none\*.txt matches no file"):
         find_inputs([str(tmp_path / "none*.txt")])
     with pytest.raises(DataError, match=r"a.doc is of a kind that is not read; known are .jsonl"):
         find_inputs([tmp_path / "a.doc"])

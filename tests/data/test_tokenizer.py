@@ -58,7 +58,7 @@ def test_a_bad_line_stops_training(corpus, tmp_path):
 
 
 def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(DataError, match="there is no folder"):
+    with pytest.raises(DataError, match="does not exist, and a tokenizer"):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(DataError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)

@@ -127,6 +127,11 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+def only_file(folder, pattern):
+    (found,) = folder.glob(pattern)
+    return found
+
+
 @pytest.mark.parametrize(("model", "world", "words"), LAYOUTS, ids=lambda value: "-".join(value) if isinstance(value, list) else str(value))
 def test_equals_transformers(folder, reference, tmp_path, model, world, words):
     (texts, indexed, questions), output = evaluated(folder, model, world, words, tmp_path=tmp_path)
@@ -139,7 +144,7 @@ def test_equals_transformers(folder, reference, tmp_path, model, world, words):
     assert figures["bits_per_byte"] == pytest.approx(loss * tokens / math.log(2) / sizes[2], rel=1e-6)
     assert indexed["figures"] == figures  # the same documents
     assert [questions["figures"]["acc"], questions["figures"]["acc_norm"]] == accuracies
-    written = json.loads((output / "perplexity-texts.jsonl.json").read_text())
+    written = json.loads(only_file(output, "perplexity-texts.jsonl-*.json").read_text())
     assert written["figures"] == figures
     assert written["settings"]["window"] == WINDOW
     assert len(written["model"]["sha256"]) == len(written["data"]["sha256"]) == 64
@@ -204,13 +209,16 @@ def test_as_a_command_on_two_ranks(folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
-    assert printed == json.loads((tmp_path / "run" / "perplexity-texts.jsonl.json").read_text())
+    assert printed == json.loads(only_file(tmp_path / "run", "perplexity-texts.jsonl-*.json").read_text())
     assert printed["settings"]["tensor"] == 2
 
 
 REFUSED = {
     "{adapters} {texts}": "{adapters} holds adapters alone; `megatrain finetune CONFIG --merge` makes RUN/merged of them",
-    "nowhere {texts}": "nowhere is no model: it has no config.json; give a checkpoint, a Hugging Face folder or a run's folder",
+    "nowhere {texts}": "nowhere does not exist; give a checkpoint, a Hugging Face folder or a run's folder",
+    "{empty} {texts}": "{empty} is no model: it has no config.json; give a checkpoint, a Hugging Face folder or a run's folder",
+    "{model} nowhere.jsonl": "nowhere.jsonl does not exist",
+    "{model} nowhere-*.jsonl": "nowhere-*.jsonl matches no file",
     "{model}": "there is nothing to evaluate on: give DATA",
     "{model} {texts} optimizer.lr=1": "optimizer.lr=1 is not read by `megatrain evaluate`; it reads run.output_dir",
     "{model} {texts} parallel.tensor=3": "parallel.tensor=3 does not fit num_attention_heads=4",
@@ -228,7 +236,8 @@ def test_what_cannot_be_evaluated(folder, capsys, monkeypatch, words):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr("megatrain.evaluate.run_local", lambda *args, **more: pytest.fail("ranks were started"))
-    names = {"model": folder / "llama", "texts": folder / "texts.jsonl", "adapters": folder / "adapters"}
+    names = {"model": folder / "llama", "texts": folder / "texts.jsonl", "adapters": folder / "adapters", "empty": folder / "empty"}
+    names["empty"].mkdir(exist_ok=True)
     names["adapters"].mkdir(exist_ok=True)
     (names["adapters"] / "adapter_config.json").write_text("{}")
     assert main(["evaluate", *words.format(**names).split()]) == 1

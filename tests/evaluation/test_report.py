@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 
 import pytest
 
 from megatrain.checkpoint import manifest
+from megatrain.errors import DataError
 from megatrain.evaluation import hashes, progress
-from megatrain.evaluation.run import table
+from megatrain.evaluation.run import table, write
+from megatrain.evaluation.subject import Subject, make_config, model_name
+from megatrain.evaluation.texts import read_texts
 from megatrain.evaluation.windows import Row
 
 RESULTS = {
@@ -61,3 +65,43 @@ def test_a_checkpoints_hashes_are_those_of_its_manifest(tmp_path, monkeypatch):
     assert hashes.model_hash(tmp_path) == plain
     lines = "".join(f"{name} {hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}\n" for name in ("config.json", "model.safetensors"))
     assert plain == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_an_evaluation_of_something_else_has_another_file(tmp_path):
+    """And the same again, from wherever, replaces its own."""
+    subject = Subject("there", ("a.jsonl",), "perplexity", 64, 32, "text")
+    first: dict = {**RESULTS, "kind": "perplexity", "model": {"path": "there", "sha256": "1" * 64}, "data": {"paths": ["a.jsonl"], "sha256": "2" * 64},
+                   "tokenizer": {"path": "there", "sha256": "3" * 64}, "settings": {**RESULTS["settings"], "tokenizer": "there"}}  # fmt: skip
+    path = write(first, tmp_path, subject)
+    assert path.name.startswith("perplexity-a.jsonl-")
+    again = copy.deepcopy({**first, "figures": {"loss": 1.0}, "seconds": 2.0})
+    again["model"]["path"] = again["tokenizer"]["path"] = again["settings"]["tokenizer"] = "/moved"
+    assert write(again, tmp_path, subject) == path
+    others = []
+    for part, name in (("model", "sha256"), ("data", "sha256"), ("tokenizer", "sha256"), ("settings", "window"), ("settings", "dtype")):
+        other = copy.deepcopy(first)
+        other[part][name] = "other"
+        others.append(write(other, tmp_path, subject))
+    tasks = [{**first, "kind": "harness", "data": {"paths": [name], "sha256": None}} for name in ("one", "two")]
+    others += [write(results, tmp_path, subject._replace(kind="harness", tasks=("one",))) for results in tasks]
+    assert len({path, *others}) == 8
+    assert json.loads(path.read_text()) == again
+
+
+def test_the_folder_of_results_tells_models_apart(tmp_path):
+    folders = [tmp_path / name for name in ("one/checkpoints/step-00000002", "two/checkpoints/step-00000002", "model")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert [model_name(folder) for folder in folders] == ["one-step-00000002", "two-step-00000002", "model"]
+    assert make_config(folders[0], []).run.output_dir == "runs/evaluate/one-step-00000002"
+
+
+def test_a_line_without_the_field_says_what_it_has(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"messages": [], "id": 1}\n')
+    with pytest.raises(DataError, match=r'chats.jsonl, line 1: no field "text"; it has messages, id, and --field says which of them is the text'):
+        list(read_texts([str(file)], tokenizer=lambda *args, **more: {"input_ids": []}, prefix=None, field="text", vocab_size=9))
+    file.write_text('{"text": 3}\n')
+    with pytest.raises(DataError, match=r'line 1: field "text" is not a string$'):
+        list(read_texts([str(file)], tokenizer=lambda *args, **more: {"input_ids": []}, prefix=None, field="text", vocab_size=9))

@@ -59,17 +59,26 @@ def test_the_best_is_kept_whatever_else_is_deleted(tmp_path):
     assert best_checkpoint(tmp_path) is None
 
 
-def test_a_runs_folder_means_its_best_checkpoint_else_its_newest_whole_one(tmp_path):
+def test_a_runs_folder_means_its_best_checkpoint_else_its_newest_whole_one(tmp_path, capsys):
     for step in (1, 2, 3):
         folder = tmp_path / f"checkpoints/step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text('{"format": 2, "files": []}')
+    assert chosen_checkpoint(tmp_path) == folder
+    assert capsys.readouterr().err == ""
     (folder / "manifest.json").unlink()
     assert chosen_checkpoint(tmp_path).name == "step-00000002"
+    newest = f"warning: {tmp_path / 'checkpoints/step-00000002'} is taken; passed over: "
+    assert capsys.readouterr().err == f"{newest}step-00000003 has no manifest.json\n"
     write_best(tmp_path, step=1, metric="valid_loss", value=1.0)
     assert chosen_checkpoint(tmp_path).name == "step-00000001"
+    assert capsys.readouterr().err == "", "the best is what is wanted, whatever came after it"
     (tmp_path / "checkpoints/step-00000001/manifest.json").unlink()
     assert chosen_checkpoint(tmp_path).name == "step-00000002"
+    assert capsys.readouterr().err == f"{newest}step-00000001, the run's best, has no manifest.json; step-00000003 has no manifest.json\n"
+    write_best(tmp_path, step=3, metric="valid_loss", value=1.0)
+    assert chosen_checkpoint(tmp_path).name == "step-00000002"
+    assert capsys.readouterr().err == f"{newest}step-00000003, the run's best, has no manifest.json\n"
     (tmp_path / "checkpoints/step-00000002/manifest.json").unlink()
     with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
         chosen_checkpoint(tmp_path)

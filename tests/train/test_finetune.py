@@ -337,7 +337,7 @@ SENTENCES = {
     "data.chat_template=null": "data.tokenizer={folder}/tokenizer has no chat template; give one as data.chat_template=FILE",
     "data.tokenizer=null": "data.tokenizer=(nothing) is missing; give the model's tokenizer",
     "data.train=null": "data.train=(nothing) is missing; give a file, folder or glob of JSONL or parquet with chats",
-    "data.train=nowhere.jsonl": "nowhere.jsonl names no file of text",
+    "data.train=nowhere.jsonl": "nowhere.jsonl does not exist",
     "data.document_mask=true": "data.document_mask=True is a setting of pretraining; leave it out: packed chats attend to themselves alone",
     "data.train={folder}/text.jsonl": "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: messages;",
     "data.train={folder}/indexed": "data.train={folder}/indexed is an indexed dataset, which `megatrain pretrain` reads; start this config",
