@@ -34,13 +34,15 @@ def best_checkpoint(run_folder: Path) -> Path | None:
 def chosen_checkpoint(run_folder: Path) -> Path:
     """What a run's folder means where a model is wanted: the best checkpoint where the run names one, else the newest whole one.
 
-    What is passed over for being damaged is said on standard error: figures of another checkpoint than the user thinks of mislead.
+    The folder of its checkpoints means the same. What is passed over for being damaged is said on standard error: figures of
+    another checkpoint than the user thinks of mislead.
     """
-    best = best_checkpoint(run_folder)
+    best = best_checkpoint(run_folder.parent if run_folder.name == "checkpoints" else run_folder)
     wrong = None if best is None else manifest.problem(best)
     if best is not None and wrong is None:
         return best
-    newest, passed = manifest.find_newest(run_folder / "checkpoints")
+    within = run_folder / "checkpoints"
+    newest, passed = manifest.find_newest(within if within.is_dir() else run_folder)
     if newest is None:
         raise CheckpointError(f"{run_folder} holds no whole checkpoint{''.join(f'; {text}' for text in passed)}")
     if best is not None:

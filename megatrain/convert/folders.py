@@ -115,11 +115,10 @@ def _list(names: list[str]) -> str:
 
 
 def model_folder(path: Path) -> Path:
-    """The folder itself, or the chosen checkpoint of a run's folder or of the folder of its checkpoints."""
+    """The folder itself, or the chosen checkpoint of a run's folder or of a folder of checkpoints."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    run = path.parent if path.name == "checkpoints" else path
-    return chosen_checkpoint(run) if any((run / "checkpoints").glob("step-*")) else path
+    return chosen_checkpoint(path) if any(path.glob("step-*")) or any(path.glob("checkpoints/step-*")) else path
 
 
 def open_folder(path: Path, *, checked: bool) -> HuggingFaceFolder:

@@ -45,6 +45,12 @@ def find_programs(folder: Path) -> dict[str, str]:
     return _unpacked(folder)
 
 
+def _of_the_shell() -> dict[str, str]:
+    """The environment without what other tests have set for ranks of this process: jobs inherit the user's."""
+    set_for_ranks = ("GLOO_", "MASTER_", "SLURM_", "RANK", "LOCAL_", "WORLD_SIZE", "DS_ACCELERATOR")
+    return {name: value for name, value in os.environ.items() if not name.startswith(set_for_ranks)}
+
+
 def _unpacked(folder: Path) -> dict[str, str]:
     ready = folder / "ready"
     if not ready.exists():
@@ -83,7 +89,7 @@ class Cluster:
         self.name = f"mt{os.getpid() % 100000}"
         self.host = socket.gethostname().partition(".")[0]
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self.environment = {**os.environ, **programs, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = {**_of_the_shell(), **programs, "SLURM_CONF": str(folder / "slurm.conf")}
 
     # -- the user's side ---------------------------------------------------------------------------------------------
 
