@@ -32,11 +32,11 @@ trap : TERM
 # A rank that fails ends the job instead of leaving the others to wait for it.
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$PYTHON" "megatrain/$verb.py" "$@" &
 ranks=$!
-code=0
 # A signal ends bash's `wait`, and its trap runs; the ranks go on.
-while kill -0 "$ranks" 2>/dev/null; do
+while :; do
   code=0
   wait "$ranks" || code=$?
+  kill -0 "$ranks" 2>/dev/null || break
 done
 
 if [ "$requeue" = yes ]; then
