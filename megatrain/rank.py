@@ -78,6 +78,7 @@ def _work(target: Target, config: Config, place: Place, streams: log.Streams, re
         _leave(INTERRUPTED)
     except Exception as error:
         traceback.print_exc(file=streams.log)
+        streams.lines.write("ERROR", traceback.format_exc())
         _fail(error, place, streams.err, report, store)
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,10 @@ class Launched:
 
     def log(self, rank):
         return self.text(f"logs/rank-{rank:05d}.log")
+
+    def lines(self, rank):
+        """Of the rank's log for programs."""
+        return [json.loads(line) for line in self.text(f"logs/rank-{rank:05d}.jsonl").splitlines()]
 
 
 def ask(server, order):
@@ -117,6 +122,10 @@ def test_ranks_meet_and_only_rank_0_speaks(launch, extensions):
         assert any(line.endswith("INFO 4 ranks met") for line in lines)
         assert f"noise of rank {rank} with {threads} threads, {threads} asked for" in lines
         assert "noise of a child process" in lines
+        start, met = run.lines(rank)  # and no noise
+        assert (start["message"], start["world_size"]) == ("start", 4)
+        assert {**met, "time": None} == {"time": None, "level": "INFO", "rank": rank, "host": socket.gethostname(), "step": 0, "message": "4 ranks met"}
+        assert datetime.fromisoformat(met["time"]).tzinfo is not None
     # Nothing was compiled, although deepspeed has set up its collectives.
     assert list(extensions.iterdir()) == []
 
@@ -137,6 +146,9 @@ def test_the_traceback_of_the_rank_that_raised_is_shown_and_the_others_are_ended
     assert "ValueError: the cause\n" in run.text("err")
     assert run.text("err").count("Traceback") == 1
     assert "ValueError: the cause" in run.log(1)
+    last = run.lines(1)[-1]
+    assert (last["level"], last["rank"]) == ("ERROR", 1)
+    assert "ValueError: the cause" in last["message"]
 
 
 def test_a_broken_connection_does_not_hide_what_broke_it(launch):

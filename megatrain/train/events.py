@@ -10,15 +10,15 @@ a kill or on a full disk, torn; torn lines are read over. `step` is the last ste
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
-import os
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
+
+from megatrain import json_lines
+from megatrain.json_lines import LineFile
 
 logger = logging.getLogger("megatrain")
 
@@ -26,8 +26,6 @@ FILE_NAME = "events.jsonl"
 
 Name = Literal["start", "resume", "evaluate", "save", "best", "skip", "spike", "rollback", "stall", "restart", "fail", "stop", "finish"]
 """`stop` is a run that was asked to, and will go on; `finish` one that has nothing left to do."""
-
-NAMES: tuple[str, ...] = get_args(Name)
 
 
 class Event(NamedTuple):
@@ -43,25 +41,21 @@ class EventLog:
     """Appends to a run's events; without a folder it writes nothing, as on all ranks but one."""
 
     def __init__(self, run_folder: Path | None) -> None:
-        self._file: int | None = None
-        if run_folder is not None:
-            run_folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(run_folder / FILE_NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = None if run_folder is None else LineFile(run_folder / FILE_NAME)
 
     def write(self, event: Name, *, step: int | None = None, **fields: Any) -> None:
         """Append a line. A run goes on where it cannot be written: it is worth more than its story."""
         if self._file is None:
             return
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        words = json.dumps(_plain({"time": now, "event": event, "step": step, **fields}), allow_nan=False)
         try:
-            os.write(self._file, f"{self._end_of_torn_line()}{words}\n".encode())
+            self._file.write({"time": now, "event": event, "step": step, **fields})
         except OSError as error:
             logger.warning(f"{FILE_NAME} cannot be written: {error.strerror}")
 
     def close(self) -> None:
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file = None
 
     def __enter__(self) -> EventLog:
@@ -70,39 +64,18 @@ class EventLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _end_of_torn_line(self) -> str:
-        assert self._file is not None
-        size = os.fstat(self._file).st_size
-        return "\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else ""
-
 
 def read(run_folder: Path) -> Iterator[Event]:
     """The events of a run's folder, the oldest first; none where the run wrote none. What is no whole event is left out."""
-    path = run_folder / FILE_NAME
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            event = _event(line)
-            if event is not None:
-                yield event
+    for raw in json_lines.read(run_folder / FILE_NAME):
+        event = _event(raw)
+        if event is not None:
+            yield event
 
 
-def _event(line: str) -> Event | None:
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        raw = json.loads(line)
+def _event(raw: dict[str, Any]) -> Event | None:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         time, name, step = datetime.fromisoformat(raw.pop("time")), raw.pop("event"), raw.pop("step", None)
         if time.tzinfo is not None and isinstance(name, str) and (step is None or type(step) is int):
             return Event(time, name, step, raw)
     return None
-
-
-def _plain(value: Any) -> Any:
-    """For strict JSON: paths as text, and nothing for what is not finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

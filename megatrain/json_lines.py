@@ -1,0 +1,60 @@
+"""Files of one JSON object a line that several starts of a run append to and that survive its end at any moment.
+
+A line is appended with one write: it is whole or, after a kill or on a full disk, torn. The next writer ends a torn line
+first, and readers read over it, so it costs no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class LineFile:
+    """Appends objects to a file, each there as soon as `write` returns. OSError where it cannot."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Paths are written as text, what is not finite as null."""
+        os.write(self._file, f"{self._end_of_torn_line()}{json.dumps(_plain(line), allow_nan=False)}\n".encode())
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _end_of_torn_line(self) -> str:
+        size = os.fstat(self._file).st_size
+        return "\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else ""
+
+
+def read(path: Path, *, last: int | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a file in turn, none where there is no file. With `last`, those that lie whole in as many bytes at its end."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        before = 0 if last is None else os.fstat(file.fileno()).st_size - last
+        if before > 0:
+            file.seek(before - 1)
+            file.readline()  # to where a line begins
+        for line in file:
+            with contextlib.suppress(ValueError):  # torn, or not UTF-8
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    yield found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
