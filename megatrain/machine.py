@@ -7,8 +7,10 @@ points call `set_environment` before they import either.
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatrain.errors import UserError
 from megatrain.place import Place
@@ -106,3 +108,28 @@ def _available_memory() -> int:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Memory(NamedTuple):
+    """What a rank has held at most, in bytes, and what exactly that counts."""
+
+    size: int
+    meaning: str
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Have `peak_memory` begin anew, where there is a way: on a GPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> Memory:
+    """Of this process."""
+    import torch
+
+    if device.type == "cuda":
+        return Memory(torch.cuda.max_memory_allocated(device), "allocated on the GPU during the step")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident memory of the process since its start")

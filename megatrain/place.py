@@ -43,6 +43,12 @@ def speaks_for_its_machine(environ: Mapping[str, str]) -> bool:
     return environ.get("LOCAL_RANK" if "RANK" in environ else "SLURM_LOCALID", "0") == "0"
 
 
+def attempt(environ: Mapping[str, str]) -> int:
+    """How often this run has been started by Slurm (1 and its requeues) and by torch's elastic launcher within that."""
+    counts = (environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return 1 + sum(int(count) for count in counts if count.isdigit())
+
+
 def _from_torchrun(environ: Mapping[str, str]) -> Place:
     launcher = "the launcher's RANK is"
     world_size = _number(environ, "WORLD_SIZE", launcher)

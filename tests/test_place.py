@@ -3,7 +3,7 @@
 import pytest
 
 from megatrain.errors import UserError
-from megatrain.place import Place, from_environment, hosts, speaks_for_its_machine
+from megatrain.place import Place, attempt, from_environment, hosts, speaks_for_its_machine
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
@@ -123,3 +123,9 @@ def test_one_rank_of_a_machine_speaks_before_ranks_meet():
     assert not speaks_for_its_machine(TORCHRUN)
     assert speaks_for_its_machine({**TORCHRUN, "LOCAL_RANK": "0"})
     assert not speaks_for_its_machine(SRUN)
+
+
+@pytest.mark.parametrize(("environ", "number"), [({}, 1), ({"SLURM_RESTART_COUNT": "2"}, 3), ({"TORCHELASTIC_RESTART_COUNT": "0"}, 1),
+                                                 ({"SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RESTART_COUNT": "2"}, 4), ({"SLURM_RESTART_COUNT": "?"}, 1)])  # fmt: skip
+def test_starts_are_counted_by_whoever_starts_again(environ, number):
+    assert attempt(environ) == number

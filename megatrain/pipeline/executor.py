@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,14 @@ class Record(NamedTuple):
     end: float
 
 
+Lap = Literal["other", "arrival", "F", "B", "I", "W"]
+"""What a rank has just ended: waiting for what an action takes in, an action, or anything else."""
+
+
+def no_lap(ended: Lap) -> None:
+    """Where nobody wants to know."""
+
+
 class Executor:
     """Runs instruction lists over a rank's stage.
 
@@ -70,6 +78,8 @@ class Executor:
         self.flow_shape, self.dtype, self.device = flow_shape, dtype, device
         self.records: list[Record] | None = None
         """While it is a list, each action adds its entry."""
+        self.lap: Callable[[Lap], None] = no_lap
+        """Told of each end, at once."""
 
     def run(self, instructions: Sequence[Instruction], contexts: Sequence[Context], *, backward: Backward | None,
             loss_weight: Tensor | None = None) -> list[Tensor]:  # fmt: skip
@@ -143,15 +153,19 @@ class _Run:
             executor.channels.send(self.made, transfer.peer)
 
     def compute(self, action: Action) -> None:
+        lap = self.executor.lap
+        lap("other")
         start = time.perf_counter()
         arrived = self._take(action)
         ready = time.perf_counter()
+        lap("arrival")
         if action.kind == "F":
             self.made = self._forward(action, arrived)
         elif action.kind == "W":
             compute_deferred(self.deferred.pop((action.microbatch, action.chunk)))
         else:
             self.made = self._backward(action, arrived)
+        lap(action.kind)
         if self.executor.records is not None:
             if self.executor.device.type == "cuda":
                 torch.cuda.synchronize()

@@ -1,24 +1,35 @@
-"""What a run says and writes down about itself: console lines, metrics.jsonl, TensorBoard events, its picture. Rank 0 keeps it.
+"""What a run says and writes down about itself: console lines, metrics.jsonl, events.jsonl, TensorBoard events, its picture.
 
-Every rank has a journal, so that the loop need not ask who it is: those of other ranks write nothing.
+Rank 0 keeps it. Every rank has a journal, so that the loop need not ask who it is: those of other ranks write nothing but their
+own figures into their own log.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import math
+import os
+import platform
+import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megatrain import __version__, machine
 from megatrain.checkpoint.save import Progress
 from megatrain.checkpoint.saver import Saved
 from megatrain.config import Config, to_yaml
+from megatrain.log import rank_lines
 from megatrain.models.architecture import Architecture
-from megatrain.place import Place
+from megatrain.parallel.grid import Grid
+from megatrain.place import Place, attempt
 from megatrain.train import console
 from megatrain.train.checks import run_header
+from megatrain.train.events import EventLog
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import MetricsLog, Value
 from megatrain.train.picture import draw_loss
@@ -26,7 +37,7 @@ from megatrain.train.trainer import StepReport
 
 logger = logging.getLogger("megatrain")
 
-_LEFT = ("checkpoints", "metrics.jsonl", "loss.png", "tensorboard")
+_LEFT = ("checkpoints", "metrics.jsonl", "events.jsonl", "loss.png", "tensorboard")
 
 
 class Journal:
@@ -40,6 +51,8 @@ class Journal:
                                       head=architecture.classifier is None)  # fmt: skip
         self._peak = peak_flops(self._gpu, config.train.dtype) if self._gpu else None
         self._metrics: MetricsLog | None = None
+        self._device, self._resumes = device, dict[str, Any]()
+        self.events = EventLog(self.folder if self.is_kept else None)
 
     def say(self, lines: Iterable[str]) -> None:
         """Indented, as what belongs to the header."""
@@ -50,11 +63,20 @@ class Journal:
         for words in lines if self.is_kept else ():
             logger.warning(f"  {words}")
 
-    def open(self, lines: Iterable[str]) -> None:
-        """The run's header, and what there is to say of its data and its beginning."""
+    def open(self, lines: Iterable[str], *, grid: Grid, path: Path | None, why: str) -> None:
+        """The run's header, what there is to say of its data, and why it begins from checkpoint `path` or from none. All ranks call it."""
         if self.is_kept:
             logger.info(run_header(self._config, self._architecture, self._world_size, self._gpu or "cpu"))
-        self.say(lines)
+        self.say([*lines, why])
+        self._resumes = {} if path is None else {"from": path, "why": why}
+        hosts: list[Any] = [None] * self._world_size
+        dist.all_gather_object(hosts, socket.gethostname())
+        p = self._config.parallel
+        layout = {"tensor": grid.tensor.size, "pipeline": grid.pipeline.size, "data": grid.data.size, "zero": p.zero, "schedule": p.schedule}
+        self.events.write("start", ranks=self._world_size, hosts=sorted(set(hosts)), device=self._gpu or "cpu", layout=layout,
+                          versions=_versions(), attempt=attempt(os.environ), why=why)  # fmt: skip
+        if (own := rank_lines()) is not None:
+            own.write("INFO", "place", pipeline=grid.pipeline.rank, data=grid.data.rank, tensor=grid.tensor.rank)
 
     def begin(self, asked: Config, progress: Progress, *, last: int) -> None:
         """The loop begins after `progress.step` and goes on to step `last`."""
@@ -62,6 +84,8 @@ class Journal:
             return
         (self.folder / "config.yaml").write_text(to_yaml(asked), encoding="utf-8")
         self._metrics = MetricsLog(self.folder, after_step=progress.step)
+        if self._resumes:
+            self.events.write("resume", step=progress.step, **self._resumes)
         if progress.step >= last > 0:
             logger.info(f"nothing left to train: step {progress.step} is done, and the run ends after step {last}")
 
@@ -78,7 +102,11 @@ class Journal:
                 "seconds": seconds, "tokens_per_second": rate, "tflops_per_rank": per_rank / 1e12,
                 "mfu": per_rank / self._peak if self._peak else None, "skipped": not report.applied, **report.measures}  # fmt: skip
 
-    def show_step(self, step: int, report: StepReport, seconds: float) -> None:
+    def show_step(self, step: int, report: StepReport, seconds: float, *, parts: Mapping[str, float]) -> None:
+        """`parts` is how this rank spent the step."""
+        if (own := rank_lines()) is not None:
+            own.step = step
+            own.write("INFO", "figures", seconds=seconds, **parts, peak_memory=machine.peak_memory(self._device).size)
         if self.is_kept:
             rate = self._config.tokens_per_step / seconds
             logger.info(console.step_line(console.Step(
@@ -92,21 +120,32 @@ class Journal:
     def skipped(self, report: StepReport, progress: Progress) -> None:
         if self.is_kept:
             logger.warning(f"step {progress.step}: non-finite {bad_part(report)}, skipped ({progress.bad_steps} in a row)")
+            self.events.write("skip", step=progress.step, what=f"non-finite {bad_part(report)}", in_a_row=progress.bad_steps)
 
     def saved(self, saved: Saved | None) -> None:
         if saved is not None and self.is_kept:
             logger.info(f"saved {saved.path} ({saved.seconds:.1f} s, for {saved.stalled:.2f} s of which training stood still)")
+            self.events.write("save", step=int(saved.path.name.removeprefix("step-")), path=saved.path, seconds=saved.seconds, stalled=saved.stalled)
 
     def stopped(self, progress: Progress) -> None:
         if self.is_kept:
             logger.info(f"stopped by a signal after step {progress.step}; start the same command to go on")
+            self.events.write("stop", step=progress.step, why="a signal")
 
-    def finish(self, words: str | None) -> None:
+    def failed(self, error: Exception, progress: Progress) -> None:
+        """The run ends with what this rank was told; another may have been the cause."""
+        self.events.write("fail", step=progress.step, error=f"{type(error).__name__}: {error}"[:2000])
+
+    def finish(self, progress: Progress, words: str | None) -> None:
         """After the loop: `words` says why, where it ended before its last step."""
         if not self.is_kept:
             return
         if words is not None:
             logger.info(words)
+        if words is not None or progress.step >= self._config.steps:
+            self.events.write("finish", step=progress.step, why=words or "all steps are done")
+        elif progress.step == self._config.train.stop_after:
+            self.events.write("stop", step=progress.step, why=f"train.stop_after={progress.step}")
         draw_loss(self.folder, title=self._config.run_name)
         left = [name for name in _LEFT if (self.folder / name).exists()]
         logger.info(f"everything is in {self.folder}: {', '.join(left)}")
@@ -114,6 +153,11 @@ class Journal:
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
+    return {"megatrain": __version__, "python": platform.python_version(), **libraries}
 
 
 def bad_part(report: StepReport) -> str:

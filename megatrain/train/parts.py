@@ -68,7 +68,7 @@ def make_parts(asked: Config, place: Place, task: Task) -> Parts:
     grid = make_grid(place.rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(place.world_size))
     journal = Journal(config, architecture, place, device)
     path, why = _choose(config, architecture, grid)
-    journal.open([*(words for source in sources.values() for words in source.words), why])
+    journal.open([words for source in sources.values() for words in source.words], grid=grid, path=path, why=why)
     pretrained = _pretrained(config, architecture, path, journal)
     train = _loader(config, grid, sources["train"])
     settled = settle_schedule(config, architecture, grid, device, batches=lambda: train.microbatches(0), resumed=path is not None,

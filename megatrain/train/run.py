@@ -23,6 +23,7 @@ from megatrain.train.finetuning import Finetuning
 from megatrain.train.journal import bad_part
 from megatrain.train.parts import Parts, make_parts
 from megatrain.train.plausible import remember
+from megatrain.train.stopwatch import timed
 from megatrain.train.tasks import Pretraining, Task
 from megatrain.train.trainer import StepReport
 
@@ -82,12 +83,15 @@ class _Run:
                     self.journal.stopped(self.progress)
                     break
             self._finish_saving()
+        except Exception as error:
+            self.journal.failed(error, self.progress)
+            raise
         finally:
             self.parts.train.close()
             if self.parts.valid is not None:
                 self.parts.valid.loader.close()
             self.journal.close()
-        self.journal.finish(self.early.words() if self.early is not None and self._is_over() else None)
+        self.journal.finish(self.progress, self.early.words() if self.early is not None and self._is_over() else None)
 
     def _first(self) -> None:
         """Step 0: the model as initialised, evaluated if asked; saved when no step is to follow."""
@@ -98,7 +102,8 @@ class _Run:
 
     def _step(self, last: int) -> None:
         train, step = self.config.train, self.progress.step + 1
-        with self.parts.tracer.watch(step):
+        shown = step % train.log_every == 0 or step == last
+        with self.parts.tracer.watch(step), timed(self.trainer.executor, wanted=shown) as stopwatch:
             started = time.perf_counter()
             report = self.trainer.step(step, self.parts.train.microbatches(step - 1))
             seconds = time.perf_counter() - started
@@ -107,8 +112,8 @@ class _Run:
         if not report.applied:
             self.journal.skipped(report, self.progress)
         values, figures = self.journal.measured(report, self.progress, seconds), dict[str, float]()
-        if step % train.log_every == 0 or step == last:
-            self.journal.show_step(step, report, seconds)
+        if shown:
+            self.journal.show_step(step, report, seconds, parts=stopwatch.seconds())
         if self.parts.valid is not None and (step % train.eval_every == 0 or step == last):
             figures = self._evaluate()
             values.update(figures)
@@ -125,6 +130,7 @@ class _Run:
             self._finish_saving()
         if best and self.journal.is_kept:
             write_best(self.parts.folder, step=step, metric=train.early_stop_metric, value=figures[train.early_stop_metric])
+            self.journal.events.write("best", step=step, metric=train.early_stop_metric, value=figures[train.early_stop_metric])
 
     def _after(self, report: StepReport) -> Progress:
         """Where the run stands after one more step."""

@@ -13,8 +13,6 @@ what that exchange took.
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatrain import machine
 from megatrain.config import to_dict
 from megatrain.models.decoder import Flow
 from megatrain.pipeline.executor import Record
@@ -60,7 +59,7 @@ class Tracer:
             return
         executor = self.trainer.executor
         offset = self.clock.offset()
-        _reset_peak_memory(self.trainer.device)
+        machine.reset_peak_memory(self.trainer.device)
         executor.records = []
         try:
             with layer_marks(own_layers(self.trainer), self.trainer.device) as marks:
@@ -82,7 +81,7 @@ class Tracer:
 
     def _trace(self, step: int, seconds: float, actions: list[TracedAction], offset: Offset) -> RankTrace:
         trainer, grid = self.trainer, self.trainer.grid
-        memory = _peak_memory(trainer.device)
+        memory = machine.peak_memory(trainer.device)
         return RankTrace(
             run=self.run, step=step, rank=grid.rank, world_size=grid.world_size, pipeline=grid.pipeline.rank, data=grid.data.rank,
             tensor=grid.tensor.rank, schedule=trainer.schedule.name, placement=trainer.schedule.placement, stages=stage_titles(trainer),
@@ -290,24 +289,3 @@ def _first_ranks(value: float) -> float:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
-
-
-class _Memory(NamedTuple):
-    size: int
-    """Bytes."""
-    meaning: str
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_memory(device: torch.device) -> _Memory:
-    if device.type == "cuda":
-        return _Memory(torch.cuda.max_memory_allocated(device), "allocated on the GPU during the step")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident memory of the process since its start")

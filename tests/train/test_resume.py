@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -21,8 +22,10 @@ from ranks import run_ranks
 from safetensors import safe_open
 
 from megatrain import config as configuration
+from megatrain import json_lines
 from megatrain.checkpoint import manifest
 from megatrain.data.indexed import IndexedWriter
+from megatrain.train import events
 
 VOCABULARY = 67
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
@@ -163,6 +166,36 @@ def test_killed_at_any_moment_and_started_again(model, dtype, parallel, data, tm
     folders = sorted(path.name for path in (tmp_path / "killed" / "run" / "checkpoints").iterdir())
     assert folders[-3:] == ["step-00000028", "step-00000029", "step-00000030"]
     assert folders[:-3] in ([], ["step-00000027"]), "nothing goes at the first step after a resume, which may have been the last"
+    assert_story(tmp_path / "killed" / "run", starts=(2, 3))  # 2: a kill that came while it started
+    for rank in range(len(list((tmp_path / "killed" / "run" / "logs").glob("*.jsonl")))):
+        assert_own_figures(tmp_path / "killed" / "run" / "logs" / f"rank-{rank:05d}.jsonl", pipelines=parallel.get("pipeline", 1))
+
+
+def assert_story(run, *, starts):
+    """What events.jsonl says of a run that was killed, started again and went on to step 30."""
+    told = list(events.read(run))
+    assert [event.event for event in told].count("start") in starts
+    start, end = told[0], told[-1]
+    assert (start.event, start.fields["attempt"], start.fields["hosts"]) == ("start", 1, [socket.gethostname()])
+    assert set(start.fields["versions"]) == {"megatrain", "python", "torch", "deepspeed", "transformers"}
+    assert (end.event, end.step) == ("finish", 30)
+    resumes = [event for event in told if event.event == "resume"]
+    assert 1 <= len(resumes) < max(starts)
+    for resume in resumes:
+        assert resume.fields["from"].endswith(f"step-{resume.step:08d}")
+        assert "resuming from" in resume.fields["why"]
+    assert [event.step for event in told if event.event == "save"][-1] == 30
+
+
+def assert_own_figures(path, *, pipelines):
+    """A rank's own log tells its place, and of each step shown how the rank spent it."""
+    lines = list(json_lines.read(path))
+    assert {line["pipeline"] for line in lines if line["message"] == "place"} <= set(range(pipelines))
+    figures = [line for line in lines if line["message"] == "figures"]
+    assert {line["step"] for line in figures} == set(range(1, 31))
+    for line in figures:
+        assert min(line["forward"], line["backward"], line["peak_memory"]) > 0
+        assert line["forward"] + line["backward"] + line["waiting"] < line["seconds"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
@@ -179,3 +212,5 @@ def test_a_signal_saves_and_ends_the_run(number, data, tmp_path):
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert saved.name == f"step-{last:08d}"
     assert manifest.problem(saved, hashes=True) is None
+    assert [(event.event, event.step) for event in events.read(tmp_path / "run")][1:] == [("save", last), ("stop", last)]
+    assert [(event.event, event.step) for event in events.read(tmp_path / "run")][1:] == [("save", last), ("stop", last)]
