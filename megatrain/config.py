@@ -159,6 +159,7 @@ class Lora:
     )
     rslora: bool = setting(False, "Multiply by alpha / sqrt(rank) instead, which keeps large ranks learning (rsLoRA).")
     dora: bool = setting(False, "Also train the norm of each output's weights, apart from their direction (DoRA).")
+    quantize: Literal["none", "nf4"] = setting("none", "nf4 holds the frozen linears of the blocks in 4 bits (QLoRA); needs bitsandbytes, pip install 'megatrain[qlora]'.")
 
 
 @dataclass(frozen=True)

@@ -65,10 +65,11 @@ def check(path: Path, config: Config) -> None:
         words = ["whole weights", "adapters"]
         raise CheckpointError(f"{path} holds {words[bool(there['rank'])]} and this run, with lora.rank={here.rank}, trains {words[bool(here.rank)]}; "
                               f"set lora.rank={there['rank']}, or start another run")  # fmt: skip
-    for name in ("rank", "alpha", "targets", "rslora", "dora") if here.rank else ():
-        if there.get(name) != getattr(here, name):
-            raise CheckpointError(f"{path} was written with lora.{name}={there.get(name)} and this run has lora.{name}={getattr(here, name)}; "
-                                  f"resume with lora.{name}={there.get(name)}, or start another run")  # fmt: skip
+    for name in ("rank", "alpha", "targets", "rslora", "dora", "quantize") if here.rank else ():
+        value = there.get(name, "none" if name == "quantize" else None)  # what was written before there was such a setting
+        if value != getattr(here, name):
+            raise CheckpointError(f"{path} was written with lora.{name}={value} and this run has lora.{name}={getattr(here, name)}; "
+                                  f"resume with lora.{name}={value}, or start another run")  # fmt: skip
 
 
 def _settings(path: Path) -> tuple[str | None, dict[str, Any]]:

@@ -87,12 +87,16 @@ class Pretrained:
         """Fill each parameter with its part of the folder's tensor; one that the folder does not name is initialised."""
         with torch.no_grad():
             for declaration, parameter in parameters(stage):
-                home = self._home(declaration.name)
-                if home is None:
-                    initialize_parameter(declaration, parameter, seed)
-                else:
-                    parameter.zero_()
-                    self._fill_part(declaration, parameter, home)
+                self.fill_parameter(declaration, parameter, seed)
+
+    def fill_parameter(self, declaration: Sharding, parameter: nn.Parameter, seed: int) -> None:
+        """The same of one parameter; without gradients."""
+        home = self._home(declaration.name)
+        if home is None:
+            initialize_parameter(declaration, parameter, seed)
+        else:
+            parameter.zero_()
+            self._fill_part(declaration, parameter, home)
 
     def fill_masters(self, zero: Zero) -> None:
         """Give the masters what the weights lost when they were rounded; all ranks call it together."""

@@ -29,6 +29,7 @@ from megatrain.models.random import dropout
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Axis
 from megatrain.parallel.layers import Linear, RowLinear, linear
+from megatrain.parallel.quantized import dense
 from megatrain.parallel.sharding import Init, Sharding, declare, sharding
 
 PREFIX = "base_model.model."
@@ -97,7 +98,7 @@ class LoraLinear(Linear):
     @torch.no_grad()
     def norms(self) -> Tensor:
         """Norm of each row of W + s B A, fp32 [out]; of parts of rows the squares are summed over tensor ranks."""
-        whole = torch.addmm(self.weight.float(), self.lora_b.float(), self.lora_a.float(), alpha=self.scale)
+        whole = torch.addmm(dense(self.weight, torch.float32).float(), self.lora_b.float(), self.lora_a.float(), alpha=self.scale)
         squares = whole.square_().sum(1)
         if self.rows is not None:
             collectives.all_reduce(squares, self.rows[0])

@@ -32,11 +32,14 @@ class Parts:
     Attributes:
         heads, kv_heads: attention heads on this rank.
         vocab_start, vocab_rows: rows of the vocabulary on this rank, padding included.
+
+    Args:
+        linears_on: where weights of the blocks' linears are made, if not on `device`; "meta" leaves them without memory.
     """
 
-    def __init__(self, architecture: Architecture, grid: Grid, *, sequence: bool, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, architecture: Architecture, grid: Grid, *, sequence: bool, dtype: torch.dtype, device: str, linears_on: str | None = None) -> None:
         self.architecture, self.grid, self.sequence = architecture, grid, sequence
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self._linears_on = dtype, device, linears_on or device
         a, t, rank = architecture, grid.tensor.size, grid.tensor.rank
         check_tensor_split(a, t)
         self.heads = a.num_heads // t
@@ -53,10 +56,6 @@ class Parts:
         sizes = {"query": a.num_heads * a.head_dim, "key": kv, "value": kv, "gate": a.intermediate_size,
                  "up": a.intermediate_size, "out": a.hidden_size, "down": a.hidden_size}  # fmt: skip
         return sizes[role]
-
-    def _in_features(self, role: Role) -> int:
-        a = self.architecture
-        return {"out": a.num_heads * a.head_dim, "down": a.intermediate_size}.get(role, a.hidden_size)
 
     def _name(self, role: Role, layer: int | None, suffix: str) -> str:
         return f"{self.architecture.names[role].name.format(layer)}.{suffix}"
@@ -92,9 +91,9 @@ class Parts:
         """Weight [out / t, in] and bias [out / t] of a linear split by output features."""
         whole, start, length, run, stride = self._columns(role)
         counted, summed = self._held(role)
-        declaration = self._matrix(role, layer, whole, self._in_features(role), "out", start, length)
+        declaration = self._matrix(role, layer, whole, in_features(self.architecture, role), "out", start, length)
         declaration = replace(declaration, counted=counted, summed=summed, run=run, stride=stride)
-        weight = self._make((length, self._in_features(role)), declaration)
+        weight = self._make((length, in_features(self.architecture, role)), declaration, self._linears_on)
         if not bias:
             return weight, None
         bias_declaration = Sharding(self._name(role, layer, "bias"), (whole,), 0, start, length, kind="bias",
@@ -104,10 +103,10 @@ class Parts:
     def rows(self, role: Role, layer: int, *, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
         """Weight [out, in / t] and whole bias [out] of a linear split by input features, which ends a residual branch."""
         axis, out = self.grid.tensor, self._out_features(role)
-        length = self._in_features(role) // axis.size
-        declaration = self._matrix(role, layer, out, self._in_features(role), "in", axis.rank * length, length)
+        length = in_features(self.architecture, role) // axis.size
+        declaration = self._matrix(role, layer, out, in_features(self.architecture, role), "in", axis.rank * length, length)
         std = self.architecture.residual_init_std or self.architecture.init_std
-        weight = self._make((out, length), replace(declaration, init=Init(std=std)))
+        weight = self._make((out, length), replace(declaration, init=Init(std=std)), self._linears_on)
         return weight, self.whole(role, layer, "bias", out, kind="bias") if bias else None
 
     def _matrix(self, role: Role, layer: int, out: int, inn: int, split: Literal["in", "out"], start: int, length: int) -> Sharding:
@@ -174,8 +173,13 @@ class Parts:
         return self._make(shape, Sharding(f"{a.classifier.name}.{suffix}", shape, init=init, kind="matrix" if suffix == "weight" else "bias",
                                           counted=self.grid.tensor.rank == 0))  # fmt: skip
 
-    def _make(self, shape: tuple[int, ...], declaration: Sharding) -> nn.Parameter:
-        return declare(nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device)), declaration)
+    def _make(self, shape: tuple[int, ...], declaration: Sharding, device: str | None = None) -> nn.Parameter:
+        return declare(nn.Parameter(torch.empty(shape, dtype=self.dtype, device=device or self.device)), declaration)
+
+
+def in_features(a: Architecture, role: Role) -> int:
+    """Inputs of the whole linear of a role."""
+    return {"out": a.num_heads * a.head_dim, "down": a.intermediate_size}.get(role, a.hidden_size)
 
 
 def padded_vocab(vocab_size: int, tensor: int) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Axis
+from megatrain.parallel.quantized import Quantized, dense
 
 
 @functools.cache
@@ -43,15 +44,15 @@ class _Linear(torch.autograd.Function):
     """x [..., in] times weight [out, in], its weight gradient added straight into the fp32 `main_grad` where there is one.
 
     Adding in place spares a temporary of the weight's size for each microbatch, and accumulates in fp32 whatever the
-    weight's dtype. For a frozen weight the input is not kept.
+    weight's dtype. For a frozen weight the input is not kept; a quantized one is made a matrix for as long as it is multiplied.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | Quantized, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        y = F.linear(widen(x), widen(weight), None if bias is None else widen(bias))
+        y = F.linear(widen(x), widen(dense(weight, x.dtype)), None if bias is None else widen(bias))
         return y.to(x.dtype)
 
     @staticmethod
@@ -59,7 +60,7 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight = ctx.weight
         wide = widen(grad.reshape(-1, grad.shape[-1]))
-        dx = (wide @ widen(weight)).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
+        dx = (wide @ widen(dense(weight, grad.dtype))).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
         dw = _weight_gradient(Deferred(weight, x, grad)) if ctx.needs_input_grad[1] else None
         db = wide.sum(0).to(grad.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, dw, db
@@ -118,14 +119,16 @@ def weight_gradient(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor | None:
     return None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(x, weight, bias)
 
 
 class Linear(nn.Module):
     """x [..., in] -> [..., out]; the parameters say themselves how they are split."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+    weight: nn.Parameter | Quantized
+
+    def __init__(self, weight: nn.Parameter | Quantized, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
@@ -138,7 +141,7 @@ class Linear(nn.Module):
 class RowLinear(Linear):
     """A linear split by rows: the sum over tensor ranks is taken before the bias, which all of them hold."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, axis: Axis, sequence: bool) -> None:
+    def __init__(self, weight: nn.Parameter | Quantized, bias: nn.Parameter | None, *, axis: Axis, sequence: bool) -> None:
         super().__init__(weight, bias)
         self.axis, self.sequence = axis, sequence
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -110,9 +110,9 @@ class Sharding:
         return part.narrow(self.dim, 0, self.length)
 
 
-def sharding(parameter: nn.Parameter) -> Sharding:
-    """The declaration that a parameter of ours carries."""
-    return parameter.sharding  # type: ignore[attr-defined]
+def sharding(parameter: Any) -> Sharding:
+    """The declaration that a parameter of ours carries, or what is held in its place."""
+    return parameter.sharding
 
 
 def declare(parameter: nn.Parameter, declaration: Sharding) -> nn.Parameter:

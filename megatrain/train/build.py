@@ -59,7 +59,8 @@ def build_stage(config: Config, architecture: Architecture, grid: Grid, device: 
 
 def _build(chunks: list[list[LayerSpec]], *, config: Config, architecture: Architecture, grid: Grid, device: str,
            dtype: torch.dtype = torch.float32) -> Stage:  # fmt: skip
-    parts = Parts(architecture, grid, sequence=config.parallel.sequence, dtype=dtype, device=device)
+    linears_on = "meta" if config.lora.quantize != "none" else None  # they are read one by one
+    parts = Parts(architecture, grid, sequence=config.parallel.sequence, dtype=dtype, device=device, linears_on=linears_on)
     return Stage(build_chunks(chunks, parts, recompute=config.train.recompute))
 
 

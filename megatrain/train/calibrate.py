@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megatrain.config import Config
 from megatrain.data.loader import Batch
 from megatrain.models.architecture import Architecture
+from megatrain.models.quantize import quantized_bytes
 from megatrain.optim.discard import Discard
 from megatrain.optim.groups import STATES
 from megatrain.parallel.grid import Grid
@@ -156,6 +157,7 @@ def layer_bytes(chunks: list[list[Layer]], per_weight: float) -> Iterator[list[L
             handle.remove()
     for layer in layers:
         states = sum(parameter.nbytes + parameter.requires_grad * parameter.numel() * per_weight for parameter in layer.module.parameters())
+        states += quantized_bytes(layer.module)
         sizes.append(LayerSize(layer.place, states, float(kept.bytes.get(layer.place, 0))))
 
 

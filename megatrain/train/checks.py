@@ -15,6 +15,7 @@ from megatrain.models.architecture import Architecture
 from megatrain.models.decoder import LayerSpec
 from megatrain.models.lora import target_names
 from megatrain.models.parts import check_tensor_split
+from megatrain.models.quantize import check_bitsandbytes, check_blocks
 from megatrain.train import console
 from megatrain.train.build import (
     adapter_parameters,
@@ -30,6 +31,7 @@ from megatrain.train.tasks import Source, Task
 def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
     """Refuse whatever can be seen to be wrong without a rank, and have the task's data made."""
     task.check(config)
+    check_bitsandbytes(config.lora)
     architecture = task.architecture(config)
     _check_layout(config, architecture, world_size)
     _check_tokenizer(config, architecture)
@@ -51,6 +53,7 @@ def _check_layout(config: Config, a: Architecture, world_size: int) -> None:
     check_tensor_split(a, config.parallel.tensor)
     if config.lora.rank:
         target_names(a, config.lora.targets)
+        check_blocks(a, config.lora, config.parallel.tensor)
     rank_specs(config, a, run_schedule(config, config.data_size(world_size)).placement)
     if config.train.dtype == "fp16" and not machine.has_gpu():
         raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
@@ -162,4 +165,5 @@ def run_header(config: Config, architecture: Architecture, world_size: int, devi
     if not config.lora.rank:
         return words
     trained = adapter_parameters(config, architecture)
-    return f"{words}\n  lora    adapters of rank {config.lora.rank}: {trained:,} parameters are trained, {trained / total_parameters(architecture):.2%} of the model's"
+    beside = " beside weights in 4 bits" if config.lora.quantize != "none" else ""
+    return f"{words}\n  lora    adapters of rank {config.lora.rank}{beside}: {trained:,} parameters are trained, {trained / total_parameters(architecture):.2%} of the model's"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,9 +17,10 @@ from megatrain.data.loader import Batch
 from megatrain.models.architecture import Architecture
 from megatrain.models.context import Context
 from megatrain.models.decoder import Head, layer_list
-from megatrain.models.initialize import initialize
+from megatrain.models.initialize import initialize, initialize_parameter
 from megatrain.models.lora import add_adapters, set_magnitudes
 from megatrain.models.objective import make_objective
+from megatrain.models.quantize import quantize_linears
 from megatrain.optim.learning_rate import learning_rate
 from megatrain.optim.zero import DTYPES, Zero
 from megatrain.parallel import collectives
@@ -81,6 +83,9 @@ class Trainer:
         self.follow(schedule or run_schedule(config, grid.data.size))
         placement = self.schedule.placement
         stage = build_stage(config, architecture, grid, str(device), placement)
+        if config.lora.quantize != "none":
+            source = initialize_parameter if pretrained is None else pretrained.fill_parameter
+            quantize_linears(stage, device=device, fill=partial(source, seed=config.run.seed))
         if config.lora.rank:
             add_adapters(stage, architecture, config.lora, grid.tensor)
         if pretrained is None:

@@ -33,6 +33,10 @@ MODELS = {
     "neox": {"model_type": "gpt_neox", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
              "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2},
     "phi3": {**LLAMA, "model_type": "phi3", "num_hidden_layers": 2, "pad_token_id": 0},
+    # rows of whole blocks of 64 on two tensor ranks
+    "wide": {**LLAMA, "hidden_size": 64, "head_dim": 32, "intermediate_size": 128},
+    "wide-gpt2": {"model_type": "gpt2", "vocab_size": 67, "n_embd": 128, "n_inner": 128, "n_layer": 4, "n_head": 4, "n_positions": 64,
+                  "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2},
 }  # fmt: skip
 LAST = ["layers.3.self_attn.v_proj", "layers.3.mlp.down_proj"]
 
@@ -56,9 +60,12 @@ def scrambled(name: str, shape: tuple[int, ...], value: torch.Tensor) -> torch.T
     return value if "lora_A" in name else value + normal_slice(99, name, shape, tuple(slice(0, size) for size in shape), std=0.1)
 
 
-def reference(model: str, lora: dict):
-    """peft on transformers and torch.optim.AdamW, one process; of ours only the initial weights."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+def reference(model: str, lora: dict, *, quantized_in: Path | None = None):
+    """peft on transformers and torch.optim.AdamW, one process; of ours only the initial weights.
+
+    `quantized_in`: a folder, from which transformers loads the model into 4 bits.
+    """
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
     config = make_config(model, lora)
@@ -77,11 +84,15 @@ def reference(model: str, lora: dict):
             whole = state[declaration.name]
         declaration.put(declaration.part_of(parameter.detach()), whole)
     network.load_state_dict(state)
-    adapters = {name: scrambled(name, value.shape, value) for name, value in adapters.items()}
+    if quantized_in is not None:
+        network = in_4_bits(network, quantized_in)
     targets = config.lora.targets
     network = get_peft_model(network, LoraConfig(
         r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, use_rslora=config.lora.rslora, use_dora=config.lora.dora,
         fan_in_fan_out=model == "gpt2", task_type="CAUSAL_LM"))  # fmt: skip
+    if quantized_in is not None:  # norms of what the codes stand for are peft's own to know
+        adapters |= {name: value for name, value in get_peft_model_state_dict(network).items() if "magnitude" in name}
+    adapters = {name: scrambled(name, value.shape, value) for name, value in adapters.items()}
     missed = set_peft_model_state_dict(network, adapters)
     assert not missed.unexpected_keys
     network.train()
@@ -104,6 +115,15 @@ def reference(model: str, lora: dict):
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses, norms, gradients
+
+
+def in_4_bits(network, folder: Path):
+    """The network as transformers loads it with bitsandbytes."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    network.save_pretrained(folder)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32, attn_implementation="eager")
 
 
 @torch.no_grad()
