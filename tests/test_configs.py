@@ -1,5 +1,6 @@
 """Every YAML in configs/ loads, and describes a model and a layout that fit each other."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ WRITTEN_FOR = {
     "demo_cpu": (4, 0.0024),
     "finetune_sft_demo_cpu": (2, 0.0024),
     "finetune_lora_llama3_8b": (8, 7.50),
+    "finetune_qlora_llama3_70b": (4, 69.5),
     "finetune_dpo_llama3_8b": (16, 7.50),
     "finetune_classify_demo_cpu": (2, 0.00059),
     "gpt2_125m": (8, 0.124),
@@ -41,6 +43,7 @@ def test_a_config_runs_dry(name, capsys, monkeypatch, tmp_path):
     loaded = config.load(CONFIGS / f"{name}.yaml")
     notes = ["there is no file"] * 2 if verb == "pretrain" else [str(loaded.data.train), str(loaded.data.valid)]
     notes += ["train.init_from="] if loaded.train.init_from else []
+    notes += ["lora.quantize=nf4 needs bitsandbytes"] if loaded.lora.quantize == "nf4" and find_spec("bitsandbytes") is None else []
     assert all(f"\nnote: {note}" in shown for note in notes)
     assert shown.count("\nnote: ") == len(notes)
     stages = config.load(CONFIGS / f"{name}.yaml").parallel.pipeline

@@ -108,7 +108,7 @@ def dry_run(config: Config, task: Task) -> str:
     p = config.parallel
     world_size = config.model_ranks * (p.data or 1)
     _check_layout(config, architecture, world_size)
-    notes = _try_weights(config, architecture)
+    notes = [*_try_bitsandbytes(config), *_try_weights(config, architecture)]
     data_size = config.data_size(world_size)
     config, more = _try_data(config, architecture, task)
     notes += more
@@ -122,6 +122,15 @@ def dry_run(config: Config, task: Task) -> str:
         layers = ", ".join(_span(chunk) for chunk in plan.chunks)
         lines.append(f"{number:>13}  {layers:<40}{plan.parameters_per_rank:>15,}")
     return "\n".join(lines + notes)
+
+
+def _try_bitsandbytes(config: Config) -> list[str]:
+    """A plan may be made on a machine that does not train."""
+    try:
+        check_bitsandbytes(config.lora)
+    except ConfigError as error:
+        return [f"note: {error}"]
+    return []
 
 
 def _try_weights(config: Config, architecture: Architecture) -> list[str]:

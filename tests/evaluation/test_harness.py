@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -68,11 +68,28 @@ def folder(tmp_path_factory):
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def datasets_in(home):
+    """What the harness makes of the files goes there instead of the home folder, and nothing is asked of the network."""
+    import datasets
+
+    settings = datasets.config
+    there = {"HF_DATASETS_CACHE": Path(home), "HF_DATASETS_OFFLINE": True, "HF_HUB_OFFLINE": True}
+    before = {name: getattr(settings, name) for name in there}
+    for name, value in there.items():
+        setattr(settings, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
+
+
 def on_rank(rank, world_size, config, subject, home):
-    os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{home}/{rank}"}
     from megatrain.evaluation.run import evaluate
 
-    return evaluate(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500), subject=subject)
+    with datasets_in(f"{home}/{rank}"):
+        return evaluate(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500), subject=subject)
 
 
 def asked(folder, *, tasks=TASKS):
@@ -88,8 +105,9 @@ def test_equals_the_harness_own_model(folder, tmp_path, words):
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     theirs = HFLM(pretrained=model, tokenizer=load_tokenizer(folder / "model"), batch_size=2, max_length=64)
-    expected = simple_evaluate(model=theirs, tasks=list(TASKS), task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
-                               log_samples=False, bootstrap_iters=0)["results"]  # fmt: skip
+    tasks = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    with datasets_in(tmp_path / "theirs"):
+        expected = simple_evaluate(model=theirs, tasks=list(TASKS), task_manager=tasks, log_samples=False, bootstrap_iters=0)["results"]
     config = make_config(folder / "model", [f"run.output_dir={tmp_path}", *words])
     ours = run_ranks(on_rank, 2, config, asked(folder), str(tmp_path / "home"), folder=tmp_path)[0]["figures"]
     for name in ("acc", "acc_norm"):
