@@ -17,7 +17,7 @@ from megatrain.checkpoint.save import Progress, layout
 from megatrain.config import Config
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture, differences
-from megatrain.optim.zero import Zero
+from megatrain.optim.zero import LossScale, Zero
 from megatrain.parallel.grid import Grid
 
 
@@ -71,6 +71,7 @@ def load(path: Path, *, zero: Zero, config: Config, grid: Grid) -> Progress:
     if unused:
         raise CheckpointError(f"{folder.folder} holds {min(unused)}, which this run has no place for")
     zero.updates = trainer.progress.updates
+    zero.loss_scaling = trainer.progress.loss_scaling
     zero.masters_to_weights()
     return trainer.progress
 
@@ -92,10 +93,12 @@ def read_trainer(path: Path) -> TrainerFile:
         if any(type(number) is not int or number < 0 for number in counts.values()):
             raise ValueError(f"{counts} are not all natural numbers")
         losses = tuple(float(loss) for loss in content.get("losses", []))
+        scaling = content.get("loss_scaling")
+        loss_scaling = None if scaling is None else LossScale(float(scaling[0]), *(int(number) for number in scaling[1:]))
         sections = [content["config"][name] for name in ("train", "data", "run", "optimizer")]
         if not all(isinstance(section, dict) for section in (content["layout"], content["model"], content["config"], *sections)):
             raise ValueError("a section is no mapping")
-        return TrainerFile(Progress(**counts, losses=losses), content["layout"], content["config"], content["model"])
+        return TrainerFile(Progress(**counts, losses=losses, loss_scaling=loss_scaling), content["layout"], content["config"], content["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / 'trainer.json'} is damaged ({type(error).__name__} {str(error)[:120]})") from None
 

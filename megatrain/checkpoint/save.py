@@ -28,6 +28,7 @@ from megatrain.checkpoint.tensor_file import write_tensors
 from megatrain.checkpoint.tensors import shard_names, write_weight_map
 from megatrain.config import Config
 from megatrain.models.architecture import Architecture
+from megatrain.optim.zero import LossScale
 from megatrain.parallel.grid import Grid
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -42,6 +43,8 @@ class Progress(NamedTuple):
     bad_steps: int = 0
     losses: tuple[float, ...] = ()
     """Of the last steps that had one, oldest first: a resume is held to them."""
+    loss_scaling: LossScale | None = None
+    """Of fp16."""
 
 
 def layout(config: Config, grid: Grid) -> dict[str, Any]:

@@ -24,6 +24,10 @@ class Discard(Zero):
     def loss_scale(self) -> float:
         return 1.0
 
+    @property
+    def _scaler(self) -> None:
+        return None
+
     def step(self, lr: float) -> StepResult:
         """In place of an update."""
         self.discard()

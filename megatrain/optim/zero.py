@@ -28,8 +28,20 @@ BUCKET = 50_000_000
 
 
 class StepResult(NamedTuple):
+    """`rescaled`: not applied, since gradients were too large for fp16 at the loss scale, which can still fall."""
+
     grad_norm: float
     applied: bool
+    rescaled: bool = False
+
+
+class LossScale(NamedTuple):
+    """Where the search for fp16's loss scale stands: the scale, overflows until it falls, and the last overflow's step among how many."""
+
+    scale: float
+    patience: int
+    last_overflow: int
+    steps: int
 
 
 class Fragment(NamedTuple):
@@ -76,10 +88,13 @@ class Zero:
         # With fp32 buffers of its own for gradients.
         self._bf16 = not self.partitioned and hasattr(self.optimizer, "fp32_groups_gradients")
         if self.partitioned:
+            self._watch_in_hooks()
             self._sum_in_hooks()
         else:
             self._take_main_grads()
         self._make_states()
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # bad steps are counted by who calls
 
     @property
     def module(self) -> Callable[..., Any]:
@@ -88,6 +103,21 @@ class Zero:
     @property
     def loss_scale(self) -> float:
         return float(self.optimizer.loss_scale) if self.config.train.dtype == "fp16" else 1.0
+
+    @property
+    def _scaler(self) -> Any:
+        return self.optimizer.loss_scaler if self.config.train.dtype == "fp16" else None
+
+    @property
+    def loss_scaling(self) -> LossScale | None:
+        """Its state, None where there is none: a resume goes on with it."""
+        scaler = self._scaler
+        return None if scaler is None else LossScale(scaler.cur_scale, scaler.cur_hysteresis, scaler.last_overflow_iter, scaler.cur_iter)
+
+    @loss_scaling.setter
+    def loss_scaling(self, state: LossScale | None) -> None:
+        if state is not None and (scaler := self._scaler) is not None:
+            scaler.cur_scale, scaler.cur_hysteresis, scaler.last_overflow_iter, scaler.cur_iter = state
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -100,6 +130,35 @@ class Zero:
         else:
             for parameter in self.trained:
                 parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def _watch_in_hooks(self) -> None:
+        """Keep the largest element of each gradient that autograd makes, over the microbatches of a step."""
+        self._largest = [torch.zeros((), device=parameter.device) for parameter in self.trained]
+
+        def watch(place: int) -> Callable[[Tensor], None]:
+            def hook(grad: Tensor) -> None:
+                self._largest[place] = torch.maximum(self._largest[place], _largest_of([grad])[0].float())
+
+            return hook
+
+        for place, parameter in enumerate(self.trained):
+            parameter.register_hook(watch(place))
+
+    def largest_gradients(self) -> Tensor:
+        """Of each trained parameter the largest element of this rank's own gradient since the last step; not a number if one is none.
+
+        Before the step, in which ranks add up theirs. Over the microbatches' sum, with ZeRO 2 and 3 over each of them.
+        """
+        if not self.trained:
+            return torch.zeros(0)
+        if not self.partitioned:
+            return _largest_of([parameter.main_grad for parameter in self.trained])  # type: ignore[attr-defined]
+        largest, self._largest = torch.stack(self._largest), [torch.zeros_like(size) for size in self._largest]
+        return largest
+
+    def refuses(self, largest: Tensor) -> bool:
+        """Whether no step is to be taken with these gradients. In fp16 the step itself finds out, since it looks for the loss scale."""
+        return self.config.train.dtype != "fp16" and not bool(torch.isfinite(largest).all())
 
     def _sum_in_hooks(self) -> None:
         """ZeRO 2 and 3 reduce a gradient as soon as it is there, so what must be summed first is summed in its hook."""
@@ -184,6 +243,7 @@ class Zero:
         """Reduce, clip and update; gradients are empty afterwards. Not applied when the norm is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        falls = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
         if self.partitioned:
             self.engine.step()
         else:
@@ -194,7 +254,7 @@ class Zero:
         overflow = bool(getattr(self.optimizer, "overflow", False))
         if overflow and not self._bf16:
             self._forget_reduced()
-        return StepResult(float(self.optimizer._global_grad_norm), not overflow)
+        return StepResult(float(self.optimizer._global_grad_norm), not overflow, rescaled=overflow and falls)
 
     # -- state by name and slice -------------------------------------------------------------------------------------
 
@@ -280,6 +340,12 @@ def _with_stand_in(stage: nn.Module) -> nn.Module:
     like = next(stage.parameters())
     stand_in = declare(nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device)), Sharding("", (1,), counted=False))
     return nn.ModuleDict({"stage": stage, "stand_in": nn.ParameterList([stand_in])})
+
+
+def _largest_of(grads: list[Tensor]) -> Tensor:
+    """Each one's largest magnitude, in one read of it; not a number if an element is none."""
+    ends = [torch.aminmax(grad.detach()) if grad.numel() else (grad.new_zeros(()),) * 2 for grad in grads]
+    return torch.maximum(-torch.stack([low for low, _ in ends]), torch.stack([high for _, high in ends]))
 
 
 def _all_reduce_together(grads: list[Tensor], axis: Axis) -> None:

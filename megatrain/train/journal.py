@@ -118,9 +118,11 @@ class Journal:
             logger.info(console.evaluation_line(step=step, steps=self._config.steps, loss=loss, measured=figures))
 
     def skipped(self, report: StepReport, progress: Progress) -> None:
-        if self.is_kept:
-            logger.warning(f"step {progress.step}: non-finite {bad_part(report)}, skipped ({progress.bad_steps} in a row)")
-            self.events.write("skip", step=progress.step, what=f"non-finite {bad_part(report)}", in_a_row=progress.bad_steps)
+        if self.is_kept and report.rescaled:
+            logger.info(f"step {progress.step}: gradients are too large for fp16 at this loss scale, skipped; a lower one is tried")
+        elif self.is_kept:
+            logger.warning(f"step {progress.step}: {report.why}, skipped ({progress.bad_steps} in a row)")
+            self.events.write("skip", step=progress.step, what=report.why, in_a_row=progress.bad_steps)
 
     def saved(self, saved: Saved | None) -> None:
         if saved is not None and self.is_kept:

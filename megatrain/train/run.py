@@ -136,12 +136,13 @@ class _Run:
         """Where the run stands after one more step."""
         before = self.progress
         losses = remember(before.losses, report.loss) if math.isfinite(report.loss) else before.losses
-        return Progress(before.step + 1, before.tokens + self.config.tokens_per_step, before.updates + report.applied,
-                        0 if report.applied else before.bad_steps + 1, losses)  # fmt: skip
+        bad_steps = 0 if report.applied else before.bad_steps + (not report.rescaled)
+        return Progress(before.step + 1, before.tokens + self.config.tokens_per_step, before.updates + report.applied, bad_steps, losses,
+                        loss_scaling=self.trainer.zero.loss_scaling)  # fmt: skip
 
     def _give_up(self, report: StepReport) -> NoReturn:
         self._finish_saving()
-        where = self.trainer.first_bad_layer()
+        where = self.trainer.culprit()
         bad = self.progress.bad_steps
         raise UserError(f"{bad} steps in a row (train.max_bad_steps) had a non-finite {bad_part(report)}; {where}")
 

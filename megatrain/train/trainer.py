@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,34 +16,41 @@ from megatrain.config import Config
 from megatrain.data.loader import Batch
 from megatrain.models.architecture import Architecture
 from megatrain.models.context import Context
-from megatrain.models.decoder import Head, layer_list
+from megatrain.models.decoder import Head
 from megatrain.models.initialize import initialize, initialize_parameter
 from megatrain.models.lora import add_adapters, set_magnitudes
 from megatrain.models.objective import make_objective
 from megatrain.models.quantize import quantize_linears
 from megatrain.optim.learning_rate import learning_rate
-from megatrain.optim.zero import DTYPES, Zero
+from megatrain.optim.zero import DTYPES, StepResult, Zero
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Grid
-from megatrain.parallel.sharding import parameters
 from megatrain.pipeline.actions import Schedule
 from megatrain.pipeline.channels import Channels
 from megatrain.pipeline.executor import Executor
 from megatrain.pipeline.schedules import forward_only
 from megatrain.pipeline.transfers import add_transfers, check_schedule
-from megatrain.train.build import build_stage, rank_specs, run_schedule
+from megatrain.train import bad_numbers
+from megatrain.train.bad_numbers import BadStep
+from megatrain.train.build import build_stage, run_schedule
 from megatrain.train.contexts import Contexts
 from megatrain.train.reference import Reference
 
 
 class StepReport(NamedTuple):
-    """The same on every rank. `loss` is the mean over the step's tokens, or pairs; `measures` are the objective's, likewise."""
+    """The same on every rank. `loss` is the mean over the step's tokens, or pairs; `measures` are the objective's, likewise.
+
+    `why` says what was wrong with a step that was not applied. A `rescaled` one has gradients too large for fp16 at its loss scale,
+    which is lower afterwards: that is how the scale is found, and nothing bad.
+    """
 
     loss: float
     grad_norm: float
     lr: float
     applied: bool
     measures: dict[str, float]
+    why: str = ""
+    rescaled: bool = False
 
 
 class Evaluation(NamedTuple):
@@ -126,17 +133,24 @@ class Trainer:
         count = self._count(batches)
         weight = torch.tensor(self.grid.data.size * self.zero.loss_scale / count, device=self.device)
         losses = self.executor.run(self.instructions, contexts, backward=self.zero.backward, loss_weight=weight)
-        loss, *measured = self._totals(losses, contexts, count)
+        largest = self.zero.largest_gradients()
+        bad, loss, *measured = self._totals(losses, contexts, count, bad=self.zero.refuses(largest))
         measures = dict(zip(self.objective.measures, measured, strict=True))
         lr = learning_rate(step, peak=self.config.optimizer.lr, schedule=self.config.lr_schedule, steps=self.config.steps)
-        if not math.isfinite(loss):
-            self._bad = _Step(contexts, weight)
+        if bad or not math.isfinite(loss):
             self.zero.discard()
-            return StepReport(loss, math.nan, lr, False, measures)
-        result = self.zero.step(lr)
-        if not result.applied:
-            self._bad = _Step(contexts, weight)
-        return StepReport(loss, result.grad_norm, lr, result.applied, measures)
+            result = StepResult(math.nan, False)
+        else:
+            result = self.zero.step(lr)
+        report = StepReport(loss, result.grad_norm, lr, result.applied, measures, rescaled=result.rescaled)
+        if result.applied or result.rescaled:
+            return report
+        self._bad = BadStep(contexts, losses, largest)
+        return report._replace(why=bad_numbers.reason(self, self._bad))
+
+    def culprit(self) -> str:
+        """Where the last bad step went wrong."""
+        return bad_numbers.culprit(self, self._bad)
 
     def evaluate(self, batches_of: Callable[[int], Sequence[Batch]], count: int) -> Evaluation:
         """Mean loss and measures over `count` global batches."""
@@ -146,7 +160,8 @@ class Trainer:
             contexts = [self.contexts.make(batch, step=None, index=index) for index, batch in enumerate(batches)]
             self._refer(contexts)
             losses = self._forward(contexts)
-            sums = [a + b for a, b in zip(sums, self._totals(losses, contexts, 1), strict=True)]
+            _, *totals = self._totals(losses, contexts, 1)
+            sums = [a + b for a, b in zip(sums, totals, strict=True)]
             counted += self._count(batches)
         loss, *measures = (total / counted for total in sums)
         return Evaluation(loss, dict(zip(self.objective.measures, measures, strict=True)))
@@ -180,14 +195,18 @@ class Trainer:
         self.stage.eval()
         return self.executor.run(self.forward_instructions, contexts, backward=None)
 
-    def _totals(self, losses: list[Tensor], contexts: list[Context], count: int) -> list[float]:
-        """Loss and measures, summed over microbatches, replicas and stages, by `count`; the last stage's first tensor rank speaks for its copies."""
-        totals = torch.zeros(1 + len(self.objective.measures), dtype=torch.float64)
+    def _totals(self, losses: list[Tensor], contexts: list[Context], count: int, *, bad: bool = False) -> list[float]:
+        """Whether any rank has something bad (more than 0), loss and measures, summed over microbatches, replicas and stages, by `count`.
+
+        The last stage's first tensor rank speaks for its copies. All ranks get the same numbers, and so decide alike.
+        """
+        totals = torch.zeros(2 + len(self.objective.measures), dtype=torch.float64)
+        totals[0] = float(bad)
         if losses and self.grid.tensor.rank == 0:
-            totals[0] = torch.stack(losses).double().sum()
+            totals[1] = torch.stack(losses).double().sum()
             for context in contexts if self.objective.measures else []:
                 assert context.measured is not None, "left by the objective"
-                totals[1:] += context.measured.double().cpu()
+                totals[2:] += context.measured.double().cpu()
         totals = totals.to(self.device)
         if self.grid.world_size > 1:
             dist.all_reduce(totals)
@@ -197,86 +216,3 @@ class Trainer:
         """Tokens with a loss, or pairs, in the global batch."""
         count = torch.tensor(sum(self.objective.count(batch.labels) for batch in batches), device=self.device)
         return int(collectives.all_reduce(count, self.grid.data))
-
-    # -- bad numbers -------------------------------------------------------------------------------------------------
-
-    def first_bad_layer(self) -> str:
-        """Where the last bad step goes wrong when it is done again: a layer's output, a gradient, or only the norm."""
-        layers = layer_list(self.architecture)
-        outputs = self._gathered(self._bad_outputs())
-        if outputs:
-            return f"the first layer with a non-finite output is {layers[min(outputs)].title}"
-        gradients = self._gathered(self._largest_gradients())
-        bad = [gradient for gradient in gradients if not math.isfinite(gradient.size)]
-        if bad:
-            name = max(bad, key=lambda gradient: gradient.place).name
-            return f"all layers' outputs are finite, and the first gradient behind the loss that is not is that of {name}"
-        largest = max(gradients, key=lambda gradient: gradient.size)
-        return f"each gradient is finite, but not their norm; the largest is that of {largest.name} with {largest.size:.1e}"
-
-    def _gathered(self, mine: list[Any]) -> list[Any]:
-        everyone: list[list[Any]] = [[] for _ in range(self.grid.world_size)]
-        dist.all_gather_object(everyone, mine)
-        return [item for items in everyone for item in items]
-
-    def _bad_outputs(self) -> list[int]:
-        """Layers of this rank, counted in the whole model, with a non-finite output in any microbatch."""
-        found: list[int] = []
-        everything = layer_list(self.architecture)
-        chunks = rank_specs(self.config, self.architecture, self.schedule.placement)[self.grid.pipeline.rank]
-        mine = [everything.index(spec) for chunk in chunks for spec in chunk]
-
-        def watch(index: int) -> Callable[..., None]:
-            def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
-                tensor = output if isinstance(output, Tensor) else output[0]  # type: ignore[index]
-                if not torch.isfinite(tensor).all():
-                    found.append(index)
-
-            return hook
-
-        handles = [layer.register_forward_hook(watch(index)) for index, layer in zip(mine, self.stage.layers, strict=True)]
-        self.executor.run(self.forward_instructions, self._bad.contexts, backward=None)
-        for handle in handles:
-            handle.remove()
-        return found
-
-    def _largest_gradients(self) -> list[_Gradient]:
-        """Of each parameter of this stage, the largest element of its gradient before anything is summed over ranks."""
-        declared = [(declaration, parameter) for declaration, parameter in parameters(self.stage) if parameter.requires_grad]
-        sizes = [0.0] * len(declared)
-
-        def watch(place: int) -> Callable[[Tensor], None]:
-            def hook(gradient: Tensor) -> None:
-                sizes[place] = _larger(sizes[place], float(gradient.abs().max()))
-
-            return hook
-
-        self.zero.discard()
-        handles = []
-        if self.zero.partitioned:
-            handles = [parameter.register_hook(watch(place)) for place, (_, parameter) in enumerate(declared)]
-        self.executor.run(self.instructions, self._bad.contexts, backward=self.zero.backward, loss_weight=self._bad.loss_weight)
-        for handle in handles:
-            handle.remove()
-        if not self.zero.partitioned:
-            sizes = [float(parameter.main_grad.abs().max()) for _, parameter in declared]  # type: ignore[attr-defined]
-        return [_Gradient((self.grid.pipeline.rank, place), declared[place][0].name, size) for place, size in enumerate(sizes)]
-
-
-class _Step(NamedTuple):
-    """What it takes to do a step's forwards and backwards again."""
-
-    contexts: list[Context]
-    loss_weight: Tensor
-
-
-class _Gradient(NamedTuple):
-    place: tuple[int, int]
-    """Stage, and parameter within it."""
-    name: str
-    size: float
-
-
-def _larger(a: float, b: float) -> float:
-    """The maximum, not a number if either is none."""
-    return a if math.isnan(a) else b if math.isnan(b) else max(a, b)

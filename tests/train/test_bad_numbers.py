@@ -1,0 +1,176 @@
+"""A number that is not finite on one rank alone: all ranks pass over that step, name what was bad, and go on as one process would."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import run_ranks
+
+from megatrain import config as configuration
+from megatrain.data.loader import Batch
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.parallel.grid import make_grid
+from megatrain.parallel.sharding import sharding
+
+STEPS, BAD, BATCH, LENGTH = 4, 2, 8, 8
+MODEL = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+NORM, MLP = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_proj.weight"
+
+
+class Case(NamedTuple):
+    """A layout, and what becomes bad on which rank in step BAD: a parameter's gradient, or `loss`."""
+
+    layout: dict[str, int | bool]
+    rank: int
+    what: str
+    dtype: str = "fp32"
+
+    @property
+    def world(self) -> int:
+        return math.prod(int(self.layout.get(axis, 1)) for axis in ("tensor", "pipeline", "data"))
+
+
+CASES = [
+    # A norm that this rank holds a copy of, and that the gradient's norm is not taken over: only the flag tells.
+    Case({"tensor": 2, "pipeline": 2}, 3, NORM), Case({"tensor": 2, "pipeline": 2}, 3, NORM, "bf16"), Case({"tensor": 2, "data": 2, "zero": 3}, 3, NORM),
+    Case({"tensor": 2, "pipeline": 2, "sequence": True}, 2, NORM), Case({"tensor": 2, "pipeline": 2}, 1, "model.layers.0.mlp.up_proj.weight"),
+    Case({"pipeline": 2, "data": 2}, 3, "loss"), Case({"tensor": 2, "pipeline": 2}, 3, "loss"),
+    *[Case({"data": 2, "zero": zero}, 1, MLP) for zero in (0, 1, 2, 3)], Case({"data": 2, "zero": 1}, 1, MLP, "bf16"), Case({"data": 2, "zero": 2}, 1, "loss"),
+]  # fmt: skip
+ALONE = [Case({}, 0, MLP), Case({}, 0, MLP, "bf16"), Case({}, 0, "weight")]
+
+
+class Outcome(NamedTuple):
+    losses: list[float]
+    applied: list[bool]
+    why: str
+    pieces: list[tuple]
+    """Of masters and moments after the last step: declaration, shape, start, tensors by name."""
+    culprit: str
+
+
+def batches(step, config, grid):
+    tokens = torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    position = torch.arange(LENGTH).expand(config.train.micro_batch_size, LENGTH)
+    rows = tokens.split(config.train.micro_batch_size)[grid.data.rank :: grid.data.size]
+    return [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows]
+
+
+def spoil(trainer, what):
+    """Make this rank's loss, or its gradient of a parameter, bad in the next step; returns what takes that back."""
+    if what == "loss":
+        return trainer.stage.layers[-1].register_forward_hook(lambda module, inputs, output: output * math.nan).remove
+    parameter = next(p for p in trainer.stage.parameters() if sharding(p).name == what)
+    if trainer.zero.partitioned:
+        handle = parameter.register_hook(lambda grad: torch.full_like(grad, math.nan))
+        hooks = dict(parameter._backward_hooks)
+        parameter._backward_hooks.clear()
+        parameter._backward_hooks.update({handle.id: hooks.pop(handle.id), **hooks})  # before the hooks of ours
+        return handle.remove
+    backward = trainer.zero.backward
+
+    def spoiled(*args, **more):
+        backward(*args, **more)
+        parameter.main_grad.view(-1)[3] = math.nan
+
+    trainer.zero.backward = spoiled
+    return lambda: setattr(trainer.zero, "backward", backward)
+
+
+def train(rank, world_size, cases):
+    return [train_case(rank, world_size, case) for case in cases]
+
+
+def train_case(rank, world_size, case):
+    from megatrain.train.trainer import Trainer
+
+    raw = {"model": MODEL, "parallel": dict(case.layout), "data": {"sequence_length": LENGTH},
+           "train": {"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "dtype": case.dtype},
+           "optimizer": {"lr": 1e-2}, "lr_schedule": {"name": "constant"}}  # fmt: skip
+    config = configuration.from_dict(raw)
+    configuration.check(config)
+    grid = make_grid(rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=config.data_size(world_size))
+    trainer = Trainer(config, read_architecture(load_config(config.model)), grid, torch.device("cpu"))
+    losses, applied, why, culprit = [], [], "", ""
+    for step in range(1, STEPS + 1):
+        restore = spoil(trainer, case.what) if step == BAD and rank == case.rank and case.what != "weight" else lambda: None
+        report = trainer.step(step, batches(step, config, grid))
+        restore()
+        losses.append(report.loss)
+        applied.append(report.applied)
+        why = why or report.why
+    shape_of = lambda parameter: tuple(getattr(parameter, "ds_shape", parameter.shape))  # noqa: E731
+    pieces = [(replace(f.sharding, summed=(), counted=True), shape_of(f.parameter), f.start, {name: t.clone() for name, t in f.tensors.items()})
+              for f in trainer.zero.fragments()]  # fmt: skip
+    if case.what == "weight":
+        with torch.no_grad():
+            next(p for p in trainer.stage.parameters() if sharding(p).name == NORM)[5] = math.inf
+        why = trainer.step(STEPS, batches(STEPS, config, grid)).why
+        culprit = trainer.culprit()
+    return Outcome(losses, applied, why, pieces, culprit)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """By case, of each rank."""
+    folder, found = tmp_path_factory.mktemp("ranks"), []
+    for world in (1, 2, 4):
+        cases = [case for case in [*ALONE, *CASES] if case.world == world]
+        by_rank = run_ranks(train, world, cases, folder=folder)
+        found += zip(cases, zip(*by_rank, strict=True), strict=True)
+    return lambda wanted: next(outcome for case, outcome in found if case == wanted)
+
+
+def whole(outcomes):
+    """Masters and moments of the whole model from the pieces of all ranks."""
+    found: dict = {}
+    for declaration, shape, start, tensors in (piece for outcome in outcomes for piece in outcome.pieces):
+        for state, tensor in tensors.items():
+            flat = found.setdefault((declaration, shape, state), torch.full((torch.Size(shape).numel(),), math.nan))
+            flat[start : start + tensor.numel()] = tensor
+    tensors: dict = {}
+    for (declaration, shape, state), flat in found.items():
+        tensor = tensors.setdefault(f"{declaration.name} {state}", torch.full(declaration.shape, math.nan))
+        declaration.put(declaration.part_of(flat.view(shape)), tensor)
+    return tensors
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([*(f"{k}{v}" for k, v in case.layout.items()), case.dtype, case.what]))
+def test_one_ranks_bad_number_costs_all_ranks_that_step_and_nothing_else(case, outcomes):
+    ranks = outcomes(case)
+    assert all(outcome.applied == [step != BAD for step in range(1, STEPS + 1)] for outcome in ranks)
+    assert len({tuple(repr(loss) for loss in outcome.losses) for outcome in ranks}) == 1, "the same on all ranks to the last bit"
+    (alone,) = outcomes(Case({}, 0, MLP, case.dtype))
+    tolerance = 2e-5 if case.dtype == "fp32" else 2e-2
+    for step, (ours, expected) in enumerate(zip(ranks[0].losses, alone.losses, strict=True), start=1):
+        assert ours == pytest.approx(expected, rel=tolerance) or (step == BAD and math.isnan(ours) and case.what == "loss")
+    tensors, expected = whole(ranks), whole([alone])
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        difference = (tensor - expected[name]).norm() / expected[name].norm().clamp(min=1e-12)
+        if case.dtype == "fp32" or name.endswith("master"):
+            assert difference < (1e-4 if case.dtype == "fp32" else 0.2), name
+        assert torch.isfinite(tensor).all(), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([*(f"{k}{v}" for k, v in case.layout.items()), case.dtype, case.what]))
+def test_what_was_bad_is_named_with_its_rank(case, outcomes):
+    ranks = outcomes(case)
+    assert len({outcome.why for outcome in ranks}) == 1
+    what = "loss" if case.what == "loss" else f"gradient of {case.what}"
+    assert ranks[0].why == f"non-finite {what} on rank {case.rank}"
+
+
+def test_a_bad_weight_is_named(outcomes):
+    (outcome,) = outcomes(Case({}, 0, "weight"))
+    assert outcome.why == f"non-finite loss on rank 0: the weight {NORM} is not finite on rank 0"
+    assert outcome.culprit == f"the weight {NORM} is not finite on rank 0"
