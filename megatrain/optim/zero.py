@@ -102,7 +102,8 @@ class Zero:
 
     @property
     def loss_scale(self) -> float:
-        return float(self.optimizer.loss_scale) if self.config.train.dtype == "fp16" else 1.0
+        """What a loss's gradient is to be multiplied by; DeepSpeed's own backward, which ZeRO 2 and 3 take, does it itself."""
+        return float(self.optimizer.loss_scale) if self.config.train.dtype == "fp16" and not self.partitioned else 1.0
 
     @property
     def _scaler(self) -> Any:

@@ -17,6 +17,7 @@ from ranks import run_ranks
 from megatrain import config as configuration
 from megatrain.data.loader import Batch
 from megatrain.models.architecture import load_config, read_architecture
+from megatrain.optim.zero import LossScale
 from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import sharding
 
@@ -58,6 +59,16 @@ class Outcome(NamedTuple):
     culprit: str
 
 
+class Scaled(NamedTuple):
+    """Of a run in fp16: norms, what became of each step, the scale before the first and after the last, and what a resumed one starts with."""
+
+    norms: list[float]
+    applied: list[bool]
+    rescaled: list[bool]
+    scales: list[float]
+    state: LossScale
+
+
 def batches(step, config, grid):
     tokens = torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
     position = torch.arange(LENGTH).expand(config.train.micro_batch_size, LENGTH)
@@ -90,7 +101,7 @@ def train(rank, world_size, cases):
     return [train_case(rank, world_size, case) for case in cases]
 
 
-def train_case(rank, world_size, case):
+def make_trainer(rank, world_size, case):
     from megatrain.train.trainer import Trainer
 
     raw = {"model": MODEL, "parallel": dict(case.layout), "data": {"sequence_length": LENGTH},
@@ -99,7 +110,12 @@ def train_case(rank, world_size, case):
     config = configuration.from_dict(raw)
     configuration.check(config)
     grid = make_grid(rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=config.data_size(world_size))
-    trainer = Trainer(config, read_architecture(load_config(config.model)), grid, torch.device("cpu"))
+    return Trainer(config, read_architecture(load_config(config.model)), grid, torch.device("cpu"))
+
+
+def train_case(rank, world_size, case):
+    trainer = make_trainer(rank, world_size, case)
+    config, grid = trainer.config, trainer.grid
     losses, applied, why, culprit = [], [], "", ""
     for step in range(1, STEPS + 1):
         restore = spoil(trainer, case.what) if step == BAD and rank == case.rank and case.what != "weight" else lambda: None
@@ -117,6 +133,27 @@ def train_case(rank, world_size, case):
         why = trainer.step(STEPS, batches(STEPS, config, grid)).why
         culprit = trainer.culprit()
     return Outcome(losses, applied, why, pieces, culprit)
+
+
+def scale(rank, world_size, layouts):
+    return [scale_case(rank, world_size, Case(layout, 0, "model.layers.0.mlp.up_proj.weight", "fp16")) for layout in layouts]
+
+
+def scale_case(rank, world_size, case):
+    """Gradients that are too large for fp16 in the first step, and from the third on at any scale."""
+    trainer = make_trainer(rank, world_size, case)
+    reports, scales = [], []
+    trainer.zero.loss_scaling = LossScale(2.0**30, 1, -1, 0)
+    for step in range(1, 7):
+        if step == 2:
+            trainer.zero.loss_scaling = LossScale(2.0**4, 1, -1, 7)
+        if step == 3:
+            trainer.zero.loss_scaling = LossScale(2.0, 1, -1, 8)
+        restore = spoil(trainer, case.what) if step >= 3 and rank == 0 else lambda: None
+        reports.append(trainer.step(step, batches(step, trainer.config, trainer.grid)))
+        restore()
+        scales.append(trainer.zero.loss_scaling.scale)
+    return Scaled([r.grad_norm for r in reports], [r.applied for r in reports], [r.rescaled for r in reports], scales, trainer.zero.loss_scaling)
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +211,19 @@ def test_a_bad_weight_is_named(outcomes):
     (outcome,) = outcomes(Case({}, 0, "weight"))
     assert outcome.why == f"non-finite loss on rank 0: the weight {NORM} is not finite on rank 0"
     assert outcome.culprit == f"the weight {NORM} is not finite on rank 0"
+
+
+LAYOUTS = [{"data": 2, "zero": zero} for zero in (0, 1, 2, 3)] + [{"pipeline": 2}]
+
+
+def test_a_search_for_fp16s_loss_scale_is_nothing_bad_until_it_can_fall_no_further(tmp_path):
+    """The scale falls where gradients are too large for it, and is the same on all ranks."""
+    by_rank = run_ranks(scale, 2, LAYOUTS, folder=tmp_path)
+    for layout, ranks in zip(LAYOUTS, zip(*by_rank, strict=True), strict=True):
+        assert len({(tuple(rank.applied), tuple(rank.scales)) for rank in ranks}) == 1, layout
+        run = ranks[0]
+        assert run.applied == [False, True, False, False, False, False], layout
+        assert run.rescaled == [True, False, True, False, False, False], layout
+        assert run.scales == [2.0**29, 2.0**4, 1.0, 1.0, 1.0, 1.0], layout
+        assert run.norms[1] == pytest.approx(by_rank[0][0].norms[1], rel=1e-2), layout
+        assert run.state.last_overflow == 11
