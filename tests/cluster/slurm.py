@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 _PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "libmunge2", "libhwloc15", "liblua5.1-0")
@@ -82,11 +83,15 @@ def _succeeds(command: list[str], folder: Path) -> bool:
 
 
 class Cluster:
-    """Nodes node1 ... nodeN with `cpus` pretended cores each, from `start` to `stop`."""
+    """Nodes of the given names with `cpus` pretended cores each, from `start` to `stop`.
 
-    def __init__(self, folder: Path, *, programs: dict[str, str], nodes: int = 2, cpus: int = 16) -> None:
-        self.folder, self.nodes, self.cpus, self.programs = folder, nodes, cpus, programs
-        self.name = f"mt{os.getpid() % 100000}"
+    A node calls itself by its name and `domain`. Those in `unknown` have no address under their name: Slurm knows them by number.
+    """
+
+    def __init__(self, folder: Path, *, programs: dict[str, str], names: Sequence[str] = ("node1", "node2"), domain: str = "",
+                 unknown: Sequence[str] = (), cpus: int = 16) -> None:  # fmt: skip
+        self.folder, self.names, self.domain, self.unknown, self.cpus, self.programs = folder, names, domain, unknown, cpus, programs
+        self.name = f"mt{os.urandom(3).hex()}"
         self.host = socket.gethostname().partition(".")[0]
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {**_of_the_shell(), **programs, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -113,7 +118,7 @@ class Cluster:
     # -- daemons -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        for name in ("log", "state", "munge", *(f"spool/node{i}" for i in self._numbers())):
+        for name in ("log", "state", "munge", *(f"spool/{name}" for name in self.names)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "munge").chmod(0o700)
         key = self.folder / "munge/key"
@@ -126,22 +131,19 @@ class Cluster:
                      f"--pid-file={m}/pid", f"--log-file={m}/log", f"--seed-file={m}/seed", "--num-threads=4")  # fmt: skip
         self._until(lambda: (self.folder / "munge.sock").exists(), "munged's socket")
         self._daemon("slurmctld", "ctl", "slurmctld", "-D", "-c")
-        for i in self._numbers():
-            self.start_node(i)
-        self._until(self._all_idle, "idle nodes")
-
-    def start_node(self, number: int) -> None:
         prefix = self.programs.get("SLURM_PREFIX")
         stepd = ["-d", f"{prefix}/usr/sbin/slurmstepd"] if prefix else []
-        self._daemon(f"node{number}", str(number), "slurmd", *stepd, "-D", "-N", f"node{number}")
+        for i, name in self._numbered():
+            self._daemon(name, str(i), "slurmd", *stepd, "-D", "-N", name)
+        self._until(self._all_idle, "idle nodes")
 
     def stop(self) -> None:
         with contextlib.suppress(Exception):
             self.run("scancel", "--full", "--user=root", check=False)
             self._until(lambda: not self.run("squeue", "-h", "-t", "R,CG,S,PD", "-o", "%i", check=False), "the end of all jobs")
-        for name in [*(f"node{i}" for i in self._numbers()), "slurmctld", "munged"]:
+        for name in [*self.names, "slurmctld", "munged"]:
             self._end(name)
-        for name in ("ctl", *map(str, self._numbers())):
+        for name in ("ctl", *(str(i) for i, _ in self._numbered())):
             subprocess.run(["ip", "netns", "del", self.name + name], capture_output=True)
             shutil.rmtree(f"/etc/netns/{self.name}{name}", ignore_errors=True)
 
@@ -161,7 +163,7 @@ class Cluster:
             daemon.wait()
 
     def _all_idle(self) -> bool:
-        return self.run("sinfo", "-h", "-N", "-o", "%t", check=False).split() == ["idle"] * self.nodes
+        return self.run("sinfo", "-h", "-N", "-o", "%t", check=False).split() == ["idle"] * len(self.names)
 
     def _until(self, condition: object, what: str) -> None:
         until = time.monotonic() + 60
@@ -173,28 +175,29 @@ class Cluster:
 
     # -- network -----------------------------------------------------------------------------------------------------
 
-    def _numbers(self) -> range:
-        return range(1, self.nodes + 1)
+    def _numbered(self) -> list[tuple[int, str]]:
+        return list(enumerate(self.names, start=1))
 
     def _within(self, place: str, command: tuple[object, ...]) -> list[str]:
         """The command inside a namespace; on a node under the node's host name."""
         words = [str(word) for word in command]
         if place != "ctl":
-            words = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', f"node{place}", *words]
+            words = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.names[int(place) - 1] + self.domain, *words]
         return ["ip", "netns", "exec", self.name + place, *words]
 
     def _connect(self) -> None:
         control = f"{self.name}ctl"
-        hosts = [f"127.0.0.1 localhost\n{_SUBNET}.1 {self.host}", *(f"{_SUBNET}.{10 + i} node{i}" for i in self._numbers())]
+        known = [(i, name) for i, name in self._numbered() if name not in self.unknown]
+        hosts = [f"127.0.0.1 localhost\n{_SUBNET}.1 {self.host}", *(f"{_SUBNET}.{10 + i} {name}{self.domain} {name}" for i, name in known)]
         commands = [f"ip netns add {control}", f"ip -n {control} link set lo up", f"ip -n {control} link add br0 type bridge",
                     f"ip -n {control} addr add {_SUBNET}.1/24 dev br0", f"ip -n {control} link set br0 up"]  # fmt: skip
-        for i in self._numbers():
+        for i, _ in self._numbered():
             node = f"{self.name}{i}"
             commands += [f"ip netns add {node}", f"ip -n {node} link set lo up",
                          f"ip -n {node} link add eth0 type veth peer name v{i} netns {control}",
                          f"ip -n {node} addr add {_SUBNET}.{10 + i}/24 dev eth0", f"ip -n {node} link set eth0 up",
                          f"ip -n {control} link set v{i} master br0 up"]  # fmt: skip
-        for name in (control, *(f"{self.name}{i}" for i in self._numbers())):
+        for name in (control, *(f"{self.name}{i}" for i, _ in self._numbered())):
             # `ip netns exec` lays what is here over /etc.
             folder = Path("/etc/netns") / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +210,8 @@ class Cluster:
         # slurmd loads a cgroup plugin even if nothing uses it; v1 loads where no cgroups are mounted.
         (f / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         plugins = f"PluginDir={self.programs['SLURM_PLUGINS']}" if "SLURM_PLUGINS" in self.programs else ""
-        nodes = "\n".join(f"NodeName=node{i} NodeAddr={_SUBNET}.{10 + i} CPUs={self.cpus} RealMemory=8000" for i in self._numbers())
+        nodes = "\n".join(f"NodeName={name} NodeHostname={name}{self.domain} NodeAddr={_SUBNET}.{10 + i} CPUs={self.cpus} RealMemory=8000"
+                          for i, name in self._numbered())  # fmt: skip
         (f / "slurm.conf").write_text(f"""\
 ClusterName=test
 SlurmctldHost={self.host}({_SUBNET}.1)
@@ -245,5 +249,5 @@ MinJobAge=3600
 JobRequeue=1
 PropagateResourceLimits=NONE
 {nodes}
-PartitionName=test Nodes=node[1-{self.nodes}] Default=YES DefaultTime=10 MaxTime=UNLIMITED State=UP
+PartitionName=test Nodes={','.join(self.names)} Default=YES DefaultTime=10 MaxTime=UNLIMITED State=UP
 """)
