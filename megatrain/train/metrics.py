@@ -32,7 +32,7 @@ class MetricsLog:
         self.folder = Path(run_folder)
         self.after_step = after_step
         self.folder.mkdir(parents=True, exist_ok=True)
-        drop_after(self.folder / FILE_NAME, step=after_step)
+        drop_after(self.folder / FILE_NAME, step=after_step or -1)  # a run that starts evaluates at step 0, once more after a kill
         self._file = (self.folder / FILE_NAME).open("a", encoding="utf-8")
         self._events: SummaryWriter | None = None
 

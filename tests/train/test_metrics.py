@@ -34,6 +34,14 @@ def test_a_fresh_start_in_an_old_folder_begins_anew(tmp_path):
     assert steps_of(tmp_path) == [1, 2]
 
 
+def test_a_start_after_a_kill_before_the_first_checkpoint_has_step_0_once(tmp_path):
+    for _ in range(2):
+        with MetricsLog(tmp_path, after_step=0) as log:
+            log.write(0, {"valid_loss": 4.2})
+            log.write(1, {"loss": 4.0})
+    assert steps_of(tmp_path) == [0, 1]
+
+
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
     write(tmp_path, 1, 3, after_step=0)
     path = tmp_path / FILE_NAME
