@@ -1,6 +1,7 @@
 """metrics.jsonl holds every step once, as valid JSON, whatever a kill or a resume does to it."""
 
 import json
+import time
 
 from megatrain.train.metrics import FILE_NAME, MetricsLog, read
 
@@ -66,6 +67,7 @@ def test_tensorboard_shows_the_resumed_steps_once(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write(tmp_path, 1, 4, after_step=0)
+    time.sleep(1.1)  # files are read in the order of their names, which hold the second
     write(tmp_path, 3, 5, after_step=2)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
