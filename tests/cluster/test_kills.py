@@ -29,7 +29,7 @@ LAYOUTS = {
     "tensor2-pipeline2-bf16": ({"tensor": 2, "pipeline": 2}, {"dtype": "bf16"}),
     "data4-zero3": ({"data": 4, "zero": 3}, {}),
 }
-LONGEST = {"loading": 0.3, "stepping": 0.1, "evaluating": 0.1, "saving": 0.5}
+LONGEST = {"loading": 0.15, "stepping": 0.1, "evaluating": 0.1, "saving": 0.5}
 """Seconds up to which a rank is left alone in a phase before it is killed: about as long as the phase takes."""
 OFTEN = {"loading": 1, "stepping": 15, "evaluating": 3, "saving": 3}
 """In which of the job's first so many entries into a phase."""
