@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slurm import Cluster, Missing, find_programs
 from warm import WarmPython
+
+from slurm import Cluster, Missing, find_programs
 
 
 @pytest.fixture(scope="session")

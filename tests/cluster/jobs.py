@@ -12,10 +12,10 @@ from typing import Any
 import marks
 import numpy as np
 import yaml
-from slurm import Cluster
 
 from megatrain.checkpoint import manifest
 from megatrain.data.indexed import IndexedWriter
+from slurm import Cluster
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 300

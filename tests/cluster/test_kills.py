@@ -46,12 +46,9 @@ class Hit(NamedTuple):
 def test_killed_in_each_phase_and_started_again(layout, cluster, warm, tmp_path):
     parallel, train = LAYOUTS[layout]
     trials = Trials(cluster, warm, tmp_path, seed=layout, parallel=parallel, train=train)
-    missing = Counter(dict.fromkeys(PHASES, 2))
-    while missing.total():
-        assert len(trials.hits) < 20, f"after 20 kills these were not hit: {dict(missing)}"
-        missing = Counter(dict.fromkeys(PHASES, 2)) - Counter(hit.phase for hit in trials.hits)
-        if missing:
-            trials.go_on(lambda job: trials.in_phase(job, missing))
+    while missing := trials.missing(2):
+        assert len(trials.hits) < 20, f"after 20 kills these were not hit as often as asked: {missing}"
+        trials.go_on(trials.in_phase)
     trials.finish()
 
 
@@ -104,9 +101,14 @@ class Trials:
         from_there = "starting afresh" if newest is None else f"resuming from {self.output}/checkpoints/step-{newest:08d}"
         self.job.until(lambda: from_there in self.job.words(), from_there)
 
-    def in_phase(self, job, missing):
+    def missing(self, times):
+        """The phases that were not hit so often yet."""
+        counts = Counter(hit.phase for hit in self.hits)
+        return [phase for phase in PHASES if counts[phase] < times]
+
+    def in_phase(self, job):
         """A rank in a phase that was hit too rarely yet, once it has been there for a while. Loading needs something to load."""
-        phases = [phase for phase in missing if phase != "loading" or whole(self.output)]
+        phases = [phase for phase in self.missing(2) if phase != "loading" or whole(self.output)]
         phase, rank = self._random.choice(phases or ["saving"]), self._random.randrange(4)
         times, pause = self._random.randint(1, OFTEN[phase]), self._random.random() * LONGEST[phase]
         state = self._once(job, rank, lambda state: phase in state.active and state.entered[phase] >= times)

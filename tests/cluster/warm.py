@@ -11,6 +11,7 @@ of the ranks beside that, it says in variables of the job (marks.py).
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import signal
@@ -143,10 +144,8 @@ class _Task:
         """The child has ended."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
         self.child = 0
-        try:
+        with contextlib.suppress(OSError):
             self.client.send(str(code).encode())
-        except OSError:
-            pass
         return False
 
 
