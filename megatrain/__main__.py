@@ -32,6 +32,7 @@ VERBS = {
     "finetune": Verb("megatrain.finetune", "finetune a model on chats, preferences or labels"),
     "schedule": Verb("megatrain.schedule_verb", "simulate and draw a pipeline schedule"),
     "xray": Verb("megatrain.xray_verb", "see where a run's time went, with advice"),
+    "report": Verb("megatrain.report_verb", "a run's curves, events and times as one page, on any device"),
     "convert": Verb("megatrain.convert_verb", "turn a checkpoint into another kind, proven"),
     "evaluate": Verb("megatrain.evaluate", "measure a model: perplexity, multiple choice, labels, lm-evaluation-harness"),
     "inspect": Verb("megatrain.inspect_verb", "see what a checkpoint holds, and whether it is whole"),

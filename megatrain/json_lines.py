@@ -6,7 +6,6 @@ first, and readers read over it, so it costs no other.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -44,10 +43,12 @@ def read(path: Path, *, last: int | None = None) -> Iterator[dict[str, Any]]:
             file.seek(before - 1)
             file.readline()  # to where a line begins
         for line in file:
-            with contextlib.suppress(ValueError):  # torn, or not UTF-8
+            try:
                 found = json.loads(line)
-                if isinstance(found, dict):
-                    yield found
+            except ValueError:  # torn, or not UTF-8
+                continue
+            if isinstance(found, dict):
+                yield found
 
 
 def _plain(value: Any) -> Any:

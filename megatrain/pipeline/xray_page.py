@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any, NamedTuple
 
+from megatrain import page
 from megatrain.pipeline.actions import Action, Kind
 from megatrain.pipeline.advice import Advice, slow_layers
 from megatrain.pipeline.drawing import _IDLE, KINDS, _shade
@@ -31,33 +32,14 @@ MEANINGS = {
     "communication": "the rest of the measured waiting: messages on their way, and what the host does between actions",
 }
 
-_STYLE = """
-body { font: 15px/1.45 Helvetica, Arial, sans-serif; color: #111; background: white; margin: 28px auto; max-width: 1280px; padding: 0 24px; }
-h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 32px 0 8px; } p { margin: 6px 0; max-width: 900px; }
-.facts { max-width: none; } .facts, .small { color: #555; } .small { font-size: 13px; }
-.advice { border-left: 5px solid #0072b2; background: #eef5fa; padding: 10px 16px; margin: 18px 0; }
-.advice p { margin: 4px 0; max-width: none; } .advice code { background: white; padding: 1px 5px; white-space: nowrap; }
-.wide { overflow-x: auto; } svg { display: block; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: 4px 14px 4px 0; text-align: right; } td { white-space: nowrap; }
-th { font-weight: normal; color: #555; border-bottom: 1px solid #bbb; vertical-align: bottom; }
-td:first-child, th:first-child, .left { text-align: left; } tr.all td { border-top: 1px solid #bbb; font-weight: bold; }
-.key { display: inline-block; width: 12px; height: 12px; margin-right: 5px; }
-dt { font-weight: bold; margin-top: 6px; } dd { margin: 0 0 0 16px; max-width: 880px; }
-.bar { display: inline-block; height: 11px; } .slow { font-weight: bold; color: #a03c00; }
-"""
-
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
 def draw_page(xray: XRay, advice: list[Advice]) -> str:
     """The whole page."""
-    parts = [
-        "<!DOCTYPE html>", '<html lang="en"><head><meta charset="utf-8">', f"<title>x-ray of {escape(xray.name)}</title>",
-        f"<style>{_STYLE}</style></head><body>", *_head(xray), *_advice(advice), *_timelines(xray), *_split_table(xray),
-        *_stage_table(xray), *_layer_table(xray), *_definitions(xray), "</body></html>",
-    ]  # fmt: skip
-    return "\n".join(parts) + "\n"
+    parts = [*_head(xray), *_advice(advice), *timelines(xray), *_split_table(xray), *_stage_table(xray), *_layer_table(xray), *_definitions(xray)]
+    return page.frame(f"x-ray of {xray.name}", parts)
 
 
 def _head(xray: XRay) -> list[str]:
@@ -65,11 +47,11 @@ def _head(xray: XRay) -> list[str]:
     chunks = f" x {placement.chunks} chunks" if placement.chunks > 1 else ""
     others = f", {xray.replicas} x {xray.tensor} such pipelines (data x tensor)" if xray.replicas * xray.tensor > 1 else ""
     microbatches = 1 + max(action.microbatch for action in measured.schedule.actions[0])
-    clock = f"clocks of machines aligned to {_ms(xray.clock_error)} or better" if xray.clock_error else "one clock for all ranks"
+    clock = f"clocks of machines aligned to {page.seconds(xray.clock_error)} or better" if xray.clock_error else "one clock for all ranks"
     return [
         f"<h1>X-ray of {escape(xray.name)}</h1>",
         f'<p class="facts">{escape(measured.schedule.name)}, {placement.ranks} pipeline ranks{chunks}, {microbatches} microbatches{others}; '
-        f"{_steps(xray.steps)}, {_ms(measured.step_seconds)} a step, of which the pipeline {_ms(xray.span)}; {clock}.</p>",
+        f"{_steps(xray.steps)}, {page.seconds(measured.step_seconds)} a step, of which the pipeline {page.seconds(xray.span)}; {clock}.</p>",
     ]  # fmt: skip
 
 
@@ -104,11 +86,11 @@ class _Box(NamedTuple):
     """What the picture says of it when it is pointed at."""
 
 
-def _timelines(xray: XRay) -> list[str]:
+def timelines(xray: XRay) -> list[str]:
     """Measured above ideal, at one scale."""
     picture, chunks = xray.picture, xray.measured.placement.chunks
     zero = first_start(picture.pipeline)
-    measured = [[_Box(a.action, a.ready - zero, a.end - zero, f"{a.action}: {_ms(a.end - a.ready)}, waited {_ms(a.ready - a.start)}") for a in trace.actions]
+    measured = [[_Box(a.action, a.ready - zero, a.end - zero, f"{a.action}: {page.seconds(a.end - a.ready)}, waited {page.seconds(a.ready - a.start)}") for a in trace.actions]
                 for trace in picture.pipeline]  # fmt: skip
     ideal = [[_ideal_box(span) for span in spans] for spans in picture.ideal.spans]
     ends = [span_of(picture.pipeline), picture.ideal.makespan]
@@ -117,9 +99,9 @@ def _timelines(xray: XRay) -> list[str]:
     scale = width / max(ends)
     replica = f", data {picture.pipeline[0].data}, tensor {picture.pipeline[0].tensor}" if xray.replicas * xray.tensor > 1 else ""
     return [
-        f"<h2>Measured: step {picture.step}{replica}, {_ms(ends[0])}, bubble {_bubble(measured, ends[0])}</h2>",
+        f"<h2>Measured: step {picture.step}{replica}, {page.seconds(ends[0])}, bubble {_bubble(measured, ends[0])}</h2>",
         f'<div class="wide">{_lanes(measured, ends[0], max(ends), scale, chunks)}',
-        f"<h2>Ideal of the same schedule: {_ms(ends[1])}, bubble {_bubble(ideal, ends[1])}</h2>",
+        f"<h2>Ideal of the same schedule: {page.seconds(ends[1])}, bubble {_bubble(ideal, ends[1])}</h2>",
         f"{_lanes(ideal, ends[1], max(ends), scale, chunks)}</div>",
         f'<p class="small">{_legend(xray)}</p>',
         '<p class="small">The ideal has the same actions, every stage at the stages\' mean time, and no communication. '
@@ -128,7 +110,7 @@ def _timelines(xray: XRay) -> list[str]:
 
 
 def _ideal_box(span: Span) -> _Box:
-    return _Box(span.action, span.start, span.end, f"{span.action}: {_ms(span.end - span.start)}")
+    return _Box(span.action, span.start, span.end, f"{span.action}: {page.seconds(span.end - span.start)}")
 
 
 def _bubble(lanes: list[list[_Box]], end: float) -> str:
@@ -172,7 +154,7 @@ def _axis(longest: float, scale: float, bottom: float) -> list[str]:
     for number in range(int(longest / step + 1e-9) + 1):
         x = _LEFT + number * step * scale
         marks.append(f'<path d="M{x:.2f} {bottom - _ROW + _BOX}v5" stroke="#555"/>')
-        value, unit = _in_unit(number * step)
+        value, unit = page.in_unit(number * step)
         marks.append(_text(x, bottom + 12, f"{value:g} {unit}" if number else "0", anchor="middle"))
     return marks
 
@@ -180,14 +162,9 @@ def _axis(longest: float, scale: float, bottom: float) -> list[str]:
 def _legend(xray: XRay) -> str:
     chunks = xray.measured.placement.chunks
     kinds = [kind for kind in KINDS if any(kind == found for found, _ in xray.measured.by_kind)]
-    lines = [[_key(_shade(kind, chunk, chunks), KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else "")) for kind in kinds] for chunk in range(chunks)]
-    lines[0].append(_key(_IDLE, "waiting"))
+    lines = [[page.key(_shade(kind, chunk, chunks), KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else "")) for kind in kinds] for chunk in range(chunks)]
+    lines[0].append(page.key(_IDLE, "waiting"))
     return "<br>".join(" &nbsp; ".join(entries) for entries in lines)
-
-
-def _key(colour: str, name: str) -> str:
-    first, *others = escape(name).split(" ")
-    return " ".join([f'<span style="white-space:nowrap"><span class="key" style="background:{colour}"></span>{first}</span>', *others])
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: float = 13) -> str:
@@ -199,30 +176,28 @@ def _text(x: float, y: float, text: str, *, anchor: str = "start", size: float =
 
 def _split_table(xray: XRay) -> list[str]:
     """Where each rank's time went, as a bar and in numbers."""
-    heads = ["rank", "", *(_key(colour, name) for name, colour in PARTS.values()), "bubble", "peak memory"]
-    rows = [[f"{rank}", _split_bar(split), *_shares(split), _bytes(memory)]
+    heads = ["rank", "", *(page.key(colour, name) for name, colour in PARTS.values()), "bubble", "peak memory"]
+    rows = [[f"{rank}", _split_bar(split), *_shares(split), page.size(memory)]
             for rank, (split, memory) in enumerate(zip(xray.splits, xray.peak_memory, strict=True))]  # fmt: skip
-    whole = ["all", _split_bar(xray.total), *_shares(xray.total), _bytes(max(xray.peak_memory))]
-    return [f"<h2>Where the time went, of {_ms(xray.span)}</h2>", *_table(heads, [*rows, whole], last_is_whole=True, left=(1,))]
+    whole = ["all", _split_bar(xray.total), *_shares(xray.total), page.size(max(xray.peak_memory))]
+    return [f"<h2>Where the time went, of {page.seconds(xray.span)}</h2>", *page.table(heads, [*rows, whole], last_is_whole=True, left=(1,))]
 
 
 def _shares(split: Split) -> list[str]:
-    return [*(f"{_ms(seconds)} ({seconds / split.span:.1%})".replace("-", "−") for seconds in split), f"{split.waiting / split.span:.1%}"]
+    return [*(f"{page.seconds(seconds)} ({seconds / split.span:.1%})".replace("-", "−") for seconds in split), f"{split.waiting / split.span:.1%}"]
 
 
 def _split_bar(split: Split) -> str:
     """What is negative is left out, and the others are drawn that much shorter."""
-    total = sum(max(seconds, 0.0) for seconds in split)
-    bars = (f'<span class="bar" style="width:{180 * max(seconds, 0.0) / total:.1f}px;background:{colour}"></span>'
-            for seconds, (_, colour) in zip(split, PARTS.values(), strict=True))  # fmt: skip
-    return f'<span style="white-space:nowrap">{"".join(bars)}</span>'
+    lengths = zip(split, (colour for _, colour in PARTS.values()), strict=True)
+    return page.bars(lengths, whole=sum(max(seconds, 0.0) for seconds in split), width=180)
 
 
 def _stage_table(xray: XRay) -> list[str]:
     mean = statistics.fmean(stage.total for stage in xray.stages)
-    rows = [[f"{stage.stage}", f"{stage.rank}", escape(stage.layers), _ms(stage.forward), _ms(stage.backward), f"{stage.total / mean - 1:+.1%}".replace("-", "−")]
+    rows = [[f"{stage.stage}", f"{stage.rank}", escape(stage.layers), page.seconds(stage.forward), page.seconds(stage.backward), f"{stage.total / mean - 1:+.1%}".replace("-", "−")]
             for stage in xray.stages]  # fmt: skip
-    return ["<h2>A microbatch on each stage</h2>", *_table(["stage", "rank", "layers", "forward", "backward", "to the mean"], rows, left=(2,))]
+    return ["<h2>A microbatch on each stage</h2>", *page.table(["stage", "rank", "layers", "forward", "backward", "to the mean"], rows, left=(2,))]
 
 
 def _layer_table(xray: XRay) -> list[str]:
@@ -232,31 +207,20 @@ def _layer_table(xray: XRay) -> list[str]:
     slow = {layer.layer for layer, _ in slow_layers(xray)}
     rows = []
     for layer in xray.layers:
-        bars = "".join(f'<span class="bar" style="width:{240 * seconds / longest:.1f}px;background:{_shade(kind, 0, 1)}"></span>'
-                       for kind, seconds in _forward_and_backward(layer.forward, layer.backward))  # fmt: skip
+        lengths = [(seconds, _shade(kind, 0, 1)) for kind, seconds in _forward_and_backward(layer.forward, layer.backward)]
         title = f'<span class="slow">{escape(layer.title)}</span>' if layer.layer in slow else escape(layer.title)
-        backward = _ms(layer.backward) if layer.backward else "–"
-        rows.append([title, f"{layer.stage}", _ms(layer.forward), backward, f'<span style="white-space:nowrap">{bars}</span>'])
+        backward = page.seconds(layer.backward) if layer.backward else "–"
+        rows.append([title, f"{layer.stage}", page.seconds(layer.forward), backward, page.bars(lengths, whole=longest, width=240)])
     note = '<p class="small">The first layer\'s backward cannot be told from what else its action does, nor a W\'s share of a layer from the others\'.</p>'
-    return ["<h2>A microbatch in each layer</h2>", *_table(["layer", "stage", "forward", "backward", ""], rows, left=(4,)), note]
+    return ["<h2>A microbatch in each layer</h2>", *page.table(["layer", "stage", "forward", "backward", ""], rows, left=(4,)), note]
 
 
 def _forward_and_backward(forward: float, backward: float) -> Iterable[tuple[Kind, float]]:
     return (("F", forward), ("B", backward))
 
 
-def _table(heads: list[str], rows: list[list[str]], *, last_is_whole: bool = False, left: tuple[int, ...] = ()) -> list[str]:
-    """Cells are HTML; columns are set to the right but for the first and those in `left`."""
-
-    def line(cells: list[str], tag: str) -> str:
-        return "".join(f"<{tag}{' class=left' if column in left else ''}>{cell}</{tag}>" for column, cell in enumerate(cells))
-
-    lines = [f"<tr{' class=all' if last_is_whole and row is rows[-1] else ''}>{line(row, 'td')}</tr>" for row in rows]
-    return ['<div class="wide"><table>', f"<tr>{line(heads, 'th')}</tr>", *lines, "</table></div>"]
-
-
 def _definitions(xray: XRay) -> list[str]:
-    meanings = [f"<dt>{_key(PARTS[part][1], PARTS[part][0])}</dt><dd>{escape(meaning)}.</dd>" for part, meaning in MEANINGS.items()]
+    meanings = [f"<dt>{page.key(PARTS[part][1], PARTS[part][0])}</dt><dd>{escape(meaning)}.</dd>" for part, meaning in MEANINGS.items()]
     return [
         "<h2>What the words mean</h2>",
         "<p>A rank computes or waits from the first action's start to the last one's end. Its waiting is split by simulating the same "
@@ -265,21 +229,6 @@ def _definitions(xray: XRay) -> list[str]:
         "<dt>predictions</dt><dd>the same simulation with other layers on the stages, each layer with its measured time; of the whole step's time, "
         "with the optimizer and all that is not the pipeline taken as it is.</dd></dl>",
     ]  # fmt: skip
-
-
-def _ms(seconds: float) -> str:
-    """Three digits, in the unit that suits."""
-    value, unit = _in_unit(seconds)
-    return f"{value:.0f} {unit}" if abs(value) >= 100 or not value else f"{value:#.3g} {unit}"
-
-
-def _in_unit(seconds: float) -> tuple[float, str]:
-    size = abs(seconds)
-    return (seconds, "s") if size >= 10 else (seconds * 1e3, "ms") if size >= 1e-3 or not size else (seconds * 1e6, "µs")
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from megatrain.train.checks import run_header
 from megatrain.train.events import EventLog
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import MetricsLog, Value
-from megatrain.train.picture import draw_loss
+from megatrain.train.picture import draw_loss, loss_name
 from megatrain.train.trainer import StepReport
 
 logger = logging.getLogger("megatrain")
@@ -51,7 +51,7 @@ class Journal:
                                       head=architecture.classifier is None)  # fmt: skip
         self._peak = peak_flops(self._gpu, config.train.dtype) if self._gpu else None
         self._metrics: MetricsLog | None = None
-        self._device, self._resumes = device, dict[str, Any]()
+        self._device, self._resumes, self._own_place = device, dict[str, Any](), dict[str, int]()
         self.events = EventLog(self.folder if self.is_kept else None)
 
     def say(self, lines: Iterable[str]) -> None:
@@ -74,9 +74,8 @@ class Journal:
         p = self._config.parallel
         layout = {"tensor": grid.tensor.size, "pipeline": grid.pipeline.size, "data": grid.data.size, "zero": p.zero, "schedule": p.schedule}
         self.events.write("start", ranks=self._world_size, hosts=sorted(set(hosts)), device=self._gpu or "cpu", layout=layout,
-                          versions=_versions(), attempt=attempt(os.environ), why=why)  # fmt: skip
-        if (own := rank_lines()) is not None:
-            own.write("INFO", "place", pipeline=grid.pipeline.rank, data=grid.data.rank, tensor=grid.tensor.rank)
+                          versions=_versions(), attempt=attempt(os.environ), resume=self._config.train.resume, why=why)  # fmt: skip
+        self._own_place = {"pipeline": grid.pipeline.rank, "data": grid.data.rank, "tensor": grid.tensor.rank}
 
     def begin(self, asked: Config, progress: Progress, *, last: int) -> None:
         """The loop begins after `progress.step` and goes on to step `last`."""
@@ -106,7 +105,7 @@ class Journal:
         """`parts` is how this rank spent the step."""
         if (own := rank_lines()) is not None:
             own.step = step
-            own.write("INFO", "figures", seconds=seconds, **parts, peak_memory=machine.peak_memory(self._device).size)
+            own.write("INFO", "figures", **self._own_place, seconds=seconds, **parts, peak_memory=machine.peak_memory(self._device).size)
         if self.is_kept:
             rate = self._config.tokens_per_step / seconds
             logger.info(console.step_line(console.Step(
@@ -148,7 +147,7 @@ class Journal:
             self.events.write("finish", step=progress.step, why=words or "all steps are done")
         elif progress.step == self._config.train.stop_after:
             self.events.write("stop", step=progress.step, why=f"train.stop_after={progress.step}")
-        draw_loss(self.folder, title=self._config.run_name)
+        draw_loss(self.folder, title=self._config.run_name, loss=loss_name(self._config.task, self._config.classification.problem))
         left = [name for name in _LEFT if (self.folder / name).exists()]
         logger.info(f"everything is in {self.folder}: {', '.join(left)}")
 

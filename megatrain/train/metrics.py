@@ -14,6 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from megatrain import json_lines
+from megatrain.json_lines import LineFile
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -33,16 +36,14 @@ class MetricsLog:
         self.after_step = after_step
         self.folder.mkdir(parents=True, exist_ok=True)
         drop_after(self.folder / FILE_NAME, step=after_step or -1)  # a run that starts evaluates at step 0, once more after a kill
-        self._file = (self.folder / FILE_NAME).open("a", encoding="utf-8")
+        self._file = LineFile(self.folder / FILE_NAME)
         self._events: SummaryWriter | None = None
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Add a line about `step` and its numbers to the TensorBoard events; what is not finite is written as null."""
-        line = {"step": step, **{name: _json_value(value) for name, value in values.items()}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+        self._file.write({"step": step, **values})
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 self._writer().add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -70,27 +71,17 @@ class MetricsLog:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """The lines of a metrics.jsonl; what a kill cut short is left out."""
+    return (line for line in json_lines.read(path) if isinstance(line.get("step"), int))
 
 
 def drop_after(path: Path, *, step: int) -> None:
     """Keep the whole lines up to `step`, in one move: a kill leaves the file as it was or as it should be."""
     if not path.exists():
         return
-    kept = [line for line in read(path) if line["step"] <= step]
     new = path.with_name(path.name + ".new")
     with new.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
+        file.writelines(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step)
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
-
-
-def _json_value(value: Value) -> Value:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatrain.train.metrics import FILE_NAME, read
+from megatrain.train.curves import Curve, read_curves
+from megatrain.train.metrics import FILE_NAME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,24 +20,33 @@ Matrix = np.ndarray[Any, np.dtype[Any]]
 Points = tuple[list[float], list[float]]
 
 
-def draw_loss(run_folder: Path | str, *, title: str = "") -> Path:
-    """Draw the training loss and the evaluations over tokens (steps where lines hold none) into loss.png."""
+def loss_name(task: str, problem: str = "single-label") -> str:
+    """What a task's loss is, and of what it is the mean; `problem` is classification's."""
+    if task == "classification":
+        return {"single-label": "cross-entropy loss (nats per text)", "multi-label": "binary cross-entropy loss (nats per text and class)",
+                "regression": "mean squared error"}[problem]  # fmt: skip
+    names = {"token-classification": "cross-entropy loss (nats per word)", "dpo": "DPO loss (per pair)", "simpo": "SimPO loss (per pair)",
+             "orpo": "ORPO loss (per pair)"}  # fmt: skip
+    return names.get(task, "cross-entropy loss (nats per token)")
+
+
+def draw_loss(run_folder: Path | str, *, title: str = "", loss: str = "loss") -> Path:
+    """Draw the training loss and the evaluations over tokens (steps where lines hold none) into loss.png; `loss` is its axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     folder = Path(run_folder)
-    lines = list(read(folder / FILE_NAME))
-    x_name = "tokens" if all("tokens" in line for line in lines) else "step"
+    curves = read_curves(folder / FILE_NAME)
     # Drawn without pyplot, which would take over the program's figures and choose a display.
     figure = Figure(figsize=(7, 4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    train, valid = _points(lines, x_name, "loss"), _points(lines, x_name, "valid_loss")
+    train, valid = _points(curves, "loss"), _points(curves, "valid_loss")
     if train[0]:
         axes.plot(*train, color=_TRAIN, linewidth=1.2, label="training")
     if valid[0]:
         axes.plot(*valid, color=_VALID, marker="o", markersize=5, linestyle="--", linewidth=1, label="validation")
-    _label(axes, title or f"Loss of {folder.resolve().name}", "tokens" if x_name == "tokens" else "optimizer steps")
+    _label(axes, title or f"Loss of {folder.resolve().name}", "tokens" if "tokens" in curves else "optimizer steps", loss)
     path = folder / "loss.png"
     canvas.print_png(str(path))
     return path
@@ -72,17 +82,22 @@ def _short(label: str) -> str:
     return label if len(label) <= 20 else label[:19] + "…"
 
 
-def _points(lines: list[dict[str, float]], x_name: str, y_name: str) -> Points:
-    with_y = [line for line in lines if line.get(y_name) is not None]
-    return [line[x_name] for line in with_y], [line[y_name] for line in with_y]
+def _points(curves: dict[str, Curve], name: str) -> Points:
+    """Tokens, or steps where lines hold none, and values."""
+    points = curves[name].points() if name in curves else []
+    steps = [point.step for point in points]
+    if "tokens" in curves:
+        seen = curves["tokens"].points()
+        steps = np.interp(steps, [point.step for point in seen], [point.value for point in seen]).tolist()
+    return steps, [point.value for point in points]
 
 
-def _label(axes: Axes, title: str, x_label: str) -> None:
+def _label(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     axes.set_title(title)
     axes.set_xlabel(x_label)
-    axes.set_ylabel("cross-entropy loss (nats per token)")
+    axes.set_ylabel(y_label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,10 +1,13 @@
 """loss.png is drawn from what the lines hold."""
 
 import json
+import typing
 
 import pytest
 
+from megatrain.config import Config, Problem
 from megatrain.train import picture
+from megatrain.train.curves import read_curves
 from megatrain.train.metrics import FILE_NAME
 
 TRAIN = [{"step": step, "tokens": step * 100, "loss": 5.0 - step} for step in (1, 2, 3)]
@@ -19,6 +22,22 @@ def test_a_picture_is_drawn(tmp_path, lines):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluations_are_no_training_points():
-    assert picture._points(TRAIN + VALID, "tokens", "loss") == ([100, 200, 300], [4.0, 3.0, 2.0])
-    assert picture._points(TRAIN + VALID, "tokens", "valid_loss") == ([300], [2.1])
+def test_evaluations_are_no_training_points(tmp_path):
+    (tmp_path / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in TRAIN + VALID))
+    curves = read_curves(tmp_path / FILE_NAME)
+    assert picture._points(curves, "loss") == ([100, 200, 300], [4.0, 3.0, 2.0])
+    assert picture._points(curves, "valid_loss") == ([300], [2.1])
+
+
+def test_the_axis_names_the_loss_of_the_task(tmp_path, monkeypatch):
+    (tmp_path / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in TRAIN))
+    named = []
+    monkeypatch.setattr(picture, "_label", lambda axes, title, x_label, y_label: named.append(y_label))
+    for task, problem in (("sft", "single-label"), ("dpo", "single-label"), ("classification", "regression")):
+        picture.draw_loss(tmp_path, loss=picture.loss_name(task, problem))
+    assert named == ["cross-entropy loss (nats per token)", "DPO loss (per pair)", "mean squared error"]
+
+
+def test_every_task_and_problem_has_a_name():
+    hints = typing.get_type_hints(Config)
+    assert len({picture.loss_name(task, problem) for task in typing.get_args(hints["task"]) for problem in typing.get_args(Problem)}) == 8

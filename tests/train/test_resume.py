@@ -23,6 +23,7 @@ from safetensors import safe_open
 
 from megatrain import config as configuration
 from megatrain import json_lines
+from megatrain.__main__ import main
 from megatrain.checkpoint import manifest
 from megatrain.data.indexed import IndexedWriter
 from megatrain.train import events
@@ -166,9 +167,13 @@ def test_killed_at_any_moment_and_started_again(model, dtype, parallel, data, tm
     folders = sorted(path.name for path in (tmp_path / "killed" / "run" / "checkpoints").iterdir())
     assert folders[-3:] == ["step-00000028", "step-00000029", "step-00000030"]
     assert folders[:-3] in ([], ["step-00000027"]), "nothing goes at the first step after a resume, which may have been the last"
+    assert main(["report", str(tmp_path / "killed" / "run")]) == 0
+    assert "Finished after step 30" in (tmp_path / "killed" / "run" / "report.html").read_text()
     assert_story(tmp_path / "killed" / "run", starts=(2, 3))  # 2: a kill that came while it started
-    for rank in range(len(list((tmp_path / "killed" / "run" / "logs").glob("*.jsonl")))):
-        assert_own_figures(tmp_path / "killed" / "run" / "logs" / f"rank-{rank:05d}.jsonl", pipelines=parallel.get("pipeline", 1))
+    logs = sorted((tmp_path / "killed" / "run" / "logs").glob("*.jsonl"))
+    assert len(logs) == parallel.get("pipeline", 1) * parallel.get("tensor", 1)
+    for log in logs:
+        assert_own_figures(log, ranks=len(logs), pipelines=parallel.get("pipeline", 1))
 
 
 def assert_story(run, *, starts):
@@ -187,11 +192,11 @@ def assert_story(run, *, starts):
     assert [event.step for event in told if event.event == "save"][-1] == 30
 
 
-def assert_own_figures(path, *, pipelines):
+def assert_own_figures(path, *, ranks, pipelines):
     """A rank's own log tells its place, and of each step shown how the rank spent it."""
     lines = list(json_lines.read(path))
-    assert {line["pipeline"] for line in lines if line["message"] == "place"} <= set(range(pipelines))
     figures = [line for line in lines if line["message"] == "figures"]
+    assert {line["pipeline"] for line in figures} == {figures[0]["rank"] // (ranks // pipelines)}
     assert {line["step"] for line in figures} == set(range(1, 31))
     for line in figures:
         assert min(line["forward"], line["backward"], line["peak_memory"]) > 0

@@ -1,0 +1,59 @@
+"""How the ranks of each pipeline stage spend a step, from the ends of their own logs: the last steps that they told of."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatrain import json_lines
+from megatrain.train.events import Event
+
+_END = 1 << 14
+"""Bytes of each log that are read: some fifty steps."""
+
+
+class StageTimes(NamedTuple):
+    """Means over a pipeline rank's tensor and data ranks and their last steps; seconds. `rest` is what is not the pipeline's."""
+
+    pipeline: int
+    ranks: int
+    forward: float
+    backward: float
+    waiting: float
+    rest: float
+    peak_memory: int
+    """Bytes, of the rank with the most."""
+
+    @property
+    def whole(self) -> float:
+        return self.forward + self.backward + self.waiting + self.rest
+
+
+def read_stages(run_folder: Path, start: Event | None) -> list[StageTimes]:
+    """By pipeline rank, of the last start's ranks: earlier ones may have been more."""
+    ranks = start.fields.get("ranks") if start is not None else None
+    found: dict[int, list[list[dict[str, Any]]]] = {}
+    for path in sorted((run_folder / "logs").glob("rank-*.jsonl"))[: ranks if isinstance(ranks, int) else None]:
+        lines = _figures(path)
+        if lines:
+            found.setdefault(lines[-1]["pipeline"], []).append(lines)
+    return [_stage(pipeline, found[pipeline]) for pipeline in sorted(found)]
+
+
+def _figures(path: Path) -> list[dict[str, Any]]:
+    """Of the rank's last start."""
+    lines: list[dict[str, Any]] = []
+    for line in json_lines.read(path, last=_END):
+        if line.get("message") == "start":
+            lines.clear()
+        elif line.get("message") == "figures" and "forward" in line:
+            lines.append(line)
+    return lines
+
+
+def _stage(pipeline: int, ranks: list[list[dict[str, Any]]]) -> StageTimes:
+    lines = [line for of_rank in ranks for line in of_rank]
+    forward, backward, waiting, seconds = (statistics.fmean(line[name] for line in lines) for name in ("forward", "backward", "waiting", "seconds"))
+    rest = max(0.0, seconds - forward - backward - waiting)
+    return StageTimes(pipeline, len(ranks), forward, backward, waiting, rest, max(line["peak_memory"] for line in lines))
