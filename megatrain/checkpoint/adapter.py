@@ -30,11 +30,14 @@ def write_config(folder: Path, config: Config, architecture: Architecture) -> No
     targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
     if lora.targets == "all-linear":
         targets = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_names(architecture)))
+    classifier = architecture.classifier
+    kind = "CAUSAL_LM" if classifier is None else "TOKEN_CLS" if classifier.of_tokens else "SEQ_CLS"
     base = None if config.train.init_from is None else str(Path(config.train.init_from).resolve())
     said = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
+        "peft_type": "LORA", "task_type": kind, "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
         "r": lora.rank, "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha, "lora_dropout": lora.dropout,
         "target_modules": targets, "use_rslora": lora.rslora, "use_dora": lora.dora, "fan_in_fan_out": architecture.transposed,
+        "modules_to_save": None if classifier is None else [classifier.name],
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(said, indent=2), encoding="utf-8")
 

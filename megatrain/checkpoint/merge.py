@@ -1,11 +1,13 @@
 """Adapters added into the model they belong to: a Hugging Face folder without adapters, which loads everywhere.
 
 Works on files alone, a shard at a time, in fp32, and stores each tensor in its own dtype. W is stored as [out, in], or as [in, out]
-where the adapter says fan_in_fan_out (GPT-2); see `models/lora.py` for the formula.
+where the adapter says fan_in_fan_out (GPT-2); see `models/lora.py` for the formula. A classifier's own matrix, which was trained whole,
+comes in its place, and the language model's head, which a classifier does not use, is left out.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from megatrain.checkpoint.adapter import CONFIG, MODEL
 from megatrain.checkpoint.tensors import Tensors, shard_names, write_weight_map
 from megatrain.config import Config
 from megatrain.errors import CheckpointError, ConfigError
+from megatrain.models.architecture import load_config, read_architecture
 from megatrain.models.lora import PREFIX
 
 
@@ -36,6 +39,7 @@ class Adapter:
 
     Attributes:
         modules: by the name of the linear in the base model.
+        whole: tensors that were trained themselves, by their names in the model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,6 +51,8 @@ class Adapter:
             with safe_open(folder / MODEL, framework="pt") as source:
                 tensors = {name: source.get_tensor(name).float() for name in source.keys()}  # noqa: SIM118
             names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+            low = tuple(f"{name}.lora_" for name in names)
+            self.whole = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if not name.startswith(low)}
             self.modules = {name.removeprefix(PREFIX): Low(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"],
                                                            tensors.get(f"{name}.lora_magnitude_vector")) for name in names}  # fmt: skip
         except (OSError, SafetensorError, KeyError, TypeError, ZeroDivisionError) as error:
@@ -78,14 +84,17 @@ def merge(adapter_folder: Path, base: Path, output: Path) -> Path:
     """Write `output`, a Hugging Face folder of the base model with the adapter in its weights; it appears whole or not at all."""
     added, tensors = Adapter(adapter_folder), Tensors(base)
     homes = {_in_base(name, tensors): low for name, low in added.modules.items()}
+    left_out = _head_names(base) if added.whole else set()
     temporary = output.with_name(f".writing-{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write_model(temporary, added, tensors, homes)
+        _write_model(temporary, added, tensors, homes, left_out)
         # The config is the base's, as its weights' dtype is; what else both folders have is the adapter's.
-        _copy_others(base, temporary, but=())
+        _copy_others(base, temporary, but=("generation_config.json",) if added.whole else ())
         _copy_others(adapter_folder, temporary, but=(CONFIG, "config.json", "trainer.json", "README.md"))
+        if added.whole:
+            _describe_classifier(adapter_folder, base, temporary)
         records = [manifest.record(temporary, path) for path in sorted(temporary.iterdir())]
         manifest.commit(temporary, output, records)
     except (OSError, SafetensorError) as error:
@@ -110,15 +119,34 @@ def _in_base(module: str, tensors: Tensors) -> str:
     raise CheckpointError(f"{tensors.folder} holds no {module}.weight, which the adapter changes; is it the model that the adapter was trained on?")
 
 
-def _write_model(folder: Path, added: Adapter, tensors: Tensors, homes: dict[str, Low]) -> None:
+def _head_names(base: Path) -> set[str]:
+    """What the head of a language model may be called in its files."""
+    architecture = read_architecture(load_config(str(base)))
+    head = f"{architecture.names['head'].name}.weight"
+    return {head, *(theirs for theirs, ours in architecture.former_names.items() if ours == head)}
+
+
+def _describe_classifier(adapter_folder: Path, base: Path, target: Path) -> None:
+    """The config is the adapter's, which knows the classes; the dtype is the base's, as its weights are."""
+    config, theirs = (manifest.read_json(folder / "config.json") for folder in (adapter_folder, base))
+    config["dtype"] = theirs.get("dtype", theirs.get("torch_dtype", config.get("dtype")))
+    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _write_model(folder: Path, added: Adapter, tensors: Tensors, homes: dict[str, Low], left_out: set[str]) -> None:
+    """In the base's files, but for one of which nothing is left; what is whole goes to the last."""
+    contents = [names for file in tensors.files if (names := [name for name in file.names() if name not in left_out and name not in added.whole])]
     weight_map: dict[str, str] = {}
     total = 0
-    for name, file in zip(shard_names(len(tensors.files)), tensors.files, strict=True):
-        shard = {key: _merged(key, added, tensors, homes) for key in file.names()}
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
+    for number, (file, names) in enumerate(zip(shard_names(len(contents)), contents, strict=True)):
+        shard = {name: _merged(name, added, tensors, homes) for name in names}
+        if number == len(contents) - 1:
+            dtype = tensors.dtype(next(iter(homes)))
+            shard |= {name: tensor.to(dtype) for name, tensor in added.whole.items()}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
         total += sum(tensor.nbytes for tensor in shard.values())
-    if len(tensors.files) > 1:
+    if len(contents) > 1:
         write_weight_map(folder, weight_map, total_size=total)
 
 

@@ -19,6 +19,7 @@ from megatrain.checkpoint.tensors import Tensors
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture, differences, load_config
 from megatrain.models.initialize import initialize_parameter
+from megatrain.models.lora import PREFIX as ADAPTED
 from megatrain.optim.zero import DTYPES, Fragment, Zero
 from megatrain.parallel.geometry import make_piece, runs_of
 from megatrain.parallel.sharding import Sharding, parameters
@@ -131,7 +132,8 @@ class Pretrained:
         """The names in the folder of each tensor of the model: as it is called, without the base model's prefix, or as it was called."""
         homes: dict[str, list[str]] = {}
         for ours in {*wanted, self._head}:
-            found = [theirs for theirs in (ours, ours.removeprefix(self._prefix), self._former.get(ours, ours)) if theirs in self.tensors]
+            bare = ours.removeprefix(ADAPTED)  # of a classifier that is trained beside adapters
+            found = [theirs for theirs in (bare, bare.removeprefix(self._prefix), self._former.get(bare, bare)) if theirs in self.tensors]
             if found:
                 homes[ours] = sorted(set(found), key=found.index)
         if self._tied and self._embedding not in homes and self._head in homes:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megatrain.config import Lora
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture
+from megatrain.models.classifier import ClassifierHead
 from megatrain.models.context import Context
 from megatrain.models.random import dropout
 from megatrain.parallel import collectives
@@ -114,10 +115,17 @@ def module_name(weight: Sharding) -> str:
 
 
 def add_adapters(stage: nn.Module, architecture: Architecture, settings: Lora, axis: Axis) -> None:
-    """Freeze every weight of the stage and put adapters, uninitialised, beside the linears that are targets."""
+    """Freeze every weight of the stage and put adapters, uninitialised, beside the linears that are targets.
+
+    A classifier's own matrix is trained itself, under the name that PEFT saves it by (`modules_to_save`).
+    """
     targets = target_names(architecture, settings.targets)
     for parameter in stage.parameters():
         parameter.requires_grad_(False)
+    for head in (module for module in stage.modules() if isinstance(module, ClassifierHead)):
+        for parameter in (head.weight, head.bias):
+            if parameter is not None:
+                declare(parameter, replace(sharding(parameter), name=PREFIX + sharding(parameter).name)).requires_grad_(True)
     shared: dict[str, nn.Parameter] = {}
     for module in list(stage.modules()):
         for name, child in list(module.named_children()):

@@ -16,14 +16,18 @@ STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"),
 """What each rule keeps for an element, beside the weight itself."""
 
 
+def decays(parameter: nn.Parameter, config: Optimizer) -> bool:
+    """Whether weight decay is the parameter's."""
+    kind = sharding(parameter).kind
+    return kind == "matrix" or (kind == "embedding" and config.decay_embeddings)
+
+
 def decay_groups(parameters: Iterable[nn.Parameter], config: Optimizer) -> list[dict[str, Any]]:
     """Two groups: matrices (and embeddings where asked) decay; biases and norms do not, as in GPT-2 and Llama."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in parameters:
-        kind = sharding(parameter).kind
-        decays = kind == "matrix" or (kind == "embedding" and config.decay_embeddings)
-        (decayed if decays else kept).append(parameter)
+        (decayed if decays(parameter, config) else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -11,14 +11,15 @@ All private calls into DeepSpeed 0.19 are in this file; tests/optim/test_zero.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.config import Config
-from megatrain.optim.groups import STATES, decay_groups, make_optimizer
+from megatrain.optim.groups import STATES, decay_groups, decays, make_optimizer
+from megatrain.parallel import collectives
 from megatrain.parallel.grid import Axis, Grid
 from megatrain.parallel.sharding import Sharding, declare, parameters, sharding
 
@@ -73,7 +74,7 @@ class Zero:
 
         self.config, self.grid, self.stage = config, grid, stage
         self.partitioned = config.parallel.zero >= 2
-        model = stage if any(parameter.requires_grad for parameter in stage.parameters()) else _with_stand_in(stage)
+        model = _with_stand_ins(stage, config, grid)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for declaration, parameter in parameters(stage):
             # DeepSpeed's norm: the first mark counts a parameter on every rank, the second on none.
@@ -336,11 +337,20 @@ class Zero:
             return parameter.detach().clone()
 
 
-def _with_stand_in(stage: nn.Module) -> nn.Module:
-    """A stage, all of it frozen, and one number that is no part of the model: its rank must take part in DeepSpeed's norm and step."""
+def _with_stand_ins(stage: nn.Module, config: Config, grid: Grid) -> nn.Module:
+    """The stage, and for each of the optimizer's groups that another stage has and this one has not, a number that is no part of the model.
+
+    DeepSpeed reduces the norm group by group: a rank without a group would leave the others waiting for ever. All ranks call it together.
+    """
     like = next(stage.parameters())
-    stand_in = declare(nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device)), Sharding("", (1,), counted=False))
-    return nn.ModuleDict({"stage": stage, "stand_in": nn.ParameterList([stand_in])})
+    here = [decays(parameter, config.optimizer) for parameter in stage.parameters() if parameter.requires_grad]
+    anywhere = collectives.all_reduce(torch.tensor([True in here, False in here], dtype=torch.int32, device=like.device), grid.model, op=dist.ReduceOp.MAX)
+    groups: list[tuple[Literal["matrix", "bias"], bool]] = [("matrix", True), ("bias", False)]
+    kinds = [kind for (kind, decayed), there in zip(groups, anywhere.tolist(), strict=True) if there and decayed not in here]
+    if not kinds:
+        return stage
+    stand_ins = [declare(nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device)), Sharding("", (1,), kind=kind, counted=False)) for kind in kinds]
+    return nn.ModuleDict({"stage": stage, "stand_ins": nn.ParameterList(stand_ins)})
 
 
 def _largest_of(grads: list[Tensor]) -> Tensor:

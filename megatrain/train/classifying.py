@@ -43,8 +43,6 @@ class Classification(Task):
                 raise ConfigError(f"data.{name}", getattr(data, name), "is a blend, and labels are not blended", "give one file, folder or glob")
         for name in changed(data, (*OF_CHATS, "document_mask")):
             raise ConfigError(f"data.{name}", getattr(data, name), f"has no effect with task={config.task}", "leave it out")
-        if config.lora.rank:
-            raise ConfigError("lora.rank", config.lora.rank, f"freezes all weights, and with task={config.task} the classifier's are new", "leave it out")
         if data.tokenizer is None:
             raise ConfigError("data.tokenizer", "(nothing)", "is missing", "give the model's tokenizer")
         if config.task == "token-classification" and section.problem != "single-label":

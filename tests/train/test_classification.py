@@ -50,8 +50,11 @@ LABELS = ["red", "green", "blue"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
+    return make_files(tmp_path_factory.mktemp("classification"))
+
+
+def make_files(folder):
     """Texts of very different lengths with every kind of label, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("classification")
     random = np.random.default_rng(0)
     (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 5)}))
     train_tokenizer([folder / "text.jsonl"], vocab_size=VOCABULARY, output=folder / "tokenizer")
@@ -249,13 +252,13 @@ def evaluate(rank, world_size, config, subject):
     return evaluate(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500), subject=subject)
 
 
-def evaluated(folder, data, tmp_path, parallel):
+def evaluated(folder, data, tmp_path, parallel, *, window=None):
     """What `megatrain evaluate` says of the folder on two ranks."""
     words = [f"parallel.{name}={size}" for name, size in parallel.items()]
     config = make_evaluation(folder, [f"run.output_dir={tmp_path / 'evaluation'}", "train.micro_batch_size=3", *words])
     (tmp_path / "evaluation").mkdir()
     architecture = check_model(config)
-    window, stride = make_windows(architecture, window=None, stride=None, trained=trained_length(folder))
+    window, stride = make_windows(architecture, window=window, stride=None, trained=trained_length(folder))
     assert window == LENGTH, "what the run saw of a text"
     subject = Subject(str(folder), (str(data),), choose_kind(None, [str(data)], architecture), window, stride, "text")
     return run_ranks(evaluate, 2, config, subject, folder=tmp_path)[0]

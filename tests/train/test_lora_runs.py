@@ -188,7 +188,7 @@ def references():
     return get
 
 
-KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "last": {"targets": LAST},
+KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "last": {"targets": LAST}, "last-dora": {"targets": LAST, "dora": True},
          "dropped": {"targets": ["q_proj", "v_proj", "up_proj"], "dropout": 0.4, "dora": True}}  # fmt: skip
 
 
@@ -212,7 +212,7 @@ ROWS = [
     row("tied", "lora", 4, recompute="selective", schedule="zb-h1", **PP), row("llama", "dora", 8, **TP_PP),
     # stages, and whole ranks, without an adapter
     row("llama", "last", 2, schedule="zb-h1", **PP), row("tied", "last", 4, **PP), row("llama", "last", 4, pipeline=4, zero=0),
-    row("llama", "last", 2, schedule="zb-v", **PP),
+    row("llama", "last", 2, schedule="zb-v", **PP), row("llama", "last-dora", 2, **PP),
 ]  # fmt: skip
 
 
