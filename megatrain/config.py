@@ -122,6 +122,13 @@ class Train:
         1.0, "How far above the last losses before a checkpoint the first ones after a resume may be, unless those varied more; 0 asks nothing."
     )
     max_bad_steps: int = setting(5, "Steps in a row with a non-finite loss or gradient after which the run stops.")
+    spike: Literal["off", "warn", "rollback"] = setting(
+        "warn", "When the loss spikes: say so, or go back to the newest checkpoint from before it and pass over the samples since. A run of `max_bad_steps` counts as a spike."
+    )
+    spike_factor: float = setting(7.0, "A loss spikes above the median of the last `spike_window` by more than this many robust deviations of theirs.")
+    spike_window: int = setting(128, "Losses that a spike is judged by; none is before there are as many.")
+    spike_steps: int = setting(3, "Steps in a row above that are a spike; fewer are a few odd samples.")
+    max_rollbacks: int = setting(3, "Rollbacks to one and the same checkpoint, after which a run that spikes again stops.")
     stop_after: int | None = setting(None, "Save and stop after this step although `steps` goes on; schedules still see `steps`.")
     trace_steps: list[int] | None = setting(
         None, "First and last step, as [20, 22], of which every action is recorded for `megatrain xray`; nothing when left out."
@@ -320,6 +327,7 @@ def check(config: Config) -> None:
     _check_length(config)
     _check_saving(config)
     _check_early_stop(config)
+    _check_spike(config)
     if config.train.epochs is None:  # else once the data have said how many steps that is
         _check_schedule(config)
         _check_trace(config)
@@ -433,6 +441,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             if value is None:
                 return None
         elif typing.get_origin(option) is Literal:
+            if value is False and "off" in typing.get_args(option):
+                return "off"  # as YAML reads it
             same = [choice for choice in typing.get_args(option) if choice == value and not isinstance(value, bool)]
             if same:
                 return same[0]  # 1 where 1.0 was written
@@ -504,6 +514,7 @@ def _short(value: Any) -> str:
 
 _POSITIVE = ["data.sequence_length", "parallel.tensor", "parallel.pipeline", "parallel.data", "parallel.virtual", "train.global_batch_size",
              "train.micro_batch_size", "train.log_every", "train.tokens", "train.epochs", "train.max_bad_steps", "train.eval_batches",
+             "train.spike_steps", "train.max_rollbacks",
              "lr_schedule.decay_steps"]  # fmt: skip
 _NOT_NEGATIVE = ["train.steps", "train.early_stop", "train.eval_every", "train.save_every", "train.keep_last", "train.keep_every", "train.resume_margin", "train.stop_after", "run.seed",
                  "run.master_port", "parallel.memory_gib", "optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip",
@@ -565,6 +576,33 @@ def _check_early_stop(config: Config) -> None:
     if not train.early_stop and changed(train, ["early_stop_metric"]):
         raise ConfigError("train.early_stop_metric", train.early_stop_metric, "has no meaning with train.early_stop=0",
                           "set train.early_stop, for example 3, or leave train.early_stop_metric out")  # fmt: skip
+
+
+def _check_spike(config: Config) -> None:
+    train = config.train
+    for name in ("spike_factor", "spike_window", "spike_steps", "max_rollbacks"):
+        needed = ("rollback",) if name == "max_rollbacks" else ("warn", "rollback")
+        if train.spike not in needed and changed(train, [name]):
+            raise ConfigError(f"train.{name}", getattr(train, name), f"has no meaning with train.spike={train.spike}",
+                              f"set train.spike={' or '.join(needed)}, or leave train.{name} out")  # fmt: skip
+    if not train.spike_factor > 0:
+        raise ConfigError("train.spike_factor", train.spike_factor, "must be more than 0")
+    least = max(8, 4 * train.spike_steps)
+    if train.spike != "off" and train.spike_window < least:
+        raise ConfigError("train.spike_window", train.spike_window, f"is too few losses to judge train.spike_steps={train.spike_steps} by", f"use {least} or more")
+    if train.spike == "rollback":
+        _check_rollback(config)
+
+
+def _check_rollback(config: Config) -> None:
+    train = config.train
+    if not train.save_every and not train.early_stop:
+        raise ConfigError("train.spike", "rollback", "goes back to a checkpoint, and train.save_every=0 makes none before the end", "set train.save_every")
+    if train.epochs is not None:
+        raise ConfigError("train.spike", "rollback", "passes over samples, and train.epochs asks for every one", "give train.steps, or use train.spike=warn")
+    if config.task == "dpo" and config.preference.reference != "adapters-off" and (config.preference.reference == "beforehand" or not config.lora.rank):
+        raise ConfigError("train.spike", "rollback", "goes on with samples whose log-probabilities preference.reference=beforehand has not computed",
+                          "use train.spike=warn, or adapters and preference.reference=adapters-off")  # fmt: skip
 
 
 def _check_trace(config: Config) -> None:

@@ -21,6 +21,14 @@ def write_best(run_folder: Path, *, step: int, metric: str, value: float) -> Non
     new.replace(run_folder / FILE_NAME)
 
 
+def restore_best(run_folder: Path, *, step: int | None, metric: str, value: float | None) -> None:
+    """After a run went back: the best is that of `step` again, or none where there is none or it is no longer kept."""
+    if step is not None and value is not None and (run_folder / "checkpoints" / f"step-{step:08d}").is_dir():
+        write_best(run_folder, step=step, metric=metric, value=value)
+    else:
+        (run_folder / FILE_NAME).unlink(missing_ok=True)
+
+
 def best_checkpoint(run_folder: Path) -> Path | None:
     """The best checkpoint's folder; None where the run does not say, or it is not there."""
     try:

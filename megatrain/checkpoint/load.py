@@ -73,6 +73,8 @@ def load(path: Path, *, zero: Zero, config: Config, grid: Grid) -> Progress:
     zero.updates = trainer.progress.updates
     zero.loss_scaling = trainer.progress.loss_scaling
     zero.masters_to_weights()
+    if trainer.progress.samples < 0:
+        return trainer.progress._replace(samples=trainer.progress.step * config.train.global_batch_size)
     return trainer.progress
 
 
@@ -90,7 +92,8 @@ def read_trainer(path: Path) -> TrainerFile:
     content = manifest.read_json(path / "trainer.json")
     try:
         counts = {name: content[name] for name in ("step", "tokens", "updates", "bad_steps")}
-        if any(type(number) is not int or number < 0 for number in counts.values()):
+        samples, spike_since = content.get("samples", -1), content.get("spike_since", 0)
+        if any(type(number) is not int or number < 0 for number in (*counts.values(), samples + 1, spike_since)):
             raise ValueError(f"{counts} are not all natural numbers")
         losses = tuple(float(loss) for loss in content.get("losses", []))
         scaling = content.get("loss_scaling")
@@ -98,7 +101,8 @@ def read_trainer(path: Path) -> TrainerFile:
         sections = [content["config"][name] for name in ("train", "data", "run", "optimizer")]
         if not all(isinstance(section, dict) for section in (content["layout"], content["model"], content["config"], *sections)):
             raise ValueError("a section is no mapping")
-        return TrainerFile(Progress(**counts, losses=losses, loss_scaling=loss_scaling), content["layout"], content["config"], content["model"])
+        progress = Progress(**counts, losses=losses, loss_scaling=loss_scaling, samples=samples, spike_since=spike_since)
+        return TrainerFile(progress, content["layout"], content["config"], content["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / 'trainer.json'} is damaged ({type(error).__name__} {str(error)[:120]})") from None
 

@@ -45,6 +45,10 @@ class Progress(NamedTuple):
     """Of the last steps that had one, oldest first: a resume is held to them."""
     loss_scaling: LossScale | None = None
     """Of fp16."""
+    samples: int = -1
+    """Position of the next step's first sample: after those of all steps, and those that rollbacks passed over. -1 where the step alone says it."""
+    spike_since: int = 0
+    """First step of the loss spike that the last step is in; 0 for none."""
 
 
 def layout(config: Config, grid: Grid) -> dict[str, Any]:

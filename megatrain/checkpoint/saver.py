@@ -63,8 +63,11 @@ class Saver:
         """Whether this rank's thread is at work."""
         return self._writing is not None and self._writing.thread.is_alive()
 
-    def save(self, progress: Progress, *, prune: bool = True) -> Saved | None:
-        """Begin to save; returns the checkpoint before, where that had to be waited for. `prune` lets older ones go once it is there."""
+    def save(self, progress: Progress, *, prune: bool = True, back_to: int | None = None) -> Saved | None:
+        """Begin to save; returns the checkpoint before, where that had to be waited for.
+
+        `prune` lets older ones go once it is there, but for the newest of at most step `back_to`, which the run may have to go back to.
+        """
         before = self.finish()
         started = time.perf_counter()
         final = self.folder / f"step-{progress.step:08d}"
@@ -73,7 +76,7 @@ class Saver:
         content = take(self._zero, self._grid)
         needed = sum(self._together(lambda: content.nbytes))
         self._together(lambda: _check_space(self.folder, needed), cleanup=temporary)
-        self._writing = _Writing(lambda: self._write(temporary, content, progress), final, temporary, prune)
+        self._writing = _Writing(lambda: self._write(temporary, content, progress), final, temporary, prune, back_to)
         self._writing.stalled = time.perf_counter() - started
         self.stalled += self._writing.stalled
         return before
@@ -124,7 +127,8 @@ class Saver:
             save.commit(writing.temporary, writing.final, shares, states=self._zero.states, config=self._config, architecture=self._architecture)
         if self._grid.rank == 0 and writing.prune:
             train = self._config.train
-            old = keep.superseded(self.folder, last=train.keep_last, every=train.keep_every, best=best_checkpoint(self.folder.parent))
+            old = keep.superseded(self.folder, last=train.keep_last, every=train.keep_every, best=best_checkpoint(self.folder.parent),
+                                  back_to=writing.back_to)  # fmt: skip
             self._deleting = threading.Thread(target=keep.delete, args=(old,), daemon=True)
             self._deleting.start()
 
@@ -147,8 +151,8 @@ class Saver:
 class _Writing:
     """A thread's work, its result or what it raised."""
 
-    def __init__(self, work: Callable[[], Share], final: Path, temporary: Path, prune: bool) -> None:
-        self.final, self.temporary, self.prune = final, temporary, prune
+    def __init__(self, work: Callable[[], Share], final: Path, temporary: Path, prune: bool, back_to: int | None) -> None:
+        self.final, self.temporary, self.prune, self.back_to = final, temporary, prune, back_to
         self.stalled, self.seconds = 0.0, 0.0
         self._share: Share | None = None
         self._error: Exception | None = None

@@ -7,11 +7,12 @@ With G = global_batch_size, m = micro_batch_size and D data ranks, step s takes 
     data rank 1                                         mb 0        mb 1
 
 Whatever D is, the ranks together take the same samples in a step, so the layout does not change the run. There is no
-state to save: a resumed run asks for its next step.
+state to save: a run asks for the next positions, which a checkpoint knows; "step" counts them in whole global batches from 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -69,6 +70,11 @@ class Loader:
             batches = self._fetch(step)
         self._next = (step + 1, self._thread.submit(self._fetch, step + 1))
         return batches
+
+    @property
+    def origin(self) -> Callable[[int], tuple[str, list[int]]] | None:
+        """Maps a position to the data set and the documents that its sample is of; None where the data cannot say."""
+        return getattr(self._samples, "origin", None)
 
     def close(self) -> None:
         """Stop the background thread."""

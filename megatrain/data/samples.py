@@ -19,7 +19,7 @@ Nothing is built, stored or shared between ranks, and a resumed run needs only i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -124,6 +124,13 @@ class SampleSource:
         epoch = self._epoch(number)
         return (epoch.offset + epoch.order(index) * self.sequence_length) % self.num_tokens
 
+    def origin(self, position: int) -> tuple[str, list[int]]:
+        """Return the data set and the documents that the sample at `position` has tokens of."""
+        documents: list[int] = []
+        for start, length in self._pieces(self.start(position)):
+            documents += range(self.dataset.document_at(start), self.dataset.document_at(start + length - 1) + 1)
+        return str(self.dataset.bin_path.with_suffix("")), documents
+
     def _make_epoch(self, number: int) -> _Epoch:
         offset = keyed_integers("offset", self.seed, number)[0] % self.sequence_length
         return _Epoch(offset, Permutation(self.samples_per_epoch, key=("samples", self.seed, number)))
@@ -193,9 +200,19 @@ class BlendedSamples:
 
     def fetch(self, position: int) -> Sample:
         """Return the sample at `position`, from the source that the blend gives it."""
+        return self._find(position, lambda samples, found: samples.fetch(found))
+
+    @property
+    def origin(self) -> Callable[[int], tuple[str, list[int]]] | None:
+        """As of a single source, where all of them can say."""
+        if not all(hasattr(source, "origin") for source in self._sources):
+            return None
+        return lambda position: self._find(position, lambda samples, found: samples.origin(found))
+
+    def _find(self, position: int, what: Callable[[Any, int], Any]) -> Any:
         first, within = divmod(position, self._each)
         place = self._blend.place(first)
-        return self._sources[place.source].fetch(place.position * self._each + within)
+        return what(self._sources[place.source], place.position * self._each + within)
 
 
 def open_samples(data: DataSection, *, which: Part, sequence_length: int, seed: int, vocab_size: int) -> Samples:

@@ -27,17 +27,18 @@ from megatrain.log import rank_lines
 from megatrain.models.architecture import Architecture
 from megatrain.parallel.grid import Grid
 from megatrain.place import Place, attempt
-from megatrain.train import console
+from megatrain.train import console, rollback
 from megatrain.train.checks import run_header
 from megatrain.train.events import EventLog
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import MetricsLog, Value
 from megatrain.train.picture import draw_loss, loss_name
+from megatrain.train.spikes import Limit
 from megatrain.train.trainer import StepReport
 
 logger = logging.getLogger("megatrain")
 
-_LEFT = ("checkpoints", "metrics.jsonl", "events.jsonl", "loss.png", "tensorboard")
+_LEFT = ("checkpoints", "metrics.jsonl", "events.jsonl", rollback.FILE_NAME, "loss.png", "tensorboard")
 
 
 class Journal:
@@ -122,6 +123,30 @@ class Journal:
         elif self.is_kept:
             logger.warning(f"step {progress.step}: {report.why}, skipped ({progress.bad_steps} in a row)")
             self.events.write("skip", step=progress.step, what=report.why, in_a_row=progress.bad_steps)
+
+    def spiked(self, progress: Progress, limit: Limit) -> None:
+        if self.is_kept:
+            train, loss = self._config.train, progress.losses[-1]
+            logger.warning(
+                f"step {progress.step}: the loss has spiked since step {progress.spike_since} and is {loss:.3f}; above {limit.loss:.3f} is a spike, the median "
+                f"{limit.median:.3f} of the last {train.spike_window} and {train.spike_factor:g} times their deviation {limit.deviation:.3f} (train.spike={train.spike})"
+            )
+            self.events.write("spike", step=progress.step, began=progress.spike_since, loss=loss, limit=limit.loss, median=limit.median, deviation=limit.deviation)
+
+    def stays(self, progress: Progress, passed: Iterable[str]) -> None:
+        """No checkpoint is from before what should be undone."""
+        if self.is_kept:
+            why = "".join(f"; {text}" for text in passed)
+            logger.warning(f"step {progress.step}: there is no whole checkpoint from before to go back to{why}")
+
+    def went_back(self, noticed: Progress, back: Progress, path: Path) -> None:
+        """From the step at which something was noticed to the one that `back` is after."""
+        if self._metrics is None:
+            return
+        logger.warning(f"went back to {path}; step {back.step + 1} comes again with other samples: {noticed.samples - back.samples:,} are passed over, from "
+                       f"position {back.samples:,} on ({rollback.FILE_NAME})")  # fmt: skip
+        self.events.write("rollback", step=noticed.step, to=back.step, path=path, first=back.samples, last=noticed.samples - 1)
+        self._metrics.go_back(to=back.step, reached=noticed.step)
 
     def saved(self, saved: Saved | None) -> None:
         if saved is not None and self.is_kept:

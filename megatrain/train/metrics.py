@@ -1,7 +1,8 @@
 """What a run writes about its steps: metrics.jsonl and TensorBoard events.
 
 metrics.jsonl holds one JSON object a line. Lines with `loss` are training steps, lines with `valid_loss` evaluations.
-Every step is there once: a run that resumes from step n first drops what was written about the steps after n.
+Every step is there once: a run that resumes from step n first drops what was written about the steps after n. One that goes back to
+step n by itself moves it to undone.jsonl, where a step may come several times; `undone_at` is the step that the run had reached.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
+UNDONE = "undone.jsonl"
 
 Value = float | int | str | bool | None
 
@@ -33,11 +35,24 @@ class MetricsLog:
 
     def __init__(self, run_folder: Path | str, *, after_step: int) -> None:
         self.folder = Path(run_folder)
-        self.after_step = after_step
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._begin(after_step)
+
+    def _begin(self, after_step: int) -> None:
+        self.after_step = after_step
         drop_after(self.folder / FILE_NAME, step=after_step or -1)  # a run that starts evaluates at step 0, once more after a kill
         self._file = LineFile(self.folder / FILE_NAME)
         self._events: SummaryWriter | None = None
+
+    def go_back(self, *, to: int, reached: int) -> None:
+        """Go on after step `to` where the run had `reached` a later one; what was written about those in between is kept aside."""
+        aside = LineFile(self.folder / UNDONE)
+        for line in read(self.folder / FILE_NAME):
+            if line["step"] > to:
+                aside.write({**line, "undone_at": reached})
+        aside.close()
+        self.close()
+        self._begin(to)
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Add a line about `step` and its numbers to the TensorBoard events; what is not finite is written as null."""

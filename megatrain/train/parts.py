@@ -20,6 +20,7 @@ from megatrain.data.loader import Loader
 from megatrain.models.architecture import Architecture
 from megatrain.parallel.grid import Grid, make_grid
 from megatrain.place import Place
+from megatrain.train import rollback
 from megatrain.train.auto import settle_schedule
 from megatrain.train.checks import parts_of, with_steps
 from megatrain.train.early import EarlyStop
@@ -27,6 +28,7 @@ from megatrain.train.journal import Journal
 from megatrain.train.metrics import FILE_NAME, read
 from megatrain.train.plausible import Watch
 from megatrain.train.reference import BatchesOf, make_reference
+from megatrain.train.spikes import guards
 from megatrain.train.tasks import Source, Task
 from megatrain.train.trace import Tracer
 from megatrain.train.trainer import Trainer, wants_reference
@@ -75,10 +77,11 @@ def make_parts(asked: Config, place: Place, task: Task) -> Parts:
                               ranks_here=place.local_size)  # fmt: skip
     config = settled.config
     trainer = Trainer(config, architecture, grid, device, pretrained=pretrained, schedule=settled.schedule, channels=settled.channels)
-    progress = Progress(0, 0, 0)
+    progress = Progress(0, 0, 0, samples=0)
     if path is not None:
         journal.say(loading.notes(path, config, grid))
         progress = loading.load(path, zero=trainer.zero, config=config, grid=grid)
+    progress = rollback.resume(folder, progress)
     chat = task.chat(config) if grid.rank == 0 else None
     saver = Saver(folder / "checkpoints", zero=trainer.zero, config=config, architecture=architecture, grid=grid,
                   describe=lambda folder: write_descriptions(folder, config, architecture, chat))  # fmt: skip
@@ -89,7 +92,7 @@ def make_parts(asked: Config, place: Place, task: Task) -> Parts:
     return Parts(
         asked=dataclasses.replace(asked, parallel=config.parallel), config=config, task=task, folder=folder, device=device, trainer=trainer,
         tracer=Tracer(trainer, folder), train=train, valid=valid, progress=progress, saver=saver, journal=journal,
-        watch=Watch(path, progress, margin=config.train.resume_margin), early=_early_stop(config, folder, grid, progress),
+        watch=Watch(path, progress, margin=0 if guards(progress, config.train) else config.train.resume_margin), early=early_stop(config, folder, grid, progress),
     )  # fmt: skip
 
 
@@ -133,7 +136,7 @@ def _all_batches(config: Config, train: Loader, source: Source, valid: Validatio
     return parts if valid is None else [*parts, (valid.loader.microbatches, valid.batches)]
 
 
-def _early_stop(config: Config, folder: Path, grid: Grid, progress: Progress) -> EarlyStop | None:
+def early_stop(config: Config, folder: Path, grid: Grid, progress: Progress) -> EarlyStop | None:
     """With the evaluations of the run so far, as rank 0 finds them in metrics.jsonl."""
     train = config.train
     if not train.early_stop:

@@ -8,6 +8,7 @@ margin and several of their standard deviations.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatrain.checkpoint.save import Progress
 from megatrain.errors import CheckpointError
 
 REMEMBERED = 32
-"""Losses kept with a checkpoint."""
+"""Losses that a resume is held to, and that a checkpoint keeps at least."""
 
 WATCHED = 3
 """Steps after a resume that are held to the rule: weights show in the first, moments from the second on."""
@@ -26,12 +27,14 @@ _FEW = 8
 """With fewer losses than these the margin is doubled: they say little about how much losses vary."""
 
 
-def remember(losses: tuple[float, ...], loss: float) -> tuple[float, ...]:
-    return (*losses, loss)[-REMEMBERED:]
+def remember(losses: tuple[float, ...], loss: float, *, at_least: int = 0) -> tuple[float, ...]:
+    """The last losses, with one more; none is added that is no number. `at_least` as many are kept as whoever else judges by them needs."""
+    return (*losses, loss)[-max(REMEMBERED, at_least) :] if math.isfinite(loss) else losses
 
 
 def highest(before: Sequence[float], margin: float) -> float:
     """The highest loss with which the run may go on after `before`, of which there is at least one."""
+    before = before[-REMEMBERED:]
     spread = statistics.pstdev(before)
     return max(before) + max(margin * (2 if len(before) < _FEW else 1), _DEVIATIONS * spread)
 

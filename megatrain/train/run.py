@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
+from collections.abc import Mapping
 from types import FrameType
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from megatrain.checkpoint.best import write_best
+from megatrain.checkpoint import load as loading
+from megatrain.checkpoint.best import restore_best, write_best
 from megatrain.checkpoint.save import Progress
 from megatrain.config import Config
 from megatrain.errors import UserError
 from megatrain.place import Place
 from megatrain.rank import Target
+from megatrain.train import rollback
 from megatrain.train.checks import check_without_ranks
 from megatrain.train.classifying import Classification
 from megatrain.train.finetuning import Finetuning
 from megatrain.train.journal import bad_part
-from megatrain.train.parts import Parts, make_parts
-from megatrain.train.plausible import remember
+from megatrain.train.metrics import Value
+from megatrain.train.parts import Parts, early_stop, make_parts
+from megatrain.train.plausible import Watch, remember
+from megatrain.train.spikes import first_to_undo, is_noticed, limit_of, spike_since
 from megatrain.train.stopwatch import timed
 from megatrain.train.tasks import Pretraining, Task
 from megatrain.train.trainer import StepReport
@@ -63,7 +67,7 @@ class _Run:
     def __init__(self, parts: Parts) -> None:
         self.parts, self.config, self.trainer = parts, parts.config, parts.trainer
         self.saver, self.journal, self.early = parts.saver, parts.journal, parts.early
-        self.progress = parts.progress
+        self.progress, self.watch = parts.progress, parts.watch
         self.stop_asked = False
 
     def run(self) -> None:
@@ -105,15 +109,18 @@ class _Run:
         shown = step % train.log_every == 0 or step == last
         with self.parts.tracer.watch(step), timed(self.trainer.executor, wanted=shown) as stopwatch:
             started = time.perf_counter()
-            report = self.trainer.step(step, self.parts.train.microbatches(step - 1))
+            report = self.trainer.step(step, self.parts.train.microbatches(self.progress.samples // train.global_batch_size))
             seconds = time.perf_counter() - started
-        self.parts.watch.check(step, report.loss)
+        self.watch.check(step, report.loss)
         self.progress = self._after(report)
         if not report.applied:
             self.journal.skipped(report, self.progress)
         values, figures = self.journal.measured(report, self.progress, seconds), dict[str, float]()
         if shown:
             self.journal.show_step(step, report, seconds, parts=stopwatch.seconds())
+        undo = first_to_undo(self.progress, train)
+        if undo and self._go_back(undo, values):
+            return
         if self.parts.valid is not None and (step % train.eval_every == 0 or step == last):
             figures = self._evaluate()
             values.update(figures)
@@ -134,11 +141,40 @@ class _Run:
 
     def _after(self, report: StepReport) -> Progress:
         """Where the run stands after one more step."""
-        before = self.progress
-        losses = remember(before.losses, report.loss) if math.isfinite(report.loss) else before.losses
+        before, train = self.progress, self.config.train
+        limit = limit_of(before.losses, train)
+        losses = remember(before.losses, report.loss, at_least=train.spike_window if train.spike != "off" else 0)
         bad_steps = 0 if report.applied else before.bad_steps + (not report.rescaled)
-        return Progress(before.step + 1, before.tokens + self.config.tokens_per_step, before.updates + report.applied, bad_steps, losses,
-                        loss_scaling=self.trainer.zero.loss_scaling)  # fmt: skip
+        after = Progress(before.step + 1, before.tokens + self.config.tokens_per_step, before.updates + report.applied, bad_steps, losses,
+                         loss_scaling=self.trainer.zero.loss_scaling, samples=before.samples + train.global_batch_size,
+                         spike_since=spike_since(before, report.loss, limit))  # fmt: skip
+        if limit is not None and is_noticed(after, train):
+            self.journal.spiked(after, limit)
+        return after
+
+    def _go_back(self, since: int, values: Mapping[str, Value]) -> bool:
+        """Undo the steps from `since` on and pass over their samples; whether there was a checkpoint to go back to."""
+        self._finish_saving()
+        reached, train, folder = self.progress, self.config.train, self.parts.folder
+        target = rollback.find(folder, since=since, hashes=train.verify == "full")
+        if target.path is None:
+            self.journal.stays(reached, target.passed)
+            return False
+        if target.times >= train.max_rollbacks:
+            raise UserError(f"the run went back to {target.path} {target.times} times (train.max_rollbacks) and has trouble again at step {since}: lower "
+                            "optimizer.lr, take an older checkpoint with train.resume=FOLDER, or look at the data that skipped_samples.jsonl names")  # fmt: skip
+        back = loading.load(target.path, zero=self.trainer.zero, config=self.config, grid=self.trainer.grid)
+        back = rollback.pass_over(folder, back)
+        self.journal.write(reached.step, values)
+        if self.journal.is_kept:
+            rollback.commit(folder, back=back, noticed=reached, since=since, loader=self.parts.train)
+        self.journal.went_back(reached, back, target.path)
+        self.progress = back._replace(samples=reached.samples)
+        self.watch = Watch(target.path, self.progress, margin=0)
+        self.early = early_stop(self.config, folder, self.trainer.grid, self.progress)
+        if self.early is not None and self.journal.is_kept:
+            restore_best(folder, step=self.early.best_step, metric=train.early_stop_metric, value=self.early.best)
+        return True
 
     def _give_up(self, report: StepReport) -> NoReturn:
         self._finish_saving()
@@ -157,7 +193,10 @@ class _Run:
         return {"valid_loss": loss, **figures}
 
     def _save(self) -> None:
-        self.journal.saved(self.saver.save(self.progress, prune=self.parts.watch.has_seen_an_update(self.progress.step)))
+        step, back_to = self.progress.step, None
+        if self.config.train.spike == "rollback":
+            back_to = rollback.newest_from_before(self.progress.spike_since or step + 1)
+        self.journal.saved(self.saver.save(self.progress, prune=self.watch.has_seen_an_update(step), back_to=back_to))
 
     def _finish_saving(self) -> None:
         self.journal.saved(self.saver.finish())

@@ -167,3 +167,11 @@ def test_what_goes_and_what_is_kept(last, every, damaged, gone, tmp_path):
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {f"step-{step:08d}" for step in (10, 20, 30, 40, 50) if step not in gone}
     assert any(manifest.problem(tmp_path / name) is None for name in left)
+
+
+@pytest.mark.parametrize(("back_to", "damaged", "gone"), [
+    (45, (), [10, 20, 30]), (40, (), [10, 20, 30]), (35, (), [10, 20, 40]), (45, (40,), [10, 20, 40]), (5, (), [10, 20, 30, 40]), (60, (), [10, 20, 30, 40]),
+])  # fmt: skip
+def test_what_a_run_may_go_back_to_is_kept(back_to, damaged, gone, tmp_path):
+    make(tmp_path, (10, 20, 30, 40, 50), damaged=damaged)
+    assert [path.name for path in keep.superseded(tmp_path, last=1, every=0, back_to=back_to)] == [f"step-{step:08d}" for step in gone]

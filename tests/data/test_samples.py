@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.data.indexed import IndexedDataset, IndexedWriter
-from megatrain.data.samples import IGNORED, SampleSource, open_samples
+from megatrain.data.samples import IGNORED, BlendedSamples, SampleSource, open_samples
 from megatrain.errors import ConfigError, DataError
 
 VOCAB = 1000
@@ -51,6 +51,21 @@ def test_the_drawing(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "_epoch", lambda number: SimpleNamespace(offset=2, order=lambda index: index))
     assert [source.fetch(i).tokens.tolist() for i in range(3)] == [[2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 0]]
     assert [source.fetch(i).labels.tolist() for i in range(3)] == [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 0, 1]]
+
+
+def test_a_samples_documents_can_be_told(tmp_path):
+    """Tokens tell where they stood; the documents are of 5, 7, 3 and 9 tokens."""
+    lengths, first = [5, 7, 3, 9], 500
+    ends = np.cumsum(lengths)
+    sources = [make_source(write(tmp_path / "a", lengths)), make_source(write(tmp_path / "b", lengths, first_token=first), seed=2)]
+    blended = BlendedSamples(sources, weights=[0.5, 0.5], seed=1)
+    for position in range(40):
+        sample = blended.fetch(position)
+        places = [int(token) % first for token in [*sample.tokens, sample.labels[-1]]]
+        name = "a" if sample.tokens[0] < first else "b"
+        path, documents = blended.origin(position)
+        assert path == str(tmp_path / name)
+        assert set(documents) == {int(np.searchsorted(ends, place, side="right")) for place in places}
 
 
 def test_epochs_have_their_own_cuts_and_order(tmp_path):
