@@ -22,10 +22,13 @@ _STYLE = """
 .tile b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); font-size: 13px; }
 .marks span { margin-right: 14px; white-space: nowrap; } .marks i { display: inline-block; height: 12px; border-left: 2px dashed; margin-right: 6px; vertical-align: -1px; }
 .bad { color: var(--rollback); font-weight: bold; }
+.lanes { display: grid; grid-template-columns: max-content 1fr; gap: 5px 10px; align-items: center; max-width: 760px; margin: 8px 0; }
+.lanes div { display: flex; height: 13px; } .lanes i { display: block; } .lanes span { color: var(--soft); font-size: 13px; }
 .worded td { vertical-align: top; } .worded td:last-child { white-space: normal; overflow-wrap: anywhere; min-width: 260px; }
 details pre { overflow-x: auto; font-size: 12.5px; } summary { cursor: pointer; }
 @media (max-width: 600px) { .tiles { grid-template-columns: 1fr 1fr; } .tile b { font-size: 18px; }
-  .worded table, .worded tbody, .worded tr { display: block; } .worded th { display: none; } .worded tr { border-top: 1px solid var(--rule); padding: 5px 0; }
+  .narrow td, .narrow th { font-size: 11.5px; padding: 3px 5px 3px 0; }
+  .worded table, .worded tbody, .worded tr { display: block; } .worded tr:first-child { display: none; } .worded tr { border-top: 1px solid var(--rule); padding: 5px 0; }
   .worded td { display: inline-block; padding: 0 10px 0 0; } .worded td:last-child { display: block; min-width: 0; color: var(--soft); font-size: 13.5px; }
 }
 """
@@ -127,7 +130,7 @@ def _tiles(run: RunFolder) -> list[tuple[str, str]]:
     if "tokens" in last:
         tiles.append(("tokens", short_number(last["tokens"].value)))
     if "loss" in curves:
-        tiles.append(("loss, smoothed, at the end", f"{curves['loss'].smooth()[-1].value:.4f}"))
+        tiles.append(("smoothed loss at the end", f"{curves['loss'].smooth()[-1].value:.4f}"))
     if "valid_loss" in curves:
         best = curves["valid_loss"].lowest
         tiles += [("validation loss at the end", f"{last['valid_loss'].value:.4f}"), ("lowest validation loss (after step)", f"{best.value:.4f} ({best.step:,.0f})")]
@@ -219,15 +222,21 @@ def _stages(stages: list[StageTimes]) -> list[str]:
     if not stages:
         return []
     longest = max(stage.whole for stage in stages)
-    heads = ["pipeline rank", "", *(page.key(colour, name) for name, colour in _PARTS.items()), "step", "peak memory"]
-    lines = [[str(stage.pipeline), page.bars(((getattr(stage, name), colour) for name, colour in _PARTS.items()), whole=longest, width=180),
-              *(page.seconds(getattr(stage, name)) for name in _PARTS), page.seconds(stage.whole), page.size(stage.peak_memory)]
+    heads = ["rank", *_PARTS, "step", "memory"]
+    lines = [[str(stage.pipeline), *(page.seconds(getattr(stage, name)) for name in _PARTS), page.seconds(stage.whole), page.size(stage.peak_memory)]
              for stage in stages]  # fmt: skip
     return [
-        "<h2>A step on each stage</h2>", *page.table(heads, lines, left=(1,)),
-        '<p class="small">Means of the last steps that ranks have told of in their logs, over tensor and data ranks. Waiting is for what neighbours send; '
+        "<h2>A step on each pipeline rank</h2>",
+        f'<p class="small">{" &nbsp; ".join(page.key(colour, name) for name, colour in _PARTS.items())}</p>',
+        '<div class="lanes">', *(_lane(stage, longest) for stage in stages), "</div>", *page.table(heads, lines, kind="narrow"),
+        '<p class="small">Means of the last steps that ranks have told of in their logs, over tensor and data ranks; memory is the most of any. Waiting is for what neighbours send; '
         "the rest is the optimizer, what data ranks add up, data and the host.</p>",
     ]  # fmt: skip
+
+
+def _lane(stage: StageTimes, longest: float) -> str:
+    parts = "".join(f'<i style="width:{100 * getattr(stage, name) / longest:.2f}%;background:{colour}"></i>' for name, colour in _PARTS.items())
+    return f"<span>rank {stage.pipeline}</span><div>{parts}</div>"
 
 
 def _timeline(run: RunFolder) -> list[str]:

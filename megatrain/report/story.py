@@ -13,6 +13,8 @@ from megatrain.train.events import Event
 MOST_ROWS = 200
 _FOLDED = 4
 """As many events of a kind one after the other are one row, where each of them says little."""
+_TOLD = ("why", "what", "cause", "error")
+"""Fields that are sentences."""
 _ENDS = {"finish": "finished", "stop": "stopped, to go on later", "fail": "failed"}
 
 
@@ -113,4 +115,5 @@ def _said(fields: dict[str, Any]) -> Iterator[str]:
             yield f"{name} {shown}" + (f" and {len(value) - 4} more" if len(value) > 4 else "")
         elif value is not None:
             text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            yield f"{name.replace('_', ' ')} {text if len(text) <= 300 else text[:297] + '...'}"
+            text = text if len(text) <= 300 else text[:297] + "..."
+            yield text if name in _TOLD else f"{name.replace('_', ' ')} {text}"
