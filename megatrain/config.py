@@ -45,6 +45,10 @@ class Run:
     name: str = setting("", "Name shown in logs and pictures; the output folder's name when empty.")
     master_port: int = setting(0, "Port on which local ranks meet; 0 takes a free one. Launchers set their own.")
     verbose: bool = setting(False, "Show what DeepSpeed and torch say instead of sending it to logs/ in the run's folder.")
+    wandb: str | None = setting(None, "Weights & Biases project that gets the figures too; WANDB_MODE=offline keeps them in the run's folder. Needs the extra `wandb`.")
+    prometheus: str | None = setting(
+        None, "File ending in .prom that holds the last figures for node_exporter's textfile collector, written every `train.log_every` steps. Needs the extra `prometheus`."
+    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from megatrain.train.build import (
     total_parameters,
     whole_tensors,
 )
+from megatrain.train.exporters import check_exporters
 from megatrain.train.tasks import Source, Task
 
 
@@ -32,6 +33,7 @@ def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
     """Refuse whatever can be seen to be wrong without a rank, and have the task's data made."""
     task.check(config)
     check_bitsandbytes(config.lora)
+    check_exporters(config)
     architecture = task.architecture(config)
     _check_layout(config, architecture, world_size)
     _check_tokenizer(config, architecture)
@@ -104,6 +106,7 @@ def with_steps(config: Config, source: Source) -> Config:
 def dry_run(config: Config, task: Task) -> str:
     """What the run would be: layers and parameters by stage, batches, and whether its data are there."""
     task.check(config)
+    check_exporters(config)
     architecture = task.architecture(config)
     p = config.parallel
     world_size = config.model_ranks * (p.data or 1)

@@ -30,6 +30,7 @@ from megatrain.place import Place, attempt
 from megatrain.train import console, rollback
 from megatrain.train.checks import run_header
 from megatrain.train.events import EventLog
+from megatrain.train.exporters import Exporters
 from megatrain.train.flops import flops_per_token, peak_flops
 from megatrain.train.metrics import MetricsLog, Value
 from megatrain.train.picture import draw_loss, loss_name
@@ -52,6 +53,7 @@ class Journal:
                                       head=architecture.classifier is None)  # fmt: skip
         self._peak = peak_flops(self._gpu, config.train.dtype) if self._gpu else None
         self._metrics: MetricsLog | None = None
+        self._exporters: Exporters | None = None
         self._device, self._resumes, self._own_place = device, dict[str, Any](), dict[str, int]()
         self.events = EventLog(self.folder if self.is_kept else None)
 
@@ -84,15 +86,17 @@ class Journal:
             return
         (self.folder / "config.yaml").write_text(to_yaml(asked), encoding="utf-8")
         self._metrics = MetricsLog(self.folder, after_step=progress.step)
+        self._exporters = Exporters(self._config, self.folder, after_step=progress.step)
         if self._resumes:
             self.events.write("resume", step=progress.step, **self._resumes)
         if progress.step >= last > 0:
             logger.info(f"nothing left to train: step {progress.step} is done, and the run ends after step {last}")
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
-        """A line of metrics.jsonl."""
-        if self._metrics is not None:
+        """A line of metrics.jsonl, and the same to wherever else the config says."""
+        if self._metrics is not None and self._exporters is not None:
             self._metrics.write(step, values)
+            self._exporters.write(step, values)
 
     def measured(self, report: StepReport, progress: Progress, seconds: float) -> dict[str, Value]:
         """A step as metrics.jsonl has it."""
@@ -179,6 +183,8 @@ class Journal:
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
+        if self._exporters is not None:
+            self._exporters.close()
 
 
 def _versions() -> dict[str, str]:
