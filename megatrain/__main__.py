@@ -28,6 +28,7 @@ class Verb(NamedTuple):
 VERBS = {
     "tokenizer": Verb("megatrain.data.tokenizer_verb", "train a tokenizer on text files"),
     "preprocess": Verb("megatrain.data.preprocess_verb", "turn text files into an indexed dataset"),
+    "check": Verb("megatrain.check_verb", "see whether a run can start on its machines, before the queue"),
     "pretrain": Verb("megatrain.pretrain", "train a model from a config"),
     "finetune": Verb("megatrain.finetune", "finetune a model on chats, preferences or labels"),
     "schedule": Verb("megatrain.schedule_verb", "simulate and draw a pipeline schedule"),

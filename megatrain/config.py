@@ -12,7 +12,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -227,13 +227,13 @@ class Config:
             if world_size % self.model_ranks:
                 raise ConfigError(
                     "parallel", layout, f"does not divide the {world_size} ranks of this run",
-                    f"start a multiple of {self.model_ranks} ranks",
+                    f"start a multiple of {self.model_ranks} ranks", paste=_layout_for(p, world_size),
                 )
             return world_size // self.model_ranks
         if p.data * self.model_ranks != world_size:
             raise ConfigError(
                 "parallel", f"{layout} x data {p.data}", f"needs {p.data * self.model_ranks} ranks and there are {world_size}",
-                f"start {p.data * self.model_ranks} ranks or leave parallel.data out",
+                f"start {p.data * self.model_ranks} ranks or leave parallel.data out", paste="parallel.data=null",
             )
         return p.data
 
@@ -275,33 +275,71 @@ class Config:
         return self.run.name or Path(self.run.output_dir).name
 
 
+def _layout_for(p: Parallel, world_size: int) -> str:
+    """The nearest layout with fewer stages, or one of tensor ranks alone, that divides the world."""
+    if world_size % p.tensor == 0:
+        return f"parallel.pipeline={max(d for d in range(1, p.pipeline + 1) if world_size % (p.tensor * d) == 0)}"
+    return f"parallel.tensor={max(d for d in range(1, p.tensor + 1) if world_size % (d * p.pipeline) == 0 or d == 1)}"
+
+
 def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """Read a YAML config and lay `section.key=value` words over it.
 
     Raises ConfigError for a file that cannot be read, an unknown setting, a wrong type or a value out of range.
     """
-    raw = _read_yaml(Path(path)) if path is not None else {}
-    for word in overrides or []:
-        lay_over(raw, word)
-    base = Path(path).parent if path is not None else Path()
-    config = from_dict(raw, base=base)
+    config, wrong = read(path, overrides)
+    if wrong:
+        raise wrong[0]
     check(config)
     return config
 
 
+def read(path: str | Path | None, overrides: list[str] | None = None) -> tuple[Config, list[ConfigError]]:
+    """What `load` reads, unchecked, and all that cannot be read. In its stead stands the default; a misspelt setting counts as the one it is like.
+
+    Raises ConfigError only for a file that cannot be read.
+    """
+    wrong: list[ConfigError] = []
+    raw = _read_yaml(Path(path)) if path is not None else {}
+    for word in overrides or []:
+        try:
+            lay_over(raw, word)
+        except ConfigError as error:
+            wrong.append(error)
+    base = Path(path).parent if path is not None else Path()
+    return _from_dict(raw, base, wrong.append), wrong
+
+
 def from_dict(raw: dict[str, Any], *, base: Path = Path()) -> Config:
     """A typed config from nested mappings; a relative `model` path is looked up beside the config file too."""
+    return _from_dict(raw, base, _refuse)
+
+
+Refuse = Callable[[ConfigError], None]
+"""What is done about a setting that cannot be read."""
+
+
+def _refuse(error: ConfigError) -> None:
+    raise error
+
+
+def _from_dict(raw: dict[str, Any], base: Path, refuse: Refuse) -> Config:
     values: dict[str, Any] = {}
     sections = typing.get_type_hints(Config)
-    for name, content in raw.items():
+    for written, content in raw.items():
+        name = written
         if name not in sections:
-            raise ConfigError(name, _short(content), "is not a section of the config", _did_you_mean(name, list(sections)))
-        if name == "model":
-            values[name] = _model_value(content, base)
-        elif name == "task":
-            values[name] = _typed(name, content, sections[name])
-        else:
-            values[name] = _section(sections[name], name, content)
+            refuse(ConfigError(name, _short(content), "is not a section of the config", _did_you_mean(name, list(sections))))
+            name = next((like for like in _alike(name, list(sections)) if like not in raw), "")
+        try:
+            if name == "model":
+                values[name] = _model_value(content, base)
+            elif name == "task":
+                values[name] = _typed(name, content, sections[name])
+            elif name:
+                values[name] = _section(sections[name], name, content, refuse)
+        except ConfigError as error:
+            refuse(error)
     return _with_folder(Config(**values), base)
 
 
@@ -327,18 +365,31 @@ def to_yaml(config: Config) -> str:
 
 def check(config: Config) -> None:
     """Refuse what is wrong in itself, before model, data or ranks are looked at."""
-    _check_ranges(config)
-    _check_length(config)
-    _check_saving(config)
-    _check_early_stop(config)
-    _check_spike(config)
-    if config.train.epochs is None:  # else once the data have said how many steps that is
-        _check_schedule(config)
-        _check_trace(config)
-    _check_parallel(config)
-    _check_lora(config)
-    _check_preference(config)
-    _check_classification(config)
+    for problem in problems(config):
+        raise problem
+
+
+def problems(config: Config) -> Iterator[ConfigError]:
+    """All that is wrong in itself."""
+    yield from _check_ranges(config)
+    config = within_ranges(config)
+    rules = [_check_length, _check_saving, _check_early_stop, _check_spike]
+    if config.train.steps is not None or config.train.tokens is not None:  # else once the data have said how many steps there are
+        rules += [_check_schedule, _check_trace]
+    for rule in [*rules, _check_parallel, _check_lora, _check_preference, _check_classification]:
+        try:
+            yield from rule(config)
+        except ConfigError as problem:  # of something computed from settings
+            yield problem
+
+
+def within_ranges(config: Config) -> Config:
+    """The config with defaults for what is out of range, so that the rest can be looked at."""
+    for problem in _check_ranges(config):
+        section, key = problem.setting.split(".")
+        plain = getattr(getattr(Config(), section), key)
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: plain})})
+    return config
 
 
 def describe() -> str:
@@ -423,7 +474,7 @@ def lay_over(raw: dict[str, Any], word: str) -> None:
     target[key] = value
 
 
-def _section(cls: type, name: str, content: Any) -> Any:
+def _section(cls: type, name: str, content: Any, refuse: Refuse) -> Any:
     if content is None:
         return cls()
     if not isinstance(content, dict):
@@ -431,9 +482,15 @@ def _section(cls: type, name: str, content: Any) -> Any:
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in content.items():
+        meant = key
         if key not in hints:
-            raise ConfigError(f"{name}.{key}", _short(value), "is not a setting", _did_you_mean(str(key), list(hints)))
-        values[key] = _typed(f"{name}.{key}", value, hints[key])
+            refuse(ConfigError(f"{name}.{key}", _short(value), "is not a setting", _did_you_mean(str(key), list(hints))))
+            meant = next((like for like in _alike(str(key), list(hints)) if like not in content), None)
+        try:
+            if meant is not None:
+                values[meant] = _typed(f"{name}.{meant}", value, hints[meant])
+        except ConfigError as error:
+            refuse(error)
     return cls(**values)
 
 
@@ -485,10 +542,14 @@ def _beside(path: str, base: Path) -> str:
 
 
 def _did_you_mean(word: str, known: list[str], always: str | None = None) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = _alike(word, known)
     if close:
         return f"did you mean `{close[0]}`?"
     return "known are " + ", ".join(known) if always is None else always
+
+
+def _alike(word: str, known: list[str]) -> list[str]:
+    return difflib.get_close_matches(word, known, n=1, cutoff=0.5)
 
 
 def _type_name(hint: Any) -> str:
@@ -530,101 +591,105 @@ def _value(config: Config, name: str) -> Any:
     return getattr(getattr(config, section), key)
 
 
-def _check_ranges(config: Config) -> None:
+def _check_ranges(config: Config) -> Iterator[ConfigError]:
     for names, least, words in ((_POSITIVE, 1, "must be at least 1"), (_NOT_NEGATIVE, 0, "must not be negative")):
         for name in names:
             value = _value(config, name)
             if value is not None and not value >= least:
-                raise ConfigError(name, value, words)
+                yield ConfigError(name, value, words)
     if not 0 <= config.optimizer.momentum < 1:
-        raise ConfigError("optimizer.momentum", config.optimizer.momentum, "must be in [0, 1)")
+        yield ConfigError("optimizer.momentum", config.optimizer.momentum, "must be in [0, 1)")
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError("optimizer.betas", betas, "must be two numbers in [0, 1)", "for example [0.9, 0.95]")
+        yield ConfigError("optimizer.betas", betas, "must be two numbers in [0, 1)", "for example [0.9, 0.95]")
     if not 0 <= config.lr_schedule.stable_fraction <= 1:
-        raise ConfigError("lr_schedule.stable_fraction", config.lr_schedule.stable_fraction, "must be in [0, 1]")
+        yield ConfigError("lr_schedule.stable_fraction", config.lr_schedule.stable_fraction, "must be in [0, 1]")
     if config.run.master_port > 65535:
-        raise ConfigError("run.master_port", config.run.master_port, "is no port", "use 1 to 65535, or 0 for a free one")
+        yield ConfigError("run.master_port", config.run.master_port, "is no port", "use 1 to 65535, or 0 for a free one")
 
 
-def _check_length(config: Config) -> None:
+def _check_length(config: Config) -> Iterator[ConfigError]:
     lengths = {name: getattr(config.train, name) for name in ("steps", "tokens", "epochs")}
     if sum(value is not None for value in lengths.values()) != 1:
-        rule = "are all missing" if set(lengths.values()) == {None} else "are given together"
-        raise ConfigError(
-            "train.steps, train.tokens and train.epochs", ", ".join(str(value) for value in lengths.values()), rule, "give one of them"
-        )
+        given = [name for name, value in lengths.items() if value is not None]
+        rule = "are given together" if given else "are all missing"
+        yield ConfigError(
+            "train.steps, train.tokens and train.epochs", ", ".join(str(value) for value in lengths.values()), rule, "give one of them",
+            paste=" ".join(f"train.{name}=null" for name in given[1:]) or "train.steps=1000",
+        )  # fmt: skip
 
 
-def _check_schedule(config: Config) -> None:
+def _check_schedule(config: Config) -> Iterator[ConfigError]:
     schedule = config.lr_schedule
     if config.steps and schedule.warmup_steps > (schedule.decay_steps or config.steps):
-        raise ConfigError("lr_schedule.warmup_steps", schedule.warmup_steps,
-                          f"is more than the {schedule.decay_steps or config.steps} steps of the schedule")  # fmt: skip
+        yield ConfigError("lr_schedule.warmup_steps", schedule.warmup_steps,
+                          f"is more than the {schedule.decay_steps or config.steps} steps of the schedule",
+                          paste=f"lr_schedule.warmup_steps={(schedule.decay_steps or config.steps) // 10}")  # fmt: skip
     if schedule.min_lr > config.optimizer.lr:
-        raise ConfigError("lr_schedule.min_lr", schedule.min_lr, f"is above optimizer.lr={config.optimizer.lr}")
+        yield ConfigError("lr_schedule.min_lr", schedule.min_lr, f"is above optimizer.lr={config.optimizer.lr}",
+                          paste=f"lr_schedule.min_lr={config.optimizer.lr / 10:.3g}")  # fmt: skip
 
 
-def _check_saving(config: Config) -> None:
+def _check_saving(config: Config) -> Iterator[ConfigError]:
     train = config.train
     if train.keep_every and not train.keep_last:
-        raise ConfigError("train.keep_every", train.keep_every, "has no meaning while train.keep_last=0 keeps all", "set train.keep_last, or leave it out")
+        yield ConfigError("train.keep_every", train.keep_every, "has no meaning while train.keep_last=0 keeps all", "set train.keep_last, or leave it out")
     if train.verify == "full" and train.resume != "auto":
-        raise ConfigError("train.verify", "full", f"is about train.resume=auto and train.resume={train.resume}", "leave it out: a named one is always verified in full")
+        yield ConfigError("train.verify", "full", f"is about train.resume=auto and train.resume={train.resume}", "leave it out: a named one is always verified in full")
 
 
-def _check_early_stop(config: Config) -> None:
+def _check_early_stop(config: Config) -> Iterator[ConfigError]:
     train = config.train
     if train.early_stop and not train.eval_every:
-        raise ConfigError("train.early_stop", train.early_stop, "goes by evaluations, and train.eval_every=0 makes none", "set train.eval_every")
+        yield ConfigError("train.early_stop", train.early_stop, "goes by evaluations, and train.eval_every=0 makes none", "set train.eval_every")
     if not train.early_stop and changed(train, ["early_stop_metric"]):
-        raise ConfigError("train.early_stop_metric", train.early_stop_metric, "has no meaning with train.early_stop=0",
+        yield ConfigError("train.early_stop_metric", train.early_stop_metric, "has no meaning with train.early_stop=0",
                           "set train.early_stop, for example 3, or leave train.early_stop_metric out")  # fmt: skip
 
 
-def _check_spike(config: Config) -> None:
+def _check_spike(config: Config) -> Iterator[ConfigError]:
     train = config.train
     for name in ("spike_factor", "spike_window", "spike_steps", "max_rollbacks"):
         needed = ("rollback",) if name == "max_rollbacks" else ("warn", "rollback")
         if train.spike not in needed and changed(train, [name]):
-            raise ConfigError(f"train.{name}", getattr(train, name), f"has no meaning with train.spike={train.spike}",
+            yield ConfigError(f"train.{name}", getattr(train, name), f"has no meaning with train.spike={train.spike}",
                               f"set train.spike={' or '.join(needed)}, or leave train.{name} out")  # fmt: skip
     if not train.spike_factor > 0:
-        raise ConfigError("train.spike_factor", train.spike_factor, "must be more than 0")
+        yield ConfigError("train.spike_factor", train.spike_factor, "must be more than 0")
     least = max(8, 4 * train.spike_steps)
     if train.spike != "off" and train.spike_window < least:
-        raise ConfigError("train.spike_window", train.spike_window, f"is too few losses to judge train.spike_steps={train.spike_steps} by", f"use {least} or more")
+        yield ConfigError("train.spike_window", train.spike_window, f"is too few losses to judge train.spike_steps={train.spike_steps} by", f"use {least} or more")
     if train.spike == "rollback":
-        _check_rollback(config)
+        yield from _check_rollback(config)
 
 
-def _check_rollback(config: Config) -> None:
+def _check_rollback(config: Config) -> Iterator[ConfigError]:
     train = config.train
     if not train.save_every and not train.early_stop:
-        raise ConfigError("train.spike", "rollback", "goes back to a checkpoint, and train.save_every=0 makes none before the end", "set train.save_every")
+        yield ConfigError("train.spike", "rollback", "goes back to a checkpoint, and train.save_every=0 makes none before the end", "set train.save_every")
     if train.epochs is not None:
-        raise ConfigError("train.spike", "rollback", "passes over samples, and train.epochs asks for every one", "give train.steps, or use train.spike=warn")
+        yield ConfigError("train.spike", "rollback", "passes over samples, and train.epochs asks for every one", "give train.steps, or use train.spike=warn")
     if config.task == "dpo" and config.preference.reference != "adapters-off" and (config.preference.reference == "beforehand" or not config.lora.rank):
-        raise ConfigError("train.spike", "rollback", "goes on with samples whose log-probabilities preference.reference=beforehand has not computed",
+        yield ConfigError("train.spike", "rollback", "goes on with samples whose log-probabilities preference.reference=beforehand has not computed",
                           "use train.spike=warn, or adapters and preference.reference=adapters-off")  # fmt: skip
 
 
-def _check_trace(config: Config) -> None:
+def _check_trace(config: Config) -> Iterator[ConfigError]:
     steps = config.train.trace_steps
     if steps is None:
         return
     if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
-        raise ConfigError("train.trace_steps", steps, "must be two steps, the first from 1 and not after the last", "for example [20, 22]")
+        yield ConfigError("train.trace_steps", steps, "must be two steps, the first from 1 and not after the last", "for example [20, 22]")
     end = min(config.steps, config.train.stop_after if config.train.stop_after is not None else config.steps)
     if steps[1] > end:
         way_out = f"for example [{max(1, end - 2)}, {end}]" if end else "leave train.trace_steps out"
-        raise ConfigError("train.trace_steps", steps, f"goes beyond the run's last step, {end}", way_out)
+        yield ConfigError("train.trace_steps", steps, f"goes beyond the run's last step, {end}", way_out)
 
 
-def _check_parallel(config: Config) -> None:
+def _check_parallel(config: Config) -> Iterator[ConfigError]:
     p = config.parallel
     if p.zero >= 2 and p.pipeline > 1:
-        raise ConfigError(
+        yield ConfigError(
             "parallel.zero", p.zero,
             f"needs parallel.pipeline=1 and it is {p.pipeline}: every microbatch would reduce gradients across replicas "
             "while other stages still wait for it",
@@ -632,80 +697,80 @@ def _check_parallel(config: Config) -> None:
             f"already), or parallel.zero={p.zero} with parallel.pipeline=1 and parallel.data={p.pipeline * (p.data or 1)}",
         )
     if p.sequence and p.tensor == 1:
-        raise ConfigError("parallel.sequence", True, "splits the sequence among tensor ranks and parallel.tensor=1",
+        yield ConfigError("parallel.sequence", True, "splits the sequence among tensor ranks and parallel.tensor=1",
                           "set parallel.sequence=false or parallel.tensor to 2 or more")  # fmt: skip
     if p.sequence and config.data.sequence_length % p.tensor:
-        raise ConfigError("data.sequence_length", config.data.sequence_length,
+        yield ConfigError("data.sequence_length", config.data.sequence_length,
                           f"does not divide among parallel.tensor={p.tensor} ranks, which parallel.sequence asks for",
                           f"use {config.data.sequence_length // p.tensor * p.tensor or p.tensor}")  # fmt: skip
-    _check_auto(p)
+    yield from _check_auto(p)
     if p.data is not None:
         config.microbatches(p.data)
 
 
-def _check_auto(p: Parallel) -> None:
+def _check_auto(p: Parallel) -> Iterator[ConfigError]:
     if p.schedule != "auto":
         if p.memory_gib is not None:
-            raise ConfigError("parallel.memory_gib", p.memory_gib, f"limits what parallel.schedule=auto may choose, and it is {p.schedule}",
+            yield ConfigError("parallel.memory_gib", p.memory_gib, f"limits what parallel.schedule=auto may choose, and it is {p.schedule}",
                               "use parallel.schedule=auto or leave parallel.memory_gib out")  # fmt: skip
         return
     for name in ("virtual", "layers_per_stage"):
         if getattr(p, name) is not None:
-            raise ConfigError(f"parallel.{name}", getattr(p, name), "is given and parallel.schedule=auto chooses it",
+            yield ConfigError(f"parallel.{name}", getattr(p, name), "is given and parallel.schedule=auto chooses it",
                               f"leave parallel.{name} out, or name a schedule")  # fmt: skip
 
 
-def _check_lora(config: Config) -> None:
+def _check_lora(config: Config) -> Iterator[ConfigError]:
     lora = config.lora
     if lora.rank == 0 and (unused := changed(lora)):
-        raise ConfigError("lora.rank", 0, f"leaves lora.{unused[0]} without effect", "set lora.rank, for example 16")
+        yield ConfigError("lora.rank", 0, f"leaves lora.{unused[0]} without effect", "set lora.rank, for example 16")
     if lora.rank and config.train.init_from is None:
-        raise ConfigError("lora.rank", lora.rank, "freezes the weights, and without train.init_from they are random", "name a model as train.init_from")
+        yield ConfigError("lora.rank", lora.rank, "freezes the weights, and without train.init_from they are random", "name a model as train.init_from")
     if not lora.alpha > 0:
-        raise ConfigError("lora.alpha", lora.alpha, "must be more than 0")
+        yield ConfigError("lora.alpha", lora.alpha, "must be more than 0")
     if not 0 <= lora.dropout < 1:
-        raise ConfigError("lora.dropout", lora.dropout, "must be in [0, 1)")
+        yield ConfigError("lora.dropout", lora.dropout, "must be in [0, 1)")
     if not lora.targets:
-        raise ConfigError("lora.targets", lora.targets, "names nothing", "for example [q_proj, v_proj], or all-linear")
+        yield ConfigError("lora.targets", lora.targets, "names nothing", "for example [q_proj, v_proj], or all-linear")
 
 
-def _check_preference(config: Config) -> None:
+def _check_preference(config: Config) -> Iterator[ConfigError]:
     task, preference = config.task, config.preference
     compares = task in ("dpo", "simpo", "orpo")
     unused = {"beta": not compares, "margin": task != "simpo", "label_smoothing": task not in ("dpo", "simpo"), "reference": task != "dpo"}
     for name, is_unused in unused.items():
         if is_unused and changed(preference, [name]):
-            raise ConfigError(f"preference.{name}", getattr(preference, name), f"has no effect with task={task}", "leave it out or set task")
+            yield ConfigError(f"preference.{name}", getattr(preference, name), f"has no effect with task={task}", "leave it out or set task")
     if preference.beta is not None and not preference.beta > 0:
-        raise ConfigError("preference.beta", preference.beta, "must be more than 0")
+        yield ConfigError("preference.beta", preference.beta, "must be more than 0")
     if not 0 <= preference.label_smoothing < 0.5:
-        raise ConfigError("preference.label_smoothing", preference.label_smoothing, "must be in [0, 0.5)")
+        yield ConfigError("preference.label_smoothing", preference.label_smoothing, "must be in [0, 0.5)")
     if preference.reference == "adapters-off" and not config.lora.rank:
-        raise ConfigError("preference.reference", "adapters-off", "needs adapters and lora.rank=0", "use beforehand, or set lora.rank")
+        yield ConfigError("preference.reference", "adapters-off", "needs adapters and lora.rank=0", "use beforehand, or set lora.rank")
     if compares and config.train.micro_batch_size % 2:
-        raise ConfigError("train.micro_batch_size", config.train.micro_batch_size,
+        yield ConfigError("train.micro_batch_size", config.train.micro_batch_size,
                           f"is odd, and with task={task} the two sequences of a pair go together", f"use {config.train.micro_batch_size + 1}")  # fmt: skip
     if compares and config.data.packing:
-        raise ConfigError("data.packing", True, f"puts several samples in a sequence, and task={task} compares sequences", "set data.packing=false")
+        yield ConfigError("data.packing", True, f"puts several samples in a sequence, and task={task} compares sequences", "set data.packing=false")
     if compares and config.data.train_on == "all":
-        raise ConfigError("data.train_on", "all", f"has no meaning with task={task}: answers are compared", "leave it out")
+        yield ConfigError("data.train_on", "all", f"has no meaning with task={task}: answers are compared", "leave it out")
 
 
-def _check_classification(config: Config) -> None:
+def _check_classification(config: Config) -> Iterator[ConfigError]:
     section = config.classification
     if config.task not in ("classification", "token-classification") and (unused := changed(section)):
-        raise ConfigError(f"classification.{unused[0]}", _short(getattr(section, unused[0])), f"has no effect with task={config.task}",
+        yield ConfigError(f"classification.{unused[0]}", _short(getattr(section, unused[0])), f"has no effect with task={config.task}",
                           "set task=classification or task=token-classification")  # fmt: skip
     for name in ("dropout", "label_smoothing", "augment_share"):
         if not 0 <= getattr(section, name) < 1:
-            raise ConfigError(f"classification.{name}", getattr(section, name), "must be in [0, 1)")
+            yield ConfigError(f"classification.{name}", getattr(section, name), "must be in [0, 1)")
     if section.augment == "none" and changed(section, ["augment_share"]):
-        raise ConfigError("classification.augment_share", section.augment_share, "has no meaning with classification.augment=none",
+        yield ConfigError("classification.augment_share", section.augment_share, "has no meaning with classification.augment=none",
                           "set classification.augment, for example mix")  # fmt: skip
     if section.labels is not None and len(set(section.labels)) != len(section.labels):
-        raise ConfigError("classification.labels", _short(section.labels), "names a class twice")
+        yield ConfigError("classification.labels", _short(section.labels), "names a class twice")
     if section.labels is not None and (len(section.labels) != 1 if section.problem == "regression" else len(section.labels) < 2):
-        raise ConfigError("classification.labels", _short(section.labels), f"has {len(section.labels)} names",
+        yield ConfigError("classification.labels", _short(section.labels), f"has {len(section.labels)} names",
                           "a regression has 1" if section.problem == "regression" else "a classifier tells 2 classes or more")  # fmt: skip
     if section.label_smoothing and section.problem != "single-label":
-        raise ConfigError("classification.label_smoothing", section.label_smoothing, f"has no meaning for classification.problem={section.problem}")
+        yield ConfigError("classification.label_smoothing", section.label_smoothing, f"has no meaning for classification.problem={section.problem}")

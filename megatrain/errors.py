@@ -12,10 +12,13 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A setting that cannot work: which one, its value, the rule it breaks and the way out."""
+    """A setting that cannot work: which one, its value, the rule it breaks and the way out.
 
-    def __init__(self, setting: str, value: object, rule: str, way_out: str = "") -> None:
-        self.setting, self.value, self.rule, self.way_out = setting, value, rule, way_out
+    `paste`: words `section.key=value` that mend it, where the way out does not name them (mend.py finds those that it does).
+    """
+
+    def __init__(self, setting: str, value: object, rule: str, way_out: str = "", *, paste: str = "") -> None:
+        self.setting, self.value, self.rule, self.way_out, self.paste = setting, value, rule, way_out, paste
         super().__init__(f"{setting}={value} {rule}" + (f"; {way_out}" if way_out else ""))
 
 

@@ -16,7 +16,9 @@ echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, attempt $attempt, $(date --iso-8
 
 # Said once and before all ranks: a mistake costs seconds of one core.
 if [ "$attempt" = 1 ]; then
-  "$PYTHON" "megatrain/$verb.py" "$@" --dry-run
+  device=
+  [ "${SLURM_GPUS_ON_NODE:-0}" != 0 ] || device=--cpu
+  "$PYTHON" -m megatrain check "$@" --verb "$verb" --nodes "$SLURM_JOB_NUM_NODES" --gpus-per-node $((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) $device
 fi
 
 # USR1 comes from --signal before the time is over, or from `scancel --batch --signal=USR1 JOB`. Ranks save after their step and

@@ -200,7 +200,8 @@ def _check_sizes(a: Architecture) -> None:
         if not 0 <= getattr(a, name) < 1:
             raise ConfigError(f"model's {name}", getattr(a, name), "must be in [0, 1)")
     if a.num_heads % a.num_kv_heads:
-        raise ConfigError("model.num_key_value_heads", a.num_kv_heads, f"does not divide num_attention_heads={a.num_heads}")
+        raise ConfigError("model.num_key_value_heads", a.num_kv_heads, f"does not divide num_attention_heads={a.num_heads}",
+                          paste=f"model.num_key_value_heads={max(n for n in range(1, a.num_kv_heads + 1) if a.num_heads % n == 0)}")  # fmt: skip
     if a.rotary and a.rotary_dim is None and a.head_dim % 2:
         raise ConfigError("model.head_dim", a.head_dim, "is odd and rotary positions turn pairs", f"use {a.head_dim + 1}")
     if a.rotary_dim is not None and (a.rotary_dim % 2 or not 0 < a.rotary_dim <= a.head_dim):

@@ -37,10 +37,15 @@ def quantize_linears(stage: nn.Module, *, device: torch.device, fill: Callable[[
             module.weight = Quantized(whole.detach(), declaration)
 
 
-def quantized_bytes(module: nn.Module) -> int:
-    """Bytes of the module's weights that are no parameters."""
+def quantized_weights(module: nn.Module) -> list[Quantized]:
+    """The module's weights that are no parameters."""
     weights = (child.weight for child in module.modules() if isinstance(child, Linear))
-    return sum(weight.nbytes for weight in weights if isinstance(weight, Quantized))
+    return [weight for weight in weights if isinstance(weight, Quantized)]
+
+
+def quantized_bytes(module: nn.Module) -> int:
+    """Of the module's weights that are no parameters."""
+    return sum(weight.nbytes for weight in quantized_weights(module))
 
 
 def check_blocks(architecture: Architecture, settings: Lora, tensor: int) -> None:

@@ -10,7 +10,8 @@ The letters of Megatron-LM (arXiv 1909.08053, section 3; sequence parallelism: a
     split             keep own part      all-gather         same on all  -> sequence split
     collect           all-gather         keep own part      sequence split -> same on all, used alike by all
 
-An axis of size 1 makes each the identity. "Sequence" is dim 0 of the tensors, so parts are contiguous.
+An axis of size 1 makes each the identity. "Sequence" is dim 0 of the tensors, so parts are contiguous. Tensors without memory (torch's
+meta device) are exchanged in shape alone, with nobody.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from megatrain.parallel.grid import Axis
 
 def all_reduce(x: Tensor, axis: Axis, *, op: Any = None) -> Tensor:
     """Sum (or `op`) over the axis, in place; returns x."""
-    if axis.size > 1:
+    if axis.size > 1 and not x.is_meta:
         dist.all_reduce(x, op=dist.ReduceOp.SUM if op is None else op, group=axis.group)
     return x
 
@@ -36,7 +37,8 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=axis.group)
+    if not x.is_meta:
+        dist.all_gather_into_tensor(whole, x.contiguous(), group=axis.group)
     return whole
 
 
@@ -45,7 +47,8 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(part, x.contiguous(), group=axis.group)
+    if not x.is_meta:
+        dist.reduce_scatter_tensor(part, x.contiguous(), group=axis.group)
     return part
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatrain.parallel.sharding import Sharding
+from megatrain.parallel.sharding import Sharding, sharding
 
 BLOCK = 64
 """Neighbours in a row that share a scale."""
@@ -36,12 +36,23 @@ class Quantized:
         self._codes, self._scales, self._values = codes, state.absmax, state.code
         self.sharding, self.shape, self.dtype, self.device = declaration, weight.shape, weight.dtype, weight.device
 
+    @classmethod
+    def without_memory(cls, weight: Tensor) -> Quantized:
+        """Of a weight on the meta device: the same sizes, on it too."""
+        made = cls.__new__(cls)
+        made._codes = torch.empty(weight.numel() // 2, dtype=torch.uint8, device="meta")
+        made._scales = torch.empty(weight.numel() // BLOCK, dtype=torch.float32, device="meta")
+        made.sharding, made.shape, made.dtype, made.device = sharding(weight), weight.shape, weight.dtype, weight.device
+        return made
+
     @property
     def nbytes(self) -> int:
         return self._codes.nbytes + self._scales.nbytes
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """What the codes stand for, [out, in]."""
+        if self._codes.is_meta:
+            return torch.empty(self.shape, dtype=dtype, device="meta")
         from bitsandbytes import functional
 
         state = functional.QuantState(self._scales, shape=self.shape, code=self._values, blocksize=BLOCK, quant_type="nf4", dtype=dtype)

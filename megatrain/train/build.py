@@ -54,11 +54,12 @@ def build_stage(config: Config, architecture: Architecture, grid: Grid, device: 
                 dtype: torch.dtype = torch.float32) -> Stage:  # fmt: skip
     """This rank's layers, uninitialised; for training in fp32, which DeepSpeed casts to the run's dtype."""
     chunks = rank_specs(config, architecture, placement or Placement(grid.pipeline.size))[grid.pipeline.rank]
-    return _build(chunks, config=config, architecture=architecture, grid=grid, device=device, dtype=dtype)
+    return build_layers_of(chunks, config=config, architecture=architecture, grid=grid, device=device, dtype=dtype)
 
 
-def _build(chunks: list[list[LayerSpec]], *, config: Config, architecture: Architecture, grid: Grid, device: str,
-           dtype: torch.dtype = torch.float32) -> Stage:  # fmt: skip
+def build_layers_of(chunks: list[list[LayerSpec]], *, config: Config, architecture: Architecture, grid: Grid, device: str,
+                    dtype: torch.dtype = torch.float32) -> Stage:  # fmt: skip
+    """These layers as a stage of the rank whose grid it is."""
     linears_on = "meta" if config.lora.quantize != "none" else None  # they are read one by one
     parts = Parts(architecture, grid, sequence=config.parallel.sequence, dtype=dtype, device=device, linears_on=linears_on)
     return Stage(build_chunks(chunks, parts, recompute=config.train.recompute))
@@ -73,17 +74,25 @@ class RankPlan(NamedTuple):
 
 
 def plan_ranks(config: Config, architecture: Architecture, placement: Placement) -> list[RankPlan]:
-    """Every rank's layers built without memory; their parts are asserted to be the whole model."""
-    p = config.parallel
+    """Every rank's layers built without memory, those of like ranks once; their parts are asserted to be the whole model."""
     plans = []
+    seen: dict[tuple[tuple[str, ...], ...], list[tuple[int, int]]] = {}
     for rank, chunks in enumerate(rank_specs(config, architecture, placement)):
-        counts = []
-        for tensor_rank in range(p.tensor):
-            grid = make_grid(rank * p.tensor + tensor_rank, tensor=p.tensor, pipeline=p.pipeline, connect=False)
-            counts.append(_count(_build(chunks, config=config, architecture=architecture, grid=grid, device="meta")))
-        plans.append(RankPlan(chunks, counts[0][0], sum(counted for _, counted in counts)))
+        kinds = tuple(tuple(spec.kind for spec in chunk) for chunk in chunks)  # blocks have parameters of the same shapes
+        if kinds not in seen:
+            seen[kinds] = _counts(rank, chunks, config, architecture)
+        plans.append(RankPlan(chunks, seen[kinds][0][0], sum(counted for _, counted in seen[kinds])))
     assert sum(plan.counted for plan in plans) == total_parameters(architecture), "the ranks' parts are the model"
     return plans
+
+
+def _counts(rank: int, chunks: list[list[LayerSpec]], config: Config, architecture: Architecture) -> list[tuple[int, int]]:
+    """Of each tensor rank of a pipeline rank."""
+    p, counts = config.parallel, []
+    for tensor_rank in range(p.tensor):
+        grid = make_grid(rank * p.tensor + tensor_rank, tensor=p.tensor, pipeline=p.pipeline, connect=False)
+        counts.append(_count(build_layers_of(chunks, config=config, architecture=architecture, grid=grid, device="meta")))
+    return counts
 
 
 def total_parameters(architecture: Architecture) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from megatrain import machine
@@ -36,13 +37,10 @@ def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
     check_exporters(config)
     architecture = task.architecture(config)
     _check_layout(config, architecture, world_size)
-    _check_tokenizer(config, architecture)
+    check_tokenizer(config, architecture)
     _check_output(config)
-    path, _ = loading.choose(config)
-    if path is not None and config.train.verify != "full":  # else rank 0 reads every file to see which it is, and checks that
-        loading.check(path, config, architecture)
-    if config.train.init_from is not None and (path is None or config.lora.rank):
-        Pretrained(config.train.init_from, architecture).check(whole_tensors(architecture))
+    path = check_resume(config, architecture)
+    check_weights(config, architecture, resumes=path is not None)
     for which in parts_of(config):
         task.prepare(config, which)
         source = task.open(config, architecture, which)
@@ -51,20 +49,55 @@ def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
 
 
 def _check_layout(config: Config, a: Architecture, world_size: int) -> None:
-    config.microbatches(config.data_size(world_size))
-    check_tensor_split(a, config.parallel.tensor)
+    for rule in layout_rules(config, a, world_size, on_gpu=machine.has_gpu()):
+        rule()
+
+
+def layout_rules(config: Config, a: Architecture, world_size: int, *, on_gpu: bool) -> list[Callable[[], object]]:
+    """What layout, geometry, batch and ranks must fulfil together; each refuses for itself."""
+    return [
+        lambda: config.microbatches(config.data_size(world_size)),
+        lambda: check_tensor_split(a, config.parallel.tensor),
+        lambda: _check_adapters(config, a),
+        lambda: rank_specs(config, a, run_schedule(config, config.data_size(world_size)).placement),
+        lambda: _check_dtype(config, on_gpu=on_gpu),
+        lambda: _check_positions(config, a),
+    ]
+
+
+def _check_adapters(config: Config, a: Architecture) -> None:
     if config.lora.rank:
         target_names(a, config.lora.targets)
         check_blocks(a, config.lora, config.parallel.tensor)
-    rank_specs(config, a, run_schedule(config, config.data_size(world_size)).placement)
-    if config.train.dtype == "fp16" and not machine.has_gpu():
+
+
+def _check_dtype(config: Config, *, on_gpu: bool) -> None:
+    if config.train.dtype == "fp16" and not on_gpu:
         raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
+
+
+def _check_positions(config: Config, a: Architecture) -> None:
     if config.data.sequence_length > a.max_positions:
         raise ConfigError("data.sequence_length", config.data.sequence_length,
                           f"is more than the model's {a.max_positions} positions", f"use at most {a.max_positions}")  # fmt: skip
 
 
-def _check_tokenizer(config: Config, a: Architecture) -> None:
+def check_resume(config: Config, a: Architecture) -> Path | None:
+    """The checkpoint that the run would go on from; refuses one that it cannot."""
+    path, _ = loading.choose(config)
+    if path is not None and config.train.verify != "full":  # else rank 0 reads every file to see which it is, and checks that
+        loading.check(path, config, a)
+    return path
+
+
+def check_weights(config: Config, a: Architecture, *, resumes: bool) -> None:
+    """Refuse weights to start from that do not fit."""
+    if config.train.init_from is not None and (not resumes or config.lora.rank):
+        Pretrained(config.train.init_from, a).check(whole_tensors(a))
+
+
+def check_tokenizer(config: Config, a: Architecture) -> None:
+    """Refuse a tokenizer that cannot be read or has tokens that the model does not."""
     if config.data.tokenizer is None:
         return
     if not Path(config.data.tokenizer).is_dir():
@@ -122,7 +155,7 @@ def dry_run(config: Config, task: Task) -> str:
                if p.schedule == "auto" and p.pipeline > 1 else []),
              "", "pipeline rank  layers                                  parameters on each tensor rank"]  # fmt: skip
     for number, plan in enumerate(plan_ranks(config, architecture, run_schedule(config, data_size).placement)):
-        layers = ", ".join(_span(chunk) for chunk in plan.chunks)
+        layers = ", ".join(span(chunk) for chunk in plan.chunks)
         lines.append(f"{number:>13}  {layers:<40}{plan.parameters_per_rank:>15,}")
     return "\n".join(lines + notes)
 
@@ -143,7 +176,7 @@ def _try_weights(config: Config, architecture: Architecture) -> list[str]:
         return []
     if not Path(folder).exists():
         return [f"note: train.init_from={folder} does not exist"]
-    Pretrained(folder, architecture).check(whole_tensors(architecture))
+    check_weights(config, architecture, resumes=False)
     return []
 
 
@@ -160,7 +193,8 @@ def _try_data(config: Config, architecture: Architecture, task: Task) -> tuple[C
     return config, notes
 
 
-def _span(specs: list[LayerSpec]) -> str:
+def span(specs: list[LayerSpec]) -> str:
+    """Layers that follow each other, in words."""
     titles = specs[0].title if len(specs) == 1 else f"{specs[0].title} ... {specs[-1].title}"
     return f"{len(specs)}: {titles}"
 
@@ -173,7 +207,7 @@ def run_header(config: Config, architecture: Architecture, world_size: int, devi
     words = console.header(name=config.run_name, model=architecture.model_type, num_parameters=total_parameters(architecture),
                            layout=layout, device=f"{world_size} ranks, {device}", dtype=config.train.dtype,
                            tokens_per_step=config.tokens_per_step,
-                           steps=config.steps if config.train.epochs is None else None)  # fmt: skip
+                           steps=config.steps if config.train.steps is not None or config.train.tokens is not None else None)  # fmt: skip
     if not config.lora.rank:
         return words
     trained = adapter_parameters(config, architecture)

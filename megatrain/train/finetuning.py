@@ -20,7 +20,7 @@ from megatrain.data.show_sample import show_samples
 from megatrain.data.splits import Part, split_documents
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture
-from megatrain.train.tasks import Source, Task
+from megatrain.train.tasks import GLANCES, Source, Task
 
 logger = logging.getLogger("megatrain")
 
@@ -64,6 +64,13 @@ class Finetuning(Task):
         epochs = config.train.epochs if which == "train" else 1
         sources[0].limit = epochs * sources[0].per_epoch if epochs is not None else None
         return Source(sources[0], sources[0].per_epoch, words)
+
+    def glance(self, config: Config, architecture: Architecture, which: Part) -> None:
+        """The first samples of each file, as they would be learnt."""
+        paths, _ = chosen_data(config.data, which)
+        for path, _ in read_blend(paths, setting=f"data.{which}"):
+            for _ in show_samples(path, _recipe(config), count=GLANCES, colour=False):
+                pass
 
     def chat(self, config: Config) -> Chat | None:
         """The template where the config names one, and the token that ends a turn."""

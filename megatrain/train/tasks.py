@@ -25,6 +25,10 @@ OF_CHATS = ("chat_template", "train_on", "packing", "too_long")
 """Settings of `data` that are about conversations."""
 
 
+GLANCES = 32
+"""Samples that are looked at beforehand."""
+
+
 class Source(NamedTuple):
     """Samples, how many are an epoch (None where they have no count of their own, as those of a blend), and what to say."""
 
@@ -48,6 +52,10 @@ class Task(Protocol):
 
     def open(self, config: Config, architecture: Architecture, which: Part) -> Source:
         """Open the samples of training or validation; raises ConfigError and DataError."""
+
+    def glance(self, config: Config, architecture: Architecture, which: Part) -> None:
+        """See in a moment whether the data can be read and are of this model, and make nothing of them; raises as `open` does."""
+        self.open(config, architecture, which)
 
     @contextlib.contextmanager
     def measure(self, trainer: Trainer, folder: Path) -> Iterator[dict[str, float]]:
@@ -80,6 +88,12 @@ class Pretraining(Task):
             raise ConfigError("data.train", "(nothing)", "is missing", "give the prefix that `megatrain preprocess --output` wrote")
         return Source(open_samples(config.data, which=which, sequence_length=config.data.sequence_length, seed=config.run.seed,
                                    vocab_size=architecture.vocab_size))  # fmt: skip
+
+    def glance(self, config: Config, architecture: Architecture, which: Part) -> None:
+        """Some samples from all over the files: a token outside the vocabulary shows in each of them, as a rule."""
+        samples = self.open(config, architecture, which).samples
+        for position in range(GLANCES):
+            samples.fetch(position)
 
     def chat(self, config: Config) -> Chat | None:
         """Nothing."""

@@ -1,0 +1,73 @@
+"""How large a run's checkpoints are, how many lie on the disk at once, and whether they have room."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from megatrain.config import Config
+from megatrain.errors import ConfigError
+from megatrain.models.architecture import Architecture
+from megatrain.optim.groups import STATES
+from megatrain.optim.zero import DTYPES
+from megatrain.train.build import adapter_parameters, total_parameters
+
+
+class Room(NamedTuple):
+    """Bytes of one checkpoint, how many there are at once at most, how many are there already, and what is free at `place`."""
+
+    each: int
+    most: int
+    there: int
+    place: Path
+    free: int
+
+    @property
+    def needed(self) -> int:
+        return self.each * max(1, self.most - self.there)
+
+
+def room_for(config: Config, architecture: Architecture) -> Room:
+    """One more checkpoint than is kept: the oldest goes once the newest is whole."""
+    folder = Path(config.run.output_dir)
+    place = existing(folder)
+    there = sum(1 for _ in folder.glob("checkpoints/step-*"))
+    return Room(checkpoint_bytes(config, architecture), _most(config), there, place, shutil.disk_usage(place).free)
+
+
+def checkpoint_bytes(config: Config, architecture: Architecture) -> int:
+    """Weights in the run's dtype, masters and states in fp32: of the adapters alone where there are any."""
+    trained = adapter_parameters(config, architecture) if config.lora.rank else total_parameters(architecture)
+    return trained * (DTYPES[config.train.dtype].itemsize + 4 * (1 + len(STATES[config.optimizer.name])))
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.exists())
+
+
+def _most(config: Config) -> int:
+    train = config.train
+    if train.epochs is not None:  # only the data say how many steps that is
+        return train.keep_last + 1 if train.keep_last else 1
+    saves = max(1, -(-config.steps // train.save_every)) if train.save_every else 1
+    kept = train.keep_last + (config.steps // train.keep_every if train.keep_every else 0)
+    return min(saves, kept + 1) if train.keep_last else saves
+
+
+def check_room(config: Config, room: Room) -> None:
+    """Refuse what does not fit, with as many checkpoints as do."""
+    if room.needed <= room.free:
+        return
+    fits = room.free // room.each + room.there - 1
+    way_out = f"keep {fits}, or write elsewhere" if 1 <= fits < room.most else "write elsewhere"
+    paste = f"train.keep_last={fits}" if 1 <= fits < room.most else "run.output_dir=/a/larger/disk"
+    raise ConfigError("run.output_dir", config.run.output_dir, f"has {in_bytes(room.free)} free at {room.place}, and {room.most} checkpoints of "
+                      f"{in_bytes(room.each)} take {in_bytes(room.needed)} more", way_out, paste=paste)  # fmt: skip
+
+
+def in_bytes(count: float) -> str:
+    """As disks are sold: a GB is 1e9 bytes."""
+    unit, size = next(((unit, size) for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if count >= 0.9995 * size), ("kB", 1e3))
+    return f"{count / size:,.3g} {unit}" if count < 1e15 else f"{count / 1e12:,.0f} TB"

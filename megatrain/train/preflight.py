@@ -1,0 +1,279 @@
+"""`megatrain check`: everything that can be known of a run on its ranks before one of them starts, without a GPU and in seconds.
+
+All that is wrong is found and not the first alone: settings by themselves, the layout on the model, data, tokenizer and checkpoints, the
+memory of every rank, and disk space. Nothing is made or changed, on disk or anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatrain.config import Config, problems, within_ranges
+from megatrain.data.samples import chosen_data, read_blend
+from megatrain.data.splits import Part
+from megatrain.errors import ConfigError, DataError, UserError
+from megatrain.mend import Findings
+from megatrain.models.architecture import Architecture
+from megatrain.models.quantize import check_bitsandbytes
+from megatrain.pipeline.stages import cut_layers
+from megatrain.train import checks
+from megatrain.train.build import RankPlan, layer_costs, plan_ranks, run_schedule
+from megatrain.train.disk import check_room, existing, in_bytes, room_for
+from megatrain.train.memory import RankMemory, heaviest, predict
+from megatrain.train.tasks import Pretraining, Task
+
+GIB = 2**30
+NARROW = 0.92
+"""Of a GPU's memory: beyond it a warning, since driver, communication and what the allocator cannot use need the rest."""
+
+
+class Place(NamedTuple):
+    """Where the run would be: machines, ranks on each, what they are (cuda or cpu), and a GPU's memory in GiB where it is known."""
+
+    nodes: int
+    ranks_per_node: int
+    device: str
+    gpu_gib: float | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+def preflight(config: Config, task: Task, place: Place, findings: Findings) -> list[str]:
+    """Look at everything; what is wrong goes to the findings, and the lines say what the run would be."""
+    for problem in problems(config):
+        findings.add(problem)
+    config = within_ranges(config)
+    findings.attempt(lambda: task.check(config))
+    findings.attempt(lambda: check_bitsandbytes(config.lora))
+    _files(config, task, findings)
+    architecture = findings.attempt(lambda: task.architecture(config))
+    if architecture is None:
+        return []
+    findings.attempt(lambda: checks.check_tokenizer(config, architecture), paste=_make_tokenizer(config, architecture))
+    _starts(config, architecture, findings)
+    for which in checks.parts_of(config):
+        if not _missing(config, task, which):
+            findings.attempt(partial(task.glance, config, architecture, which))
+    lines = []
+    if _fits(config, architecture, place, findings):
+        lines = [checks.run_header(config, architecture, place.world_size, _where(place)), *_batch(config, place)]
+        lines += _memory(config, architecture, place, findings)
+    if _writable(config, findings) and {config.train.steps, config.train.tokens, config.train.epochs} != {None}:
+        lines += _disk(config, architecture, findings)
+    return lines
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def _files(config: Config, task: Task, findings: Findings) -> None:
+    """Data that are not there, with the command that makes them."""
+    for which in checks.parts_of(config):
+        for path in _missing(config, task, which):
+            findings.add(DataError(f"data.{which}={path} is not there"), paste=_make_data(config, task, path))
+
+
+def _missing(config: Config, task: Task, which: Part) -> list[str]:
+    try:
+        paths = [path for path, _ in read_blend(chosen_data(config.data, which)[0], setting=f"data.{which}")]
+    except UserError:
+        return []  # said where settings are checked
+    if isinstance(task, Pretraining):
+        return [path for path in paths if not any(Path(f"{path}{end}").exists() for end in (".idx", ".bin"))]
+    return [path for path in paths if "*" not in path and not Path(path).exists()]
+
+
+def _make_data(config: Config, task: Task, path: str) -> str:
+    if path.startswith("demo/"):
+        return "make demo" if "functions" not in path else f"python tools/gather_functions.py {config.data.train} --valid {config.data.valid}"
+    if isinstance(task, Pretraining):
+        return f"megatrain preprocess TEXTS.jsonl --tokenizer {config.data.tokenizer or 'TOKENIZER'} --output {path}"
+    return f"cp YOURS.jsonl {path}"
+
+
+def _make_tokenizer(config: Config, architecture: Architecture) -> str:
+    """For one that is not there; else the error says more itself."""
+    folder = config.data.tokenizer
+    if folder is None or Path(folder).exists():
+        return ""
+    if folder == "demo/tokenizer":
+        return "make demo"
+    texts = "TEXTS.jsonl" if not folder.startswith("demo/") else config.data.train
+    return f"megatrain tokenizer {texts} --vocab-size {architecture.vocab_size} --output {folder}"
+
+
+def _starts(config: Config, architecture: Architecture, findings: Findings) -> None:
+    """The checkpoint to resume from, the weights to start from, and the folder to write to."""
+    named = config.train.resume not in ("auto", "never")
+    path = findings.attempt(lambda: checks.check_resume(config, architecture), paste="train.resume=auto" if named else "")
+    start = config.train.init_from
+    if start is not None and not Path(start).exists():
+        findings.add(ConfigError("train.init_from", start, "does not exist"), paste="make demo" if start.startswith("demo/") else f"megatrain convert SOURCE {start}")
+    elif start is not None:
+        findings.attempt(lambda: checks.check_weights(config, architecture, resumes=path is not None), paste=_own_model(config, start))
+
+
+def _writable(config: Config, findings: Findings) -> bool:
+    """Tried with a folder that is gone at once: who may write where is not only a matter of modes."""
+    place = existing(Path(config.run.output_dir))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".check-", dir=place):
+            return True
+    except OSError as error:
+        findings.add(ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})"),
+                     paste=f"run.output_dir=runs/{Path(config.run.output_dir).name}")  # fmt: skip
+        return False
+
+
+def _own_model(config: Config, start: str) -> str:
+    return f"model={start}" if (Path(start) / "config.json").is_file() and config.model != start else ""
+
+
+# -- layout ------------------------------------------------------------------------------------------------------------
+
+
+def _where(place: Place) -> str:
+    kind = "GPUs" if place.device == "cuda" else "CPUs"
+    return f"{place.nodes} x {place.ranks_per_node} {kind}" if place.nodes > 1 else kind
+
+
+def _batch(config: Config, place: Place) -> Iterator[str]:
+    data_size = config.data_size(place.world_size)
+    yield (f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
+           f"{config.train.micro_batch_size} on each of {data_size} replicas")  # fmt: skip
+
+
+def _fits(config: Config, a: Architecture, place: Place, findings: Findings) -> bool:
+    """Whether model, batch and ranks go together."""
+    rules = checks.layout_rules(config, a, place.world_size, on_gpu=place.device == "cuda")
+    passed = [findings.passes(rule) for rule in rules]  # each, and not up to the first that fails
+    if not all(passed):  # the cut is not reached when the batch does not divide
+        findings.attempt(lambda: cut_layers(layer_costs(a, config.data.sequence_length), config.parallel.pipeline))
+        return False
+    _crossings(config, place, findings)
+    return True
+
+
+def _crossings(config: Config, place: Place, findings: Findings) -> None:
+    """Tensor ranks are neighbours, and exchange every layer's activations: between machines that is what a step waits for."""
+    t, g = config.parallel.tensor, place.ranks_per_node
+    if place.nodes > 1 and g % t:
+        inside = max(d for d in range(1, t + 1) if t % d == 0 and g % d == 0)
+        findings.warnings.append(f"parallel.tensor={t} does not divide the {g} ranks of a machine: tensor groups leave it, and each layer waits for the "
+                                 f"network; parallel.tensor={inside} parallel.pipeline={config.parallel.pipeline * t // inside} stays inside")  # fmt: skip
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def _memory(config: Config, a: Architecture, place: Place, findings: Findings) -> list[str]:
+    """A table of the ranks that differ, and what is said of the heaviest."""
+    data_size = config.data_size(place.world_size)
+    ranks = predict(config, a, data_size=data_size, device=place.device)
+    plans = plan_ranks(config, a, run_schedule(config, data_size).placement)
+    top = heaviest(ranks)
+    lines = ["", *table(config, plans, ranks, data_size), "", _heaviest(config, place, ranks[top], top)]
+    if any(rank.host for rank in ranks):
+        on_node = sum(sorted((rank.host for rank in ranks), reverse=True)[:1]) * place.ranks_per_node
+        lines.append(f"offload: up to {on_node / GIB:,.1f} GiB of a machine's own memory")
+    if place.gpu_gib is not None and ranks[top].total > place.gpu_gib * GIB:
+        paste = _lighter(config, a, place)
+        findings.add(UserError(f"the heaviest rank takes {ranks[top].total / GIB:,.1f} GiB and a GPU has {place.gpu_gib:g}; "
+                               + (f"with {paste} it takes less" if paste else "use more ranks: a larger parallel.pipeline or parallel.tensor")), paste=paste)  # fmt: skip
+    elif place.gpu_gib is not None and ranks[top].total > NARROW * place.gpu_gib * GIB:
+        findings.warnings.append(f"the heaviest rank takes {ranks[top].total / place.gpu_gib / GIB:.0%} of a GPU's {place.gpu_gib:g} GiB, and driver, "
+                                 "communication and what the allocator cannot use need some as well")  # fmt: skip
+    return lines
+
+
+def table(config: Config, plans: list[RankPlan], ranks: list[RankMemory], data_size: int) -> Iterator[str]:
+    """One line for pipeline ranks with the same layers, with the memory of the one that takes most."""
+    alike = config.parallel.tensor * data_size
+    yield (f"{'pipeline ranks':>14}{'ranks':>7}  {'layers':<34}{'parameters':>15}  {'weights':>8}{'gradients':>10}{'optimizer':>10}"
+           f"{'activations':>12}{'working':>8}{'GiB':>9}")  # fmt: skip
+    for group in _groups(plans):
+        top = max(group, key=lambda rank: ranks[rank].total)
+        memory, layers = ranks[top], ", ".join(checks.span(chunk) for chunk in plans[top].chunks)
+        sizes = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.working, memory.total]
+        cells = "".join(f"{size / GIB:>{width}.2f}" for size, width in zip(sizes, (8, 10, 10, 12, 8, 9), strict=True))
+        name = f"{group[0]}" if len(group) == 1 else f"{group[0]}-{group[-1]}"
+        yield f"{name:>14}{len(group) * alike:>7}  {layers:<34}{memory.parameters:>15,}  {cells}"
+
+
+def _groups(plans: list[RankPlan]) -> Iterator[list[int]]:
+    """Neighbours with layers of the same kinds."""
+    kinds: list[Any] = [[[spec.kind for spec in chunk] for chunk in plan.chunks] for plan in plans]
+    start = 0
+    for rank in range(1, len(plans) + 1):
+        if rank == len(plans) or kinds[rank] != kinds[start]:
+            yield list(range(start, rank))
+            start = rank
+
+
+def _heaviest(config: Config, place: Place, memory: RankMemory, rank: int) -> str:
+    first = rank * config.data_size(place.world_size) * config.parallel.tensor
+    of = f" of a GPU's {place.gpu_gib:g}" if place.gpu_gib is not None else ""
+    return f"heaviest: {memory.total / GIB:,.2f} GiB{of} on pipeline rank {rank} (rank {first} and its peers), an estimate; see docs/check.md"
+
+
+def _lighter(config: Config, a: Architecture, place: Place) -> str:
+    """Words that make the heaviest rank fit, the least change first; empty where none of those tried does."""
+    for words, changed in _changes(config, place):
+        try:
+            if next(iter(problems(changed)), None) is None:
+                for rule in checks.layout_rules(changed, a, place.world_size, on_gpu=True):
+                    rule()
+                ranks = predict(changed, a, data_size=changed.data_size(place.world_size), device=place.device)
+                if max(rank.total for rank in ranks) <= NARROW * (place.gpu_gib or 0) * GIB:
+                    return words
+        except ConfigError:
+            continue
+    return ""
+
+
+def _changes(config: Config, place: Place) -> Iterator[tuple[str, Config]]:
+    """One after the other: ZeRO 1, a smaller microbatch, recomputing, then more tensor ranks or stages with whole recomputing."""
+    steps: list[dict[str, Any]] = []
+    if config.parallel.zero == 0:
+        steps.append({"parallel.zero": 1})
+    if config.parallel.tensor > 1 and not config.parallel.sequence:
+        steps.append({"parallel.sequence": True})
+    steps += [{"train.recompute": how} for how in ("selective", "full") if how != config.train.recompute]
+    for times in (2, 4, 8, 16, 32):
+        for how in (config.train.recompute, "full"):
+            recompute = {} if how == config.train.recompute else {"train.recompute": how}
+            wider = {"parallel.tensor": config.parallel.tensor * times}
+            if wider["parallel.tensor"] <= place.ranks_per_node:
+                steps.append(wider | recompute)
+            steps.append({"parallel.pipeline": config.parallel.pipeline * times} | recompute)
+    for step in steps:
+        free = {"parallel.data": None} if config.parallel.data is not None and step.keys() & {"parallel.tensor", "parallel.pipeline"} else {}
+        yield " ".join(f"{name}={_word(value)}" for name, value in (step | free).items()), _replaced(config, step | free)
+
+
+def _word(value: Any) -> str:
+    return {True: "true", None: "null"}.get(value, str(value)) if value is True or value is None else str(value)
+
+
+def _replaced(config: Config, settings: dict[str, Any]) -> Config:
+    for name, value in settings.items():
+        section, key = name.split(".")
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
+    return config
+
+
+# -- disk --------------------------------------------------------------------------------------------------------------
+
+
+def _disk(config: Config, a: Architecture, findings: Findings) -> list[str]:
+    room = room_for(config, a)
+    findings.attempt(lambda: check_room(config, room))
+    count = f"{room.most} at once" if room.most > 1 else "one"
+    return [f"checkpoints: {in_bytes(room.each)} each, {count}; {in_bytes(room.free)} are free at {room.place}"]
