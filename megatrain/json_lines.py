@@ -23,7 +23,9 @@ class LineFile:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Paths are written as text, what is not finite as null."""
-        os.write(self._file, f"{self._end_of_torn_line()}{json.dumps(_plain(line), allow_nan=False)}\n".encode())
+        left = f"{self._end_of_torn_line()}{json.dumps(_plain(line), allow_nan=False)}\n".encode()
+        while left:  # a disk that fills up takes a part, and refuses the next
+            left = left[os.write(self._file, left) :]
 
     def close(self) -> None:
         os.close(self._file)

@@ -27,7 +27,7 @@ def folder(tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [{"step": step, "loss": loss(step) if step != 44 else None, "grad_norm": 1.0 + step, "lr": 1e-3, "tokens": 256 * step, "seconds": 0.5,
               "tokens_per_second": 512.0, "tflops_per_rank": 100.0, "mfu": 0.25, "skipped": step == 44, "memory_gib": 40.0, "memory_predicted_gib": 42.0,
-              "rewards/accuracy": step / STEPS, **({"valid_loss": loss(step) + 1} if step % 20 == 0 else {}),
+              "rewards/accuracy": step / STEPS, "valid_f1": 0.5, **({"valid_loss": loss(step) + 1} if step % 20 == 0 else {}),
               **({"save_stall_seconds": 0.25} if step % 10 == 0 else {})} for step in range(1, STEPS + 1)]  # fmt: skip
     write(run / "metrics.jsonl", {"step": 0, "valid_loss": 6.0}, *lines)
     start = {"time": at(0), "event": "start", "step": None, "ranks": 4, "hosts": ["node1", "node2"], "device": "NVIDIA X", "resume": "auto",
@@ -128,7 +128,7 @@ def test_every_curve_is_there_with_its_values(folder, capsys):
     assert f"the page is {folder}/report.html" in capsys.readouterr().out
     assert not [path for path in folder.iterdir() if path.name.endswith(".new")]
     assert set(page.charts) == {"loss", "learning rate", "gradient norm", "throughput", "compute", "model FLOPs utilisation", "peak memory of the fullest rank",
-                                "time that training stood still for saves", "rewards/accuracy"}  # fmt: skip
+                                "time that training stood still for saves", "rewards/accuracy", "f1"}  # fmt: skip
     known = {("loss", "faint"): {1: loss(1), 30: loss(30), 60: loss(60)}, ("loss", "dots"): {0: 6.0, 20: loss(20) + 1, 60: loss(60) + 1},
              ("learning rate", "line"): {1: 1e-3, 60: 1e-3}, ("gradient norm", "faint"): {1: 2.0, 60: 61.0}, ("throughput", "faint"): {7: 512.0},
              ("compute", "faint"): {7: 100.0}, ("model FLOPs utilisation", "faint"): {7: 25.0}, ("peak memory of the fullest rank", "line"): {7: 40.0},
@@ -138,6 +138,7 @@ def test_every_curve_is_there_with_its_values(folder, capsys):
         for step, value in values.items():
             assert found[step] == pytest.approx(value, rel=0.01), (chart, step)
     assert 44 not in dict(page.points("loss", "faint")), "its loss was no number"
+    assert [line["style"] for line in page.charts["f1"]["lines"]] == ["stroke:var(--c1)"], "the colour of validation"
     assert [line["data-line"] for line in page.charts["peak memory of the fullest rank"]["lines"]] == ["measured", "predicted"]
 
 

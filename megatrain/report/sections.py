@@ -190,13 +190,12 @@ def _losses(runs: Sequence[RunFolder]) -> Iterable[Line]:
 def _lines(panel: Panel, runs: Sequence[RunFolder]) -> Iterable[Line]:
     several = len(runs) > 1
     for place, run in enumerate(runs):
-        solid = 0
+        names = list(dict.fromkeys(name for name, *_ in panel.lines))
         for name, words, shape in panel.lines:
             curve = run.curves.get(name)
             if curve is None or (several and shape == "faint"):
                 continue
-            colour = place if several else solid
-            solid += shape != "faint"
+            colour = place if several else names.index(name)
             shape = "line" if shape == "stems" and curve.count > _MOST_STEMS else shape
             yield Line(run.name if several else words, _scaled(curve, panel, shape, name), shape, colour)
 
@@ -208,9 +207,9 @@ def _scaled(curve: Curve, panel: Panel, shape: Shape, name: str) -> list[Point]:
 
 def _measures(runs: Sequence[RunFolder]) -> list[Panel]:
     """What the task measures beside the loss, training and validation in one chart."""
-    names = [name for run in runs for name in run.curves if name not in _SHOWN]
-    plain = dict.fromkeys(name.removeprefix("valid_") for name in names)
-    return [Panel(name.replace("_", " "), "", ((name, "training", "line"), (f"valid_{name}", "validation", "line"))) for name in plain]
+    names = {name for run in runs for name in run.curves}
+    plain = dict.fromkeys(name.removeprefix("valid_") for run in runs for name in run.curves if name not in _SHOWN)
+    return [Panel(name.replace("_", " "), "" if name in names else "in validation", ((name, "training", "line"), (f"valid_{name}", "validation", "line"))) for name in plain]
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------

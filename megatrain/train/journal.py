@@ -77,7 +77,7 @@ class Journal:
         p = self._config.parallel
         layout = {"tensor": grid.tensor.size, "pipeline": grid.pipeline.size, "data": grid.data.size, "zero": p.zero, "schedule": p.schedule}
         self.events.write("start", ranks=self._world_size, hosts=sorted(set(hosts)), device=self._gpu or "cpu", layout=layout,
-                          versions=_versions(), attempt=attempt(os.environ), resume=self._config.train.resume, why=why)  # fmt: skip
+                          versions=_versions(), attempt=attempt(os.environ), resume=self._config.train.resume, why=None if self._resumes else why)  # fmt: skip
         self._own_place = {"pipeline": grid.pipeline.rank, "data": grid.data.rank, "tensor": grid.tensor.rank}
 
     def begin(self, asked: Config, progress: Progress, *, last: int) -> None:

@@ -94,7 +94,11 @@ def test_a_folder_without_events_has_none(tmp_path):
 def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, monkeypatch, caplog):
     log = EventLog(tmp_path)
 
+    real = os.write
+
     def full(descriptor, data):
+        if data.startswith(b"{"):
+            return real(descriptor, data[:9])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
