@@ -18,15 +18,15 @@ install: .venv/installed
 
 demo: install
 	mkdir -p $(DEMO)
-	$(BIN)/python tools/gather_stdlib.py $(DEMO)/train.jsonl --valid $(DEMO)/valid.jsonl
+	$(BIN)/python tools/gather_stdlib.py $(DEMO)/train.jsonl --valid $(DEMO)/valid.jsonl --without-held-out
 	$(BIN)/megatrain tokenizer $(DEMO)/train.jsonl --vocab-size 4096 --special-token '<|im_start|>' --special-token '<|im_end|>' --output $(DEMO)/tokenizer
 	$(BIN)/megatrain preprocess $(DEMO)/train.jsonl --tokenizer $(DEMO)/tokenizer --output $(DEMO)/train
 	$(BIN)/megatrain preprocess $(DEMO)/valid.jsonl --tokenizer $(DEMO)/tokenizer --output $(DEMO)/valid
 	$(BIN)/megatrain pretrain configs/demo_cpu.yaml
 	$(BIN)/python tools/try_model.py $(DEMO)/run
-	$(BIN)/python tools/gather_docstrings.py $(DEMO)/questions.jsonl --valid $(DEMO)/questions_valid.jsonl
+	$(BIN)/python tools/gather_docstrings.py $(DEMO)/questions.jsonl --valid $(DEMO)/questions_valid.jsonl --held-out $(DEMO)/questions_held_out.jsonl
 	$(BIN)/megatrain finetune configs/finetune_sft_demo_cpu.yaml
-	$(BIN)/python tools/try_chat.py $(DEMO)/chat
+	$(BIN)/python tools/try_chat.py $(DEMO)/chat $(DEMO)/questions_held_out.jsonl
 
 test: install
 	$(BIN)/python -m pytest $(if $(LONG),,-m 'not chaos')

@@ -1,8 +1,9 @@
 """Gather questions and answers that every machine has: what the functions of Python's own standard library say of themselves.
 
-    python tools/gather_docstrings.py train.jsonl --valid valid.jsonl --valid-every 20
+    python tools/gather_docstrings.py train.jsonl --valid valid.jsonl --held-out held_out.jsonl
 
-A question is a function's signature, the answer its docstring's first sentence.
+A question is a function's signature, the answer its docstring's first sentence. A module's questions all go to one file: settings are
+chosen by the second, and what the third says is looked at once they are.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-from gather_stdlib import sources
+from gather_stdlib import part_of, sources
 
 SHORTEST, LONGEST = 12, 240
 
 
-def pairs() -> Iterator[tuple[str, str]]:
-    """Yield (question, answer) of every function with a docstring, in the sources' order; no answer twice."""
+def pairs() -> Iterator[tuple[str, str, str]]:
+    """Yield (path, question, answer) of every function with a docstring, in the sources' order; no answer twice."""
     seen = set()
     for path, text in sources():
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -29,7 +30,7 @@ def pairs() -> Iterator[tuple[str, str]]:
             answer = first_sentence(ast.get_docstring(function) or "")
             if SHORTEST <= len(answer) <= LONGEST and answer not in seen:
                 seen.add(answer)
-                yield f"What does {name}({ast.unparse(function.args)}) do?", answer
+                yield path, f"What does {name}({ast.unparse(function.args)}) do?", answer
 
 
 def functions(text: str, module: str) -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -55,18 +56,17 @@ def first_sentence(docstring: str) -> str:
 
 
 def main() -> int:
-    """Write one line for each function, every n-th into the second file."""
+    """Write one line for each function, into its module's file."""
     parser = argparse.ArgumentParser(description="Questions and answers from Python's standard library as JSONL.")
     parser.add_argument("output")
-    parser.add_argument("--valid", metavar="OUTPUT", help="a second file, for every n-th pair")
-    parser.add_argument("--valid-every", type=int, default=20, metavar="N", help="default: %(default)s")
+    parser.add_argument("--valid", metavar="OUTPUT", required=True, help="a second file, for one module in sixteen")
+    parser.add_argument("--held-out", metavar="OUTPUT", required=True, help="a third file, for one module in sixteen")
     args = parser.parse_args()
     with ExitStack() as files:
-        train = files.enter_context(open(args.output, "w", encoding="utf-8"))
-        valid = files.enter_context(open(args.valid, "w", encoding="utf-8")) if args.valid else None
-        for number, (question, answer) in enumerate(pairs(), start=1):
-            file = valid if valid is not None and number % args.valid_every == 0 else train
-            file.write(json.dumps({"prompt": question, "completion": answer}) + "\n")
+        names = {"train": args.output, "valid": args.valid, "held-out": args.held_out}
+        outputs = {part: files.enter_context(open(name, "w", encoding="utf-8")) for part, name in names.items()}
+        for path, question, answer in pairs():
+            outputs[part_of(path)].write(json.dumps({"prompt": question, "completion": answer}) + "\n")
     return 0
 
 

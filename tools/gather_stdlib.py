@@ -1,19 +1,31 @@
 """Gather a small corpus that every machine has: the sources of Python's own standard library, as JSONL.
 
-    python tools/gather_stdlib.py train.jsonl --valid valid.jsonl --valid-every 50
+    python tools/gather_stdlib.py train.jsonl --valid valid.jsonl --valid-every 50 --without-held-out
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+
+
+def part_of(path: str) -> Literal["train", "valid", "held-out"]:
+    """What a source's questions are for, by its top-level module or package, alike on every machine: one in sixteen is held out, one validates.
+
+    heapq and _heapq go together.
+    """
+    module = path.partition("/")[0].removesuffix(".py").lstrip("_")
+    number = hashlib.sha256(module.encode()).digest()[7] % 16
+    return "held-out" if number == 0 else "valid" if number == 15 else "train"
 
 
 def sources() -> Iterator[tuple[str, str]]:
@@ -32,12 +44,14 @@ def main() -> int:
     parser.add_argument("--max-mb", type=float, default=float("inf"), help="stop after this many MB of text")
     parser.add_argument("--valid", metavar="OUTPUT", help="a second file, for every n-th source")
     parser.add_argument("--valid-every", type=int, default=50, metavar="N", help="default: %(default)s")
+    parser.add_argument("--without-held-out", action="store_true", help="leave out the modules whose questions gather_docstrings.py holds out")
     args = parser.parse_args()
     size = 0
     with ExitStack() as files:
         train = files.enter_context(open(args.output, "w", encoding="utf-8"))
         valid = files.enter_context(open(args.valid, "w", encoding="utf-8")) if args.valid else None
-        for number, (path, text) in enumerate(sources(), start=1):
+        chosen = ((path, text) for path, text in sources() if not (args.without_held_out and part_of(path) == "held-out"))
+        for number, (path, text) in enumerate(chosen, start=1):
             size += len(text.encode())
             if size > args.max_mb * 1e6:
                 break

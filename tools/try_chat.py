@@ -1,9 +1,9 @@
 """Puts held-out questions to a finetuned model and to the one it came from, both in plain transformers.
 
-    python tools/try_chat.py RUN [--questions N]
+    python tools/try_chat.py RUN HELD_OUT [--questions N]
 
-Prints the loss of both on all held-out answers, the trainer's own beside it, and some answers. Exits with 1 when the
-trainer's loss differs by more than rounding: what was trained is then not what others would load.
+Prints some answers, the loss of both on all held-out answers, and the loss on the run's validation data beside the trainer's own.
+Exits with 1 when that differs by more than rounding: what was trained is then not what others would load.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from try_model import RELATIVE_TOLERANCE, trainers_loss
 
 from megatrain import config as configuration
 from megatrain.checkpoint.manifest import find_newest
-from megatrain.data.chat import read_conversation
+from megatrain.data.chat import Conversation, read_conversation
 from megatrain.data.chat_template import ChatTemplate, Encoded
 from megatrain.data.documents import find_inputs, parse_objects, read_blocks
 
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print losses and answers before and after; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the finetuning run's folder")
+    parser.add_argument("held_out", help="file of questions that no setting was chosen by")
     parser.add_argument("--questions", type=int, default=3, help="how many answers to show")
     args = parser.parse_args(argv)
     config = configuration.load(args.run / "config.yaml")
@@ -42,21 +43,26 @@ def main(argv: list[str] | None = None) -> int:
     disable_progress_bar()
     template = ChatTemplate(checkpoint)
     before, after = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (config.train.init_from, checkpoint))
-    chats = [read_conversation(record) for block in read_blocks(find_inputs([config.data.valid]).files, field=None)
-             for _, record in parse_objects(block)[0]]  # fmt: skip
+    chats = read_chats(args.held_out)
     for chat in chats[:: max(1, len(chats) // args.questions)][: args.questions]:
         print(f"\n{chat.messages[0]['content']}")
         print(f"  before  {answer(before, template.tokenizer, chat.messages[:-1])}")
         print(f"  after   {answer(after, template.tokenizer, chat.messages[:-1])}")
         print(f"  wanted  {chat.messages[-1]['content']}")
-    encoded = [template.encode(chat, train_on=config.data.train_on) for chat in chats]
+    held_out, valid = ([template.encode(chat, train_on=config.data.train_on) for chat in some] for some in (chats, read_chats(config.data.valid)))
     trainers = trainers_loss(args.run, step=int(checkpoint.name.removeprefix("step-")))
-    plain = loss(after, encoded)
-    print(f"\nloss on {len(chats)} held-out answers  {loss(before, encoded):.4f} before, {plain:.4f} after, {trainers:.4f} as the trainer said")
+    plain = loss(after, valid)
+    print(f"\nloss on {len(held_out)} held-out answers  {loss(before, held_out):.4f} before, {loss(after, held_out):.4f} after")
+    print(f"loss on {len(valid)} validation answers  {plain:.4f} in transformers, {trainers:.4f} as the trainer said")
     if abs(plain / trainers - 1) > RELATIVE_TOLERANCE[config.train.dtype]:
         print(f"error: losses {plain:.6f} and {trainers:.6f} differ by more than rounding", file=sys.stderr)
         return 1
     return 0
+
+
+def read_chats(path: str) -> list[Conversation]:
+    """All conversations of a file."""
+    return [read_conversation(record) for block in read_blocks(find_inputs([path]).files, field=None) for _, record in parse_objects(block)[0]]
 
 
 @torch.inference_mode()

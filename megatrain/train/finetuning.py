@@ -84,11 +84,13 @@ class Finetuning(Task):
 
 
 def describe(counts: Counts, samples: ChatSamples, config: Config) -> str:
-    """What became of a file's chats, in a sentence."""
-    words = f"{samples.num_chats:,} chats in {samples.per_epoch:,} sequences, {samples.fill:.1%} full"
-    if config.task == "sft" and not config.data.packing and samples.fill < 0.7:
+    """What became of a file's chats, or pairs of answers, in a sentence."""
+    alone = config.task == "sft"
+    what = f"{samples.num_chats:,} chats" if alone else f"{samples.num_chats // 2:,} pairs of answers"
+    words = f"{what} in {samples.per_epoch:,} sequences, {samples.fill:.1%} full"
+    if alone and not config.data.packing and samples.fill < 0.7:
         words += " (data.packing=true lets chats share them)"
-    words += f"; {counts.trained / counts.tokens:.1%} of {counts.tokens:,} tokens are learnt"
+    words += f"; {counts.trained / counts.tokens:.1%} of {counts.tokens:,} tokens are {'learnt' if alone else 'compared'}"
     if counts.cut:
         words += f"; {counts.cut:,} cut at data.sequence_length={config.data.sequence_length}"
     if left_out := counts.skipped + counts.emptied:

@@ -22,6 +22,7 @@ from megatrain import config as configuration
 from megatrain.__main__ import main
 from megatrain.data.tokenizer import train_tokenizer
 from megatrain.errors import ConfigError
+from megatrain.train.finetuning import Finetuning
 
 VOCABULARY, LENGTH, PAIRS = 290, 56, 10
 MODEL = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "attention_dropout": 0.1,
@@ -127,3 +128,11 @@ def test_settings_are_used_or_refused(sections, words, files, tmp_path):
     with pytest.raises(ConfigError) as error:
         configuration.check(configuration.from_dict(settings(files, tmp_path, **sections)))
     assert words in str(error.value)
+
+
+def test_a_pair_is_not_two_chats(files, tmp_path):
+    config, task = configuration.from_dict(settings(files, tmp_path)), Finetuning()
+    task.prepare(config, "train")
+    (words,) = task.open(config, task.architecture(config), "train").words
+    assert f"train.jsonl: {PAIRS} pairs of answers in {2 * PAIRS} sequences" in words
+    assert words.endswith("tokens are compared")
