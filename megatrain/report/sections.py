@@ -104,6 +104,9 @@ def _facts(run: RunFolder) -> str:
         hosts = fields.get("hosts") or []
         facts.append(f"{fields.get('ranks')} ranks on {len(hosts)} machine{'s' if len(hosts) != 1 else ''}, {fields.get('device')}")
         facts.append(", ".join(f"{name} {version}" for name, version in (fields.get("versions") or {}).items()))
+    size, length = run.setting("train.global_batch_size"), run.setting("data.sequence_length")
+    facts.append(f"{size} x {length} tokens a step" if size and length else "")
+    facts.append(" ".join(str(run.setting(name, "")) for name in ("optimizer.name", "train.dtype")).strip())
     return " · ".join(fact for fact in facts if fact)
 
 

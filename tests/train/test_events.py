@@ -1,6 +1,7 @@
 """events.jsonl keeps what happened, one line each, through kills, restarts and other writers."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -91,10 +92,11 @@ def test_a_folder_without_events_has_none(tmp_path):
     assert not list(read(tmp_path))
 
 
-def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, monkeypatch):
     log = EventLog(tmp_path)
 
-    real = os.write
+    real, said = os.write, []
+    monkeypatch.setattr(logging.getLogger("megatrain"), "warning", said.append)
 
     def full(descriptor, data):
         if data.startswith(b"{"):
@@ -106,4 +108,5 @@ def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, monkeypatch, caplog)
         log.write("save", step=1)
     log.write("save", step=2)
     assert [event.step for event in read(tmp_path)] == [2]
+    assert said == ["events.jsonl cannot be written: No space left on device"]
     log.close()
