@@ -52,7 +52,7 @@ def _most(config: Config) -> int:
     if train.epochs is not None:  # only the data say how many steps that is
         return train.keep_last + 1 if train.keep_last else 1
     saves = max(1, -(-config.steps // train.save_every)) if train.save_every else 1
-    kept = train.keep_last + (config.steps // train.keep_every if train.keep_every else 0)
+    kept = train.keep_last + (train.spike == "rollback") + (config.steps // train.keep_every if train.keep_every else 0)
     return min(saves, kept + 1) if train.keep_last else saves
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
 from megatrain import config as configuration
+from megatrain.checkpoint.load import read_trainer
+from megatrain.data.indexed import IndexedWriter
 from megatrain.data.loader import Batch
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.optim.zero import LossScale
@@ -227,3 +231,33 @@ def test_a_search_for_fp16s_loss_scale_is_nothing_bad_until_it_can_fall_no_furth
         assert run.scales == [2.0**29, 2.0**4, 1.0, 1.0, 1.0, 1.0], layout
         assert run.norms[1] == pytest.approx(by_rank[0][0].norms[1], rel=1e-2), layout
         assert run.state.last_overflow == 11
+
+
+def go_on_in_fp16(rank, world_size, raws):
+    """Runs one after the other; on CPUs users are refused."""
+    from megatrain.place import Place
+    from megatrain.train.run import pretrain
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr("megatrain.train.run.check_without_ranks", lambda *args: None)
+    try:
+        for raw in raws:
+            pretrain(configuration.from_dict(raw), Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
+    finally:
+        patch.undo()
+
+
+def test_a_resume_goes_on_with_the_loss_scale(tmp_path):
+    with IndexedWriter(tmp_path / "tokens", vocab_size=67) as writer:
+        for document in np.random.default_rng(0).integers(0, 67, (20, 40)):
+            writer.add(document)
+
+    def raw(run, **train):
+        return {"run": {"output_dir": str(tmp_path / run)}, "model": MODEL, "data": {"train": str(tmp_path / "tokens"), "sequence_length": LENGTH},
+                "train": {"steps": 4, "global_batch_size": BATCH, "micro_batch_size": 4, "dtype": "fp16", **train}}  # fmt: skip
+
+    run_ranks(go_on_in_fp16, 1, [raw("parts", stop_after=2), raw("parts"), raw("whole")], folder=tmp_path)
+    states = [read_trainer(tmp_path / run / "checkpoints" / "step-00000004").progress.loss_scaling for run in ("parts", "whole")]
+    assert states == [LossScale(65536.0, 2, -1, 4)] * 2, "all four steps are counted"
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("parts", "whole")]
+    assert losses[0] == losses[1]
