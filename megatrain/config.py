@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, shown
 
 Problem = Literal["single-label", "multi-label", "regression"]
 Augment = Literal["none", "delete", "swap", "mask", "mix"]
@@ -569,7 +569,7 @@ def _a(name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = shown(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -614,7 +614,7 @@ def _check_length(config: Config) -> Iterator[ConfigError]:
         given = [name for name, value in lengths.items() if value is not None]
         rule = "are given together" if given else "are all missing"
         yield ConfigError(
-            "train.steps, train.tokens and train.epochs", ", ".join(str(value) for value in lengths.values()), rule, "give one of them",
+            "train.steps, train.tokens and train.epochs", ", ".join(shown(value) for value in lengths.values()), rule, "give one of them",
             paste=" ".join(f"train.{name}=null" for name in given[1:]) or "train.steps=1000",
         )  # fmt: skip
 

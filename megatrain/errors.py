@@ -11,6 +11,12 @@ class UserError(Exception):
     """Something the user wrote, or gave us, that cannot work."""
 
 
+def shown(value: object) -> str:
+    """A setting's value as YAML has it, where Python has another word for it."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
 class ConfigError(UserError):
     """A setting that cannot work: which one, its value, the rule it breaks and the way out.
 
@@ -19,7 +25,7 @@ class ConfigError(UserError):
 
     def __init__(self, setting: str, value: object, rule: str, way_out: str = "", *, paste: str = "") -> None:
         self.setting, self.value, self.rule, self.way_out, self.paste = setting, value, rule, way_out, paste
-        super().__init__(f"{setting}={value} {rule}" + (f"; {way_out}" if way_out else ""))
+        super().__init__(f"{setting}={shown(value)} {rule}" + (f"; {way_out}" if way_out else ""))
 
 
 class DataError(UserError):

@@ -96,14 +96,14 @@ SENTENCES = {
     "parallel.data=3": "train.global_batch_size=4 is not a multiple of train.micro_batch_size=2 x data size 3; the nearest that work are 6 and 12",
     # what does not go together
     "parallel.zero=2 parallel.pipeline=2": "parallel.zero=2 needs parallel.pipeline=1 and it is 2",
-    "parallel.sequence=true": "parallel.sequence=True splits the sequence among tensor ranks and parallel.tensor=1",
+    "parallel.sequence=true": "parallel.sequence=true splits the sequence among tensor ranks and parallel.tensor=1",
     "train.dtype=fp16": "train.dtype=fp16 needs a GPU; use bf16 or fp32 on CPUs",
     "data.valid=x data.split='9,1'": "data.split=9,1 cannot be used with data.valid",
     # data
     "data.train=null": "data.train=(nothing) is missing; give the prefix that `megatrain preprocess --output` wrote",
     "data.train=nowhere": "there is no file nowhere.idx; a data set is named without its .bin and .idx",
     'data.train=[{"path":"x"}]': "data.train={'path': 'x'} must have a path and a weight",
-    "train.eval_every=5": "data.valid=None names no data; set it, or data.split=",
+    "train.eval_every=5": "data.valid=null names no data; set it, or data.split=",
     "data.tokenizer=nowhere": "data.tokenizer=nowhere is not a folder",
     "train.resume=nowhere": "train.resume=nowhere is not a folder; give a checkpoint's folder, `auto` or `never`",
 }  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatrain.checkpoint import manifest
 from megatrain.config import Config
-from megatrain.errors import CheckpointError
+from megatrain.errors import CheckpointError, shown
 from megatrain.models.architecture import Architecture
 from megatrain.models.lora import linear_names
 
@@ -71,8 +71,8 @@ def check(path: Path, config: Config) -> None:
     for name in ("rank", "alpha", "targets", "rslora", "dora", "quantize") if here.rank else ():
         value = there.get(name, "none" if name == "quantize" else None)  # what was written before there was such a setting
         if value != getattr(here, name):
-            raise CheckpointError(f"{path} was written with lora.{name}={value} and this run has lora.{name}={getattr(here, name)}; "
-                                  f"resume with lora.{name}={value}, or start another run")  # fmt: skip
+            raise CheckpointError(f"{path} was written with lora.{name}={shown(value)} and this run has lora.{name}={shown(getattr(here, name))}; "
+                                  f"resume with lora.{name}={shown(value)}, or start another run")  # fmt: skip
 
 
 def _settings(path: Path) -> tuple[str | None, dict[str, Any]]:

@@ -15,7 +15,7 @@ from megatrain.checkpoint import adapter, manifest
 from megatrain.checkpoint.optimizer_folder import OptimizerFolder
 from megatrain.checkpoint.save import Progress, layout
 from megatrain.config import Config
-from megatrain.errors import CheckpointError
+from megatrain.errors import CheckpointError, shown
 from megatrain.models.architecture import Architecture, differences
 from megatrain.optim.zero import LossScale, Zero
 from megatrain.parallel.grid import Grid
@@ -53,7 +53,7 @@ def check(path: Path, config: Config, architecture: Architecture) -> None:
     trainer = read_trainer(path)
     adapter.check(path, config)
     for name, there, here in differences(trainer.model, architecture.config)[:1]:
-        raise CheckpointError(f"{path} is of another model: its {name} is {there} and the run's is {here}")
+        raise CheckpointError(f"{path} is of another model: its {name} is {shown(there)} and the run's is {shown(here)}")
     _check_same(path, config, trainer)
 
 
@@ -113,8 +113,8 @@ def _check_same(path: Path, config: Config, trainer: TrainerFile) -> None:
         here = getattr(getattr(config, section), name)
         there = trainer.config[section].get(name, here)  # a converted checkpoint binds no run
         if there != here:
-            raise CheckpointError(f"{path} was written with {section}.{name}={there} and this run has {here}: {why}; set "
-                                  f"{section}.{name}={there}, or start a new run from its weights with train.init_from={path}")  # fmt: skip
+            raise CheckpointError(f"{path} was written with {section}.{name}={shown(there)} and this run has {shown(here)}: {why}; set "
+                                  f"{section}.{name}={shown(there)}, or start a new run from its weights with train.init_from={path}")  # fmt: skip
 
 
 _FIXED = [

@@ -175,7 +175,7 @@ def test_merging_refuses_what_does_not_belong_together(written):
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"rank": 0}, "holds adapters and this run, with lora.rank=0, trains whole weights; set lora.rank=4"),
-    ({"alpha": 7.0}, "lora.alpha=6.0 and this run has lora.alpha=7.0"), ({"dora": True}, "lora.dora=False and this run has lora.dora=True"),
+    ({"alpha": 7.0}, "lora.alpha=6.0 and this run has lora.alpha=7.0"), ({"dora": True}, "lora.dora=false and this run has lora.dora=true"),
     ({"quantize": "nf4"}, "lora.quantize=none and this run has lora.quantize=nf4"),
 ])  # fmt: skip
 def test_resuming_with_other_adapters_is_refused(change, words, tmp_path):

@@ -204,8 +204,8 @@ def test_a_blend_takes_its_share_of_each_source(tmp_path):
 @pytest.mark.parametrize(
     ("which", "settings_", "message"),
     [
-        ("train", {}, r"data\.train=None names no data"),
-        ("valid", {"train": "a"}, r"data\.valid=None names no data"),
+        ("train", {}, r"data\.train=null names no data"),
+        ("valid", {"train": "a"}, r"data\.valid=null names no data"),
         ("train", {"train": "a", "valid": "b", "split": "1,1"}, r"data\.split=1,1 cannot be used with data\.valid"),
         ("train", {"train": []}, r"data\.train=\[\] names no data"),
         ("train", {"train": [{"path": "a"}]}, r"data\.train=.* must have a path and a weight"),

@@ -80,12 +80,12 @@ REFUSED = [
     (LLAMA, {"pad_token_id": 67}, "model.pad_token_id=67 is outside the vocabulary of 67; leave it out"),
     (LLAMA, {"attention_dropout": 1.5}, r"model's attention_dropout=1.5 must be in \[0, 1\)"),
     (LLAMA, {"vocab_size": 0}, "model's vocab_size=0 must be at least 1"),
-    (MISTRAL, {"attention_bias": True}, "model.attention_bias=True is not a field of a mistral config"),
+    (MISTRAL, {"attention_bias": True}, "model.attention_bias=true is not a field of a mistral config"),
     (QWEN2, {"layer_types": ["chunked_attention"] * 2}, "model"),
     (QWEN2, {"layer_types": ["sliding_attention"] * 2}, "model.layer_types=sliding_attention asks for a window and none is set"),
-    (GPT2, {"scale_attn_weights": False}, "model.scale_attn_weights=False changes the model"),
-    (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "model.scale_attn_by_inverse_layer_idx=True changes the model"),
-    (GPT2, {"add_cross_attention": True}, "model.add_cross_attention=True changes the model"),
+    (GPT2, {"scale_attn_weights": False}, "model.scale_attn_weights=false changes the model"),
+    (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "model.scale_attn_by_inverse_layer_idx=true changes the model"),
+    (GPT2, {"add_cross_attention": True}, "model.add_cross_attention=true changes the model"),
     (GPT2, {"activation_function": "tanh"}, "model.activation_function=tanh changes the model"),
     (GPT2, {"n_head": 5}, "model.n_head=5 does not divide n_embd=32"),
     (GPT2, {"rope_theta": 1e4}, "model.rope_theta=10000.0 is not a field of a gpt2 config"),
@@ -166,7 +166,7 @@ def test_a_field_that_a_family_does_not_read_is_refused_unless_it_says_nothing()
     for name in fields.config.to_dict():
         if name not in ("attention_bias", "mlp_bias"):
             fields.get(name)
-    with pytest.raises(ConfigError, match=r"model\.attention_bias=True is a field of llama configs that is not built; only False is"):
+    with pytest.raises(ConfigError, match=r"model\.attention_bias=true is a field of llama configs that is not built; only false is"):
         fields.refuse_unread()
     assert fields.attention_bias
     fields.refuse_unread()  # mlp_bias stands at its default

@@ -372,7 +372,7 @@ WRONG = {
                                                         r"classification.labels=\[0, 1, 2, blue, green, red\]"),
     "one label": ({"classification": {"labels": ["red"]}}, "has 1 names; a classifier tells 2 classes or more"),
     "a label twice": ({"classification": {"labels": ["red", "red"]}}, "names a class twice"),
-    "chat settings": ({"data": {"packing": True}}, "data.packing=True has no effect with task=classification"),
+    "chat settings": ({"data": {"packing": True}}, "data.packing=true has no effect with task=classification"),
     "smoothed numbers": ({"classification": {"problem": "regression", "labels": None, "label_smoothing": 0.1}}, "has no meaning for classification.problem=regression"),
     "early stop without evaluations": ({"train": {"early_stop": 3}}, "train.early_stop=3 goes by evaluations, and train.eval_every=0 makes none"),
     "settings of another task": ({"task": "sft"}, "classification.labels=.* has no effect with task=sft"),

@@ -338,7 +338,7 @@ SENTENCES = {
     "data.tokenizer=null": "data.tokenizer=(nothing) is missing; give the model's tokenizer",
     "data.train=null": "data.train=(nothing) is missing; give a file, folder or glob of JSONL or parquet with chats",
     "data.train=nowhere.jsonl": "nowhere.jsonl does not exist",
-    "data.document_mask=true": "data.document_mask=True is a setting of pretraining; leave it out: packed chats attend to themselves alone",
+    "data.document_mask=true": "data.document_mask=true is a setting of pretraining; leave it out: packed chats attend to themselves alone",
     "data.train={folder}/text.jsonl": "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: messages;",
     "data.train={folder}/indexed": "data.train={folder}/indexed is an indexed dataset, which `megatrain pretrain` reads; start this config",
     "train.init_from={folder}/run": "{folder}/run is a run's folder and no model's; name one of its checkpoints, such as {folder}/run/checkpoints/step-2",
@@ -347,7 +347,7 @@ SENTENCES = {
     "train.init_from={folder}/gpt2": "train.init_from={folder}/gpt2 does not fit the model: missing: model.embed_tokens.weight, ",
     "train.init_from=nowhere": "nowhere is not a folder",
     "train.steps=null train.epochs=0": "train.epochs=0 must be at least 1",
-    "train.steps=5 train.epochs=1": "train.steps, train.tokens and train.epochs=5, None, 1 are given together; give one of them",
+    "train.steps=5 train.epochs=1": "train.steps, train.tokens and train.epochs=5, null, 1 are given together; give one of them",
     "train.steps=null train.epochs=1 lr_schedule.warmup_steps=50": "lr_schedule.warmup_steps=50 is more than the 3 steps of the schedule",
     'train.steps=null train.epochs=1 data.train=[{{"path":"{folder}/train.jsonl","weight":1}},{{"path":"{folder}/valid.jsonl","weight":1}}]':
         "train.epochs=1 has no meaning for a blend of data; give train.steps",

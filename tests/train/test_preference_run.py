@@ -114,7 +114,7 @@ def test_merging_by_the_verb(files, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("sections", "words"), [
     ({"train": {"steps": 1, "micro_batch_size": 1}}, "train.micro_batch_size=1 is odd, and with task=dpo the two sequences of a pair go together; use 2"),
-    ({"data": {"packing": True}}, "data.packing=True puts several samples in a sequence"),
+    ({"data": {"packing": True}}, "data.packing=true puts several samples in a sequence"),
     ({"data": {"train_on": "all"}}, "data.train_on=all has no meaning with task=dpo"),
     ({"preference": {"margin": 2.0}}, "preference.margin=2.0 has no effect with task=dpo"),
     ({"task": "orpo", "preference": {"label_smoothing": 0.1}}, "preference.label_smoothing=0.1 has no effect with task=orpo"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -66,7 +66,7 @@ class Fields:
         """Refuse any other value of a field."""
         value = self.get(name, allowed[0])
         if value not in allowed:
-            words = " or ".join(str(item) for item in allowed)
+            words = " or ".join(shown(item) for item in allowed)
             raise ConfigError(f"model.{name}", value, "changes the model in a way that is not built", f"only {words} is")
 
     def without_effect(self, *names: str) -> None:
@@ -119,4 +119,4 @@ class Fields:
             value = getattr(self.config, name, default)
             if value != default:
                 raise ConfigError(f"model.{name}", value, f"is a field of {self.config.model_type} configs that is not built",
-                                  f"only {default} is")  # fmt: skip
+                                  f"only {shown(default)} is")  # fmt: skip
