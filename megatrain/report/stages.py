@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from megatrain import json_lines
 from megatrain.train.events import Event
 
-_END = 1 << 14
-"""Bytes of each log that are read: some fifty steps."""
+_END = 1 << 13
+"""Bytes of each log that are read: some twenty-five steps."""
 
 
 class StageTimes(NamedTuple):
@@ -33,12 +33,23 @@ class StageTimes(NamedTuple):
 def read_stages(run_folder: Path, start: Event | None) -> list[StageTimes]:
     """By pipeline rank, of the last start's ranks: earlier ones may have been more."""
     ranks = start.fields.get("ranks") if start is not None else None
-    found: dict[int, list[list[dict[str, Any]]]] = {}
+    found: dict[int, list[_Rank]] = {}
     for path in sorted((run_folder / "logs").glob("rank-*.jsonl"))[: ranks if isinstance(ranks, int) else None]:
         lines = _figures(path)
         if lines:
-            found.setdefault(lines[-1]["pipeline"], []).append(lines)
+            means = {name: statistics.fmean(line[name] for line in lines) for name in ("forward", "backward", "waiting", "seconds")}
+            found.setdefault(lines[-1]["pipeline"], []).append(_Rank(**means, peak_memory=max(line["peak_memory"] for line in lines)))
     return [_stage(pipeline, found[pipeline]) for pipeline in sorted(found)]
+
+
+class _Rank(NamedTuple):
+    """Means of its last steps."""
+
+    forward: float
+    backward: float
+    waiting: float
+    seconds: float
+    peak_memory: int
 
 
 def _figures(path: Path) -> list[dict[str, Any]]:
@@ -52,8 +63,7 @@ def _figures(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _stage(pipeline: int, ranks: list[list[dict[str, Any]]]) -> StageTimes:
-    lines = [line for of_rank in ranks for line in of_rank]
-    forward, backward, waiting, seconds = (statistics.fmean(line[name] for line in lines) for name in ("forward", "backward", "waiting", "seconds"))
+def _stage(pipeline: int, ranks: list[_Rank]) -> StageTimes:
+    forward, backward, waiting, seconds, _ = (statistics.fmean(values) for values in zip(*ranks, strict=True))
     rest = max(0.0, seconds - forward - backward - waiting)
-    return StageTimes(pipeline, len(ranks), forward, backward, waiting, rest, max(line["peak_memory"] for line in lines))
+    return StageTimes(pipeline, len(ranks), forward, backward, waiting, rest, max(rank.peak_memory for rank in ranks))
