@@ -44,6 +44,12 @@ class Run:
     seed: int = setting(1234, "Seed of initial weights, sample order and dropout.")
     name: str = setting("", "Name shown in logs and pictures; the output folder's name when empty.")
     master_port: int = setting(0, "Port on which local ranks meet; 0 takes a free one. Launchers set their own.")
+    stall_seconds: float = setting(
+        600.0, "Seconds in which no rank gets on after which the run is ended, and it is said whom everyone waits for; 0 waits for ever."
+    )
+    max_restarts: int = setting(
+        0, "How often ranks that were started without a launcher are started again after a failure, from the last whole checkpoint. Launchers have their own."
+    )
     verbose: bool = setting(False, "Show what DeepSpeed and torch say instead of sending it to logs/ in the run's folder.")
     wandb: str | None = setting(None, "Weights & Biases project that gets the figures too; WANDB_MODE=offline keeps them in the run's folder. Needs the extra `wandb`.")
     prometheus: str | None = setting(
@@ -582,7 +588,7 @@ _POSITIVE = ["data.sequence_length", "parallel.tensor", "parallel.pipeline", "pa
              "train.spike_steps", "train.max_rollbacks",
              "lr_schedule.decay_steps"]  # fmt: skip
 _NOT_NEGATIVE = ["train.steps", "train.early_stop", "train.eval_every", "train.save_every", "train.keep_last", "train.keep_every", "train.resume_margin", "train.stop_after", "run.seed",
-                 "run.master_port", "parallel.memory_gib", "optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip",
+                 "run.master_port", "run.stall_seconds", "run.max_restarts", "parallel.memory_gib", "optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip",
                  "lr_schedule.warmup_steps", "lr_schedule.min_lr", "lora.rank", "preference.margin"]  # fmt: skip
 
 

@@ -18,25 +18,38 @@ import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkContext, SpawnContext
+from typing import Any
 
 from megatrain import machine
+from megatrain.beat import Beat
 from megatrain.config import Config
 from megatrain.errors import ConfigError, UserError
 from megatrain.place import Place
 from megatrain.rank import GROUP_TIMEOUT, Target, enter_rank
-from megatrain.supervisor import STOP_SIGNALS, RankProcess, Supervisor
+from megatrain.restarts import Restarts
+from megatrain.supervisor import STOP_SIGNALS, Ended, RankProcess, Supervisor
 
 _HERE = "127.0.0.1"
 
 
 def run_local(target: Target, config: Config, *, world_size: int) -> int:
-    """Run `target(config, place)` on `world_size` ranks of this machine; returns the run's exit code.
+    """Run `target(config, place, beat)` on `world_size` ranks of this machine; returns the run's exit code.
 
     `target` must be a function of a module, as spawned ranks import it. It finds torch.distributed set up. When a rank
-    fails the first cause is printed, the others are ended and the code is not 0.
+    fails the first cause is printed, the others are ended, and they are all started again as often as run.max_restarts says;
+    else the code is not 0.
     """
-    with _environment(world_size), _listening(config.run.master_port) as listener:
-        context = _context(world_size)
+    with _environment(world_size):
+        context, restarts = _context(world_size), Restarts(config)
+        while True:
+            ended = _attempt(context, target, config, world_size)
+            if ended.failure is None or not restarts.again_after(ended):
+                return ended.code
+            config = restarts.config()
+
+
+def _attempt(context: ForkContext | SpawnContext, target: Target, config: Config, world_size: int) -> Ended:
+    with _listening(config.run.master_port) as listener:
         supervisor = Supervisor(config)
         with supervisor.passing_signals_on():
             for rank in range(world_size):
@@ -122,8 +135,9 @@ def import_before_fork() -> None:
 
 def _start(context: ForkContext | SpawnContext, target: Target, config: Config, place: Place) -> RankProcess:
     reader, writer = context.Pipe(duplex=False)
+    step = context.RawValue("q", 0)
     process = context.Process(
-        target=_rank_main, args=(target, config, place, writer, os.getpid()), name=f"megatrain rank {place.rank}"
+        target=_rank_main, args=(target, config, place, writer, step, os.getpid()), name=f"megatrain rank {place.rank}"
     )
     # Held back until the rank has its own handlers: it would run its copy of the parent's otherwise.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -132,17 +146,17 @@ def _start(context: ForkContext | SpawnContext, target: Target, config: Config, 
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     writer.close()
-    return RankProcess(place.rank, process, reader)
+    return RankProcess(place.rank, process, reader, step)
 
 
-def _rank_main(target: Target, config: Config, place: Place, writer: Connection, parent: int) -> None:
+def _rank_main(target: Target, config: Config, place: Place, writer: Connection, step: Any, parent: int) -> None:
     # A process group of its own: Ctrl-C in a terminal reaches the supervisor alone, and from there each rank once.
     os.setpgid(0, 0)
     _die_with(parent)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    sys.exit(enter_rank(target, config, place, report=writer.send))
+    sys.exit(enter_rank(target, config, place, report=writer.send, beat=Beat(step)))
 
 
 def _die_with(parent: int) -> None:

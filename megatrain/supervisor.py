@@ -1,7 +1,6 @@
 """Watch the ranks of one machine: pass signals on, find the first cause of a failure, end the others.
 
-One rank that fails makes its neighbours fail too, with broken connections. So the watch looks at all reports of the
-moment and shows the earliest that is a cause, not a consequence.
+What of several failures is the cause, and how it is said, is in failure.py.
 """
 
 from __future__ import annotations
@@ -14,37 +13,35 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatrain.config import Config
-from megatrain.log import START_OF_RUN, log_path
-from megatrain.rank import INTERRUPTED, Report
+from megatrain.failure import SECONDS_FOR_CAUSES, Death, Report, find_cause, words
+from megatrain.log import log_path
+from megatrain.rank import INTERRUPTED
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# How long a broken connection waits for the report of what broke it.
-_SECONDS_FOR_CAUSES = 2.0
 # How long ranks that were asked to stop may take once the first of them has ended without finishing.
 _SECONDS_TO_STOP = 10.0
-_LOG_TAIL_LINES = 20
 
 
 class RankProcess(NamedTuple):
-    """A started rank: its process, and the end of the pipe on which it reports."""
+    """A started rank: its process, the end of the pipe on which it reports, and the `value` of the step that it is in."""
 
     rank: int
     process: BaseProcess
     reports: Connection
+    step: Any
 
 
-class Death(NamedTuple):
-    """A rank that ended without finishing and without a report."""
+class Ended(NamedTuple):
+    """How a run ended: its exit code; what failed, None where nothing did or it was asked to stop; and in which step."""
 
-    rank: int
     code: int
-    time: float
+    failure: Report | Death | None = None
+    step: int = 0
 
 
 class Supervisor:
@@ -70,12 +67,12 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def watch(self) -> int:
-        """Wait until all ranks have ended, or end them when one has failed; returns the run's exit code."""
+    def watch(self) -> Ended:
+        """Wait until all ranks have ended, or end them when one has failed, and say why."""
         while len(self.ended) < len(self.ranks) and not self._failed():
             self._look(timeout=None)
         if not self._failed():
-            return 0
+            return Ended(0)
         self._wait_for_causes()
         self._kill()
         return self._explain()
@@ -119,17 +116,14 @@ class Supervisor:
             self.deaths.append(Death(rank.rank, code, time.time()))
 
     def _wait_for_causes(self) -> None:
-        seconds = _SECONDS_FOR_CAUSES if self.stop_signal is None else _SECONDS_TO_STOP
+        seconds = SECONDS_FOR_CAUSES if self.stop_signal is None else _SECONDS_TO_STOP
         until = time.monotonic() + seconds
         while len(self.ended) < len(self.ranks) and self._cause() is None and time.monotonic() < until:
             self._look(timeout=until - time.monotonic())
 
     def _cause(self) -> Report | Death | None:
         """The earliest failure that is not the consequence of another, or of a signal that was passed on."""
-        causes: list[Report | Death] = [report for report in self.reports if report.kind != "lost"]
-        if self.stop_signal is None:
-            causes += self.deaths
-        return min(causes, key=lambda cause: cause.time, default=None)
+        return find_cause([*self.reports, *(self.deaths if self.stop_signal is None else [])])
 
     def _kill(self) -> None:
         """End the ranks that still run, with the processes they have started."""
@@ -141,38 +135,12 @@ class Supervisor:
         for rank in self.ranks:
             rank.process.join()
 
-    def _explain(self) -> int:
+    def _explain(self) -> Ended:
         cause = self._cause()
         if cause is None and self.stop_signal is not None:
-            return 128 + self.stop_signal
+            return Ended(128 + self.stop_signal)
         failure = cause or min(self.reports, key=lambda report: report.time)
         if isinstance(failure, Death) and failure.code == INTERRUPTED:
-            return INTERRUPTED
-        print(_words(failure, log_path(self.config, failure.rank)), file=sys.stderr, flush=True)
-        return 1
-
-
-def _words(failure: Report | Death, log: Path) -> str:
-    if isinstance(failure, Death):
-        tail = "".join(f"  {line}\n" for line in _last_lines(log))
-        return f"rank {failure.rank} {_ending(failure.code)}; the last lines of its log, {log}:\n{tail}"
-    if failure.kind == "user":
-        return f"error: {failure.text}"
-    return f"rank {failure.rank} failed:\n{failure.text}its log: {log}"
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    name = signal.Signals(-code).name
-    hint = " (often: out of memory)" if -code == signal.SIGKILL else ""
-    return f"was killed by {name}{hint}"
-
-
-def _last_lines(log: Path) -> list[str]:
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    start = max((i for i, line in enumerate(lines) if line.startswith(START_OF_RUN)), default=0)
-    return lines[start:][-_LOG_TAIL_LINES:]
+            return Ended(INTERRUPTED)
+        print(words(failure, log_path(self.config, failure.rank)), file=sys.stderr, flush=True)
+        return Ended(1, failure, max(rank.step.value for rank in self.ranks))

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from megatrain import config, machine
+from megatrain.beat import Everyone
 from megatrain.errors import DataError
 from megatrain.launch import import_before_fork, run_local
 from megatrain.place import from_environment
@@ -41,7 +42,7 @@ def meet():
     return int(total)
 
 
-def work(run, place):
+def work(run, place, beat):
     import deepspeed
     import torch
 
@@ -52,13 +53,13 @@ def work(run, place):
     os.system("echo noise of a child process")
 
 
-def raise_on_one(run, place):
+def raise_on_one(run, place, beat):
     if place.rank == 1:
         raise ValueError("the cause")
     meet()
 
 
-def consequence_first(run, place):
+def consequence_first(run, place, beat):
     meet()
     if place.rank == 0:
         raise RuntimeError("[gloo] Connection closed by peer")
@@ -66,29 +67,29 @@ def consequence_first(run, place):
     raise ValueError("the cause")
 
 
-def only_consequences(run, place):
+def only_consequences(run, place, beat):
     raise RuntimeError("[gloo] Connection closed by peer")
 
 
-def raise_user_error(run, place):
+def raise_user_error(run, place, beat):
     meet()  # a rank that finds nobody to join, because the others have failed before, has another thing to say
     raise DataError("there is no file x.bin")
 
 
-def die(run, place):
+def die(run, place, beat):
     print(f"last words of rank {place.rank}")
     if place.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     meet()
 
 
-def leave_with_3(run, place):
+def leave_with_3(run, place, beat):
     if place.rank == 1:
         sys.exit(3)
     meet()
 
 
-def count_signals(run, place):
+def count_signals(run, place, beat):
     seen = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: seen.append(signal.Signals(number).name))
@@ -99,15 +100,77 @@ def count_signals(run, place):
     (folder_of(run) / f"seen-{place.rank}").write_text(" ".join(seen))
 
 
-def ignore_signals(run, place):
+def ignore_signals(run, place, beat):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    sleep(run, place)
+    sleep(run, place, beat)
 
 
-def sleep(run, place):
+def sleep(run, place, beat):
     come_up(run, place)
     time.sleep(600)
+
+
+# -- steps, in which something happens to a rank ------------------------------------------------------------------------
+
+
+def steps(beat, world_size, trouble, *, last=6):
+    """As a run of `last` steps notes them: data are loaded, work is done, and all meet."""
+    for step in range(1, last + 1):
+        beat.begin_step(step)
+        beat.note("loading data")
+        trouble(step)
+        beat.note("F0")
+        with beat.within("all-reduce", Everyone(range(world_size), "data")):
+            meet()
+
+
+def freeze(run, place, beat):
+    """The rank that run.seed names is stopped in step 3, in the middle of its work."""
+    come_up(run, place)
+
+    def trouble(step):
+        if (step, place.rank) == (3, run.run.seed):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    steps(beat, place.world_size, trouble)
+
+
+def sleep_over_data(run, place, beat):
+    come_up(run, place)
+    steps(beat, place.world_size, lambda step: time.sleep(600) if (step, place.rank) == (3, 1) else None)
+
+
+def vanish(run, place, beat):
+    """The rank that run.seed names is killed in step 3."""
+    come_up(run, place)
+    print(f"last words of rank {place.rank}")
+
+    def trouble(step):
+        if (step, place.rank) == (3, run.run.seed):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    steps(beat, place.world_size, trouble)
+
+
+def raise_in_step(run, place, beat):
+    def trouble(step):
+        if (step, place.rank) == (3, 1):
+            raise ValueError("the cause")
+
+    steps(beat, place.world_size, trouble)
+
+
+def raise_in_steps_to_come(run, place, beat):
+    """Rank 1 fails once in each of the first run.seed steps, whatever the start."""
+
+    def trouble(step):
+        mark = folder_of(run) / f"failed-{step}"
+        if place.rank == 1 and step <= run.run.seed and not mark.exists():
+            mark.touch()
+            raise ValueError(f"the cause in step {step}")
+
+    steps(beat, place.world_size, trouble)
 
 
 def launch_locally(target, run, world_size):
@@ -123,7 +186,23 @@ def launch_as_torchrun(target, run, world_size):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         children.append(in_a_fork(lambda: enter_rank(target, run, from_environment(os.environ))))
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    return ended(children, Path(run.run.output_dir))
+
+
+def ended(children, folder):
+    """The largest exit code of all ranks, once each has ended by itself; those that are stopped are killed then. `codes` has all."""
+    codes, stopped = {}, set()
+    while len(codes) < len(children):
+        child, status = os.waitpid(-1, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            stopped.add(child)
+        else:
+            codes[child] = os.waitstatus_to_exitcode(status)
+        if stopped and stopped | set(codes) == set(children):
+            for pid in stopped - set(codes):
+                os.kill(pid, signal.SIGKILL)
+    (folder / "codes").write_text(json.dumps([codes[child] for child in children]))
+    return max(codes.values())
 
 
 def in_a_fork(function):
@@ -158,6 +237,8 @@ def main():
     del os.environ["OMP_NUM_THREADS"]
     for line in sys.stdin:
         order = json.loads(line)
+        if "stop" in order:
+            break
         if "wait" in order:
             answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
         else:

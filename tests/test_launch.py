@@ -1,113 +1,17 @@
 """Ranks start, meet and end together, and a failure shows its first cause, whoever started them."""
 
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from datetime import datetime
-from pathlib import Path
 
 import pytest
+from launches import LONG, runs, signalled, until
 
 from megatrain import config
 from megatrain.errors import ConfigError
 from megatrain.launch import run_local
-
-LONG = 120
-"""Seconds that nothing here takes, on a machine however busy."""
-
-
-class Launched:
-    """A launch under way in its own process, and what it has written."""
-
-    def __init__(self, server, folder, pid, world_size):
-        self.server, self.folder, self.pid, self.world_size = server, folder, pid, world_size
-
-    def wait(self):
-        return ask(self.server, {"wait": self.pid})
-
-    def rank_pids(self):
-        """The process of each rank, once all are in their target."""
-        files = [self.folder / f"up-{rank}" for rank in range(self.world_size)]
-        until(lambda: all(file.exists() for file in files))
-        return [int(file.read_text()) for file in files]
-
-    def text(self, name):
-        return (self.folder / name).read_text()
-
-    def log(self, rank):
-        return self.text(f"logs/rank-{rank:05d}.log")
-
-    def lines(self, rank):
-        """Of the rank's log for programs."""
-        return [json.loads(line) for line in self.text(f"logs/rank-{rank:05d}.jsonl").splitlines()]
-
-
-def ask(server, order):
-    server.stdin.write(json.dumps(order) + "\n")
-    server.stdin.flush()
-    return int(server.stdout.readline())
-
-
-def until(true, *, seconds=LONG):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"waited {seconds} s for it"
-        time.sleep(0.02)
-
-
-def runs(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def signalled(pid):
-    """Whether it has ended; otherwise it is sent another SIGTERM."""
-    if runs(pid):
-        os.kill(pid, signal.SIGTERM)
-        time.sleep(0.2)
-    return not runs(pid)
-
-
-@pytest.fixture(scope="module")
-def extensions(tmp_path_factory):
-    return tmp_path_factory.mktemp("extensions")
-
-
-@pytest.fixture(scope="module")
-def server(extensions):
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMP_", "RANK"))}
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("launch_scenarios.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**outside, "TORCH_EXTENSIONS_DIR": str(extensions)},
-    )
-    yield process
-    process.stdin.close()
-    assert process.wait(timeout=10) == 0
-
-
-@pytest.fixture
-def launch(server, tmp_path):
-    started = []
-
-    def start(scenario, *, world_size=4, launcher="launch_locally", overrides=()):
-        order = {"scenario": scenario, "folder": str(tmp_path), "world_size": world_size, "launcher": launcher}
-        started.append(ask(server, {**order, "overrides": list(overrides)}))
-        return Launched(server, tmp_path, started[-1], world_size)
-
-    yield start
-    for pid in started:
-        if runs(pid):
-            os.killpg(pid, signal.SIGKILL)
 
 
 def test_ranks_meet_and_only_rank_0_speaks(launch, extensions):

@@ -66,7 +66,8 @@ def load(path: Path, *, zero: Zero, config: Config, grid: Grid) -> Progress:
         folder.fill(fragment)
         wanted.add(fragment.sharding.name)
     everyone: list[Any] = [None] * grid.world_size
-    dist.all_gather_object(everyone, wanted)
+    with grid.beat.within("all-gather", grid.world):
+        dist.all_gather_object(everyone, wanted)
     unused = folder.names().difference(*everyone)
     if unused:
         raise CheckpointError(f"{folder.folder} holds {min(unused)}, which this run has no place for")

@@ -139,7 +139,8 @@ class Saver:
         except (OSError, RuntimeError, ValueError, MemoryError, SafetensorError, CheckpointError) as error:
             outcome = (None, f"rank {self._grid.rank} could not write the checkpoint: {error}")
         outcomes: list[Any] = [None] * self._grid.world_size
-        dist.all_gather_object(outcomes, outcome)
+        with self._grid.beat.within("all-gather", self._grid.world):
+            dist.all_gather_object(outcomes, outcome)
         failure = next((text for _, text in outcomes if text), None)
         if failure is not None:
             if cleanup is not None and self._grid.rank == 0:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatrain import __version__, machine
+from megatrain.beat import Beat
 from megatrain.config import Config
 from megatrain.evaluation import hashes, measure
 from megatrain.evaluation.measure import Told
@@ -34,12 +35,13 @@ Results = dict[str, Any]
 """What the results file holds; see `docs/evaluate.md`."""
 
 
-def evaluate(config: Config, place: Place, *, subject: Subject) -> Results:
+def evaluate(config: Config, place: Place, beat: Beat | None = None, *, subject: Subject) -> Results:
     """Measure on this rank together with all others; rank 0 writes and prints. All return the same figures, but for the harness's."""
     architecture = any_architecture(load_config(config.model))
     data_size = config.data_size(place.world_size)
     device = machine.device_of(place)
-    grid = make_grid(place.rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=data_size)
+    grid = make_grid(place.rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=data_size, beat=beat)
+    grid.beat.phase("evaluating")
     folder = Path(subject.model)
     tokenizer = open_tokenizer(config, architecture)
     prefix = prefix_token(tokenizer, architecture)

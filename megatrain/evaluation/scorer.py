@@ -60,7 +60,7 @@ class Scorer:
         self.microbatches = 4 * grid.pipeline.size if grid.pipeline.size > 1 else 1
         self.executor = Executor(
             self._forward, channels=Channels(grid.pipeline, ring=False) if grid.pipeline.size > 1 else None,
-            flow_shape=(0, 0, 0), dtype=DTYPES[config.train.dtype], device=device,
+            flow_shape=(0, 0, 0), dtype=DTYPES[config.train.dtype], device=device, beat=grid.beat,
         )  # fmt: skip
         self._instructions = lru_cache(self._make_instructions)
 
@@ -111,8 +111,7 @@ class Scorer:
         table = torch.zeros((count, self.grid.data.size, self.config.train.micro_batch_size, width), dtype=torch.float64, device=self.device)
         if results and self.grid.tensor.rank == 0:
             table[:, self.grid.data.rank] = torch.stack(results)
-        if self.grid.world_size > 1:
-            dist.all_reduce(table)
+        collectives.all_reduce(table, self.grid.world)
         return table.view(-1, width).tolist()
 
     def _make_instructions(self, count: int) -> list[Instruction]:

@@ -16,7 +16,7 @@ from megatrain.errors import CheckpointError, ConfigError
 
 Kind = Literal["perplexity", "choices", "classification", "harness"]
 
-USED = ("run.output_dir", "run.name", "run.master_port", "run.verbose", "data.tokenizer", "parallel.tensor", "parallel.pipeline",
+USED = ("run.output_dir", "run.name", "run.master_port", "run.stall_seconds", "run.verbose", "data.tokenizer", "parallel.tensor", "parallel.pipeline",
         "parallel.data", "parallel.sequence", "parallel.layers_per_stage", "train.micro_batch_size", "train.dtype")  # fmt: skip
 """The settings that an evaluation reads; any other is refused."""
 

@@ -169,7 +169,7 @@ class Zero:
             def hook(grad: Tensor) -> Tensor:
                 grad = grad.clone()
                 for axis in axes:
-                    dist.all_reduce(grad, group=axis.group)
+                    collectives.all_reduce(grad, axis)
                 return grad
 
             return hook
@@ -246,6 +246,7 @@ class Zero:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         falls = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
+        self.grid.beat.note("optimizer step")
         if self.partitioned:
             self.engine.step()
         else:
@@ -366,7 +367,7 @@ def _all_reduce_together(grads: list[Tensor], axis: Axis) -> None:
         if grad is None or sum(t.numel() for t in bucket) + grad.numel() > BUCKET:
             if bucket:
                 flat = torch.cat([t.reshape(-1) for t in bucket])
-                dist.all_reduce(flat, group=axis.group)
+                collectives.all_reduce(flat, axis)
                 for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                     tensor.copy_(part.view_as(tensor))
             bucket = []

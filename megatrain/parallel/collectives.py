@@ -28,7 +28,9 @@ from megatrain.parallel.grid import Axis
 def all_reduce(x: Tensor, axis: Axis, *, op: Any = None) -> Tensor:
     """Sum (or `op`) over the axis, in place; returns x."""
     if axis.size > 1 and not x.is_meta:
+        axis.beat.enter("all-reduce", axis)
         dist.all_reduce(x, op=dist.ReduceOp.SUM if op is None else op, group=axis.group)
+        axis.beat.leave()
     return x
 
 
@@ -38,7 +40,9 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
         return x
     whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     if not x.is_meta:
+        axis.beat.enter("all-gather", axis)
         dist.all_gather_into_tensor(whole, x.contiguous(), group=axis.group)
+        axis.beat.leave()
     return whole
 
 
@@ -48,7 +52,9 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
         return x
     part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     if not x.is_meta:
+        axis.beat.enter("reduce-scatter", axis)
         dist.reduce_scatter_tensor(part, x.contiguous(), group=axis.group)
+        axis.beat.leave()
     return part
 
 

@@ -6,10 +6,12 @@ one machine (Megatron-LM SC21, section 3.2). An axis of size 1 has no process gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from megatrain.beat import Beat
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -23,13 +25,17 @@ class Axis:
         rank: this rank's place on the axis.
         size: how many ranks the axis has.
         ranks: the peers' global ranks, this one included, in order.
-        group: their process group; None when the axis has one rank or the grid was made without processes.
+        group: their process group; None when the axis has one rank, is the world, or the grid was made without processes.
+        name: what a note calls it.
+        beat: where collectives along the axis are noted.
     """
 
     rank: int
     size: int
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None = None
+    name: str = ""
+    beat: Beat = field(default_factory=Beat, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,15 @@ class Grid:
     """All ranks of this rank's replica: tensor x pipeline."""
     ends: Axis
     """First and last stage with this rank's tensor and data place: those that share a tied embedding."""
+    world: Axis
+    """All ranks of the run, in torch's own group."""
     singleton: dist.ProcessGroup | None = None
     """This rank alone, for libraries that want a group where we have none."""
+
+    @property
+    def beat(self) -> Beat:
+        """Where this rank notes what it is doing."""
+        return self.world.beat
 
     @property
     def is_first_stage(self) -> bool:
@@ -62,8 +75,8 @@ def box(*, tensor: int, pipeline: int, data: int) -> np.ndarray:
     return np.arange(tensor * pipeline * data).reshape(pipeline, data, tensor)
 
 
-def make_grid(rank: int, *, tensor: int = 1, pipeline: int = 1, data: int = 1, connect: bool = True) -> Grid:
-    """This rank's grid; with `connect` every rank of the world must call it together, since it makes process groups."""
+def make_grid(rank: int, *, tensor: int = 1, pipeline: int = 1, data: int = 1, connect: bool = True, beat: Beat | None = None) -> Grid:
+    """This rank's grid, its collectives noted in `beat`; with `connect` every rank of the world must call it together, since it makes process groups."""
     ranks = box(tensor=tensor, pipeline=pipeline, data=data)
     lines = {
         "tensor": ranks.reshape(-1, tensor),
@@ -72,8 +85,10 @@ def make_grid(rank: int, *, tensor: int = 1, pipeline: int = 1, data: int = 1, c
         "model": ranks.transpose(1, 0, 2).reshape(data, -1),
         "ends": ranks[[0, -1]].reshape(2, -1).T if pipeline > 1 else ranks.reshape(-1, 1),
     }
-    axes = {name: _axis(rank, groups, connect) for name, groups in lines.items()}
-    return Grid(rank=rank, world_size=ranks.size, singleton=new_group((rank,)) if connect else None, **axes)
+    beat = beat or Beat()
+    axes = {name: _axis(rank, groups, connect, name, beat) for name, groups in lines.items()}
+    world = Axis(rank, ranks.size, tuple(range(ranks.size)), name="world", beat=beat)
+    return Grid(rank=rank, world_size=ranks.size, world=world, singleton=new_group((rank,)) if connect else None, **axes)
 
 
 def part_of(axis: Axis, size: int) -> Axis:
@@ -81,14 +96,14 @@ def part_of(axis: Axis, size: int) -> Axis:
     first = axis.rank // size * size
     ranks = axis.ranks[first : first + size]
     group = new_group(ranks) if axis.group is not None and size > 1 else None
-    return Axis(rank=axis.rank - first, size=size, ranks=ranks, group=group)
+    return Axis(rank=axis.rank - first, size=size, ranks=ranks, group=group, name=axis.name, beat=axis.beat)
 
 
-def _axis(rank: int, lines: np.ndarray, connect: bool) -> Axis:
+def _axis(rank: int, lines: np.ndarray, connect: bool, name: str, beat: Beat) -> Axis:
     mine = next((tuple(line) for line in lines.tolist() if rank in line), (rank,))
     # Also for a rank alone on a line of others' (see new_group).
     group = new_group(mine) if connect and lines.shape[1] > 1 else None
-    return Axis(rank=mine.index(rank), size=len(mine), ranks=mine, group=group if len(mine) > 1 else None)
+    return Axis(rank=mine.index(rank), size=len(mine), ranks=mine, group=group if len(mine) > 1 else None, name=name, beat=beat)
 
 
 def new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:

@@ -17,10 +17,11 @@ from megatrain.parallel.grid import Axis, new_group
 
 
 class Arrival(NamedTuple):
-    """A posted receive: its tensor is filled once `work` is done."""
+    """A posted receive: its tensor is filled once `work` is done. `source` is the sender's rank in the whole run."""
 
     tensor: Tensor
     work: dist.Work
+    source: int = -1
 
     def wait(self) -> Tensor:
         self.work.wait()
@@ -85,7 +86,7 @@ class Channels:
         """Post a receive from pipeline rank `peer`."""
         tensor = torch.empty(shape, dtype=dtype, device=device)
         channel = self._from[peer]
-        return Arrival(tensor, channel.group.recv([tensor], channel.peer, 0))
+        return Arrival(tensor, channel.group.recv([tensor], channel.peer, 0), self.axis.ranks[peer])
 
     def finish(self) -> None:
         """Wait until all sends have left."""

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatrain.beat import Beat
 from megatrain.models.context import Context
 from megatrain.models.decoder import Flow
 from megatrain.parallel.layers import Deferred, compute_deferred, deferring
@@ -70,11 +71,12 @@ class Executor:
         stage: maps (flow, context, chunk) to the next flow, or at the model's end to the microbatch's summed loss.
         channels: to the neighbouring ranks; unused with one rank.
         flow_shape: of the hidden tensor between stages.
+        beat: where each action is noted as it begins, and what it waits for.
     """
 
     def __init__(self, stage: Callable[[Flow | None, Context, int], Flow | Tensor], *, channels: Channels | None,
-                 flow_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:  # fmt: skip
-        self.stage, self.channels = stage, channels
+                 flow_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, beat: Beat | None = None) -> None:  # fmt: skip
+        self.stage, self.channels, self.beat = stage, channels, beat or Beat()
         self.flow_shape, self.dtype, self.device = flow_shape, dtype, device
         self.records: list[Record] | None = None
         """While it is a list, each action adds its entry."""
@@ -102,6 +104,7 @@ class Executor:
             else:
                 run.compute(instruction)
         if self.channels is not None:
+            self.beat.note("sending the last messages")
             self.channels.finish()
         return run.losses
 
@@ -159,6 +162,7 @@ class _Run:
         arrived = self._take(action)
         ready = time.perf_counter()
         lap("arrival")
+        self.executor.beat.note(action)
         if action.kind == "F":
             self.made = self._forward(action, arrived)
         elif action.kind == "W":
@@ -176,7 +180,10 @@ class _Run:
         if action.kind == "W":
             return None
         arrival = self.arrived.pop((message(action.kind), action.microbatch, action.chunk), None)
-        return arrival.wait() if isinstance(arrival, Arrival) else arrival
+        if not isinstance(arrival, Arrival):
+            return arrival
+        self.executor.beat.receive(action if action.kind != "I" else action._replace(kind="B"), arrival.source)
+        return arrival.wait()
 
     def _forward(self, action: Action, entered: Tensor | None) -> Tensor | None:
         """What goes to the next stage."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatrain import machine
+from megatrain.beat import Beat
 from megatrain.checkpoint import load as loading
 from megatrain.checkpoint.descriptions import write_descriptions
 from megatrain.checkpoint.pretrained import Pretrained
@@ -60,14 +61,14 @@ class Parts(NamedTuple):
     journal: Journal
 
 
-def make_parts(asked: Config, place: Place, task: Task) -> Parts:
+def make_parts(asked: Config, place: Place, task: Task, beat: Beat) -> Parts:
     """All ranks make theirs together."""
     architecture = task.architecture(asked)
     device, folder = machine.device_of(place), Path(asked.run.output_dir)
     sources = {which: task.open(asked, architecture, which) for which in parts_of(asked)}
     config = with_steps(asked, sources["train"])
     p = config.parallel
-    grid = make_grid(place.rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(place.world_size))
+    grid = make_grid(place.rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(place.world_size), beat=beat)
     journal = Journal(config, architecture, place, device)
     path, why = _choose(config, architecture, grid)
     journal.open([words for source in sources.values() for words in source.words], grid=grid, path=path, why=why)
@@ -79,6 +80,7 @@ def make_parts(asked: Config, place: Place, task: Task) -> Parts:
     trainer = Trainer(config, architecture, grid, device, pretrained=pretrained, schedule=settled.schedule, channels=settled.channels)
     progress = Progress(0, 0, 0, samples=0)
     if path is not None:
+        beat.phase("loading the checkpoint")
         journal.say(loading.notes(path, config, grid))
         progress = loading.load(path, zero=trainer.zero, config=config, grid=grid)
     progress = rollback.resume(folder, progress)
@@ -88,6 +90,7 @@ def make_parts(asked: Config, place: Place, task: Task) -> Parts:
     valid = Validation(_loader(config, grid, sources["valid"]), _eval_batches(config, sources["valid"])) if "valid" in sources else None
     if wants_reference(config) == "beforehand":
         batches = _all_batches(config, train, sources["train"], valid)
+        beat.phase("computing what answers are compared with")
         trainer.reference = make_reference(config, trainer, batches, resumed=path is not None)
     return Parts(
         asked=dataclasses.replace(asked, parallel=config.parallel), config=config, task=task, folder=folder, device=device, trainer=trainer,
@@ -100,11 +103,14 @@ def _choose(config: Config, architecture: Architecture, grid: Grid) -> tuple[Pat
     """The checkpoint to go on from, and why. Rank 0 looks, for all: reading every file on every rank would take as many times as long."""
     found: list[Any] = [None]
     if grid.rank == 0:
+        grid.beat.phase("looking for a checkpoint")
         path, why = loading.choose(config, hashes=config.train.verify == "full")
         if path is not None:
             loading.check(path, config, architecture)
         found = [(path, why)]
-    dist.broadcast_object_list(found, src=0)
+    with grid.beat.within("broadcast", grid.world):
+        dist.broadcast_object_list(found, src=0)
+    grid.beat.phase("building the model")
     return found[0]
 
 

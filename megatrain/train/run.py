@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from megatrain.beat import Beat, Everyone
 from megatrain.checkpoint import load as loading
 from megatrain.checkpoint.best import restore_best, write_best
 from megatrain.checkpoint.save import Progress
@@ -32,14 +33,14 @@ from megatrain.train.tasks import Pretraining, Task
 from megatrain.train.trainer import StepReport
 
 
-def pretrain(config: Config, place: Place) -> None:
+def pretrain(config: Config, place: Place, beat: Beat | None = None) -> None:
     """The whole run on one rank."""
-    _train(config, place, Pretraining())
+    _train(config, place, Pretraining(), beat or Beat())
 
 
-def finetune(config: Config, place: Place) -> None:
+def finetune(config: Config, place: Place, beat: Beat | None = None) -> None:
     """The same with chats, pairs of answers or labels for data."""
-    _train(config, place, task_of(config, "finetune"))
+    _train(config, place, task_of(config, "finetune"), beat or Beat())
 
 
 VERBS: dict[str, Target] = {"pretrain": pretrain, "finetune": finetune}
@@ -53,12 +54,15 @@ def task_of(config: Config, verb: str) -> Task:
     return Classification() if config.task in ("classification", "token-classification") else Finetuning()
 
 
-def _train(config: Config, place: Place, task: Task) -> None:
+def _train(config: Config, place: Place, task: Task, beat: Beat) -> None:
     if place.rank == 0:
+        beat.phase("checking the config and making the data")
         check_without_ranks(config, place.world_size, task)
     if place.world_size > 1:
-        dist.barrier()  # what rank 0 makes of the data is there
-    _Run(make_parts(config, place, task)).run()
+        with beat.within("barrier", Everyone(range(place.world_size))):
+            dist.barrier()  # what rank 0 makes of the data is there
+    beat.phase("building the model")
+    _Run(make_parts(config, place, task, beat)).run()
 
 
 class _Run:
@@ -67,7 +71,7 @@ class _Run:
     def __init__(self, parts: Parts) -> None:
         self.parts, self.config, self.trainer = parts, parts.config, parts.trainer
         self.saver, self.journal, self.early = parts.saver, parts.journal, parts.early
-        self.progress, self.watch = parts.progress, parts.watch
+        self.progress, self.watch, self.beat = parts.progress, parts.watch, parts.trainer.grid.beat
         self.stop_asked = False
 
     def run(self) -> None:
@@ -107,10 +111,13 @@ class _Run:
     def _step(self, last: int) -> None:
         train, step = self.config.train, self.progress.step + 1
         shown = step % train.log_every == 0 or step == last
+        self.beat.begin_step(step)
         with self.parts.tracer.watch(step), timed(self.trainer.executor, wanted=shown) as stopwatch:
             started = time.perf_counter()
+            self.beat.note("loading data")
             report = self.trainer.step(step, self.parts.train.microbatches(self.progress.samples // train.global_batch_size))
             seconds = time.perf_counter() - started
+        self.beat.phase("what follows the step")
         self.watch.check(step, report.loss)
         self.progress = self._after(report)
         if not report.applied:
@@ -186,6 +193,7 @@ class _Run:
         """The loss, and what the task measures beside it."""
         valid = self.parts.valid
         assert valid is not None
+        self.beat.phase("evaluating")
         with self.parts.task.measure(self.trainer, self.parts.folder) as measured:
             loss, measures = self.trainer.evaluate(valid.loader.microbatches, valid.batches)
         figures = {f"valid_{name}": value for name, value in measures.items()} | measured
@@ -193,12 +201,14 @@ class _Run:
         return {"valid_loss": loss, **figures}
 
     def _save(self) -> None:
+        self.beat.phase("saving")
         step, back_to = self.progress.step, None
         if self.config.train.spike == "rollback":
             back_to = rollback.newest_from_before(self.progress.spike_since or step + 1)
         self.journal.saved(self.saver.save(self.progress, prune=self.watch.has_seen_an_update(step), back_to=back_to))
 
     def _finish_saving(self) -> None:
+        self.beat.phase("waiting for the checkpoint's writer")
         self.journal.saved(self.saver.finish())
 
     def _is_over(self) -> bool:
@@ -210,7 +220,8 @@ class _Run:
     def _agree_to_stop(self) -> bool:
         """Whether any rank was asked to stop: all stop after the same step. The same message says whether any rank still writes a checkpoint."""
         flags = torch.tensor([int(self.stop_asked), int(self.saver.is_writing)], device=self.parts.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        stop, anyone_writes = flags.tolist()
+        with self.beat.within("agreeing in the", self.trainer.grid.world):
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            stop, anyone_writes = flags.tolist()
         self.journal.saved(self.saver.proceed(anyone_writes=bool(anyone_writes)))
         return bool(stop)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.checkpoint.pretrained import Pretrained
@@ -112,7 +111,7 @@ class Trainer:
         self.executor = Executor(
             self.zero.module, channels=channels,
             flow_shape=(length, config.train.micro_batch_size, architecture.hidden_size),
-            dtype=DTYPES[config.train.dtype], device=device,
+            dtype=DTYPES[config.train.dtype], device=device, beat=grid.beat,
         )  # fmt: skip
         self.contexts = Contexts(config, architecture, grid, device)
 
@@ -207,9 +206,7 @@ class Trainer:
             for context in contexts if self.objective.measures else []:
                 assert context.measured is not None, "left by the objective"
                 totals[2:] += context.measured.double().cpu()
-        totals = totals.to(self.device)
-        if self.grid.world_size > 1:
-            dist.all_reduce(totals)
+        totals = collectives.all_reduce(totals.to(self.device), self.grid.world)
         return (totals / count).tolist()
 
     def _count(self, batches: Sequence[Batch]) -> int:

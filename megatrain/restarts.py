@@ -1,0 +1,65 @@
+"""Whether a run whose ranks failed is started again on this machine, and from where (run.max_restarts).
+
+The supervisor's own loop, where torch's elastic agent would be another supervisor within it: ranks are forked from a process
+that has imported everything, and what the user reads stays the first cause and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from megatrain.checkpoint import manifest
+from megatrain.config import Config
+from megatrain.failure import Report, sentence
+from megatrain.supervisor import Ended
+from megatrain.train.events import EventLog, Name
+
+
+class Restarts:
+    """Counts them, from before the first start on."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._folder = config, Path(config.run.output_dir)
+        self._count = 0
+        self._failed_steps: set[int] = set()
+        self._before = self._checkpoints() if config.run.max_restarts else set()
+
+    def again_after(self, ended: Ended) -> bool:
+        """Whether to start the ranks again; says so, or why not."""
+        assert ended.failure is not None
+        most = self._config.run.max_restarts
+        if not most or (isinstance(ended.failure, Report) and ended.failure.kind == "user"):
+            return False
+        where = f"step {ended.step}" if ended.step else "the start"
+        why_not = f"{where} failed twice" if ended.step in self._failed_steps else "" if self._count < most else f"it was restarted {most} times"
+        if why_not:
+            self._write("fail", ended, reason=why_not)
+            print(f"not restarted: {why_not} (run.max_restarts={most})", file=sys.stderr, flush=True)
+            return False
+        self._failed_steps.add(ended.step)
+        self._count += 1
+        self._write("restart", ended, restart=self._count, of=most)
+        print(f"restart {self._count} of {most} (run.max_restarts) after a failure in {where}", file=sys.stderr, flush=True)
+        return True
+
+    def config(self) -> Config:
+        """Of the next start: it goes on from the newest whole checkpoint that the run has made; without one, from where it began."""
+        if self._config.train.resume == "auto":
+            return self._config
+        made = [path for path, *_ in sorted(self._checkpoints() - self._before, reverse=True) if manifest.problem(path) is None]
+        if not made:
+            return self._config
+        return dataclasses.replace(self._config, train=dataclasses.replace(self._config.train, resume=str(made[0])))
+
+    def _checkpoints(self) -> set[tuple[Path, int, int]]:
+        """Those of the run's folder, each with numbers that another of the same name does not have."""
+        folders = [(path, path.stat()) for path in (self._folder / "checkpoints").glob("step-*")]
+        return {(path, about.st_ino, about.st_mtime_ns) for path, about in folders}
+
+    def _write(self, event: Name, ended: Ended, **fields: object) -> None:
+        assert ended.failure is not None
+        with EventLog(self._folder) as events:
+            events.write(event, step=ended.step - 1 if ended.step else None,
+                         cause=sentence(ended.failure), **fields)  # fmt: skip

@@ -1,0 +1,144 @@
+"""How a watchdog speaks and leaves: the one message, the event, the stacks of a rank, and the end of its process."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, NoReturn, TextIO
+
+from megatrain.config import Config
+from megatrain.failure import Death, Report, Reporter, words
+from megatrain.log import log_path
+from megatrain.place import Place
+from megatrain.train.events import EventLog
+from megatrain.watchdog.blame import State, find_awaited
+
+_MOST_SHOWN = 8
+
+
+class Who(NamedTuple):
+    """A rank's process."""
+
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"{self.host}, process {self.pid}"
+
+
+def myself() -> Who:
+    return Who(socket.gethostname(), os.getpid())
+
+
+class Voice:
+    """One rank's. With a `report` a supervisor speaks for the run, and what is said goes to it."""
+
+    def __init__(self, config: Config, place: Place, *, console: TextIO, log: TextIO, report: Reporter | None) -> None:
+        self.place, self.folder = place, Path(config.run.output_dir)
+        self._config, self._console, self._log, self._report = config, console, log, report
+
+    @property
+    def is_supervised(self) -> bool:
+        return self._report is not None
+
+    def say(self, failure: Report | Death, *, step: int | None = None) -> str:
+        """Tell the user, once for the whole run; returns what was told."""
+        text = words(failure, log_path(self._config, failure.rank))
+        if isinstance(failure, Report) and failure.kind == "stall":
+            with EventLog(self.folder) as events:
+                events.write("stall", step=step, cause=failure.text)
+        if self._report is not None:
+            assert isinstance(failure, Report)
+            self._report(failure)  # which ends this process too
+        else:
+            print(text, file=self._console, flush=True)
+        return text
+
+    def leave(self, text: str) -> NoReturn:
+        """End this process, wherever its main thread is."""
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ended by the watchdog:\n{text}", file=self._log, flush=True)
+        leave_word(text)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
+
+    def dump(self, state: State) -> None:
+        """All Python stacks of this process, in the run's folder."""
+        path = stacks_folder(self.folder) / f"rank-{self.place.rank:05d}.txt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+                print(f"{now} rank {self.place.rank} of {self.place.world_size} on {myself()}\n{_in_step(state)}, for "
+                      f"{state.age:.0f} s\n", file=file, flush=True)  # fmt: skip
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            print(f"{path} cannot be written: {error.strerror}", file=self._log, flush=True)
+
+
+def leave_word(text: str) -> None:
+    """Where torchrun looks for why a process failed: it shows that at the end of its own report."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    about = {"message": text, "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
+    try:
+        Path(path).write_text(json.dumps({"message": about}), encoding="utf-8")
+    except OSError:
+        return  # torchrun shows the exit code then
+
+
+def stacks_folder(run_folder: Path) -> Path:
+    return run_folder / "stacks"
+
+
+def stall_words(states: Mapping[int, State], who: Mapping[int, Who], silent: list[int], folder: Path, *, seconds: float) -> str:
+    """What is said of a run in which nothing has moved for so many seconds."""
+    awaited = find_awaited(states, silent)
+    lines = [f"the run stands still: nothing has moved for {seconds:.0f} s (run.stall_seconds)"]
+    if awaited:
+        shown = [f"rank {rank} ({who[rank]}), which {_of(states.get(rank), who[rank])}" if rank in who else f"rank {rank}, which never came"
+                 for rank in awaited[:_MOST_SHOWN]]  # fmt: skip
+        lines[0] += f", and everyone waits for {'; and for '.join(shown)}{_more(len(awaited))}"
+    else:
+        lines[0] += ", and the ranks wait for each other in a circle"
+    others = [rank for rank in sorted(states) if rank not in awaited]
+    lines += [f"  rank {rank}: {_in_step(states[rank])}, for {states[rank].age:.0f} s" for rank in others[:_MOST_SHOWN]]
+    if more := _more(len(others)):
+        lines.append(f" {more}")
+    without = f"; there are none of {'it' if len(silent) == 1 else 'those'} that does not answer" if silent else ""
+    lines.append(f"the Python stacks of {len(states)} ranks are in {stacks_folder(folder)}{without}")
+    return "\n".join(lines)
+
+
+def _of(state: State | None, who: Who) -> str:
+    if state is not None:
+        return f"has been in {_in_step(state)} for {state.age:.0f} s"
+    return f"does not answer: {_condition(who)}"
+
+
+def _condition(who: Who) -> str:
+    """What the kernel says of a process, where it is of this machine."""
+    letter = ""
+    if who.host == socket.gethostname():
+        try:
+            letter = Path(f"/proc/{who.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "it is gone"
+    known = {"T": "it is stopped (SIGSTOP)", "t": "it is stopped by a debugger", "D": "it waits for a disk or a file system",
+             "Z": "it is gone"}  # fmt: skip
+    return known.get(letter, "it is frozen, or its machine is")
+
+
+def _in_step(state: State) -> str:
+    return f"step {state.step}, {state.words}" if state.step else state.words
+
+
+def _more(count: int) -> str:
+    return f" and {count - _MOST_SHOWN} more" if count > _MOST_SHOWN else ""
