@@ -29,13 +29,15 @@ def folder(tmp_path):
               "tokens_per_second": 512.0, "tflops_per_rank": 100.0, "mfu": 0.25, "skipped": step == 44, "memory_gib": 40.0, "memory_predicted_gib": 42.0,
               "rewards/accuracy": step / STEPS, "valid_f1": 0.5, **({"valid_loss": loss(step) + 1} if step % 20 == 0 else {}),
               **({"save_stall_seconds": 0.25} if step % 10 == 0 else {})} for step in range(1, STEPS + 1)]  # fmt: skip
+    write(run / "undone.jsonl", *({"step": step, "loss": 9.0, "undone_at": 50} for step in range(41, 51)))
     write(run / "metrics.jsonl", {"step": 0, "valid_loss": 6.0}, *lines)
     start = {"time": at(0), "event": "start", "step": None, "ranks": 4, "hosts": ["node1", "node2"], "device": "NVIDIA X", "resume": "auto",
              "layout": {"tensor": 1, "pipeline": 2, "data": 2, "zero": 1, "schedule": "1f1b"}, "versions": {"torch": "2.x"}, "attempt": 1}  # fmt: skip
     write(
         run / "events.jsonl", start, {"time": at(1), "event": "save", "step": 20, "path": "step-20", "seconds": 1.0, "stalled": 0.25},
         {**start, "time": at(2), "attempt": 2}, {"time": at(3), "event": "resume", "step": 20, "from": "step-20", "why": "the newest"},
-        {"time": at(4), "event": "skip", "step": 44, "what": "non-finite <gradient>", "in_a_row": 1}, {"time": at(5), "event": "rollback", "step": 50, "to": 40},
+        {"time": at(4), "event": "skip", "step": 44, "what": "non-finite <gradient>", "in_a_row": 1, "first": 344, "last": 351},
+        {"time": at(5), "event": "rollback", "step": 50, "to": 40, "first": 1000, "last": 1079},
         {"time": at(9), "event": "finish", "step": STEPS, "why": "all steps are done"},
     )  # fmt: skip
     for rank in range(6):  # two of them of an earlier start on more ranks
@@ -130,7 +132,7 @@ def test_every_curve_is_there_with_its_values(folder, capsys):
     assert set(page.charts) == {"loss", "learning rate", "gradient norm", "throughput", "compute", "model FLOPs utilisation", "peak memory of the fullest rank",
                                 "time that training stood still for saves", "rewards/accuracy", "f1"}  # fmt: skip
     known = {("loss", "faint"): {1: loss(1), 30: loss(30), 60: loss(60)}, ("loss", "dots"): {0: 6.0, 20: loss(20) + 1, 60: loss(60) + 1},
-             ("learning rate", "line"): {1: 1e-3, 60: 1e-3}, ("gradient norm", "faint"): {1: 2.0, 60: 61.0}, ("throughput", "faint"): {7: 512.0},
+             ("loss", "specks"): {41: 9.0, 50: 9.0}, ("learning rate", "line"): {1: 1e-3, 60: 1e-3}, ("gradient norm", "faint"): {1: 2.0, 60: 61.0}, ("throughput", "faint"): {7: 512.0},
              ("compute", "faint"): {7: 100.0}, ("model FLOPs utilisation", "faint"): {7: 25.0}, ("peak memory of the fullest rank", "line"): {7: 40.0},
              ("time that training stood still for saves", "stems"): {10: 0.25, 60: 0.25}, ("rewards/accuracy", "line"): {30: 0.5}}  # fmt: skip
     for (chart, shape), values in known.items():
@@ -152,7 +154,8 @@ def test_stages_events_skipped_samples_and_config_are_told(folder):
     page = page_of(folder)
     stages = [row for row in page.rows if row[-1].endswith(" GiB")]
     assert stages == [["0", "100 ms", "200 ms", "10.0 ms", "190 ms", "500 ms", "2.00 GiB"], ["1", "100 ms", "200 ms", "10.0 ms", "190 ms", "500 ms", "4.00 GiB"]]
-    assert ["44", "344 to 351", "non-finite <gradient>, in a row 1"] in page.rows
+    assert [row for row in page.rows if len(row) == 4 and " to " in row[2]] == [
+        ["50", "rollback", "1,000 to 1,079", "to 40"], ["44", "skip", "344 to 351", "non-finite <gradient>, in a row 1"]]  # fmt: skip
     told = [row[1:3] for row in page.rows if row[0].startswith("2026")]
     assert told == [["finish", "60"], ["rollback", "50"], ["skip", "44"], ["resume", "20"], ["start", "–"], ["save", "20"], ["start", "–"]]
     for words in ("a<b> & co", "llama · tensor 1 x pipeline 2 x data 2 · 1f1b · ZeRO 1 · 4 ranks on 2 machines, NVIDIA X · torch 2.x",

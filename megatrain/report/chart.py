@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 1000, 300
 COLOURS = 6
 """How many the style has; further curves begin again."""
 
-Shape = Literal["line", "faint", "dots", "stems"]
+Shape = Literal["line", "faint", "dots", "specks", "stems"]
 
 
 class Line(NamedTuple):
@@ -60,7 +60,7 @@ figure.first .plot { height: 260px; } .plot svg { position: absolute; inset: 0; 
 .plot .y { right: calc(100% + 6px); transform: translateY(-50%); } .plot .x { top: calc(100% + 5px); transform: translateX(-50%); }
 .plot .x.end { transform: translateX(-100%); } .plot .x.begin { transform: none; }
 .plot path { fill: none; vector-effect: non-scaling-stroke; stroke-linecap: round; stroke-linejoin: round; stroke-width: 1.6px; }
-.plot .faint { stroke-width: 1px; opacity: .55; } .plot .dots { stroke-width: 5.5px; } .plot .grid { stroke: var(--rule); stroke-width: 1px; opacity: .45; stroke-linecap: butt; }
+.plot .faint { stroke-width: 1px; opacity: .55; } .plot .dots { stroke-width: 5.5px; } .plot .specks { stroke-width: 2.6px; } .plot .grid { stroke: var(--rule); stroke-width: 1px; opacity: .45; stroke-linecap: butt; }
 .plot .mark { stroke-width: 1.3px; opacity: .6; stroke-dasharray: 5 3; stroke-linecap: butt; }
 """
 
@@ -90,7 +90,7 @@ def chart(title: str, lines: Sequence[Line], *, steps: Span, unit: str = "", mar
 
 def _path(line: Line, steps: Span, axis: _Axis) -> str:
     places = [(_at(WIDTH * steps.share(step)), _at(HEIGHT * (1 - axis.place(value)))) for step, value in line.points]
-    if line.shape == "dots":
+    if line.shape in ("dots", "specks"):
         path = "".join(f"M{x} {y}h0" for x, y in places)
     elif line.shape == "stems":
         path = "".join(f"M{x} {HEIGHT}V{y}" for x, y in places)

@@ -15,7 +15,7 @@ from megatrain.report.stages import StageTimes, read_stages
 from megatrain.report.story import Story, tell
 from megatrain.train import events
 from megatrain.train.curves import Curve, Point, read_curves
-from megatrain.train.metrics import FILE_NAME
+from megatrain.train.metrics import FILE_NAME, UNDONE
 
 
 class RunFolder(NamedTuple):
@@ -26,6 +26,8 @@ class RunFolder(NamedTuple):
     config: dict[str, Any]
     config_text: str
     curves: dict[str, Curve]
+    undone: Curve | None
+    """The loss of steps that a rollback took back."""
     story: Story
     stages: list[StageTimes]
     xray: XRay | None
@@ -57,7 +59,7 @@ def read_run(path: Path) -> RunFolder:
     name = (run.get("name") if isinstance(run, dict) else None) or path.resolve().name
     metrics, story = path / FILE_NAME, tell(events.read(path))
     told = datetime.fromtimestamp(metrics.stat().st_mtime).astimezone() if metrics.exists() else None
-    return RunFolder(path, str(name), config, text, read_curves(metrics), story, read_stages(path, story.start), _xray(path), told)
+    return RunFolder(path, str(name), config, text, read_curves(metrics), read_curves(path / UNDONE).get("loss"), story, read_stages(path, story.start), _xray(path), told)
 
 
 def _config(path: Path) -> tuple[str, dict[str, Any]]:

@@ -71,7 +71,7 @@ def draw_report(runs: Sequence[RunFolder], *, now: datetime) -> str:
     parts += _charts(runs)
     for run in runs:
         parts += [f"<h2>{escape(run.name)}</h2>"] if len(runs) > 1 else []
-        parts += [*_stages(run.stages), *_timeline(run), *_skipped(run), *_events(run, now), *_config(run)]
+        parts += [*_stages(run.stages), *_timeline(run), *_passed_over(run), *_events(run, now), *_config(run)]
     parts.append(f'<p class="small">Written {now:%Y-%m-%d %H:%M:%S %z}. Curves keep the lowest and the highest value of each piece of the run, so that no spike is lost.</p>')
     return page.frame(f"report of {title}", parts, style=STYLE + _STYLE)
 
@@ -183,6 +183,8 @@ def _losses(runs: Sequence[RunFolder]) -> Iterable[Line]:
         if loss is not None:
             yield Line("" if several else "each step", loss.points(), "faint", place)
             yield Line(f"training{of}" if several else "smoothed", loss.smooth(), "line", place)
+        if run.undone is not None:
+            yield Line(f"undone{of}", run.undone.points(), "specks", place if several else 3)
         if valid is not None:
             colour = place if several else 1
             yield Line("" if several else "validation", valid.points(), "line", colour)
@@ -253,16 +255,19 @@ def _timeline(run: RunFolder) -> list[str]:
 # -- events ------------------------------------------------------------------------------------------------------------
 
 
-def _skipped(run: RunFolder) -> list[str]:
-    """Which steps changed no weight, and which samples were in them."""
-    skips = [event for event in run.story.events if event.event == "skip" and event.step is not None]
-    if not skips:
+def _passed_over(run: RunFolder) -> list[str]:
+    """Which samples changed no weight that the run has now."""
+    told = [event for event in run.story.events if event.event in ("skip", "rollback")]
+    if not told:
         return []
-    size = run.setting("train.global_batch_size", 0)
-    lines = [[f"{event.step:,}", f"{(event.step - 1) * size:,} to {event.step * size - 1:,}" if size else "–",  # type: ignore[operator]
-              escape(said(event.fields))] for event in skips[-MOST_ROWS:]]  # fmt: skip
-    hidden = f"<p>The last {MOST_ROWS} of {len(skips):,}.</p>" if len(skips) > MOST_ROWS else ""
-    return ["<h2>Steps skipped</h2>", hidden, *page.table(["step", "samples, in the run's order", "why"], lines, left=(1, 2), kind="worded")]
+    lines = []
+    for event in told[: -MOST_ROWS - 1 : -1]:
+        fields = dict(event.fields)
+        first, last = fields.pop("first", None), fields.pop("last", None)
+        samples = f"{first:,} to {last:,}" if isinstance(first, int) and isinstance(last, int) else "–"
+        lines.append([f"{event.step or 0:,}", event.event, samples, escape(said(fields))])
+    hidden = [f"<p>The last {MOST_ROWS} of {len(told):,}.</p>"] if len(told) > MOST_ROWS else []
+    return ["<h2>Samples passed over</h2>", *hidden, *page.table(["step", "event", "samples, in the run's order", ""], lines, left=(1, 2, 3), kind="worded")]
 
 
 def _events(run: RunFolder, now: datetime) -> list[str]:

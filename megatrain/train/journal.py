@@ -126,7 +126,9 @@ class Journal:
             logger.info(f"step {progress.step}: gradients are too large for fp16 at this loss scale, skipped; a lower one is tried")
         elif self.is_kept:
             logger.warning(f"step {progress.step}: {report.why}, skipped ({progress.bad_steps} in a row)")
-            self.events.write("skip", step=progress.step, what=report.why, in_a_row=progress.bad_steps)
+            last = progress.samples - 1
+            self.events.write("skip", step=progress.step, what=report.why, in_a_row=progress.bad_steps,
+                              first=last + 1 - self._config.train.global_batch_size, last=last)  # fmt: skip
 
     def spiked(self, progress: Progress, limit: Limit) -> None:
         if self.is_kept:
