@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks import run_ranks
+from test_adapter import train_and_resume
 from test_lora_runs import (
     KINDS,
     LENGTH,
@@ -162,3 +165,13 @@ def test_without_bitsandbytes(there, monkeypatch):
     with pytest.raises(ConfigError, match=rf"needs bitsandbytes 0.50 or newer, and {there or 'none'} is installed; pip install 'megatrain\[qlora\]'"):
         check_bitsandbytes(config.lora)
     check_bitsandbytes(replace(config.lora, quantize="none"))
+
+
+def test_a_run_goes_on_bit_for_bit(tmp_path):
+    """The base is quantized anew, to the same codes; what is saved are adapters alone."""
+    settings = {"train.steps": 4, "train.global_batch_size": 4, "train.micro_batch_size": 1}
+    config = layout("wide", "lora", TP, **NF4, **settings)
+    losses, again, _ = run_ranks(train_and_resume, 2, config, tmp_path / "checkpoints", folder=tmp_path)[0]
+    assert again == losses
+    names = load_file(tmp_path / "checkpoints" / "step-00000004" / "adapter_model.safetensors")
+    assert all("lora_" in name for name in names)
