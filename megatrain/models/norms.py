@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from megatrain.models.parts import Parts
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Axis
+from megatrain.parallel.slabs import slabs
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -22,33 +24,48 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool, axis: Axis | None) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(_mean(wide.square(), axis) + eps)
-        ctx.save_for_backward(x, scale)
         ctx.weight, ctx.plus_one, ctx.axis = weight, plus_one, axis
-        return (wide * scale).mul_(_factor(weight, plus_one)).to(x.dtype)
+        rows, factor = x.reshape(-1, x.shape[-1]), _factor(weight, plus_one)
+        y, scale = torch.empty_like(rows), rows.new_empty((rows.shape[0], 1), dtype=torch.float32)
+        for part, (wide,) in _slabs(rows, axis, rooms=1):
+            wide.copy_(rows[part])
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=scale[part])
+            _mean_over(scale[part].square_().div_(x.shape[-1]), axis).add_(eps).rsqrt_()
+            y[part] = wide.mul_(scale[part]).mul_(factor)
+        ctx.save_for_backward(x, scale)
+        return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, scale = ctx.saved_tensors
-        weight = ctx.weight
-        normal = x.float() * scale
-        grad = grad.float()
-        dweight = torch.mul(grad, normal).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dnormal = grad * _factor(weight, ctx.plus_one)
-        inner = _mean(torch.mul(dnormal, normal), ctx.axis)
-        dx = dnormal.sub_(normal.mul_(inner)).mul_(scale)
-        return dx.to(x.dtype), dweight, None, None, None
+        rows, grads = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, grad))
+        factor, dx = _factor(ctx.weight, ctx.plus_one), torch.empty_like(rows)
+        dweight = torch.zeros_like(factor) if ctx.needs_input_grad[1] else None
+        for part, (normal, wide, product) in _slabs(rows, ctx.axis, rooms=3):
+            torch.mul(normal.copy_(rows[part]), scale[part], out=normal)
+            torch.mul(wide.copy_(grads[part]), normal, out=product)
+            if dweight is not None:
+                dweight += product.sum(0)
+            inner = _mean_over(torch.mv(product, factor)[:, None].div_(x.shape[-1]), ctx.axis)
+            dx[part] = wide.mul_(factor).addcmul_(normal, inner, value=-1).mul_(scale[part])
+        return dx.view(x.shape), None if dweight is None else dweight.to(ctx.weight.dtype), None, None, None
+
+
+def _slabs(rows: Tensor, axis: Axis | None, *, rooms: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slabs of rows with fp32 room for as many results of their size, the same for each slab; one slab where each mean is a message."""
+    parts = list(slabs(rows)) if axis is None or axis.size == 1 else [slice(0, rows.shape[0])]
+    room = [torch.empty_like(rows[part], dtype=torch.float32) for part in parts[:1] for _ in range(rooms)]
+    for part in parts:
+        yield part, [x[: rows[part].shape[0]] for x in room]
 
 
 def _factor(weight: Tensor, plus_one: bool) -> Tensor:
-    return weight.float() + 1.0 if plus_one else weight
+    return weight.float() + 1.0 if plus_one else weight.float()
 
 
-def _mean(x: Tensor, axis: Axis | None) -> Tensor:
-    """Of the last dim, over all ranks of the axis: the same on each."""
-    mean = x.mean(-1, keepdim=True)
-    return mean if axis is None or axis.size == 1 else collectives.all_reduce(mean, axis).div_(axis.size)
+def _mean_over(means: Tensor, axis: Axis | None) -> Tensor:
+    """Of ranks' means, in place: the same on each."""
+    return means if axis is None or axis.size == 1 else collectives.all_reduce(means, axis).div_(axis.size)
 
 
 class RmsNorm(nn.Module):

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Axis
 from megatrain.parallel.quantized import Quantized, dense
+from megatrain.parallel.slabs import slabs
 
 
 @functools.cache
-def _slow_half_precision(device_type: str) -> bool:
+def slow_half_precision(device_type: str) -> bool:
     """Whether matrix products of bf16 are faster through fp32: on CPUs without bf16 units they are 5 to 100 times slower."""
     if device_type != "cpu":
         return False
@@ -37,7 +38,7 @@ def _slow_half_precision(device_type: str) -> bool:
 
 def widen(x: Tensor) -> Tensor:
     """x in the dtype in which its device multiplies matrices well; results are rounded back to x's dtype by the caller."""
-    return x.float() if x.dtype != torch.float32 and _slow_half_precision(x.device.type) else x
+    return x.float() if x.dtype != torch.float32 and slow_half_precision(x.device.type) else x
 
 
 class _Linear(torch.autograd.Function):
@@ -115,7 +116,9 @@ def weight_gradient(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor | None:
     if x.dtype == main_grad.dtype:
         main_grad.addmm_(grad.t(), x)
     else:
-        main_grad.add_(grad.t() @ x)
+        gradient = grad.t() @ x
+        for part in slabs(gradient):
+            main_grad[part].add_(gradient[part])
     return None
 
 

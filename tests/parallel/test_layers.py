@@ -139,12 +139,14 @@ def test_a_linear_split_by_rows_adds_its_bias_once(results, sequence):
     torch.testing.assert_close(torch.cat(outputs) if sequence else outputs[0], expected)
 
 
+@pytest.mark.parametrize("elements", [1 << 16, 16], ids=["one-slab", "slabs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_linear_adds_its_weight_gradient_into_main_grad(dtype):
+def test_a_linear_adds_its_weight_gradient_into_main_grad(dtype, elements, monkeypatch):
     """In fp32 whatever the dtype, over several backwards; the bias's goes the usual way.
 
     A product may be rounded to the dtype, as units for bf16 do it. The sum may not: beside 1000, bf16 holds only multiples of 4.
     """
+    monkeypatch.setattr("megatrain.parallel.slabs.ELEMENTS", elements)
     weight, bias = nn.Parameter(randn(5, 8).to(dtype)), nn.Parameter(randn(5, seed=1).to(dtype))
     weight.main_grad = torch.full((5, 8), 1000.0)
     layer = Linear(weight, bias)
