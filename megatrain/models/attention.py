@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatrain.models.causal import causal_attention, takes
 from megatrain.models.context import Context
 from megatrain.models.norms import query_key_norms
 from megatrain.models.parts import Parts
@@ -64,6 +65,8 @@ class Attention(nn.Module):
         probability = self.dropout if self.training else 0.0
         if probability > 0.0 or self.cap is not None:
             return self._attend_written_out(q, k, v, mask, probability, context).to(dtype)
+        if mask is None and torch.is_grad_enabled() and takes(q, k):
+            return causal_attention(q, k, v, self.scale)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale,
                                            enable_gqa=self.heads != self.kv_heads)  # fmt: skip
         return y.to(dtype)
