@@ -222,15 +222,18 @@ class Zero:
     def _reduce(self) -> None:
         """Average over replicas and put the result where DeepSpeed's step looks."""
         self._sum_declared()
+        if self._bf16:
+            self.optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in self.optimizer.bf16_groups]
+            for flat in self.optimizer.fp32_groups_gradients_flat if self.grid.data.size > 1 else []:
+                for part in flat.split(BUCKET):
+                    dist.all_reduce(part, group=self.grid.data.group)
+                flat.div_(self.grid.data.size)
+            return
         if self.config.parallel.zero == 0 and self.grid.data.size > 1:
             grads = [parameter.main_grad for parameter in self.trained]  # type: ignore[attr-defined]
             _all_reduce_together(grads, self.grid.data)
             for grad in grads:
                 grad.div_(self.grid.data.size)
-        if self._bf16:
-            self.optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in self.optimizer.bf16_groups]
-            self.engine.buffered_allreduce_fallback(grads=None, elements_per_buffer=BUCKET)
-            return
         for parameter in self.trained:
             if parameter.dtype == torch.float32:
                 parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
