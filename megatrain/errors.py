@@ -17,6 +17,12 @@ def shown(value: object) -> str:
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
+def shortened(value: object) -> str:
+    """The same, of a value that may be long."""
+    text = shown(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 class ConfigError(UserError):
     """A setting that cannot work: which one, its value, the rule it breaks and the way out.
 

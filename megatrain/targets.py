@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from megatrain.config import Problem
+from megatrain.settings import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from megatrain import config
+from megatrain import rules
 from megatrain.config import Config, check, describe, from_dict, load, to_dict, to_yaml
 from megatrain.errors import ConfigError
 
@@ -194,14 +194,14 @@ def test_settings_of_spikes_that_mean_nothing_or_cannot_work(words, message):
     assert message in refusal(*words)
 
 
-@pytest.mark.parametrize("name", config._POSITIVE)
+@pytest.mark.parametrize("name", rules._POSITIVE)
 def test_at_least_one(name):
     assert refusal("train.steps=null" if name == "train.tokens" else "run.seed=1", f"{name}=0") == (
         f"{name}=0 must be at least 1"
     )
 
 
-@pytest.mark.parametrize("name", config._NOT_NEGATIVE)
+@pytest.mark.parametrize("name", rules._NOT_NEGATIVE)
 def test_not_negative(name):
     assert refusal(f"{name}=-1").endswith("must not be negative")
     assert refusal(f"{name}=-1").startswith(f"{name}=-1")
@@ -219,7 +219,7 @@ def test_every_number_has_a_range():
         for item in dataclasses.fields(section.default_factory)
         if {"int", "float"} & set(str(item.type).split(" | "))
     }
-    assert numbers == set(config._POSITIVE) | set(config._NOT_NEGATIVE) | own_rule
+    assert numbers == set(rules._POSITIVE) | set(rules._NOT_NEGATIVE) | own_rule
 
 
 def test_a_share_of_augmented_words_needs_augmentation():

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from megatrain.config import Augment
+from megatrain.settings import Augment
 
 Word = TypeVar("Word")
 

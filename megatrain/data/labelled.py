@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatrain.config import Augment, Problem
 from megatrain.data.augment import augment, mask_word, split_words
 from megatrain.data.documents import find_inputs, parse_objects, read_blocks
 from megatrain.data.permutation import Permutation, keyed_integers
 from megatrain.data.samples import IGNORED, Sample
 from megatrain.errors import DataError
+from megatrain.settings import Augment, Problem
 from megatrain.targets import encode_classes, encode_value
 
 MOST_BYTES = 1 << 30

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from megatrain.config import Problem
 from megatrain.errors import ConfigError
+from megatrain.settings import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -21,7 +21,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megatrain.config import Lora
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture
 from megatrain.models.classifier import ClassifierHead
@@ -32,6 +31,7 @@ from megatrain.parallel.grid import Axis
 from megatrain.parallel.layers import Linear, RowLinear, linear
 from megatrain.parallel.quantized import dense
 from megatrain.parallel.sharding import Init, Sharding, declare, sharding
+from megatrain.settings import Lora
 
 PREFIX = "base_model.model."
 Split = Literal["rows", "columns"]

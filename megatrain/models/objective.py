@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatrain.config import Preference
 from megatrain.models.context import Context
+from megatrain.settings import Preference
 
 
 class Objective(Protocol):

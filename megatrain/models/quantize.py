@@ -11,13 +11,13 @@ from importlib import metadata
 import torch
 from torch import nn
 
-from megatrain.config import Lora
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture
 from megatrain.models.parts import check_tensor_split, in_features
 from megatrain.parallel.layers import Linear
 from megatrain.parallel.quantized import BLOCK, Quantized
 from megatrain.parallel.sharding import Sharding, declare, sharding
+from megatrain.settings import Lora
 
 OLDEST = (0, 50)
 """Of bitsandbytes: what came before was not tried here, and its kernels for CPUs are another implementation."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatrain.config import Optimizer
 from megatrain.optim.lion import Lion
 from megatrain.parallel.sharding import sharding
+from megatrain.settings import Optimizer
 
 STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",), "lion": ("exp_avg",)}
 """What each rule keeps for an element, beside the weight itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatrain.config import LrSchedule
+from megatrain.settings import LrSchedule
 
 
 def learning_rate(step: int, *, peak: float, schedule: LrSchedule, steps: int) -> float:

@@ -17,6 +17,7 @@ from megatrain.models.decoder import LayerSpec
 from megatrain.models.lora import target_names
 from megatrain.models.parts import check_tensor_split
 from megatrain.models.quantize import check_bitsandbytes, check_blocks
+from megatrain.rules import check
 from megatrain.train import console
 from megatrain.train.build import (
     adapter_parameters,
@@ -131,9 +132,13 @@ def parts_of(config: Config) -> list[Part]:
 
 def with_steps(config: Config, source: Source) -> Config:
     """The config with its epochs of the training data as steps."""
-    if config.train.epochs is not None and source.per_epoch is None:
+    if config.train.epochs is None:
+        return config
+    if source.per_epoch is None:
         raise ConfigError("train.epochs", config.train.epochs, "has no meaning for a blend of data", "give train.steps")
-    return config.with_steps(source.per_epoch or 0)
+    config = config.with_steps(source.per_epoch)
+    check(config)
+    return config
 
 
 def dry_run(config: Config, task: Task) -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatrain.checkpoint.descriptions import Chat
-from megatrain.config import Config, changed
+from megatrain.config import Config
 from megatrain.data.labelled import LabelledSamples, Reading, find_labels, read_labelled
 from megatrain.data.permutation import keyed_integers
 from megatrain.data.samples import chosen_data
@@ -22,6 +22,7 @@ from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture, Classifier, load_config
 from megatrain.models.classifier import ClassifierHead
 from megatrain.models.labels import PROBLEMS, with_classifier
+from megatrain.settings import changed
 from megatrain.targets import MOST_CLASSES, decode
 from megatrain.train import label_metrics
 from megatrain.train.label_metrics import Figures, Matrix

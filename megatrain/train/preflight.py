@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatrain.config import Config, problems, within_ranges
+from megatrain.config import Config
 from megatrain.data.samples import chosen_data, read_blend
 from megatrain.data.splits import Part
 from megatrain.errors import ConfigError, DataError, UserError
@@ -21,6 +21,7 @@ from megatrain.mend import Findings
 from megatrain.models.architecture import Architecture
 from megatrain.models.quantize import check_bitsandbytes
 from megatrain.pipeline.stages import cut_layers
+from megatrain.rules import problems, within_ranges
 from megatrain.train import checks
 from megatrain.train.build import RankPlan, layer_costs, plan_ranks, run_schedule
 from megatrain.train.disk import check_room, existing, in_bytes, room_for

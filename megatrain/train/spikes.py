@@ -12,7 +12,7 @@ import statistics
 from typing import NamedTuple
 
 from megatrain.checkpoint.save import Progress
-from megatrain.config import Train
+from megatrain.settings import Train
 
 _NORMAL = 1.4826
 _LEAST = 0.01

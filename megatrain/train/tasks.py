@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from megatrain.checkpoint.descriptions import Chat
-from megatrain.config import Config, changed
+from megatrain.config import Config
 from megatrain.data.samples import Samples, open_samples
 from megatrain.data.splits import Part
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture, load_config, read_architecture
+from megatrain.settings import changed
 
 if TYPE_CHECKING:
     from megatrain.train.trainer import Trainer

@@ -24,13 +24,14 @@ from megatrain.checkpoint.merge import merge
 from megatrain.checkpoint.optimizer_folder import OptimizerFolder
 from megatrain.checkpoint.save import Progress
 from megatrain.checkpoint.saver import Saver
-from megatrain.config import Config, Lora
+from megatrain.config import Config
 from megatrain.data.loader import Batch
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.models.lora import add_adapters
 from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import parameters
+from megatrain.settings import Lora
 
 MODELS = {"llama": {**LLAMA, "tie_word_embeddings": True}, "gpt2": GPT2}
 LORAS = {"llama": {"rank": 4, "alpha": 6, "rslora": True}, "gpt2": {"rank": 3, "alpha": 6, "dora": True, "targets": ["c_attn", "c_proj"]}}

@@ -12,12 +12,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.networks import GPT2, LLAMA, build, context, loss, scramble, tokens
 
 from megatrain import config as configuration
-from megatrain.config import Lora
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.models.lora import add_adapters, set_magnitudes, target_names
 from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import parameters
+from megatrain.settings import Lora
 
 
 def architecture(model):

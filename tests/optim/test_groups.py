@@ -2,11 +2,12 @@
 
 import pytest
 
-from megatrain.config import Config, Optimizer
+from megatrain.config import Config
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.optim.groups import decay_groups, make_optimizer
 from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import sharding
+from megatrain.settings import Optimizer
 from megatrain.train.build import build_stage
 
 LLAMA = {"model_type": "qwen2", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,

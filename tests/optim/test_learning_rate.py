@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from megatrain.config import LrSchedule
 from megatrain.optim.learning_rate import learning_rate
+from megatrain.settings import LrSchedule
 
 PEAK, LEAST, WARMUP, STEPS = 4.0, 1.0, 10, 110
 

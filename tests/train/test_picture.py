@@ -5,7 +5,8 @@ import typing
 
 import pytest
 
-from megatrain.config import Config, Problem
+from megatrain.config import Config
+from megatrain.settings import Problem
 from megatrain.train import picture
 from megatrain.train.curves import read_curves
 from megatrain.train.metrics import FILE_NAME

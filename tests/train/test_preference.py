@@ -14,13 +14,13 @@ from models.networks import transformers_twin
 from ranks import run_ranks
 
 from megatrain import config as configuration
-from megatrain.config import Lora
 from megatrain.data.loader import Batch
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.models.initialize import initialize
 from megatrain.models.random import normal_slice
 from megatrain.parallel.grid import make_grid
+from megatrain.settings import Lora
 from megatrain.train.build import build_stage
 
 STEPS, PAIRS, LENGTH, LR = 3, 4, 14, 1e-3

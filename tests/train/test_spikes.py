@@ -24,10 +24,10 @@ from safetensors import safe_open
 from megatrain import config as configuration
 from megatrain.checkpoint import load, manifest
 from megatrain.checkpoint.save import Progress
-from megatrain.config import Train
 from megatrain.data.indexed import IndexedDataset, IndexedWriter
 from megatrain.data.samples import open_samples
 from megatrain.errors import UserError
+from megatrain.settings import Train
 from megatrain.train import events, rollback
 from megatrain.train.spikes import first_to_undo, is_noticed, limit_of, spike_since
 
