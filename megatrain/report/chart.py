@@ -60,7 +60,7 @@ figure.first .plot { height: 260px; } .plot svg { position: absolute; inset: 0; 
 .plot .y { right: calc(100% + 6px); transform: translateY(-50%); } .plot .x { top: calc(100% + 5px); transform: translateX(-50%); }
 .plot .x.end { transform: translateX(-100%); } .plot .x.begin { transform: none; }
 .plot path { fill: none; vector-effect: non-scaling-stroke; stroke-linecap: round; stroke-linejoin: round; stroke-width: 1.6px; }
-.plot .faint { stroke-width: 1px; opacity: .55; } .plot .dots { stroke-width: 5.5px; } .plot .specks { stroke-width: 2.6px; } .plot .grid { stroke: var(--rule); stroke-width: 1px; opacity: .45; stroke-linecap: butt; }
+.plot .faint { stroke-width: 1px; opacity: .55; } .plot .dots { stroke-width: 5.5px; } .plot .specks { stroke-width: 3.4px; } .plot .grid { stroke: var(--rule); stroke-width: 1px; opacity: .45; stroke-linecap: butt; }
 .plot .mark { stroke-width: 1.3px; opacity: .6; stroke-dasharray: 5 3; stroke-linecap: butt; }
 """
 

@@ -102,12 +102,16 @@ def _facts(run: RunFolder) -> str:
         facts.append(" x ".join(f"{axis} {layout[axis]}" for axis in ("tensor", "pipeline", "data") if axis in layout))
         facts += [str(layout.get("schedule", "")), f"ZeRO {layout.get('zero')}" if "zero" in layout else ""]
         hosts = fields.get("hosts") or []
-        facts.append(f"{fields.get('ranks')} ranks on {len(hosts)} machine{'s' if len(hosts) != 1 else ''}, {fields.get('device')}")
+        facts.append(f"{_number_of(fields.get('ranks'), 'rank')} on {_number_of(len(hosts), 'machine')}, {fields.get('device')}")
         facts.append(", ".join(f"{name} {version}" for name, version in (fields.get("versions") or {}).items()))
     size, length = run.setting("train.global_batch_size"), run.setting("data.sequence_length")
     facts.append(f"{size} x {length} tokens a step" if size and length else "")
     facts.append(" ".join(str(run.setting(name, "")) for name in ("optimizer.name", "train.dtype")).strip())
     return " · ".join(fact for fact in facts if fact)
+
+
+def _number_of(count: object, name: str) -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def _state(run: RunFolder, now: datetime) -> str:

@@ -23,6 +23,7 @@ from megatrain import __version__, machine
 from megatrain.checkpoint.save import Progress
 from megatrain.checkpoint.saver import Saved
 from megatrain.config import Config, to_yaml
+from megatrain.failure import describe
 from megatrain.log import rank_lines
 from megatrain.models.architecture import Architecture
 from megatrain.parallel.grid import Grid
@@ -165,8 +166,9 @@ class Journal:
             self.events.write("stop", step=progress.step, why="a signal")
 
     def failed(self, error: Exception, progress: Progress) -> None:
-        """The run ends with what this rank was told; another may have been the cause."""
-        self.events.write("fail", step=progress.step, error=f"{type(error).__name__}: {error}"[:2000])
+        """The run ends, for a reason of this rank's or of another's."""
+        lost = "another rank is gone: " if describe(error, 0).kind == "lost" else ""
+        self.events.write("fail", step=progress.step, error=f"{lost}{type(error).__name__}: {error}"[:2000])
 
     def finish(self, progress: Progress, words: str | None) -> None:
         """After the loop: `words` says why, where it ended before its last step."""
