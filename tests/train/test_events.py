@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from megatrain.checkpoint.save import Progress
 from megatrain.train.events import FILE_NAME, Event, EventLog, read
+from megatrain.train.journal import Journal
 
 
 def names_of(folder):
@@ -110,3 +112,12 @@ def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, monkeypatch):
     assert [event.step for event in read(tmp_path)] == [2]
     assert said == ["events.jsonl cannot be written: No space left on device"]
     log.close()
+
+
+def test_a_failure_tells_whether_another_rank_was_first(tmp_path):
+    journal = object.__new__(Journal)
+    journal.events = EventLog(tmp_path)
+    journal.failed(ValueError("no such thing"), Progress(3, 0, 0))
+    journal.failed(RuntimeError("Connection reset by peer"), Progress(4, 0, 0))
+    assert [(event.event, event.step, event.fields["error"]) for event in read(tmp_path)] == [
+        ("fail", 3, "ValueError: no such thing"), ("fail", 4, "another rank is gone: RuntimeError: Connection reset by peer")]  # fmt: skip
