@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import logging
 import os
 import socket
@@ -69,7 +70,7 @@ def _open_logs(config: Config, place: Place) -> tuple[TextIO, RankLines]:
     path = log_path(config, place.rank)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("a", buffering=1, encoding="utf-8")
+        log = _LogFile(path.open("ab"), encoding="utf-8", line_buffering=True)
         lines = RankLines(path.with_suffix(".jsonl"), place.rank)
     except OSError as error:
         raise ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error})") from None
@@ -80,9 +81,27 @@ def _open_logs(config: Config, place: Place) -> tuple[TextIO, RankLines]:
     return log, lines
 
 
+class _LogFile(io.TextIOWrapper):
+    """What a full disk does not take is given up: a run, and the sentence that says why it ends, are worth more than its log."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def _point_at(out: int, err: int) -> None:
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(OSError):
+            stream.flush()
     os.dup2(out, 1)
     os.dup2(err, 2)
 

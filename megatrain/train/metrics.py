@@ -7,6 +7,7 @@ step n by itself moves it to undone.jsonl, where a step may come several times; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from megatrain import json_lines
+from megatrain.errors import UserError
 from megatrain.json_lines import LineFile
 
 if TYPE_CHECKING:
@@ -35,8 +37,9 @@ class MetricsLog:
 
     def __init__(self, run_folder: Path | str, *, after_step: int) -> None:
         self.folder = Path(run_folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._begin(after_step)
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._begin(after_step)
 
     def _begin(self, after_step: int) -> None:
         self.after_step = after_step
@@ -46,25 +49,37 @@ class MetricsLog:
 
     def go_back(self, *, to: int, reached: int) -> None:
         """Go on after step `to` where the run had `reached` a later one; what was written about those in between is kept aside."""
-        aside = LineFile(self.folder / UNDONE)
-        for line in read(self.folder / FILE_NAME):
-            if line["step"] > to:
-                aside.write({**line, "undone_at": reached})
-        aside.close()
-        self.close()
-        self._begin(to)
+        with self._writing():
+            aside = LineFile(self.folder / UNDONE)
+            for line in read(self.folder / FILE_NAME):
+                if line["step"] > to:
+                    aside.write({**line, "undone_at": reached})
+            aside.close()
+            self.close()
+            self._begin(to)
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Add a line about `step` and its numbers to the TensorBoard events; what is not finite is written as null."""
-        self._file.write({"step": step, **values})
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                self._writer().add_scalar(name, value, step)
+        with self._writing():
+            self._file.write({"step": step, **values})
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                    self._writer().add_scalar(name, value, step)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A run does not go on without its metrics: no step of them may be missing."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.folder / FILE_NAME} or tensorboard/ beside it cannot be written ({error.strerror}); checkpoints are as they "
+                            "were: make room, and start the same command to go on") from None  # fmt: skip
 
     def close(self) -> None:
         self._file.close()
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):
+                self._events.close()
 
     def __enter__(self) -> MetricsLog:
         return self
