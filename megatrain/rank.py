@@ -18,6 +18,7 @@ from megatrain.beat import Beat, Everyone
 from megatrain.config import Config
 from megatrain.errors import UserError
 from megatrain.failure import Reporter, describe
+from megatrain.names import check_names
 from megatrain.place import Place
 from megatrain.watchdog.start import start_watchdog
 from megatrain.watchdog.thread import WatchdogThread
@@ -78,6 +79,7 @@ def _meet(place: Place, *, supervised: bool) -> Store:
 
     if supervised:
         return dist.TCPStore(place.master_addr, place.master_port, is_master=False, timeout=GROUP_TIMEOUT)
+    check_names(place, gloo=not machine.has_gpu())
     store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=GROUP_TIMEOUT))
     return store
 

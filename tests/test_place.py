@@ -112,6 +112,9 @@ def test_a_world_of_one_by_a_launcher():
         ("node[1-3,7]", "node1 node2 node3 node7"),
         ("a[08-10],b,c1-2", "a08 a09 a10 b c1-2"),
         ("r[1-2]n[1-2].x", "r1n1.x r1n2.x r2n1.x r2n2.x"),
+        ("gpu-a-[007,009-011],gpu-b-7", "gpu-a-007 gpu-a-009 gpu-a-010 gpu-a-011 gpu-b-7"),
+        ("gpu-a-007.cluster.example,gpu-a-[008,010]", "gpu-a-007.cluster.example gpu-a-008 gpu-a-010"),
+        ("x[098-101]", "x098 x099 x100 x101"),
     ],
 )
 def test_hosts(node_list, names):

@@ -42,9 +42,9 @@ class Job:
     """One submission of slurm/pretrain.sh on two nodes of two ranks; `python` is the program that its ranks are started with."""
 
     def __init__(self, cluster: Cluster, run_file: Path, output: Path, *, python: Path | str = sys.executable, words: tuple[str, ...] = (),
-                 options: tuple[str, ...] = (), **environment: str) -> None:  # fmt: skip
+                 options: tuple[str, ...] = (), log_folder: Path | None = None, **environment: str) -> None:  # fmt: skip
         self.cluster, self.output = cluster, output
-        self.log = output.with_suffix(".out")
+        self.log = (log_folder or output.parent) / f"{output.name}.out"
         self.began = len(self._log())
         self.id = cluster.run(
             "sbatch", "--parsable", "-N2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={ROOT}", *options,

@@ -34,9 +34,9 @@ def find_programs(folder: Path) -> dict[str, str]:
     """The environment in which Slurm's programs are found, unpacked into `folder` where they are not installed; or Missing."""
     if os.geteuid() != 0:
         raise Missing("network namespaces need root")
-    for program in ("ip", "unshare"):
+    for program in ("ip", "unshare", "mount"):
         if shutil.which(program) is None:
-            raise Missing(f"there is no `{program}` (Debian: iproute2, util-linux)")
+            raise Missing(f"there is no `{program}` (Debian: iproute2, util-linux, mount)")
     probe = f"mtprobe{os.getpid()}"
     if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode:
         raise Missing("network namespaces are not allowed here")
@@ -92,6 +92,8 @@ class Cluster:
                  unknown: Sequence[str] = (), cpus: int = 16) -> None:  # fmt: skip
         self.folder, self.names, self.domain, self.unknown, self.cpus, self.programs = folder, names, domain, unknown, cpus, programs
         self.name = f"mt{os.urandom(3).hex()}"
+        self.disk = folder / "disk"
+        """A file system of its own, of 4 MB, that jobs may fill."""
         self.host = socket.gethostname().partition(".")[0]
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {**_of_the_shell(), **programs, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -125,6 +127,8 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         self._write_configuration()
+        self.disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", self.disk], check=True)  # before daemons have mounts of their own
         self._connect()
         m = self.folder / "munge"
         self._daemon("munged", None, "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.folder}/munge.sock",
@@ -146,6 +150,7 @@ class Cluster:
         for name in ("ctl", *(str(i) for i, _ in self._numbered())):
             subprocess.run(["ip", "netns", "del", self.name + name], capture_output=True)
             shutil.rmtree(f"/etc/netns/{self.name}{name}", ignore_errors=True)
+        subprocess.run(["umount", "--lazy", self.disk], capture_output=True)
 
     def _daemon(self, name: str, place: str | None, *command: str) -> None:
         with (self.folder / f"log/{name}.out").open("wb") as log:
