@@ -203,6 +203,15 @@ def test_signals_while_a_checkpoint_is_written(cluster, submit, undisturbed):
     assert_same(job.output, undisturbed, STEPS)
 
 
+def test_a_signal_before_the_ranks_are_there(cluster, submit, undisturbed):
+    job = submit()
+    job.until(lambda: "attempt 1" in job.words(), "begun")  # and now it checks the config
+    cluster.run("scancel", "--batch", "--signal=USR1", job.id)
+    job.until(lambda: "attempt 2" in job.words(), "queued again")
+    assert job.wait() == "COMPLETED", job.words()
+    assert_same(job.output, undisturbed, STEPS)
+
+
 def test_time_that_runs_out(submit, undisturbed):
     """Slurm itself sends the signal before a job's time is over, and the job goes on from there as its next attempt."""
     job = submit("train.steps=100000", "train.save_every=1", MARKS_SLOW="0.1", options=("--time=1", "--signal=B:USR1@50"))
