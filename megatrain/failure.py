@@ -6,6 +6,7 @@ and shows the earliest that is a cause, not a consequence.
 
 from __future__ import annotations
 
+import errno
 import signal
 import time
 import traceback
@@ -50,6 +51,10 @@ class Death(NamedTuple):
 def describe(error: Exception, rank: int) -> Report:
     if isinstance(error, UserError):
         return Report(rank, "user", str(error), time.time())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" to {error.filename}" if error.filename else ""
+        return Report(rank, "user", f"rank {rank} cannot write{where} ({error.strerror}); checkpoints are as they were: make room, and start the "
+                                    "same command to go on", time.time())  # fmt: skip
     text = "".join(traceback.format_exception(error))
     return Report(rank, "lost" if _is_lost_connection(error) else "error", text, time.time())
 

@@ -6,6 +6,7 @@ a clean exit. It says so to the supervisor that started it, or else to rank 0's 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -120,5 +121,6 @@ def _fail(error: Exception, place: Place, console: TextIO, report: Reporter | No
 
 def _leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(OSError):  # a full disk
+            stream.flush()
     os._exit(code)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from jobs import ENDED, Job, assert_same, last_step, metrics, rank_processes, whole, write_run
+from jobs import ENDED, Job, assert_same, is_alive, last_step, metrics, rank_processes, whole, write_run
 
 from megatrain.place import hosts
 from slurm import Cluster
@@ -70,14 +70,14 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(cluster, submit, undi
     fill(cluster.disk)
     assert job.wait() == "FAILED"
     assert "No space left on device" in job.words()
-    assert "OSError" not in job.words(), job.words()
+    assert "Traceback" not in job.words(), job.words()
     assert set(there[-2:]) <= set(whole(output))
     assert not any("writing" in folder.name for folder in (output / "checkpoints").iterdir()), "what was half written takes no room"
 
     job = submit(output=output)  # still without room
     assert job.wait() == "FAILED"
     assert "No space left on device" in job.words()
-    assert "OSError" not in job.words(), job.words()
+    assert "Traceback" not in job.words(), job.words()
     assert set(there[-2:]) <= set(whole(output))
 
     (cluster.disk / "ballast").unlink()
@@ -111,9 +111,24 @@ def test_damaged_checkpoints_are_passed_over(submit, undisturbed):
     assert_same(job.output, undisturbed, STEPS)
 
 
+def test_a_frozen_rank_ends_the_job_which_goes_on_when_queued_again(submit, undisturbed):
+    job = submit("run.stall_seconds=20")
+    job.until_beyond(7)
+    process = job.mark(1).process
+    os.kill(process, signal.SIGSTOP)
+    assert job.wait() == "FAILED"
+    words = f"error: the run stands still: nothing has moved for 20 s (run.stall_seconds), and everyone waits for rank 1 (node1, process {process}), which"
+    assert words in job.words(), job.words()
+    assert f"the Python stacks of 3 ranks are in {job.output}/stacks" in job.words()
+    assert not is_alive(process)
+    job.requeue()
+    assert job.wait() == "COMPLETED", job.words()
+    assert_same(job.output, undisturbed, STEPS)
+
+
 def test_a_slow_rank_is_waited_for(submit, undisturbed):
     """Stopped for most of the time: the others wait for it at every message, and nothing else happens."""
-    job = submit()
+    job = submit("run.stall_seconds=20")
     job.until(lambda: job.mark(2) is not None, "there")
     process, over = job.mark(2).process, threading.Event()
     with contextlib.suppress(ProcessLookupError):

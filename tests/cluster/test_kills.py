@@ -40,6 +40,8 @@ class Hit(NamedTuple):
     rank: int
     seconds: float
     """From the kill to the end of the job."""
+    is_named: bool
+    """Whether the job's words say which rank ended, beside what Slurm says."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -152,7 +154,7 @@ class Trials:
         self._killed_at = killed_at
         left = self.job.mark(rank)
         assert left is not None
-        return Hit(left.phase, rank, time.monotonic() - killed_at)
+        return Hit(left.phase, rank, time.monotonic() - killed_at, re.search(rf"^rank {rank} .*(ended|was killed)", self.job.words(), re.MULTILINE) is not None)
 
     # -- what must hold ----------------------------------------------------------------------------------------------
 
@@ -175,5 +177,6 @@ class Trials:
         self._compare()
         hits = ", ".join(f"{count} {phase}" for phase, count in sorted(Counter(hit.phase for hit in self.hits).items()))
         ends, again = sorted(hit.seconds for hit in self.hits), sorted(self.again)
-        print(f"\n{len(self.hits)} kills ({hits}) in {self._runs} runs; the job's end {ends[len(ends) // 2]:.1f} s after a kill, {ends[-1]:.1f} s "
+        named = sum(hit.is_named for hit in self.hits)
+        print(f"\n{len(self.hits)} kills ({hits}) in {self._runs} runs, {named} with the rank named; the job's end {ends[len(ends) // 2]:.1f} s after a kill, {ends[-1]:.1f} s "
               f"at most; training again {again[len(again) // 2]:.1f} s after it, {again[-1]:.1f} s at most")  # fmt: skip
