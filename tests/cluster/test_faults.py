@@ -76,7 +76,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(cluster, submit, undi
     for half_written in (output / "checkpoints").glob(".writing-*"):  # a start would make room by that
         shutil.rmtree(half_written)
     fill(cluster.disk)
-    job = submit(output=output)
+    job.requeue()  # a new job's `megatrain check` would see it
     assert job.wait() == "FAILED"
     assert "No space left on device" in job.words()
     assert "Traceback" not in job.words(), job.words()
