@@ -25,6 +25,7 @@ from megatrain.train import rollback
 from megatrain.train.auto import settle_schedule
 from megatrain.train.checks import parts_of, with_steps
 from megatrain.train.early import EarlyStop
+from megatrain.train.gauge import Gauge
 from megatrain.train.journal import Journal
 from megatrain.train.metrics import FILE_NAME, read
 from megatrain.train.plausible import Watch
@@ -52,6 +53,7 @@ class Parts(NamedTuple):
     device: torch.device
     trainer: Trainer
     tracer: Tracer
+    gauge: Gauge
     train: Loader
     valid: Validation | None
     progress: Progress
@@ -77,6 +79,7 @@ def make_parts(asked: Config, place: Place, task: Task, beat: Beat) -> Parts:
     settled = settle_schedule(config, architecture, grid, device, batches=lambda: train.microbatches(0), resumed=path is not None,
                               ranks_here=place.local_size)  # fmt: skip
     config = settled.config
+    gauge = Gauge(config, architecture, grid, device, settled.schedule)
     trainer = Trainer(config, architecture, grid, device, pretrained=pretrained, schedule=settled.schedule, channels=settled.channels)
     progress = Progress(0, 0, 0, samples=0)
     if path is not None:
@@ -94,7 +97,7 @@ def make_parts(asked: Config, place: Place, task: Task, beat: Beat) -> Parts:
         trainer.reference = make_reference(config, trainer, batches, resumed=path is not None)
     return Parts(
         asked=dataclasses.replace(asked, parallel=config.parallel), config=config, task=task, folder=folder, device=device, trainer=trainer,
-        tracer=Tracer(trainer, folder), train=train, valid=valid, progress=progress, saver=saver, journal=journal,
+        tracer=Tracer(trainer, folder), gauge=gauge, train=train, valid=valid, progress=progress, saver=saver, journal=journal,
         watch=Watch(path, progress, margin=0 if guards(progress, config.train) else config.train.resume_margin), early=early_stop(config, folder, grid, progress),
     )  # fmt: skip
 

@@ -125,6 +125,7 @@ class _Run:
         values, figures = self.journal.measured(report, self.progress, seconds), dict[str, float]()
         if shown:
             self.journal.show_step(step, report, seconds, parts=stopwatch.seconds())
+            values.update(self.parts.gauge.measure())
         undo = first_to_undo(self.progress, train)
         if undo and self._go_back(undo, values):
             return

@@ -69,7 +69,7 @@ def pretrain(rank, world_size, raw):
 def metrics(run):
     """Every line's step and numbers, but for those of time."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second", "tflops_per_rank", "mfu", "save_stall_seconds")
+    timed = ("seconds", "tokens_per_second", "tflops_per_rank", "mfu", "save_stall_seconds", "memory_gib")
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 
 
