@@ -11,11 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from commands import run as run_command
 from test_configs import CONFIGS, WRITTEN_FOR
 
 from megatrain import config as configuration
 from megatrain.__main__ import main
 from megatrain.data.indexed import IndexedWriter
+from megatrain.models.architecture import load_config, read_architecture
+from megatrain.train.memory import predict
 
 MODEL = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -156,6 +159,8 @@ def test_tensor_groups_that_leave_a_machine(check, run_file):
     assert len(said.warnings) == 1
     assert "parallel.tensor=2 parallel.pipeline=2 stays inside" in said.warnings[0]
     assert check(run_file, "parallel.tensor=2", "--nodes", "2", "--gpus-per-node", "2").warnings == []
+    (words,) = check(run_file, "parallel.tensor=4", "parallel.pipeline=4", "--nodes", "8", "--gpus-per-node", "2").warnings
+    assert words.endswith("; parallel.tensor=2 stays inside")  # there are no layers for 8 stages
 
 
 def test_a_gpu_that_is_too_small(check, run_file):
@@ -181,8 +186,8 @@ def test_a_disk_that_is_too_small(check, run_file, monkeypatch):
     assert check(run_file, *words, paste).code == 0
 
 
-def test_it_is_the_size_that_a_checkpoint_has(tmp_path, run_file, check):
-    from commands import run as run_command
+def test_a_run_takes_what_was_said(tmp_path, run_file, check):
+    """The checkpoint's size; and the metrics have the predicted memory beside what is measured."""
 
     said = check(run_file)
     ended = run_command("pretrain", run_file, "train.steps=1", f"run.output_dir={tmp_path / 'run'}", folder=tmp_path)
@@ -190,8 +195,11 @@ def test_it_is_the_size_that_a_checkpoint_has(tmp_path, run_file, check):
     real = sum(path.stat().st_size for path in (tmp_path / "run/checkpoints/step-00000001").rglob("*.safetensors"))
     told = float(re.search(r"checkpoints: ([\d.]+) kB each", said.out)[1]) * 1e3
     assert told == pytest.approx(real, rel=0.05)
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert lines
+    (line,) = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    config = configuration.load(run_file)
+    (memory,) = predict(config, read_architecture(load_config(config.model)), data_size=1, device="cpu")
+    assert line["memory_predicted_gib"] == memory.total / 2**30
+    assert line["memory_gib"] is None or line["memory_gib"] > 0
 
 
 @pytest.mark.parametrize("name", WRITTEN_FOR)

@@ -21,6 +21,12 @@ def choose_schedule(schedule: str, *, ranks: int, microbatches: int, virtual: in
     """
     if schedule.lower().endswith(".csv"):
         return _from_file(schedule, ranks, microbatches, virtual, sequences)
+    check_choice(schedule, ranks=ranks, microbatches=microbatches, virtual=virtual, sequences=sequences)
+    return make_schedule(schedule, ranks, microbatches, virtual)
+
+
+def check_choice(schedule: str, *, ranks: int, microbatches: int, virtual: int | None = None, sequences: int = 1) -> None:
+    """Refuse a name that there is not, and numbers that it cannot do."""
     if schedule not in SCHEDULES:
         close = difflib.get_close_matches(schedule, SCHEDULES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"use {', '.join(SCHEDULES)}, auto or the path of a .csv file"
@@ -34,7 +40,6 @@ def choose_schedule(schedule: str, *, ranks: int, microbatches: int, virtual: in
             f"makes {_count(microbatches)} and parallel.schedule={schedule} on {ranks} ranks needs {fewest} or more",
             f"use {fewest * sequences} or more, or another schedule",
         )  # fmt: skip
-    return make_schedule(schedule, ranks, microbatches, virtual)
 
 
 def _check_virtual(schedule: str, family: Family, virtual: int | None) -> None:

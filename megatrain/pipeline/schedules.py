@@ -206,6 +206,8 @@ class Family(NamedTuple):
     """Whether it can be told otherwise: 2 or more."""
     microbatches_a_rank: int = 0
     """The fewest microbatches, in multiples of the number of ranks."""
+    settles: bool = True
+    """Whether more than two microbatches a rank make no difference to what a rank holds at most."""
 
     def fewest_microbatches(self, ranks: int) -> int:
         """The fewest that the schedule can do."""
@@ -213,9 +215,9 @@ class Family(NamedTuple):
 
 
 SCHEDULES: dict[str, Family] = {
-    "gpipe": Family(gpipe, lambda rank, ranks, microbatches, chunks: microbatches),
+    "gpipe": Family(gpipe, lambda rank, ranks, microbatches, chunks: microbatches, settles=False),
     "1f1b": Family(one_f_one_b, lambda rank, ranks, microbatches, chunks: min(ranks - rank, microbatches)),
-    "interleaved": Family(interleaved, _interleaved_peak, chunks=2, any_chunks=True),
+    "interleaved": Family(interleaved, _interleaved_peak, chunks=2, any_chunks=True, settles=False),
     "zb-h1": Family(zb_h1, lambda rank, ranks, microbatches, chunks: min(ranks, microbatches)),
     "zb-v": Family(zb_v, lambda rank, ranks, microbatches, chunks: 2 * min(ranks, microbatches), "v", chunks=2),
     "dualpipev": Family(dualpipev, lambda rank, ranks, microbatches, chunks: 2 * ranks + 1, "v", chunks=2, microbatches_a_rank=2),

@@ -14,9 +14,9 @@ from megatrain.models.parts import Parts
 from megatrain.parallel.grid import Grid, make_grid
 from megatrain.parallel.sharding import parameters
 from megatrain.pipeline.actions import Placement, Schedule
-from megatrain.pipeline.choose import choose_schedule
+from megatrain.pipeline.choose import check_choice, choose_schedule
 from megatrain.pipeline.executor import Stage
-from megatrain.pipeline.schedules import make_schedule
+from megatrain.pipeline.schedules import SCHEDULES, make_schedule
 from megatrain.pipeline.stages import cut_as_told, cut_layers
 
 
@@ -35,6 +35,16 @@ def run_schedule(config: Config, data_size: int) -> Schedule:
         return make_schedule("1f1b", p.pipeline, microbatches)
     return choose_schedule(p.schedule, ranks=p.pipeline, microbatches=microbatches, virtual=p.virtual,
                            sequences=config.train.micro_batch_size * data_size)  # fmt: skip
+
+
+def holding_schedule(config: Config, data_size: int) -> Schedule:
+    """One in which each rank holds as much at once as in the run's: of no more microbatches than that takes, which on many stages are few."""
+    p, microbatches = config.parallel, config.microbatches(data_size)
+    name = "1f1b" if p.pipeline == 1 or p.schedule == "auto" else p.schedule
+    if name not in SCHEDULES or not SCHEDULES[name].settles:
+        return run_schedule(config, data_size)
+    check_choice(name, ranks=p.pipeline, microbatches=microbatches, virtual=p.virtual, sequences=config.train.micro_batch_size * data_size)
+    return make_schedule(name, p.pipeline, min(microbatches, 2 * p.pipeline))
 
 
 def rank_specs(config: Config, architecture: Architecture, placement: Placement) -> list[list[list[LayerSpec]]]:

@@ -21,9 +21,9 @@ from megatrain.rules import check
 from megatrain.train import console
 from megatrain.train.build import (
     adapter_parameters,
+    holding_schedule,
     plan_ranks,
     rank_specs,
-    run_schedule,
     total_parameters,
     whole_tensors,
 )
@@ -60,7 +60,7 @@ def layout_rules(config: Config, a: Architecture, world_size: int, *, on_gpu: bo
         lambda: config.microbatches(config.data_size(world_size)),
         lambda: check_tensor_split(a, config.parallel.tensor),
         lambda: _check_adapters(config, a),
-        lambda: rank_specs(config, a, run_schedule(config, config.data_size(world_size)).placement),
+        lambda: rank_specs(config, a, holding_schedule(config, config.data_size(world_size)).placement),
         lambda: _check_dtype(config, on_gpu=on_gpu),
         lambda: _check_positions(config, a),
     ]
@@ -159,7 +159,7 @@ def dry_run(config: Config, task: Task) -> str:
              *(["  schedule auto is settled by measuring before the first step; shown is 1f1b's cut, which it starts from"]
                if p.schedule == "auto" and p.pipeline > 1 else []),
              "", "pipeline rank  layers                                  parameters on each tensor rank"]  # fmt: skip
-    for number, plan in enumerate(plan_ranks(config, architecture, run_schedule(config, data_size).placement)):
+    for number, plan in enumerate(plan_ranks(config, architecture, holding_schedule(config, data_size).placement)):
         layers = ", ".join(span(chunk) for chunk in plan.chunks)
         lines.append(f"{number:>13}  {layers:<40}{plan.parameters_per_rank:>15,}")
     return "\n".join(lines + notes)

@@ -33,7 +33,7 @@ from megatrain.parallel.quantized import Quantized
 from megatrain.pipeline.actions import Action, Schedule
 from megatrain.pipeline.channels import Channels
 from megatrain.pipeline.executor import Stage
-from megatrain.train.build import build_layers_of, rank_specs, run_schedule
+from megatrain.train.build import build_layers_of, holding_schedule, rank_specs, run_schedule
 from megatrain.train.contexts import Contexts
 from megatrain.train.footprint import Footprint, chain, measure, signature
 from megatrain.train.live import Live
@@ -75,7 +75,8 @@ def predict(config: Config, architecture: Architecture, *, data_size: int, devic
 
     `device`: cuda or cpu, of the ranks that train; `schedule`: in place of the config's own.
     """
-    schedule = schedule or run_schedule(config, data_size)
+    if schedule is None:  # on CPUs all messages of a step count, and on GPUs only what is held
+        schedule = run_schedule(config, data_size) if device == "cpu" else holding_schedule(config, data_size)
     layers = _Layers(config, architecture, data_size, device, split=any(a.kind == "I" for actions in schedule.actions for a in actions))
     specs = rank_specs(config, architecture, schedule.placement)
     return [layers.rank(rank, chunks, schedule) for rank, chunks in enumerate(specs)]

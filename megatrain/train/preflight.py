@@ -23,7 +23,7 @@ from megatrain.models.quantize import check_bitsandbytes
 from megatrain.pipeline.stages import cut_layers
 from megatrain.rules import problems, within_ranges
 from megatrain.train import checks
-from megatrain.train.build import RankPlan, layer_costs, plan_ranks, run_schedule
+from megatrain.train.build import RankPlan, holding_schedule, layer_costs, plan_ranks
 from megatrain.train.disk import check_room, existing, in_bytes, room_for
 from megatrain.train.memory import RankMemory, heaviest, predict
 from megatrain.train.tasks import Pretraining, Task
@@ -158,17 +158,20 @@ def _fits(config: Config, a: Architecture, place: Place, findings: Findings) -> 
     if not all(passed):  # the cut is not reached when the batch does not divide
         findings.attempt(lambda: cut_layers(layer_costs(a, config.data.sequence_length), config.parallel.pipeline))
         return False
-    _crossings(config, place, findings)
+    _crossings(config, a, place, findings)
     return True
 
 
-def _crossings(config: Config, place: Place, findings: Findings) -> None:
+def _crossings(config: Config, a: Architecture, place: Place, findings: Findings) -> None:
     """Tensor ranks are neighbours, and exchange every layer's activations: between machines that is what a step waits for."""
-    t, g = config.parallel.tensor, place.ranks_per_node
-    if place.nodes > 1 and g % t:
-        inside = max(d for d in range(1, t + 1) if t % d == 0 and g % d == 0)
-        findings.warnings.append(f"parallel.tensor={t} does not divide the {g} ranks of a machine: tensor groups leave it, and each layer waits for the "
-                                 f"network; parallel.tensor={inside} parallel.pipeline={config.parallel.pipeline * t // inside} stays inside")  # fmt: skip
+    p, g = config.parallel, place.ranks_per_node
+    if place.nodes == 1 or g % p.tensor == 0:
+        return
+    inside = max(d for d in range(1, p.tensor + 1) if p.tensor % d == 0 and g % d == 0)
+    stages = p.pipeline * p.tensor // inside
+    words = f"parallel.tensor={inside}" + (f" parallel.pipeline={stages}" if stages <= a.num_layers else "")
+    findings.warnings.append(f"parallel.tensor={p.tensor} does not divide the {g} ranks of a machine: tensor groups leave it, and each layer waits for "
+                             f"the network; {words} stays inside")  # fmt: skip
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def _memory(config: Config, a: Architecture, place: Place, findings: Findings) -
     """A table of the ranks that differ, and what is said of the heaviest."""
     data_size = config.data_size(place.world_size)
     ranks = predict(config, a, data_size=data_size, device=place.device)
-    plans = plan_ranks(config, a, run_schedule(config, data_size).placement)
+    plans = plan_ranks(config, a, holding_schedule(config, data_size).placement)
     top = heaviest(ranks)
     lines = ["", *table(config, plans, ranks, data_size), "", _heaviest(config, place, ranks[top], top)]
     if any(rank.host for rank in ranks):
@@ -240,15 +243,18 @@ def _lighter(config: Config, a: Architecture, place: Place) -> str:
 
 
 def _changes(config: Config, place: Place) -> Iterator[tuple[str, Config]]:
-    """One after the other: ZeRO 1, a smaller microbatch, recomputing, then more tensor ranks or stages with whole recomputing."""
+    """One after the other: ZeRO 1, a smaller microbatch, recomputing, then more tensor ranks or stages, also with whole recomputing."""
     steps: list[dict[str, Any]] = []
     if config.parallel.zero == 0:
         steps.append({"parallel.zero": 1})
+    if config.train.micro_batch_size % 2 == 0:
+        steps.append({"train.micro_batch_size": config.train.micro_batch_size // 2})
     if config.parallel.tensor > 1 and not config.parallel.sequence:
         steps.append({"parallel.sequence": True})
-    steps += [{"train.recompute": how} for how in ("selective", "full") if how != config.train.recompute]
-    for times in (2, 4, 8, 16, 32):
-        for how in (config.train.recompute, "full"):
+    more = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[config.train.recompute]
+    steps += [{"train.recompute": how} for how in more]
+    for times in (2, 4, 8):
+        for how in dict.fromkeys((config.train.recompute, "full")):
             recompute = {} if how == config.train.recompute else {"train.recompute": how}
             wider = {"parallel.tensor": config.parallel.tensor * times}
             if wider["parallel.tensor"] <= place.ranks_per_node:

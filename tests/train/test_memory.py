@@ -19,9 +19,10 @@ from megatrain import config as configuration
 from megatrain.data.loader import Batch
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.parallel.grid import make_grid
-from megatrain.train.footprint import is_fused
+from megatrain.pipeline.schedules import SCHEDULES, make_schedule
+from megatrain.train.footprint import Footprint, is_fused
 from megatrain.train.live import Live
-from megatrain.train.memory import predict
+from megatrain.train.memory import most, predict
 
 LENGTH, MICRO, BUCKET = 64, 2, 20_000
 """Long enough that activations outweigh the rest; and buckets that are small beside the weights, as on real models."""
@@ -126,6 +127,15 @@ def test_adapters_and_weights_in_four_bits():
     assert (adapters.gradients, adapters.optimizer) == (4 * trained, 12 * trained + 4)
     assert quantized.parameters == adapters.parameters
     assert adapters.weights - quantized.weights == linears * (4 - 0.5 - 4 / 64)
+
+
+@pytest.mark.parametrize("name", [name for name, family in SCHEDULES.items() if family.settles])
+def test_many_microbatches_hold_no_more_than_two_a_rank(name):
+    chunks = [Footprint(100 + 7 * chunk, 140, 90, 30 + chunk, 60, 20, 0) for chunk in range(SCHEDULES[name].chunks)]
+    for ranks in (1, 2, 3, 5, 8):
+        few, many = (make_schedule(name, ranks, count) for count in (2 * ranks, 9 * ranks + 1))
+        for rank in range(ranks):
+            assert sum(most(few, rank, chunks, flow=3, on_cpu=False)) == sum(most(many, rank, chunks, flow=3, on_cpu=False))
 
 
 @pytest.mark.parametrize("task", ["classification", "token-classification"])
