@@ -105,7 +105,8 @@ class Journal:
         per_rank = rate * self._flops / self._world_size
         return {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr, "tokens": progress.tokens,
                 "seconds": seconds, "tokens_per_second": rate, "tflops_per_rank": per_rank / 1e12,
-                "mfu": per_rank / self._peak if self._peak else None, "skipped": not report.applied, **report.measures}  # fmt: skip
+                "mfu": per_rank / self._peak if self._peak else None, "skipped": not report.applied, **report.measures,
+                **({} if progress.loss_scaling is None else {"loss_scale": progress.loss_scaling.scale})}  # fmt: skip
 
     def show_step(self, step: int, report: StepReport, seconds: float, *, parts: Mapping[str, float]) -> None:
         """`parts` is how this rank spent the step."""

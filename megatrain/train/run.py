@@ -162,6 +162,7 @@ class _Run:
 
     def _go_back(self, since: int, values: Mapping[str, Value]) -> bool:
         """Undo the steps from `since` on and pass over their samples; whether there was a checkpoint to go back to."""
+        self.beat.phase("going back to a checkpoint")
         self._finish_saving()
         reached, train, folder = self.progress, self.config.train, self.parts.folder
         target = rollback.find(folder, since=since, hashes=train.verify == "full")
