@@ -91,7 +91,7 @@ class Beat:
         """The ranks that must do something before this one gets on."""
         collective = self.collective
         if collective is not None:
-            return collective[1].ranks
+            return collective[1].ranks if len(collective[1].ranks) > 1 else ()
         return (self.source,) if self.source >= 0 else ()
 
     def words(self) -> str:

@@ -82,7 +82,12 @@ def _meet(place: Place, *, supervised: bool) -> Store:
         return dist.TCPStore(place.master_addr, place.master_port, is_master=False, timeout=GROUP_TIMEOUT)
     check_names(place, gloo=not machine.has_gpu())
     store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=GROUP_TIMEOUT))
-    return store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None or place.local_size < place.world_size:
+        return store
+    # torchrun on one machine keeps its store through restarts, with the addresses that the attempt before has left there. (On
+    # several it makes a new one each time, and their counts may differ.)
+    return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
 def _join_group(place: Place, store: Store) -> None:

@@ -181,6 +181,23 @@ def launch_as_torchrun(target, run, world_size):
     """Start the ranks as a launcher does: RANK and its kin in the environment, nobody watching."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    return start_ranks(target, run, world_size, port)
+
+
+def launch_as_torchrun_again(target, run, world_size):
+    """As torchrun --max-restarts=1 does on one machine: its process holds the store, the same one for both starts."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for attempt in range(2):
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+        code = start_ranks(target, run, world_size, store.port)
+        if code == 0:
+            break
+    return code
+
+
+def start_ranks(target, run, world_size, port):
     children = []
     for rank in range(world_size):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}

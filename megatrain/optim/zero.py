@@ -240,7 +240,8 @@ class Zero:
             else:
                 parameter.grad_accum = parameter.main_grad.clone()  # type: ignore[attr-defined]
         self.optimizer.set_gradient_accumulation_boundary(True)
-        self.optimizer.reduce_gradients(pipeline_parallel=False)
+        with self.grid.beat.within("all-reduce", self.grid.data):
+            self.optimizer.reduce_gradients(pipeline_parallel=False)
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -249,12 +250,15 @@ class Zero:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         falls = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
-        self.grid.beat.note("optimizer step")
+        beat, world = self.grid.beat, self.grid.world
+        beat.note("optimizer step")
         if self.partitioned:
-            self.engine.step()
+            with beat.within("update", world):
+                self.engine.step()
         else:
             self._reduce()
-            self.engine._take_model_step(None)
+            with beat.within("update", world):
+                self.engine._take_model_step(None)
             if not self._bf16:
                 self.discard()
         overflow = bool(getattr(self.optimizer, "overflow", False))

@@ -38,8 +38,8 @@ class _Question:
 
     def __init__(self) -> None:
         self.states: dict[int, State] = {}
-        self.dumped: set[int] | None = None
-        """None until stacks are asked for."""
+        self.dumped: dict[int, State] | None = None
+        """What came with stacks; None until those are asked for."""
         self.until = time.monotonic() + PATIENCE
 
 
@@ -121,7 +121,7 @@ class Hub(WatchdogThread):
             case "state" if self._question is not None:
                 self._question.states[rank] = State.from_json(message["state"])
             case "dumped" if self._question is not None and self._question.dumped is not None:
-                self._question.dumped.add(rank)
+                self._question.dumped[rank] = State.from_json(message["state"])
             case "failed":
                 self._failures.append(Report(**message["report"]))
             case "bye":
@@ -159,24 +159,22 @@ class Hub(WatchdogThread):
     def _go_on_with(self, question: _Question) -> None:
         late = time.monotonic() > question.until
         expected = set(range(self.world_size)) - self._left
-        if question.dumped is not None:
-            if late or question.dumped >= set(question.states) - {self.rank}:
-                self._say_it_stands_still(question, expected)
+        answers = question.states if question.dumped is None else question.dumped
+        answers[self.rank] = self.pulse.state()
+        if not late and not answers.keys() >= (expected if question.dumped is None else question.states.keys()):
             return
-        question.states[self.rank] = self.pulse.state()
-        if not late and not question.states.keys() >= expected:
-            return
-        youngest = min(state.age for state in question.states.values())
+        youngest = min(state.age for state in answers.values())
         if youngest < self.stall_seconds - 2 * LOOK_SECONDS:  # somebody works, and the others wait for it
             self._question = None
             self._next_question = time.monotonic() + max(_ASK_AGAIN, self.stall_seconds - youngest)
-            return
-        question.dumped, question.until = set(), time.monotonic() + _SECONDS_TO_DUMP
-        self._broadcast({"kind": "dump"})
-        self.voice.dump(question.states[self.rank])
+        elif question.dumped is None:
+            question.dumped, question.until = {}, time.monotonic() + _SECONDS_TO_DUMP
+            self._broadcast({"kind": "dump"})
+            self.voice.dump(answers[self.rank])
+        else:
+            self._say_it_stands_still({**question.states, **question.dumped}, expected)
 
-    def _say_it_stands_still(self, question: _Question, expected: set[int]) -> None:
-        states = question.states
+    def _say_it_stands_still(self, states: dict[int, State], expected: set[int]) -> None:
         text = stall_words(states, self._who, sorted(expected - set(states)), self.voice.folder,
                            seconds=min(state.age for state in states.values()))  # fmt: skip
         self._end(Report(self.rank, "stall", text, time.time()), step=min(state.step for state in states.values()))

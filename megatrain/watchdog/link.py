@@ -65,8 +65,9 @@ class Link(WatchdogThread):
             case "ask":
                 self._wire.send({"kind": "state", "state": self.pulse.state().to_json()})
             case "dump":
-                self.voice.dump(self.pulse.state())
-                self._wire.send({"kind": "dumped"})
+                state = self.pulse.state()
+                self.voice.dump(state)
+                self._wire.send({"kind": "dumped", "state": state.to_json()})
             case "end":
                 self.voice.leave(message["text"])
             case "bye":

@@ -87,7 +87,7 @@ def leave_word(text: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    about = {"message": text, "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
+    about = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
     try:
         Path(path).write_text(json.dumps({"message": about}), encoding="utf-8")
     except OSError:
@@ -112,8 +112,7 @@ def stall_words(states: Mapping[int, State], who: Mapping[int, Who], silent: lis
     lines += [f"  rank {rank}: {_in_step(states[rank])}, for {states[rank].age:.0f} s" for rank in others[:_MOST_SHOWN]]
     if more := _more(len(others)):
         lines.append(f" {more}")
-    without = f"; there are none of {'it' if len(silent) == 1 else 'those'} that does not answer" if silent else ""
-    lines.append(f"the Python stacks of {len(states)} ranks are in {stacks_folder(folder)}{without}")
+    lines.append(f"the ranks' Python stacks are in {stacks_folder(folder)}" + (", but for who does not answer" if silent else ""))
     return "\n".join(lines)
 
 

@@ -79,6 +79,13 @@ def test_under_a_launcher_only_the_cause_is_shown(launch):
     assert "the cause" in run.log(0)  # ends with the same words: whichever log one opens says why
 
 
+def test_ranks_that_torchrun_starts_again_do_not_meet_those_of_the_start_before(launch):
+    run = launch("raise_in_steps_to_come", world_size=2, launcher="launch_as_torchrun_again", overrides=["run.seed=1"])
+    assert run.wait() == 0
+    assert run.text("err").count("ValueError: the cause in step 1") == 1
+    assert json.loads(run.text("codes")) == [0, 0]
+
+
 def test_torchrun_is_told_what_to_show(tmp_path, monkeypatch):
     from megatrain.watchdog.voice import leave_word
 
@@ -87,7 +94,7 @@ def test_torchrun_is_told_what_to_show(tmp_path, monkeypatch):
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     failure = ProcessFailure(local_rank=0, pid=os.getpid(), exitcode=1, error_file=str(tmp_path / "error.json"))
-    assert failure.message == {"message": "the cause", "extraInfo": failure.message["extraInfo"]}
+    assert failure.message["extraInfo"]["py_callstack"] == "the cause"  # what its report prints
 
 
 # -- restarts ---------------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_the_rank_that_all_wait_for_is_named_once_and_all_leave(ranks):
     assert first.startswith("the run stands still: nothing has moved for 10")
     assert f"everyone waits for rank 1 ({myself()}), which has been in step 4, loading data for 10" in first
     assert [line.rpartition(" for ")[0] for line in others] == [f"  rank {rank}: step 4, all-reduce data (beginning the step)," for rank in (0, 2)]
-    assert last == f"the Python stacks of 3 ranks are in {run.voices[0].folder / 'stacks'}"
+    assert last == f"the ranks' Python stacks are in {run.voices[0].folder / 'stacks'}"
     assert [voice.left for voice in run.voices] == [stall.text] * 3
     assert [len(voice.dumped) for voice in run.voices] == [1, 1, 1]
 
@@ -169,7 +169,21 @@ def test_a_rank_that_does_not_answer_is_named(ranks, frozen):
     run.look(seconds=15)
     (stall,) = run.said
     assert f"everyone waits for rank {frozen} ({myself()}), which does not answer" in stall.text
-    assert "the Python stacks of 2 ranks are in" in stall.text
+    assert stall.text.endswith(", but for who does not answer")
+    assert "rank 0: step 4, beginning the step, for 11" in stall.text  # as it is now, not as it was when it was asked
+
+
+def test_a_rank_that_was_stopped_for_a_while_ends_nothing(ranks):
+    run = ranks()
+    for beat in run.beats:
+        beat.begin_step(4)
+    run.frozen = {1}
+    run.look(seconds=108)  # all are asked, and it does not answer
+    run.frozen = set()
+    run.look(seconds=30)
+    assert run.said == []
+    run.look(seconds=100)
+    assert len(run.said) == 1
 
 
 def test_a_frozen_rank_0_is_named_by_rank_1(ranks):
