@@ -48,19 +48,23 @@ def newest_from_before(since: int) -> int:
     return since - 2
 
 
-def find(folder: Path, *, since: int, hashes: bool) -> Target:
-    """The newest whole checkpoint of the run from before a spike that began at step `since`. Rank 0 looks, for all."""
+def find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool) -> Target:
+    """The newest whole checkpoint of the run from before a spike that began at step `since`. Rank 0 looks, for all.
+
+    `own` tells of a step whether its checkpoint is one that this run came from or has written: where an older one was resumed by hand,
+    those of the steps after it are of a run that is no more.
+    """
     found = [Target(None)]
     if dist.get_rank() == 0:
-        found = [_find(folder, since=since, hashes=hashes)]
+        found = [_find(folder, since=since, own=own, hashes=hashes)]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def _find(folder: Path, *, since: int, hashes: bool) -> Target:
+def _find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool) -> Target:
     before = [line["step"] for line in skipped(folder) if line["step"] < since]
     latest, passed = max([newest_from_before(since), *before]), list[str]()
-    for path in sorted((path for path in _checkpoints(folder) if step_of(path) <= latest), reverse=True):
+    for path in sorted((path for path in _checkpoints(folder) if step_of(path) <= latest and own(step_of(path))), reverse=True):
         wrong = manifest.problem(path, hashes=hashes)
         if wrong is None:
             return Target(path, before.count(step_of(path)), tuple(passed))
@@ -70,7 +74,7 @@ def _find(folder: Path, *, since: int, hashes: bool) -> Target:
 
 def commit(folder: Path, *, back: Progress, noticed: Progress, since: int, loader: Loader) -> None:
     """Make the return to `back` last: newer checkpoints go, newest first, and what is passed over is written down. For one rank."""
-    newer = [path for path in _checkpoints(folder) if step_of(path) > back.step]
+    newer = [path for path in _checkpoints(folder) if back.step < step_of(path) <= noticed.step]
     keep.delete(sorted(newer, reverse=True))
     positions = range(back.samples, noticed.samples)
     line = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds"), "step": back.step, "spike_began": since, "noticed": noticed.step,

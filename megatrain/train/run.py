@@ -72,7 +72,7 @@ class _Run:
         self.parts, self.config, self.trainer = parts, parts.config, parts.trainer
         self.saver, self.journal, self.early = parts.saver, parts.journal, parts.early
         self.progress, self.watch, self.beat = parts.progress, parts.watch, parts.trainer.grid.beat
-        self.stop_asked = False
+        self.stop_asked, self.saved = False, set[int]()
 
     def run(self) -> None:
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -165,7 +165,8 @@ class _Run:
         self.beat.phase("going back to a checkpoint")
         self._finish_saving()
         reached, train, folder = self.progress, self.config.train, self.parts.folder
-        target = rollback.find(folder, since=since, hashes=train.verify == "full")
+        target = rollback.find(folder, since=since, own=lambda step: step <= self.parts.progress.step or step in self.saved,
+                               hashes=train.verify == "full")  # fmt: skip
         if target.path is None:
             self.journal.stays(reached, target.passed)
             return False
@@ -207,6 +208,7 @@ class _Run:
         step, back_to = self.progress.step, None
         if self.config.train.spike == "rollback":
             back_to = rollback.newest_from_before(self.progress.spike_since or step + 1)
+        self.saved.add(step)
         self.journal.saved(self.saver.save(self.progress, prune=self.watch.has_seen_an_update(step), back_to=back_to))
 
     def _finish_saving(self) -> None:

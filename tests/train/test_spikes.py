@@ -86,6 +86,27 @@ def test_what_is_undone():
     assert first_to_undo(Progress(12, 0, 0, bad_steps=5, spike_since=10), Train(spike="warn")) == 0
 
 
+def test_which_checkpoint_is_gone_back_to(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        path = tmp_path / "checkpoints" / f".writing-step-{step:08d}"
+        path.mkdir(parents=True)
+        (path / "x").write_text("x")
+        manifest.commit(path, checkpoint(tmp_path, step), [manifest.record(path, path / "x")])
+    (checkpoint(tmp_path, 8) / "x").write_text("longer")
+
+    def found(since, own=lambda step: True):
+        target = rollback._find(tmp_path, since=since, own=own, hashes=False)
+        return target.path and rollback.step_of(target.path), target.times, target.passed
+
+    assert found(12) == (10, 0, ())
+    assert found(11) == (6, 0, ("step-00000008 has 6 bytes in x instead of 1",)), "that of 10 shows in 11"
+    assert found(7) == (4, 0, ())
+    assert found(3) == (None, 0, ())
+    assert found(12, lambda step: step <= 4) == (4, 0, ()), "later ones are of another run"
+    (tmp_path / rollback.FILE_NAME).write_text('{"step": 6, "first": 48, "last": 79}\n{"step": 6, "first": 80, "last": 87}\n')
+    assert found(7) == (6, 2, ()), "one that was gone back to is good"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # whole runs: samples of two steps are of tokens that no other has
 
