@@ -37,13 +37,14 @@ class Exporter(Protocol):
 
 def check_exporters(config: Config) -> None:
     """Refuse what cannot work; needs no ranks and sends nothing."""
+    path = config.run.prometheus
+    if path is not None and not path.endswith(".prom"):
+        raise ConfigError("run.prometheus", path, "must end in .prom: node_exporter's textfile collector reads no other file", f"set run.prometheus={path}.prom")
     for setting, library in _LIBRARIES.items():
         value = getattr(config.run, setting)
         if value is not None and importlib.util.find_spec(library) is None:
-            raise ConfigError(f"run.{setting}", value, f"needs {library}, which is not installed", f'pip install "megatrain[{setting}]", or pip install {library}')
-    path = config.run.prometheus
-    if path is not None and not path.endswith(".prom"):
-        raise ConfigError("run.prometheus", path, "must end in .prom: node_exporter's textfile collector reads no other file", f"name it {path}.prom")
+            raise ConfigError(f"run.{setting}", value, f"needs {library}, which is not installed", f'pip install "megatrain[{setting}]", or pip install {library}',
+                              paste=f"pip install {library}")  # fmt: skip
 
 
 class Exporters:

@@ -25,6 +25,7 @@ from megatrain.rules import problems, within_ranges
 from megatrain.train import checks
 from megatrain.train.build import RankPlan, holding_schedule, layer_costs, plan_ranks
 from megatrain.train.disk import check_room, existing, in_bytes, room_for
+from megatrain.train.exporters import check_exporters
 from megatrain.train.memory import RankMemory, heaviest, predict
 from megatrain.train.tasks import Pretraining, Task
 
@@ -53,6 +54,7 @@ def preflight(config: Config, task: Task, place: Place, findings: Findings) -> l
     config = within_ranges(config)
     findings.attempt(lambda: task.check(config))
     findings.attempt(lambda: check_bitsandbytes(config.lora))
+    findings.attempt(lambda: check_exporters(config))
     _files(config, task, findings)
     architecture = findings.attempt(lambda: task.architecture(config))
     if architecture is None:

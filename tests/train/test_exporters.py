@@ -26,9 +26,12 @@ def test_a_library_that_is_not_there_is_named_with_the_line_that_brings_it(setti
 
 
 def test_a_file_that_node_exporter_would_not_read_is_refused(tmp_path):
-    pytest.importorskip("prometheus_client", reason="comes with the extra `prometheus`, which `make install` brings")
-    with pytest.raises(ConfigError, match=r"must end in .prom.*name it x.txt.prom"):
+    with pytest.raises(ConfigError, match=r"must end in .prom.*set run.prometheus=x.txt.prom"):
         check_exporters(settings(tmp_path, prometheus="x.txt"))
+
+
+def test_a_folder_that_is_not_there_is_refused_on_rank_0s_machine(tmp_path):
+    pytest.importorskip("prometheus_client", reason="comes with the extra `prometheus`, which `make install` brings")
     config = settings(tmp_path, prometheus=str(tmp_path / "none" / "x.prom"))
     check_exporters(config)  # the folder is one of rank 0's machine
     with pytest.raises(ConfigError, match="no folder of rank 0's machine"):
