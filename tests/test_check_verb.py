@@ -115,7 +115,7 @@ def test_a_mistake_is_mended_by_the_line_to_paste(check, run_file, words):
 def test_what_exporters_cannot_do_is_said_before(check, run_file):
     """Whether their libraries are there or not."""
     errors = check(run_file, "run.prometheus=x.txt").errors
-    assert ["run.prometheus=x.txt.prom"] == [paste for text, paste in errors.items() if text.startswith("run.prometheus=x.txt must end in .prom")]
+    assert [paste for text, paste in errors.items() if text.startswith("run.prometheus=x.txt must end in .prom")] == ["run.prometheus=x.txt.prom"]
 
 
 MENDED_IN_TWO = ("lora.alpha=8", "train.eval_every=5")
