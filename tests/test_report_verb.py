@@ -167,7 +167,7 @@ def test_a_run_that_was_killed_in_the_middle_of_its_lines(folder):
     for name in ("metrics.jsonl", "events.jsonl"):
         text = (folder / name).read_text()
         (folder / name).write_text(text[:-20])
-    (folder / "logs" / "rank-00001.jsonl").write_bytes(b'{"message": "fig\xff')
+    (folder / "logs" / "rank-00001.jsonl").write_bytes(b'{"message": "figures", "forward": 1.0}\n{"message": "fig\xff')
     os.utime(folder / "metrics.jsonl", (0, 1_700_000_000))
     page = page_of(folder)
     assert "Killed, or hung: it has not said how it ended" in page.words

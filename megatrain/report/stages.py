@@ -12,6 +12,8 @@ from megatrain.train.events import Event
 _END = 1 << 13
 """Bytes of each log that are read: some twenty-five steps."""
 
+_FIGURES = ("pipeline", "forward", "backward", "waiting", "seconds", "peak_memory")
+
 
 class StageTimes(NamedTuple):
     """Means over a pipeline rank's tensor and data ranks and their last steps; seconds. `rest` is what is not the pipeline's."""
@@ -58,7 +60,7 @@ def _figures(path: Path) -> list[dict[str, Any]]:
     for line in json_lines.read(path, last=_END):
         if line.get("message") == "start":
             lines.clear()
-        elif line.get("message") == "figures" and "forward" in line:
+        elif line.get("message") == "figures" and all(isinstance(line.get(name), int | float) for name in _FIGURES):
             lines.append(line)
     return lines
 
