@@ -26,19 +26,19 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "tokenizer": Verb("megatrain.data.tokenizer_verb", "train a tokenizer on text files"),
-    "preprocess": Verb("megatrain.data.preprocess_verb", "turn text files into an indexed dataset"),
-    "check": Verb("megatrain.check_verb", "see whether a run can start on its machines, before the queue"),
+    "tokenizer": Verb("megatrain.verbs.tokenizer", "train a tokenizer on text files"),
+    "preprocess": Verb("megatrain.verbs.preprocess", "turn text files into an indexed dataset"),
+    "check": Verb("megatrain.verbs.check", "see whether a run can start on its machines, before the queue"),
     "pretrain": Verb("megatrain.pretrain", "train a model from a config"),
     "finetune": Verb("megatrain.finetune", "finetune a model on chats, preferences or labels"),
-    "schedule": Verb("megatrain.schedule_verb", "simulate and draw a pipeline schedule"),
-    "xray": Verb("megatrain.xray_verb", "see where a run's time went, with advice"),
-    "report": Verb("megatrain.report_verb", "a run's curves, events and times as one page, on any device"),
-    "convert": Verb("megatrain.convert_verb", "turn a checkpoint into another kind, proven"),
+    "schedule": Verb("megatrain.verbs.schedule", "simulate and draw a pipeline schedule"),
+    "xray": Verb("megatrain.verbs.xray", "see where a run's time went, with advice"),
+    "report": Verb("megatrain.verbs.report", "a run's curves, events and times as one page, on any device"),
+    "convert": Verb("megatrain.verbs.convert", "turn a checkpoint into another kind, proven"),
     "evaluate": Verb("megatrain.evaluate", "measure a model: perplexity, multiple choice, labels, lm-evaluation-harness"),
-    "inspect": Verb("megatrain.inspect_verb", "see what a checkpoint holds, and whether it is whole"),
-    "generate": Verb("megatrain.generate_verb", "let a model go on with a text"),
-    "config": Verb("megatrain.config_verb", "show every setting and its meaning, or a config as it resolves"),
+    "inspect": Verb("megatrain.verbs.inspect", "see what a checkpoint holds, and whether it is whole"),
+    "generate": Verb("megatrain.verbs.generate", "let a model go on with a text"),
+    "config": Verb("megatrain.verbs.config", "show every setting and its meaning, or a config as it resolves"),
 }
 
 

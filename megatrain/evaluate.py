@@ -25,9 +25,9 @@ from megatrain import machine, pretrain
 from megatrain.config import Config
 from megatrain.errors import ConfigError, UserError
 from megatrain.evaluation import subject as subjects
-from megatrain.launch import run_local
+from megatrain.launch.local import run_local
+from megatrain.launch.rank import enter_rank
 from megatrain.place import from_environment
-from megatrain.rank import enter_rank
 
 _SETTING = re.compile(r"[a-z_]+\.[a-z_.]+=")
 

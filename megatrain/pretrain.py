@@ -21,9 +21,9 @@ if __name__ == "__main__":
 
 from megatrain import machine
 from megatrain.config import Config, load
-from megatrain.launch import run_local
+from megatrain.launch.local import run_local
+from megatrain.launch.rank import enter_rank
 from megatrain.place import from_environment
-from megatrain.rank import enter_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -121,7 +121,7 @@ def _serve() -> None:
     import transformers.models.auto.tokenization_auto  # noqa: F401
 
     import megatrain.train.run  # noqa: F401
-    from megatrain.launch import import_before_fork
+    from megatrain.launch.local import import_before_fork
 
     import_before_fork()
     under_way: set[int] = set()

@@ -16,9 +16,9 @@ from pathlib import Path
 from megatrain import config, machine
 from megatrain.beat import Everyone
 from megatrain.errors import DataError
-from megatrain.launch import import_before_fork, run_local
+from megatrain.launch.local import import_before_fork, run_local
+from megatrain.launch.rank import enter_rank
 from megatrain.place import from_environment
-from megatrain.rank import enter_rank
 
 
 def folder_of(run):

@@ -79,7 +79,7 @@ def _start(count: int) -> list[_Worker]:
     import transformers.models.auto.modeling_auto  # noqa: F401
 
     import megatrain.train.trainer  # noqa: F401
-    from megatrain.launch import import_before_fork
+    from megatrain.launch.local import import_before_fork
 
     import_before_fork()
     context = multiprocessing.get_context("fork")

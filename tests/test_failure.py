@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatrain.errors import UserError
-from megatrain.failure import describe
+from megatrain.launch.failure import describe
 from megatrain.log import _LogFile
 from megatrain.train import metrics
 

@@ -9,9 +9,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "convert"))
 from tiny_folders import LLAMA, make_folder
 
-from megatrain import generate_verb
 from megatrain.__main__ import main
 from megatrain.data.tokenizer import train_tokenizer
+from megatrain.verbs import generate as generate_verb
 
 
 @pytest.fixture(scope="module")

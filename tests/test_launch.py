@@ -11,7 +11,7 @@ from launches import LONG, runs, signalled, until
 
 from megatrain import config
 from megatrain.errors import ConfigError
-from megatrain.launch import run_local
+from megatrain.launch.local import run_local
 
 
 def test_ranks_meet_and_only_rank_0_speaks(launch, extensions):

@@ -116,4 +116,4 @@ def test_a_script_does_not_hide_modules_behind_ours():
         f"except SystemExit:\n    import importlib.util; assert importlib.util.find_spec('supervisor') is None\n"
         f"try:\n    pass"
     )
-    assert "megatrain.supervisor" in modules_after(code)
+    assert "megatrain.launch.supervisor" in modules_after(code)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatrain.convert_verb import add_arguments, run
 from megatrain.errors import UserError
+from megatrain.verbs.convert import add_arguments, run
 
 
 def main() -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatrain.data.preprocess_verb import add_arguments, run
 from megatrain.errors import UserError
+from megatrain.verbs.preprocess import add_arguments, run
 
 
 def main() -> int:

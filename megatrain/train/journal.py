@@ -23,7 +23,7 @@ from megatrain import __version__, machine
 from megatrain.checkpoint.save import Progress
 from megatrain.checkpoint.saver import Saved
 from megatrain.config import Config, to_yaml
-from megatrain.failure import describe
+from megatrain.launch.failure import describe
 from megatrain.log import rank_lines
 from megatrain.models.architecture import Architecture
 from megatrain.parallel.grid import Grid

@@ -17,8 +17,8 @@ from megatrain.checkpoint.best import restore_best, write_best
 from megatrain.checkpoint.save import Progress
 from megatrain.config import Config
 from megatrain.errors import UserError
+from megatrain.launch.rank import Target
 from megatrain.place import Place
-from megatrain.rank import Target
 from megatrain.train import rollback
 from megatrain.train.checks import check_without_ranks
 from megatrain.train.classifying import Classification

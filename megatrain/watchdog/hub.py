@@ -20,7 +20,7 @@ from selectors import EVENT_READ
 from typing import Any
 
 from megatrain.beat import Beat
-from megatrain.failure import SECONDS_FOR_CAUSES, Death, Report, find_cause
+from megatrain.launch.failure import SECONDS_FOR_CAUSES, Death, Report, find_cause
 from megatrain.watchdog.blame import State
 from megatrain.watchdog.thread import LOOK_SECONDS, PATIENCE, WatchdogThread
 from megatrain.watchdog.voice import Voice, Who, myself, stall_words

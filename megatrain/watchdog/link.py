@@ -6,7 +6,7 @@ import time
 from selectors import EVENT_READ
 
 from megatrain.beat import Beat
-from megatrain.failure import Death, Report
+from megatrain.launch.failure import Death, Report
 from megatrain.watchdog.thread import PATIENCE, WatchdogThread
 from megatrain.watchdog.voice import Voice, Who, myself, stall_words
 from megatrain.watchdog.wire import Message, Wire

@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 from megatrain.beat import Beat
-from megatrain.failure import Report
+from megatrain.launch.failure import Report
 from megatrain.watchdog.pulse import Pulse
 from megatrain.watchdog.voice import Voice
 

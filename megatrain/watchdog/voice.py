@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
 
 from megatrain.config import Config
-from megatrain.failure import Death, Report, Reporter, words
+from megatrain.launch.failure import Death, Report, Reporter, words
 from megatrain.log import log_path
 from megatrain.place import Place
 from megatrain.train.events import EventLog

@@ -88,7 +88,7 @@ def serve(path: str) -> None:
     import transformers.models.auto.tokenization_auto  # noqa: F401
 
     import megatrain.train.run  # noqa: F401
-    from megatrain.launch import import_before_fork
+    from megatrain.launch.local import import_before_fork
 
     import_before_fork()
     listener = socket.socket(socket.AF_UNIX)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_folders import GPT2, LLAMA, convert, make_folder, tensors_of
 
 from megatrain.convert import conversion, descriptions, writer
-from megatrain.convert_verb import parse_size
+from megatrain.verbs.convert import parse_size
 
 TIED = {**LLAMA, "tie_word_embeddings": True}
 

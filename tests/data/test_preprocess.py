@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatrain.data import documents, preprocess_verb
+from megatrain.data import documents
 from megatrain.data.documents import Block
 from megatrain.data.indexed import IndexedDataset
 from megatrain.data.preprocess import Recipe, make_encoder, preprocess
@@ -26,6 +26,7 @@ from megatrain.data.progress import Progress
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.data.workers import map_in_processes
 from megatrain.errors import DataError
+from megatrain.verbs import preprocess as preprocess_verb
 
 TEXTS = ["the quick brown fox", "naïve 你好 🙂", "a <|endoftext|> inside", " ", "lines\n\n\nof  text\t"]
 

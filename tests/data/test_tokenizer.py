@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from megatrain.data import tokenizer_verb
 from megatrain.data.tokenizer import END_OF_TEXT, end_of_document_id, load_tokenizer, train_tokenizer
 from megatrain.errors import ConfigError, DataError
+from megatrain.verbs import tokenizer as tokenizer_verb
 
 
 @pytest.fixture

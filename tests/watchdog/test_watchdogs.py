@@ -3,7 +3,7 @@
 import pytest
 
 from megatrain.beat import Beat, Everyone
-from megatrain.failure import Death, Report
+from megatrain.launch.failure import Death, Report
 from megatrain.place import Place
 from megatrain.watchdog import hub, link, pulse, thread
 from megatrain.watchdog.hub import Hub

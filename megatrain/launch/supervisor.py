@@ -17,9 +17,9 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from megatrain.config import Config
-from megatrain.failure import SECONDS_FOR_CAUSES, Death, Report, find_cause, words
+from megatrain.launch.failure import SECONDS_FOR_CAUSES, Death, Report, find_cause, words
+from megatrain.launch.rank import INTERRUPTED
 from megatrain.log import log_path
-from megatrain.rank import INTERRUPTED
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

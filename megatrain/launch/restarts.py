@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megatrain.checkpoint import manifest
 from megatrain.config import Config
-from megatrain.failure import Report, sentence
-from megatrain.supervisor import Ended
+from megatrain.launch.failure import Report, sentence
+from megatrain.launch.supervisor import Ended
 from megatrain.train.events import EventLog, Name
 
 

@@ -18,7 +18,7 @@ from megatrain import log, machine
 from megatrain.beat import Beat, Everyone
 from megatrain.config import Config
 from megatrain.errors import UserError
-from megatrain.failure import Reporter, describe
+from megatrain.launch.failure import Reporter, describe
 from megatrain.names import check_names
 from megatrain.place import Place
 from megatrain.watchdog.start import start_watchdog

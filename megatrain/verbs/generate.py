@@ -21,7 +21,7 @@ _ROOM = 0.9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
-    from megatrain.convert_verb import parse_size
+    from megatrain.verbs.convert import parse_size
 
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, a run (its best one, else its newest) or a Hugging Face folder")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads it from standard input")

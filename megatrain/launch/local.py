@@ -24,10 +24,10 @@ from megatrain import machine
 from megatrain.beat import Beat
 from megatrain.config import Config
 from megatrain.errors import ConfigError, UserError
+from megatrain.launch.rank import GROUP_TIMEOUT, Target, enter_rank
+from megatrain.launch.restarts import Restarts
+from megatrain.launch.supervisor import STOP_SIGNALS, Ended, RankProcess, Supervisor
 from megatrain.place import Place
-from megatrain.rank import GROUP_TIMEOUT, Target, enter_rank
-from megatrain.restarts import Restarts
-from megatrain.supervisor import STOP_SIGNALS, Ended, RankProcess, Supervisor
 
 _HERE = "127.0.0.1"
 
