@@ -27,7 +27,7 @@ class Attention(nn.Module):
         super().__init__()
         a = parts.architecture
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, parts.heads, parts.kv_heads, a.head_dim
-        self.axis, self.sequence, self.recompute = parts.grid.tensor, parts.sequence, recompute
+        self.axis, self.sequence, self.recompute, self.compiled = parts.grid.tensor, parts.sequence, recompute, parts.compiled
         self.scale, self.cap = a.head_dim**-0.5 if a.attention_scale is None else a.attention_scale, a.attention_cap
         self.window, self.rope_kind, self.dropout = a.window(layer), a.rope_kind(layer), a.attention_dropout
         self.query = Linear(*parts.columns("query", layer, bias=a.qkv_bias))
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         q, k = self.query_norm(q), self.key_norm(k)
         if context.rotations:
             turn = context.rotations[self.rope_kind]
-            q, k = rotate(q, turn), rotate(k, turn)
+            q, k = rotate(q, turn, compiled=self.compiled), rotate(k, turn, compiled=self.compiled)
         y = self._attend(q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), context)
         return y.permute(2, 0, 1, 3).flatten(2)
 

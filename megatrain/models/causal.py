@@ -66,38 +66,38 @@ class _CausalAttention(torch.autograd.Function):
         keys, values = _with_ones(k), _with_ones(v)
         dq = queries.new_empty((*queries.shape[:-1], q.shape[-1]))
         dk, dv = (k.new_zeros(k.flatten(0, 1).shape, dtype=torch.float32) for _ in range(2))
-        some = 2 * torch.get_num_threads()
-        for tensors in zip(*(x.split(some) for x in (queries, dout, keys, values, dq, dk, dv)), strict=True):
+        some = 4 * torch.get_num_threads()
+        for tensors in zip(*(x.split(some, dim=dim) for x, dim in ((queries, 1), (dout, 1), (keys, 0), (values, 0), (dq, 1), (dk, 0), (dv, 0))), strict=True):
             _backward(*tensors, block=block, rest=rest)
-        dq = dq.mul_(ctx.scale).unflatten(0, (-1, groups)).unflatten(3, (-1, block)).permute(0, 1, 3, 2, 4, 5)
+        dq = dq.mul_(ctx.scale).unflatten(1, (-1, groups)).unflatten(3, (-1, block)).permute(1, 2, 3, 0, 4, 5)
         return dq.reshape(q.shape), dk.mul_(rest).to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape), None
 
 
 def _backward(queries: Tensor, dout: Tensor, keys: Tensor, values: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, *, block: int, rest: float) -> None:
-    """Fill dq and add to dk and dv [n, S, d] of n groups of heads; queries and dout [n, S/block, rows, d+2], dq without the columns."""
-    (count, _, rows, _), (_, length, dim) = queries.shape, dk.shape
+    """Fill dq and add to dk and dv [n, S, d] of n groups of heads; queries and dout [S/block, n, rows, d+2], dq without the columns."""
+    (_, count, rows, _), (_, length, dim) = queries.shape, dk.shape
     room = [keys.new_empty(count * rows * length) for _ in range(2)]
     for number in range(length // block):
         end = (number + 1) * block
-        query, grad = queries[:, number], dout[:, number]
+        query, grad = queries[number], dout[number]
         weights, dscores = (x[: count * rows * end].view(count, rows, end) for x in room)
         torch.baddbmm(weights, query, keys[:, :end].transpose(1, 2), beta=0, alpha=rest, out=weights).exp_()
         weights.unflatten(1, (-1, block))[..., end - block :].tril_()
         torch.bmm(grad, values[:, :end].transpose(1, 2), out=dscores).mul_(weights)
-        torch.bmm(dscores, keys[:, :end, :dim], out=dq[:, number])
+        torch.bmm(dscores, keys[:, :end, :dim], out=dq[number])
         dv[:, :end] += torch.bmm(weights.transpose(1, 2), grad[..., :dim])
         dk[:, :end] += torch.bmm(dscores.transpose(1, 2), query[..., :dim])
 
 
 def _in_blocks(x: Tensor, column: Tensor, groups: int, scale: float, block: int) -> Tensor:
-    """Blocks of rows [B*g, S/block, h/g*block, d+2] of scale * x [B, h, S, d], the rows ending in the column [B, h, S]."""
+    """Blocks of rows [S/block, B*g, h/g*block, d+2] of scale * x [B, h, S, d], the rows ending in the column [B, h, S]."""
     batch, heads, length, dim = x.shape
-    blocks = x.new_empty((batch, groups, length // block, heads // groups, block, dim + 2))
-    torch.mul(x.unflatten(1, (groups, -1)).unflatten(3, (-1, block)).transpose(2, 3), scale, out=blocks[..., :dim])
-    column = column.unflatten(1, (groups, -1)).unflatten(3, (-1, block)).transpose(2, 3)
+    blocks = x.new_empty((length // block, batch, groups, heads // groups, block, dim + 2))
+    torch.mul(x.unflatten(1, (groups, -1)).unflatten(3, (-1, block)).permute(3, 0, 1, 2, 4, 5), scale, out=blocks[..., :dim])
+    column = column.unflatten(1, (groups, -1)).unflatten(3, (-1, block)).permute(3, 0, 1, 2, 4)
     blocks[..., dim] = column
     blocks[..., dim + 1] = column - blocks[..., dim]
-    return blocks.flatten(3, 4).flatten(0, 1)
+    return blocks.flatten(3, 4).flatten(1, 2)
 
 
 def _with_ones(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatrain.models import fused
 from megatrain.models.context import Context
 from megatrain.models.parts import Parts
 from megatrain.parallel import collectives
@@ -46,6 +47,7 @@ class FeedForward(nn.Module):
         super().__init__()
         a = parts.architecture
         self.axis, self.sequence, self.activation = parts.grid.tensor, parts.sequence, a.activation
+        self.compiled = parts.compiled
         self.gate = Linear(*parts.columns("gate", layer, bias=a.mlp_bias)) if a.gated else None
         self.up = Linear(*parts.columns("up", layer, bias=a.mlp_bias))
         self.down = RowLinear(*parts.rows("down", layer, bias=a.mlp_bias), axis=self.axis, sequence=self.sequence)
@@ -56,6 +58,8 @@ class FeedForward(nn.Module):
         if self.gate is None:
             return self.down(_FORWARD[self.activation](up), context)
         gate = self.gate(x, context)
+        if self.compiled:
+            return self.down(fused.gated(gate, up, self.activation), context)
         if self.activation == "silu":
             return self.down(_GatedSilu.apply(gate, up), context)
         return self.down(_FORWARD[self.activation](gate) * up, context)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatrain.models import fused
 from megatrain.models.parts import Parts
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Axis
@@ -71,11 +72,14 @@ def _mean_over(means: Tensor, axis: Axis | None) -> Tensor:
 class RmsNorm(nn.Module):
     """x [..., n] -> [..., n]; `axis` when ranks share n."""
 
-    def __init__(self, weight: nn.Parameter, eps: float, *, plus_one: bool = False, axis: Axis | None = None) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, *, plus_one: bool = False, axis: Axis | None = None, compiled: bool = False) -> None:
         super().__init__()
         self.weight, self.eps, self.plus_one, self.axis = weight, eps, plus_one, axis
+        self.compiled = compiled and (axis is None or axis.size == 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compiled:
+            return fused.rms_norm(x, self.weight, self.eps, plus_one=self.plus_one)
         return _RmsNorm.apply(x, self.weight, self.eps, self.plus_one, self.axis)
 
 
@@ -100,7 +104,7 @@ def hidden_norm(parts: Parts, role: str, layer: int | None) -> nn.Module:
     a = parts.architecture
     weight = parts.norm(role, layer, a.hidden_size)
     if a.norm == "rms":
-        return RmsNorm(weight, a.norm_eps, plus_one=a.norm_plus_one)
+        return RmsNorm(weight, a.norm_eps, plus_one=a.norm_plus_one, compiled=parts.compiled)
     return LayerNorm(weight, parts.whole(role, layer, "bias", a.hidden_size, kind="norm"), a.norm_eps)
 
 
@@ -111,8 +115,8 @@ def query_key_norms(parts: Parts, layer: int) -> tuple[nn.Module, nn.Module]:
         return nn.Identity(), nn.Identity()
     if a.qk_norm == "head":
         weights = [parts.norm(f"{role}_norm", layer, a.head_dim, partial=True) for role in ("query", "key")]
-        query, key = (RmsNorm(weight, a.norm_eps, plus_one=a.norm_plus_one) for weight in weights)
+        query, key = (RmsNorm(weight, a.norm_eps, plus_one=a.norm_plus_one, compiled=parts.compiled) for weight in weights)
         return query, key
-    query, key = (HeadsNorm(parts.heads_norm(role, layer), a.norm_eps, plus_one=a.norm_plus_one, axis=parts.grid.tensor)
+    query, key = (HeadsNorm(parts.heads_norm(role, layer), a.norm_eps, plus_one=a.norm_plus_one, axis=parts.grid.tensor, compiled=parts.compiled)
                   for role in ("query", "key"))  # fmt: skip
     return query, key

@@ -31,15 +31,17 @@ class Parts:
 
     Attributes:
         heads, kv_heads: attention heads on this rank.
+        compiled: whether layers are to use the kernels of `fused.py`.
         vocab_start, vocab_rows: rows of the vocabulary on this rank, padding included.
 
     Args:
         linears_on: where weights of the blocks' linears are made, if not on `device`; "meta" leaves them without memory.
     """
 
-    def __init__(self, architecture: Architecture, grid: Grid, *, sequence: bool, dtype: torch.dtype, device: str, linears_on: str | None = None) -> None:
+    def __init__(self, architecture: Architecture, grid: Grid, *, sequence: bool, dtype: torch.dtype, device: str, linears_on: str | None = None,
+                 compiled: bool = False) -> None:  # fmt: skip
         self.architecture, self.grid, self.sequence = architecture, grid, sequence
-        self.dtype, self.device, self._linears_on = dtype, device, linears_on or device
+        self.dtype, self.device, self._linears_on, self.compiled = dtype, device, linears_on or device, compiled
         a, t, rank = architecture, grid.tensor.size, grid.tensor.rank
         check_tensor_split(a, t)
         self.heads = a.num_heads // t

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from megatrain.models import fused
+
 if TYPE_CHECKING:
     from megatrain.models.architecture import Architecture
 
@@ -83,9 +85,10 @@ class _Rotate(torch.autograd.Function):
         return dx, None, None
 
 
-def rotate(x: Tensor, turn: Rotation) -> Tensor:
+def rotate(x: Tensor, turn: Rotation, *, compiled: bool = False) -> Tensor:
     """x [S, B, heads, head_dim] turned, or its first dims where there are fewer cosines than dims."""
     dim = turn.cos.shape[-1]
+    whole = fused.rotate_whole if compiled else _Rotate.apply
     if dim == x.shape[-1]:
-        return _Rotate.apply(x, turn.cos, turn.sin)
-    return torch.cat((_Rotate.apply(x[..., :dim], turn.cos, turn.sin), x[..., dim:]), dim=-1)
+        return whole(x, turn.cos, turn.sin)
+    return torch.cat((whole(x[..., :dim], turn.cos, turn.sin), x[..., dim:]), dim=-1)

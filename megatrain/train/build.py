@@ -71,7 +71,7 @@ def build_layers_of(chunks: list[list[LayerSpec]], *, config: Config, architectu
                     dtype: torch.dtype = torch.float32) -> Stage:  # fmt: skip
     """These layers as a stage of the rank whose grid it is."""
     linears_on = "meta" if config.lora.quantize != "none" else None  # they are read one by one
-    parts = Parts(architecture, grid, sequence=config.parallel.sequence, dtype=dtype, device=device, linears_on=linears_on)
+    parts = Parts(architecture, grid, sequence=config.parallel.sequence, dtype=dtype, device=device, linears_on=linears_on, compiled=config.train.compile)
     return Stage(build_chunks(chunks, parts, recompute=config.train.recompute))
 
 

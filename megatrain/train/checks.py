@@ -14,6 +14,7 @@ from megatrain.data.splits import Part
 from megatrain.errors import ConfigError, DataError
 from megatrain.models.architecture import Architecture
 from megatrain.models.decoder import LayerSpec
+from megatrain.models.fused import check_compile
 from megatrain.models.lora import target_names
 from megatrain.models.parts import check_tensor_split
 from megatrain.models.quantize import check_bitsandbytes, check_blocks
@@ -63,6 +64,7 @@ def layout_rules(config: Config, a: Architecture, world_size: int, *, on_gpu: bo
         lambda: rank_specs(config, a, holding_schedule(config, config.data_size(world_size)).placement),
         lambda: _check_dtype(config, on_gpu=on_gpu),
         lambda: _check_positions(config, a),
+        lambda: check_compile(a, on_gpu=on_gpu) if config.train.compile else None,
     ]
 
 
@@ -213,6 +215,8 @@ def run_header(config: Config, architecture: Architecture, world_size: int, devi
                            layout=layout, device=f"{world_size} ranks, {device}", dtype=config.train.dtype,
                            tokens_per_step=config.tokens_per_step,
                            steps=config.steps if config.train.steps is not None or config.train.tokens is not None else None)  # fmt: skip
+    if config.train.compile:
+        words += "\n  compile the first step also compiles kernels, which can take a minute"
     if not config.lora.rank:
         return words
     trained = adapter_parameters(config, architecture)

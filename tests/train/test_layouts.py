@@ -196,6 +196,8 @@ ROWS = [
     *[row(world=4, schedule=name, recompute="full", micro_batch_size=1, **PP) for name in SPLIT],
     # whatever auto measures to be fastest
     row(world=2, schedule="auto", **PP), row("tied", 4, schedule="auto", pipeline=4), row("tied", 4, schedule="auto", **TP_PP),
+    # compiled kernels
+    *[row("qwen3", 4, compile=True, **more) for more in ({"schedule": "zb-v", "sequence": True, "recompute": "full", **TP_PP}, {"zero": 3, **TP})],
     # three axes
     row(world=8, **TP_PP), row("tied", 8, sequence=True, **TP_PP), row("gpt2", 8, pipeline=4, zero=0),
     row("deep", 8, schedule="zb-v", tensor=2, pipeline=4),
@@ -206,6 +208,7 @@ BF16_ROWS = [
     *[row(world=2, schedule=name, **PP) for name in ("auto", *SPLIT)], row("tied", 4, schedule="zb-v", **TP_PP),
     *[row("tied", 4, schedule=name, recompute="full", micro_batch_size=1, **PP) for name in ("interleaved", "zb-h1", "dualpipev")],
     *[row("tied", 4, schedule=name, recompute="selective", **TP_PP) for name in ("interleaved", "zb-h1", "dualpipev")],
+    row(world=4, compile=True, sequence=True, **TP_PP),
 ]  # fmt: skip
 
 
@@ -215,7 +218,7 @@ def layout(model: str, settings: dict, **more):
     Two microbatches instead of four where four tensor ranks share a layer: such rows spend their time on many small messages.
     """
     settings = ({"micro_batch_size": BATCH // 2} if settings.get("tensor") == 4 else {}) | settings
-    train = ("recompute", "micro_batch_size")
+    train = ("recompute", "micro_batch_size", "compile")
     return make_config(model, **{f"{'train' if key in train else 'parallel'}.{key}": value for key, value in settings.items()}, **more)
 
 
