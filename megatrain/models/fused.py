@@ -1,0 +1,164 @@
+"""What stands between matrix products and messages as one kernel each, made by torch.compile: for `train.compile`.
+
+Norms, gated activations and rotations read and write a layer's whole activations; written out, each of their steps does, and
+compiled they do once. Only these are compiled, forward and backward by themselves: products, attention, messages, gradients
+that are added up or left for later and recomputation stay as they are, on every layout. All layers share a kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatrain.models.architecture import Architecture
+
+
+def check_compile(a: Architecture, *, on_gpu: bool) -> None:
+    """Refuse to compile for a model that has nothing to be compiled, or on a machine that cannot."""
+    if a.norm != "rms" and not a.gated and not a.rotary:
+        raise ConfigError("train.compile", True, f"has nothing to compile in a {a.model_type} model: neither RMSNorm nor gates nor rotations",
+                          "leave it out")  # fmt: skip
+    if on_gpu:
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError("train.compile", True, "needs triton for GPUs", "pip install triton, or leave it out")
+        return
+    compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include")) / "Python.h"
+    if shutil.which(compiler) is None:
+        raise ConfigError("train.compile", True, f"needs a C++ compiler on CPUs, and there is no {compiler}",
+                          "install one, name yours in the environment variable CXX, or leave the setting out")  # fmt: skip
+    if not header.is_file():
+        raise ConfigError("train.compile", True, f"needs Python's headers on CPUs, and there is no {header}",
+                          "install them (python3-dev), or leave the setting out")  # fmt: skip
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """In this process: worker processes would outlive a rank that is killed."""
+    return torch.compile(function, options={"compile_threads": 1})
+
+
+class _RmsNorm(torch.autograd.Function):
+    """See `norms.py`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+        y, scale = _compiled(_normalise)(x.detach(), weight.detach(), eps, plus_one)
+        ctx.save_for_backward(x, scale)
+        ctx.weight, ctx.plus_one = weight, plus_one
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, scale = ctx.saved_tensors
+        dx, dweight = _compiled(_normalise_back)(x.detach(), scale, grad, ctx.weight.detach(), ctx.plus_one)
+        return dx, dweight if ctx.needs_input_grad[1] else None, None, None
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * (weight.float() + float(plus_one))).to(x.dtype), scale
+
+
+def _normalise_back(x: Tensor, scale: Tensor, grad: Tensor, weight: Tensor, plus_one: bool) -> tuple[Tensor, Tensor]:
+    normal, wide, factor = x.float() * scale, grad.float(), weight.float() + float(plus_one)
+    product = wide * normal
+    inner = (product * factor).mean(-1, keepdim=True)
+    dx = (wide * factor - normal * inner) * scale
+    return dx.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype)
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up, keeping the two inputs and nothing between."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _compiled(_gate)(gate.detach(), up.detach(), activation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        return *_compiled(_gate_back)(gate.detach(), up.detach(), grad, ctx.activation), None
+
+
+def _act(x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _act_back(x: Tensor, grad: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, x)
+    if activation == "relu":
+        return torch.where(x > 0, grad, 0.0)
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return (_act(gate.float(), activation) * up.float()).to(gate.dtype)
+
+
+def _gate_back(gate: Tensor, up: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    wide, wide_grad = gate.float(), grad.float()
+    dgate = _act_back(wide, wide_grad * up.float(), activation)
+    return dgate.to(gate.dtype), (wide_grad * _act(wide, activation)).to(up.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """See `rotary.py`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _compiled(_turn)(x.detach(), cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _compiled(_turn_back)(grad, *ctx.saved_tensors), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, -1)
+    cos_a, cos_b = cos.float().chunk(2, -1)
+    sin_a, sin_b = sin.float().chunk(2, -1)
+    return torch.cat((a * cos_a - b * sin_a, b * cos_b + a * sin_b), dim=-1).to(x.dtype)
+
+
+def _turn_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = grad.float().chunk(2, -1)
+    cos_a, cos_b = cos.float().chunk(2, -1)
+    sin_a, sin_b = sin.float().chunk(2, -1)
+    return torch.cat((a * cos_a + b * sin_b, b * cos_b - a * sin_a), dim=-1).to(grad.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+    """x [..., n] normalised over n."""
+    return _RmsNorm.apply(x, weight, eps, plus_one)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up."""
+    return _Gated.apply(gate, up, activation)
+
+
+def rotate_whole(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [S, B, heads, d] turned, with d cosines and sines."""
+    return _Rotate.apply(x, cos, sin)
