@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
@@ -176,7 +177,8 @@ class Trials:
         assert self.job.wait() == "COMPLETED", self.job.words()
         self._compare()
         hits = ", ".join(f"{count} {phase}" for phase, count in sorted(Counter(hit.phase for hit in self.hits).items()))
-        ends, again = sorted(hit.seconds for hit in self.hits), sorted(self.again)
         named = sum(hit.is_named for hit in self.hits)
-        print(f"\n{len(self.hits)} kills ({hits}) in {self._runs} runs, {named} with the rank named; the job's end {ends[len(ends) // 2]:.1f} s after a kill, {ends[-1]:.1f} s "
-              f"at most; training again {again[len(again) // 2]:.1f} s after it, {again[-1]:.1f} s at most")  # fmt: skip
+        ends = sorted(hit.seconds for hit in self.hits)
+        again = f"; training again {statistics.median(self.again):.1f} s after it, {max(self.again):.1f} s at most" if self.again else ""
+        print(f"\n{len(self.hits)} kills ({hits}) in {self._runs} runs, {named} with the rank named; the job's end {statistics.median(ends):.1f} s "
+              f"after a kill, {ends[-1]:.1f} s at most{again}")  # fmt: skip
