@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 from megatrain import machine
 from megatrain.config import Config, load
+from megatrain.errors import ConfigError
 from megatrain.launch.local import run_local
 from megatrain.launch.rank import enter_rank
 from megatrain.place import from_environment
@@ -54,6 +55,9 @@ def train(args: argparse.Namespace, *, verb: Literal["pretrain", "finetune"]) ->
     if args.dry_run:
         print(dry_run(config, task))
         return 0
+    if place is not None and config.run.max_restarts:
+        raise ConfigError("run.max_restarts", config.run.max_restarts, "is for ranks that megatrain starts itself, and a launcher started these",
+                          "set it to 0, and use the launcher's own: torchrun --max-restarts, #SBATCH --requeue")  # fmt: skip
     if place is not None:
         return enter_rank(work, config, place)
     check_without_ranks(config, world_size, task)

@@ -42,7 +42,7 @@ class Run:
         600.0, "Seconds in which no rank gets on after which the run is ended, and it is said whom everyone waits for; 0 waits for ever."
     )
     max_restarts: int = setting(
-        0, "How often ranks that were started without a launcher are started again after a failure, from the last whole checkpoint. Launchers have their own."
+        0, "How often ranks that were started without a launcher are started again after a failure, from the last whole checkpoint. Launchers have their own, and refuse it."
     )
     verbose: bool = setting(False, "Show what DeepSpeed and torch say instead of sending it to logs/ in the run's folder.")
     wandb: str | None = setting(None, "Weights & Biases project that gets the figures too; WANDB_MODE=offline keeps them in the run's folder. Needs the extra `wandb`.")

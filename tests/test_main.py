@@ -83,6 +83,15 @@ def test_before_ranks_meet_one_of_a_machine_speaks(capsys, monkeypatch, rank):
     assert capsys.readouterr().err == ("error: CONFIG=none.yaml does not exist\n" if rank == 0 else "")
 
 
+def test_a_launcher_has_restarts_of_its_own(capsys, monkeypatch):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(["pretrain", str(ROOT / "configs" / "demo_cpu.yaml"), "run.max_restarts=2"]) == 1
+    words = capsys.readouterr().err
+    assert words.startswith("error: run.max_restarts=2 is for ranks that megatrain starts itself")
+    assert "torchrun --max-restarts" in words
+
+
 @pytest.mark.parametrize(("script", "extra"), [("pretrain", []), ("pretrain", ["--local_rank=1"]), ("finetune", ["--local-rank", "1"])])
 def test_as_a_script_from_anywhere_with_what_launchers_append(tmp_path, script, extra):
     command = [sys.executable, str(ROOT / "megatrain" / f"{script}.py"), *extra, "none.yaml", "train.steps=1"]

@@ -30,7 +30,7 @@ def choose(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
     afresh = "starting afresh" if source is None else f"starting from {source}"
     instead = "" if source is None or config.lora.rank else f"; train.init_from={source} was where the run began and is not read again"
     if wish == "never":
-        return None, f"{afresh}: train.resume=never"
+        return None, f"{afresh}: train.resume=never{_left_by_another(folder, after=0)}"
     if wish == "auto":
         newest, passed = manifest.find_newest(folder, hashes=hashes)
         words = "".join(f"; passed over: {text}" for text in passed)
@@ -45,7 +45,15 @@ def choose(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
         newest = max(path.glob("checkpoints/step-*"), default=None)
         way_out = "choose another checkpoint or `auto`" if newest is None else f"name one of the run's checkpoints, such as {newest}"
         raise CheckpointError(f"train.resume={wish} {wrong}; {way_out}")
-    return path, f"resuming from {path}, as train.resume names it{instead}"
+    return path, f"resuming from {path}, as train.resume names it{instead}{_left_by_another(folder, after=read_trainer(path).progress.step)}"
+
+
+def _left_by_another(folder: Path, *, after: int) -> str:
+    """What is said of checkpoints that lie ahead of where the run begins: `auto` would take one of them, not the run's own."""
+    ahead = max((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()), default=None)
+    if ahead is None or int(ahead.name.removeprefix("step-")) <= after:
+        return ""
+    return f"; {ahead} lies ahead, and train.resume=auto would go on from there: move it away, or give another run.output_dir"
 
 
 def check(path: Path, config: Config, architecture: Architecture) -> None:

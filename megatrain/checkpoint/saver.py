@@ -128,7 +128,7 @@ class Saver:
         if self._grid.rank == 0 and writing.prune:
             train = self._config.train
             old = keep.superseded(self.folder, last=train.keep_last, every=train.keep_every, best=best_checkpoint(self.folder.parent),
-                                  back_to=writing.back_to)  # fmt: skip
+                                  back_to=writing.back_to, until=keep.step_of(writing.final))  # fmt: skip
             self._deleting = threading.Thread(target=keep.delete, args=(old,), daemon=True)
             self._deleting.start()
 

@@ -169,6 +169,12 @@ def test_what_goes_and_what_is_kept(last, every, damaged, gone, tmp_path):
     assert any(manifest.problem(tmp_path / name) is None for name in left)
 
 
+def test_checkpoints_ahead_of_the_run_neither_go_nor_count(tmp_path):
+    make(tmp_path, (10, 20, 30, 40, 50))
+    assert [path.name for path in keep.superseded(tmp_path, last=1, every=0, until=30)] == ["step-00000010", "step-00000020"]
+    assert keep.superseded(tmp_path, last=1, every=0, until=10) == []
+
+
 @pytest.mark.parametrize(("back_to", "damaged", "gone"), [
     (45, (), [10, 20, 30]), (40, (), [10, 20, 30]), (35, (), [10, 20, 40]), (45, (40,), [10, 20, 40]), (5, (), [10, 20, 30, 40]), (60, (), [10, 20, 30, 40]),
 ])  # fmt: skip

@@ -141,6 +141,17 @@ def test_content_is_compared_where_asked(run):
     assert [line["step"] for line in lines] == list(range(1, 15))
 
 
+def test_checkpoints_ahead_of_where_a_run_begins_are_said(run):
+    ahead = f"; {checkpoint(run)} lies ahead, and train.resume=auto would go on from there"
+    for wish in ("never", str(checkpoint(run, 4))):
+        assert ahead in load.choose(configuration.from_dict(settings(run, train={"resume": wish})))[1]
+    assert "lies ahead" not in load.choose(configuration.from_dict(settings(run, train={"resume": str(checkpoint(run))})))[1]
+    assert resume(run, resume="never", stop_after=9, keep_last=1) is None
+    assert checkpoint(run).exists()
+    assert checkpoint(run, 9).exists(), "what lies ahead has not pushed it out"
+    assert not checkpoint(run, 4).exists()
+
+
 CHANGES = {
     "was written with optimizer.name=adamw and this run has lion: one rule's states mean nothing": {"optimizer": {"name": "lion", "lr": 1e-3}},
     "was written with train.global_batch_size=4 and this run has 8: which samples come next": {"train": {"global_batch_size": 8}},
