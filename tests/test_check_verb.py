@@ -220,7 +220,8 @@ def test_each_config_lacks_nothing_but_its_files(name, check, monkeypatch, tmp_p
     verb, ranks = "finetune" if name.startswith("finetune") else "pretrain", WRITTEN_FOR[name][0]
     nodes = max(1, ranks // 8)
     file = CONFIGS / f"{name}.yaml"
-    said = check(file, "--verb", verb, "--nodes", str(nodes), "--gpus-per-node", str(ranks // nodes), "--gpu-memory", "H100")
+    said = check(file, "--nodes", str(nodes), "--gpus-per-node", str(ranks // nodes), "--gpu-memory", "H100")
+    assert said.out.startswith(f"megatrain {verb} ")
     loaded = configuration.load(file)
     wanted = {f"data.train={loaded.data.train} is not there", f"data.tokenizer={loaded.data.tokenizer} is not a folder"}
     wanted |= {f"data.valid={loaded.data.valid} is not there"} if loaded.train.eval_every else set()

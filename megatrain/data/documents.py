@@ -296,6 +296,11 @@ def _readable(path: Path) -> Iterator[None]:
         raise
 
 
+def is_read(name: str) -> bool:
+    """Whether files of this name (or pattern) are text that is read, by their kind."""
+    return _form(Path(name)) is not None
+
+
 def _form(path: Path) -> Form | None:
     """Return what a document is in this file, by its name; None for a kind that is not read."""
     suffix = Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Mapping
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from megatrain.checkpoint import load as loading
 from megatrain.checkpoint.best import restore_best, write_best
 from megatrain.checkpoint.save import Progress
 from megatrain.config import Config
+from megatrain.data.documents import is_read
 from megatrain.errors import UserError
 from megatrain.launch.rank import Target
 from megatrain.place import Place
@@ -45,6 +46,12 @@ def finetune(config: Config, place: Place, beat: Beat | None = None) -> None:
 
 VERBS: dict[str, Target] = {"pretrain": pretrain, "finetune": finetune}
 """Each verb's work on a rank."""
+
+
+def verb_of(config: Config) -> Literal["pretrain", "finetune"]:
+    """Which verb a config is written for: a task of finetuning's says it, and data that are text and no indexed dataset."""
+    data = config.data.train if isinstance(config.data.train, str) else ""
+    return "finetune" if config.task != "sft" or is_read(data) else "pretrain"
 
 
 def task_of(config: Config, verb: str) -> Task:

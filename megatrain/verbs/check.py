@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=_positive, metavar="G", help="ranks on each, one for a GPU (default: one replica's ranks)")
     parser.add_argument("--cpu", action="store_true", help="the ranks train on CPUs")
     parser.add_argument("--gpu-memory", type=_memory, metavar="GIB", help=f"of a GPU, in GiB or by its name: {', '.join(GPUS)}")
-    parser.add_argument("--verb", choices=["pretrain", "finetune"], default="pretrain", help="what is to be done with the config (default: pretrain)")
+    parser.add_argument("--verb", choices=["pretrain", "finetune"], help="what is to be done with the config (default: finetune where its data or task are finetuning's)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,10 +38,11 @@ def run(args: argparse.Namespace) -> int:
     machine.set_environment(1)
     # Imports torch, so it comes after the environment is set.
     from megatrain.train.preflight import Place, preflight
-    from megatrain.train.run import task_of
+    from megatrain.train.run import task_of, verb_of
 
-    place = Place(args.nodes, ranks, "cuda" if on_gpu else "cpu", args.gpu_memory)
-    for line in preflight(config, task_of(config, args.verb), place, findings):
+    place, verb = Place(args.nodes, ranks, "cuda" if on_gpu else "cpu", args.gpu_memory), args.verb or verb_of(config)
+    print(f"megatrain {verb} {args.config}")
+    for line in preflight(config, task_of(config, verb), place, findings):
         print(line)
     return _say(findings, config)
 
