@@ -132,7 +132,8 @@ class _Run:
         values, figures = self.journal.measured(report, self.progress, seconds), dict[str, float]()
         if shown:
             self.journal.show_step(step, report, seconds, parts=stopwatch.seconds())
-            values.update(self.parts.gauge.measure())
+            with self.beat.within("measuring memory in the", self.trainer.grid.world):
+                values.update(self.parts.gauge.measure())
         undo = first_to_undo(self.progress, train)
         if undo and self._go_back(undo, values):
             return
