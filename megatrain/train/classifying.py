@@ -98,7 +98,8 @@ class Classification(Task):
         figures: Figures = {}
         with watched(trainer.stage, first_copy=trainer.grid.tensor.rank == 0) as outcomes:
             yield figures
-        scores, numbers = _gathered(outcomes, trainer.grid.world_size)
+        with trainer.grid.beat.within("all-gather", trainer.grid.world):
+            scores, numbers = _gathered(outcomes, trainer.grid.world_size)
         classifier = _classifier(trainer.architecture)
         figures.update({f"valid_{name}": value for name, value in figures_of(scores, numbers, classifier).items()})
         if trainer.grid.rank == 0 and classifier.problem == "single-label":
