@@ -112,7 +112,9 @@ class Trials:
     def in_phase(self, job):
         """A rank in a phase that was hit too rarely yet, once it has been there for a while. Loading needs something to load."""
         phases = [phase for phase in self.missing(2) if phase != "loading" or whole(self.output)]
-        phase, rank = self._random.choice(phases or ["saving"]), self._random.randrange(4)
+        phase = self._random.choice(phases or ["saving"])
+        # Rank 0 publishes: of a checkpoint that others wrote, all may be there when one of them is killed.
+        rank = 0 if phase == "saving" and self._random.random() < 0.6 else self._random.randrange(4)
         times, pause = self._random.randint(1, OFTEN[phase]), self._random.random() * LONGEST[phase]
         state = self._once(job, rank, lambda state: phase in state.active and state.entered[phase] >= times)
         time.sleep(pause)
