@@ -7,6 +7,7 @@ devices, memory and disk.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -94,6 +95,7 @@ def load_model(folder: Path, *, dtype: str | None, memory: int | None, spare: st
     from megatrain.optim.zero import DTYPES
 
     disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # transformers imports it, and it speaks of kernels that nothing here uses
     tensors = Tensors(folder)  # says what is wrong with a damaged folder
     size = sum(tensors.nbytes(name) for name in tensors.names())
     wanted = "auto" if dtype is None else DTYPES[dtype]
