@@ -86,10 +86,14 @@ def _with_folder(config: Config, base: Path) -> Config:
         return config
     folder = _beside(config.train.init_from, base)
     tokenizer = config.data.tokenizer
-    if tokenizer is None and any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if tokenizer is None and has_tokenizer(folder):
         tokenizer = folder
     return dataclasses.replace(config, model=config.model or folder, data=dataclasses.replace(config.data, tokenizer=tokenizer),
                                train=dataclasses.replace(config.train, init_from=folder))  # fmt: skip
+
+
+def has_tokenizer(folder: str) -> bool:
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -193,6 +193,30 @@ def test_a_disk_that_is_too_small(check, run_file, monkeypatch):
     assert check(run_file, *words, paste).code == 0
 
 
+def test_epochs_whose_steps_the_data_say(check, run_file):
+    """How many checkpoints there will be is then not known, unless few are kept."""
+    words = ["--verb", "finetune", "train.steps=null", "train.epochs=2", "train.save_every=5"]
+    said = check(run_file, *words)
+    assert "  work    2 epochs, in steps of 64 tokens" in said.out
+    assert "one each 5 steps, of a number of steps that the data say; train.keep_last=0 keeps all" in said.out
+    assert len(said.warnings) == 1
+    assert said.warnings[0].endswith("; train.keep_last=3 keeps the newest three")
+    said = check(run_file, *words, "train.keep_last=3")
+    assert said.warnings == []
+    assert "each, 4 at once;" in said.out
+    assert "each, one;" in check(run_file, *words, "train.save_every=0").out
+
+
+def test_weights_that_are_there_keep_their_tokenizer(check, run_file):
+    """One trained anew would give the model's tokens other meanings."""
+    base = run_file.parent / "base"
+    base.mkdir()
+    (base / "tokenizer.json").write_text("{}")
+    lost = "data.tokenizer=words is not a folder"
+    assert check(run_file, "data.tokenizer=words", "train.init_from=base").errors[lost] == "data.tokenizer=base"
+    assert check(run_file, "data.tokenizer=words", "lora.rank=4").errors[lost] == "data.tokenizer=FOLDER_OF_THE_MODEL"
+
+
 def test_a_run_takes_what_was_said(tmp_path, run_file, check):
     """The checkpoint's size; and the metrics have the predicted memory beside what is measured."""
 

@@ -214,7 +214,8 @@ def run_header(config: Config, architecture: Architecture, world_size: int, devi
     words = console.header(name=config.run_name, model=architecture.model_type, num_parameters=total_parameters(architecture),
                            layout=layout, device=f"{world_size} ranks, {device}", dtype=config.train.dtype,
                            tokens_per_step=config.tokens_per_step,
-                           steps=config.steps if config.train.steps is not None or config.train.tokens is not None else None)  # fmt: skip
+                           steps=config.steps if config.train.steps is not None or config.train.tokens is not None else None,
+                           epochs=config.train.epochs)  # fmt: skip
     if config.train.compile:
         words += "\n  compile the first step also compiles kernels, which can take a minute"
     if not config.lora.rank:

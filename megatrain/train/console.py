@@ -29,9 +29,12 @@ def header(
     dtype: str,
     tokens_per_step: int,
     steps: int | None,
+    epochs: int | None = None,
 ) -> str:
     """The lines that open a run: what is trained, how it is spread, and how much there is to do."""
     budget = f"steps of {tokens_per_step:,} tokens"
+    if epochs is not None:
+        budget = f"{epochs} epoch{'s' if epochs > 1 else ''}, in {budget}"
     if steps is not None:
         budget = f"{steps} steps x {tokens_per_step:,} tokens = {short_number(steps * tokens_per_step)} tokens"
     return "\n".join(

@@ -50,10 +50,32 @@ def existing(path: Path) -> Path:
 def _most(config: Config) -> int:
     train = config.train
     if train.epochs is not None:  # only the data say how many steps that is
-        return train.keep_last + 1 if train.keep_last else 1
+        return train.keep_last + 1 if train.keep_last and train.save_every else 1
     saves = max(1, -(-config.steps // train.save_every)) if train.save_every else 1
     kept = train.keep_last + (train.spike == "rollback") + (config.steps // train.keep_every if train.keep_every else 0)
     return min(saves, kept + 1) if train.keep_last else saves
+
+
+def is_open(config: Config) -> bool:
+    """Whether only the data say how many checkpoints are kept, since they say how many steps there are."""
+    train = config.train
+    return train.epochs is not None and train.save_every > 0 and (not train.keep_last or train.keep_every > 0)
+
+
+def kept_in_words(config: Config, room: Room) -> str:
+    """How many checkpoints there are to be at once."""
+    train = config.train
+    if is_open(config):
+        which = f"train.keep_every={train.keep_every} keeps those of its multiples" if train.keep_last else "train.keep_last=0 keeps all"
+        return f"one each {train.save_every} steps, of a number of steps that the data say; {which}"
+    return f"{room.most} at once" if room.most > 1 else "one"
+
+
+def open_warning(config: Config, room: Room) -> str:
+    """What is said where nothing limits them."""
+    way_out = "leave train.keep_every out" if config.train.keep_last else "train.keep_last=3 keeps the newest three"
+    return (f"how many checkpoints the run keeps follows from its epochs' steps, which only the data say: {in_bytes(room.free)} free hold "
+            f"{room.free // room.each:,} of {in_bytes(room.each)}; {way_out}")  # fmt: skip
 
 
 def check_room(config: Config, room: Room) -> None:

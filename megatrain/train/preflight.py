@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatrain.config import Config
+from megatrain.config import Config, has_tokenizer
 from megatrain.data.samples import chosen_data, read_blend
 from megatrain.data.splits import Part
 from megatrain.errors import ConfigError, DataError, UserError
@@ -24,7 +24,7 @@ from megatrain.pipeline.stages import cut_layers
 from megatrain.rules import problems, within_ranges
 from megatrain.train import checks
 from megatrain.train.build import RankPlan, holding_schedule, layer_costs, plan_ranks
-from megatrain.train.disk import check_room, existing, in_bytes, room_for
+from megatrain.train.disk import check_room, existing, in_bytes, is_open, kept_in_words, open_warning, room_for
 from megatrain.train.exporters import check_exporters
 from megatrain.train.memory import RankMemory, heaviest, predict
 from megatrain.train.tasks import Pretraining, Task
@@ -108,8 +108,24 @@ def _make_tokenizer(config: Config, architecture: Architecture) -> str:
         return ""
     if folder == "demo/tokenizer":
         return "make demo"
+    if config.train.init_from is not None or config.lora.rank:
+        return _own_tokenizer(config)
     texts = "TEXTS.jsonl" if not folder.startswith("demo/") else config.data.train
     return f"megatrain tokenizer {texts} --vocab-size {architecture.vocab_size} --output {folder}"
+
+
+def _own_tokenizer(config: Config) -> str:
+    """Weights that are there know a token by its number: a tokenizer trained anew would give the numbers other meanings."""
+    start = config.train.init_from
+    if start is None:
+        return "data.tokenizer=FOLDER_OF_THE_MODEL"
+    if not Path(start).exists():
+        return _make_start(start) if start == config.data.tokenizer else f"data.tokenizer={start}"
+    return f"data.tokenizer={start}" if has_tokenizer(start) else "data.tokenizer=FOLDER_OF_THE_MODEL"
+
+
+def _make_start(start: str) -> str:
+    return "make demo" if start.startswith("demo/") else f"megatrain convert SOURCE {start}"
 
 
 def _starts(config: Config, architecture: Architecture, findings: Findings) -> None:
@@ -118,7 +134,7 @@ def _starts(config: Config, architecture: Architecture, findings: Findings) -> N
     path = findings.attempt(lambda: checks.check_resume(config, architecture), paste="train.resume=auto" if named else "")
     start = config.train.init_from
     if start is not None and not Path(start).exists():
-        findings.add(ConfigError("train.init_from", start, "does not exist"), paste="make demo" if start.startswith("demo/") else f"megatrain convert SOURCE {start}")
+        findings.add(ConfigError("train.init_from", start, "does not exist"), paste=_make_start(start))
     elif start is not None:
         findings.attempt(lambda: checks.check_weights(config, architecture, resumes=path is not None), paste=_own_model(config, start))
 
@@ -284,5 +300,6 @@ def _replaced(config: Config, settings: dict[str, Any]) -> Config:
 def _disk(config: Config, a: Architecture, findings: Findings) -> list[str]:
     room = room_for(config, a)
     findings.attempt(lambda: check_room(config, room))
-    count = f"{room.most} at once" if room.most > 1 else "one"
-    return [f"checkpoints: {in_bytes(room.each)} each, {count}; {in_bytes(room.free)} are free at {room.place}"]
+    if is_open(config):
+        findings.warnings.append(open_warning(config, room))
+    return [f"checkpoints: {in_bytes(room.each)} each, {kept_in_words(config, room)}; {in_bytes(room.free)} are free at {room.place}"]
