@@ -84,6 +84,7 @@ def test_a_killed_rank_is_named_with_its_last_words(launch):
     assert time.monotonic() - began < LONG, "the others would wait for it in a collective for half an hour"
     assert run.text("err").startswith("rank 1 was killed by SIGKILL (often: out of memory)")
     assert run.text("err").count("last words of rank 1") == 1
+    assert [(event.step, event.fields["cause"]) for event in run.events("fail")] == [(None, "rank 1 was killed by SIGKILL (often: out of memory)")] * 2
 
 
 def test_a_rank_that_just_leaves_is_named(launch):

@@ -183,6 +183,23 @@ def test_a_run_that_goes_on_or_has_only_begun(folder):
     assert page.charts == {}
 
 
+def test_a_run_that_hung_or_was_killed_just_now_does_not_go_on(folder):
+    """And a mark or an undone step after the last step that is kept is drawn; on CPUs two kinds of memory are named."""
+    start = {**json.loads((folder / "events.jsonl").read_text().splitlines()[0]), "device": "cpu"}
+    write(folder / "events.jsonl", start, {"time": at(5), "event": "stall", "step": STEPS + 4, "cause": "nothing has moved"})
+    write(folder / "undone.jsonl", {"step": STEPS + 20, "loss": 9.0})
+    page = page_of(folder)
+    assert f"Hung in step {STEPS + 4}: nothing has moved" in page.words
+    assert "Going on" not in page.words
+    assert page.charts["learning rate"]["svg"]["data-steps"] == f"0 {STEPS + 20}"
+    assert page.marks == [("stall", f"M{round(WIDTH * (STEPS + 4) / (STEPS + 20))} 0V{HEIGHT}")] * len(page.charts)
+    assert page.points("loss", "specks") == [(STEPS + 20, pytest.approx(9.0, rel=0.01))]
+    assert page.words.count("how much the process's resident memory has grown since before the model was built") == 1
+    assert "memory is the most of any, the resident memory of its process" in page.words
+    write(folder / "events.jsonl", start, {"time": at(5), "event": "fail", "step": STEPS, "cause": "rank 1 was killed"})
+    assert f"Failed after step {STEPS}: rank 1 was killed" in page_of(folder).words
+
+
 def test_a_run_of_before_there_were_events(tmp_path):
     write(tmp_path / "metrics.jsonl", {"step": 1, "loss": 2.0})
     page = page_of(tmp_path)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from datetime import datetime
 from pathlib import Path
 
 from megatrain.checkpoint import manifest
 from megatrain.config import Config
 from megatrain.launch.failure import Report, sentence
 from megatrain.launch.supervisor import Ended
-from megatrain.train.events import EventLog, Name
+from megatrain.train.events import EventLog, Name, write_failure
 
 
 class Restarts:
@@ -22,7 +23,7 @@ class Restarts:
 
     def __init__(self, config: Config) -> None:
         self._config, self._folder = config, Path(config.run.output_dir)
-        self._count = 0
+        self._count, self._began = 0, datetime.now().astimezone()
         self._failed_steps: set[int] = set()
         self._before = self._checkpoints() if config.run.max_restarts else set()
 
@@ -30,7 +31,9 @@ class Restarts:
         """Whether to start the ranks again; says so, or why not."""
         assert ended.failure is not None
         most = self._config.run.max_restarts
-        if not most or (isinstance(ended.failure, Report) and ended.failure.kind == "user"):
+        of_user = isinstance(ended.failure, Report) and ended.failure.kind == "user"
+        if not most or of_user:
+            write_failure(self._folder, sentence(ended.failure), step=_last_done(ended), since=self._began, of_user=of_user)
             return False
         where = f"step {ended.step}" if ended.step else "the start"
         why_not = f"{where} failed twice" if ended.step in self._failed_steps else "" if self._count < most else f"it was restarted {most} times"
@@ -39,7 +42,7 @@ class Restarts:
             print(f"not restarted: {why_not} (run.max_restarts={most})", file=sys.stderr, flush=True)
             return False
         self._failed_steps.add(ended.step)
-        self._count += 1
+        self._count, self._began = self._count + 1, datetime.now().astimezone()
         self._write("restart", ended, restart=self._count, of=most)
         print(f"restart {self._count} of {most} (run.max_restarts) after a failure in {where}", file=sys.stderr, flush=True)
         return True
@@ -61,5 +64,8 @@ class Restarts:
     def _write(self, event: Name, ended: Ended, **fields: object) -> None:
         assert ended.failure is not None
         with EventLog(self._folder) as events:
-            events.write(event, step=ended.step - 1 if ended.step else None,
-                         cause=sentence(ended.failure), **fields)  # fmt: skip
+            events.write(event, step=_last_done(ended), cause=sentence(ended.failure), **fields)
+
+
+def _last_done(ended: Ended) -> int | None:
+    return ended.step - 1 if ended.step else None

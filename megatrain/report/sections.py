@@ -50,17 +50,21 @@ class Panel(NamedTuple):
     factor: float = 1.0
 
 
+_MEMORY = "peak memory of the fullest rank"
+_GROWTH = "on CPUs: how much the process's resident memory has grown since before the model was built"
+_RESIDENT = "the resident memory of its process, with the interpreter and libraries"
+
 PANELS = (
     Panel("learning rate", "", (("lr", "", "line"),), True),
     Panel("gradient norm", "", (("grad_norm", "each step", "faint"), ("grad_norm", "smoothed", "line"))),
     Panel("throughput", "tokens/s", (("tokens_per_second", "each step", "faint"), ("tokens_per_second", "smoothed", "line")), True),
     Panel("compute", "TFLOP/s a rank", (("tflops_per_rank", "each step", "faint"), ("tflops_per_rank", "smoothed", "line")), True),
     Panel("model FLOPs utilisation", "%", (("mfu", "each step", "faint"), ("mfu", "smoothed", "line")), True, 100.0),
-    Panel("peak memory of the fullest rank", "GiB", (("memory_gib", "measured", "line"), ("memory_predicted_gib", "predicted", "line")), True),
+    Panel(_MEMORY, "GiB", (("memory_gib", "measured", "line"), ("memory_predicted_gib", "predicted", "line")), True),
     Panel("time that training stood still for saves", "s", (("save_stall_seconds", "", "stems"),), True),
 )
 _SHOWN = {name for panel in PANELS for name, *_ in panel.lines} | {"loss", "valid_loss", "tokens", "seconds", "skipped"}
-MARKS = {"restart": "started again", "rollback": "gone back", "spike": "loss spike", "stall": "hung"}
+MARKS = {"restart": "failed or stopped here, and started again", "rollback": "gone back", "spike": "loss spike", "stall": "hung"}
 
 
 def draw_report(runs: Sequence[RunFolder], *, now: datetime) -> str:
@@ -71,7 +75,7 @@ def draw_report(runs: Sequence[RunFolder], *, now: datetime) -> str:
     parts += _charts(runs)
     for run in runs:
         parts += [f"<h2>{escape(run.name)}</h2>"] if len(runs) > 1 else []
-        parts += [*_stages(run.stages), *_timeline(run), *_passed_over(run), *_events(run, now), *_config(run)]
+        parts += [*_stages(run.stages, on_cpus=_is_on_cpus(run)), *_timeline(run), *_passed_over(run), *_events(run, now), *_config(run)]
     parts.append(f'<p class="small">Written {now:%Y-%m-%d %H:%M:%S %z}. Curves keep the lowest and the highest value of each piece of the run, so that no spike is lost.</p>')
     return page.frame(f"report of {title}", parts, style=STYLE + _STYLE)
 
@@ -117,7 +121,7 @@ def _number_of(count: object, name: str) -> str:
 def _state(run: RunFolder, now: datetime) -> str:
     """How the run stands, in HTML. A run that was killed cannot say so."""
     if run.story.end is not None:
-        failed = run.story.events[-1].event == "fail"
+        failed = run.story.events[-1].event in ("fail", "stall")
         return f'<span class="{"bad" if failed else ""}">{escape(run.story.end[:1].upper() + run.story.end[1:])}</span>'
     if run.told is None:
         return "No step has been told of yet."
@@ -164,13 +168,19 @@ def _charts(runs: Sequence[RunFolder]) -> list[str]:
     begins = [curve.points()[0].step for run in runs for curve in run.curves.values()]
     if not ends:
         return ["<p>There are no figures yet.</p>"]
-    steps = Span(min(begins), max(max(ends), min(begins) + 1))
     marks = [mark for run in runs for mark in run.story.marks]
+    ends += [mark.step for mark in marks] + [run.undone.last.step for run in runs if run.undone is not None]
+    steps = Span(min(begins), max(max(ends), min(begins) + 1))
     losses = dict.fromkeys(loss_name(run.setting("task", "sft"), run.setting("classification.problem", "single-label")) for run in runs)
     parts = chart("loss", list(_losses(runs)), steps=steps, unit=", ".join(losses), marks=marks, first=True)
-    for panel in [*PANELS, *_measures(runs)]:
+    panels = [panel._replace(unit=f"{panel.unit}, {_GROWTH}") if panel.title == _MEMORY and any(map(_is_on_cpus, runs)) else panel for panel in PANELS]
+    for panel in [*panels, *_measures(runs)]:
         parts += chart(panel.title, list(_lines(panel, runs)), steps=steps, unit=panel.unit, marks=marks, from_zero=panel.from_zero)
     return ["<h2>Over steps</h2>", *_meaning_of(marks), '<div class="charts">', *parts, "</div>"]
+
+
+def _is_on_cpus(run: RunFolder) -> bool:
+    return run.story.start is not None and run.story.start.fields.get("device") == "cpu"
 
 
 def _meaning_of(marks: Iterable[Mark]) -> list[str]:
@@ -226,7 +236,7 @@ def _measures(runs: Sequence[RunFolder]) -> list[Panel]:
 _PARTS = {"forward": "#56b4e9", "backward": "#d55e00", "waiting": "#bdbdbd", "rest": "#8a8a8a"}
 
 
-def _stages(stages: list[StageTimes]) -> list[str]:
+def _stages(stages: list[StageTimes], *, on_cpus: bool) -> list[str]:
     if not stages:
         return []
     longest = max(stage.whole for stage in stages)
@@ -237,7 +247,9 @@ def _stages(stages: list[StageTimes]) -> list[str]:
         "<h2>A step on each pipeline rank</h2>",
         f'<p class="small">{" &nbsp; ".join(page.key(colour, name) for name, colour in _PARTS.items())}</p>',
         '<div class="lanes">', *(_lane(stage, longest) for stage in stages), "</div>", *page.table(heads, lines, kind="narrow"),
-        '<p class="small">Means of the last steps that ranks have told of in their logs, over tensor and data ranks; memory is the most of any. Waiting is for what neighbours send; '
+        '<p class="small">Means of the last steps that ranks have told of in their logs, over tensor and data ranks; memory is the most of any'
+        f"{f', {_RESIDENT}' if on_cpus else ''}. "
+        'Waiting is for what neighbours send; '
         "the rest is the optimizer, what data ranks add up, data and the host.</p>",
     ]  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 from megatrain.report.chart import Mark
@@ -15,7 +15,7 @@ _FOLDED = 4
 """As many events of a kind one after the other are one row, where each of them says little."""
 _TOLD = ("why", "what", "cause", "error")
 """Fields that are sentences."""
-_ENDS = {"finish": "finished", "stop": "stopped, to go on later", "fail": "failed"}
+_ENDS = {"finish": "finished", "stop": "stopped, to go on later", "fail": "failed", "stall": "hung"}
 
 
 class Row(NamedTuple):
@@ -48,14 +48,18 @@ def tell(events: Iterable[Event]) -> Story:
     """The story of the events of a run's folder, the oldest first."""
     kept = _since_begun_afresh(list(events))
     starts = [place for place, event in enumerate(kept) if event.event == "start"]
-    marks = [Mark(_first_step(kept[place + 1 :]), "restart") for place in starts[1:]]
+    marks = [Mark(_failed_step(kept[before:place]) or _first_step(kept[place + 1 :]), "restart") for before, place in pairwise(starts)]
     marks += [Mark(event.step or 0, event.event) for event in kept if event.event in ("rollback", "stall", "spike")]  # type: ignore[arg-type]
-    last = kept[-1] if kept else None
-    end = None
-    if last is not None and last.event in _ENDS:
-        why = last.fields.get("error") or last.fields.get("why")
-        end = f"{_ENDS[last.event]} after step {last.step}" + (f": {why}" if why else "")
-    return Story(kept, kept[starts[-1]] if starts else None, end, max(0, len(starts) - 1), marks)
+    return Story(kept, kept[starts[-1]] if starts else None, _end(kept[-1]) if kept else None, max(0, len(starts) - 1), marks)
+
+
+def _end(last: Event) -> str | None:
+    if last.event not in _ENDS:
+        return None
+    where = f"{'in' if last.event == 'stall' else 'after'} step {last.step}" if last.step else "before its first step was done"
+    why = next((str(last.fields[name]).partition("\n")[0] for name in ("error", "why", "cause") if last.fields.get(name)), "")
+    given_up = last.fields.get("reason")
+    return f"{_ENDS[last.event]} {where}" + (f": {why}" if why else "") + (f"; not restarted: {given_up}" if given_up else "")
 
 
 def rows(events: Iterable[Event]) -> Iterator[Row]:
@@ -77,6 +81,12 @@ def _since_begun_afresh(events: list[Event]) -> list[Event]:
         if event.event == "start" and event.fields.get("resume") == "never" and not again:
             begin = place
     return events[begin:]
+
+
+def _failed_step(start_to_start: list[Event]) -> int | None:
+    """The last step that a start came to, where somebody told of its failure."""
+    told = [event.step for event in start_to_start if event.event in ("restart", "fail", "stall") and event.step is not None]
+    return told[-1] if told else None
 
 
 def _first_step(after_start: list[Event]) -> int:

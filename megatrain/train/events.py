@@ -65,6 +65,16 @@ class EventLog:
         self.close()
 
 
+def write_failure(run_folder: Path, cause: str, *, step: int | None, since: datetime, of_user: bool = False) -> None:
+    """Append the `fail` of a run that cannot say so itself; nothing where its end since then is told already, by the rank that raised
+    or as a stall. What the user wrote (`of_user`) is no event of a run that has not begun."""
+    with contextlib.suppress(OSError):  # who speaks has ranks to end
+        told = {event.event for event in read(run_folder) if event.time >= since}
+        if not told & {"fail", "stall"} and ("start" in told or not of_user):
+            with EventLog(run_folder) as events:
+                events.write("fail", step=step, cause=cause)
+
+
 def read(run_folder: Path) -> Iterator[Event]:
     """The events of a run's folder, the oldest first; none where the run wrote none. What is no whole event is left out."""
     for raw in json_lines.read(run_folder / FILE_NAME):

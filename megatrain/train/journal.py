@@ -167,9 +167,9 @@ class Journal:
             self.events.write("stop", step=progress.step, why="a signal")
 
     def failed(self, error: Exception, progress: Progress) -> None:
-        """The run ends, for a reason of this rank's or of another's."""
-        lost = "another rank is gone: " if describe(error, 0).kind == "lost" else ""
-        self.events.write("fail", step=progress.step, error=f"{lost}{type(error).__name__}: {error}"[:2000])
+        """The run ends, for a reason of this rank's. Of a rank that is gone, who watches the ranks writes (events.write_failure)."""
+        if describe(error, 0).kind != "lost":
+            self.events.write("fail", step=progress.step, error=f"{type(error).__name__}: {error}"[:2000])
 
     def finish(self, progress: Progress, words: str | None) -> None:
         """After the loop: `words` says why, where it ended before its last step."""

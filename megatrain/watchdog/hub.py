@@ -142,7 +142,7 @@ class Hub(WatchdogThread):
         if self._judge_at is None or now + wait < self._judge_at:
             self._judge_at = now + wait
         if now >= self._judge_at:
-            self._end(first)
+            self._end(first, step=self.pulse.state().step)
 
     def _end(self, failure: Report | Death, *, step: int | None = None) -> None:
         text = self.voice.say(failure, step=step)

@@ -78,7 +78,7 @@ class Link(WatchdogThread):
         if self.voice.is_supervised:
             return  # who sees it too, and why
         death = Death(0, None, time.time(), str(self._hub))
-        self.voice.leave(self.voice.say(death) if self._speaks() else f"rank 0 ({self._hub}) ended without a word")
+        self.voice.leave(self.voice.say(death, step=self.pulse.state().step) if self._speaks() else f"rank 0 ({self._hub}) ended without a word")
 
     def _rank_0_is_frozen(self) -> None:
         state = self.pulse.state()

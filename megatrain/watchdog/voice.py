@@ -9,14 +9,15 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
 
 from megatrain.config import Config
-from megatrain.launch.failure import Death, Report, Reporter, words
+from megatrain.launch.failure import Death, Report, Reporter, sentence, words
 from megatrain.log import log_path
 from megatrain.place import Place
-from megatrain.train.events import EventLog
+from megatrain.train.events import EventLog, write_failure
 from megatrain.watchdog.blame import State, find_awaited
 
 _MOST_SHOWN = 8
@@ -42,13 +43,14 @@ class Voice:
     def __init__(self, config: Config, place: Place, *, console: TextIO, log: TextIO, report: Reporter | None) -> None:
         self.place, self.folder = place, Path(config.run.output_dir)
         self._config, self._console, self._log, self._report = config, console, log, report
+        self._began = datetime.now().astimezone()
 
     @property
     def is_supervised(self) -> bool:
         return self._report is not None
 
     def say(self, failure: Report | Death, *, step: int | None = None) -> str:
-        """Tell the user, once for the whole run; returns what was told."""
+        """Tell the user, once for the whole run; returns what was told. `step` is the one being done, 0 before the first."""
         text = words(failure, log_path(self._config, failure.rank))
         if isinstance(failure, Report) and failure.kind == "stall":
             with EventLog(self.folder) as events:
@@ -58,6 +60,8 @@ class Voice:
             self._report(failure)  # which ends this process too
         else:
             print(text, file=self._console, flush=True)
+            of_user = isinstance(failure, Report) and failure.kind == "user"
+            write_failure(self.folder, sentence(failure), step=step - 1 if step else None, since=self._began, of_user=of_user)
         return text
 
     def leave(self, text: str) -> NoReturn:

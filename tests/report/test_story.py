@@ -21,6 +21,11 @@ def test_each_start_but_the_first_is_a_restart_where_it_resumed():
     assert story.end is None
 
 
+def test_a_restart_is_marked_where_the_start_before_it_failed():
+    story = tell(events(("start", None), ("save", 30), ("restart", 35), ("start", None), ("resume", 30), ("stall", 41), ("start", None), ("resume", 40), ("fail", None), ("start", None)))
+    assert story.marks == [Mark(35, "restart"), Mark(41, "restart"), Mark(0, "restart"), Mark(41, "stall")]
+
+
 def test_rollbacks_stalls_and_spikes_are_marked():
     story = tell(events(("start", None), ("spike", 7), ("rollback", 8), ("stall", 9)))
     assert story.marks == [Mark(7, "spike"), Mark(8, "rollback"), Mark(9, "stall")]
@@ -32,6 +37,16 @@ def test_how_it_ended():
     assert tell(events(("start", None), ("fail", 4, {"error": "UserError: no"}))).end == "failed after step 4: UserError: no"
     assert tell(events(("fail", 4), ("start", None))).end is None, "it goes on"
     assert tell([]).end is None
+
+
+def test_a_run_that_was_killed_or_hung_ended_so_with_its_cause():
+    assert tell(events(("start", None), ("save", 4), ("fail", 5, {"cause": "rank 1 was killed"}))).end == "failed after step 5: rank 1 was killed"
+    assert tell(events(("start", None), ("fail", None, {"cause": "rank 1 was killed"}))).end == "failed before its first step was done: rank 1 was killed"
+    stall = ("stall", 35, {"cause": "nothing has moved\n  rank 0: step 35"})
+    assert tell(events(("start", None), stall)).end == "hung in step 35: nothing has moved"
+    given_up = tell(events(("start", None), stall, ("fail", 34, {"cause": "nothing has moved\n  rank 0", "reason": "step 35 failed twice"})))
+    assert given_up.end == "failed after step 34: nothing has moved; not restarted: step 35 failed twice"
+    assert tell(events(("start", None), stall, ("restart", 34))).end is None, "it is started again"
 
 
 def test_what_was_there_before_a_run_was_begun_afresh_is_not_told_but_a_supervisors_start_is():

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from megatrain.checkpoint.save import Progress
-from megatrain.train.events import FILE_NAME, Event, EventLog, read
+from megatrain.train.events import FILE_NAME, Event, EventLog, read, write_failure
 from megatrain.train.journal import Journal
 
 
@@ -114,10 +114,24 @@ def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, monkeypatch):
     log.close()
 
 
-def test_a_failure_tells_whether_another_rank_was_first(tmp_path):
+def test_a_rank_tells_of_its_own_failure_and_not_of_a_rank_that_is_gone(tmp_path):
     journal = object.__new__(Journal)
     journal.events = EventLog(tmp_path)
     journal.failed(ValueError("no such thing"), Progress(3, 0, 0))
     journal.failed(RuntimeError("Connection reset by peer"), Progress(4, 0, 0))
-    assert [(event.event, event.step, event.fields["error"]) for event in read(tmp_path)] == [
-        ("fail", 3, "ValueError: no such thing"), ("fail", 4, "another rank is gone: RuntimeError: Connection reset by peer")]  # fmt: skip
+    assert [(event.event, event.step, event.fields["error"]) for event in read(tmp_path)] == [("fail", 3, "ValueError: no such thing")]
+
+
+@pytest.mark.parametrize(("told", "of_user", "written"), [([], False, 1), (["start"], False, 1), (["start", "fail"], False, 0), (["start", "stall"], False, 0),
+                                                          ([], True, 0), (["start"], True, 1)])  # fmt: skip
+def test_a_failure_that_no_rank_told_of_is_written_once(tmp_path, told, of_user, written):
+    began = datetime.now().astimezone() - timedelta(minutes=1)
+    with EventLog(tmp_path) as log:
+        for name in told:
+            log.write(name)
+    before = len(list(read(tmp_path)))
+    for _ in range(2):
+        write_failure(tmp_path, "rank 1 was killed", step=7, since=began, of_user=of_user)
+    assert [(event.event, event.step, event.fields["cause"]) for event in list(read(tmp_path))[before:]] == [("fail", 7, "rank 1 was killed")] * written
+    write_failure(tmp_path, "again", step=7, since=datetime.now().astimezone() + timedelta(minutes=1))
+    assert next(reversed(list(read(tmp_path)))).fields["cause"] == "again", "what an earlier start told does not count"

@@ -66,6 +66,8 @@ def test_under_a_launcher_a_killed_rank_is_named_with_its_last_words_by_one_that
     assert text.startswith(f"rank {killed} (")
     assert f"process {pids[killed]}) ended without a word (often: killed" in text
     assert f"last words of rank {killed}" in text
+    (event,) = run.events("fail")
+    assert event.fields["cause"].startswith(f"rank {killed} (")
     assert "Connection closed" not in text
     assert "Traceback" not in text
 
