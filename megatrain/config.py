@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from megatrain.errors import ConfigError, shortened
+from megatrain.errors import ConfigError, shortened, shown
 from megatrain.rules import check
 from megatrain.settings import Config
 
@@ -66,7 +66,8 @@ def _from_dict(raw: dict[str, Any], base: Path, refuse: Refuse) -> Config:
     for written, content in raw.items():
         name = written
         if name not in sections:
-            refuse(ConfigError(name, shortened(content), "is not a section of the config", _did_you_mean(name, list(sections))))
+            refuse(ConfigError(name, shortened(content), "is not a section of the config", _did_you_mean(name, list(sections)),
+                               paste=_in_section(next(iter(_alike(name, list(sections))), ""), content)))  # fmt: skip
             name = next((like for like in _alike(name, list(sections)) if like not in raw), "")
         try:
             if name == "model":
@@ -78,6 +79,15 @@ def _from_dict(raw: dict[str, Any], base: Path, refuse: Refuse) -> Config:
         except ConfigError as error:
             refuse(error)
     return _with_folder(Config(**values), base)
+
+
+def _in_section(name: str, content: Any) -> str:
+    """Words that say in the section that was meant what was said in one that is none."""
+    section = typing.get_type_hints(Config).get(name)
+    hints = typing.get_type_hints(section) if dataclasses.is_dataclass(section) else {}
+    if not isinstance(content, dict) or not all(key in hints and isinstance(value, str | int | float) for key, value in content.items()):
+        return ""
+    return " ".join(f"{name}.{key}={shown(value)}" for key, value in content.items())
 
 
 def _with_folder(config: Config, base: Path) -> Config:

@@ -75,6 +75,8 @@ def _used(error: ConfigError) -> str:
 def _default(error: ConfigError) -> str:
     if not _is_setting(error.setting):
         return ""
+    if error.setting == "train.steps":  # its default is a length given otherwise
+        return "train.steps=1000"
     section, key = error.setting.split(".")
     default = getattr(getattr(Config(), section), key)
     return "" if default == error.value else f"{error.setting}={_as_yaml(default)}"
@@ -115,12 +117,19 @@ class Findings:
     def __init__(self) -> None:
         self.errors: list[Finding] = []
         self.warnings: list[str] = []
+        self._settings: set[str] = set()
 
     def add(self, error: UserError, *, paste: str = "") -> None:
         """Each once: what several rules refuse is one mistake."""
+        if isinstance(error, ConfigError):
+            self._settings.add(error.setting)
         finding = Finding(str(error), paste or line_for(error))
         if finding.text not in [other.text for other in self.errors]:
             self.errors.append(finding)
+
+    def follows(self, error: ConfigError) -> bool:
+        """Whether settings are missed of which one is there and could not be read."""
+        return "missing" in error.rule and any(name in self._settings for name in re.split(", | and ", error.setting))
 
     def attempt(self, rule: Callable[[], Any], *, paste: str = "") -> Any:
         """What the rule returns; None where it refuses, which is kept."""

@@ -128,12 +128,18 @@ def _check_spike(config: Config) -> Iterator[ConfigError]:
 def _check_rollback(config: Config) -> Iterator[ConfigError]:
     train = config.train
     if not train.save_every and not train.early_stop:
-        yield ConfigError("train.spike", "rollback", "goes back to a checkpoint, and train.save_every=0 makes none before the end", "set train.save_every")
+        yield ConfigError("train.spike", "rollback", "goes back to a checkpoint, and train.save_every=0 makes none before the end", f"set train.save_every={_tenth(config)}")
     if train.epochs is not None:
         yield ConfigError("train.spike", "rollback", "passes over samples, and train.epochs asks for every one", "give train.steps, or use train.spike=warn")
     if config.task == "dpo" and config.preference.reference != "adapters-off" and (config.preference.reference == "beforehand" or not config.lora.rank):
         yield ConfigError("train.spike", "rollback", "goes on with samples whose log-probabilities preference.reference=beforehand has not computed",
                           "use train.spike=warn, or adapters and preference.reference=adapters-off")  # fmt: skip
+
+
+def _tenth(config: Config) -> int:
+    """Of the run's steps; of a run whose data say them, a number that is seldom wrong."""
+    known = config.train.steps is not None or config.train.tokens is not None
+    return max(1, config.steps // 10) if known else 100
 
 
 def _check_trace(config: Config) -> Iterator[ConfigError]:

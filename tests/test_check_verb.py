@@ -86,6 +86,7 @@ MISTAKES = {
     "train.dtype=fp16": "train.dtype=fp16 needs a GPU",
     "train.keep_every=4": "train.keep_every=4 has no meaning while train.keep_last=0",
     "train.trace_steps=[20,30]": "train.trace_steps=[20, 30] goes beyond the run's last step, 12",
+    "train.spike=rollback train.save_every=0": "train.spike=rollback goes back to a checkpoint, and train.save_every=0 makes none",
     "train.eval_every=5": "data.valid=null names no data",
     "train.resume=nowhere": "train.resume=nowhere is not a folder",
     "data.sequence_length=65": "data.sequence_length=65 is more than the model's 64 positions",
@@ -150,6 +151,41 @@ def test_data_that_are_damaged_or_missing(check, run_file):
     said = check(run_file, "data.train=nowhere", "data.tokenizer=words")
     assert said.errors["data.train=nowhere is not there"] == "megatrain preprocess TEXTS.jsonl --tokenizer words --output nowhere"
     assert said.errors["data.tokenizer=words is not a folder"] == "megatrain tokenizer TEXTS.jsonl --vocab-size 67 --output words"
+
+
+def test_texts_instead_of_their_tokens(check, run_file):
+    """It is there, so that it is not said to be missing; and made under its own name it would be the same again."""
+    (run_file.parent / "texts.jsonl.gz").write_bytes(b"")
+    said = check(run_file, "--verb", "pretrain", "data.train=texts.jsonl.gz", "data.tokenizer=words")
+    ((text, paste),) = [(text, paste) for text, paste in said.errors.items() if text.startswith("data.train=")]
+    assert text.startswith("data.train=texts.jsonl.gz is a file of texts")
+    assert text.endswith("and give data.train=texts")
+    assert paste == "megatrain preprocess texts.jsonl.gz --tokenizer words --output texts"
+
+
+def test_a_wrong_start_is_one_mistake(check, run_file):
+    """And not as many as there are things that would have come from it."""
+    raw = yaml.safe_load(run_file.read_text())
+    del raw["model"]
+    run_file.write_text(yaml.safe_dump(raw))
+    (run_file.parent / "base").mkdir()
+    (run_file.parent / "chats.jsonl").write_text("{}")
+    for words in (["--verb", "pretrain"], ["--verb", "finetune", "data.train=chats.jsonl"]):
+        assert check(run_file, *words, "train.init_from=bsae").errors == {"train.init_from=bsae does not exist; did you mean `base`?": "train.init_from=base"}
+    assert check(run_file, "train.init_from=other").errors == {"train.init_from=other does not exist": "megatrain convert SOURCE other"}
+
+
+def test_what_could_not_be_read_is_not_also_missing(check, run_file):
+    """Steps that are no number, or are in a section that is none."""
+    raw = yaml.safe_load(run_file.read_text())
+    raw["train"]["steps"] = "thirty"
+    run_file.write_text(yaml.safe_dump(raw))
+    (text,) = check(run_file).errors
+    assert text.startswith("train.steps=thirty must be a whole number")
+    del raw["train"]["steps"]
+    run_file.write_text(yaml.safe_dump(raw | {"trian": {"steps": 30}}))
+    ((_, paste), *_) = check(run_file).errors.items()
+    assert paste == "train.steps=30"
 
 
 def test_a_world_that_the_layout_does_not_divide(check, run_file):

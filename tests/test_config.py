@@ -152,7 +152,7 @@ REFUSED = {
     "train.spike=on": "train.spike=true is not one of off, warn, rollback",
     "train.max_rollbacks=5": "train.max_rollbacks=5 has no meaning with train.spike=warn; set train.spike=rollback",
     "train.spike_factor=0": "train.spike_factor=0.0 must be more than 0",
-    "train.spike=rollback": "train.spike=rollback goes back to a checkpoint, and train.save_every=0 makes none before the end; set train.save_every",
+    "train.spike=rollback": "train.spike=rollback goes back to a checkpoint, and train.save_every=0 makes none before the end; set train.save_every=1",
     "parallel.zero=4": "parallel.zero=4 is not one of 0, 1, 2, 3",
     "parallel.zero=true": "parallel.zero=true is not one of 0, 1, 2, 3",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] must be two numbers in [0, 1); for example [0.9, 0.95]",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from megatrain.train.tasks import Source, Task
 
 def check_without_ranks(config: Config, world_size: int, task: Task) -> None:
     """Refuse whatever can be seen to be wrong without a rank, and have the task's data made."""
+    check_start(config)
     task.check(config)
     check_bitsandbytes(config.lora)
     check_exporters(config)
@@ -93,6 +95,33 @@ def check_resume(config: Config, a: Architecture) -> Path | None:
     return path
 
 
+def lacks_start(config: Config) -> bool:
+    """Whether model and tokenizer are to be those of a folder that is not there."""
+    start = config.train.init_from
+    return start is not None and config.model == start and not Path(start).exists()
+
+
+def check_start(config: Config) -> None:
+    """Refuse it by its own name, before model and tokenizer are missed."""
+    if lacks_start(config):
+        raise no_start(str(config.train.init_from))
+
+
+def no_start(start: str) -> ConfigError:
+    """With the folder beside it that has nearly its name."""
+    path = Path(start)
+    beside = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    if not close:
+        return ConfigError("train.init_from", start, "does not exist", paste=make_start(start))
+    return ConfigError("train.init_from", start, "does not exist", f"did you mean `{path.parent / close[0]}`?")
+
+
+def make_start(start: str) -> str:
+    """The command that makes a folder to start from."""
+    return "make demo" if start.startswith("demo/") else f"megatrain convert SOURCE {start}"
+
+
 def check_weights(config: Config, a: Architecture, *, resumes: bool) -> None:
     """Refuse weights to start from that do not fit."""
     if config.train.init_from is not None and (not resumes or config.lora.rank):
@@ -145,6 +174,7 @@ def with_steps(config: Config, source: Source) -> Config:
 
 def dry_run(config: Config, task: Task) -> str:
     """What the run would be: layers and parameters by stage, batches, and whether its data are there."""
+    check_start(config)
     task.check(config)
     check_exporters(config)
     architecture = task.architecture(config)

@@ -27,7 +27,7 @@ from megatrain.train.build import RankPlan, holding_schedule, layer_costs, plan_
 from megatrain.train.disk import check_room, existing, in_bytes, is_open, kept_in_words, open_warning, room_for
 from megatrain.train.exporters import check_exporters
 from megatrain.train.memory import RankMemory, heaviest, predict
-from megatrain.train.tasks import Pretraining, Task
+from megatrain.train.tasks import Pretraining, Task, text_instead
 
 GIB = 2**30
 NARROW = 0.92
@@ -50,12 +50,16 @@ class Place(NamedTuple):
 def preflight(config: Config, task: Task, place: Place, findings: Findings) -> list[str]:
     """Look at everything; what is wrong goes to the findings, and the lines say what the run would be."""
     for problem in problems(config):
-        findings.add(problem)
+        if not findings.follows(problem):
+            findings.add(problem)
     config = within_ranges(config)
-    findings.attempt(lambda: task.check(config))
+    if findings.passes(lambda: checks.check_start(config)):
+        findings.attempt(lambda: task.check(config))
     findings.attempt(lambda: check_bitsandbytes(config.lora))
     findings.attempt(lambda: check_exporters(config))
     _files(config, task, findings)
+    if checks.lacks_start(config):
+        return []
     architecture = findings.attempt(lambda: task.architecture(config))
     if architecture is None:
         return []
@@ -79,6 +83,10 @@ def preflight(config: Config, task: Task, place: Place, findings: Findings) -> l
 def _files(config: Config, task: Task, findings: Findings) -> None:
     """Data that are not there, with the command that makes them."""
     for which in checks.parts_of(config):
+        text = text_instead(config, which) if isinstance(task, Pretraining) else None
+        if text is not None:
+            findings.add(text)
+            continue
         for path in _missing(config, task, which):
             findings.add(DataError(f"data.{which}={path} is not there"), paste=_make_data(config, task, path))
 
@@ -120,12 +128,8 @@ def _own_tokenizer(config: Config) -> str:
     if start is None:
         return "data.tokenizer=FOLDER_OF_THE_MODEL"
     if not Path(start).exists():
-        return _make_start(start) if start == config.data.tokenizer else f"data.tokenizer={start}"
+        return checks.make_start(start) if start == config.data.tokenizer else f"data.tokenizer={start}"
     return f"data.tokenizer={start}" if has_tokenizer(start) else "data.tokenizer=FOLDER_OF_THE_MODEL"
-
-
-def _make_start(start: str) -> str:
-    return "make demo" if start.startswith("demo/") else f"megatrain convert SOURCE {start}"
 
 
 def _starts(config: Config, architecture: Architecture, findings: Findings) -> None:
@@ -134,7 +138,7 @@ def _starts(config: Config, architecture: Architecture, findings: Findings) -> N
     path = findings.attempt(lambda: checks.check_resume(config, architecture), paste="train.resume=auto" if named else "")
     start = config.train.init_from
     if start is not None and not Path(start).exists():
-        findings.add(ConfigError("train.init_from", start, "does not exist"), paste=_make_start(start))
+        findings.add(checks.no_start(start))
     elif start is not None:
         findings.attempt(lambda: checks.check_weights(config, architecture, resumes=path is not None), paste=_own_model(config, start))
 

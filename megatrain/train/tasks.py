@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from megatrain.checkpoint.descriptions import Chat
 from megatrain.config import Config
+from megatrain.data.documents import is_read
 from megatrain.data.samples import Samples, open_samples
 from megatrain.data.splits import Part
 from megatrain.errors import ConfigError
@@ -67,6 +68,19 @@ class Task(Protocol):
         """What a saved folder is to say of chats."""
 
 
+def text_instead(config: Config, which: Part) -> ConfigError | None:
+    """What is said where pretraining is given texts that are not tokenised yet."""
+    path = getattr(config.data, which)
+    if not isinstance(path, str) or not is_read(path) or not Path(path).is_file() or Path(f"{path}.idx").exists():
+        return None
+    prefix = path
+    while is_read(prefix):
+        prefix = str(Path(prefix).with_suffix(""))
+    paste = f"megatrain preprocess {path} --tokenizer {config.data.tokenizer or 'TOKENIZER'} --output {prefix}"
+    return ConfigError(f"data.{which}", path, "is a file of texts, and pretraining reads what `megatrain preprocess` makes of them",
+                       f"make it once, and give data.{which}={prefix}", paste=paste)  # fmt: skip
+
+
 class Pretraining(Task):
     """Sequences cut from an indexed dataset's stream of tokens."""
 
@@ -79,6 +93,9 @@ class Pretraining(Task):
             raise ConfigError("task", config.task, "is a setting of `megatrain finetune`", "start this config with that verb, or leave it out")
         if config.train.epochs is not None:
             raise ConfigError("train.epochs", config.train.epochs, "counts finetuning's samples", "give train.steps or train.tokens")
+        for text in (text_instead(config, "train"), text_instead(config, "valid")):
+            if text is not None:
+                raise text
 
     def prepare(self, config: Config, which: Part) -> None:
         """Nothing: `megatrain preprocess` has made the files."""
