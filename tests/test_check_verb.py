@@ -253,6 +253,14 @@ def test_weights_that_are_there_keep_their_tokenizer(check, run_file):
     assert check(run_file, "data.tokenizer=words", "lora.rank=4").errors[lost] == "data.tokenizer=FOLDER_OF_THE_MODEL"
 
 
+def test_what_finetuning_lacks_is_yours_to_fill(check, run_file):
+    """The line to paste does not take it away once more."""
+    lacks = check(run_file, "--verb", "finetune", "data.train=null").errors
+    assert [paste for text, paste in lacks.items() if text.startswith("data.train=(nothing)")] == ["data.train=YOURS.jsonl"]
+    lacks = check(run_file, "--verb", "finetune", "data.train=chats.jsonl").errors
+    assert [paste for text, paste in lacks.items() if text.startswith("data.tokenizer=(nothing)")] == ["data.tokenizer=FOLDER_OF_THE_MODEL"]
+
+
 def test_a_run_takes_what_was_said(tmp_path, run_file, check):
     """The checkpoint's size; and the metrics have the predicted memory beside what is measured."""
 

@@ -32,14 +32,15 @@ class Finetuning(Task):
         """Refuse what only pretraining uses, and a config without data or tokenizer."""
         data = config.data
         if data.train is None:
-            raise ConfigError("data.train", "(nothing)", "is missing", "give a file, folder or glob of JSONL or parquet with chats")
+            raise ConfigError("data.train", "(nothing)", "is missing", "give a file, folder or glob of JSONL or parquet with chats",
+                              paste="data.train=YOURS.jsonl")  # fmt: skip
         if isinstance(data.train, str) and Path(f"{data.train}.idx").exists():
             raise ConfigError("data.train", data.train, "is an indexed dataset, which `megatrain pretrain` reads",
                               "start this config with that verb, or give files of chats")  # fmt: skip
         if data.document_mask:
             raise ConfigError("data.document_mask", True, "is a setting of pretraining", "leave it out: packed chats attend to themselves alone")
         if data.tokenizer is None:
-            raise ConfigError("data.tokenizer", "(nothing)", "is missing", "give the model's tokenizer")
+            raise ConfigError("data.tokenizer", "(nothing)", "is missing", "give the model's tokenizer", paste="data.tokenizer=FOLDER_OF_THE_MODEL")
 
     def prepare(self, config: Config, which: Part) -> None:
         """Tokenise the files, unless that was done."""
