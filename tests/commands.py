@@ -49,10 +49,10 @@ class Command:
 
 
 def start(*words: object, folder: Path) -> Command:
-    """`megatrain WORDS`, its output in a new folder within `folder`."""
+    """`megatrain WORDS` where this process is, its output in a new folder within `folder`."""
     own = folder / f"command-{os.urandom(4).hex()}"
     own.mkdir()
-    return Command(_ask({"words": [str(word) for word in words], "folder": str(own)}), own)
+    return Command(_ask({"words": [str(word) for word in words], "folder": str(own), "where": os.getcwd()}), own)
 
 
 def run(*words: object, folder: Path, timeout: float = 300.0) -> Ended:
@@ -96,13 +96,14 @@ def stop() -> None:
 # in the process that imports
 
 
-def _fork(words: list[str], folder: str) -> int:
+def _fork(words: list[str], folder: str, where: str) -> int:
     child = os.fork()
     if child:
         return child
     code = 70
     try:
         os.setsid()
+        os.chdir(where)
         for name, descriptor in (("out", 1), ("err", 2)):
             os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -133,7 +134,7 @@ def _serve() -> None:
             answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
             under_way.remove(order["wait"])
         else:
-            answer = _fork(order["words"], order["folder"])
+            answer = _fork(order["words"], order["folder"], order["where"])
             under_way.add(answer)
         print(answer, flush=True)
     for pid in under_way:
