@@ -39,10 +39,6 @@ class Target(NamedTuple):
     passed: tuple[str, ...] = ()
 
 
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
 def newest_from_before(since: int) -> int:
     """The latest step whose checkpoint is from before a spike that began at `since`: the loss of the step after it was none of it."""
     return since - 2
@@ -64,17 +60,17 @@ def find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool) 
 def _find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool) -> Target:
     before = [line["step"] for line in skipped(folder) if line["step"] < since]
     latest, passed = max([newest_from_before(since), *before]), list[str]()
-    for path in sorted((path for path in _checkpoints(folder) if step_of(path) <= latest and own(step_of(path))), reverse=True):
+    for path in sorted((path for path in _checkpoints(folder) if keep.step_of(path) <= latest and own(keep.step_of(path))), reverse=True):
         wrong = manifest.problem(path, hashes=hashes)
         if wrong is None:
-            return Target(path, before.count(step_of(path)), tuple(passed))
+            return Target(path, before.count(keep.step_of(path)), tuple(passed))
         passed.append(f"{path.name} {wrong}")
     return Target(None, 0, tuple(passed))
 
 
 def commit(folder: Path, *, back: Progress, noticed: Progress, since: int, loader: Loader) -> None:
     """Make the return to `back` last: newer checkpoints go, newest first, and what is passed over is written down. For one rank."""
-    newer = [path for path in _checkpoints(folder) if back.step < step_of(path) <= noticed.step]
+    newer = [path for path in _checkpoints(folder) if back.step < keep.step_of(path) <= noticed.step]
     keep.delete(sorted(newer, reverse=True))
     positions = range(back.samples, noticed.samples)
     line = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds"), "step": back.step, "spike_began": since, "noticed": noticed.step,

@@ -22,7 +22,7 @@ from ranks import run_ranks
 from safetensors import safe_open
 
 from megatrain import config as configuration
-from megatrain.checkpoint import load, manifest
+from megatrain.checkpoint import keep, load, manifest
 from megatrain.checkpoint.save import Progress
 from megatrain.data.indexed import IndexedDataset, IndexedWriter
 from megatrain.data.samples import open_samples
@@ -96,7 +96,7 @@ def test_which_checkpoint_is_gone_back_to(tmp_path):
 
     def found(since, own=lambda step: True):
         target = rollback._find(tmp_path, since=since, own=own, hashes=False)
-        return target.path and rollback.step_of(target.path), target.times, target.passed
+        return target.path and keep.step_of(target.path), target.times, target.passed
 
     assert found(12) == (10, 0, ())
     assert found(11) == (6, 0, ("step-00000008 has 6 bytes in x instead of 1",)), "that of 10 shows in 11"
@@ -169,7 +169,6 @@ def pretrain(rank, world_size, raw, shift=False, fails=None):
 
 def killed_in(rank, world_size, raw, where):
     """`where`: which function of a rollback is the last that is done."""
-    from megatrain.checkpoint import keep
     from megatrain.train.metrics import MetricsLog
 
     places = {"loaded": (load, "load"), "newer deleted": (keep, "delete"), "written down": (manifest, "sync"), "undone": (MetricsLog, "go_back")}
