@@ -78,6 +78,11 @@ def _run(words: list[str]) -> int:
         if speaks_for_its_machine(os.environ):
             print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.filename is None or isinstance(error, FileNotFoundError | ConnectionError):
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # a matter of rights, room or names, and not of ours
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -17,6 +17,7 @@ import yaml
 from megatrain.errors import ConfigError, shortened, shown
 from megatrain.rules import check
 from megatrain.settings import Config
+from megatrain.yaml_text import parse, why
 
 
 def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
@@ -52,6 +53,8 @@ def from_dict(raw: dict[str, Any], *, base: Path = Path()) -> Config:
     return _from_dict(raw, base, _refuse)
 
 
+_LARGEST = 2**63 - 1
+
 Refuse = Callable[[ConfigError], None]
 """What is done about a setting that cannot be read."""
 
@@ -64,7 +67,7 @@ def _from_dict(raw: dict[str, Any], base: Path, refuse: Refuse) -> Config:
     values: dict[str, Any] = {}
     sections = typing.get_type_hints(Config)
     for written, content in raw.items():
-        name = written
+        name = written if isinstance(written, str) else shown(written)  # YAML reads `on:` as true
         if name not in sections:
             refuse(ConfigError(name, shortened(content), "is not a section of the config", _did_you_mean(name, list(sections)),
                                paste=_in_section(next(iter(_alike(name, list(sections))), ""), content)))  # fmt: skip
@@ -136,41 +139,18 @@ def describe() -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
+        raw = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("CONFIG", path, "does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("CONFIG", path, f"cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        raise ConfigError("CONFIG", path, f"is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError("CONFIG", path, f"is not valid YAML: {why(error)}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
         raise ConfigError("CONFIG", path, "must hold sections such as `train:`")
     return raw
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML in which 3e-4 is a number (YAML 1.1 wants 3.0e-4) and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _add_float_resolver() -> None:
-    import re
-
-    pattern = re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$|^[-+]?(\d[\d_]*)?\.\d+([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
-    _YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789."))
-
-
-_add_float_resolver()
 
 
 def lay_over(raw: dict[str, Any], word: str) -> None:
@@ -179,15 +159,17 @@ def lay_over(raw: dict[str, Any], word: str) -> None:
     if not equals or not path:
         raise ConfigError("argument", word, "is not of the form section.key=value", "for example train.steps=100")
     try:
-        value = yaml.load(text, Loader=_YamlLoader)
+        value = parse(text)
     except yaml.YAMLError:
-        raise ConfigError(path, text, "is not a YAML value", "quote it") from None
+        raise ConfigError(path, shortened(text), "is not a YAML value", "quote it") from None
     *parents, key = path.split(".")
     target = raw
     for parent in parents:
-        child = target.setdefault(parent, {})
+        if target.get(parent) is None:
+            target[parent] = {}  # `optimizer:` with nothing below it is a section too
+        child = target[parent]
         if not isinstance(child, dict):
-            raise ConfigError(path, text, f"cannot be set: `{parent}` is not a section here")
+            raise ConfigError(path, shortened(text), f"cannot be set: `{parent}` is not a section here", f"it is {shortened(child)}")
         target = child
     target[key] = value
 
@@ -227,13 +209,16 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
                 return same[0]  # 1 where 1.0 was written
             if value is not None:
                 choices = ", ".join(str(c) for c in typing.get_args(option))
-                close = _did_you_mean(str(value), [str(c) for c in typing.get_args(option)], always="")
+                words = [str(c) for c in typing.get_args(option)]
+                close = "write it without quotes" if value in words else _did_you_mean(str(value), words, always="")
                 raise ConfigError(name, shortened(value), f"is not one of {choices}", close)
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
             if not abs(value) <= sys.float_info.max:
                 raise ConfigError(name, shortened(value), "must be a finite number")
             return float(value)
         elif option is int and isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
+            if not -_LARGEST <= value <= _LARGEST:
+                raise ConfigError(name, shortened(value), f"is beyond {_LARGEST:.1e}, the largest whole number that is counted with")
             return int(value)
         elif (option is bool and isinstance(value, bool)) or (option is str and isinstance(value, str)):
             return value
@@ -283,4 +268,4 @@ def _type_name(hint: Any) -> str:
 
 def _a(name: str) -> str:
     return {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "empty",
-            "list": "a list", "dict": "a mapping"}.get(name, name)  # fmt: skip
+            "list": "a list", "dict": "a mapping", "date": "a date", "datetime": "a time"}.get(name, name)  # fmt: skip

@@ -40,6 +40,16 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path):
     assert (read.train.steps, read.train.micro_batch_size, read.optimizer) == (8, 2, Config().optimizer)
 
 
+def test_overrides_fill_a_section_that_the_file_leaves_empty(tmp_path):
+    read = load(written(tmp_path, "train: {steps: 5}\nmodel:\noptimizer:\n"), ["optimizer.lr=2e-4", "model.model_type=gpt2"])
+    assert (read.optimizer.lr, read.model) == (2e-4, {"model_type": "gpt2"})
+
+
+def test_what_is_merged_may_be_given_once_more(tmp_path):
+    read = load(written(tmp_path, "train: {steps: 5}\nmodel:\n  a: &a {x: 1, y: 2}\n  b: &b {<<: *a, x: 3}\n  c: {<<: *b, y: 4}\n"))
+    assert read.model == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}}
+
+
 def test_overrides_reach_into_the_model(tmp_path):
     file = written(tmp_path, "train: {steps: 5}\nmodel: {model_type: gpt2, n_layer: 2}\n")
     assert load(file, ["model.n_layer=3", "model.rope_parameters.factor=2"]).model == {
@@ -108,6 +118,12 @@ BAD_FILES = {
     "trian: {}": "trian={} is not a section of the config; did you mean `train`?",
     "train: {stepz: 1}": "train.stepz=1 is not a setting; did you mean `steps`?",
     "train: {steps: !!python/object/apply:os.getcwd []}": "is not valid YAML",
+    "run:\n  name: 2024-13-45": "is not valid YAML: '2024-13-45' cannot be read (month must be in 1..12) (line 2, column 9)",
+    "train: {steps: " + "9" * 5000 + "}": "cannot be read (Exceeds the limit",
+    "train: " + "[" * 5000: "is not valid YAML: it is nested too deeply",
+    "train: {[steps]: 1}": "is not valid YAML: a list or mapping stands where a name should (line 1, column 9)",
+    "on: {a: 1}": "true={'a': 1} is not a section of the config",
+    "5:": "5=null is not a section of the config",
 }
 
 
@@ -145,6 +161,12 @@ REFUSED = {
     "run.verbose=1": "run.verbose=1 must be true or false; it is a whole number",
     "run.name=5": "run.name=5 must be text",
     "optimizer.lr=fast": "optimizer.lr=fast must be a number",
+    "run.name=2024-12-05": "run.name=2024-12-05 must be text; it is a date",
+    "run.name=2024-13-45": "run.name=2024-13-45 is not a YAML value; quote it",
+    "train.log_every=" + "[" * 5000: "[[[... is not a YAML value",
+    "parallel.zero='1'": "parallel.zero=1 is not one of 0, 1, 2, 3; write it without quotes",
+    "train.log_every=1e30": "train.log_every=1e+30 is beyond 9.2e+18, the largest whole number that is counted with",
+    "run.seed=-1e30": "run.seed=-1e+30 is beyond",
     "optimizer.betas=0.9": "optimizer.betas=0.9 must be a list",
     "optimizer.betas=[0.9, x]": "optimizer.betas[1]=x must be a number",
     "data.train=[a]": "data.train[0]=a must be a mapping",

@@ -64,6 +64,19 @@ def test_config_shows_what_a_file_and_overrides_resolve_to(capsys, tmp_path):
     assert (shown.train.steps, shown.optimizer.lr, shown.model) == (5, 2e-4, {"model_type": "gpt2", "n_layer": 3})
 
 
+def test_what_the_system_refuses_is_one_sentence(capsys, tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").touch()
+    assert main(["config", str(tmp_path / "run.yaml"), "train.steps=1", "model=" + "a" * 300]) == 1
+    assert capsys.readouterr().err == f"error: {'a' * 300}: File name too long\n"
+
+    def lost(name, words):
+        raise FileNotFoundError(2, "No such file or directory", "something of ours")
+
+    monkeypatch.setattr("megatrain.__main__._run_verb", lost)
+    with pytest.raises(FileNotFoundError):
+        main(["config"])
+
+
 def test_an_option_may_stand_between_a_config_and_its_overrides(capsys):
     assert main(["pretrain", "none.yaml", "--dry-run", "train.steps=1"]) == 1
     assert capsys.readouterr().err == "error: CONFIG=none.yaml does not exist\n"
