@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
     """The files to read, in order, and what folders held beside them."""
 
     files: list[Path]
-    ignored: list[Path]
+    ignored: list[Path]  # of other kinds, and links to folders, which are not followed
 
 
 def find_inputs(inputs: Sequence[str | Path]) -> Inputs:
@@ -74,9 +74,9 @@ def find_inputs(inputs: Sequence[str | Path]) -> Inputs:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-            known = [p for p in below if _form(p) is not None]
-            ignored += [p for p in below if _form(p) is None]
+            below = sorted(p for p in path.rglob("*") if (p.is_file() or p.is_symlink()) and not _hidden(p.relative_to(path)))
+            known = [p for p in below if _form(p) is not None and not p.is_dir()]  # a link to nothing is a file that is lost
+            ignored += [p for p in below if _form(p) is None or p.is_dir()]
         else:
             known = [path] if path.is_file() else sorted(map(Path, glob.glob(str(given), recursive=True)))
         if not known:
@@ -269,6 +269,8 @@ def _cut(records: Sequence[bytes | None]) -> Iterator[list[bytes | None]]:
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed on the way."""
+    if path.suffix in _COMPRESSED and not path.stat().st_size:
+        raise EOFError("it is empty, and even no text is some bytes when compressed")  # gzip's reader takes it for no text
     if path.suffix == ".gz":
         with gzip.open(path) as file:
             yield cast(BinaryIO, file)

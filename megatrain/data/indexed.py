@@ -48,7 +48,7 @@ class IndexedWriter:
 
     def __init__(self, prefix: str | Path, *, vocab_size: int) -> None:
         """Open PREFIX.bin.partial for writing; raise DataError where that is impossible."""
-        self.prefix = Path(prefix)
+        self.prefix = _prefix(prefix)
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
         self.num_tokens = 0
@@ -147,11 +147,12 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | Path) -> None:
         """Map both files; raise DataError when one is missing, damaged, or does not fit the other."""
-        self.prefix = Path(prefix)
+        self.prefix = _prefix(prefix)
         self.bin_path, self.idx_path = _named(self.prefix, ".bin"), _named(self.prefix, ".idx")
         for path in (self.idx_path, self.bin_path):
-            if not path.is_file():
-                raise DataError(f"there is no file {path}; a data set is named without its .bin and .idx")
+            with _explained(path):
+                if not path.is_file():
+                    raise DataError(f"there is no file {path}; a data set is named without its .bin and .idx")
         with _explained(self.idx_path):
             self.dtype, num_sequences, num_indices = _read_header(self.idx_path)
             self._map_index(num_sequences, num_indices)
@@ -257,7 +258,8 @@ class IndexedDataset:
 
 def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     """Return dtype, number of sequences and length of document_indices; DataError when this is no such index."""
-    head = path.open("rb").read(_HEADER.size)
+    with path.open("rb") as file:
+        head = file.read(_HEADER.size)
     if len(head) < _HEADER.size:
         raise DataError(f"{path} is {len(head)} bytes long, shorter than the {_HEADER.size} bytes of a header")
     magic, version, code, num_sequences, num_indices = _HEADER.unpack(head)
@@ -268,6 +270,12 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     if code not in _DTYPES:
         raise DataError(f"{path} names dtype code {code}; the format has 1 to 8")
     return np.dtype(_DTYPES[code]).newbyteorder("<"), num_sequences, num_indices
+
+
+def _prefix(prefix: str | Path) -> Path:
+    if Path(prefix).name in ("", ".."):
+        raise DataError(f"`{prefix}` is a folder at most; a data set is named by the prefix of its .bin and .idx, such as data/train")
+    return Path(prefix)
 
 
 def _named(prefix: Path, suffix: str) -> Path:

@@ -36,7 +36,7 @@ class Preprocessed:
     bytes: int = 0  # of text, in UTF-8
     seconds: float = 0.0
     skipped: Counter[str] = field(default_factory=Counter)  # records left out, by reason
-    ignored: list[Path] = field(default_factory=list)  # files in the folders given, of kinds that are not read
+    ignored: list[Path] = field(default_factory=list)  # in the folders given: files of kinds that are not read, links to folders
 
 
 class Recipe(NamedTuple):
@@ -88,6 +88,9 @@ def preprocess(
             writer.add_documents(encoded.tokens, lengths=encoded.lengths)
             result.bytes += encoded.text_bytes
             line.show(num_bytes=result.bytes, num_tokens=writer.num_tokens)
+        if result.skipped and not writer.num_documents:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in result.skipped.most_common())
+            raise DataError(f"{output}: there are no documents to write, every record was skipped: {reasons}")
     result.documents, result.tokens = writer.num_documents, writer.num_tokens
     result.seconds = time.monotonic() - started
     return result

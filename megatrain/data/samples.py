@@ -93,13 +93,15 @@ class SampleSource:
         """Raise DataError for data without one whole sample, or of numbers that are no token ids."""
         self.dataset, self.sequence_length, self.seed, self.vocab_size = dataset, sequence_length, seed, vocab_size
         self.document_mask = document_mask
+        last = dataset.num_documents if last is None else last
         self._start = dataset.document_start(first)
-        self.num_tokens = dataset.document_start(dataset.num_documents if last is None else last) - self._start
+        self.num_tokens = dataset.document_start(last) - self._start
         if dataset.dtype.kind not in "iu":
             raise DataError(f"{dataset.bin_path} holds {dataset.dtype}, which are no token ids")
         if self.num_tokens < sequence_length + 1:
+            part = "" if last - first == dataset.num_documents else f", documents {first} to {last - 1},"
             raise DataError(
-                f"{dataset.bin_path} has {self.num_tokens} tokens to draw from, but one sample takes "
+                f"{dataset.bin_path}{part} has {self.num_tokens} tokens to draw from, but one sample takes "
                 f"data.sequence_length={sequence_length} tokens and 1 for the last label"
             )
         self.samples_per_epoch = self.num_tokens // sequence_length
@@ -224,8 +226,7 @@ def open_samples(data: DataSection, *, which: Part, sequence_length: int, seed: 
     paths, split = chosen_data(data, which)
     blend = read_blend(paths, setting=f"data.{which if split is None else 'train'}")
     weights = [weight for _, weight in blend]
-    if len(blend) > 1:
-        Blend(weights, seed=seed)  # settings are checked before any file is opened
+    Blend(weights, seed=seed)  # settings are checked before any file is opened
     sources: list[Samples] = []
     for number, (path, _) in enumerate(blend):
         dataset = IndexedDataset(path)

@@ -8,6 +8,7 @@ doubles as the end of a text gets masked with the padding, and the model never l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from megatrain.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
 _ALPHABET = 256
+_LARGEST = 2**31 - 1
 
 
 class TrainedTokenizer(NamedTuple):
@@ -43,9 +45,15 @@ def train_tokenizer(
     if vocab_size < _ALPHABET + len(special):
         rule = f"must be at least {_ALPHABET + len(special)}: {_ALPHABET} bytes and {', '.join(special)}"
         raise ConfigError("--vocab-size", vocab_size, rule)
+    if vocab_size > _LARGEST:
+        raise ConfigError("--vocab-size", vocab_size, f"is more than the {_LARGEST:,} that tokens are numbered up to")
+    if "" in special:
+        raise ConfigError("--special-token", "''", "is no token")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     found = find_inputs(inputs)
+    with _explained(Path(output)):
+        Path(output).mkdir(parents=True, exist_ok=True)  # before the minutes that training can take
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,6 +65,8 @@ def train_tokenizer(
     )
     counted = _Counted(found, field)
     tokenizer.train_from_iterator(counted.texts(), trainer=trainer)
+    if not counted.documents:
+        raise DataError(f"{', '.join(map(str, inputs))}: there are no documents to train on")
     _save(tokenizer, Path(output), special_tokens=special[1:])
     return TrainedTokenizer(Path(output), tokenizer.get_vocab_size(), counted.documents)
 
@@ -71,11 +81,18 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
+    except Exception as error:  # of a damaged file the tokenizers library raises no other kind
+        raise DataError(f"{folder} {why_none(folder, error)}") from error
     if not tokenizer.is_fast:
         raise DataError(f"the tokenizer in {folder} has no tokenizer.json; only fast tokenizers are used")
     return tokenizer
+
+
+def why_none(folder: str | Path, error: Exception) -> str:
+    """What is wrong with a folder that transformers could load no tokenizer from."""
+    if not any(any(Path(folder).glob(pattern)) for pattern in ("tokenizer*.json", "vocab.*", "*.model")):
+        return "is no tokenizer's folder: it has no tokenizer.json"
+    return f"holds no tokenizer that transformers can load ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 def end_of_document_id(tokenizer: Any) -> int:
@@ -109,7 +126,13 @@ def _save(tokenizer: Any, folder: Path, *, special_tokens: list[str]) -> None:
         eos_token=END_OF_TEXT,
         additional_special_tokens=special_tokens,
     )
-    try:
+    with _explained(folder):
         fast.save_pretrained(str(folder))
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror or error}") from error
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from error

@@ -43,12 +43,11 @@ def describe(result: Preprocessed) -> list[str]:
     ]
     lines += [f"skipped {count}: {reason}" for reason, count in result.skipped.most_common()]
     if result.ignored:
-        lines.append(f"ignored {len(result.ignored)} files of other kinds, such as {result.ignored[0]}")
+        lines.append(f"ignored {len(result.ignored)} files of other kinds or links to folders, such as {result.ignored[0]}")
     return lines
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
+    return int(text)

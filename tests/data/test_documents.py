@@ -126,6 +126,20 @@ def test_a_compressed_file_cut_short_is_refused(tmp_path, name):
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_file_of_which_nothing_came_is_no_empty_one(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=f"{name} cannot be read to its end"):
+        read(tmp_path / name)
+
+
+def test_an_empty_file_among_others(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "c.jsonl").write_bytes(LINES)
+    assert read(tmp_path) == (TEXTS, [])
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_a_file_of_something_else_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"plain text, and not what the name says" * 10)
@@ -142,6 +156,18 @@ def test_folders_and_globs_are_read_in_order(tmp_path):
     assert [path.name for path in found.ignored] == ["README.md"]
     assert [path.name for path in find_inputs([str(tmp_path / "*.txt")]).files] == ["a.txt", "b.txt"]
     assert [path.name for path in find_inputs([tmp_path / "b.txt", tmp_path / "a.txt"]).files] == ["b.txt", "a.txt"]
+
+
+def test_links_in_folders(tmp_path):
+    """To a folder they are said to be left out; to a file that is gone they are an error."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("x")
+    (tmp_path / "in" / "more").symlink_to(tmp_path)
+    found = find_inputs([tmp_path / "in"])
+    assert [[path.name for path in paths] for paths in found] == [["a.txt"], ["more"]]
+    (tmp_path / "in" / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match=r"b.jsonl cannot be read to its end: .*No such file"):
+        read(tmp_path / "in")
 
 
 def test_inputs_that_cannot_be_meant(tmp_path):

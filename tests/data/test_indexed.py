@@ -123,6 +123,26 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage):
         IndexedDataset(prefix)
 
 
+@pytest.mark.parametrize("size", [0, 8, 9, 17, 18, 26, 33, 34, 38, 42, 50, 58, 66, 74, 81])
+def test_an_index_cut_anywhere_is_refused(tmp_path, size):
+    prefix = write_files(tmp_path / "m", range(5), [2, 3], [0, 1, 2])
+    (tmp_path / "m.idx").write_bytes(read(tmp_path / "m.idx")[:size])
+    with pytest.raises(DataError, match=f"m.idx is {size} bytes long"):
+        IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "/", ".."])
+def test_a_prefix_without_a_name_is_refused(prefix):
+    for use in (IndexedDataset, lambda prefix: IndexedWriter(prefix, vocab_size=300)):
+        with pytest.raises(DataError, match="a data set is named by the prefix of its"):
+            use(prefix)
+
+
+def test_a_name_that_the_system_does_not_take_is_a_sentence():
+    with pytest.raises(DataError, match=r"aaa\.idx: File name too long"):
+        IndexedDataset("a" * 300)
+
+
 def test_starts_that_do_not_rise_are_refused_where_they_are_read(tmp_path):
     data = IndexedDataset(write_files(tmp_path / "m", range(6), [2, 3, 1], [0, 2, 1, 3]))
     with pytest.raises(DataError, match=r"m.idx is damaged: the starts of documents 0 to 3 do not rise"):

@@ -96,8 +96,11 @@ def test_skipped_lines_are_counted_by_reason(tmp_path, tokenizer_folder):
 
 
 def test_nothing_to_write_is_an_error(tmp_path, tokenizer_folder):
-    (tmp_path / "a.jsonl").write_text("bad\n")
-    with pytest.raises(DataError, match="there are no documents to write"):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(DataError, match=r"o: there are no documents to write$"):
+        preprocess([tmp_path], tokenizer=tokenizer_folder, output=tmp_path / "o", workers=1)
+    (tmp_path / "a.jsonl").write_text("bad\n\nbad\n")
+    with pytest.raises(DataError, match="no documents to write, every record was skipped: 2 not valid JSON, 1 empty line"):
         preprocess([tmp_path], tokenizer=tokenizer_folder, output=tmp_path / "o", workers=1, on_error="skip")
 
 
@@ -165,7 +168,7 @@ def test_the_verb_prints_what_was_written_skipped_and_ignored(tmp_path, tokenize
     first, skipped, ignored = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{tmp_path}/o: 5 documents, ")
     assert skipped == "skipped 1: not valid JSON"
-    assert ignored == f"ignored 1 files of other kinds, such as {folder}/README.md"
+    assert ignored == f"ignored 1 files of other kinds or links to folders, such as {folder}/README.md"
 
 
 class Terminal(io.StringIO):

@@ -51,6 +51,26 @@ def test_a_vocabulary_too_small_for_bytes(corpus, tmp_path):
         train_tokenizer([corpus], vocab_size=256, output=tmp_path / "t")
 
 
+@pytest.mark.parametrize(("more", "words"), [({"vocab_size": 2**31}, "--vocab-size=2147483648 is more than"), ({"special_tokens": [""]}, "--special-token='' is no token")])
+def test_what_no_tokenizer_can_have(corpus, tmp_path, more, words):
+    with pytest.raises(ConfigError, match=words):
+        train_tokenizer([corpus], output=tmp_path / "t", **{"vocab_size": 300, **more})
+
+
+def test_without_a_document_there_is_no_tokenizer(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DataError, match=r"empty.jsonl: there are no documents to train on"):
+        train_tokenizer([tmp_path / "empty.jsonl"], vocab_size=300, output=tmp_path / "t")
+
+
+@pytest.mark.parametrize("output", ["file", "file/t"])
+def test_a_place_that_cannot_be_written_is_said_before_training(tmp_path, output):
+    (tmp_path / "file").touch()
+    (tmp_path / "bad.jsonl").write_text("training would stop here\n")
+    with pytest.raises(DataError, match=r"file.* cannot be written: "):
+        train_tokenizer([tmp_path / "bad.jsonl"], vocab_size=300, output=tmp_path / output)
+
+
 def test_a_bad_line_stops_training(corpus, tmp_path):
     corpus.write_text('{"text": "a"}\n{"body": "b"}\n')
     with pytest.raises(DataError, match=r'text.jsonl, line 2: no field "text"'):
@@ -60,8 +80,12 @@ def test_a_bad_line_stops_training(corpus, tmp_path):
 def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
     with pytest.raises(DataError, match="does not exist, and a tokenizer"):
         load_tokenizer(tmp_path / "none")
-    with pytest.raises(DataError, match="holds no tokenizer"):
+    with pytest.raises(DataError, match=r"is no tokenizer's folder: it has no tokenizer.json"):
         load_tokenizer(tmp_path)
+    for damaged in ("{", "[]", '{"model": 5}'):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"holds no tokenizer that transformers can load \([^\n]+\)$"):
+            load_tokenizer(tmp_path)
 
 
 def test_the_verb_says_what_it_made(corpus, tmp_path, capsys):
