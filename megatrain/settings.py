@@ -18,6 +18,8 @@ from megatrain.errors import ConfigError
 Problem = Literal["single-label", "multi-label", "regression"]
 Augment = Literal["none", "delete", "swap", "mask", "mix"]
 
+MOST_MICROBATCHES = 1_000_000
+
 
 def setting(default: Any, meaning: str) -> Any:
     """A section's field with its default and the sentence that `megatrain config` prints."""
@@ -248,7 +250,11 @@ class Config:
                 f"is not a multiple of train.micro_batch_size={self.train.micro_batch_size} x data size {data_size}",
                 f"the nearest that work are {below} and {below + unit}",
             )
-        return self.train.global_batch_size // unit
+        count = self.train.global_batch_size // unit
+        if count > MOST_MICROBATCHES:
+            raise ConfigError("train.global_batch_size", self.train.global_batch_size, f"makes {count:,} microbatches of each replica in a step, and a schedule "
+                              f"is a list of {MOST_MICROBATCHES:,} at most", f"use at most {unit * MOST_MICROBATCHES}")  # fmt: skip
+        return count
 
     @property
     def tokens_per_step(self) -> int:

@@ -105,13 +105,30 @@ SENTENCES = {
     'data.train=[{"path":"x"}]': "data.train={'path': 'x'} must have a path and a weight",
     "train.eval_every=5": "data.valid=null names no data; set it, or data.split=",
     "data.tokenizer=nowhere": "data.tokenizer=nowhere is not a folder",
+    "data.train=": "data.train=(nothing) is missing",
+    "data.train=/": "`/` is a folder at most; a data set is named by the prefix of its .bin and .idx",
+    'data.train=[{"path":"x","weight":-1}]': "data weight=-1 must be a number above 0",
+    "data.split='0,1'": "data.split=0,1 gives none of the 40 documents to train; make its share larger",
+    "data.split='1,0' train.eval_every=2": "data.split=1,0 gives none of the 40 documents to valid; make its share larger",
+    "data.split='39,1' train.eval_every=2 data.sequence_length=32": "{folder}/data.bin, documents 39 to 39, has 20 tokens to draw from, but one sample takes",
+    "model=" + "a" * 300: "a" * 300 + ": File name too long",
+    "parallel.schedule=zb": "parallel.schedule=zb is not a schedule; did you mean zb-v?",
+    "train.init_from=nowhere": "train.init_from=nowhere does not exist",
+    # numbers beyond all measure
+    "parallel.pipeline=1e9": "parallel.pipeline=1000000000 is more than num_hidden_layers=4; use at most 4",
+    "parallel.pipeline=2 parallel.schedule=interleaved parallel.virtual=1e9": "parallel.pipeline=2 with 1000000000 chunks of layers a rank makes 2000000000 stages",
+    "model.num_hidden_layers=1000000000": "model.num_hidden_layers=1000000000 is more than 100,000",
+    "train.micro_batch_size=1 train.global_batch_size=1e9": "train.global_batch_size=1000000000 makes 1,000,000,000 microbatches of each replica in a step",
+    "train.steps=1e30": "train.steps=1e+30 is beyond 9.2e+18",
+    "parallel.tensor=-2": "parallel.tensor=-2 must be at least 1",
+    "data.sequence_length=0": "data.sequence_length=0 must be at least 1",
     "train.resume=nowhere": "train.resume=nowhere is not a folder; give a checkpoint's folder, `auto` or `never`",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("words", SENTENCES)
-def test_a_setting_that_cannot_work(refusal, words):
-    assert refusal(*words.split()).startswith(SENTENCES[words])
+def test_a_setting_that_cannot_work(refusal, tmp_path, words):
+    assert refusal(*words.split()).startswith(SENTENCES[words].replace("{folder}", str(tmp_path)))
 
 
 def test_a_vocabulary_that_does_not_divide_is_padded(refusal):
@@ -165,14 +182,26 @@ def test_a_tokenizer_larger_than_the_models_vocabulary(refusal, tmp_path):
     said = refusal(f"data.tokenizer={tmp_path}/tokenizer")
     assert said.startswith("model.vocab_size=67 is less than the 26")
     assert f"tokens of data.tokenizer={tmp_path}/tokenizer; set model.vocab_size=26" in said
+    assert refusal("--dry-run", f"data.tokenizer={tmp_path}/tokenizer") == said
     (tmp_path / "empty").mkdir()
-    assert refusal(f"data.tokenizer={tmp_path}/empty").startswith(f"data.tokenizer={tmp_path}/empty holds no readable tokenizer (")
+    assert refusal(f"data.tokenizer={tmp_path}/empty") == f"data.tokenizer={tmp_path}/empty is no tokenizer's folder: it has no tokenizer.json"
+
+
+def test_a_checkpoint_that_cannot_be_resumed_is_refused_by_a_dry_run_too(refusal):
+    assert refusal("--dry-run", "train.resume=nowhere").startswith("train.resume=nowhere is not a folder")
 
 
 def test_an_output_folder_that_cannot_be_made(refusal, tmp_path):
     (tmp_path / "file").touch()
     said = refusal(f"run.output_dir={tmp_path}/file/run")
     assert said == f"run.output_dir={tmp_path}/file/run cannot be written (Not a directory)"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs"])
+def test_an_output_folder_of_which_a_part_cannot_be_written(refusal, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).touch()
+    assert refusal() == f"run.output_dir={tmp_path}/run holds {name} that cannot be written to (Not a directory)"
 
 
 def test_a_layout_that_does_not_fit_a_launchers_ranks(run_file):

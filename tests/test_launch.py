@@ -10,7 +10,7 @@ import pytest
 from launches import LONG, runs, signalled, until
 
 from megatrain import config
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, UserError
 from megatrain.launch.local import run_local
 
 
@@ -152,6 +152,13 @@ def test_a_port_in_use_is_refused_before_ranks_start(tmp_path):
         with pytest.raises(ConfigError, match=rf"run.master_port={port} cannot be used .*0 takes a free port"):
             run_local(print, run, world_size=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_beyond_all_measure_are_not_started_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run = config.load(None, ["train.steps=1", f"run.output_dir={tmp_path}", "parallel.data=1000000", "train.global_batch_size=1000000"])
+    with pytest.raises(UserError, match=r"asks for 1000000 ranks, .* choose a smaller layout, or start the run on several machines"):
+        run_local(print, run, world_size=1_000_000)
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_error(launch, tmp_path):

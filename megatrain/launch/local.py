@@ -39,6 +39,7 @@ def run_local(target: Target, config: Config, *, world_size: int) -> int:
     fails the first cause is printed, the others are ended, and they are all started again as often as run.max_restarts says;
     else the code is not 0.
     """
+    _refuse_a_crowd(world_size)
     with _environment(world_size):
         context, restarts = _context(world_size), Restarts(config)
         while True:
@@ -46,6 +47,16 @@ def run_local(target: Target, config: Config, *, world_size: int) -> int:
             if ended.failure is None or not restarts.again_after(ended):
                 return ended.code
             config = restarts.config()
+
+
+def _refuse_a_crowd(world_size: int) -> None:
+    """So many processes that the machine would only swap: a layout for a cluster, or a slip of the keys."""
+    most = max(64, 16 * machine.cores())
+    if world_size > most and not machine.has_gpu():  # those are counted
+        raise UserError(
+            f"the layout asks for {world_size} ranks, and without a launcher all would start on this machine's {machine.cores()} cores, "
+            f"which are good for {most} at most: choose a smaller layout, or start the run on several machines with torchrun or srun"
+        )
 
 
 def _attempt(context: ForkContext | SpawnContext, target: Target, config: Config, world_size: int) -> Ended:

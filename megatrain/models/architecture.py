@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -151,8 +152,8 @@ def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
         raise ConfigError("model.model_type", "(nothing)", "is missing", f"one of {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
         raise ConfigError("model.model_type", model_type, "is not supported", f"one of {', '.join(FAMILIES)}")
-    known = set(AutoConfig.for_model(model_type).to_dict()) | set(AutoConfig.for_model(model_type).attribute_map)
-    known |= _family(model_type).OLD_FIELDS
+    plain = AutoConfig.for_model(model_type)
+    known = set(plain.to_dict()) | set(plain.attribute_map) | _family(model_type).OLD_FIELDS
     for name in fields:
         if name not in known:
             import difflib
@@ -160,10 +161,25 @@ def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
             close = difflib.get_close_matches(name, sorted(known), n=1)
             raise ConfigError(f"model.{name}", fields[name], f"is not a field of a {model_type} config",
                               f"did you mean `{close[0]}`?" if close else "")  # fmt: skip
+    _refuse_below_one(fields, plain.attribute_map)
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:
         raise ConfigError("model", f"({model_type} fields)", f"is refused by transformers: {_one_line(error)}") from error
+
+
+_MOST_LAYERS = 100_000
+_COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+           "n_inner", "max_position_embeddings", "sliding_window")  # fmt: skip
+
+
+def _refuse_below_one(fields: Mapping[str, Any], spelt: Mapping[str, str]) -> None:
+    """Refuse fields that count something and count nothing: some would be divided by, and some taken for one that is left out."""
+    for name in _COUNTS:
+        for written in (name, spelt.get(name, name)):
+            value = fields.get(written)
+            if isinstance(value, int | float) and value < 1:
+                raise ConfigError(f"model.{written}", value, "must be at least 1")
 
 
 def _family(model_type: str) -> Any:
@@ -185,6 +201,8 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
 
     if config.model_type not in FAMILIES:
         raise ConfigError("model.model_type", config.model_type, "is not supported", f"one of {', '.join(FAMILIES)}")
+    spelt = [config.attribute_map.get(name, name) for name in _COUNTS]
+    _refuse_below_one({name: getattr(config, name, None) for name in spelt}, config.attribute_map)
     fields = Fields(config)
     architecture = _family(config.model_type).read(fields)
     fields.refuse_unread()
@@ -196,9 +214,13 @@ def _check_sizes(a: Architecture) -> None:
     for name in ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "max_positions"):
         if getattr(a, name) < 1:
             raise ConfigError(f"model's {name}", getattr(a, name), "must be at least 1")
+    if a.num_layers > _MOST_LAYERS:
+        raise ConfigError("model.num_hidden_layers", a.num_layers, f"is more than {_MOST_LAYERS:,}")
     for name in ("embedding_dropout", "residual_dropout", "attention_dropout"):
         if not 0 <= getattr(a, name) < 1:
             raise ConfigError(f"model's {name}", getattr(a, name), "must be in [0, 1)")
+    if not a.norm_eps >= 0:
+        raise ConfigError("model's norm_eps", a.norm_eps, "must not be negative")
     if a.num_heads % a.num_kv_heads:
         raise ConfigError("model.num_key_value_heads", a.num_kv_heads, f"does not divide num_attention_heads={a.num_heads}",
                           paste=f"model.num_key_value_heads={max(n for n in range(1, a.num_kv_heads + 1) if a.num_heads % n == 0)}")  # fmt: skip

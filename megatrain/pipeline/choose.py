@@ -27,10 +27,7 @@ def choose_schedule(schedule: str, *, ranks: int, microbatches: int, virtual: in
 
 def check_choice(schedule: str, *, ranks: int, microbatches: int, virtual: int | None = None, sequences: int = 1) -> None:
     """Refuse a name that there is not, and numbers that it cannot do."""
-    if schedule not in SCHEDULES:
-        close = difflib.get_close_matches(schedule, SCHEDULES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"use {', '.join(SCHEDULES)}, auto or the path of a .csv file"
-        raise ConfigError("parallel.schedule", schedule, "is not a schedule", hint)
+    check_name(schedule)
     family = SCHEDULES[schedule]
     _check_virtual(schedule, family, virtual)
     fewest = family.fewest_microbatches(ranks)
@@ -40,6 +37,14 @@ def check_choice(schedule: str, *, ranks: int, microbatches: int, virtual: int |
             f"makes {_count(microbatches)} and parallel.schedule={schedule} on {ranks} ranks needs {fewest} or more",
             f"use {fewest * sequences} or more, or another schedule",
         )  # fmt: skip
+
+
+def check_name(schedule: str) -> None:
+    """Refuse a name that there is not."""
+    if schedule not in SCHEDULES:
+        close = difflib.get_close_matches(schedule, SCHEDULES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"use {', '.join(SCHEDULES)}, auto or the path of a .csv file"
+        raise ConfigError("parallel.schedule", schedule, "is not a schedule", hint)
 
 
 def _check_virtual(schedule: str, family: Family, virtual: int | None) -> None:

@@ -17,13 +17,17 @@ def cut_layers(costs: list[float], stages: int, *, chunks: int = 1) -> list[rang
 
     Raises ConfigError when there are more stages than blocks to give each at least one.
     """
-    blocks = len(costs) - 2
-    if stages > max(blocks, 1):
-        raise _too_many(stages, blocks, chunks)
+    check_stages(stages, blocks=len(costs) - 2, chunks=chunks)
     cuts = _best_cuts(costs, stages)
     ranges = [range(first, last) for first, last in zip([0, *cuts], [*cuts, len(costs)], strict=True)]
     assert [layer for stage in ranges for layer in stage] == list(range(len(costs))), "every layer on exactly one stage"
     return ranges
+
+
+def check_stages(stages: int, *, blocks: int, chunks: int = 1) -> None:
+    """Refuse more stages than there are blocks to give each at least one."""
+    if stages > max(blocks, 1):
+        raise _too_many(stages, blocks, chunks)
 
 
 def cut_as_told(counts: list[int], costs: list[float], stages: int, *, chunks: int = 1) -> list[range]:

@@ -14,10 +14,10 @@ from megatrain.models.parts import Parts
 from megatrain.parallel.grid import Grid, make_grid
 from megatrain.parallel.sharding import parameters
 from megatrain.pipeline.actions import Placement, Schedule
-from megatrain.pipeline.choose import check_choice, choose_schedule
+from megatrain.pipeline.choose import check_choice, check_name, choose_schedule
 from megatrain.pipeline.executor import Stage
 from megatrain.pipeline.schedules import SCHEDULES, make_schedule
-from megatrain.pipeline.stages import cut_as_told, cut_layers
+from megatrain.pipeline.stages import check_stages, cut_as_told, cut_layers
 
 
 def layer_costs(architecture: Architecture, sequence_length: int) -> list[float]:
@@ -45,6 +45,16 @@ def holding_schedule(config: Config, data_size: int) -> Schedule:
         return run_schedule(config, data_size)
     check_choice(name, ranks=p.pipeline, microbatches=microbatches, virtual=p.virtual, sequences=config.train.micro_batch_size * data_size)
     return make_schedule(name, p.pipeline, min(microbatches, 2 * p.pipeline))
+
+
+def check_pipeline(config: Config, architecture: Architecture) -> None:
+    """Refuse a schedule that there is not, and more stages than blocks, before a schedule of so many ranks is made."""
+    p = config.parallel
+    if p.schedule != "auto" and not p.schedule.lower().endswith(".csv"):
+        check_name(p.schedule)
+    chunks = p.virtual or (SCHEDULES[p.schedule].chunks if p.schedule in SCHEDULES else 1)
+    if p.pipeline > 1:
+        check_stages(p.pipeline * chunks, blocks=architecture.num_layers, chunks=chunks)
 
 
 def rank_specs(config: Config, architecture: Architecture, placement: Placement) -> list[list[list[LayerSpec]]]:

@@ -12,6 +12,7 @@ from megatrain.checkpoint import load as loading
 from megatrain.checkpoint.pretrained import Pretrained
 from megatrain.config import Config
 from megatrain.data.splits import Part
+from megatrain.data.tokenizer import why_none
 from megatrain.errors import ConfigError, DataError
 from megatrain.models.architecture import Architecture
 from megatrain.models.decoder import LayerSpec
@@ -23,6 +24,7 @@ from megatrain.rules import check
 from megatrain.train import console
 from megatrain.train.build import (
     adapter_parameters,
+    check_pipeline,
     holding_schedule,
     plan_ranks,
     rank_specs,
@@ -63,11 +65,16 @@ def layout_rules(config: Config, a: Architecture, world_size: int, *, on_gpu: bo
         lambda: config.microbatches(config.data_size(world_size)),
         lambda: check_tensor_split(a, config.parallel.tensor),
         lambda: _check_adapters(config, a),
-        lambda: rank_specs(config, a, holding_schedule(config, config.data_size(world_size)).placement),
+        lambda: _check_stages(config, a, world_size),
         lambda: _check_dtype(config, on_gpu=on_gpu),
         lambda: _check_positions(config, a),
         lambda: check_compile(a, on_gpu=on_gpu) if config.train.compile else None,
     ]
+
+
+def _check_stages(config: Config, a: Architecture, world_size: int) -> None:
+    check_pipeline(config, a)
+    rank_specs(config, a, holding_schedule(config, config.data_size(world_size)).placement)
 
 
 def _check_adapters(config: Config, a: Architecture) -> None:
@@ -125,6 +132,8 @@ def make_start(start: str) -> str:
 def check_weights(config: Config, a: Architecture, *, resumes: bool) -> None:
     """Refuse weights to start from that do not fit."""
     if config.train.init_from is not None and (not resumes or config.lora.rank):
+        if not Path(config.train.init_from).exists():
+            raise no_start(config.train.init_from)
         Pretrained(config.train.init_from, a).check(whole_tensors(a))
 
 
@@ -139,7 +148,7 @@ def check_tokenizer(config: Config, a: Architecture) -> None:
     try:
         size = len(AutoTokenizer.from_pretrained(config.data.tokenizer, local_files_only=True))
     except Exception as error:
-        raise ConfigError("data.tokenizer", config.data.tokenizer, f"holds no readable tokenizer ({' '.join(str(error).split())})") from None
+        raise ConfigError("data.tokenizer", config.data.tokenizer, why_none(config.data.tokenizer, error)) from None
     if size > a.vocab_size:
         raise ConfigError("model.vocab_size", a.vocab_size, f"is less than the {size} tokens of data.tokenizer={config.data.tokenizer}",
                           f"set model.vocab_size={size}")  # fmt: skip
@@ -149,11 +158,23 @@ def _check_output(config: Config) -> None:
     folder = Path(config.run.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        _probe(folder)
     except OSError as error:
         raise ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})") from None
+    for name in ("checkpoints", "logs"):  # of a run before, perhaps somebody else's; the first save would tell, hours later
+        try:
+            _probe(folder / name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError("run.output_dir", config.run.output_dir, f"holds {name} that cannot be written to ({error.strerror})") from None
+
+
+def _probe(folder: Path) -> None:
+    """Write into it, as who may is not only a matter of modes."""
+    probe = folder / f".probe-{os.getpid()}"
+    probe.write_text("")
+    probe.unlink()
 
 
 def parts_of(config: Config) -> list[Part]:
@@ -181,7 +202,8 @@ def dry_run(config: Config, task: Task) -> str:
     p = config.parallel
     world_size = config.model_ranks * (p.data or 1)
     _check_layout(config, architecture, world_size)
-    notes = [*_try_bitsandbytes(config), *_try_weights(config, architecture)]
+    notes = [*_try_bitsandbytes(config), *_try_weights(config, architecture), *_try_tokenizer(config, architecture)]
+    check_resume(config, architecture)
     data_size = config.data_size(world_size)
     config, more = _try_data(config, architecture, task)
     notes += more
@@ -214,6 +236,14 @@ def _try_weights(config: Config, architecture: Architecture) -> list[str]:
     if not Path(folder).exists():
         return [f"note: train.init_from={folder} does not exist"]
     check_weights(config, architecture, resumes=False)
+    return []
+
+
+def _try_tokenizer(config: Config, architecture: Architecture) -> list[str]:
+    """Refuse one that does not fit; what is said where there is none yet."""
+    if config.data.tokenizer is not None and not Path(config.data.tokenizer).exists():
+        return [f"note: data.tokenizer={config.data.tokenizer} does not exist"]
+    check_tokenizer(config, architecture)
     return []
 
 

@@ -79,7 +79,17 @@ REFUSED = [
     (LLAMA, {"head_dim": 7}, "even rotary dimension"),
     (LLAMA, {"pad_token_id": 67}, "model.pad_token_id=67 is outside the vocabulary of 67; leave it out"),
     (LLAMA, {"attention_dropout": 1.5}, r"model's attention_dropout=1.5 must be in \[0, 1\)"),
-    (LLAMA, {"vocab_size": 0}, "model's vocab_size=0 must be at least 1"),
+    (LLAMA, {"vocab_size": 0}, "model.vocab_size=0 must be at least 1"),
+    (LLAMA, {"num_hidden_layers": -1}, "model.num_hidden_layers=-1 must be at least 1"),
+    (LLAMA, {"num_attention_heads": 0}, "model.num_attention_heads=0 must be at least 1"),
+    (LLAMA, {"num_key_value_heads": 0}, "model.num_key_value_heads=0 must be at least 1"),
+    (LLAMA, {"rope_theta": 0}, "model.rope_parameters.rope_theta=0 must be a number above 0"),
+    (LLAMA, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": float("nan")}}, "model.rope_parameters.factor=nan must be a number from 1 on"),
+    (LLAMA, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}}, "model.rope_parameters.factor=0.5 must be a number from 1 on"),
+    (LLAMA, {"rms_norm_eps": -1e-5}, "model's norm_eps=-1e-05 must not be negative"),
+    (MISTRAL, {"sliding_window": 0}, "model.sliding_window=0 must be at least 1"),
+    (GPT2, {"n_layer": 0}, "model.n_layer=0 must be at least 1"),
+    (GPT2, {"num_attention_heads": 0}, "model.num_attention_heads=0 must be at least 1"),
     (MISTRAL, {"attention_bias": True}, "model.attention_bias=true is not a field of a mistral config"),
     (QWEN2, {"layer_types": ["chunked_attention"] * 2}, "model"),
     (QWEN2, {"layer_types": ["sliding_attention"] * 2}, "model.layer_types=sliding_attention asks for a window and none is set"),
@@ -109,6 +119,12 @@ def test_a_folder_is_read_as_inline_fields_are(tmp_path):
 def test_a_folder_that_is_no_config(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError):
+        read_architecture(load_config(str(tmp_path)))
+
+
+def test_a_folder_that_counts_nothing(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**GPT2, "n_layer": 0}))
+    with pytest.raises(ConfigError, match=r"model.n_layer=0 must be at least 1"):
         read_architecture(load_config(str(tmp_path)))
 
 

@@ -30,8 +30,16 @@ _ROPE_TYPES = {
 }  # fmt: skip
 """What each scaling reads beside rope_theta and partial_rotary_factor."""
 
+_ROPE_NUMBERS = frozenset({"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"})
+"""Of those, the ones that rotations are multiplied or divided by; transformers warns at most."""
+
 OLD_ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling"})
 """What is in rope_parameters since version 5 of transformers."""
+
+
+def _check_rope_number(setting: str, value: Any, *, from_1: bool) -> None:
+    if value is not None and not (isinstance(value, int | float) and (value >= 1 if from_1 else value > 0)):
+        raise ConfigError(setting, value, "must be a number from 1 on" if from_1 else "must be a number above 0")
 
 
 def _defaults(kind: type) -> dict[str, Any]:
@@ -106,6 +114,8 @@ class Fields:
         for name in parameters:
             if name not in _ROPE_TYPES[rope_type] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
                 raise ConfigError(f"{where}.{name}", parameters[name], f"is not read by rope_type={rope_type}", "leave it out")
+            if name in _ROPE_NUMBERS:
+                _check_rope_number(f"{where}.{name}", parameters[name], from_1=name == "factor")
         share = parameters.get("partial_rotary_factor", 1.0)
         if share != 1.0 and not partial:
             raise ConfigError(f"{where}.partial_rotary_factor", share, f"is not built for {self.model_type}", "leave it out")
