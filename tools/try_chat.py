@@ -23,6 +23,7 @@ from megatrain.checkpoint.manifest import find_newest
 from megatrain.data.chat import Conversation, read_conversation
 from megatrain.data.chat_template import ChatTemplate, Encoded
 from megatrain.data.documents import find_inputs, parse_objects, read_blocks
+from megatrain.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,25 +33,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("held_out", help="file of questions that no setting was chosen by")
     parser.add_argument("--questions", type=int, default=3, help="how many answers to show")
     args = parser.parse_args(argv)
-    config = configuration.load(args.run / "config.yaml")
-    checkpoint, _ = find_newest(args.run / "checkpoints")
-    if checkpoint is None or not isinstance(config.data.valid, str) or config.train.init_from is None:
-        print(f"error: {args.run} holds no whole checkpoint, or no data.valid or train.init_from to compare with", file=sys.stderr)
+    try:
+        return compare(args.run, args.held_out, args.questions)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def compare(run: Path, held_out_file: str, questions: int) -> int:
+    """Print what `main` says; returns the exit code. UserError for a run without what is compared."""
+    config = configuration.load(run / "config.yaml")
+    checkpoint, _ = find_newest(run / "checkpoints")
+    if checkpoint is None or not isinstance(config.data.valid, str) or config.train.init_from is None:
+        raise UserError(f"{run} holds no whole checkpoint, or no data.valid or train.init_from to compare with")
+    trainers = trainers_loss(run, step=int(checkpoint.name.removeprefix("step-")))
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     template = ChatTemplate(checkpoint)
     before, after = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (config.train.init_from, checkpoint))
-    chats = read_chats(args.held_out)
-    for chat in chats[:: max(1, len(chats) // args.questions)][: args.questions]:
+    chats = read_chats(held_out_file)
+    for chat in chats[:: max(1, len(chats) // max(1, questions))][:questions]:
         print(f"\n{chat.messages[0]['content']}")
         print(f"  before  {answer(before, template.tokenizer, chat.messages[:-1])}")
         print(f"  after   {answer(after, template.tokenizer, chat.messages[:-1])}")
         print(f"  wanted  {chat.messages[-1]['content']}")
     held_out, valid = ([template.encode(chat, train_on=config.data.train_on) for chat in some] for some in (chats, read_chats(config.data.valid)))
-    trainers = trainers_loss(args.run, step=int(checkpoint.name.removeprefix("step-")))
     plain = loss(after, valid)
     print(f"\nloss on {len(held_out)} held-out answers  {loss(before, held_out):.4f} before, {loss(after, held_out):.4f} after")
     print(f"loss on {len(valid)} validation answers  {plain:.4f} in transformers, {trainers:.4f} as the trainer said")

@@ -20,6 +20,7 @@ from megatrain.checkpoint.manifest import find_newest
 from megatrain.config import Config
 from megatrain.data.loader import Batch, Loader
 from megatrain.data.samples import open_samples
+from megatrain.errors import UserError
 from megatrain.train.metrics import FILE_NAME
 
 RELATIVE_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
@@ -32,21 +33,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", default="import os\n\n\ndef ", help="text that the sample goes on from")
     parser.add_argument("--tokens", type=int, default=60, help="length of the sample")
     args = parser.parse_args(argv)
-    config = configuration.load(args.run / "config.yaml")
-    checkpoint, _ = find_newest(args.run / "checkpoints")
-    if checkpoint is None:
-        print(f"error: {args.run} holds no whole checkpoint", file=sys.stderr)
+    try:
+        return compare(args.run, args.prompt, args.tokens)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def compare(run: Path, prompt: str, tokens: int) -> int:
+    """Print what `main` says; returns the exit code. UserError for a run without what is compared."""
+    config = configuration.load(run / "config.yaml")
+    checkpoint, _ = find_newest(run / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"{run} holds no whole checkpoint")
+    trainers = trainers_loss(run, step=int(checkpoint.name.removeprefix("step-")))
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     print(f"{checkpoint} in transformers: {type(model).__name__}, {model.num_parameters():,} parameters\n")
-    print(sample(model, tokenizer, args.prompt, args.tokens) + "\n")
-    trainers = trainers_loss(args.run, step=int(checkpoint.name.removeprefix("step-")))
+    if configuration.has_tokenizer(str(checkpoint)):
+        print(sample(model, AutoTokenizer.from_pretrained(checkpoint), prompt, tokens) + "\n")
     plain = validation_loss(model, config)
     print(f"validation perplexity  {math.exp(plain):.3f} in transformers, {math.exp(trainers):.3f} as the trainer said")
     if abs(plain / trainers - 1) > RELATIVE_TOLERANCE[config.train.dtype]:
@@ -56,9 +65,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def trainers_loss(run: Path, *, step: int) -> float:
-    """The validation loss that the run wrote about `step`."""
-    lines = [json.loads(line) for line in (run / FILE_NAME).read_text(encoding="utf-8").splitlines()]
-    return next(float(line["valid_loss"]) for line in reversed(lines) if line["step"] == step and "valid_loss" in line)
+    """The validation loss that the run wrote about `step`; UserError where it wrote none."""
+    for line in reversed([json.loads(line) for line in (run / FILE_NAME).read_text(encoding="utf-8").splitlines()]):
+        if line["step"] == step and "valid_loss" in line:
+            return float(line["valid_loss"])
+    raise UserError(f"{run / FILE_NAME} has no validation loss of step {step}, that of the newest checkpoint")
 
 
 @torch.inference_mode()

@@ -344,4 +344,4 @@ def test_no_sizes(text, capsys):
 def test_the_tool_is_the_verb(source, tmp_path):
     tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
     done = subprocess.run([sys.executable, str(tool), str(source), str(source)], capture_output=True, text=True, timeout=200)
-    assert (done.returncode, done.stderr) == (1, f"{source} is not empty; give a new folder\n")
+    assert (done.returncode, done.stderr) == (1, f"error: {source} is not empty; give a new folder\n")
