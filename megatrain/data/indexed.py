@@ -209,15 +209,18 @@ class IndexedDataset:
 
     def document(self, index: int) -> Tokens:
         """Return document `index`, dtype[its tokens]."""
-        start = self.document_start(index)
-        return self.tokens(start, self.document_start(index + 1) - start)
+        start, end = (int(offset) for offset in self.document_offsets(index, index + 1))
+        return self.tokens(start, end - start)
 
     def document_start(self, index: int) -> int:
         """Return the token at which document `index` starts; for `num_documents`, the number of tokens."""
-        sequence = int(self._documents[index])
-        if sequence == len(self._pointers):
+        sequence, sequences = int(self._documents[index]), len(self._pointers)
+        if sequence == sequences:
             return len(self._tokens)
-        return int(self._pointers[sequence]) // self.dtype.itemsize
+        start = int(self._pointers[sequence]) // self.dtype.itemsize if 0 <= sequence < sequences else -1
+        if not 0 <= start <= len(self._tokens):
+            raise DataError(f"{self.idx_path} is damaged: document {index} starts outside the tokens")
+        return start
 
     def document_at(self, token: int) -> int:
         """Return the document that holds `token`: the last that starts at or before it.
@@ -249,7 +252,7 @@ class IndexedDataset:
         """
         last = self.num_documents if last is None else last
         sequences = self._documents[first : last + 1]
-        inside = np.minimum(sequences, len(self._pointers) - 1)
+        inside = sequences.clip(0, len(self._pointers) - 1)
         offsets = np.where(sequences == inside, self._pointers[inside] // self.dtype.itemsize, self.num_tokens)
         if (offsets[1:] < offsets[:-1]).any() or offsets[0] < 0 or offsets[-1] > self.num_tokens:
             raise DataError(f"{self.idx_path} is damaged: the starts of documents {first} to {last} do not rise")

@@ -131,6 +131,20 @@ def test_an_index_cut_anywhere_is_refused(tmp_path, size):
         IndexedDataset(prefix)
 
 
+def test_a_bit_that_flips_in_the_index_is_refused_or_harms_nothing(tmp_path):
+    prefix = write_files(tmp_path / "m", range(7), [2, 3, 1, 1], [0, 1, 3, 4])
+    whole, refused = read(tmp_path / "m.idx"), 0
+    for at, bit in ((at, bit) for at in range(len(whole)) for bit in (0, 3, 7)):
+        (tmp_path / "m.idx").write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+        try:
+            data = IndexedDataset(prefix)
+            assert all(data.document(i).max(initial=0) < 7 for i in range(data.num_documents))
+            data.starts_within(1, 6)
+        except DataError:
+            refused += 1
+    assert refused > len(whole)
+
+
 @pytest.mark.parametrize("prefix", ["", ".", "/", ".."])
 def test_a_prefix_without_a_name_is_refused(prefix):
     for use in (IndexedDataset, lambda prefix: IndexedWriter(prefix, vocab_size=300)):
