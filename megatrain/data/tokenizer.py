@@ -17,7 +17,7 @@ from megatrain.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
 _ALPHABET = 256
-_LARGEST = 2**31 - 1
+_LARGEST = 10_000_000  # the library reserves memory for all of them before it looks at a text
 
 
 class TrainedTokenizer(NamedTuple):
@@ -46,7 +46,7 @@ def train_tokenizer(
         rule = f"must be at least {_ALPHABET + len(special)}: {_ALPHABET} bytes and {', '.join(special)}"
         raise ConfigError("--vocab-size", vocab_size, rule)
     if vocab_size > _LARGEST:
-        raise ConfigError("--vocab-size", vocab_size, f"is more than the {_LARGEST:,} that tokens are numbered up to")
+        raise ConfigError("--vocab-size", vocab_size, f"is more than {_LARGEST:,}")
     if "" in special:
         raise ConfigError("--special-token", "''", "is no token")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
