@@ -197,11 +197,15 @@ def test_an_output_folder_that_cannot_be_made(refusal, tmp_path):
     assert said == f"run.output_dir={tmp_path}/file/run cannot be written (Not a directory)"
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "logs"])
+@pytest.mark.parametrize("name", ["checkpoints", "logs", "config.yaml", "metrics.jsonl", "events.jsonl"])
 def test_an_output_folder_of_which_a_part_cannot_be_written(refusal, tmp_path, name):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).touch()
-    assert refusal() == f"run.output_dir={tmp_path}/run holds {name} that cannot be written to (Not a directory)"
+    if "." in name:
+        (tmp_path / "run" / name).mkdir()
+    else:
+        (tmp_path / "run" / name).touch()
+    reason = "Is a directory" if "." in name else "Not a directory"
+    assert refusal() == f"run.output_dir={tmp_path}/run holds {name} that cannot be written to ({reason})"
 
 
 def test_a_layout_that_does_not_fit_a_launchers_ranks(run_file):

@@ -161,11 +161,11 @@ def _check_output(config: Config) -> None:
         _probe(folder)
     except OSError as error:
         raise ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})") from None
-    for name in ("checkpoints", "logs"):  # of a run before, perhaps somebody else's; the first save would tell, hours later
+    for name in ("checkpoints", "logs", "config.yaml", "metrics.jsonl", "events.jsonl"):
+        # Of a run before, perhaps somebody else's; the first save would tell, hours later.
         try:
-            _probe(folder / name)
-        except FileNotFoundError:
-            continue
+            if (folder / name).exists():
+                _probe_file(folder / name) if "." in name else _probe(folder / name)
         except OSError as error:
             raise ConfigError("run.output_dir", config.run.output_dir, f"holds {name} that cannot be written to ({error.strerror})") from None
 
@@ -175,6 +175,11 @@ def _probe(folder: Path) -> None:
     probe = folder / f".probe-{os.getpid()}"
     probe.write_text("")
     probe.unlink()
+
+
+def _probe_file(path: Path) -> None:
+    with path.open("ab"):
+        pass
 
 
 def parts_of(config: Config) -> list[Part]:
