@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print prompt and continuation as they come."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # transformers imports it, and it speaks of kernels that nothing here uses
     import torch
     from transformers import TextStreamer, set_seed
 
@@ -95,7 +96,6 @@ def load_model(folder: Path, *, dtype: str | None, memory: int | None, spare: st
     from megatrain.optim.zero import DTYPES
 
     disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # transformers imports it, and it speaks of kernels that nothing here uses
     tensors = Tensors(folder)  # says what is wrong with a damaged folder
     size = sum(tensors.nbytes(name) for name in tensors.names())
     wanted = "auto" if dtype is None else DTYPES[dtype]
