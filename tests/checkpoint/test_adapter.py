@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.networks import GPT2, LLAMA, build, context, logits, transformers_twin
 from models.networks import tokens as some_tokens
 from ranks import run_ranks
+from safetensors.torch import load_file
 
 from megatrain import config as configuration
 from megatrain.checkpoint import adapter, manifest

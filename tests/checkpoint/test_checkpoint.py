@@ -7,16 +7,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import commands
 from ranks import run_ranks
 
 from megatrain import config as configuration

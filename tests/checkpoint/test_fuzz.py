@@ -10,15 +10,10 @@ import os
 import random
 import shutil
 import signal
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from model_folders import KINDS, write
 from ranks import run_ranks
 

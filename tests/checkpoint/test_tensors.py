@@ -7,17 +7,14 @@ import json
 import os
 import shutil
 import struct
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from model_folders import KINDS, SHARDS, WANTED, write
 from safetensors import safe_open
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-from model_folders import KINDS, SHARDS, WANTED, write
 
 from megatrain.checkpoint.tensor_file import SafetensorsFile, write_tensors
 from megatrain.checkpoint.tensors import Tensors

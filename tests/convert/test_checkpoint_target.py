@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_folders import GPT2, LLAMA, convert, make_folder, tensors_of

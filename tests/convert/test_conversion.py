@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_folders import GPT2, LLAMA, convert, make_folder, tensors_of
 
 from megatrain.convert import conversion, descriptions, writer

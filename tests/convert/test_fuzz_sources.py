@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import io
 import random
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from megatron_layout import write_megatron
 from tiny_folders import LLAMA, make_folder
 

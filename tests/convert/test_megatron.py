@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from megatron_layout import write_megatron
 from tiny_folders import GPT2, LLAMA, convert, make_folder, tensors_of
 

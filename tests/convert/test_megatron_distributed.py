@@ -13,9 +13,6 @@ from unittest import mock
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_layout import MODULES, arguments, whole_tensors
 from ranks import run_ranks
 from tiny_folders import GPT2, LLAMA, convert, make_folder, tensors_of

@@ -5,14 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from chat_templates import CHATML, GEMMA, MISTRAL
 
 from megatrain.data import chat_dataset

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from chat_templates import CHAT, MARKED, SPECIAL, TEMPLATES
 
 from megatrain.data.chat import BadSample, Conversation, read_conversation

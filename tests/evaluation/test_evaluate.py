@@ -8,12 +8,9 @@ import shutil
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
 from megatrain.__main__ import main

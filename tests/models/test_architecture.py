@@ -1,13 +1,9 @@
 """Every field of a Hugging Face config that changes the maths is honoured, as transformers honours it, or refused."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from networks import GPT2, LLAMA, build, context, logits, scramble, tokens, transformers_twin
 
 from megatrain.errors import ConfigError

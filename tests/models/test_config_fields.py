@@ -4,13 +4,9 @@ The fields are the class's own, so that one that a later transformers adds has n
 """
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from networks import build, context, logits, scramble, tokens, transformers_twin
 from variants import BASES
 

@@ -1,12 +1,7 @@
 """Dropout: the same mask for the same place, equal where tensor ranks hold copies, independent where they hold parts."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from networks import GPT2, LLAMA, build, context, loss, scramble, tokens
 
 from megatrain.models.architecture import load_config, read_architecture

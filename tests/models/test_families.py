@@ -1,12 +1,7 @@
 """Each family and its variants beside transformers in fp32: logits, loss and every gradient of the same weights."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from networks import build, context, logits, loss, scramble, tokens, transformers_twin
 from variants import VARIANTS
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from networks import GPT2, LLAMA, context, loss, scramble, tokens
 
 from megatrain import config as configuration

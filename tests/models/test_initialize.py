@@ -1,13 +1,9 @@
 """Initial weights do not know the layout: any rank's parts are slices of the same whole tensors."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from networks import GPT2, LLAMA
 from variants import BASES
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.networks import GPT2, LLAMA, build, context, loss, scramble, tokens
 
 from megatrain import config as configuration

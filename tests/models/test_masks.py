@@ -1,12 +1,7 @@
 """Who attends to whom: within a document, within a window, never ahead."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from networks import GPT2, LLAMA, build, context, logits, loss, scramble, tokens
 
 from megatrain.models.architecture import load_config, read_architecture

@@ -1,13 +1,9 @@
 """Rotary positions and their scalings against transformers' own."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from networks import LLAMA
 
 from megatrain.models.architecture import load_config, read_architecture

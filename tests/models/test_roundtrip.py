@@ -1,14 +1,9 @@
 """A random tiny model that transformers made, into the ranks of several layouts and back: the same tensors by name, to the byte."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 from networks import build, context, logits, tokens
+from safetensors.torch import load_file
 from variants import VARIANTS
 
 from megatrain import config as configuration

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
+from torch import nn
 
 from megatrain import config as configuration
 from megatrain.optim.groups import STATES

@@ -1,12 +1,7 @@
 """Each collective's forward and backward, against the table in its file."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
 from megatrain.parallel import collectives

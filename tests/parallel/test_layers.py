@@ -1,15 +1,10 @@
 """Split layers against torch's whole ones."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
+from torch import nn
 
 from megatrain.parallel.grid import Axis, make_grid
 from megatrain.parallel.layers import Linear, RowLinear, VocabEmbedding, _VocabCrossEntropy, vocab_cross_entropy

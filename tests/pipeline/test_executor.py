@@ -7,15 +7,11 @@ taken: a gradient is right to the bit or wrong.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import weakref
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
 from megatrain.models.decoder import Flow

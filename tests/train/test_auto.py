@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 from ranks import run_ranks
 from test_layouts import LLAMA, layout, reference, run_layout, tokens, worst_gradient
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import gc
-import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 from ranks import run_ranks
 from test_layouts import MODELS
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megatrain import config as configuration
 from megatrain.data.loader import Batch

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
-sys.path.insert(0, str(Path(__file__).parent))
 from ranks import run_ranks
+from safetensors.torch import load_file
 from test_adapter import train_and_resume
 from test_lora_runs import (
     KINDS,

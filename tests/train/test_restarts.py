@@ -4,16 +4,12 @@ import contextlib
 import os
 import shutil
 import signal
-import sys
 import time
-from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import commands
 
 from megatrain import json_lines
 from megatrain.data.indexed import IndexedWriter

@@ -7,17 +7,13 @@ import os
 import random
 import signal
 import socket
-import sys
 import time
-from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import commands
 from ranks import run_ranks
 from safetensors import safe_open
 

@@ -8,16 +8,12 @@ import os
 import random
 import shutil
 import signal
-import sys
-from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import commands
 from ranks import run_ranks
 from safetensors import safe_open
 

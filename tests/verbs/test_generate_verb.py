@@ -1,12 +1,7 @@
 """`megatrain generate` draws what transformers draws, also from a model larger than the memory it is given."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "convert"))
 from tiny_folders import LLAMA, make_folder
 
 from megatrain.__main__ import main

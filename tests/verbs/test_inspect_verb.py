@@ -3,14 +3,8 @@
 import json
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent / "checkpoint"))
-sys.path.insert(0, str(Path(__file__).parent / "convert"))
 from megatron_layout import write_megatron
 from ranks import run_ranks
 from test_checkpoint import pretrain, settings, write_data

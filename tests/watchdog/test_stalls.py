@@ -3,12 +3,8 @@
 import json
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from launches import runs
 
 SOON = ["run.stall_seconds=6"]
