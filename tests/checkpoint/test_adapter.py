@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.networks import GPT2, LLAMA, build, context, logits, transformers_twin
-from models.networks import tokens as some_tokens
+from networks import GPT2, LLAMA, build, context, logits, transformers_twin
+from networks import tokens as some_tokens
 from ranks import run_ranks
+from runs import microbatches
 from safetensors.torch import load_file
 
 from megatrain import config as configuration
@@ -43,9 +44,7 @@ def make_config(model: str, **parallel):
 
 
 def batches(step: int, grid) -> list[Batch]:
-    rows = torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step)).split(1)[grid.data.rank :: grid.data.size]
-    position = torch.arange(LENGTH)[None]
-    return [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows]
+    return microbatches(torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step)), 1, grid.data)
 
 
 def save(folder: Path, progress: Progress, *, zero, config, architecture, grid) -> Path:

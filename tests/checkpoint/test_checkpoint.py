@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from unittest.mock import patch
 
 import commands
 import numpy as np
@@ -14,11 +15,11 @@ import pytest
 import torch
 import yaml
 from ranks import run_ranks
+from runs import pretrain, write_tokens
 
 from megatrain import config as configuration
 from megatrain.__main__ import main
 from megatrain.checkpoint import manifest
-from megatrain.data.indexed import IndexedWriter
 from megatrain.data.loader import Loader
 from megatrain.data.samples import open_samples
 
@@ -34,32 +35,20 @@ def settings(folder, **sections):
             "data": {"train": str(folder / "tokens"), "valid": str(folder / "tokens"), "sequence_length": 16}, **sections}  # fmt: skip
 
 
-def write_data(folder):
-    with IndexedWriter(folder / "tokens", vocab_size=VOCABULARY) as writer:
-        for document in np.random.default_rng(0).integers(0, VOCABULARY, (40, 30)):
-            writer.add(document)
-
-
-def pretrain(rank, world_size, raw, shard_bytes=None):
+def pretrain_in_shards(rank, world_size, raw, shard_bytes):
     from megatrain.checkpoint import save
-    from megatrain.place import Place
-    from megatrain.train.run import pretrain
 
-    before = save.MAX_SHARD_BYTES
-    save.MAX_SHARD_BYTES = shard_bytes or before
-    try:
-        pretrain(configuration.from_dict(raw), Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
-    finally:
-        save.MAX_SHARD_BYTES = before
+    with patch.object(save, "MAX_SHARD_BYTES", shard_bytes):
+        pretrain(rank, world_size, raw)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of three steps at tensor 2 x pipeline 2, its model in several shards, with a checkpoint at each step."""
     folder = tmp_path_factory.mktemp("finished")
-    write_data(folder)
+    write_tokens(folder / "tokens")
     raw = settings(folder, parallel={"tensor": 2, "pipeline": 2})
-    run_ranks(pretrain, 4, raw, 10_000, folder=folder)
+    run_ranks(pretrain_in_shards, 4, raw, 10_000, folder=folder)
     (folder / "run.yaml").write_text(yaml.safe_dump(raw))
     return folder
 
@@ -200,7 +189,7 @@ def test_a_finished_run_started_again_does_nothing(run):
 def test_no_steps_save_the_model_as_initialised(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    write_data(tmp_path)
+    write_tokens(tmp_path / "tokens")
     raw = settings(tmp_path, train={"steps": 0, "eval_every": 1, "keep_last": 1})
     run_ranks(pretrain, 1, raw, folder=tmp_path)
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
@@ -212,7 +201,7 @@ def test_no_steps_save_the_model_as_initialised(tmp_path):
 
 
 def test_keep_last_keeps_the_newest(tmp_path):
-    write_data(tmp_path)
+    write_tokens(tmp_path / "tokens")
     run_ranks(pretrain, 1, settings(tmp_path, train={"steps": 5, "keep_last": 2, "eval_every": 0}), folder=tmp_path)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000004", "step-00000005"]
 
@@ -229,7 +218,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(small_disk, tmp_path):
-    write_data(tmp_path)
+    write_tokens(tmp_path / "tokens")
     raw = settings(tmp_path, train={"eval_every": 0}, run={"output_dir": str(small_disk / "run")})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
     ended = commands.run("pretrain", tmp_path / "run.yaml", folder=tmp_path)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from model_folders import KINDS, write
 from ranks import run_ranks
+from runs import pretrain
 
 from megatrain import config as configuration
 from megatrain.checkpoint import load, manifest
@@ -49,13 +50,6 @@ class Trap:
 def settings(folder):
     return {"run": {"output_dir": str(folder / "run")}, "model": MODEL, "train": {"steps": 2, "global_batch_size": 2, "save_every": 1},
             "data": {"train": str(folder / "tokens"), "sequence_length": 8}}  # fmt: skip
-
-
-def pretrain(rank, world_size, raw):
-    from megatrain.place import Place
-    from megatrain.train.run import pretrain
-
-    pretrain(configuration.from_dict(raw), Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from runs import pretrain, write_tokens
 from safetensors.torch import save_file
 
 from megatrain import config as configuration
@@ -126,19 +126,9 @@ def test_weights_and_masters_are_the_folders(world, folders, tmp_path):
             assert rank.read == held + again, "its slices, and no more"
 
 
-def pretrain(rank, world_size, raw):
-    from megatrain.place import Place
-    from megatrain.train.run import pretrain
-
-    pretrain(configuration.from_dict(raw), Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
-
-
 @pytest.mark.parametrize(("model", "world", "parallel"), [("llama", 4, {"tensor": 2, "pipeline": 2}), ("gpt2", 2, {"zero": 3}), ("tied", 2, {"pipeline": 2})])
 def test_no_steps_write_the_same_bytes_again(model, world, parallel, folders, tmp_path):
-    from megatrain.data.indexed import IndexedWriter
-
-    with IndexedWriter(tmp_path / "tokens", vocab_size=67) as writer:
-        writer.add(np.arange(200) % 67)
+    write_tokens(tmp_path / "tokens")
     raw = {"run": {"output_dir": str(tmp_path / "run")}, "parallel": parallel, "data": {"train": str(tmp_path / "tokens"), "sequence_length": 16},
            "train": {"steps": 0, "init_from": str(folders[model])}}  # fmt: skip
     run_ranks(pretrain, world, raw, folder=tmp_path)

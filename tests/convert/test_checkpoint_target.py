@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from runs import losses, pretrain, write_tokens
 from safetensors.torch import load_file
 from tiny_folders import GPT2, LLAMA, convert, make_folder, tensors_of
 
-from megatrain import config as configuration
 from megatrain.checkpoint import manifest
-from megatrain.data.indexed import IndexedWriter
 
 MODELS = {
     "llama": {**LLAMA, "tie_word_embeddings": True},
@@ -29,33 +28,21 @@ MODELS = {
 def root(tmp_path_factory):
     """Tokens, and each model as transformers saves it."""
     folder = tmp_path_factory.mktemp("targets")
-    with IndexedWriter(folder / "tokens", vocab_size=67) as writer:
-        for document in np.random.default_rng(0).integers(0, 67, (40, 30)):
-            writer.add(document)
+    write_tokens(folder / "tokens")
     for name, fields in MODELS.items():
         make_folder(folder / name, fields)
     return folder
 
 
-def pretrain(rank, world_size, runs):
-    from megatrain.place import Place
-    from megatrain.train.run import pretrain
-
-    for raw in runs:
-        config = configuration.from_dict(raw)
-        configuration.check(config)
-        pretrain(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
+def pretrain_all(rank, world_size, raws):
+    for raw in raws:
+        pretrain(rank, world_size, raw)
 
 
 def settings(root, output, *, parallel=None, **train):
     train = {"steps": 2, "global_batch_size": 4, "micro_batch_size": 2, **train}
     return {"run": {"output_dir": str(output)}, "train": train, "data": {"train": str(root / "tokens"), "sequence_length": 16},
             "optimizer": {"lr": 1e-2}, "parallel": parallel or {}}  # fmt: skip
-
-
-def losses(output, after=0):
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [(line["loss"], line["grad_norm"]) for line in lines if line["step"] > after]
 
 
 ROWS = [("llama", 4, "fp32", {"tensor": 2, "pipeline": 2}), ("gpt_neox", 4, "fp32", {"tensor": 2, "pipeline": 2}), ("gpt2", 2, "fp32", {"tensor": 2}),
@@ -77,7 +64,7 @@ def test_a_hugging_face_folder_becomes_a_checkpoint_that_goes_on_as_init_from_do
                 for way, train in (("init", {"init_from": str(root / name)}), ("resume", {"resume": str(tmp_path / name)})):
                     raw = settings(root, tmp_path / f"{way}-{number}", parallel=parallel, dtype=dtype, **train)
                     runs.append({**raw, "model": str(root / name)})
-        run_ranks(pretrain, world_size, runs, folder=tmp_path)
+        run_ranks(pretrain_all, world_size, runs, folder=tmp_path)
     for number in range(len(ROWS)):
         assert len(losses(tmp_path / f"init-{number}")) == 2
         assert losses(tmp_path / f"resume-{number}") == losses(tmp_path / f"init-{number}")
@@ -109,7 +96,7 @@ def test_masters_keep_what_a_lower_dtype_loses(root, tmp_path):
 def universal(root, tmp_path_factory):
     """A run of four steps, and its state after two as DeepSpeed's universal folder has it."""
     folder = tmp_path_factory.mktemp("universal")
-    run_ranks(pretrain, 1, [{**settings(root, folder / "run", steps=4, save_every=2), "model": MODELS["llama"]}], folder=folder)
+    run_ranks(pretrain_all, 1, [{**settings(root, folder / "run", steps=4, save_every=2), "model": MODELS["llama"]}], folder=folder)
     ours = folder / "run" / "checkpoints" / "step-00000002"
     shapes = {name: shape for name, (_, shape, _) in tensors_of(ours).items()}
     for key, tensor in load_file(ours / "optimizer" / "rank-00000.safetensors").items():
@@ -128,7 +115,7 @@ def test_a_universal_checkpoint_goes_on_as_its_run_did(root, universal, tmp_path
     said = capfd.readouterr().out
     assert "a DeepSpeed universal checkpoint of a llama" in said
     assert "and the optimizer's masters, exp_avg, exp_avg_sq, after 2 updates" in said
-    run_ranks(pretrain, 1, [{**settings(root, tmp_path / "run", steps=4, resume=str(tmp_path / "ours")), "model": MODELS["llama"]}], folder=tmp_path)
+    run_ranks(pretrain_all, 1, [{**settings(root, tmp_path / "run", steps=4, resume=str(tmp_path / "ours")), "model": MODELS["llama"]}], folder=tmp_path)
     assert len(losses(tmp_path / "run", after=2)) == 2
     assert losses(tmp_path / "run", after=2) == losses(universal / "run", after=2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.networks import GPT2, LLAMA, build, context, loss, scramble, tokens
+from networks import GPT2, LLAMA, build, context, loss, scramble, tokens
 
 from megatrain import config as configuration
 from megatrain.errors import ConfigError

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import json
 import random
-import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 import yaml
+from plain import assert_equal
 from ranks import run_ranks
-from test_layouts import LLAMA, layout, reference, run_layout, tokens, worst_gradient
+from runs import losses, microbatches, pretrain, write_tokens
+from sleeping import sleeping
+from test_layouts import LLAMA, layout, reference, run_layout, tokens
 
 from megatrain import config as configuration
-from megatrain.data.indexed import IndexedWriter
-from megatrain.data.loader import Batch
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import load_config, read_architecture
-from megatrain.models.decoder import Block
 from megatrain.parallel.grid import make_grid
 from megatrain.pipeline.actions import Placement
 from megatrain.pipeline.choose import choose_schedule
@@ -38,34 +36,6 @@ from megatrain.train.tasks import Pretraining
 
 SLEEP, SLOW = 0.006, {1: 0.03}
 """Seconds that a block's forward takes, and its backward; block 1 is the slow one."""
-
-
-class Sleep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, seconds):
-        ctx.seconds = seconds
-        time.sleep(seconds)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        time.sleep(ctx.seconds)
-        return grad, None
-
-
-@contextmanager
-def sleeping():
-    make, compute = Block.__init__, Block._compute
-
-    def numbered(block, parts, layer, **arguments):
-        make(block, parts, layer, **arguments)
-        block.seconds = SLOW.get(layer, SLEEP)
-
-    def slowly(block, x, context):
-        return Sleep.apply(compute(block, x, context), block.seconds)
-
-    with patch.object(Block, "__init__", numbered), patch.object(Block, "_compute", slowly):
-        yield
 
 
 @contextmanager
@@ -87,14 +57,6 @@ def choice(folder):
     return json.loads((folder / "schedule.json").read_text())
 
 
-def check_equal(results, model):
-    losses, norms, gradients = reference(model)
-    for ours, our_norms, _ in results:
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-6, atol=0)
-        torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-5, atol=0)
-    assert worst_gradient(results, gradients) < 1e-5
-
-
 # -- what is settled on ------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +72,7 @@ def train_measuring(rank, world_size, config, seconds, counts):
 def test_a_schedule_made_for_the_run_trains_the_same(model, settings, counts, tmp_path):
     world = settings["pipeline"] * settings.get("tensor", 1)
     config = layout(model, {"schedule": "auto", **settings}, **{"run.output_dir": str(tmp_path)})
-    check_equal(run_ranks(train_measuring, world, config, 0.0, counts, folder=tmp_path), model)
+    assert_equal(run_ranks(train_measuring, world, config, 0.0, counts, folder=tmp_path), reference(model), losses=2e-6)
     assert (choice(tmp_path)["layers_per_stage"], choice(tmp_path)["schedule"]) == ([*counts], str(tmp_path / "schedule.csv"))
     assert "a schedule made for these times with" in choice(tmp_path)["words"]
 
@@ -118,7 +80,7 @@ def test_a_schedule_made_for_the_run_trains_the_same(model, settings, counts, tm
 def test_what_measures_slower_than_1f1b_is_not_taken(tmp_path):
     """Whatever it promised: the model is cut as without auto, and the line says what was tried."""
     config = layout("llama", {"schedule": "auto", "pipeline": 2}, **{"run.output_dir": str(tmp_path)})
-    check_equal(run_ranks(train_measuring, 2, config, 1e6, (1, 2, 1, 1), folder=tmp_path), "llama")
+    assert_equal(run_ranks(train_measuring, 2, config, 1e6, (1, 2, 1, 1), folder=tmp_path), reference("llama"), losses=2e-6)
     kept = choice(tmp_path)
     assert (kept["schedule"], kept["layers_per_stage"]) == ("1f1b", [3, 2])
     assert kept["words"].startswith("1f1b with [3, 2] blocks by stage: a step takes ")
@@ -127,7 +89,7 @@ def test_what_measures_slower_than_1f1b_is_not_taken(tmp_path):
 
 def train_sleeping(rank, world_size, config):
     """What is predicted to be fastest is taken: whole steps are measured, but their times are no test's business."""
-    with sleeping(), patch("megatrain.train.calibrate.Calibration.seconds", lambda *args: 0.0):
+    with sleeping(SLEEP, SLOW), patch("megatrain.train.calibrate.Calibration.seconds", lambda *args: 0.0):
         return run_layout(rank, world_size, config)
 
 
@@ -137,7 +99,7 @@ def test_a_slow_layer_is_cut_around(model, ranks, tmp_path):
     config = layout(model, {"schedule": "auto", "pipeline": ranks}, **{"run.output_dir": str(tmp_path)})
     ratios = []
     for _ in range(5):
-        check_equal(run_ranks(train_sleeping, ranks, config, folder=tmp_path), model)
+        assert_equal(run_ranks(train_sleeping, ranks, config, folder=tmp_path), reference(model), losses=2e-6)
         kept = choice(tmp_path)
         schedule = choose_schedule(kept["schedule"], ranks=ranks, microbatches=4, virtual=kept["virtual"])
         base = make_schedule("1f1b", ranks, 4)
@@ -162,11 +124,7 @@ def asleep(schedule, counts):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("data") / "tokens"
-    with IndexedWriter(prefix, vocab_size=67) as writer:
-        for document in np.random.default_rng(0).integers(0, 67, (60, 40)):
-            writer.add(document)
-    return prefix
+    return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
 
 
 def settings(data, output, *, stop_after=None, **parallel):
@@ -175,33 +133,20 @@ def settings(data, output, *, stop_after=None, **parallel):
             "train": {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2, "stop_after": stop_after}}  # fmt: skip
 
 
-def pretrain(rank, world_size, raw, counts=None):
+def pretrain_measuring(rank, world_size, raw, counts=None):
     """With a plan that is settled on; without one, nothing may be measured."""
-    from megatrain.place import Place
-    from megatrain.train.run import pretrain
-
-    config = configuration.from_dict(raw)
-    configuration.check(config)
-    with ExitStack() as stack:
-        if counts:
-            stack.enter_context(measuring(0.0, counts))
-        else:
-            stack.enter_context(patch("megatrain.train.auto._measure", None))
-        pretrain(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
-
-
-def losses(folder):
-    return [(line["loss"], line["grad_norm"]) for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    with measuring(0.0, counts) if counts else patch("megatrain.train.auto._measure", None):
+        pretrain(rank, world_size, raw)
 
 
 def test_a_run_goes_on_with_what_it_chose_and_its_config_says_what_that_is(data, tmp_path):
-    run_ranks(pretrain, 2, settings(data, tmp_path / "auto", stop_after=2), (2, 1, 1, 1), folder=tmp_path)
-    run_ranks(pretrain, 2, settings(data, tmp_path / "auto"), folder=tmp_path)
+    run_ranks(pretrain_measuring, 2, settings(data, tmp_path / "auto", stop_after=2), (2, 1, 1, 1), folder=tmp_path)
+    run_ranks(pretrain_measuring, 2, settings(data, tmp_path / "auto"), folder=tmp_path)
     resolved = yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())
     assert {key: resolved["parallel"][key] for key in ("schedule", "virtual", "layers_per_stage")} == {
         "schedule": str(tmp_path / "auto" / "schedule.csv"), "virtual": None, "layers_per_stage": [2, 1, 1, 1]}  # fmt: skip
     resolved["run"]["output_dir"] = str(tmp_path / "named")
-    run_ranks(pretrain, 2, resolved, folder=tmp_path)
+    run_ranks(pretrain_measuring, 2, resolved, folder=tmp_path)
     assert losses(tmp_path / "auto") == losses(tmp_path / "named")
     assert len(losses(tmp_path / "auto")) == 4
 
@@ -227,10 +172,8 @@ def measure_bytes(rank, world_size, config):
     from megatrain.train.trainer import Trainer
 
     trainer = Trainer(config, read_architecture(load_config(config.model)), make_grid(rank), torch.device("cpu"), optimizer=Discard)
-    positions = torch.arange(16).expand(2, -1)
-    batches = [Batch(rows[:, :-1], rows[:, 1:], positions, torch.zeros_like(positions)) for rows in tokens(1).split(2)]
     with layer_bytes(own_layers(trainer), 10.0) as sizes:
-        trainer.step(1, batches)
+        trainer.step(1, microbatches(tokens(1), 2, trainer.grid.data))
     return [(*size,) for size in sizes]
 
 

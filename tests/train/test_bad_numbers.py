@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from runs import lines, microbatches, place, write_tokens
 
 from megatrain import config as configuration
 from megatrain.checkpoint.load import read_trainer
-from megatrain.data.indexed import IndexedWriter
-from megatrain.data.loader import Batch
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.optim.zero import LossScale
 from megatrain.parallel.grid import make_grid
@@ -71,9 +68,7 @@ class Scaled(NamedTuple):
 
 def batches(step, config, grid):
     tokens = torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    position = torch.arange(LENGTH).expand(config.train.micro_batch_size, LENGTH)
-    rows = tokens.split(config.train.micro_batch_size)[grid.data.rank :: grid.data.size]
-    return [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows]
+    return microbatches(tokens, config.train.micro_batch_size, grid.data)
 
 
 def spoil(trainer, what):
@@ -231,22 +226,19 @@ def test_a_search_for_fp16s_loss_scale_is_nothing_bad_until_it_can_fall_no_furth
 
 def go_on_in_fp16(rank, world_size, raws):
     """Runs one after the other; on CPUs users are refused."""
-    from megatrain.place import Place
     from megatrain.train.run import pretrain
 
     patch = pytest.MonkeyPatch()
     patch.setattr("megatrain.train.run.check_without_ranks", lambda *args: None)
     try:
         for raw in raws:
-            pretrain(configuration.from_dict(raw), Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
+            pretrain(configuration.from_dict(raw), place(rank, world_size))
     finally:
         patch.undo()
 
 
 def test_a_resume_goes_on_with_the_loss_scale(tmp_path):
-    with IndexedWriter(tmp_path / "tokens", vocab_size=67) as writer:
-        for document in np.random.default_rng(0).integers(0, 67, (20, 40)):
-            writer.add(document)
+    write_tokens(tmp_path / "tokens", documents=20)
 
     def raw(run, **train):
         return {"run": {"output_dir": str(tmp_path / run)}, "model": MODEL, "data": {"train": str(tmp_path / "tokens"), "sequence_length": LENGTH},
@@ -255,5 +247,5 @@ def test_a_resume_goes_on_with_the_loss_scale(tmp_path):
     run_ranks(go_on_in_fp16, 1, [raw("parts", stop_after=2), raw("parts"), raw("whole")], folder=tmp_path)
     states = [read_trainer(tmp_path / run / "checkpoints" / "step-00000004").progress.loss_scaling for run in ("parts", "whole")]
     assert states == [LossScale(65536.0, 2, -1, 4)] * 2, "all four steps are counted"
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("parts", "whole")]
+    losses = [[line["loss"] for line in lines(tmp_path / run)] for run in ("parts", "whole")]
     assert losses[0] == losses[1]

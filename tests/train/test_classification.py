@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from plain import assert_equal, give_weights, make_stage, run_steps
+from plain import train as train_plainly
 from ranks import run_ranks
-from test_layouts import worst_gradient
-from test_resume import assert_same_run, metrics
+from runs import assert_same_run, checked, finetune, metrics, place
 
-from megatrain import config as configuration
 from megatrain.convert.choose import Hints
 from megatrain.convert.inspection import inspect
 from megatrain.data.loader import Loader
@@ -23,12 +22,9 @@ from megatrain.evaluation.check import check_model, choose_kind, make_windows
 from megatrain.evaluation.subject import Subject, model_folder, trained_length
 from megatrain.evaluation.subject import make_config as make_evaluation
 from megatrain.models.architecture import FAMILIES
-from megatrain.models.initialize import initialize
 from megatrain.models.labels import with_classifier
 from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import parameters
-from megatrain.place import Place
-from megatrain.train.build import build_stage, whole_tensors
+from megatrain.train.build import whole_tensors
 from megatrain.train.classifying import Classification
 
 VOCABULARY, LENGTH, TEXTS, STEPS, LR = 290, 24, 22, 4, 1e-3
@@ -81,12 +77,6 @@ def settings(files, problem, model="llama", **sections):
     return raw
 
 
-def make_config(raw):
-    config = configuration.from_dict(raw)
-    configuration.check(config)
-    return config
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # truth from outside
 
@@ -121,57 +111,55 @@ def plain_loss(network, tokenizer, record, problem, smoothing):
 
 
 def reference(files, problem, model, smoothing):
-    """Losses, norms and the first gradient; transformers' class, loss and tokenizer, no code of ours but the initial weights."""
+    """transformers' class, loss and tokenizer, no code of ours but the initial weights."""
+    config = checked(settings(files, problem, model))
+    architecture = Classification().architecture(config)
+    network = class_of(problem).from_config(architecture.config, attn_implementation="eager")
+    assert give_weights(make_stage(config, architecture), network) == {}
+    return train_plainly(dict(network.named_parameters()), step_loss(network, files, problem, smoothing), steps=STEPS, lr=LR)
+
+
+def class_of(problem):
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    config = make_config(settings(files, problem, model))
-    architecture = Classification().architecture(config)
-    kind = AutoModelForTokenClassification if problem == "tokens" else AutoModelForSequenceClassification
-    network = kind.from_config(architecture.config, attn_implementation="eager")
-    stage = build_stage(config, architecture, make_grid(0, connect=False), "cpu")
-    initialize(stage, config.run.seed)
-    state = network.state_dict()
-    for declaration, parameter in parameters(stage):
-        declaration.put(declaration.part_of(parameter.detach()), state[declaration.name])
-    network.load_state_dict(state)
-    decayed, kept = ([p for p in network.parameters() if (p.dim() > 1) == large] for large in (True, False))
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.95))
-    tokenizer = load_tokenizer(files / "tokenizer")
-    records = [json.loads(line) for line in (files / f"{problem}.jsonl").read_text().splitlines()]
-    losses, norms, gradients = [], [], {}
-    for step in range(STEPS):
-        parts = [plain_loss(network, tokenizer, records[of_position(position)], problem, smoothing) for position in range(8 * step, 8 * step + 8)]
-        loss = sum(part for part, _ in parts) / sum(count for _, count in parts)
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)))
-        if step == 0:
-            gradients = {name: p.grad.clone() for name, p in network.named_parameters()}
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses, norms, gradients
+    return AutoModelForTokenClassification if problem == "tokens" else AutoModelForSequenceClassification
 
 
-def run_layout(rank, world_size, raw):
+def read(files, problem):
+    return [json.loads(line) for line in (files / f"{problem}.jsonl").read_text().splitlines()]
+
+
+def mean_loss(network, tokenizer, records, problem, smoothing=0.0):
+    parts = [plain_loss(network, tokenizer, record, problem, smoothing) for record in records]
+    return sum(part for part, _ in parts) / sum(count for _, count in parts)
+
+
+def step_loss(network, files, problem, smoothing=0.0):
+    """The network's loss of a step, from 1 on."""
+    tokenizer, records = load_tokenizer(files / "tokenizer"), read(files, problem)
+
+    def of(step):
+        return mean_loss(network, tokenizer, [records[of_position(position)] for position in range(8 * step - 8, 8 * step)], problem, smoothing)
+
+    return of
+
+
+def run_layout(rank, world_size, raw, prepare=None):
+    """`prepare`: called with the optimizer's state before the first step."""
     from megatrain.train.trainer import Trainer
 
-    config, task = make_config(raw), Classification()
+    config, task = checked(raw), Classification()
     task.check(config)
-    architecture = task.architecture(config)
-    p = config.parallel
+    architecture, p = task.architecture(config), config.parallel
     grid = make_grid(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
     trainer = Trainer(config, architecture, grid, torch.device("cpu"))
+    if prepare is not None:
+        prepare(trainer.zero)
     loader = Loader(task.open(config, architecture, "train").samples, global_batch_size=8, micro_batch_size=2, data_rank=grid.data.rank,
                     data_size=grid.data.size)  # fmt: skip
-    losses, norms, pieces = [], [], []
-    for step in range(1, STEPS + 1):
-        report = trainer.step(step, loader.microbatches(step - 1))
-        losses.append(report.loss)
-        norms.append(report.grad_norm)
-        for fragment in trainer.zero.fragments() if step == 1 else []:
-            pieces.append((replace(fragment.sharding, summed=()), tuple(fragment.shape), fragment.start, fragment.tensors["exp_avg"].clone() / 0.1))
+    ran = run_steps(trainer, lambda step: loader.microbatches(step - 1), steps=STEPS)
     loader.close()
-    return losses, norms, pieces
+    return ran
 
 
 @pytest.fixture(scope="module")
@@ -198,12 +186,7 @@ ROWS = [
 def test_equals_plain_torch(problem, model, world, parallel, smoothing, files, references, tmp_path):
     raw = settings(files, problem, model, parallel=parallel)
     raw["classification"]["label_smoothing"] = smoothing
-    losses, norms, gradients = references(problem, model, smoothing)
-    results = run_ranks(run_layout, world, raw, folder=tmp_path)
-    for ours, our_norms, _ in results:
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-5, atol=0)
-        torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-5, atol=0)
-    assert worst_gradient(results, gradients) < 1e-5
+    assert_equal(run_ranks(run_layout, world, raw, folder=tmp_path), references(problem, model, smoothing), losses=1e-5)
 
 
 @pytest.mark.parametrize("of_tokens", [False, True])
@@ -227,12 +210,6 @@ def test_tensors_are_those_of_transformers_own_classifier(family, of_tokens):
 # whole runs
 
 
-def finetune(rank, world_size, raw):
-    from megatrain.train.run import finetune
-
-    finetune(make_config(raw), Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
-
-
 def train(files, tmp_path, problem, *, run, world, **sections):
     """A run with evaluations on what it learns from."""
     raw = settings(files, problem, run={"output_dir": str(tmp_path / run)}, **sections)
@@ -244,7 +221,7 @@ def train(files, tmp_path, problem, *, run, world, **sections):
 def evaluate(rank, world_size, config, subject):
     from megatrain.evaluation.run import evaluate
 
-    return evaluate(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500), subject=subject)
+    return evaluate(config, place(rank, world_size), subject=subject)
 
 
 def evaluated(folder, data, tmp_path, parallel, *, window=None):
@@ -266,23 +243,18 @@ AGAINST_OVERFITTING = {"single-label": {"label_smoothing": 0.2, "dropout": 0.3},
 @pytest.mark.parametrize(("problem", "world", "parallel"), [("single-label", 4, {"tensor": 2, "pipeline": 2}), ("tokens", 2, {}),
                                                             ("multi-label", 2, {"zero": 3}), ("regression", 1, {})])  # fmt: skip
 def test_a_folder_is_a_classifier_of_transformers_with_the_figures_of_the_run(problem, world, parallel, files, tmp_path):
-    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
-
     run = train(files, tmp_path, problem, run="run", world=world, parallel=parallel, classification=AGAINST_OVERFITTING.get(problem, {}),
                 train={"steps": None, "epochs": 2, "eval_every": 100, "eval_batches": 50, "global_batch_size": 4})  # fmt: skip
     written = metrics(run)[-1]
     folder = run / "checkpoints" / f"step-{written['step']:08d}"
     assert written["step"] == 2 * TEXTS // 4
-    network = (AutoModelForTokenClassification if problem == "tokens" else AutoModelForSequenceClassification).from_pretrained(folder).eval()
+    network = class_of(problem).from_pretrained(folder).eval()
     if problem != "regression":
         assert network.config.id2label == dict(enumerate(LABELS))
         assert network.config.label2id == {label: number for number, label in enumerate(LABELS)}
-    records = [json.loads(line) for line in (files / f"{problem}.jsonl").read_text().splitlines()]
-    tokenizer = load_tokenizer(folder)
+    records, tokenizer = read(files, problem), load_tokenizer(folder)
     with torch.inference_mode():
-        parts = [plain_loss(network, tokenizer, record, problem, 0.0) for record in records]
-    loss = float(sum(part for part, _ in parts)) / sum(count for _, count in parts)
-    assert written["valid_loss"] == pytest.approx(loss, rel=1e-5)
+        assert written["valid_loss"] == pytest.approx(float(mean_loss(network, tokenizer, records, problem)), rel=1e-5)
     assert (run / "confusion.png").exists() == (problem in ("single-label", "tokens"))
     measured = evaluated(folder, files / f"{problem}.jsonl", tmp_path, {"pipeline": 2} if problem in ("tokens", "regression") else {"tensor": 2})
     assert {name: measured["figures"][name.removeprefix("valid_")] for name in written if name.startswith("valid_") and name != "valid_loss"} == {
@@ -329,11 +301,11 @@ def test_an_epoch_ends_with_microbatches_of_no_text(problem, files, tmp_path):
 
 
 def test_validation_texts_split_off_the_training_texts(files):
-    task, config = Classification(), make_config(settings(files, "single-label", data={"split": "3,1"}))
+    task, config = Classification(), checked(settings(files, "single-label", data={"split": "3,1"}))
     parts = {which: task.open(config, task.architecture(config), which) for which in ("train", "valid")}
     assert [source.per_epoch for source in parts.values()] == [16, 6]
     seen = [{tuple(source.samples.fetch(position).tokens) for position in range(source.per_epoch)} for source in parts.values()]
-    everything = task.open(make_config(settings(files, "single-label")), task.architecture(config), "train").samples
+    everything = task.open(checked(settings(files, "single-label")), task.architecture(config), "train").samples
     assert seen[0] | seen[1] == {tuple(everything.fetch(position).tokens) for position in range(TEXTS)}
 
 
@@ -383,10 +355,10 @@ def test_what_cannot_work(name, files, tmp_path):
     raw["data"]["valid"] = raw["data"]["train"]
     raw["task"] = sections.get("task", raw["task"])
     with pytest.raises((ConfigError, AssertionError), match=sentence):
-        run_ranks(finetune, 1, raw, folder=tmp_path) if name.startswith("a metric") else Classification().architecture(checked(raw))
+        run_ranks(finetune, 1, raw, folder=tmp_path) if name.startswith("a metric") else Classification().architecture(with_the_task_checked(raw))
 
 
-def checked(raw):
-    config = make_config(raw)
+def with_the_task_checked(raw):
+    config = checked(raw)
     Classification().check(config)
     return config

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from chat_templates import CHATML, WITH_MARKS
+from networks import transformers_twin
+from plain import assert_equal, make_stage, run_steps, train
 from ranks import run_ranks
-from test_layouts import worst_gradient
-from test_resume import assert_same_run, metrics
+from runs import assert_same_run, checked, finetune, metrics
 
-from megatrain import config as configuration
 from megatrain.__main__ import main
 from megatrain.data.loader import Loader
 from megatrain.data.permutation import Permutation, keyed_integers
 from megatrain.data.tokenizer import train_tokenizer
 from megatrain.models.architecture import load_config, read_architecture
-from megatrain.models.initialize import initialize
 from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import parameters
-from megatrain.train.build import build_stage
 from megatrain.train.finetuning import Finetuning
 
 VOCABULARY, LENGTH, CHATS, STEPS, LR = 290, 96, 20, 4, 1e-3
@@ -67,12 +63,6 @@ def settings(files, **sections):
     return raw
 
 
-def make_config(raw):
-    config = configuration.from_dict(raw)
-    configuration.check(config)
-    return config
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # truth from outside
 
@@ -97,48 +87,29 @@ def alone_order(position):
 
 
 def reference(files, chats_of_step, *, steps=STEPS, model=MODEL):
-    """Losses, norms and the first gradient; no code of ours but the initial weights."""
-    from transformers import AutoModelForCausalLM
-
-    config = make_config({**settings(files), "model": model})
-    hf_config = load_config(model)
-    hf_config._attn_implementation = "eager"
-    network = AutoModelForCausalLM.from_config(hf_config)
-    stage = build_stage(config, read_architecture(hf_config), make_grid(0, connect=False), "cpu")
-    initialize(stage, config.run.seed)
-    state = network.state_dict()
-    for declaration, parameter in parameters(stage):
-        declaration.put(declaration.part_of(parameter.detach()), state[declaration.name])
-    network.load_state_dict(state)
-    network.train()
-    decayed, kept = ([p for p in network.parameters() if (p.dim() > 1) == large] for large in (True, False))
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.95))
+    """No code of ours but the initial weights; `chats_of_step` counts from 0."""
+    architecture = read_architecture(load_config(model))
+    network = transformers_twin(model, make_stage(checked({**settings(files), "model": model}), architecture)).train()
     chats = read_chats(files)
-    losses, norms, gradients = [], [], {}
-    for step in range(steps):
+
+    def loss(step):
         total, count = torch.zeros(()), 0
-        for number in chats_of_step(step):
+        for number in chats_of_step(step - 1):
             tokens, mask = chats[number]
             logits = network(tokens[None, :-1]).logits[0]
             wanted = mask[1:] == 1
             total = total + torch.nn.functional.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="sum")
             count += int(wanted.sum())
-        loss = total / count
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)))
-        if step == 0:
-            gradients = {name: p.grad.clone() for name, p in network.named_parameters()}
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses, norms, gradients
+        return total / count
+
+    return train(dict(network.named_parameters()), loss, steps=steps, lr=LR)
 
 
 def run_layout(rank, world_size, raw):
-    """Losses, norms and this rank's parts of the first gradient; and how many tokens its microbatches learn in each step."""
+    """What `run_steps` gives, and how many tokens each microbatch of each step learns."""
     from megatrain.train.trainer import Trainer
 
-    config = make_config(raw)
+    config = checked(raw)
     architecture = read_architecture(load_config(config.model))
     source = Finetuning().open(config, architecture, "train")
     config = config.with_steps(source.per_epoch)
@@ -147,32 +118,26 @@ def run_layout(rank, world_size, raw):
     trainer = Trainer(config, architecture, grid, torch.device("cpu"))
     loader = Loader(source.samples, global_batch_size=config.train.global_batch_size,
                     micro_batch_size=config.train.micro_batch_size, data_rank=grid.data.rank, data_size=grid.data.size)  # fmt: skip
-    losses, norms, pieces, learnt = [], [], [], []
-    for step in range(1, config.train.steps + 1):
-        batches = loader.microbatches(step - 1)
-        learnt.append([int((batch.labels >= 0).sum()) for batch in batches])
-        report = trainer.step(step, batches)
-        losses.append(report.loss)
-        norms.append(report.grad_norm)
-        for fragment in trainer.zero.fragments() if step == 1 else []:
-            moment = fragment.tensors["exp_avg"].clone() / 0.1
-            pieces.append((replace(fragment.sharding, summed=()), tuple(fragment.parameter.shape), fragment.start, moment))
+    learnt = []
+
+    def batches(step):
+        made = loader.microbatches(step - 1)
+        learnt.append([int((batch.labels >= 0).sum()) for batch in made])
+        return made
+
+    ran = run_steps(trainer, batches, steps=config.train.steps)
     loader.close()
-    return losses, norms, pieces, learnt
+    return ran, learnt
 
 
 def prepared(raw):
     """The config's data, made by this process as a run's first rank would."""
-    Finetuning().prepare(make_config(raw), "train")
+    Finetuning().prepare(checked(raw), "train")
     return raw
 
 
-def assert_equal(results, expected):
-    losses, norms, gradients = expected
-    for ours, our_norms, *_ in results:
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-5, atol=1e-5)
-    assert worst_gradient([result[:3] for result in results], gradients) < 1e-5
+def assert_same(results, expected):
+    assert_equal([ran for ran, _ in results], expected, losses=1e-5)
 
 
 LAYOUTS = [
@@ -188,7 +153,7 @@ def alone(files):
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
 def test_equals_plain_torch(world, parallel, files, alone, tmp_path):
-    assert_equal(run_ranks(run_layout, world, prepared(settings(files, parallel=parallel)), folder=tmp_path), alone)
+    assert_same(run_ranks(run_layout, world, prepared(settings(files, parallel=parallel)), folder=tmp_path), alone)
 
 
 PACKED = [(1, {}, 2, MODEL), (1, {}, 1, GPT2), (2, {}, 1, MODEL), (4, {"tensor": 2, "pipeline": 2}, 2, MODEL), (8, {"tensor": 2, "pipeline": 2}, 1, MODEL)]
@@ -199,7 +164,7 @@ def test_packed_equals_plain_torch_on_each_chat_alone(world, parallel, micro, mo
     """GPT-2's learned positions would show that they do not restart; rotated ones, which are relative, would not."""
     train = {"global_batch_size": 4, "micro_batch_size": micro}
     raw = prepared({**settings(files, parallel=parallel, data={"packing": True}, train=train), "model": model})
-    samples = Finetuning().open(make_config(raw), read_architecture(load_config(model)), "train").samples
+    samples = Finetuning().open(checked(raw), read_architecture(load_config(model)), "train").samples
     assert samples.per_epoch < 0.8 * CHATS, "most share a sequence"
     chats = {tuple(tokens.tolist()): number for number, (tokens, _) in enumerate(read_chats(files))}
 
@@ -213,7 +178,7 @@ def test_packed_equals_plain_torch_on_each_chat_alone(world, parallel, micro, mo
                 found += [number for tokens, number in chats.items() if tokens[:-1] == tuple(here.tolist())][:1]
         return found
 
-    assert_equal(run_ranks(run_layout, world, raw, folder=tmp_path), reference(files, chats_of, model=model))
+    assert_same(run_ranks(run_layout, world, raw, folder=tmp_path), reference(files, chats_of, model=model))
 
 
 def test_packed_and_alone_have_the_same_loss_and_gradient(files, tmp_path):
@@ -221,15 +186,15 @@ def test_packed_and_alone_have_the_same_loss_and_gradient(files, tmp_path):
     results = []
     for packing in (False, True):
         raw = prepared(settings(files, data={"packing": packing}, train={"steps": 1}))
-        count = Finetuning().open(make_config(raw), read_architecture(load_config(MODEL)), "train").per_epoch
+        count = Finetuning().open(checked(raw), read_architecture(load_config(MODEL)), "train").per_epoch
         raw["train"]["global_batch_size"] = count
         results += run_ranks(run_layout, 1, raw, folder=tmp_path)
-    (loss, _, pieces, learnt), (packed_loss, _, packed_pieces, packed_learnt) = results
+    (alone, learnt), (packed, packed_learnt) = results
     assert len(packed_learnt[0]) < 0.8 * len(learnt[0])
     assert sum(learnt[0]) == sum(packed_learnt[0])
-    assert abs(loss[0] - packed_loss[0]) < 1e-6
-    for one, other in zip(pieces, packed_pieces, strict=True):
-        torch.testing.assert_close(one[3], other[3], rtol=1e-5, atol=1e-7)
+    assert abs(alone.losses[0] - packed.losses[0]) < 1e-6
+    for one, other in zip(alone.pieces, packed.pieces, strict=True):
+        torch.testing.assert_close(one.values, other.values, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("world", "parallel", "micro"), [(2, {}, 8), (4, {"pipeline": 2}, 2), (1, {}, 1)], ids=str)
@@ -237,9 +202,9 @@ def test_microbatches_and_ranks_without_anything_to_learn(world, parallel, micro
     """One epoch of 20 chats at 16 a step: the last step is filled with empty sequences, some of them a rank's all."""
     train = {"steps": None, "epochs": 1, "global_batch_size": 16, "micro_batch_size": micro}
     results = run_ranks(run_layout, world, prepared(settings(files, parallel=parallel, train=train)), folder=tmp_path)
-    learnt = [sum(result[3][1]) if micro == 8 else min(result[3][1]) for result in results]
+    learnt = [sum(second) if micro == 8 else min(second) for _, (_, second) in results]
     assert 0 in learnt
-    assert_equal(results, reference(files, lambda step: [alone_order(p)[0] for p in range(16 * step, min(16 * step + 16, CHATS))], steps=2))
+    assert_same(results, reference(files, lambda step: [alone_order(p)[0] for p in range(16 * step, min(16 * step + 16, CHATS))], steps=2))
 
 
 def chats_of(samples, count):
@@ -252,8 +217,8 @@ def test_a_split_and_a_blend(files, tmp_path):
 
     def opened(which, **data):
         raw = settings(files, run={"output_dir": str(tmp_path)}, data={"valid": None, **data})
-        Finetuning().prepare(make_config(raw), which)
-        return Finetuning().open(make_config(raw), architecture, which)
+        Finetuning().prepare(checked(raw), which)
+        return Finetuning().open(checked(raw), architecture, which)
 
     train, valid = (opened(which, split="80,20") for which in ("train", "valid"))
     assert (train.per_epoch, valid.per_epoch) == (16, 4)
@@ -267,13 +232,6 @@ def test_a_split_and_a_blend(files, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # whole runs
-
-
-def finetune(rank, world_size, raw):
-    from megatrain.place import Place
-    from megatrain.train.run import finetune
-
-    finetune(make_config(raw), Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
 
 
 def test_a_resumed_run_is_bit_identical_and_its_folder_speaks_in_chats(files, tmp_path):
@@ -319,7 +277,7 @@ def test_how_to_generate_is_kept_and_ends_where_answers_do(tmp_path):
     (theirs / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false, "eos_token_id": 5}')
     for name in ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "model.safetensors", "trainer.json", "modeling.py"):
         (theirs / name).write_text("{}")
-    config = make_config({"model": MODEL, "data": {"tokenizer": str(theirs)}, "train": {"steps": 1}})
+    config = checked({"model": MODEL, "data": {"tokenizer": str(theirs)}, "train": {"steps": 1}})
     write_descriptions(ours, config, read_architecture(load_config(MODEL)), Chat("mine", [7, 5]))
     assert json.loads((ours / "generation_config.json").read_text()) == {"temperature": 0.6, "do_sample": False, "eos_token_id": [7, 5]}
     assert (ours / "chat_template.jinja").read_text() == "mine"

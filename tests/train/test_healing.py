@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from runs import lines, pretrain, write_tokens
 from safetensors.torch import load_file, save_file
 
 from megatrain import config as configuration
 from megatrain.checkpoint import load, manifest
-from megatrain.data.indexed import IndexedWriter
 from megatrain.errors import UserError
 
 MODEL = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -26,15 +25,10 @@ def settings(folder, **sections):
             "data": {"train": str(folder / "tokens"), "sequence_length": 16}, **sections}  # fmt: skip
 
 
-def pretrain(rank, world_size, raw):
-    """What stopped the run, None when nothing did."""
-    from megatrain.place import Place
-    from megatrain.train.run import pretrain
-
-    config = configuration.from_dict(raw)
-    configuration.check(config)
+def what_stopped(rank, world_size, raw):
+    """None when nothing did."""
     try:
-        pretrain(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
+        pretrain(rank, world_size, raw)
     except UserError as error:
         return str(error)
     return None
@@ -44,10 +38,8 @@ def pretrain(rank, world_size, raw):
 def finished(tmp_path_factory):
     """A run stopped after step 10, with checkpoints of steps 4, 8 and 10."""
     folder = tmp_path_factory.mktemp("finished")
-    with IndexedWriter(folder / "tokens", vocab_size=67) as writer:
-        for document in np.random.default_rng(0).integers(0, 20, (60, 40)):
-            writer.add(document)
-    assert run_ranks(pretrain, 1, settings(folder), folder=folder) == [None]
+    write_tokens(folder / "tokens", below=20)
+    assert run_ranks(what_stopped, 1, settings(folder), folder=folder) == [None]
     return folder
 
 
@@ -63,7 +55,7 @@ def checkpoint(folder, step=10):
 
 
 def resume(folder, **train):
-    (outcome,) = run_ranks(pretrain, 1, settings(folder, train={"stop_after": 14, **train}), folder=folder)
+    (outcome,) = run_ranks(what_stopped, 1, settings(folder, train={"stop_after": 14, **train}), folder=folder)
     return outcome
 
 
@@ -81,9 +73,9 @@ def change(folder, what):
 
 
 def test_the_last_losses_are_kept(finished):
-    lines = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert list(load.read_trainer(checkpoint(finished)).progress.losses) == [line["loss"] for line in lines]
-    assert sum("save_stall_seconds" in line for line in lines) >= 2
+    told = lines(finished / "run")
+    assert list(load.read_trainer(checkpoint(finished)).progress.losses) == [line["loss"] for line in told]
+    assert sum("save_stall_seconds" in line for line in told) >= 2
 
 
 def test_an_honest_resume_goes_on(run):
@@ -133,8 +125,7 @@ def test_content_is_compared_where_asked(run):
     assert "passed over: step-00000010 has other content in optimizer/rank-00000.safetensors than was written" in words
     assert "passed over: step-00000008 lacks config.json" in words
     assert resume(run, verify="full") is None
-    lines = [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert [line["step"] for line in lines(run / "run")] == list(range(1, 15))
 
 
 def test_checkpoints_ahead_of_where_a_run_begins_are_said(run):
@@ -161,7 +152,7 @@ def test_what_a_resume_must_not_change(sentence, finished):
     raw = settings(finished)
     for section, values in CHANGES[sentence].items():
         raw[section] = {**raw[section], **values}
-    (words,) = run_ranks(pretrain, 1, raw, folder=finished)
+    (words,) = run_ranks(what_stopped, 1, raw, folder=finished)
     assert sentence in words
     assert f"or start a new run from its weights with train.init_from={checkpoint(finished)}" in words
 

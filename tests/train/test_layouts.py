@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
+from networks import transformers_twin
+from plain import assert_equal, make_stage, run_steps, train
 from ranks import run_ranks
+from runs import checked, laid_over, microbatches
 from variants import BASES
 
-from megatrain import config as configuration
-from megatrain.data.loader import Batch
 from megatrain.models.architecture import load_config, read_architecture
-from megatrain.models.initialize import initialize
 from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import parameters
-from megatrain.train.build import build_stage
 
 STEPS, BATCH, LENGTH, LR = 10, 8, 16, 1e-3
 LLAMA = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
@@ -39,112 +37,42 @@ MODELS |= {name: {**BASES[name], "num_hidden_layers": 5, "initializer_range": 0.
 
 def make_config(model: str, **settings):
     values = {"train.steps": STEPS, "train.global_batch_size": BATCH, "train.micro_batch_size": 2, "data.sequence_length": LENGTH, "optimizer.lr": LR,
-              "lr_schedule.name": "constant", "optimizer.grad_clip": 0.5, "run.seed": 7} | settings  # fmt: skip
-    raw = {"model": MODELS[model]}
-    for name, value in values.items():
-        section, key = name.split(".")
-        raw.setdefault(section, {})[key] = value
-    config = configuration.from_dict(raw)
-    configuration.check(config)
-    return config
+              "lr_schedule.name": "constant", "optimizer.grad_clip": 0.5, "run.seed": 7}  # fmt: skip
+    return checked(laid_over({"model": MODELS[model]}, values | settings))
 
 
 def tokens(step: int) -> torch.Tensor:
     return torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
 
 
+@cache
 def reference(model: str):
     """transformers and torch.optim.AdamW, one process, no code of ours but the initial weights."""
-    from transformers import AutoModelForCausalLM
+    stage = make_stage(make_config(model), read_architecture(load_config(MODELS[model])))
+    network = transformers_twin(MODELS[model], stage).train()
 
-    config = make_config(model)
-    hf_config = load_config(MODELS[model])
-    hf_config._attn_implementation = "eager"
-    network = AutoModelForCausalLM.from_config(hf_config)
-    stage = build_stage(config, read_architecture(hf_config), make_grid(0, connect=False), "cpu")
-    initialize(stage, config.run.seed)
-    state = network.state_dict()
-    for declaration, parameter in parameters(stage):
-        declaration.put(declaration.part_of(parameter.detach()), state[declaration.name])
-    network.load_state_dict(state)
-    network.train()
-    decayed = [p for p in network.parameters() if p.dim() > 1]
-    kept = [p for p in network.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}], lr=LR,
-                                  betas=(0.9, 0.95))  # fmt: skip
-    losses, norms, gradients = [], [], {}
-    for step in range(1, STEPS + 1):
+    def loss(step: int) -> torch.Tensor:
         batch = tokens(step)
         logits = network(batch[:, :-1]).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)))
-        if step == 1:
-            gradients = {name: p.grad.clone() for name, p in network.named_parameters()}
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses, norms, gradients
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    return train(dict(network.named_parameters()), loss, steps=STEPS, lr=LR)
 
 
 def run_layout(rank: int, world_size: int, config):
-    """Losses, norms, and this rank's parts of the first step's clipped gradient (Adam's first moment / 0.1)."""
     from megatrain.train.auto import settle_schedule
     from megatrain.train.trainer import Trainer
 
     p = config.parallel
     grid = make_grid(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
     architecture, device = read_architecture(load_config(config.model)), torch.device("cpu")
-    losses, norms, pieces = [], [], []
-    position = torch.arange(LENGTH).expand(config.train.micro_batch_size, LENGTH)
 
-    def batches(step: int) -> list[Batch]:
-        rows = tokens(step).split(config.train.micro_batch_size)[grid.data.rank :: grid.data.size]
-        return [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows]
+    def batches(step: int):
+        return microbatches(tokens(step), config.train.micro_batch_size, grid.data)
 
     settled = settle_schedule(config, architecture, grid, device, batches=lambda: batches(1))
     trainer = Trainer(settled.config, architecture, grid, device, schedule=settled.schedule, channels=settled.channels)
-    for step in range(1, STEPS + 1):
-        report = trainer.step(step, batches(step))
-        assert report.applied
-        losses.append(report.loss)
-        norms.append(report.grad_norm)
-        if step == 1:
-            for fragment in trainer.zero.fragments():
-                moment = fragment.tensors["exp_avg"].clone() / 0.1
-                shape = fragment.parameter.ds_shape if hasattr(fragment.parameter, "ds_shape") else fragment.parameter.shape
-                pieces.append((replace(fragment.sharding, summed=()), tuple(shape), fragment.start, moment))
-    return losses, norms, pieces
-
-
-def worst_gradient(results, gradients) -> float:
-    """Largest relative norm of the difference, over tensors; every element must have come from some rank."""
-    whole = {name: torch.full_like(g, float("nan")) for name, g in gradients.items()}
-    parts: dict = {}
-    for _, _, pieces in results:
-        for declaration, shape, start, moment in pieces:
-            flat = parts.setdefault((replace(declaration, counted=True), shape), torch.full((torch.Size(shape).numel(),), float("nan")))
-            flat[start : start + moment.numel()] = moment
-    for (declaration, shape), flat in parts.items():
-        declaration.put(declaration.part_of(flat.view(shape)), whole[declaration.name])
-    worst = 0.0
-    for name, gradient in gradients.items():
-        assert not whole[name].isnan().any(), f"{name} is not whole"
-        if gradient.norm() > 1e-8:
-            worst = max(worst, float((whole[name] - gradient).norm() / gradient.norm()))
-    return worst
-
-
-@pytest.fixture(scope="module")
-def references():
-    cache: dict = {}
-
-    def get(model: str):
-        if model not in cache:
-            cache[model] = reference(model)
-        return cache[model]
-
-    return get
+    return run_steps(trainer, batches, steps=STEPS)
 
 
 def row(model="llama", world=1, **settings):
@@ -218,22 +146,13 @@ def layout(model: str, settings: dict, **more):
 
 
 @pytest.mark.parametrize(("model", "world", "settings"), ROWS)
-def test_equals_plain_torch(model, world, settings, references, tmp_path):
+def test_equals_plain_torch(model, world, settings, tmp_path):
     results = run_ranks(run_layout, world, layout(model, settings, **{"run.output_dir": str(tmp_path)}), folder=tmp_path)
-    losses, norms, gradients = references(model)
-    for ours, our_norms, _ in results:
-        assert ours == results[0][0]
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-6, atol=0)
-        torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-5, atol=0)
-    assert worst_gradient(results, gradients) < 1e-5
+    assert_equal(results, reference(model), losses=2e-6)
 
 
 @pytest.mark.parametrize(("model", "world", "settings"), BF16_ROWS)
-def test_bf16_stays_near_fp32(model, world, settings, references, tmp_path):
+def test_bf16_stays_near_fp32(model, world, settings, tmp_path):
     """Rounding of weights and activations to 8 bits is all that differs from plain torch in fp32."""
     results = run_ranks(run_layout, world, layout(model, settings, **{"train.dtype": "bf16", "run.output_dir": str(tmp_path)}), folder=tmp_path)
-    losses, norms, gradients = references(model)
-    ours, our_norms, _ = results[0]
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-4, atol=0)
-    torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-2, atol=0)
-    assert worst_gradient(results, gradients) < 2e-2
+    assert_equal(results, reference(model), losses=2e-4, norms=1e-2, gradient=2e-2)

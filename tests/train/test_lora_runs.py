@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from plain import assert_equal, give_weights, make_stage, run_steps, train
 from ranks import run_ranks
+from runs import laid_over, microbatches
 
 from megatrain import config as configuration
-from megatrain.data.loader import Batch
 from megatrain.models.architecture import load_config, read_architecture
-from megatrain.models.initialize import initialize
-from megatrain.models.lora import add_adapters, set_magnitudes
 from megatrain.models.random import normal_slice
 from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import parameters
-from megatrain.train.build import build_stage
 
 STEPS, BATCH, LENGTH, LR = 2, 8, 12, 1e-3
 LLAMA = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
@@ -40,12 +37,8 @@ LAST = ["layers.3.self_attn.v_proj", "layers.3.mlp.down_proj"]
 
 def make_config(model: str, lora: dict, **settings):
     values = {"train.steps": STEPS, "train.global_batch_size": BATCH, "train.micro_batch_size": 2, "data.sequence_length": LENGTH,
-              "optimizer.lr": LR, "lr_schedule.name": "constant", "optimizer.grad_clip": 0.5, "run.seed": 7} | settings  # fmt: skip
-    raw: dict = {"model": MODELS[model], "lora": {"rank": 4, "alpha": 6, **lora}}
-    for name, value in values.items():
-        section, key = name.split(".")
-        raw.setdefault(section, {})[key] = value
-    return configuration.from_dict(raw)
+              "optimizer.lr": LR, "lr_schedule.name": "constant", "optimizer.grad_clip": 0.5, "run.seed": 7}  # fmt: skip
+    return configuration.from_dict(laid_over({"model": MODELS[model], "lora": {"rank": 4, "alpha": 6, **lora}}, values | settings))
 
 
 def tokens(step: int) -> torch.Tensor:
@@ -57,7 +50,8 @@ def scrambled(name: str, shape: tuple[int, ...], value: torch.Tensor) -> torch.T
     return value if "lora_A" in name else value + normal_slice(99, name, shape, tuple(slice(0, size) for size in shape), std=0.1)
 
 
-def reference(model: str, lora: dict, *, quantized_in: Path | None = None):
+@cache
+def reference(model: str, kind: str, *, quantized_in: Path | None = None):
     """peft on transformers and torch.optim.AdamW, one process; of ours only the initial weights.
 
     `quantized_in`: a folder, from which transformers loads the model into 4 bits.
@@ -65,53 +59,40 @@ def reference(model: str, lora: dict, *, quantized_in: Path | None = None):
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
-    config = make_config(model, lora)
-    hf_config = load_config(MODELS[model])
+    config, hf_config = make_config(model, KINDS[kind]), load_config(MODELS[model])
     hf_config._attn_implementation = "eager"
     network = AutoModelForCausalLM.from_config(hf_config)
-    stage = build_stage(config, read_architecture(hf_config), make_grid(0, connect=False), "cpu")
-    add_adapters(stage, read_architecture(hf_config), config.lora, make_grid(0, connect=False).tensor)
-    initialize(stage, config.run.seed)
-    set_magnitudes(stage)
-    state, adapters = network.state_dict(), {}
-    for declaration, parameter in parameters(stage):
-        if parameter.requires_grad:
-            whole = adapters.setdefault(declaration.name, torch.full(declaration.shape, float("nan")))
-        else:
-            whole = state[declaration.name]
-        declaration.put(declaration.part_of(parameter.detach()), whole)
-    network.load_state_dict(state)
+    adapters = give_weights(make_stage(config, read_architecture(hf_config)), network)
     if quantized_in is not None:
         network = in_4_bits(network, quantized_in)
-    targets = config.lora.targets
     network = get_peft_model(network, LoraConfig(
-        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, use_rslora=config.lora.rslora, use_dora=config.lora.dora,
+        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=config.lora.targets, use_rslora=config.lora.rslora, use_dora=config.lora.dora,
         fan_in_fan_out=model == "gpt2", task_type="CAUSAL_LM"))  # fmt: skip
     if quantized_in is not None:  # norms of what the codes stand for are peft's own to know
         adapters |= {name: value for name, value in get_peft_model_state_dict(network).items() if "magnitude" in name}
-    adapters = {name: scrambled(name, value.shape, value) for name, value in adapters.items()}
-    missed = set_peft_model_state_dict(network, adapters)
+    missed = set_peft_model_state_dict(network, {name: scrambled(name, value.shape, value) for name, value in adapters.items()})
     assert not missed.unexpected_keys
     network.train()
-    trained = {name.replace(".default", "").replace("vector.weight", "vector"): p for name, p in network.named_parameters() if p.requires_grad}
+    trained = trained_by_name(network)
     assert set(trained) == set(adapters)
-    decayed = [p for p in trained.values() if p.dim() > 1]
-    kept = [p for p in trained.values() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}], lr=LR,
-                                  betas=(0.9, 0.95))  # fmt: skip
-    losses, norms, gradients = [], [], {}
-    for step in range(1, STEPS + 1):
+
+    def loss(step: int) -> torch.Tensor:
         batch = tokens(step)
         logits = network(input_ids=batch[:, :-1]).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), 0.5)))
-        if step == 1:
-            gradients = {name: p.grad.clone() for name, p in trained.items()}
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses, norms, gradients
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    return train(trained, loss, steps=STEPS, lr=LR)
+
+
+def trained_by_name(network):
+    """What peft trains, under the names that it saves it by."""
+    found = {}
+    for name, parameter in network.named_parameters():
+        for word in (".modules_to_save.default", ".default"):
+            name = name.replace(word, "")
+        if parameter.requires_grad:
+            found[name.replace("vector.weight", "vector")] = parameter
+    return found
 
 
 def in_4_bits(network, folder: Path):
@@ -134,7 +115,6 @@ def scramble(zero) -> None:
 
 
 def run_layout(rank: int, world_size: int, config):
-    """Losses, norms, and this rank's parts of the first step's clipped gradient (Adam's first moment / 0.1)."""
     from megatrain.train.trainer import Trainer
 
     p = config.parallel
@@ -142,47 +122,9 @@ def run_layout(rank: int, world_size: int, config):
     trainer = Trainer(config, read_architecture(load_config(config.model)), grid, torch.device("cpu"))
     scramble(trainer.zero)
     frozen = [(p, p.detach().clone()) for p in trainer.stage.parameters() if not p.requires_grad]
-    losses, norms, pieces = [], [], []
-    position = torch.arange(LENGTH).expand(config.train.micro_batch_size, LENGTH)
-    for step in range(1, STEPS + 1):
-        rows = tokens(step).split(config.train.micro_batch_size)[grid.data.rank :: grid.data.size]
-        report = trainer.step(step, [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows])
-        assert report.applied
-        losses.append(report.loss)
-        norms.append(report.grad_norm)
-        if step == 1:
-            for fragment in trainer.zero.fragments():
-                pieces.append((replace(fragment.sharding, summed=()), fragment.start, fragment.tensors["exp_avg"].clone() / 0.1))
+    ran = run_steps(trainer, lambda step: microbatches(tokens(step), config.train.micro_batch_size, grid.data), steps=STEPS)
     assert all(torch.equal(p, before) and p.grad is None and not hasattr(p, "main_grad") for p, before in frozen)
-    return losses, norms, pieces
-
-
-def worst_gradient(results, gradients) -> float:
-    """Largest relative norm of the difference, over tensors; every element must have come from some rank."""
-    whole = {name: torch.full_like(g, float("nan")) for name, g in gradients.items()}
-    for _, _, pieces in results:
-        for declaration, start, values in pieces:
-            part = declaration.take(whole[declaration.name])
-            part.view(-1)[start : start + values.numel()] = values
-            declaration.put(part, whole[declaration.name])
-    worst = 0.0
-    for name, gradient in gradients.items():
-        assert not whole[name].isnan().any(), f"{name} is not whole"
-        worst = max(worst, float((whole[name] - gradient).norm() / gradient.norm()))
-    return worst
-
-
-@pytest.fixture(scope="module")
-def references():
-    cache: dict = {}
-
-    def get(model: str, lora: dict):
-        name = f"{model}{sorted(lora.items())}"
-        if name not in cache:
-            cache[name] = reference(model, lora)
-        return cache[name]
-
-    return get
+    return ran
 
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "last": {"targets": LAST}, "last-dora": {"targets": LAST, "dora": True},
@@ -220,27 +162,18 @@ def layout(model: str, kind: str, settings: dict, **more):
 
 
 @pytest.mark.parametrize(("model", "kind", "world", "settings"), ROWS)
-def test_equals_peft(model, kind, world, settings, references, tmp_path):
+def test_equals_peft(model, kind, world, settings, tmp_path):
     results = run_ranks(run_layout, world, layout(model, kind, settings), folder=tmp_path)
-    losses, norms, gradients = references(model, KINDS[kind])
-    for ours, our_norms, _ in results:
-        assert ours == results[0][0]
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-6, atol=0)
-        torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-5, atol=0)
-    assert worst_gradient(results, gradients) < 1e-5
+    assert_equal(results, reference(model, kind), losses=2e-6)
 
 
 @pytest.mark.parametrize(("model", "kind", "world", "settings"), [
     row("llama", "dora", 4, sequence=True, **TP_PP), row("llama", "last", 4, pipeline=4), row("gpt2", "dora", 2, zero=3),
 ])  # fmt: skip
-def test_bf16_stays_near_fp32(model, kind, world, settings, references, tmp_path):
+def test_bf16_stays_near_fp32(model, kind, world, settings, tmp_path):
     """Rounding of weights and activations to 8 bits is all that differs from peft in fp32."""
     results = run_ranks(run_layout, world, layout(model, kind, settings, **{"train.dtype": "bf16"}), folder=tmp_path)
-    losses, norms, gradients = references(model, KINDS[kind])
-    ours, our_norms, _ = results[0]
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-3, atol=0)
-    torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=3e-2, atol=0)
-    assert worst_gradient(results, gradients) < 0.1
+    assert_equal(results, reference(model, kind), losses=1e-3, norms=3e-2, gradient=0.1)
 
 
 def test_dropout_of_whole_inputs_is_the_same_on_every_layout(tmp_path):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from models.networks import transformers_twin
+from networks import transformers_twin
+from plain import give_weights, make_stage, train
 from ranks import run_ranks
+from runs import laid_over
 
 from megatrain import config as configuration
 from megatrain.data.loader import Batch
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import load_config, read_architecture
-from megatrain.models.initialize import initialize
 from megatrain.models.random import normal_slice
 from megatrain.parallel.grid import make_grid
 from megatrain.settings import Lora
-from megatrain.train.build import build_stage
 
 STEPS, PAIRS, LENGTH, LR = 3, 4, 14, 1e-3
 MODEL = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "initializer_range": 0.1,
@@ -36,10 +37,7 @@ def make_config(kind: str, folder: Path, **settings):
     raw: dict = {"model": MODEL, "task": kind if kind in ("simpo", "orpo") else "dpo", "preference": KINDS[kind]}
     if kind.startswith("lora"):
         raw["lora"] = LORA
-    for name, value in (values | settings).items():
-        section, key = name.split(".")
-        raw.setdefault(section, {})[key] = value
-    return configuration.from_dict(raw)
+    return configuration.from_dict(laid_over(raw, values | settings))
 
 
 def pairs(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,52 +89,37 @@ def shifted(name: str, shape: tuple[int, ...], value: torch.Tensor) -> torch.Ten
 
 def make_network(kind: str, folder: Path):
     config, architecture = make_config(kind, folder), read_architecture(load_config(MODEL))
-    stage = build_stage(config, architecture, make_grid(0, connect=False), "cpu")
-    initialize(stage, config.run.seed)
-    network = transformers_twin(MODEL, stage).train()
-    if not kind.startswith("lora"):
-        return network
-    from peft import LoraConfig, get_peft_model
+    if not config.lora.rank:
+        return transformers_twin(MODEL, make_stage(config, architecture)).train()
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
 
-    network = get_peft_model(network, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            ours = name.replace(".default", "")
-            bound = parameter.shape[1] ** -0.5 if "lora_A" in name else None
-            from megatrain.models.random import uniform_slice
-
-            start = torch.zeros(parameter.shape)
-            if bound is not None:
-                start = uniform_slice(7, ours, tuple(parameter.shape), tuple(slice(0, s) for s in parameter.shape), bound=bound)
-            parameter.data.copy_(shifted(ours, tuple(parameter.shape), start))
-    return network
+    network = AutoModelForCausalLM.from_config(load_config(MODEL), attn_implementation="eager")
+    adapters = give_weights(make_stage(config, architecture), network)
+    network = get_peft_model(network, LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules=config.lora.targets))
+    missed = set_peft_model_state_dict(network, {name: shifted(name, tuple(value.shape), value) for name, value in adapters.items()})
+    assert not missed.unexpected_keys
+    return network.train()
 
 
 def reference(kind: str, folder: Path):
+    """Plain torch's, and of each step the difference of rewards and how often it is above 0."""
     network = make_network(kind, folder)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1}, {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=LR, betas=(0.9, 0.95))
-    began = []
-    with torch.no_grad():
-        if kind.startswith("lora"):
-            with network.disable_adapter():
-                began = [log_probs(network, *pairs(step)) for step in range(1, STEPS + 1)]
-        else:
-            began = [log_probs(network, *pairs(step)) for step in range(1, STEPS + 1)]
-    losses, norms, margins = [], [], []
-    for step in range(1, STEPS + 1):
+    steps = range(1, STEPS + 1)
+    with torch.no_grad(), network.disable_adapter() if kind.startswith("lora") else nullcontext():
+        began = [log_probs(network, *pairs(step)) for step in steps]
+    margins = []
+
+    def loss(step: int) -> torch.Tensor:
         rows, labels = pairs(step)
         used = (labels >= 0).any(1)
         policy = log_probs(network, rows, labels)[used]
         each, difference = pair_losses(kind, policy, began[step - 1][used], (labels >= 0).sum(1)[used])
-        each.mean().backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 0.5)))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(each.mean().item())
         margins.append((difference.mean().item(), float((difference > 0).float().mean())))
-    return losses, norms, margins
+        return each.mean()
+
+    plain = train({name: p for name, p in network.named_parameters() if p.requires_grad}, loss, steps=STEPS, lr=LR)
+    return plain.losses, plain.norms, margins
 
 
 @torch.no_grad()

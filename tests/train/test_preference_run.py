@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 from chat_templates import CHATML
-from models.networks import build, transformers_twin
+from networks import build, transformers_twin
 from ranks import run_ranks
-from test_resume import assert_same_run, metrics
+from runs import assert_same_run, finetune, metrics
 
 from megatrain import config as configuration
 from megatrain.__main__ import main
@@ -47,15 +47,6 @@ def settings(files, output, **sections):
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
     return raw
-
-
-def finetune(rank, world_size, raw):
-    from megatrain.place import Place
-    from megatrain.train.run import finetune
-
-    config = configuration.from_dict(raw)
-    configuration.check(config)
-    finetune(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
 
 
 @pytest.mark.parametrize("lora", [{}, {"rank": 4, "dropout": 0.2, "dora": True}], ids=["whole", "dora"])

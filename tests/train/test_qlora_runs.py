@@ -9,12 +9,12 @@ from importlib import metadata
 
 import pytest
 import torch
+from plain import assert_equal
 from ranks import run_ranks
+from runs import microbatches
 from safetensors.torch import load_file
 from test_adapter import train_and_resume
 from test_lora_runs import (
-    KINDS,
-    LENGTH,
     MODELS,
     PP,
     TP,
@@ -26,10 +26,8 @@ from test_lora_runs import (
     row,
     run_layout,
     tokens,
-    worst_gradient,
 )
 
-from megatrain.data.loader import Batch
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.models.quantize import check_bitsandbytes, check_blocks, quantized_bytes
@@ -41,15 +39,10 @@ NF4 = {"lora.quantize": "nf4"}
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory):
-    cache: dict = {}
-
-    def get(model, kind):
-        if (model, kind) not in cache:
-            cache[model, kind] = reference(model, KINDS[kind], quantized_in=tmp_path_factory.mktemp("base"))
-        return cache[model, kind]
-
-    return get
+def base(tmp_path_factory):
+    """Where each reference has its model."""
+    root = tmp_path_factory.mktemp("base")
+    return lambda model, kind: root / f"{model}-{kind}"
 
 
 ROWS = [
@@ -60,23 +53,15 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("model", "kind", "world", "settings"), ROWS)
-def test_equals_peft_with_bitsandbytes(model, kind, world, settings, references, tmp_path):
+def test_equals_peft_with_bitsandbytes(model, kind, world, settings, base, tmp_path):
     results = run_ranks(run_layout, world, layout(model, kind, settings, **NF4), folder=tmp_path)
-    losses, norms, gradients = references(model, kind)
-    for ours, our_norms, _ in results:
-        assert ours == results[0][0]
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=2e-6, atol=0)
-        torch.testing.assert_close(torch.tensor(our_norms), torch.tensor(norms), rtol=1e-5, atol=0)
-    assert worst_gradient(results, gradients) < 1e-5
+    assert_equal(results, reference(model, kind, quantized_in=base(model, kind)), losses=2e-6)
 
 
-def test_bf16_stays_near_fp32(references, tmp_path):
+def test_bf16_stays_near_fp32(base, tmp_path):
     """Codes are made from the weights as they were read, and become bf16 when they are multiplied."""
-    losses, norms, gradients = references("wide", "lora")
     results = run_ranks(run_layout, 2, layout("wide", "lora", TP, **NF4, **{"train.dtype": "bf16"}), folder=tmp_path)
-    torch.testing.assert_close(torch.tensor(results[0][0]), torch.tensor(losses), rtol=1e-3, atol=0)
-    torch.testing.assert_close(torch.tensor(results[0][1]), torch.tensor(norms), rtol=3e-2, atol=0)
-    assert worst_gradient(results, gradients) < 0.1
+    assert_equal(results, reference("wide", "lora", quantized_in=base("wide", "lora")), losses=1e-3, norms=3e-2, gradient=0.1)
 
 
 def evaluate_folder(rank, world_size, config, folder):
@@ -106,8 +91,7 @@ def evaluate_folder(rank, world_size, config, folder):
 
 
 def batches_of(number):
-    position = torch.arange(LENGTH).expand(2, LENGTH)
-    return [Batch(rows[:, :-1], rows[:, 1:], position, torch.zeros_like(position)) for rows in tokens(1).split(2)]
+    return microbatches(tokens(1), 2, make_grid(0, connect=False).data)
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("wide", "fp32"), ("wide-gpt2", "bf16")])

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
-import numpy as np
 import pytest
 from ranks import run_ranks
-
-from megatrain import config as configuration
-from megatrain.data.indexed import IndexedWriter
+from runs import lines, pretrain, write_tokens
 
 HALF, STEPS = 3, 6
 SIZES = {"vocab_size": 67, "bos_token_id": 1, "eos_token_id": 2}
@@ -45,23 +40,12 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def pretrain(rank, world_size, raw):
-    from megatrain.place import Place
-    from megatrain.train.run import pretrain
-
-    config = configuration.from_dict(raw)
-    configuration.check(config)
-    pretrain(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
-
-
 class Runs:
     """Runs of this test, each done once."""
 
     def __init__(self, folder):
         self.folder, self.done = folder, {}
-        with IndexedWriter(folder / "tokens", vocab_size=67) as writer:
-            for document in np.random.default_rng(0).integers(0, 67, (60, 40)):
-                writer.add(document)
+        write_tokens(folder / "tokens")
 
     def __call__(self, model, layout, *, start=None, until=STEPS, **train):
         """The run's folder: of a model on a layout, from a checkpoint's folder if given."""
@@ -78,8 +62,7 @@ class Runs:
 
 
 def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines}
+    return {line["step"]: line["loss"] for line in lines(run)}
 
 
 @pytest.fixture(scope="module")

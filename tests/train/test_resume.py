@@ -10,21 +10,16 @@ import socket
 import time
 
 import commands
-import numpy as np
 import pytest
-import torch
 import yaml
 from ranks import run_ranks
-from safetensors import safe_open
+from runs import VOCABULARY, assert_same_run, metrics, pretrain, write_tokens
 
-from megatrain import config as configuration
 from megatrain import json_lines
 from megatrain.__main__ import main
 from megatrain.checkpoint import manifest
-from megatrain.data.indexed import IndexedWriter
 from megatrain.train import events
 
-VOCABULARY = 67
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "attention_dropout": 0.1, **SIZES}  # fmt: skip
@@ -38,11 +33,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("data") / "tokens"
-    with IndexedWriter(prefix, vocab_size=VOCABULARY) as writer:
-        for document in np.random.default_rng(0).integers(0, VOCABULARY, (60, 40)):
-            writer.add(document)
-    return prefix
+    return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
 
 
 def settings(model, data, output, **sections):
@@ -51,39 +42,6 @@ def settings(model, data, output, **sections):
              **sections.pop("train", {})}  # fmt: skip
     return {"run": {"output_dir": str(output)}, "model": MODELS[model], "train": train,
             "data": {"train": str(data), "valid": str(data), "sequence_length": 16}, **sections}  # fmt: skip
-
-
-def pretrain(rank, world_size, raw):
-    from megatrain.place import Place
-    from megatrain.train.run import pretrain
-
-    config = configuration.from_dict(raw)
-    configuration.check(config)
-    pretrain(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
-
-
-def metrics(run):
-    """Every line's step and numbers, but for those of time."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second", "tflops_per_rank", "mfu", "save_stall_seconds", "memory_gib")
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
-
-
-def tensors(checkpoint):
-    """Every tensor of a checkpoint, weights and optimizer, as bytes."""
-    found = {}
-    for path in sorted(checkpoint.rglob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                found[f"{path.relative_to(checkpoint)}:{name}"] = file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
-    return found
-
-
-def assert_same_run(one, other, step=6):
-    assert metrics(one) == metrics(other)
-    first, second = (tensors(run / "checkpoints" / f"step-{step:08d}") for run in (one, other))
-    assert len(first) > 10
-    assert first == second
 
 
 LAYOUTS = [
@@ -213,5 +171,4 @@ def test_a_signal_saves_and_ends_the_run(number, data, tmp_path):
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert saved.name == f"step-{last:08d}"
     assert manifest.problem(saved, hashes=True) is None
-    assert [(event.event, event.step) for event in events.read(tmp_path / "run")][1:] == [("save", last), ("stop", last)]
     assert [(event.event, event.step) for event in events.read(tmp_path / "run")][1:] == [("save", last), ("stop", last)]

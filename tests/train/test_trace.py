@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from runs import VOCABULARY, lines, losses, pretrain, write_tokens
+from sleeping import sleeping
 
 from megatrain import config as configuration
-from megatrain.data.indexed import IndexedWriter
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import load_config, read_architecture
-from megatrain.models.decoder import Block
 from megatrain.pipeline.actions import Action, Placement
 from megatrain.pipeline.advice import advise
 from megatrain.pipeline.executor import Record
@@ -27,37 +26,19 @@ from megatrain.pipeline.xray import examine
 from megatrain.train.build import rank_specs
 from megatrain.train.trace import Mark, Offset, SharedClock, traced_actions
 
-VOCABULARY = 67
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("data") / "tokens"
-    with IndexedWriter(prefix, vocab_size=VOCABULARY) as writer:
-        for document in np.random.default_rng(0).integers(0, VOCABULARY, (60, 40)):
-            writer.add(document)
-    return prefix
+    return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
 
 
 def settings(data, output, *, train=(), **parallel):
     """A run's config as nested mappings."""
     return {"run": {"output_dir": str(output)}, "model": LLAMA, "data": {"train": str(data), "sequence_length": 16}, "parallel": parallel,
             "train": {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2, **dict(train)}}  # fmt: skip
-
-
-def pretrain(rank, world_size, raw):
-    from megatrain.place import Place
-    from megatrain.train.run import pretrain
-
-    config = configuration.from_dict(raw)
-    configuration.check(config)
-    pretrain(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,8 +52,7 @@ def metrics(run):
 def test_a_traced_run_records_every_action_and_layer_and_stays_itself(world, parallel, data, tmp_path):
     for name, trace in (("plain", None), ("traced", [2, 3])):
         run_ranks(pretrain, world, settings(data, tmp_path / name, train={"trace_steps": trace}, **parallel), folder=tmp_path)
-    plain, traced = (metrics(tmp_path / name) for name in ("plain", "traced"))
-    assert [(line["loss"], line["grad_norm"]) for line in plain] == [(line["loss"], line["grad_norm"]) for line in traced]
+    assert losses(tmp_path / "plain") == losses(tmp_path / "traced")
     assert not (tmp_path / "plain" / "trace").exists()
     steps = read_traces(tmp_path / "traced")
     assert [step.step for step in steps] == [2, 3]
@@ -173,31 +153,8 @@ SLEEP, SLOW = 0.02, {4: 0.06}
 """Seconds that a block's forward takes, and its backward; block 4 is the slow one."""
 
 
-class Sleep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, seconds):
-        ctx.seconds = seconds
-        time.sleep(seconds)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        time.sleep(ctx.seconds)
-        return grad, None
-
-
 def pretrain_sleeping(rank, world_size, raw):
-    """A run whose blocks sleep, so that two cores are as good as many."""
-    make, compute = Block.__init__, Block._compute
-
-    def numbered(block, parts, layer, **arguments):
-        make(block, parts, layer, **arguments)
-        block.seconds = SLOW.get(layer, SLEEP)
-
-    def slowly(block, x, context):
-        return Sleep.apply(compute(block, x, context), block.seconds)
-
-    with patch.object(Block, "__init__", numbered), patch.object(Block, "_compute", slowly):
+    with sleeping(SLEEP, SLOW):
         pretrain(rank, world_size, raw)
 
 
@@ -225,7 +182,7 @@ def sleeping_run(data, folder, **parallel):
     """Seconds of its steps but the first, and what its traces advise."""
     train = {"steps": 5, "trace_steps": [4, 5], "micro_batch_size": 1}
     run_ranks(pretrain_sleeping, 2, settings(data, folder, train=train, pipeline=2, **parallel), folder=folder.parent)
-    return [line["seconds"] for line in metrics(folder)[1:]], advise(examine(read_traces(folder)))
+    return [line["seconds"] for line in lines(folder)[1:]], advise(examine(read_traces(folder)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

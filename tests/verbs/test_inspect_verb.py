@@ -7,7 +7,8 @@ import shutil
 import pytest
 from megatron_layout import write_megatron
 from ranks import run_ranks
-from test_checkpoint import pretrain, settings, write_data
+from runs import write_tokens
+from test_checkpoint import pretrain_in_shards, settings
 from tiny_folders import LLAMA, make_folder, random_model
 
 from megatrain.__main__ import main
@@ -17,9 +18,9 @@ from megatrain.__main__ import main
 def run(tmp_path_factory):
     """A run of two steps at tensor 2 x pipeline 2, its model in several shards."""
     folder = tmp_path_factory.mktemp("inspected")
-    write_data(folder)
+    write_tokens(folder / "tokens")
     raw = settings(folder, parallel={"tensor": 2, "pipeline": 2}, train={"steps": 2, "eval_every": 0})
-    run_ranks(pretrain, 4, raw, 10_000, folder=folder)
+    run_ranks(pretrain_in_shards, 4, raw, 10_000, folder=folder)
     return folder / "run"
 
 
