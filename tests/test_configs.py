@@ -1,16 +1,14 @@
 """Every YAML in configs/ loads, and describes a model and a layout that fit each other."""
 
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from checkout import CONFIGS
 
 from megatrain import config
 from megatrain.__main__ import main
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.train.flops import matrix_weights
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 # Ranks that each is written for, and billions of weights in its matrices (all but an input embedding and vectors).
 WRITTEN_FOR = {

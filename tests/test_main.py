@@ -4,15 +4,14 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from checkout import CONFIGS, PACKAGE, ROOT
 
 from megatrain import config
 from megatrain.__main__ import VERBS, main
 
-ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "deepspeed", "transformers", "numpy", "tokenizers", "matplotlib"}
 
 
@@ -99,7 +98,7 @@ def test_before_ranks_meet_one_of_a_machine_speaks(capsys, monkeypatch, rank):
 def test_a_launcher_has_restarts_of_its_own(capsys, monkeypatch):
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
         monkeypatch.setenv(name, str(value))
-    assert main(["pretrain", str(ROOT / "configs" / "demo_cpu.yaml"), "run.max_restarts=2"]) == 1
+    assert main(["pretrain", str(CONFIGS / "demo_cpu.yaml"), "run.max_restarts=2"]) == 1
     words = capsys.readouterr().err
     assert words.startswith("error: run.max_restarts=2 is for ranks that megatrain starts itself")
     assert "torchrun --max-restarts" in words
@@ -107,7 +106,7 @@ def test_a_launcher_has_restarts_of_its_own(capsys, monkeypatch):
 
 @pytest.mark.parametrize(("script", "extra"), [("pretrain", []), ("pretrain", ["--local_rank=1"]), ("finetune", ["--local-rank", "1"])])
 def test_as_a_script_from_anywhere_with_what_launchers_append(tmp_path, script, extra):
-    command = [sys.executable, str(ROOT / "megatrain" / f"{script}.py"), *extra, "none.yaml", "train.steps=1"]
+    command = [sys.executable, str(PACKAGE / f"{script}.py"), *extra, "none.yaml", "train.steps=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "error: CONFIG=none.yaml does not exist\n")
 
@@ -133,8 +132,8 @@ def test_a_connection_that_breaks_is_no_reader_that_goes(monkeypatch):
 
 def test_a_script_does_not_hide_modules_behind_ours():
     code = (
-        f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'megatrain')!r}); sys.argv = ['pretrain.py', 'none.yaml']\n"
-        f"    runpy.run_path({str(ROOT / 'megatrain' / 'pretrain.py')!r}, run_name='__main__')\n"
+        f"import runpy, sys; sys.path.insert(0, {str(PACKAGE)!r}); sys.argv = ['pretrain.py', 'none.yaml']\n"
+        f"    runpy.run_path({str(PACKAGE / 'pretrain.py')!r}, run_name='__main__')\n"
         f"except SystemExit:\n    import importlib.util; assert importlib.util.find_spec('supervisor') is None\n"
         f"try:\n    pass"
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import TOOLS
 from safetensors.torch import load_file, save_file
 from tiny_folders import GPT2, LLAMA, convert, make_folder, tensors_of
 
@@ -340,6 +341,5 @@ def test_no_sizes(text, capsys):
 
 
 def test_the_tool_is_the_verb(source, tmp_path):
-    tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
-    done = subprocess.run([sys.executable, str(tool), str(source), str(source)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, TOOLS / "convert_checkpoint.py", source, source], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (1, f"error: {source} is not empty; give a new folder\n")

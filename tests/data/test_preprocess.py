@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from checkout import TOOLS
 
 from megatrain.data import documents
 from megatrain.data.documents import Block
@@ -30,7 +31,6 @@ from megatrain.verbs import preprocess as preprocess_verb
 
 TEXTS = ["the quick brown fox", "naïve 你好 🙂", "a <|endoftext|> inside", " ", "lines\n\n\nof  text\t"]
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
 
 def write_jsonl(path, texts=TEXTS):
@@ -141,7 +141,7 @@ def running(pid):
 def test_a_killed_run_leaves_no_files_and_no_workers(tmp_path, tokenizer_folder):
     source = write_jsonl(tmp_path / "a.jsonl", ["some text of a few words " * 4000] * 400)  # 40 MB: it will not finish
     arguments = [str(source), "--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / "o"), "--workers", "2"]
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, TOOLS / "preprocess_data.py", *arguments], stderr=subprocess.DEVNULL)
     partial = tmp_path / "o.bin.partial"
     wait_until(lambda: partial.exists() and partial.stat().st_size)
     children = children_of(process)

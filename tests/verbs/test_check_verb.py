@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from checkout import CONFIGS
 from commands import run as run_command
-from test_configs import CONFIGS, WRITTEN_FOR
+from test_configs import WRITTEN_FOR
 
 from megatrain import config as configuration
 from megatrain.__main__ import main
