@@ -1,5 +1,8 @@
 """Rank 0's watchdog and others', connected to each other, with a clock and a way to speak that the test holds."""
 
+import contextlib
+import select
+
 import pytest
 
 from megatrain.beat import Beat, Everyone
@@ -37,7 +40,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(thread, "LOOK_SECONDS", thread.LOOK_SECONDS)  # restored afterwards: see _turns
+    monkeypatch.setattr(thread, "LOOK_SECONDS", 0.0)
     for module in (hub, link, pulse):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(pulse.resource, "getrusage", lambda who: type("Usage", (), {"ru_majflt": 0}))
@@ -82,24 +85,32 @@ class Ranks:
         self.look()
 
     def look(self, seconds=0.0):
-        """After so many seconds, second by second as threads look; several times where there are answers to arrive."""
+        """After so many seconds, second by second as threads look; until nothing more arrives where there are answers to arrive."""
         end = self.clock.now + seconds
         while self.clock.now < end:
             self.clock.now = min(end, self.clock.now + 1)
-            self._turns(1, wait=0.0)
+            self._turn()
             if self.members[0]._question is not None:
-                self._turns(4, wait=0.02)
-        self._turns(4, wait=0.02)
+                self._settle()
+        self._turn()
+        self._settle()
 
-    def _turns(self, count, *, wait):
-        thread.LOOK_SECONDS = wait
-        for _ in range(count):
-            for rank, member in enumerate(self.members):
-                if rank not in self.frozen and self.voices[rank].left is None and not member.closing:
-                    try:
-                        member.turn()
-                    except Left:
-                        continue
+    def _settle(self):
+        """What is sent to this machine is there at once, or nearly: all may turn until none has heard anything for a moment."""
+        for _ in range(1000):
+            if not select.select([member.selector for member in self._awake()], [], [], 0.03)[0]:
+                return
+            self._turn()
+        raise AssertionError("they never stop talking")
+
+    def _turn(self):
+        for member in self._awake():
+            with contextlib.suppress(Left):
+                member.turn()
+
+    def _awake(self):
+        return [member for rank, member in enumerate(self.members)
+                if rank not in self.frozen and self.voices[rank].left is None and not member.closing]  # fmt: skip
 
     @property
     def said(self):
