@@ -3,14 +3,13 @@
 import re
 import typing
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from megatrain.__main__ import VERBS
 from megatrain.settings import Config
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = {name: hint for name, hint in typing.get_type_hints(Config).items() if name not in ("model", "task")}
 
@@ -29,6 +28,7 @@ def test_the_tree_has_every_file_and_no_other():
     named = set(re.findall(r"[\w-]+\.py", tree))
     listed = {path.name for path in sources() if path.parent.name not in ("families", "verbs")}
     everything = {path.name for folder in ("megatrain", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")}
+    everything |= {path.name for path in (ROOT / "tests").glob("*.py")}
     assert listed - named == set()
     assert named - everything == set()
     verbs = re.search(r"verbs/ +([^:]*):", tree)[1].split(", ")
