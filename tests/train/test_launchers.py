@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import yaml
 
+from megatrain import config
 from megatrain.data.indexed import IndexedWriter
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "megatrain" / "pretrain.py")
 BIN = Path(sys.executable).parent
+
+FIGURES = {"step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "tflops_per_rank", "mfu"}
+"""What every line of metrics.jsonl has at least."""
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +51,23 @@ def launch(run_file, name, command):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("everything is in") == 1
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000003"]
-    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert {path.name for path in output.iterdir()} >= {"config.yaml", "metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints", "loss.png", "logs"}
+    assert config.load(output / "config.yaml") == config.load(run_file, [f"run.output_dir={output}"])
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line.keys() >= FIGURES for line in lines)
+    return [line["loss"] for line in lines]
 
 
-def test_launchers_give_the_run_that_the_verb_gives(run_file):
+def test_launchers_give_the_run_that_the_verb_gives(run_file, capsys, monkeypatch):
     alone = launch(run_file, "verb", [sys.executable, "-m", "megatrain", "pretrain"])
-    assert len(alone) == 3
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from try_model import main as try_model
+
+    assert [try_model([str(run_file.parent / name)]) for name in ("nowhere", "verb")] == [1, 1]
+    none, not_evaluated = capsys.readouterr().err.splitlines()
+    assert none == f"error: CONFIG={run_file.parent}/nowhere/config.yaml does not exist"
+    assert not_evaluated == f"error: {run_file.parent}/verb/metrics.jsonl has no validation loss of step 3, that of the newest checkpoint"
     port = free_port()
     torchrun = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, SCRIPT]
     assert launch(run_file, "torchrun", torchrun) == alone
