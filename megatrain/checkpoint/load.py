@@ -42,7 +42,7 @@ def choose(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
         raise CheckpointError(f"train.resume={wish} is not a folder; give a checkpoint's folder, `auto` or `never`")
     wrong = manifest.problem(path, hashes=True)
     if wrong is not None:
-        newest = max(path.glob("checkpoints/step-*"), default=None)
+        newest = max([*path.glob("checkpoints/step-*"), *path.glob("step-*")], default=None)
         way_out = "choose another checkpoint or `auto`" if newest is None else f"name one of the run's checkpoints, such as {newest}"
         raise CheckpointError(f"train.resume={wish} {wrong}; {way_out}")
     return path, f"resuming from {path}, as train.resume names it{instead}{_left_by_another(folder, after=read_trainer(path).progress.step)}"
