@@ -52,7 +52,8 @@ def check_pipeline(config: Config, architecture: Architecture) -> None:
     p = config.parallel
     if p.schedule != "auto" and not p.schedule.lower().endswith(".csv"):
         check_name(p.schedule)
-    chunks = p.virtual or (SCHEDULES[p.schedule].chunks if p.schedule in SCHEDULES else 1)
+    family = SCHEDULES.get(p.schedule)
+    chunks = 1 if family is None else (p.virtual or family.chunks) if family.any_chunks else family.chunks
     if p.pipeline > 1:
         check_stages(p.pipeline * chunks, blocks=architecture.num_layers, chunks=chunks)
 
