@@ -75,7 +75,7 @@ def prepare(path: str, recipe: Recipe, *, folder: Path, name: str, progress: Tex
     """
     files = find_inputs([path]).files
     prefix = folder / f"{name}-{fingerprint(files, recipe)}"
-    if not _counts_file(prefix).exists():
+    if not is_prepared(prefix):
         counts = _make(files, recipe, prefix, progress)
         for old in folder.glob(f"{name}-*"):
             if not old.name.startswith(prefix.name):
@@ -97,6 +97,11 @@ def read_counts(prefix: Path) -> Counts:
 def find_prepared(path: str, recipe: Recipe, *, folder: Path, name: str) -> Path:
     """The prefix that `prepare` returns for the same arguments."""
     return folder / f"{name}-{fingerprint(find_inputs([path]).files, recipe)}"
+
+
+def is_prepared(prefix: Path) -> bool:
+    """Whether the data are there, and whole."""
+    return _counts_file(prefix).exists()
 
 
 def fingerprint(files: Sequence[Path], recipe: Recipe) -> str:

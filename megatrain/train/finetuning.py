@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatrain.checkpoint.descriptions import Chat
 from megatrain.config import Config
-from megatrain.data.chat_dataset import Counts, Recipe, find_prepared, prepare, read_counts
+from megatrain.data.chat_dataset import Counts, Recipe, find_prepared, is_prepared, prepare, read_counts
 from megatrain.data.chat_samples import ChatSamples
 from megatrain.data.chat_template import ChatTemplate
+from megatrain.data.documents import find_inputs
 from megatrain.data.indexed import IndexedDataset
 from megatrain.data.pairs import PairSamples
 from megatrain.data.permutation import keyed_integers
@@ -23,6 +26,9 @@ from megatrain.models.architecture import Architecture
 from megatrain.train.tasks import GLANCES, Source, Task
 
 logger = logging.getLogger("megatrain")
+
+FEW_BYTES = 4_000_000
+"""Of chats, that take a few seconds to prepare."""
 
 
 class Finetuning(Task):
@@ -72,6 +78,18 @@ class Finetuning(Task):
         for path, _ in read_blend(paths, setting=f"data.{which}"):
             for _ in show_samples(path, _recipe(config), count=GLANCES, colour=False):
                 pass
+
+    def foresee(self, config: Config, architecture: Architecture) -> Source | None:
+        """From data that are prepared, or so few that they can be prepared for this question alone."""
+        paths = [path for path, _ in read_blend(chosen_data(config.data, "train")[0], setting="data.train")]
+        if all(is_prepared(find_prepared(path, _recipe(config), folder=_folder(config), name=_name(config, "train", number))) for number, path in enumerate(paths)):
+            return self.open(config, architecture, "train")
+        if sum(file.stat().st_size for path in paths for file in find_inputs([path]).files) > FEW_BYTES:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            elsewhere = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=folder))
+            self.prepare(elsewhere, "train")
+            return self.open(elsewhere, architecture, "train")
 
     def chat(self, config: Config) -> Chat | None:
         """The template where the config names one, and the token that ends a turn."""

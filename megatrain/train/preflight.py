@@ -6,12 +6,11 @@ memory of every rank, and disk space. Nothing is made or changed, on disk or any
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatrain.config import Config, has_tokenizer
 from megatrain.data.samples import chosen_data, read_blend
@@ -26,25 +25,9 @@ from megatrain.train import checks
 from megatrain.train.build import RankPlan, holding_schedule, layer_costs, plan_ranks
 from megatrain.train.disk import check_room, existing, in_bytes, is_open, kept_in_words, open_warning, room_for
 from megatrain.train.exporters import check_exporters
+from megatrain.train.lighter import GIB, NARROW, OTHERS, Place, lighter
 from megatrain.train.memory import RankMemory, heaviest, predict
 from megatrain.train.tasks import Pretraining, Task, text_instead
-
-GIB = 2**30
-NARROW = 0.92
-"""Of a GPU's memory: beyond it a warning, since driver, communication and what the allocator cannot use need the rest."""
-
-
-class Place(NamedTuple):
-    """Where the run would be: machines, ranks on each, what they are (cuda or cpu), and a GPU's memory in GiB where it is known."""
-
-    nodes: int
-    ranks_per_node: int
-    device: str
-    gpu_gib: float | None = None
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.ranks_per_node
 
 
 def preflight(config: Config, task: Task, place: Place, findings: Findings) -> list[str]:
@@ -65,12 +48,14 @@ def preflight(config: Config, task: Task, place: Place, findings: Findings) -> l
         return []
     findings.attempt(lambda: checks.check_tokenizer(config, architecture), paste=_make_tokenizer(config, architecture))
     _starts(config, architecture, findings)
-    for which in checks.parts_of(config):
-        if not _missing(config, task, which):
-            findings.attempt(partial(task.glance, config, architecture, which))
+    readable = [which for which in checks.parts_of(config) if not _missing(config, task, which)
+                and findings.passes(partial(task.glance, config, architecture, which))]  # fmt: skip
+    epochs: list[str] = []
+    if config.train.epochs is not None and "train" in readable and not isinstance(task, Pretraining):
+        config, epochs = _as_steps(config, task, architecture, findings)
     lines = []
     if _fits(config, architecture, place, findings):
-        lines = [checks.run_header(config, architecture, place.world_size, _where(place)), *_batch(config, place)]
+        lines = [checks.run_header(config, architecture, place.world_size, _where(place)), *epochs, *_batch(config, place)]
         lines += _memory(config, architecture, place, findings)
     if _writable(config, findings) and {config.train.steps, config.train.tokens, config.train.epochs} != {None}:
         lines += _disk(config, architecture, findings)
@@ -167,6 +152,15 @@ def _where(place: Place) -> str:
     return f"{place.nodes} x {place.ranks_per_node} {kind}" if place.nodes > 1 else kind
 
 
+def _as_steps(config: Config, task: Task, architecture: Architecture, findings: Findings) -> tuple[Config, list[str]]:
+    """The config with its epochs as steps, where the data tell their samples in a moment, and the line that says how many those are."""
+    source = findings.attempt(lambda: task.foresee(config, architecture))
+    with_steps = findings.attempt(lambda: checks.with_steps(config, source)) if source is not None else None
+    if with_steps is None:
+        return config, []
+    return with_steps, [f"  epochs  {config.train.epochs} x {source.per_epoch:,} samples"]
+
+
 def _batch(config: Config, place: Place) -> Iterator[str]:
     data_size = config.data_size(place.world_size)
     yield (f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
@@ -210,12 +204,10 @@ def _memory(config: Config, a: Architecture, place: Place, findings: Findings) -
         on_node = sum(sorted((rank.host for rank in ranks), reverse=True)[:1]) * place.ranks_per_node
         lines.append(f"offload: up to {on_node / GIB:,.1f} GiB of a machine's own memory")
     if place.gpu_gib is not None and ranks[top].total > place.gpu_gib * GIB:
-        paste = _lighter(config, a, place)
-        findings.add(UserError(f"the heaviest rank takes {ranks[top].total / GIB:,.1f} GiB and a GPU has {place.gpu_gib:g}; "
-                               + (f"with {paste} it takes less" if paste else "use more ranks: a larger parallel.pipeline or parallel.tensor")), paste=paste)  # fmt: skip
+        words, paste = lighter(config, a, place, place.gpu_gib)
+        findings.add(UserError(f"the heaviest rank takes {ranks[top].total / GIB:,.1f} GiB and a GPU has {place.gpu_gib:g}; {words}"), paste=paste)
     elif place.gpu_gib is not None and ranks[top].total > NARROW * place.gpu_gib * GIB:
-        findings.warnings.append(f"the heaviest rank takes {ranks[top].total / place.gpu_gib / GIB:.0%} of a GPU's {place.gpu_gib:g} GiB, and driver, "
-                                 "communication and what the allocator cannot use need some as well")  # fmt: skip
+        findings.warnings.append(f"the heaviest rank takes {ranks[top].total / place.gpu_gib / GIB:.0%} of a GPU's {place.gpu_gib:g} GiB, and {OTHERS}")
     return lines
 
 
@@ -247,55 +239,6 @@ def _heaviest(config: Config, place: Place, memory: RankMemory, rank: int) -> st
     first = rank * config.data_size(place.world_size) * config.parallel.tensor
     of = f" of a GPU's {place.gpu_gib:g}" if place.gpu_gib is not None else ""
     return f"heaviest: {memory.total / GIB:,.2f} GiB{of} on pipeline rank {rank} (rank {first} and its peers), an estimate; see docs/check.md"
-
-
-def _lighter(config: Config, a: Architecture, place: Place) -> str:
-    """Words that make the heaviest rank fit, the least change first; empty where none of those tried does."""
-    for words, changed in _changes(config, place):
-        try:
-            if next(iter(problems(changed)), None) is None:
-                for rule in checks.layout_rules(changed, a, place.world_size, on_gpu=True):
-                    rule()
-                ranks = predict(changed, a, data_size=changed.data_size(place.world_size), device=place.device)
-                if max(rank.total for rank in ranks) <= NARROW * (place.gpu_gib or 0) * GIB:
-                    return words
-        except ConfigError:
-            continue
-    return ""
-
-
-def _changes(config: Config, place: Place) -> Iterator[tuple[str, Config]]:
-    """One after the other: ZeRO 1, a smaller microbatch, recomputing, then more tensor ranks or stages, also with whole recomputing."""
-    steps: list[dict[str, Any]] = []
-    if config.parallel.zero == 0:
-        steps.append({"parallel.zero": 1})
-    if config.train.micro_batch_size % 2 == 0:
-        steps.append({"train.micro_batch_size": config.train.micro_batch_size // 2})
-    if config.parallel.tensor > 1 and not config.parallel.sequence:
-        steps.append({"parallel.sequence": True})
-    more = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[config.train.recompute]
-    steps += [{"train.recompute": how} for how in more]
-    for times in (2, 4, 8):
-        for how in dict.fromkeys((config.train.recompute, "full")):
-            recompute = {} if how == config.train.recompute else {"train.recompute": how}
-            wider = {"parallel.tensor": config.parallel.tensor * times}
-            if wider["parallel.tensor"] <= place.ranks_per_node:
-                steps.append(wider | recompute)
-            steps.append({"parallel.pipeline": config.parallel.pipeline * times} | recompute)
-    for step in steps:
-        free = {"parallel.data": None} if config.parallel.data is not None and step.keys() & {"parallel.tensor", "parallel.pipeline"} else {}
-        yield " ".join(f"{name}={_word(value)}" for name, value in (step | free).items()), _replaced(config, step | free)
-
-
-def _word(value: Any) -> str:
-    return {True: "true", None: "null"}.get(value, str(value)) if value is True or value is None else str(value)
-
-
-def _replaced(config: Config, settings: dict[str, Any]) -> Config:
-    for name, value in settings.items():
-        section, key = name.split(".")
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
-    return config
 
 
 # -- disk --------------------------------------------------------------------------------------------------------------

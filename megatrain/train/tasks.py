@@ -64,6 +64,10 @@ class Task(Protocol):
         """Around an evaluation: what it yields holds afterwards what the task measured beside the loss, the same on all ranks."""
         yield {}
 
+    def foresee(self, config: Config, architecture: Architecture) -> Source | None:
+        """The training samples as they will be, made nowhere that stays; None where that would take long."""
+        return self.open(config, architecture, "train")
+
     def chat(self, config: Config) -> Chat | None:
         """What a saved folder is to say of chats."""
 

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     on_gpu = not args.cpu and (args.gpus_per_node is not None or args.gpu_memory is not None or machine.has_gpu())
     machine.set_environment(1)
     # Imports torch, so it comes after the environment is set.
-    from megatrain.train.preflight import Place, preflight
+    from megatrain.train.lighter import Place
+    from megatrain.train.preflight import preflight
     from megatrain.train.run import task_of, verb_of
 
     place, verb = Place(args.nodes, ranks, "cuda" if on_gpu else "cpu", args.gpu_memory), args.verb or verb_of(config)
@@ -71,7 +72,7 @@ def _memory(text: str) -> float:
     if text.upper() in GPUS:
         return GPUS[text.upper()]
     try:
-        size = float(text)
+        size = float(text.lower().removesuffix("gib"))
     except ValueError:
         size = 0.0
     if not 0 < size < float("inf"):

@@ -230,6 +230,33 @@ def test_a_split_and_a_blend(files, tmp_path):
     assert abs(sum(chat in everything for chat in chats_of(blend.samples, 40)) - 30) <= 1
 
 
+def test_a_check_tells_how_many_steps_its_epochs_are(files, tmp_path, capfd, monkeypatch):
+    """It prepares few data for that alone, many it does not, unless they are there already."""
+    for name, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)
+    raw = settings(files, run={"output_dir": str(tmp_path / "run")}, data={"packing": True},
+                   train={"steps": None, "epochs": 3, "global_batch_size": 4, "save_every": 2})  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+
+    def said(*words):
+        assert main(["check", str(tmp_path / "run.yaml"), *words]) == 0
+        return capfd.readouterr()
+
+    few = said()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+    monkeypatch.setattr("megatrain.train.finetuning.FEW_BYTES", 1000)
+    many = said()
+    assert "  work    3 epochs, in steps of 384 tokens" in many.out
+    assert "only the data say" in many.err
+    Finetuning().prepare(checked(raw), "train")
+    assert said().out.rpartition("checkpoints: ")[0] == few.out.rpartition("checkpoints: ")[0]
+    sequences = Finetuning().open(checked(raw), read_architecture(load_config(MODEL)), "train").per_epoch
+    steps = -(-3 * sequences // 4)
+    assert f"  work    {steps} steps x 384 tokens = " in few.out
+    assert f"  epochs  3 x {sequences} samples" in few.out
+    assert f" each, {-(-steps // 2)} at once; " in few.out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # whole runs
 
