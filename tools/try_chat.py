@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from try_model import RELATIVE_TOLERANCE, trainers_loss
 
 from megatrain import config as configuration
+from megatrain.checkpoint.keep import step_of
 from megatrain.checkpoint.manifest import find_newest
 from megatrain.data.chat import Conversation, read_conversation
 from megatrain.data.chat_template import ChatTemplate, Encoded
@@ -46,7 +47,7 @@ def compare(run: Path, held_out_file: str, questions: int) -> int:
     checkpoint, _ = find_newest(run / "checkpoints")
     if checkpoint is None or not isinstance(config.data.valid, str) or config.train.init_from is None:
         raise UserError(f"{run} holds no whole checkpoint, or no data.valid or train.init_from to compare with")
-    trainers = trainers_loss(run, step=int(checkpoint.name.removeprefix("step-")))
+    trainers = trainers_loss(run, step=step_of(checkpoint))
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megatrain import config as configuration
+from megatrain.checkpoint.keep import step_of
 from megatrain.checkpoint.manifest import find_newest
 from megatrain.config import Config
 from megatrain.data.loader import Batch, Loader
@@ -46,7 +47,7 @@ def compare(run: Path, prompt: str, tokens: int) -> int:
     checkpoint, _ = find_newest(run / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{run} holds no whole checkpoint")
-    trainers = trainers_loss(run, step=int(checkpoint.name.removeprefix("step-")))
+    trainers = trainers_loss(run, step=step_of(checkpoint))
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 

@@ -16,8 +16,7 @@ def superseded(folder: Path, *, last: int, every: int, best: Path | None = None,
     `back_to` also keeps the newest whole one of at most that step. Those of steps after `until`, where the run is, are another run's: they
     neither go nor count. Nothing may go unless one that is kept is whole.
     """
-    found = sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
-    found = [path for path in found if until is None or step_of(path) <= until]
+    found = [path for path in sorted(checkpoints(folder)) if until is None or step_of(path) <= until]
     if last == 0:
         return []
     old = [path for path in found[:-last] if path != best and (not every or step_of(path) % every)]
@@ -26,6 +25,11 @@ def superseded(folder: Path, *, last: int, every: int, best: Path | None = None,
         old = [path for path in old if path != target]
     kept = [path for path in reversed(found) if path not in old]
     return old if any(manifest.problem(path) is None for path in kept) else []
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those in a run's folder of them, whole or not, in no order."""
+    return [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
 
 
 def step_of(path: Path) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from megatrain.checkpoint import adapter, manifest
+from megatrain.checkpoint import adapter, keep, manifest
 from megatrain.checkpoint.optimizer_folder import OptimizerFolder
 from megatrain.checkpoint.save import Progress, layout
 from megatrain.config import Config
@@ -42,7 +42,7 @@ def choose(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
         raise CheckpointError(f"train.resume={wish} is not a folder; give a checkpoint's folder, `auto` or `never`")
     wrong = manifest.problem(path, hashes=True)
     if wrong is not None:
-        newest = max([*path.glob("checkpoints/step-*"), *path.glob("step-*")], default=None)
+        newest = max([*keep.checkpoints(path / "checkpoints"), *keep.checkpoints(path)], default=None)
         way_out = "choose another checkpoint or `auto`" if newest is None else f"name one of the run's checkpoints, such as {newest}"
         raise CheckpointError(f"train.resume={wish} {wrong}; {way_out}")
     return path, f"resuming from {path}, as train.resume names it{instead}{_left_by_another(folder, after=read_trainer(path).progress.step)}"
@@ -50,10 +50,26 @@ def choose(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
 
 def _left_by_another(folder: Path, *, after: int) -> str:
     """What is said of checkpoints that lie ahead of where the run begins: `auto` would take one of them, not the run's own."""
-    ahead = max((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()), default=None)
-    if ahead is None or int(ahead.name.removeprefix("step-")) <= after:
+    ahead = max(keep.checkpoints(folder), default=None)
+    if ahead is None or keep.step_of(ahead) <= after:
         return ""
     return f"; {ahead} lies ahead, and train.resume=auto would go on from there: move it away, or give another run.output_dir"
+
+
+def _another_folder(path: Path, config: Config) -> str:
+    """What to do about a checkpoint that is not the run's."""
+    output = config.run.output_dir
+    if config.train.resume != "auto":
+        return "name one of this model, or begin without any with train.resume=never"
+    return f"it is in the run's folder: give the run another, such as run.output_dir={_free(output)}"
+
+
+def _free(folder: str) -> str:
+    """The folder's name with a number that is not taken."""
+    number = 2
+    while Path(f"{folder}-{number}").exists():
+        number += 1
+    return f"{folder}-{number}"
 
 
 def check(path: Path, config: Config, architecture: Architecture) -> None:
@@ -61,7 +77,7 @@ def check(path: Path, config: Config, architecture: Architecture) -> None:
     trainer = read_trainer(path)
     adapter.check(path, config)
     for name, there, here in differences(trainer.model, architecture.config)[:1]:
-        raise CheckpointError(f"{path} is of another model: its {name} is {shown(there)} and the run's is {shown(here)}")
+        raise CheckpointError(f"{path} is of another model: its {name} is {shown(there)} and the run's is {shown(here)}; {_another_folder(path, config)}")
     _check_same(path, config, trainer)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint import keep
 from megatrain.checkpoint.tensor_file import BinFile, Index, SafetensorsFile, Span, TensorFile, no_name_twice
 from megatrain.errors import CheckpointError
 
@@ -128,7 +129,7 @@ class Tensors:
                 return self._open_shards(kind, names)
         if (self.folder / "adapter_config.json").exists():
             raise CheckpointError(f"{self.folder} holds adapters and not the model they stand on; `megatrain finetune CONFIG --merge` makes one of both")
-        if newest := max(self.folder.glob("checkpoints/step-*"), default=None):
+        if newest := max(keep.checkpoints(self.folder / "checkpoints"), default=None):
             raise CheckpointError(f"{self.folder} is a run's folder and no model's; name one of its checkpoints, such as {newest}")
         raise CheckpointError(f"{self.folder} holds no model: neither {' nor '.join(n for names in _FORMATS.values() for n in names[:2])}")
 

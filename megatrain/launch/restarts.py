@@ -11,7 +11,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from megatrain.checkpoint import manifest
+from megatrain.checkpoint import keep, manifest
 from megatrain.config import Config
 from megatrain.launch.failure import Report, sentence
 from megatrain.launch.supervisor import Ended
@@ -58,7 +58,7 @@ class Restarts:
 
     def _checkpoints(self) -> set[tuple[Path, int, int]]:
         """Those of the run's folder, each with numbers that another of the same name does not have."""
-        folders = [(path, path.stat()) for path in (self._folder / "checkpoints").glob("step-*")]
+        folders = [(path, path.stat()) for path in keep.checkpoints(self._folder / "checkpoints")]
         return {(path, about.st_ino, about.st_mtime_ns) for path, about in folders}
 
     def _write(self, event: Name, ended: Ended, **fields: object) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from megatrain.checkpoint import keep
 from megatrain.config import Config
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture
@@ -32,7 +33,7 @@ def room_for(config: Config, architecture: Architecture) -> Room:
     """One more checkpoint than is kept: the oldest goes once the newest is whole."""
     folder = Path(config.run.output_dir)
     place = existing(folder)
-    there = sum(1 for _ in folder.glob("checkpoints/step-*"))
+    there = len(keep.checkpoints(folder / "checkpoints"))
     return Room(checkpoint_bytes(config, architecture), _most(config), there, place, shutil.disk_usage(place).free)
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatrain import __version__, machine
+from megatrain.checkpoint import keep
 from megatrain.checkpoint.save import Progress
 from megatrain.checkpoint.saver import Saved
 from megatrain.config import Config, to_yaml
@@ -159,7 +160,7 @@ class Journal:
     def saved(self, saved: Saved | None) -> None:
         if saved is not None and self.is_kept:
             logger.info(f"saved {saved.path} ({saved.seconds:.1f} s, for {saved.stalled:.2f} s of which training stood still)")
-            self.events.write("save", step=int(saved.path.name.removeprefix("step-")), path=saved.path, seconds=saved.seconds, stalled=saved.stalled)
+            self.events.write("save", step=keep.step_of(saved.path), path=saved.path, seconds=saved.seconds, stalled=saved.stalled)
 
     def stopped(self, progress: Progress) -> None:
         if self.is_kept:

@@ -60,7 +60,7 @@ def find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool) 
 def _find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool) -> Target:
     before = [line["step"] for line in skipped(folder) if line["step"] < since]
     latest, passed = max([newest_from_before(since), *before]), list[str]()
-    for path in sorted((path for path in _checkpoints(folder) if keep.step_of(path) <= latest and own(keep.step_of(path))), reverse=True):
+    for path in sorted((path for path in keep.checkpoints(folder / "checkpoints") if keep.step_of(path) <= latest and own(keep.step_of(path))), reverse=True):
         wrong = manifest.problem(path, hashes=hashes)
         if wrong is None:
             return Target(path, before.count(keep.step_of(path)), tuple(passed))
@@ -70,7 +70,7 @@ def _find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool)
 
 def commit(folder: Path, *, back: Progress, noticed: Progress, since: int, loader: Loader) -> None:
     """Make the return to `back` last: newer checkpoints go, newest first, and what is passed over is written down. For one rank."""
-    newer = [path for path in _checkpoints(folder) if back.step < keep.step_of(path) <= noticed.step]
+    newer = [path for path in keep.checkpoints(folder / "checkpoints") if back.step < keep.step_of(path) <= noticed.step]
     keep.delete(sorted(newer, reverse=True))
     positions = range(back.samples, noticed.samples)
     line = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds"), "step": back.step, "spike_began": since, "noticed": noticed.step,
@@ -122,10 +122,6 @@ def _forget_after(folder: Path, step: int) -> None:
     file.close()
     manifest.sync(new)
     new.replace(path)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in (folder / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
 
 
 def _documents(loader: Loader, positions: range) -> dict[str, list[int]] | None:

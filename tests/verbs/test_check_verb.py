@@ -220,6 +220,48 @@ def test_a_gpu_that_is_too_small(check, run_file):
     assert "of a GPU's 141 on" in check(run_file, "--gpu-memory", "h200").out
 
 
+def heaviest(said):
+    return float(re.search(r"heaviest: ([\d.]+) GiB", said.out)[1])
+
+
+def test_a_gpu_that_nothing_makes_fit(check, run_file):
+    """By how much, and what was tried: which says as much as the same settings do by themselves."""
+    words = ["model.hidden_size=512", "model.intermediate_size=2048", "--gpus-per-node", "2"]
+    ((text, paste),) = check(run_file, *words, "--gpu-memory", "0.01GiB").errors.items()
+    best, least, lacks, tried = re.search(r"fits: with (.+) it takes least, ([\d.]+) GiB, which is ([\d.]+) too much \(tried: (.*)\); use larger GPUs", text).groups()
+    assert paste == ""
+    assert float(lacks) == pytest.approx(float(least) - 0.01, abs=1e-3)
+    assert best in tried.split("; ")
+    assert {"train.micro_batch_size=1", "train.recompute=full", "parallel.tensor=2", "parallel.pipeline=2"} <= set(tried.split("; "))
+    assert heaviest(check(run_file, *words, *best.split())) == pytest.approx(float(least), abs=0.006)
+
+
+def test_a_gpu_that_is_filled_or_not_enough(check, run_file):
+    """What leaves a GPU no room is said with that, and where one machine does not do, more are."""
+    words = ["model.hidden_size=512", "model.intermediate_size=2048", "train.micro_batch_size=1", "train.recompute=full", "--gpus-per-node"]
+    alone, two, four = (heaviest(check(run_file, *words, str(ranks), f"parallel.pipeline={ranks}")) for ranks in (1, 2, 4))
+    ((text, paste),) = check(run_file, *words, "2", "parallel.pipeline=1", "parallel.data=2", "--gpu-memory", f"{two / 0.96}").errors.items()
+    assert paste.split()[0] in ("parallel.tensor=2", "parallel.pipeline=2")
+    assert re.search(r"9\d% of a GPU, and driver, .* need some as well \(tried: .*parallel.pipeline=2", text)
+    said = check(run_file, *words, "2", *paste.split(), "--gpu-memory", f"{two / 0.96}")
+    assert (said.code, len(said.warnings)) == (0, 1)
+    assert four < two < alone
+    ((text, paste),) = check(run_file, *words, "1", "--gpu-memory", f"{two * 0.99}").errors.items()
+    assert paste == "parallel.pipeline=4 --nodes 4 --gpus-per-node 1"
+    assert check(run_file, *words, "1", "--gpu-memory", f"{two * 0.99}", *paste.split()).warnings == []
+
+
+def test_checkpoints_of_another_model(check, run_file):
+    assert run_command("pretrain", run_file, "train.steps=0", folder=run_file.parent).code == 0
+    (run_file.parent / "run-2").mkdir()
+    assert check(run_file).code == 0
+    said = check(run_file, "model.intermediate_size=64")
+    ((text, paste),) = said.errors.items()
+    assert "is of another model: its intermediate_size is 48 and the run's is 64" in text
+    assert paste == "run.output_dir=run-3"
+    assert check(run_file, "model.intermediate_size=64", paste).code == 0
+
+
 def test_a_disk_that_is_too_small(check, run_file, monkeypatch):
     free = 14 * 39_584 * 5 // 2  # 14 bytes a parameter in bf16: two checkpoints and a half
     monkeypatch.setattr("megatrain.train.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=free))
