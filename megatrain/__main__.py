@@ -11,6 +11,7 @@ import importlib
 import os
 import select
 import sys
+import time
 from typing import NamedTuple
 
 from megatrain import __version__
@@ -61,6 +62,10 @@ _READER_GONE = 128 + 13
 """What a shell shows of a command that SIGPIPE ended, as it ends most whose reader (`| head`) has seen enough."""
 
 
+_SECONDS_FOR_WORDS = 10.0
+"""How long a silent rank stays: a launcher ends all ranks when the first has ended, and that is to be the one that says why."""
+
+
 def _without_reader() -> list[int]:
     """Of standard output and standard error, those that are pipes which nobody reads any more."""
     poll = select.poll()
@@ -77,6 +82,8 @@ def _run(words: list[str]) -> int:
     except UserError as error:
         if speaks_for_its_machine(os.environ):
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(_SECONDS_FOR_WORDS)
         return 1
     except OSError as error:
         if error.filename is None or isinstance(error, FileNotFoundError | ConnectionError):

@@ -91,8 +91,11 @@ def test_options_are_not_abbreviated(capsys):
 def test_before_ranks_meet_one_of_a_machine_speaks(capsys, monkeypatch, rank):
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
+    waited = []
+    monkeypatch.setattr("megatrain.__main__.time.sleep", waited.append)
     assert main(["pretrain", "none.yaml"]) == 1
     assert capsys.readouterr().err == ("error: CONFIG=none.yaml does not exist\n" if rank == 0 else "")
+    assert waited == ([] if rank == 0 else [10.0]), "a launcher ends all as soon as one ends, which must not be before the words"
 
 
 def test_a_launcher_has_restarts_of_its_own(capsys, monkeypatch):
