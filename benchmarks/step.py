@@ -140,12 +140,15 @@ def serve(pipe, store, threads, rank, world_size, make, arguments):
         torch.set_num_threads(threads)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-        from megatrain.machine import forbid_builds, has_gpu
+        from megatrain.heap import keep_memory
+        from megatrain.machine import forbid_builds, free_memory, has_gpu
 
         if not has_gpu():
             os.environ["DS_ACCELERATOR"] = "cpu"
         forbid_builds()
         if make is ours:
+            if not has_gpu():  # as in every rank of a run
+                keep_memory(free_memory(torch.device("cpu"), world_size))
             dist.init_process_group("nccl" if has_gpu() else "gloo", store=dist.FileStore(store, world_size), rank=rank,
                                     world_size=world_size)  # fmt: skip
             arguments = {**arguments, "rank": rank, "world_size": world_size}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatrain.errors import UserError
+from megatrain.heap import keep_memory
 from megatrain.place import Place
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def set_environment(ranks_here: int) -> None:
 
 
 def set_rank_environment(place: Place) -> None:
-    """Set what torch and deepspeed read in a rank, and torch's threads, as it may be imported already."""
+    """Set what torch and deepspeed read in a rank, and torch's threads, as it may be imported already; its heap, on CPUs."""
     set_environment(place.local_size)
     os.environ |= {
         "RANK": str(place.rank),
@@ -71,6 +72,8 @@ def set_rank_environment(place: Place) -> None:
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
+    if not has_gpu():
+        keep_memory(_available_memory() // place.local_size)
 
 
 def forbid_builds() -> None:

@@ -66,7 +66,7 @@ class Attention(nn.Module):
         if probability > 0.0 or self.cap is not None:
             return self._attend_written_out(q, k, v, mask, probability, context).to(dtype)
         if mask is None and torch.is_grad_enabled() and takes(q, k):
-            return causal_attention(q, k, v, self.scale)
+            return causal_attention(q, k, v, self.scale, compile=self.compiled)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale,
                                            enable_gqa=self.heads != self.kv_heads)  # fmt: skip
         return y.to(dtype)

@@ -175,13 +175,14 @@ class Head(nn.Module):
         self.norm = hidden_norm(parts, "final_norm", None)
         self.weight = parts.vocabulary("embedding" if a.tied else "head", counted=not tied_across, summed=summed)
         self.axis, self.sequence = grid.tensor, parts.sequence
-        self.start, self.vocab_size, self.cap = parts.vocab_start, a.vocab_size, a.logit_cap
+        self.start, self.vocab_size, self.cap, self.compiled = parts.vocab_start, a.vocab_size, a.logit_cap, parts.compiled
         self.objective: Objective = TokenLoss()
 
     def forward(self, flow: Flow, context: Context) -> Tensor:
         logits = self.logits(flow)
         labels = context.labels.t().reshape(-1)
-        losses = vocab_cross_entropy(logits.flatten(0, 1), labels, start=self.start, vocab_size=self.vocab_size, axis=self.axis)
+        losses = vocab_cross_entropy(logits.flatten(0, 1), labels, start=self.start, vocab_size=self.vocab_size, axis=self.axis,
+                                     compile=self.compiled)  # fmt: skip
         return self.objective(losses.unflatten(0, (context.labels.shape[1], -1)), context)
 
     def logits(self, flow: Flow) -> Tensor:

@@ -7,12 +7,10 @@ that are added up or left for later and recomputation stay as they are, on every
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatrain.errors import ConfigError
+from megatrain.parallel.kernels import compiled
 
 if TYPE_CHECKING:
     from megatrain.models.architecture import Architecture
@@ -44,18 +43,12 @@ def check_compile(a: Architecture, *, on_gpu: bool) -> None:
                           "install them (python3-dev), or leave the setting out")  # fmt: skip
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """In this process: worker processes would outlive a rank that is killed."""
-    return torch.compile(function, options={"compile_threads": 1})
-
-
 class _RmsNorm(torch.autograd.Function):
     """See `norms.py`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
-        y, scale = _compiled(_normalise)(x.detach(), weight.detach(), eps, plus_one)
+        y, scale = compiled(_normalise)(x.detach(), weight.detach(), eps, plus_one)
         ctx.save_for_backward(x, scale)
         ctx.weight, ctx.plus_one = weight, plus_one
         return y
@@ -63,7 +56,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, scale = ctx.saved_tensors
-        dx, dweight = _compiled(_normalise_back)(x.detach(), scale, grad, ctx.weight.detach(), ctx.plus_one)
+        dx, dweight = compiled(_normalise_back)(x.detach(), scale, grad, ctx.weight.detach(), ctx.plus_one)
         return dx, dweight if ctx.needs_input_grad[1] else None, None, None
 
 
@@ -88,12 +81,12 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return _compiled(_gate)(gate.detach(), up.detach(), activation)
+        return compiled(_gate)(gate.detach(), up.detach(), activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        return *_compiled(_gate_back)(gate.detach(), up.detach(), grad, ctx.activation), None
+        return *compiled(_gate_back)(gate.detach(), up.detach(), grad, ctx.activation), None
 
 
 def _act(x: Tensor, activation: str) -> Tensor:
@@ -128,25 +121,30 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _compiled(_turn)(x.detach(), cos, sin)
+        return compiled(_turn)(x.detach(), cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _compiled(_turn_back)(grad, *ctx.saved_tensors), None, None
+        return compiled(_turn_back)(grad, *ctx.saved_tensors), None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.float().chunk(2, -1)
-    cos_a, cos_b = cos.float().chunk(2, -1)
-    sin_a, sin_b = sin.float().chunk(2, -1)
-    return torch.cat((a * cos_a - b * sin_a, b * cos_b + a * sin_b), dim=-1).to(x.dtype)
+    wide, cos, sin = _halves(x), _halves(cos), _halves(sin)
+    return (wide * cos + wide.flip(-2) * _signs(x) * sin).flatten(-2).to(x.dtype)
 
 
 def _turn_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = grad.float().chunk(2, -1)
-    cos_a, cos_b = cos.float().chunk(2, -1)
-    sin_a, sin_b = sin.float().chunk(2, -1)
-    return torch.cat((a * cos_a + b * sin_b, b * cos_b - a * sin_a), dim=-1).to(grad.dtype)
+    wide, cos, sin = _halves(grad), _halves(cos), _halves(sin)
+    return (wide * cos - (wide * sin).flip(-2) * _signs(grad)).flatten(-2).to(grad.dtype)
+
+
+def _halves(x: Tensor) -> Tensor:
+    """x [..., d] in fp32 as [..., 2, d/2]: flipped, and not cut and put together, so that both halves are one vectorised loop."""
+    return x.float().unflatten(-1, (2, -1))
+
+
+def _signs(x: Tensor) -> Tensor:
+    return torch.arange(-1.0, 2.0, 2.0, device=x.device)[:, None]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Axis
+from megatrain.parallel.kernels import compiled
 from megatrain.parallel.quantized import Quantized, dense
 from megatrain.parallel.slabs import slabs
 
@@ -182,20 +183,22 @@ class _VocabCrossEntropy(torch.autograd.Function):
     SLAB = 512
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, vocab_size: int, axis: Axis) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, vocab_size: int, axis: Axis, compile: bool) -> Tensor:
         real = max(0, min(logits.shape[1], vocab_size - start))
         logits = logits.detach()
+        ctx.save_for_backward(logits)
+        if compile and axis.size == 1:
+            return _cross_entropy_compiled(logits, labels, real)
         losses = [
             _cross_entropy_slab(logits[i : i + _VocabCrossEntropy.SLAB], labels[i : i + _VocabCrossEntropy.SLAB], start, real, axis)
             for i in range(0, logits.shape[0], _VocabCrossEntropy.SLAB)
         ]
-        ctx.save_for_backward(logits)
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (dlogits,) = ctx.saved_tensors
-        return dlogits.mul_(grad[:, None].to(dlogits.dtype)), None, None, None, None
+        return dlogits.mul_(grad[:, None].to(dlogits.dtype)), None, None, None, None, None
 
 
 def _cross_entropy_slab(logits: Tensor, labels: Tensor, start: int, real: int, axis: Axis) -> Tensor:
@@ -222,11 +225,31 @@ def _cross_entropy_slab(logits: Tensor, labels: Tensor, start: int, real: int, a
     return torch.where(trained, total.log() - target, total.new_zeros(()))
 
 
-def vocab_cross_entropy(logits: Tensor, labels: Tensor, *, start: int, vocab_size: int, axis: Axis) -> Tensor:
+def _cross_entropy_compiled(logits: Tensor, labels: Tensor, real: int) -> Tensor:
+    """The same of a whole vocabulary, of which the first `real` are tokens; a kernel that holds nothing between."""
+    index = labels.clamp(min=0)[:, None]
+    losses, at_labels = compiled(_cross_entropy)(logits[:, :real], labels, index)
+    logits[:, real:] = 0
+    logits.scatter_(1, index, at_labels)
+    return losses
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [n], and the gradient at each label [n, 1]; afterwards logits hold the gradient at all others."""
+    x, trained = logits.float(), labels >= 0
+    top = x.amax(1, keepdim=True)
+    total = (x - top).exp().sum(1, keepdim=True)
+    target, scale = x.gather(1, index) - top, trained[:, None] / total
+    logits.copy_((x - top).exp() * scale)
+    at_labels = (target.exp() * scale - trained[:, None].float()).to(logits.dtype)
+    return torch.where(trained, (total.log() - target).squeeze(1), 0.0), at_labels
+
+
+def vocab_cross_entropy(logits: Tensor, labels: Tensor, *, start: int, vocab_size: int, axis: Axis, compile: bool = False) -> Tensor:
     """Loss of each token, fp32 [n], from this rank's logits [n, V/t], whose memory it takes over.
 
     Args:
         labels: int64 [n]; -100 marks tokens without a loss.
         start: the vocabulary id of the first column here; columns from `vocab_size` on are padding.
     """
-    return _VocabCrossEntropy.apply(logits, labels, start, vocab_size, axis)
+    return _VocabCrossEntropy.apply(logits, labels, start, vocab_size, axis, compile)

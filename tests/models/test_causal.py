@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,8 +36,8 @@ def torchs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return causal_attention(q, k, v, q.shape[-1] ** -0.5)
+def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compile: bool = False) -> torch.Tensor:
+    return causal_attention(q, k, v, q.shape[-1] ** -0.5, compile=compile)
 
 
 @pytest.mark.parametrize("size", [1.0, 8.0], ids=["small-scores", "large-scores"])
@@ -43,11 +46,22 @@ def test_gradients_are_as_near_as_rounding_allows(heads, groups, dim, size):
     tensors = inputs(2, heads, groups, 512, dim, size=size)
     exact = gradients(torchs, tensors, torch.float64)
     errors = {}
-    for name, attend in (("torch", torchs), ("ours", ours)):
+    contenders = {"torch": torchs, "ours": ours} | ({"compiled": partial(ours, compile=True)} if shutil.which("g++") else {})
+    for name, attend in contenders.items():
         found = gradients(attend, tensors, torch.bfloat16)
         errors[name] = [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
-    assert errors["ours"][0] == errors["torch"][0]
-    assert max(errors["ours"]) < 0.012, errors
+    for name in contenders:
+        assert errors[name][0] == errors["torch"][0]
+        assert max(errors[name]) < 0.012, errors
+
+
+def test_groups_of_heads_are_taken_a_few_at_a_time_when_scores_are_many(monkeypatch):
+    tensors = inputs(3, 4, 4, 512, 16)
+    whole = gradients(ours, tensors, torch.bfloat16)
+    monkeypatch.setattr(causal, "SCORES", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for x, y in zip(gradients(ours, tensors, torch.bfloat16), whole, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_other_inputs_are_left_to_torch():
@@ -64,7 +78,7 @@ def test_other_inputs_are_left_to_torch():
 def test_a_model_trains_through_it_where_nothing_but_causality_masks(recompute, masked, monkeypatch):
     monkeypatch.setattr(causal, "slow_half_precision", lambda device: False)
     backwards = []
-    monkeypatch.setattr(causal, "_backward", lambda *tensors, real=causal._backward, **more: (backwards.append(1), real(*tensors, **more)))
+    monkeypatch.setattr(causal, "_backward", lambda *tensors, real=causal._backward, **more: (backwards.append(1), real(*tensors, **more))[1])
     model = {**LLAMA, "max_position_embeddings": 256}
     architecture, given = read_architecture(load_config(model)), tokens(rows=2, length=256)
     documents = (torch.arange(256) >= 100).long().expand_as(given) if masked else None

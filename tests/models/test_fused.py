@@ -13,7 +13,9 @@ from megatrain.errors import ConfigError
 from megatrain.models import fused
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.models.rotary import rotations
+from megatrain.parallel import layers
 from megatrain.parallel.grid import make_grid
+from megatrain.parallel.kernels import compiled
 from megatrain.parallel.sharding import parameters
 from megatrain.train.build import build_stage
 
@@ -24,14 +26,14 @@ QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 8}
 def gradients(model, dtype: torch.dtype, *, compile: bool, recompute: str) -> dict[str, torch.Tensor]:
     config = configuration.from_dict({"train": {"recompute": recompute, "compile": compile}})
     architecture = read_architecture(load_config(model))
-    layers = build_stage(config, architecture, make_grid(0, connect=False), "cpu").chunks[0]
-    scramble(layers)
-    layers.to(dtype)
+    stage = build_stage(config, architecture, make_grid(0, connect=False), "cpu").chunks[0]
+    scramble(stage)
+    stage.to(dtype)
     microbatch = context(architecture, tokens())
     microbatch.rotations = rotations(microbatch.positions, architecture, dtype)
-    value = loss(layers, microbatch)
+    value = loss(stage, microbatch)
     value.backward()
-    return {"loss": value.detach()} | {declaration.name: parameter.grad.float() for declaration, parameter in parameters(layers)}
+    return {"loss": value.detach()} | {declaration.name: parameter.grad.float() for declaration, parameter in parameters(stage)}
 
 
 @needs_compiler
@@ -40,14 +42,15 @@ def gradients(model, dtype: torch.dtype, *, compile: bool, recompute: str) -> di
 def test_a_compiled_model_has_the_same_gradients(dtype, recompute, monkeypatch):
     """In bf16 as near to fp32 as when nothing is compiled. With norms of queries and keys; with RMSNorm that adds one and tanh-gelu gates."""
     calls = []
-    monkeypatch.setattr(fused, "_compiled", lambda function, real=fused._compiled: (calls.append(function.__name__), real(function))[1])
+    for module in (fused, layers):
+        monkeypatch.setattr(module, "compiled", lambda function: (calls.append(function.__name__), compiled(function))[1])
     gemma = {**LLAMA, "model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
     for model in (QWEN3, gemma):
         exact = gradients(model, torch.float32, compile=False, recompute=recompute)
         plain = gradients(model, dtype, compile=False, recompute=recompute)
         assert not calls
         found = gradients(model, dtype, compile=True, recompute=recompute)
-        assert set(calls) == {"_normalise", "_normalise_back", "_gate", "_gate_back", "_turn", "_turn_back"}
+        assert set(calls) == {"_normalise", "_normalise_back", "_gate", "_gate_back", "_turn", "_turn_back", "_cross_entropy"}
         calls.clear()
         for name, gradient in exact.items():
             error, usual = (float((those[name] - gradient).norm() / gradient.norm()) for those in (found, plain))
