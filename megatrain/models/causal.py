@@ -73,7 +73,8 @@ class _CausalAttention(torch.autograd.Function):
         tensors = arrange(q, k, v, y, log_sums / -rest, dy, exact, block)
         rows = q.shape[1] // shape[1] * q.shape[2]
         some = max(4 * torch.get_num_threads(), SCORES // (rows * q.shape[2]))
-        parts = [backward(*part, rest=rest, block=block) for part in zip(*(x.split(some, dim=-3) for x in tensors), strict=True)]
+        parts = [backward(queries, dout, keys, values, rest, block)
+                 for queries, dout, keys, values in zip(*(x.split(some, dim=-3) for x in tensors), strict=True)]  # fmt: skip
         dq, dk, dv = parts[0] if len(parts) == 1 else (torch.cat(found, dim=-3) for found in zip(*parts, strict=True))
         return restore(dq, ctx.scale, shape, block), dk.view(shape), dv.view(shape), None, None
 
