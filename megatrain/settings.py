@@ -108,7 +108,7 @@ class Train:
     recompute: Literal["none", "selective", "full"] = setting(
         "none", "What the backward computes again instead of keeping: nothing, attention and MLP inner parts, or whole blocks."
     )
-    compile: bool = setting(False, "Compile norms, gated activations and rotations into one kernel each; needs a C++ compiler on CPUs, triton on GPUs.")
+    compile: bool = setting(False, "Compile norms, gated activations, rotations and the like into one kernel each; needs a C++ compiler on CPUs, triton on GPUs.")
     eval_every: int = setting(0, "Steps between evaluations; 0 evaluates never.")
     eval_batches: int = setting(10, "Global batches in one evaluation.")
     save_every: int = setting(0, "Steps between checkpoints; 0 saves at the end only.")

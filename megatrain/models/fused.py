@@ -1,8 +1,9 @@
 """What stands between matrix products and messages as one kernel each, made by torch.compile: for `train.compile`.
 
 Norms, gated activations and rotations read and write a layer's whole activations; written out, each of their steps does, and
-compiled they do once. Only these are compiled, forward and backward by themselves: products, attention, messages, gradients
-that are added up or left for later and recomputation stay as they are, on every layout. All layers share a kernel.
+compiled they do once. Only these are compiled, forward and backward by themselves, and what stands between the products of
+causal.py and the two ends of the cross-entropy: products, messages, gradients that are added up or left for later and
+recomputation stay as they are, on every layout. All layers share a kernel.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from megatrain.models.architecture import Architecture
 
 
-def check_compile(a: Architecture, *, on_gpu: bool) -> None:
+def check_compile(a: Architecture, *, tensor: int, on_gpu: bool) -> None:
     """Refuse to compile for a model that has nothing to be compiled, or on a machine that cannot."""
-    if a.norm != "rms" and not a.gated and not a.rotary:
-        raise ConfigError("train.compile", True, f"has nothing to compile in a {a.model_type} model: neither RMSNorm nor gates nor rotations",
-                          "leave it out")  # fmt: skip
+    if tensor > 1 and a.norm != "rms" and not a.gated and not a.rotary:
+        raise ConfigError("train.compile", True, f"has nothing to compile in a {a.model_type} model on tensor ranks: neither RMSNorm nor gates nor "
+                          "rotations, and its cross-entropy waits for messages", "leave it out, or set parallel.tensor=1")  # fmt: skip
     if on_gpu:
         if importlib.util.find_spec("triton") is None:
             raise ConfigError("train.compile", True, "needs triton for GPUs", "pip install triton, or leave it out")

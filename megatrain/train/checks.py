@@ -68,7 +68,7 @@ def layout_rules(config: Config, a: Architecture, world_size: int, *, on_gpu: bo
         lambda: _check_stages(config, a, world_size),
         lambda: _check_dtype(config, on_gpu=on_gpu),
         lambda: _check_positions(config, a),
-        lambda: check_compile(a, on_gpu=on_gpu) if config.train.compile else None,
+        lambda: check_compile(a, tensor=config.parallel.tensor, on_gpu=on_gpu) if config.train.compile else None,
     ]
 
 

@@ -71,18 +71,19 @@ def test_derivatives_of_gates(activation):
 
 def test_it_is_refused_without_a_compiler_and_where_nothing_is_compiled(monkeypatch, tmp_path):
     llama, gpt2 = (read_architecture(load_config(model)) for model in (LLAMA, GPT2))
-    with pytest.raises(ConfigError, match=r"train\.compile=true has nothing to compile in a gpt2 model"):
-        fused.check_compile(gpt2, on_gpu=False)
+    with pytest.raises(ConfigError, match=r"train\.compile=true has nothing to compile in a gpt2 model on tensor ranks"):
+        fused.check_compile(gpt2, tensor=2, on_gpu=False)
     monkeypatch.setenv("CXX", str(tmp_path / "c++"))
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler on CPUs.*CXX"):
-        fused.check_compile(llama, on_gpu=False)
+        fused.check_compile(llama, tensor=2, on_gpu=False)
     (tmp_path / "c++").write_text("#!/bin/sh\n")
     (tmp_path / "c++").chmod(0o755)
     monkeypatch.setattr(fused.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ConfigError, match=r"needs Python's headers"):
-        fused.check_compile(llama, on_gpu=False)
+        fused.check_compile(llama, tensor=2, on_gpu=False)
     (tmp_path / "Python.h").touch()
-    fused.check_compile(llama, on_gpu=False)
+    fused.check_compile(llama, tensor=2, on_gpu=False)
+    fused.check_compile(gpt2, tensor=1, on_gpu=False)
     monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs triton for GPUs"):
-        fused.check_compile(llama, on_gpu=True)
+        fused.check_compile(llama, tensor=2, on_gpu=True)
