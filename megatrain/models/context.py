@@ -24,6 +24,7 @@ class Context:
         adapters: whether low-rank adapters add to what they stand beside; without them the model is the one that they began from.
         reference: fp32 [B], log-probabilities that the objective compares with.
         log_probs, measured: left here by the objective, on the last stage alone; see `objective.py`.
+        masks: those made so far, by window; contexts whose masks are the same may share them.
     """
 
     tokens: Tensor
@@ -36,7 +37,7 @@ class Context:
     reference: Tensor | None = None
     log_probs: Tensor | None = None
     measured: Tensor | None = None
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor | None:
         """bool [B or 1, 1, S, S], true where attention is allowed; None when plain causal attention is meant.
@@ -46,9 +47,9 @@ class Context:
         length = self.tokens.shape[1]
         if window is not None and window >= length:
             window = None
-        if window not in self._masks:
-            self._masks[window] = self._make_mask(window, length)
-        return self._masks[window]
+        if window not in self.masks:
+            self.masks[window] = self._make_mask(window, length)
+        return self.masks[window]
 
     def _make_mask(self, window: int | None, length: int) -> Tensor | None:
         if window is None and self.documents is None:

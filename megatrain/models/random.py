@@ -44,12 +44,11 @@ def _slice(philox_key: int, shape: tuple[int, ...], part: tuple[slice, ...], mak
     width = matrix_shape[1]
     blocks = -(-width // 8)
     chunk = max(1, ROWS_AT_ONCE // width)
-    pieces = []
+    values = np.empty((rows.stop - rows.start, columns.stop - columns.start), np.float32)
     for first in range(rows.start, rows.stop, chunk):
         last = min(first + chunk, rows.stop)
-        pieces.append(make_rows(philox_key, first, last, blocks)[:, columns])
-    values = np.concatenate(pieces) if pieces else np.zeros((0, columns.stop - columns.start), np.float32)
-    return torch.from_numpy(np.ascontiguousarray(values)).view([s.stop - s.start for s in part])
+        values[first - rows.start : last - rows.start] = make_rows(philox_key, first, last, blocks)[:, columns]
+    return torch.from_numpy(values).view([s.stop - s.start for s in part])
 
 
 def _uniform_rows(philox_key: int, first: int, last: int, blocks: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from megatrain.settings import Optimizer
 
 STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",), "lion": ("exp_avg",)}
 """What each rule keeps for an element, beside the weight itself."""
+
+
+LANES = 16
+"""fp32 elements in a CPU's widest registers: torch's fused rules round what is left over at the end of a tensor in another way."""
 
 
 def decays(parameter: nn.Parameter, config: Optimizer) -> bool:
@@ -30,6 +34,16 @@ def decay_groups(parameters: Iterable[nn.Parameter], config: Optimizer) -> list[
         (decayed if decays(parameter, config) else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def is_at_both_ends(parameter: nn.Parameter) -> bool:
+    """Whether first and last stage hold a copy each: a tied matrix."""
+    return any(axis.name == "ends" for axis in sharding(parameter).summed)
+
+
+def lane_padding(group: Sequence[nn.Parameter], *, shards: int) -> int:
+    """Elements to add to a group with a tied matrix, so that no share of it has a rest: both ends then update their copies to the same bits."""
+    return -sum(parameter.numel() for parameter in group) % (LANES * shards) if any(map(is_at_both_ends, group)) else 0
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: Optimizer) -> torch.optim.Optimizer:

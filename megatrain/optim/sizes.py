@@ -21,7 +21,7 @@ from torch import nn
 
 from megatrain.config import Config
 from megatrain.optim import zero
-from megatrain.optim.groups import STATES, decay_groups
+from megatrain.optim.groups import STATES, decay_groups, lane_padding
 from megatrain.optim.zero import DTYPES
 
 MOST_GATHERED = 1_000_000_000
@@ -51,8 +51,9 @@ def state_sizes(stage: nn.Module, config: Config, *, data_size: int) -> StateSiz
     stage_parameters = list(stage.parameters())
     trained = [parameter for parameter in stage_parameters if parameter.requires_grad]
     frozen = sum(parameter.numel() for parameter in stage_parameters if not parameter.requires_grad)
-    groups = [[parameter.numel() for parameter in group["params"]] for group in decay_groups(trained, config.optimizer)] or [[1]]  # else a stand-in
     width, shards = DTYPES[config.train.dtype].itemsize, data_size if config.parallel.zero else 1
+    held = [group["params"] for group in decay_groups(trained, config.optimizer)]
+    groups = [[*(parameter.numel() for parameter in group), lane_padding(group, shards=shards)] for group in held] or [[1]]  # else a stand-in
     rest = _whole if config.parallel.zero == 3 else _flat
     elements = rest(groups, shards)
     counters = 4 * len(groups) if config.optimizer.name in ("adam", "adamw") else 0

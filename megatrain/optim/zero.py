@@ -5,6 +5,8 @@ to them in place, the rest is added after each backward. Before a step they are 
 parameter declares, then handed to DeepSpeed. ZeRO 0 is ZeRO 1 over a group of this rank alone, after a reduction of ours. ZeRO 2
 and 3 let DeepSpeed take the gradients as autograd makes them.
 
+Of a tied matrix first and last stage update a copy each, and checkpoints hold one: the two stay the same to the bit.
+
 All private calls into DeepSpeed 0.19 are in this file; tests/optim/test_zero.py holds them to plain torch.
 """
 
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.config import Config
-from megatrain.optim.groups import STATES, decay_groups, decays, make_optimizer
+from megatrain.optim.groups import STATES, decay_groups, decays, is_at_both_ends, lane_padding, make_optimizer
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Axis, Grid
 from megatrain.parallel.sharding import Sharding, declare, parameters, sharding
@@ -210,30 +212,37 @@ class Zero:
         if self.config.parallel.offload == "cpu":
             self.optimizer.reset_cpu_buffers()
 
-    def _sum_declared(self) -> None:
-        """All-reduce main_grads over the axes their parameters declare, one message an axis."""
+    def _sum_declared(self, *, ends: bool) -> None:
+        """All-reduce main_grads over the axes their parameters declare, one message an axis; those at both ends of the pipeline, or all others."""
         by_axis: dict[tuple[int, ...], tuple[Axis, list[Tensor]]] = {}
         for parameter in self.trained:
-            for axis in sharding(parameter).summed:
+            for axis in sharding(parameter).summed if is_at_both_ends(parameter) == ends else ():
                 by_axis.setdefault(axis.ranks, (axis, []))[1].append(parameter.main_grad)  # type: ignore[attr-defined]
         for axis, grads in by_axis.values():
             _all_reduce_together(grads, axis)
 
     def _reduce(self) -> None:
-        """Average over replicas and put the result where DeepSpeed's step looks."""
-        self._sum_declared()
+        """Average over replicas and put the result where DeepSpeed's step looks.
+
+        In which order replicas are added depends on the place in a message. So the two ends come last: a sum of two numbers has one order.
+        """
+        self._sum_declared(ends=False)
         if self._bf16:
             self.optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in self.optimizer.bf16_groups]
             for flat in self.optimizer.fp32_groups_gradients_flat if self.grid.data.size > 1 else []:
                 for part in flat.split(BUCKET):
                     dist.all_reduce(part, group=self.grid.data.group)
                 flat.div_(self.grid.data.size)
+            self._sum_declared(ends=True)
             return
         if self.config.parallel.zero == 0 and self.grid.data.size > 1:
             grads = [parameter.main_grad for parameter in self.trained]  # type: ignore[attr-defined]
             _all_reduce_together(grads, self.grid.data)
             for grad in grads:
                 grad.div_(self.grid.data.size)
+        elif self.grid.data.size > 2:
+            self._add_replicas_of_ends()
+        self._sum_declared(ends=True)
         for parameter in self.trained:
             if parameter.dtype == torch.float32:
                 parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
@@ -242,6 +251,13 @@ class Zero:
         self.optimizer.set_gradient_accumulation_boundary(True)
         with self.grid.beat.within("all-reduce", self.grid.data):
             self.optimizer.reduce_gradients(pipeline_parallel=False)
+
+    def _add_replicas_of_ends(self) -> None:
+        """Where DeepSpeed adds replicas up, the first brings the sum of what both ends hold, and the others nothing."""
+        for parameter in filter(is_at_both_ends, self.trained):
+            collectives.all_reduce(parameter.main_grad, self.grid.data)  # type: ignore[attr-defined]
+            if self.grid.data.rank > 0:
+                parameter.main_grad.zero_()  # type: ignore[attr-defined]
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -346,19 +362,21 @@ class Zero:
 
 
 def _with_stand_ins(stage: nn.Module, config: Config, grid: Grid) -> nn.Module:
-    """The stage, and for each of the optimizer's groups that another stage has and this one has not, a number that is no part of the model.
+    """The stage, and numbers that are no part of the model: one for each of the optimizer's groups that another stage has and this one has
+    not, and what `lane_padding` asks for.
 
     DeepSpeed reduces the norm group by group: a rank without a group would leave the others waiting for ever. All ranks call it together.
     """
-    like = next(stage.parameters())
-    here = [decays(parameter, config.optimizer) for parameter in stage.parameters() if parameter.requires_grad]
-    anywhere = collectives.all_reduce(torch.tensor([True in here, False in here], dtype=torch.int32, device=like.device), grid.model, op=dist.ReduceOp.MAX)
-    groups: list[tuple[Literal["matrix", "bias"], bool]] = [("matrix", True), ("bias", False)]
-    kinds = [kind for (kind, decayed), there in zip(groups, anywhere.tolist(), strict=True) if there and decayed not in here]
-    if not kinds:
-        return stage
-    stand_ins = [declare(nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device)), Sharding("", (1,), kind=kind, counted=False)) for kind in kinds]
-    return nn.ModuleDict({"stage": stage, "stand_ins": nn.ParameterList(stand_ins)})
+    like, trained = next(stage.parameters()), [parameter for parameter in stage.parameters() if parameter.requires_grad]
+    kinds: list[Literal["matrix", "bias"]] = ["matrix", "bias"]
+    groups = [[parameter for parameter in trained if decays(parameter, config.optimizer) == (kind == "matrix")] for kind in kinds]
+    anywhere = torch.tensor([len(group) > 0 for group in groups], dtype=torch.int32, device=like.device)
+    anywhere = collectives.all_reduce(anywhere, grid.model, op=dist.ReduceOp.MAX)
+    shards = grid.data.size if config.parallel.zero else 1
+    sizes = [lane_padding(group, shards=shards) if group else int(there) for group, there in zip(groups, anywhere.tolist(), strict=True)]
+    stand_ins = [declare(nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device)), Sharding("", (size,), kind=kind, counted=False))
+                 for kind, size in zip(kinds, sizes, strict=True) if size]  # fmt: skip
+    return nn.ModuleDict({"stage": stage, "stand_ins": nn.ParameterList(stand_ins)}) if stand_ins else stage
 
 
 def _largest_of(grads: list[Tensor]) -> Tensor:

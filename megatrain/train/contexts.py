@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,30 +17,36 @@ from megatrain.optim.zero import DTYPES
 from megatrain.parallel.grid import Grid
 
 
+class _Plain(NamedTuple):
+    """What microbatches of one length share where all their sequences count from 0 and nothing parts their documents."""
+
+    rotations: dict[str | None, Rotation]
+    masks: dict[int | None, Tensor | None]
+
+
 class Contexts:
     """Makes the contexts of a run's microbatches; what all of them share is made once."""
 
     def __init__(self, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> None:
         self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
-        self._plain_rotations: dict[int, dict[str | None, Rotation]] = {}
+        self._plain: dict[int, _Plain] = {}
 
     def make(self, batch: Batch, *, step: int | None, index: int) -> Context:
         """Of this data rank's microbatch `index`; `step` is None in evaluation, which drops nothing out."""
         batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
-        masked = self.config.data.document_mask or self.config.data.packing
+        parted = self.config.data.document_mask or self.config.data.packing
+        dtype = DTYPES[self.config.train.dtype]
+        shared = _Plain(rotations(batch.positions, self.architecture, dtype), {}) if parted else self._shared(batch.positions, dtype)
         microbatch = index * self.grid.data.size + self.grid.data.rank
         return Context(
             tokens=batch.tokens, labels=batch.labels, positions=batch.positions,
-            documents=batch.documents if masked else None, rotations=self._rotations(batch.positions, shared=not masked),
+            documents=batch.documents if parted else None, rotations=shared.rotations, masks=shared.masks,
             dropout_key=None if step is None else key(self.config.run.seed, step, microbatch),
         )  # fmt: skip
 
-    def _rotations(self, positions: Tensor, *, shared: bool) -> dict[str | None, Rotation]:
-        """Of the positions; where all sequences count from 0 alike, made once for each length."""
-        dtype = DTYPES[self.config.train.dtype]
-        if not shared:
-            return rotations(positions, self.architecture, dtype)
+    def _shared(self, positions: Tensor, dtype: torch.dtype) -> _Plain:
+        """Of sequences as long as these, made once for each length; the last length's is kept."""
         length = positions.shape[1]
-        if length not in self._plain_rotations:
-            self._plain_rotations = {length: rotations(positions[:1], self.architecture, dtype)}
-        return self._plain_rotations[length]
+        if length not in self._plain:
+            self._plain = {length: _Plain(rotations(positions[:1], self.architecture, dtype), {})}
+        return self._plain[length]

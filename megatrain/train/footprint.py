@@ -135,7 +135,7 @@ def _classify(head: ClassifierHead, flow: Flow, context: Context) -> Tensor:
 
 def _tensors(context: Context) -> list[Tensor]:
     """All that a context holds."""
-    fields = [context.tokens, context.labels, context.positions, context.documents, *context._masks.values()]
+    fields = [context.tokens, context.labels, context.positions, context.documents, *context.masks.values()]
     return [tensor for tensor in [*fields, *(part for turn in context.rotations.values() for part in turn)] if tensor is not None]
 
 

@@ -1,5 +1,6 @@
 """Initial weights do not know the layout: any rank's parts are slices of the same whole tensors."""
 
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -101,6 +102,21 @@ def test_any_part_of_a_tensor_can_be_made_alone():
         assert torch.equal(normal_slice(1, "name", shape, (rows, columns), std=2.0), all_of_it[rows, columns])
     vector = normal_slice(1, "name", (37,), (slice(0, 37),), std=1.0)
     assert torch.equal(normal_slice(1, "name", (37,), (slice(30, 37),), std=1.0), vector[30:])
+
+
+@pytest.mark.parametrize("part", [(slice(10_000, 15_000), slice(0, 64)), (slice(0, 40_000), slice(8, 16))], ids=["rows", "columns"])
+def test_a_part_takes_no_memory_of_the_whole(part, monkeypatch):
+    """An eighth of 10 MB, and a block's working room."""
+    monkeypatch.setattr("megatrain.models.random.ROWS_AT_ONCE", 1 << 12)
+    shape = (40_000, 64)
+    tracemalloc.start()
+    try:
+        made = normal_slice(1, "name", shape, part, std=1.0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert made.nbytes == 40_000 * 64 * 4 // 8
+    assert peak < 1.5 * made.nbytes
 
 
 def test_initial_values_are_the_same_for_ever():

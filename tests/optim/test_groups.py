@@ -1,10 +1,12 @@
-"""Which parameters decay."""
+"""Which parameters decay, and how they are updated."""
 
 import pytest
+import torch
 
+from megatrain import config as configuration
 from megatrain.config import Config
 from megatrain.models.architecture import load_config, read_architecture
-from megatrain.optim.groups import decay_groups, make_optimizer
+from megatrain.optim.groups import LANES, decay_groups, lane_padding, make_optimizer
 from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import sharding
 from megatrain.settings import Optimizer
@@ -47,3 +49,32 @@ def test_a_rule_takes_its_settings(name):
     expected |= {"momentum": 0.6} if name == "sgd" else {"betas": (0.7, 0.8)}
     expected |= {"eps": 0.01} if name.startswith("adam") else {}
     assert {key: group[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lion"])
+def test_what_fills_whole_registers_is_updated_alike_wherever_it_lies(name):
+    weights, *gradients = torch.randn(6, 256 * LANES, generator=torch.Generator().manual_seed(0))
+
+    def updated(size):
+        parts = [torch.nn.Parameter(part.clone()) for part in weights.split(size)]
+        optimizer = make_optimizer([{"params": parts, "weight_decay": 0.1}], Optimizer(name=name, lr=0.01))
+        for gradient in gradients:
+            for part, grad in zip(parts, gradient.split(size), strict=True):
+                part.grad = grad.clone()
+            optimizer.step()
+        return torch.cat([part.detach() for part in parts])
+
+    whole = updated(weights.numel())
+    assert all(whole.equal(updated(count * LANES)) for count in (1, 3, 64))
+
+
+@pytest.mark.parametrize(("tied", "pipeline"), [(True, 2), (True, 1), (False, 2)])
+def test_shares_of_a_matrix_at_both_ends_are_whole_registers(tied, pipeline):
+    model = {**LLAMA, "hidden_size": 20, "tie_word_embeddings": tied}
+    module = build_stage(configuration.from_dict({"parallel": {"pipeline": pipeline}}), read_architecture(load_config({**model, "num_hidden_layers": 2})),
+                         make_grid(0, pipeline=pipeline, connect=False), "cpu")  # fmt: skip
+    matrices, others = (group["params"] for group in decay_groups(module.parameters(), Optimizer()))
+    assert lane_padding(others, shards=3) == 0
+    padding = lane_padding(matrices, shards=3)
+    assert (padding > 0) == (tied and pipeline > 1)
+    assert not padding or (sum(p.numel() for p in matrices) + padding) % (3 * LANES) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -156,3 +157,40 @@ def test_bf16_stays_near_fp32(model, world, settings, tmp_path):
     """Rounding of weights and activations to 8 bits is all that differs from plain torch in fp32."""
     results = run_ranks(run_layout, world, layout(model, settings, **{"train.dtype": "bf16", "run.output_dir": str(tmp_path)}), folder=tmp_path)
     assert_equal(results, reference(model), losses=2e-4, norms=1e-2, gradient=2e-2)
+
+
+def run_tied(rank, world_size, rows):
+    """Of each row's run after three steps: elements of this rank's share of the optimizer's group with the tied matrix, and its pieces of the matrix."""
+    from megatrain.train.trainer import Trainer
+
+    found = []
+    for config in rows:
+        grid = make_grid(rank, pipeline=config.parallel.pipeline, data=config.data_size(world_size))
+        trainer = Trainer(config, read_architecture(load_config(config.model)), grid, torch.device("cpu"))
+        for step in range(1, 4):
+            trainer.step(step, microbatches(tokens(step), 1, grid.data))
+        share = sum(flat.numel() for flat in trainer.zero.optimizer.optimizer.param_groups[0]["params"])
+        found.append((share, [(f.start, f.tensors["master"].clone()) for f in trainer.zero.fragments() if f.sharding.kind == "embedding"]))
+    return found
+
+
+def test_a_tied_matrix_is_the_same_to_the_bit_at_both_ends(tmp_path):
+    """Each end updates its copy, and a checkpoint holds one: else a run that was killed would go on with other bits than one that was not.
+
+    Four replicas, which are added up in an order that the place in a message decides, and groups that would fill no whole registers.
+    """
+    odd = {**MODELS["tied"], "hidden_size": 20, "intermediate_size": 28, "num_attention_heads": 2, "num_key_value_heads": 1}
+    rows = []
+    for more in ({}, {"parallel.zero": 0}, {"train.dtype": "bf16"}, {"optimizer.name": "sgd"}, {"parallel.offload": "cpu"}):
+        settings = {"parallel.pipeline": 2, "train.micro_batch_size": 1, "optimizer.lr": 0.01, "optimizer.grad_clip": 0.0, **more}
+        rows.append(replace(make_config("tied", **settings), model=odd))
+    results = run_ranks(run_tied, 8, rows, folder=tmp_path)
+    for number, config in enumerate(rows):
+        ends = []
+        for stage in (results[:4], results[4:]):
+            ends.append(torch.full((67 * 20,), float("nan")))
+            for share, pieces in (of_rank[number] for of_rank in stage):
+                assert share % 16 == 0
+                for start, master in pieces:
+                    ends[-1][start : start + master.numel()] = master
+        assert ends[0].equal(ends[1]), (config.parallel, config.train.dtype, config.optimizer.name)
