@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from networks import transformers_twin
-from plain import assert_equal, make_stage, run_steps, train
+from plain import Trained, assert_equal, make_stage, run_steps, train
 from ranks import run_ranks
 from runs import checked, laid_over, microbatches
 from variants import BASES
@@ -34,6 +34,8 @@ PLAIN = tuple(MODELS)
 # Weights large enough that scores reach their caps and windows, norms and rotations show.
 MODELS |= {name: {**BASES[name], "num_hidden_layers": 5, "initializer_range": 0.1}
            for name in ("gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox", "starcoder2")}  # fmt: skip
+MODELS["dropping copies"] = {**MODELS["gpt2"], "embd_pdrop": 0.2, "resid_pdrop": 0.3}
+MODELS["dropping"] = {**MODELS["dropping copies"], "attn_pdrop": 0.1}
 
 
 def make_config(model: str, **settings):
@@ -157,6 +159,28 @@ def test_bf16_stays_near_fp32(model, world, settings, tmp_path):
     """Rounding of weights and activations to 8 bits is all that differs from plain torch in fp32."""
     results = run_ranks(run_layout, world, layout(model, settings, **{"train.dtype": "bf16", "run.output_dir": str(tmp_path)}), folder=tmp_path)
     assert_equal(results, reference(model), losses=2e-4, norms=1e-2, gradient=2e-2)
+
+
+DROPPING_ROWS = [
+    row("dropping", 2, **PP), row("dropping", 2, zero=3), row("dropping", 4, zero=1, recompute="full", **PP),
+    row("dropping", 2, schedule="zb-v", recompute="selective", **PP), row("dropping copies", 2, **TP),
+    row("dropping copies", 4, recompute="full", schedule="interleaved", **TP_PP),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process of ours."""
+    folder = tmp_path_factory.mktemp("alone")
+    return cache(lambda model: run_ranks(run_layout, 1, layout(model, {}, **{"run.output_dir": str(folder)}), folder=folder)[0])
+
+
+@pytest.mark.parametrize(("model", "world", "settings"), DROPPING_ROWS)
+def test_dropout_is_that_of_one_process(model, world, settings, alone, tmp_path):
+    """Where no rank has a part of what is dropped; masks of tensor ranks' own heads or tokens are theirs alone."""
+    results = run_ranks(run_layout, world, layout(model, settings, **{"run.output_dir": str(tmp_path)}), folder=tmp_path)
+    assert abs(alone(model).losses[0] / reference("gpt2").losses[0] - 1) > 1e-4, "something is dropped"
+    assert_equal([ran._replace(pieces=[]) for ran in results], Trained(alone(model).losses, alone(model).norms, {}), losses=2e-6)
 
 
 def run_tied(rank, world_size, rows):
