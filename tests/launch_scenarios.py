@@ -8,17 +8,20 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
+from ports import reserved_port
+
 from megatrain import config, machine
 from megatrain.beat import Everyone
 from megatrain.errors import DataError
+from megatrain.launch import supervisor
 from megatrain.launch.local import import_before_fork, run_local
 from megatrain.launch.rank import enter_rank
 from megatrain.place import from_environment
+from megatrain.watchdog import hub
 
 
 def folder_of(run):
@@ -179,9 +182,8 @@ def launch_locally(target, run, world_size):
 
 def launch_as_torchrun(target, run, world_size):
     """Start the ranks as a launcher does: RANK and its kin in the environment, nobody watching."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    return start_ranks(target, run, world_size, port)
+    with reserved_port() as port:
+        return start_ranks(target, run, world_size, port)
 
 
 def launch_as_torchrun_again(target, run, world_size):
@@ -251,6 +253,7 @@ def main():
 
     machine.set_environment(ranks_here=4)
     import_before_fork()
+    supervisor.SECONDS_FOR_CAUSES = hub.SECONDS_FOR_CAUSES = 60.0  # ranks of a busy machine take longer to say theirs
     del os.environ["OMP_NUM_THREADS"]
     for line in sys.stdin:
         order = json.loads(line)

@@ -98,7 +98,7 @@ def test_a_slow_layer_is_cut_around(model, ranks, tmp_path):
     """By the sleeps alone, what was settled on beats 1F1B on the cut by cost. Noise can only hide that, so it may be asked again."""
     config = layout(model, {"schedule": "auto", "pipeline": ranks}, **{"run.output_dir": str(tmp_path)})
     ratios = []
-    for _ in range(5):
+    for _ in range(10):
         assert_equal(run_ranks(train_sleeping, ranks, config, folder=tmp_path), reference(model), losses=2e-6)
         kept = choice(tmp_path)
         schedule = choose_schedule(kept["schedule"], ranks=ranks, microbatches=4, virtual=kept["virtual"])

@@ -7,12 +7,11 @@ import signal
 import time
 
 import commands
-import numpy as np
 import pytest
 import yaml
+from runs import write_tokens
 
 from megatrain import json_lines
-from megatrain.data.indexed import IndexedWriter
 from megatrain.train import events
 
 MODEL = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -24,9 +23,7 @@ FIRST, LAST = "checkpoints/step-00000005", f"checkpoints/step-{STEPS:08d}"
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    with IndexedWriter(folder / "tokens", vocab_size=67) as writer:
-        for document in np.random.default_rng(0).integers(0, 67, (40, 30)):
-            writer.add(document)
+    write_tokens(folder / "tokens")
     train = {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1, "save_every": 5}
     raw = {"model": MODEL, "parallel": {"pipeline": 2}, "data": {"train": str(folder / "tokens"), "sequence_length": 16}, "train": train}
     (folder / "run.yaml").write_text(yaml.safe_dump(raw))

@@ -12,15 +12,14 @@ import signal
 import commands
 import numpy as np
 import pytest
-import torch
 import yaml
 from ranks import run_ranks
-from safetensors import safe_open
+from runs import checked, lines, place, tensors, write_tokens
 
 from megatrain import config as configuration
 from megatrain.checkpoint import keep, load, manifest
 from megatrain.checkpoint.save import Progress
-from megatrain.data.indexed import IndexedDataset, IndexedWriter
+from megatrain.data.indexed import IndexedDataset
 from megatrain.data.samples import open_samples
 from megatrain.errors import UserError
 from megatrain.settings import Train
@@ -128,12 +127,10 @@ def pretrain(rank, world_size, raw, shift=False, fails=None):
     `shift` lets the data be without the window FIRST ... LAST; `fails` names a function that is called, and then dies.
     """
     from megatrain.data.samples import SampleSource
-    from megatrain.place import Place
     from megatrain.train.run import pretrain
     from megatrain.train.trainer import Trainer
 
-    config, losses, stopped = configuration.from_dict(raw), [], None
-    configuration.check(config)
+    losses, stopped = [], None
     patch, fetch, step = pytest.MonkeyPatch(), SampleSource.fetch, Trainer.step
 
     def recorded(*args, **more):
@@ -153,7 +150,7 @@ def pretrain(rank, world_size, raw, shift=False, fails=None):
 
         patch.setattr(*fails, dies)
     try:
-        pretrain(config, Place(rank, world_size, rank, world_size, "127.0.0.1", 29500))
+        pretrain(checked(raw), place(rank, world_size))
     except UserError as error:
         stopped = str(error)
     except KeyboardInterrupt:
@@ -175,9 +172,7 @@ def killed_in(rank, world_size, raw, where):
 def data(tmp_path_factory):
     """Tokens below 20, but for those of the samples of steps BEGAN and NOTICED."""
     folder = tmp_path_factory.mktemp("data")
-    with IndexedWriter(folder / "tokens", vocab_size=67) as writer:
-        for document in np.random.default_rng(0).integers(0, 20, (300, 40)):
-            writer.add(document)
+    write_tokens(folder / "tokens", documents=300, below=20)
     poison(folder, range((BEGAN - 1) * BATCH, NOTICED * BATCH))
     return folder
 
@@ -188,8 +183,8 @@ def poison(folder, positions):
     tokens = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r+")
     for position in positions:
         start = source.start(position)
-        for place in range(start + 1, start + LENGTH):  # its ends are neighbours' too
-            tokens[place % len(tokens)] = 20 + np.random.default_rng(place).integers(0, 47)
+        for at in range(start + 1, start + LENGTH):  # its ends are neighbours' too
+            tokens[at % len(tokens)] = 20 + np.random.default_rng(at).integers(0, 47)
     tokens.flush()
 
 
@@ -210,20 +205,6 @@ def runs(data):
 
 def checkpoint(run, step):
     return run / "checkpoints" / f"step-{step:08d}"
-
-
-def tensors(folder):
-    found = {}
-    for path in sorted(folder.rglob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                found[f"{path.relative_to(folder)}:{name}"] = file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
-    assert len(found) > 10
-    return found
-
-
-def lines(run, name="metrics.jsonl"):
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 def losses(run, name="metrics.jsonl"):

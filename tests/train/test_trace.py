@@ -164,7 +164,7 @@ def test_a_slow_layer_is_found_and_the_advice_gains_what_it_says(data, tmp_path)
     It can spoil an attempt as well, so there are several. Advice that is wrong is so in all of them.
     """
     before, after, said = [], [], []
-    for attempt in range(6):
+    for attempt in range(10):
         seconds, advice = sleeping_run(data, tmp_path / f"before-{attempt}")
         before += seconds
         said.append(advice[0].text)
