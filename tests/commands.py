@@ -119,11 +119,14 @@ def _fork(words: list[str], folder: str, where: str) -> int:
 
 
 def _serve() -> None:
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
     import transformers.models.auto.tokenization_auto  # noqa: F401
 
     import megatrain.train.run  # noqa: F401
-    from megatrain.launch.local import import_before_fork
+    from megatrain.launch.local import _die_with, import_before_fork
 
+    _die_with(os.getppid())
     import_before_fork()
     under_way: set[int] = set()
     for line in sys.stdin:

@@ -18,7 +18,7 @@ from megatrain import config, machine
 from megatrain.beat import Everyone
 from megatrain.errors import DataError
 from megatrain.launch import supervisor
-from megatrain.launch.local import import_before_fork, run_local
+from megatrain.launch.local import _die_with, import_before_fork, run_local
 from megatrain.launch.rank import enter_rank
 from megatrain.place import from_environment
 from megatrain.watchdog import hub
@@ -251,6 +251,7 @@ def start(order):
 def main():
     import torch  # noqa: F401  before any thread is asked for, so that ranks have to set theirs
 
+    _die_with(os.getppid())
     machine.set_environment(ranks_here=4)
     import_before_fork()
     supervisor.SECONDS_FOR_CAUSES = hub.SECONDS_FOR_CAUSES = 60.0  # ranks of a busy machine take longer to say theirs

@@ -28,11 +28,13 @@ class _Worker(NamedTuple):
 _worlds: dict[int, list[_Worker]] = {}
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, parent: int) -> None:
     import torch
 
+    from megatrain.launch.local import _die_with
     from megatrain.machine import forbid_builds
 
+    _die_with(parent)  # the end of a pipe that its siblings hold too would not be seen
     torch.set_num_threads(1)
     forbid_builds()
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -76,6 +78,8 @@ def _world(size: int) -> list[_Worker]:
 def _start(count: int) -> list[_Worker]:
     os.environ |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
     import deepspeed  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
     import transformers.models.auto.modeling_auto  # noqa: F401
 
     import megatrain.train.trainer  # noqa: F401
@@ -86,7 +90,7 @@ def _start(count: int) -> list[_Worker]:
     workers = []
     for _ in range(count):
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there,), daemon=True)
+        process = context.Process(target=_serve, args=(there, os.getpid()), daemon=True)
         process.start()
         there.close()
         workers.append(_Worker(process, here))
@@ -96,10 +100,14 @@ def _start(count: int) -> list[_Worker]:
 @atexit.register
 def stop() -> None:
     """End all ranks; the next call starts new ones."""
-    for worker in (worker for world in _worlds.values() for worker in world):
+    for size in [*_worlds]:
+        _stop(size)
+
+
+def _stop(size: int) -> None:
+    for worker in _worlds.pop(size):
         worker.process.kill()
         worker.process.join()
-    _worlds.clear()
 
 
 def run_ranks(function: Any, world_size: int, *args: Any, folder: Path, timeout: float = 300.0) -> list[Any]:
@@ -114,7 +122,7 @@ def run_ranks(function: Any, world_size: int, *args: Any, folder: Path, timeout:
         waiting = {workers[rank].pipe: rank for rank in range(world_size) if rank not in results}
         ready = multiprocessing.connection.wait(list(waiting), max(0.0, until - time.monotonic()))
         if not ready:
-            stop()
+            _stop(world_size)
             raise AssertionError(f"ranks {sorted(waiting.values())} gave no answer in {timeout:.0f} s")
         for pipe in ready:
             try:
@@ -122,7 +130,7 @@ def run_ranks(function: Any, world_size: int, *args: Any, folder: Path, timeout:
             except EOFError:
                 result, error = None, "its process is gone"
             if error is not None:
-                stop()  # the others may wait for it for ever
+                _stop(world_size)  # the others may wait for it for ever
                 raise AssertionError(f"rank {waiting[pipe]}:\n{error}")
             results[waiting[pipe]] = result
     return [results[rank] for rank in range(world_size)]

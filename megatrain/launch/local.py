@@ -125,6 +125,7 @@ def _context(world_size: int) -> ForkContext | SpawnContext:
 _IMPORTED_LATE = (
     "accelerate",
     "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # brings torch's compiler, half a second of each rank's start
     "functorch.compile",
     "torch._dynamo",
     "transformers.modeling_utils",
