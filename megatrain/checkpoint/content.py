@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.checkpoint.optimizer_folder import Snapshot, snapshot
 from megatrain.optim.zero import Zero
-from megatrain.parallel.collectives import all_gather
+from megatrain.parallel.collectives import all_gather, gather_objects
 from megatrain.parallel.grid import Grid
 from megatrain.parallel.sharding import Sharding, parameters
 
@@ -45,7 +44,7 @@ def _whole_tensors(zero: Zero, grid: Grid) -> Iterator[tuple[str, Tensor]]:
     if grid.data.rank != 0 and zero.config.parallel.zero != 3:
         return
     mine = [(declaration, parameter) for declaration, parameter in parameters(zero.stage) if parameter.requires_grad]
-    declarations = _declarations([replace(declaration, summed=()) for declaration, _ in mine], grid)
+    declarations = gather_objects([replace(declaration, summed=()) for declaration, _ in mine], grid.tensor)
     last = {declaration.name: index for index, (declaration, _) in enumerate(mine)}
     building: dict[str, Tensor] = {}
     for index, (declaration, parameter) in enumerate(mine):
@@ -64,12 +63,3 @@ def _whole_tensors(zero: Zero, grid: Grid) -> Iterator[tuple[str, Tensor]]:
 def _written_here(declarations: list[list[Sharding]], index: int) -> bool:
     """A tensor is written by the stage that counts it; the other end's copy of a tied embedding is not."""
     return any(their[index].counted for their in declarations)
-
-
-def _declarations(mine: list[Sharding], grid: Grid) -> list[list[Sharding]]:
-    """The declarations of all tensor ranks, in rank order."""
-    if grid.tensor.size == 1:
-        return [mine]
-    theirs: list[Any] = [None] * grid.tensor.size
-    dist.all_gather_object(theirs, mine, group=grid.tensor.group)
-    return theirs

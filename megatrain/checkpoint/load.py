@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
 from megatrain.checkpoint import adapter, keep, manifest
 from megatrain.checkpoint.optimizer_folder import OptimizerFolder
 from megatrain.checkpoint.save import Progress, layout
@@ -18,6 +16,7 @@ from megatrain.config import Config
 from megatrain.errors import CheckpointError, shown
 from megatrain.models.architecture import Architecture, differences
 from megatrain.optim.zero import LossScale, Zero
+from megatrain.parallel.collectives import gather_objects
 from megatrain.parallel.grid import Grid
 
 
@@ -89,10 +88,7 @@ def load(path: Path, *, zero: Zero, config: Config, grid: Grid) -> Progress:
     for fragment in zero.fragments():
         folder.fill(fragment)
         wanted.add(fragment.sharding.name)
-    everyone: list[Any] = [None] * grid.world_size
-    with grid.beat.within("all-gather", grid.world):
-        dist.all_gather_object(everyone, wanted)
-    unused = folder.names().difference(*everyone)
+    unused = folder.names().difference(*gather_objects(wanted, grid.world))
     if unused:
         raise CheckpointError(f"{folder.folder} holds {min(unused)}, which this run has no place for")
     zero.updates = trainer.progress.updates

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megatrain.checkpoint import keep, save
@@ -29,6 +28,7 @@ from megatrain.config import Config
 from megatrain.errors import CheckpointError
 from megatrain.models.architecture import Architecture
 from megatrain.optim.zero import Zero
+from megatrain.parallel.collectives import gather_objects
 from megatrain.parallel.grid import Grid
 
 Describe = Callable[[Path], None]
@@ -138,9 +138,7 @@ class Saver:
             outcome: tuple[Any, str | None] = (work(), None)
         except (OSError, RuntimeError, ValueError, MemoryError, SafetensorError, CheckpointError) as error:
             outcome = (None, f"rank {self._grid.rank} could not write the checkpoint: {error}")
-        outcomes: list[Any] = [None] * self._grid.world_size
-        with self._grid.beat.within("all-gather", self._grid.world):
-            dist.all_gather_object(outcomes, outcome)
+        outcomes = gather_objects(outcome, self._grid.world)
         failure = next((text for _, text in outcomes if text), None)
         if failure is not None:
             if cleanup is not None and self._grid.rank == 0:

@@ -231,7 +231,7 @@ class Zero:
             self.optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in self.optimizer.bf16_groups]
             for flat in self.optimizer.fp32_groups_gradients_flat if self.grid.data.size > 1 else []:
                 for part in flat.split(BUCKET):
-                    dist.all_reduce(part, group=self.grid.data.group)
+                    collectives.all_reduce(part, self.grid.data)
                 flat.div_(self.grid.data.size)
             self._sum_declared(ends=True)
             return

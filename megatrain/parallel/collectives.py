@@ -12,17 +12,22 @@ The letters of Megatron-LM (arXiv 1909.08053, section 3; sequence parallelism: a
 
 An axis of size 1 makes each the identity. "Sequence" is dim 0 of the tensors, so parts are contiguous. Tensors without memory (torch's
 meta device) are exchanged in shape alone, with nobody.
+
+What is no tensor is gathered and broadcast too. Each collective is noted while it lasts, and no longer: a rank that works before it is
+what the others are seen to wait for.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.parallel.grid import Axis
+
+T = TypeVar("T")
 
 
 def all_reduce(x: Tensor, axis: Axis, *, op: Any = None) -> Tensor:
@@ -61,6 +66,33 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
 def own_part(x: Tensor, axis: Axis) -> Tensor:
     """This rank's part along dim 0."""
     return x.chunk(axis.size)[axis.rank].contiguous() if axis.size > 1 else x
+
+
+def gather_objects(value: T, axis: Axis) -> list[T]:
+    """What each rank of the axis has, in rank order, on all of them."""
+    if axis.size == 1:
+        return [value]
+    everyone: list[Any] = [None] * axis.size
+    with axis.beat.within("all-gather", axis):
+        dist.all_gather_object(everyone, value, group=axis.group)
+    return everyone
+
+
+def broadcast_object(value: T, axis: Axis) -> T:
+    """What the axis' first rank has, on all of them; those of the others do not matter."""
+    if axis.size == 1:
+        return value
+    values: list[Any] = [value]
+    with axis.beat.within("broadcast", axis):
+        dist.broadcast_object_list(values, src=axis.ranks[0], group=axis.group)
+    return values[0]
+
+
+def barrier(axis: Axis) -> None:
+    """No rank of the axis returns before all have come."""
+    if axis.size > 1:
+        with axis.beat.within("barrier", axis):
+            dist.barrier(axis.group)
 
 
 class _Copy(torch.autograd.Function):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatrain.beat import Beat
+from megatrain.beat import Beat, Everyone
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -88,25 +88,25 @@ def make_grid(rank: int, *, tensor: int = 1, pipeline: int = 1, data: int = 1, c
     beat = beat or Beat()
     axes = {name: _axis(rank, groups, connect, name, beat) for name, groups in lines.items()}
     world = Axis(rank, ranks.size, tuple(range(ranks.size)), name="world", beat=beat)
-    return Grid(rank=rank, world_size=ranks.size, world=world, singleton=new_group((rank,)) if connect else None, **axes)
+    return Grid(rank=rank, world_size=ranks.size, world=world, singleton=new_group((rank,), name="singleton", beat=beat) if connect else None, **axes)
 
 
 def part_of(axis: Axis, size: int) -> Axis:
     """The `size` neighbours of this rank on the axis: ranks [k*size, (k+1)*size) of it. All of the axis call it together."""
     first = axis.rank // size * size
     ranks = axis.ranks[first : first + size]
-    group = new_group(ranks) if axis.group is not None and size > 1 else None
+    group = new_group(ranks, name=axis.name, beat=axis.beat) if axis.group is not None and size > 1 else None
     return Axis(rank=axis.rank - first, size=size, ranks=ranks, group=group, name=axis.name, beat=axis.beat)
 
 
 def _axis(rank: int, lines: np.ndarray, connect: bool, name: str, beat: Beat) -> Axis:
     mine = next((tuple(line) for line in lines.tolist() if rank in line), (rank,))
     # Also for a rank alone on a line of others' (see new_group).
-    group = new_group(mine) if connect and lines.shape[1] > 1 else None
+    group = new_group(mine, name=name, beat=beat) if connect and lines.shape[1] > 1 else None
     return Axis(rank=mine.index(rank), size=len(mine), ranks=mine, group=group if len(mine) > 1 else None, name=name, beat=beat)
 
 
-def new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+def new_group(ranks: tuple[int, ...], *, name: str, beat: Beat) -> dist.ProcessGroup:
     """A group of `ranks`, this one included. Only they meet, so that a grid costs the same on 4 ranks and on 4096.
 
     torch names the group after its ranks and the number of groups that the caller made before. Unless all ranks of the
@@ -115,4 +115,5 @@ def new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     """
     import torch.distributed as dist
 
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+    with beat.within("making the group", Everyone(ranks, name)):
+        return dist.new_group(list(ranks), use_local_synchronization=True)

@@ -54,7 +54,8 @@ class Channels:
     def _connect(self, pairs: list[tuple[int, int]]) -> None:
         """One round of groups: the pairs share no rank, so each rank makes two, of itself where it is in no pair (new_group)."""
         pair = next((pair for pair in pairs if self.axis.rank in pair), (self.axis.rank,))
-        up, down = (new_group(tuple(self.axis.ranks[rank] for rank in pair)) for _ in range(2))
+        ranks = tuple(self.axis.ranks[rank] for rank in pair)
+        up, down = (new_group(ranks, name="channel", beat=self.axis.beat) for _ in range(2))
         if len(pair) == 1:
             return
         lower, upper = pair

@@ -26,7 +26,8 @@ from megatrain.config import Config
 from megatrain.data.loader import Batch
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture
-from megatrain.parallel.grid import Grid
+from megatrain.parallel.collectives import all_reduce, broadcast_object
+from megatrain.parallel.grid import Axis, Grid
 from megatrain.pipeline.actions import Schedule
 from megatrain.pipeline.channels import Channels
 from megatrain.pipeline.choose import choose_schedule
@@ -82,11 +83,11 @@ def settle_schedule(config: Config, architecture: Architecture, grid: Grid, devi
     if grid.pipeline.size == 1:
         return Settled(_replaced(config, schedule="1f1b"))
     asked = _asked(config, architecture, grid)
-    choice = _from_rank_0(_read(config, asked) if resumed and grid.rank == 0 else None, device)
+    choice = broadcast_object(_read(config, asked) if resumed and grid.rank == 0 else None, grid.world)
     channels = None
     if choice is None:
         calibration = Calibration(config, architecture, grid, device, batches())
-        choice, channels = _measure(calibration, _limit(config, device, ranks_here)), calibration.channels
+        choice, channels = _measure(calibration, _limit(config, grid.world, device, ranks_here)), calibration.channels
         if grid.rank == 0:
             _write(config, asked, choice)
     if grid.rank == 0:
@@ -105,9 +106,12 @@ def _measure(calibration: Calibration, limit: float) -> _Choice:
     costs, seconds = calibration.base(_config_of(config, schedule, counts), schedule)
     search: tuple[Plan, list[Plan]] | None = None
     if costs is not None:
+        grid.beat.phase("choosing a schedule")
         search = (plan_of(costs, schedule, tuple(counts)),
                   find_plans(costs, ranks=grid.pipeline.size, microbatches=len(calibration.batches), limit=limit))  # fmt: skip
-    base, plans = _from_rank_0(search, calibration.device)
+    search = broadcast_object(search, grid.world)
+    assert search is not None, "made on rank 0"
+    base, plans = search
     fits = max(base.memory) <= limit or config.parallel.memory_gib is None
     if not fits and not plans:
         raise ConfigError("parallel.memory_gib", config.parallel.memory_gib, "is less than any schedule takes on its fullest rank",
@@ -140,19 +144,12 @@ def _try(calibration: Calibration, plans: list[Plan], base: Plan, seconds: float
     return tried
 
 
-def _limit(config: Config, device: torch.device, ranks_here: int) -> float:
+def _limit(config: Config, world: Axis, device: torch.device, ranks_here: int) -> float:
     """Bytes that each rank may hold: as told, else what the fullest machine has for one."""
     if config.parallel.memory_gib is not None:
         return config.parallel.memory_gib * 2**30
     mine = torch.tensor(OF_FREE * machine.free_memory(device, ranks_here), dtype=torch.float64, device=device)
-    dist.all_reduce(mine, op=dist.ReduceOp.MIN)
-    return float(mine)
-
-
-def _from_rank_0(value: Any, device: torch.device) -> Any:
-    values = [value]
-    dist.broadcast_object_list(values, src=0, device=device)
-    return values[0]
+    return float(all_reduce(mine, world, op=dist.ReduceOp.MIN))
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.models.context import Context
 from megatrain.models.decoder import layer_list
+from megatrain.parallel.collectives import gather_objects
 from megatrain.parallel.sharding import sharding
 from megatrain.train.build import rank_specs
 
@@ -147,9 +147,7 @@ def _ranks(trainer: Trainer, mine: bool) -> list[int]:
 
 
 def _gathered(trainer: Trainer, mine: list[T]) -> list[T]:
-    everyone: list[list[T]] = [[] for _ in range(trainer.grid.world_size)]
-    dist.all_gather_object(everyone, mine)
-    return [item for items in everyone for item in items]
+    return [item for items in gather_objects(mine, trainer.grid.world) for item in items]
 
 
 def _named(ranks: Iterable[int]) -> str:

@@ -24,6 +24,7 @@ from megatrain.models.architecture import Architecture
 from megatrain.models.quantize import quantized_bytes
 from megatrain.optim.discard import Discard
 from megatrain.optim.groups import STATES
+from megatrain.parallel.collectives import all_reduce, barrier, gather_objects
 from megatrain.parallel.grid import Grid
 from megatrain.pipeline.actions import Schedule
 from megatrain.pipeline.channels import Channels
@@ -73,21 +74,19 @@ class Calibration:
         return Trainer(config, self.architecture, self.grid, self.device, schedule=schedule, channels=self.channels, optimizer=Discard)
 
     def _step_seconds(self, trainer: Trainer) -> float:
-        dist.barrier()
+        barrier(self.grid.world)
         started = time.perf_counter()
         trainer.step(1, self.batches)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=self.device)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        return float(seconds)
+        return float(all_reduce(seconds, self.grid.world, op=dist.ReduceOp.MAX))
 
     def _costs(self, trainer: Trainer) -> MeasuredCosts | None:
         """Forwards and whole backwards from 1F1B, backwards in two parts from ZB-H1.
 
         Of the first replica's first tensor ranks: what others do differently shows in the seconds of whole steps.
         """
-        speaks = self.grid.data.rank == self.grid.tensor.rank == 0
         with layer_bytes(own_layers(trainer), self._state_bytes_per_weight()) as sizes:
             trainer.step(1, self.batches)
         traces: list[RankTrace] = []
@@ -99,8 +98,8 @@ class Calibration:
                 with tracer.watch(step):
                     trainer.step(1, self.batches)
         trainer.follow(plain)
-        found = [mine for mine in _gathered((traces, sizes) if speaks else None, self.grid) if mine is not None]
-        return _costs_of([of_rank for of_rank, _ in found], [size for _, of_rank in found for size in of_rank]) if found else None
+        found = gather_objects((traces, sizes), self.grid.pipeline)
+        return _costs_of([of_rank for of_rank, _ in found], [size for _, of_rank in found for size in of_rank]) if self.grid.rank == 0 else None
 
     def _state_bytes_per_weight(self) -> float:
         """Of the run, beside the weight: its fp32 gradient, and this rank's share of master and states."""
@@ -108,13 +107,6 @@ class Calibration:
         optimizer = 4 * (1 + len(STATES[self.config.optimizer.name]))
         share = 0.0 if p.offload == "cpu" else optimizer / (self.grid.data.size if p.zero else 1)
         return 4 + share
-
-
-def _gathered(mine: Any, grid: Grid) -> list[Any]:
-    """What all ranks have, on rank 0; nothing elsewhere."""
-    everyone: list[Any] | None = [None] * grid.world_size if grid.rank == 0 else None
-    dist.gather_object(mine, everyone)
-    return everyone or []
 
 
 def _costs_of(traces: list[list[RankTrace]], sizes: list[LayerSize]) -> MeasuredCosts:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatrain.checkpoint.descriptions import Chat
 from megatrain.config import Config
@@ -22,6 +21,8 @@ from megatrain.errors import ConfigError
 from megatrain.models.architecture import Architecture, Classifier, load_config
 from megatrain.models.classifier import ClassifierHead
 from megatrain.models.labels import PROBLEMS, with_classifier
+from megatrain.parallel.collectives import gather_objects
+from megatrain.parallel.grid import Axis
 from megatrain.settings import changed
 from megatrain.targets import MOST_CLASSES, decode
 from megatrain.train import label_metrics
@@ -98,8 +99,7 @@ class Classification(Task):
         figures: Figures = {}
         with watched(trainer.stage, first_copy=trainer.grid.tensor.rank == 0) as outcomes:
             yield figures
-        with trainer.grid.beat.within("all-gather", trainer.grid.world):
-            scores, numbers = _gathered(outcomes, trainer.grid.world_size)
+        scores, numbers = _gathered(outcomes, trainer.grid.world)
         classifier = _classifier(trainer.architecture)
         figures.update({f"valid_{name}": value for name, value in figures_of(scores, numbers, classifier).items()})
         if trainer.grid.rank == 0 and classifier.problem == "single-label":
@@ -164,13 +164,9 @@ def watched(stage: torch.nn.Module, *, first_copy: bool) -> Iterator[list[tuple[
             head.outcomes = None
 
 
-def _gathered(outcomes: list[tuple[Matrix, Matrix]], world_size: int) -> tuple[Matrix, Matrix]:
+def _gathered(outcomes: list[tuple[Matrix, Matrix]], world: Axis) -> tuple[Matrix, Matrix]:
     """Of all ranks, on all ranks: scores [n, classes] and numbers [n]."""
-    everyone: list[list[tuple[Matrix, Matrix]]] = [outcomes]
-    if world_size > 1:
-        everyone = [[] for _ in range(world_size)]
-        dist.all_gather_object(everyone, outcomes)
-    parts = [part for some in everyone for part in some]
+    parts = [part for some in gather_objects(outcomes, world) for part in some]
     return np.concatenate([scores for scores, _ in parts]), np.concatenate([numbers for _, numbers in parts])
 
 

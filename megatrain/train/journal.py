@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatrain import __version__, machine
 from megatrain.checkpoint import keep
@@ -27,6 +26,7 @@ from megatrain.config import Config, to_yaml
 from megatrain.launch.failure import describe
 from megatrain.log import rank_lines
 from megatrain.models.architecture import Architecture
+from megatrain.parallel.collectives import gather_objects
 from megatrain.parallel.grid import Grid
 from megatrain.place import Place, attempt
 from megatrain.train import console, rollback
@@ -74,8 +74,7 @@ class Journal:
             logger.info(run_header(self._config, self._architecture, self._world_size, self._gpu or "cpu"))
         self.say([*lines, why])
         self._resumes = {} if path is None else {"from": path, "why": why}
-        hosts: list[Any] = [None] * self._world_size
-        dist.all_gather_object(hosts, socket.gethostname())
+        hosts = gather_objects(socket.gethostname(), grid.world)
         p = self._config.parallel
         layout = {"tensor": grid.tensor.size, "pipeline": grid.pipeline.size, "data": grid.data.size, "zero": p.zero, "schedule": p.schedule}
         self.events.write("start", ranks=self._world_size, hosts=sorted(set(hosts)), device=self._gpu or "cpu", layout=layout,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from megatrain import machine
 from megatrain.beat import Beat
@@ -19,6 +18,7 @@ from megatrain.checkpoint.saver import Saver
 from megatrain.config import Config
 from megatrain.data.loader import Loader
 from megatrain.models.architecture import Architecture
+from megatrain.parallel.collectives import broadcast_object
 from megatrain.parallel.grid import Grid, make_grid
 from megatrain.place import Place
 from megatrain.train import rollback
@@ -86,7 +86,7 @@ def make_parts(asked: Config, place: Place, task: Task, beat: Beat) -> Parts:
         beat.phase("loading the checkpoint")
         journal.say(loading.notes(path, config, grid))
         progress = loading.load(path, zero=trainer.zero, config=config, grid=grid)
-    progress = rollback.resume(folder, progress)
+    progress = rollback.resume(folder, progress, world=grid.world)
     chat = task.chat(config) if grid.rank == 0 else None
     saver = Saver(folder / "checkpoints", zero=trainer.zero, config=config, architecture=architecture, grid=grid,
                   describe=lambda folder: write_descriptions(folder, config, architecture, chat))  # fmt: skip
@@ -104,17 +104,16 @@ def make_parts(asked: Config, place: Place, task: Task, beat: Beat) -> Parts:
 
 def _choose(config: Config, architecture: Architecture, grid: Grid) -> tuple[Path | None, str]:
     """The checkpoint to go on from, and why. Rank 0 looks, for all: reading every file on every rank would take as many times as long."""
-    found: list[Any] = [None]
+    found: tuple[Path | None, str] = (None, "")
     if grid.rank == 0:
         grid.beat.phase("looking for a checkpoint")
         path, why = loading.choose(config, hashes=config.train.verify == "full")
         if path is not None:
             loading.check(path, config, architecture)
-        found = [(path, why)]
-    with grid.beat.within("broadcast", grid.world):
-        dist.broadcast_object_list(found, src=0)
+        found = path, why
+    found = broadcast_object(found, grid.world)
     grid.beat.phase("building the model")
-    return found[0]
+    return found
 
 
 def _pretrained(config: Config, architecture: Architecture, path: Path | None, journal: Journal) -> Pretrained | None:
@@ -151,12 +150,10 @@ def early_stop(config: Config, folder: Path, grid: Grid, progress: Progress) -> 
     if not train.early_stop:
         return None
     early = EarlyStop(patience=train.early_stop, metric=train.early_stop_metric)
-    lines: list[Any] = [None]
+    lines = []
     if grid.rank == 0:
-        lines = [[line for line in read(folder / FILE_NAME) if "valid_loss" in line and 0 < line["step"] <= progress.step]]
-    if grid.world_size > 1:
-        dist.broadcast_object_list(lines, src=0)
-    for line in lines[0]:
+        lines = [line for line in read(folder / FILE_NAME) if "valid_loss" in line and 0 < line["step"] <= progress.step]
+    for line in broadcast_object(lines, grid.world):
         if line["step"] % train.eval_every == 0:  # not the end of a part of the run
             early.add(line["step"], line)
     return early

@@ -22,6 +22,8 @@ from megatrain.config import Config
 from megatrain.data.loader import Batch
 from megatrain.errors import CheckpointError
 from megatrain.models.context import Context
+from megatrain.parallel import collectives
+from megatrain.parallel.grid import Axis
 
 if TYPE_CHECKING:
     from megatrain.train.trainer import Trainer
@@ -59,14 +61,13 @@ class Reference:
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}; delete it and start afresh") from None
 
-    def lacks(self, parts: Sequence[tuple[BatchesOf, int]]) -> bool:
+    def lacks(self, parts: Sequence[tuple[BatchesOf, int]], *, world: Axis) -> bool:
         """Whether any rank misses a sequence that it will need."""
         mine = any(used and key not in self.table for batch in _all(parts) for key, used in _rows(batch.tokens, batch.labels))
         asked = torch.tensor(int(mine))
         if dist.get_backend() == "nccl":
             asked = asked.cuda()
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+        return bool(collectives.all_reduce(asked, world, op=dist.ReduceOp.MAX))
 
     def compute(self, trainer: Trainer, parts: Sequence[tuple[BatchesOf, int]]) -> None:
         """Fill the table by forwards with the weights as they are, without adapters; all ranks call it together."""
@@ -83,9 +84,7 @@ class Reference:
                 done += 1
                 if trainer.grid.rank == 0 and done * 10 // total != (done - 1) * 10 // total:
                     logger.info(f"  reference log-probabilities: {done} of {total} batches")
-        everyone: list[dict[int, float]] = [{} for _ in range(trainer.grid.world_size)]
-        dist.all_gather_object(everyone, mine)
-        self.table = {key: value for part in everyone for key, value in part.items()}
+        self.table = {key: value for part in collectives.gather_objects(mine, trainer.grid.world) for key, value in part.items()}
         if trainer.grid.rank == 0:
             self._write()
 
@@ -100,7 +99,7 @@ def make_reference(config: Config, trainer: Trainer, parts: Sequence[tuple[Batch
     """The table for these batches: read, or computed where the weights are still those that it is of."""
     reference = Reference(Path(config.run.output_dir), _source(config))
     reference.read(resumed=resumed)
-    if reference.lacks(parts):
+    if reference.lacks(parts, world=trainer.grid.world):
         if resumed and not config.lora.rank:
             raise CheckpointError(f"{reference.path} lacks log-probabilities of these data, and only the weights that the run began from can make "
                                   "them; give the data and the file that it began with, or start another run")  # fmt: skip

@@ -19,12 +19,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
 from megatrain import json_lines
 from megatrain.checkpoint import keep, manifest
 from megatrain.checkpoint.save import Progress
 from megatrain.data.loader import Loader
+from megatrain.parallel.collectives import broadcast_object
+from megatrain.parallel.grid import Axis
 
 FILE_NAME = "skipped_samples.jsonl"
 NAMED = 100_000
@@ -44,17 +44,13 @@ def newest_from_before(since: int) -> int:
     return since - 2
 
 
-def find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool) -> Target:
+def find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool, world: Axis) -> Target:
     """The newest whole checkpoint of the run from before a spike that began at step `since`. Rank 0 looks, for all.
 
     `own` tells of a step whether its checkpoint is one that this run came from or has written: where an older one was resumed by hand,
     those of the steps after it are of a run that is no more.
     """
-    found = [Target(None)]
-    if dist.get_rank() == 0:
-        found = [_find(folder, since=since, own=own, hashes=hashes)]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return broadcast_object(_find(folder, since=since, own=own, hashes=hashes) if world.rank == 0 else Target(None), world)
 
 
 def _find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool) -> Target:
@@ -81,22 +77,20 @@ def commit(folder: Path, *, back: Progress, noticed: Progress, since: int, loade
     manifest.sync(folder / FILE_NAME)
 
 
-def resume(folder: Path, progress: Progress) -> Progress:
+def resume(folder: Path, progress: Progress, *, world: Axis) -> Progress:
     """Where a run goes on that starts at `progress`. All ranks call it together."""
-    if dist.get_rank() == 0:
+    if world.rank == 0:
         _forget_after(folder, progress.step)
-    return pass_over(folder, progress)
+    return pass_over(folder, progress, world=world)
 
 
-def pass_over(folder: Path, progress: Progress) -> Progress:
+def pass_over(folder: Path, progress: Progress, *, world: Axis) -> Progress:
     """With the position after the samples that the run has once passed over from there. All ranks call it together."""
-    samples = [progress.samples]
-    if dist.get_rank() == 0:
-        for line in skipped(folder):
-            if line["step"] == progress.step and line["first"] == samples[0]:
-                samples = [line["last"] + 1]
-    dist.broadcast_object_list(samples, src=0)
-    return progress._replace(samples=samples[0])
+    samples = progress.samples
+    for line in skipped(folder) if world.rank == 0 else ():
+        if line["step"] == progress.step and line["first"] == samples:
+            samples = line["last"] + 1
+    return progress._replace(samples=broadcast_object(samples, world))
 
 
 def skipped(folder: Path) -> Iterator[dict[str, Any]]:

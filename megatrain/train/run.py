@@ -174,7 +174,7 @@ class _Run:
         self._finish_saving()
         reached, train, folder = self.progress, self.config.train, self.parts.folder
         target = rollback.find(folder, since=since, own=lambda step: step <= self.parts.progress.step or step in self.saved,
-                               hashes=train.verify == "full")  # fmt: skip
+                               hashes=train.verify == "full", world=self.trainer.grid.world)  # fmt: skip
         if target.path is None:
             self.journal.stays(reached, target.passed)
             return False
@@ -182,7 +182,7 @@ class _Run:
             raise UserError(f"the run went back to {target.path} {target.times} times (train.max_rollbacks) and has trouble again at step {since}: lower "
                             "optimizer.lr, take an older checkpoint with train.resume=FOLDER, or look at the data that skipped_samples.jsonl names")  # fmt: skip
         back = loading.load(target.path, zero=self.trainer.zero, config=self.config, grid=self.trainer.grid)
-        back = rollback.pass_over(folder, back)
+        back = rollback.pass_over(folder, back, world=self.trainer.grid.world)
         self.journal.write(reached.step, values)
         if self.journal.is_kept:
             rollback.commit(folder, back=back, noticed=reached, since=since, loader=self.parts.train)

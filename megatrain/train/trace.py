@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from megatrain import machine
 from megatrain.config import to_dict
 from megatrain.models.decoder import Flow
+from megatrain.parallel.collectives import broadcast_object, gather_objects
+from megatrain.parallel.grid import Axis
 from megatrain.pipeline.executor import Record
 from megatrain.pipeline.traces import RankTrace, TracedAction, write_trace
 from megatrain.train.build import rank_specs
@@ -48,8 +50,8 @@ class Tracer:
         told = trainer.config.train.trace_steps
         self.steps = steps if steps is not None else range(0) if told is None else range(told[0], told[1] + 1)
         if self.steps:
-            self.run = _first_ranks(time.time())
-            self.clock = SharedClock()
+            self.run = broadcast_object(time.time(), trainer.grid.world)
+            self.clock = SharedClock(trainer.grid.world)
 
     @contextmanager
     def watch(self, step: int) -> Iterator[None]:
@@ -235,28 +237,28 @@ class SharedClock:
         asking: the first rank of each machine, rank 0 first.
     """
 
-    def __init__(self, machine: str | None = None) -> None:
-        self.rank, world_size = dist.get_rank(), dist.get_world_size()
-        self.machines: list[str] = [""] * world_size
-        dist.all_gather_object(self.machines, machine or machine_name())
+    def __init__(self, world: Axis, machine: str | None = None) -> None:
+        self.rank, self.world = world.rank, world
+        self.machines = gather_objects(machine or machine_name(), world)
         self.asking = sorted({name: rank for rank, name in reversed(list(enumerate(self.machines)))}.values())
         # Messages between CPUs, whatever the run's own groups are made for.
-        self.group = dist.new_group(self.asking, backend="gloo") if len(self.asking) > 1 else None
+        with world.beat.within("making a group of the", world):
+            self.group = dist.new_group(self.asking, backend="gloo") if len(self.asking) > 1 else None
 
     def offset(self) -> Offset:
         """The same on all ranks of a machine."""
         mine = Offset(0.0, 0.0)
         if self.rank in self.asking and self.group is not None:
             mine = self._answer() if self.rank == 0 else self._ask()
+            self.world.beat.note("comparing clocks")
         if self.group is None:
             return mine
-        everyone: list[Any] = [None] * len(self.machines)
-        dist.all_gather_object(everyone, mine)
-        return Offset(*everyone[self.machines.index(self.machines[self.rank])])
+        return gather_objects(mine, self.world)[self.machines.index(self.machines[self.rank])]
 
     def _answer(self) -> Offset:
         """Rank 0 tells each asking rank in turn what its clock says."""
         for peer in self.asking[1:]:
+            self.world.beat.receive("its question after the time", peer)
             for _ in range(EXCHANGES):
                 dist.recv(torch.empty(1, dtype=torch.float64), peer, group=self.group)
                 dist.send(torch.tensor([time.perf_counter()], dtype=torch.float64), peer, group=self.group)
@@ -264,6 +266,7 @@ class SharedClock:
 
     def _ask(self) -> Offset:
         best = Offset(0.0, float("inf"))
+        self.world.beat.receive("the time", 0)
         for _ in range(EXCHANGES):
             answer = torch.zeros(1, dtype=torch.float64)
             asked = time.perf_counter()
@@ -283,9 +286,3 @@ def machine_name() -> str:
     import socket
 
     return socket.gethostname()
-
-
-def _first_ranks(value: float) -> float:
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
