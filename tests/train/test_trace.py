@@ -17,6 +17,7 @@ from sleeping import sleeping
 from megatrain import config as configuration
 from megatrain.errors import ConfigError
 from megatrain.models.architecture import load_config, read_architecture
+from megatrain.parallel.grid import make_grid
 from megatrain.pipeline.actions import Action, Placement
 from megatrain.pipeline.advice import advise
 from megatrain.pipeline.executor import Record
@@ -86,7 +87,6 @@ def check_rank(trace):
 
 
 def hooks_left(rank, world_size, raw, folder):
-    from megatrain.parallel.grid import make_grid
     from megatrain.train.trace import Tracer
     from megatrain.train.trainer import Trainer
 
@@ -127,7 +127,7 @@ def read_clock(rank, world_size, skews, machines):
     """What each rank makes of rank 0's clock when its own is ahead by so much."""
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + skews[rank])
     with patch("megatrain.train.trace.time", clock):
-        return SharedClock(machines[rank]).offset()
+        return SharedClock(make_grid(rank, data=world_size).world, machines[rank]).offset()
 
 
 def test_clocks_of_other_machines_are_aligned(tmp_path):
