@@ -102,9 +102,11 @@ def test_in_a_run_nothing_is_waited_for_without_a_note(data, tmp_path):
     goes_on = settings(data, tmp_path, parallel={"data": 2, "zero": 1}, steps=6, dtype="bf16")
     found = [each for raw in (begun, goes_on) for each in run_ranks(pretrain, 2, raw, folder=tmp_path)]
     noted = set().union(*(noted for noted, _ in found))
-    assert {unnoted for _, of_rank in found for unnoted in of_rank} == set()
+    unnoted = set().union(*(unnoted for _, unnoted in found))
+    assert {where for _, where in unnoted if where.startswith("megatrain")} == set()
+    # DeepSpeed's own, outside a step: as the optimizer is made, and as masters become weights.
+    assert {name for name, _ in unnoted} <= {"broadcast", "all_gather_into_tensor"}
     assert {name for name, _ in noted} >= {"all_gather_object", "broadcast_object_list", "all_reduce", "barrier", "new_group", "recv"}
-    print(noted)
 
 
 def objects(rank, world_size):
