@@ -144,17 +144,6 @@ def sleep_over_data(run, place, beat):
     steps(beat, place.world_size, lambda step: time.sleep(600) if (step, place.rank) == (3, 1) else None)
 
 
-def sleep_over_checkpoints(run, place, beat):
-    """Rank 0 does, while the others wait to hear which one is gone back to."""
-    from megatrain.parallel.grid import make_grid
-    from megatrain.train import rollback
-
-    come_up(run, place)
-    grid = make_grid(place.rank, data=place.world_size, beat=beat)
-    beat.phase("going back to a checkpoint")
-    rollback.find(folder_of(run), since=3, own=lambda step: time.sleep(600), hashes=False, world=grid.world)
-
-
 def vanish(run, place, beat):
     """The rank that run.seed names is killed in step 3."""
     come_up(run, place)
