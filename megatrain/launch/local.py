@@ -24,7 +24,8 @@ from megatrain import machine
 from megatrain.beat import Beat
 from megatrain.config import Config
 from megatrain.errors import ConfigError, UserError
-from megatrain.launch.rank import GROUP_TIMEOUT, Target, enter_rank
+from megatrain.launch.meeting import GROUP_TIMEOUT
+from megatrain.launch.rank import Target, enter_rank
 from megatrain.launch.restarts import Restarts
 from megatrain.launch.supervisor import STOP_SIGNALS, Ended, RankProcess, Supervisor
 from megatrain.place import Place

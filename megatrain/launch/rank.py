@@ -11,7 +11,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from megatrain import log, machine
@@ -19,7 +18,7 @@ from megatrain.beat import Beat, Everyone
 from megatrain.config import Config
 from megatrain.errors import UserError
 from megatrain.launch.failure import Reporter, describe
-from megatrain.names import check_names
+from megatrain.launch.meeting import GROUP_TIMEOUT, SaidByRank0, meet, patience_of
 from megatrain.place import Place
 from megatrain.watchdog.start import start_watchdog
 from megatrain.watchdog.thread import WatchdogThread
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 Target = Callable[[Config, Place, Beat], object]
-
-# The first step of a large run, a slow file system or a long evaluation on one rank must not look like a hang.
-GROUP_TIMEOUT = timedelta(minutes=30)
 
 INTERRUPTED = 130
 
@@ -54,7 +50,7 @@ def _work(target: Target, config: Config, place: Place, streams: log.Streams, re
     try:
         machine.set_rank_environment(place)
         machine.forbid_builds()
-        store = _meet(place, supervised=report is not None)
+        store = meet(place, supervised=report is not None, patience=patience_of(config.run.stall_seconds))
         voice = Voice(config, place, console=streams.err, log=streams.log, report=report)
         watchdog = start_watchdog(beat, voice, store, stall_seconds=config.run.stall_seconds)
         with beat.within("joining the", Everyone(range(place.world_size))):
@@ -68,26 +64,13 @@ def _work(target: Target, config: Config, place: Place, streams: log.Streams, re
         if watchdog is not None:
             watchdog.close()
         _leave(INTERRUPTED)
+    except SaidByRank0 as error:
+        print(f"error: {error}", file=streams.log, flush=True)
+        _leave(1)
     except Exception as error:
         traceback.print_exc(file=streams.log)
         streams.lines.write("ERROR", traceback.format_exc())
         _fail(error, place, streams.err, report, watchdog)
-
-
-def _meet(place: Place, *, supervised: bool) -> Store:
-    """The store through which ranks find each other; a supervisor holds it, otherwise the launcher or rank 0 does."""
-    import torch.distributed as dist
-
-    if supervised:
-        return dist.TCPStore(place.master_addr, place.master_port, is_master=False, timeout=GROUP_TIMEOUT)
-    check_names(place, gloo=not machine.has_gpu())
-    store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=GROUP_TIMEOUT))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if attempt is None or place.local_size < place.world_size:
-        return store
-    # torchrun on one machine keeps its store through restarts, with the addresses that the attempt before has left there. (On
-    # several it makes a new one each time, and their counts may differ.)
-    return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
 def _join_group(place: Place, store: Store) -> None:
