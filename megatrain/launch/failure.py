@@ -87,8 +87,8 @@ def sentence(failure: Report | Death) -> str:
 def words(failure: Report | Death, log: Path) -> str:
     """What the user reads; `log` is the failed rank's."""
     if isinstance(failure, Death):
-        tail = "".join(f"  {line}\n" for line in _last_lines(log))
-        return f"{sentence(failure)}; the last lines of its log, {log}:\n{tail}"
+        tail = "".join(f"\n  {line}" for line in _last_lines(log))
+        return f"{sentence(failure)}; the last lines of its log, {log}:{tail}"
     if failure.kind in ("user", "stall"):
         return f"error: {failure.text}"
     return f"rank {failure.rank} failed:\n{failure.text}its log: {log}"

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from megatrain.checkpoint import keep, manifest
 from megatrain.config import Config
-from megatrain.launch.failure import Report, sentence
+from megatrain.launch.failure import Death, Report, sentence
 from megatrain.launch.supervisor import Ended
+from megatrain.launch.way_on import way_on
 from megatrain.train.events import EventLog, Name, write_failure
 
 
@@ -28,12 +29,18 @@ class Restarts:
         self._before = self._checkpoints() if config.run.max_restarts else set()
 
     def again_after(self, ended: Ended) -> bool:
-        """Whether to start the ranks again; says so, or why not."""
+        """Whether to start the ranks again; says so, or why not and what the user can do."""
         assert ended.failure is not None
+        again = self._decide(ended, ended.failure)
+        if not again and (words := way_on(self._config, ended.failure, step=ended.step)):
+            print(words, file=sys.stderr, flush=True)
+        return again
+
+    def _decide(self, ended: Ended, failure: Report | Death) -> bool:
         most = self._config.run.max_restarts
-        of_user = isinstance(ended.failure, Report) and ended.failure.kind == "user"
+        of_user = isinstance(failure, Report) and failure.kind == "user"
         if not most or of_user:
-            write_failure(self._folder, sentence(ended.failure), step=_last_done(ended), since=self._began, of_user=of_user)
+            write_failure(self._folder, sentence(failure), step=_last_done(ended), since=self._began, of_user=of_user)
             return False
         where = f"step {ended.step}" if ended.step else "the start"
         why_not = f"{where} failed twice" if ended.step in self._failed_steps else "" if self._count < most else f"it was restarted {most} times"

@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn, TextIO
 
 from megatrain.config import Config
 from megatrain.launch.failure import Death, Report, Reporter, sentence, words
+from megatrain.launch.way_on import way_on
 from megatrain.log import log_path
 from megatrain.place import Place
 from megatrain.train.events import EventLog, write_failure
@@ -60,6 +61,9 @@ class Voice:
             self._report(failure)  # which ends this process too
         else:
             print(text, file=self._console, flush=True)
+            if words_on := way_on(self._config, failure, step=step):
+                print(words_on, file=self._console, flush=True)
+                text = f"{text}\n{words_on}"
             of_user = isinstance(failure, Report) and failure.kind == "user"
             write_failure(self.folder, sentence(failure), step=step - 1 if step else None, since=self._began, of_user=of_user)
         return text
