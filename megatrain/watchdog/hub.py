@@ -23,7 +23,7 @@ from megatrain.beat import Beat
 from megatrain.launch.failure import SECONDS_FOR_CAUSES, Death, Report, find_cause
 from megatrain.watchdog.blame import State
 from megatrain.watchdog.thread import LOOK_SECONDS, PATIENCE, WatchdogThread
-from megatrain.watchdog.voice import Voice, Who, myself, stall_words
+from megatrain.watchdog.voice import Voice, Who, claim_the_word, myself, stall_words
 from megatrain.watchdog.wire import Message, Wire
 
 _SECONDS_TO_DUMP = 5.0
@@ -145,6 +145,8 @@ class Hub(WatchdogThread):
             self._end(first, step=self.pulse.state().step)
 
     def _end(self, failure: Report | Death, *, step: int | None = None) -> None:
+        if not claim_the_word(self.voice.folder, self._token):
+            self.voice.leave("another rank has spoken, as this one did not answer for a while")
         text = self.voice.say(failure, step=step)
         self._broadcast({"kind": "end", "text": text})
         self.voice.leave(text)

@@ -8,13 +8,13 @@ from selectors import EVENT_READ
 from megatrain.beat import Beat
 from megatrain.launch.failure import Death, Report
 from megatrain.watchdog.thread import PATIENCE, WatchdogThread
-from megatrain.watchdog.voice import Voice, Who, myself, stall_words
+from megatrain.watchdog.voice import Voice, Who, claim_the_word, myself, stall_words
 from megatrain.watchdog.wire import Message, Wire
 
 _CALL_EVERY = 10.0
 """Seconds after which rank 0 is called again while nothing moves."""
 _OTHERS_SECONDS = 3.0
-"""How long the one that speaks leaves the others to write their stacks."""
+"""How long the one that speaks leaves the others to write their stacks, and these it to speak: who leaves first is a launcher's cause."""
 
 
 class Link(WatchdogThread):
@@ -22,7 +22,7 @@ class Link(WatchdogThread):
 
     def __init__(self, beat: Beat, voice: Voice, wire: Wire, *, token: str, hub: Who, stall_seconds: float) -> None:
         super().__init__(beat, voice, stall_seconds=stall_seconds)
-        self._wire, self._hub = wire, hub
+        self._wire, self._hub, self._token = wire, hub, token
         self._called: float | None = None
         """When rank 0 was called and has not answered since."""
         self._next_call = 0.0
@@ -77,8 +77,12 @@ class Link(WatchdogThread):
         self.closing = True
         if self.voice.is_supervised:
             return  # who sees it too, and why
-        death = Death(0, None, time.time(), str(self._hub))
-        self.voice.leave(self.voice.say(death, step=self.pulse.state().step) if self._speaks() else f"rank 0 ({self._hub}) ended without a word")
+        text = f"rank 0 ({self._hub}) ended without a word"
+        if self._speaks():
+            text = self.voice.say(Death(0, None, time.time(), str(self._hub)), step=self.pulse.state().step)
+        else:
+            time.sleep(_OTHERS_SECONDS)
+        self.voice.leave(text)
 
     def _rank_0_is_frozen(self) -> None:
         state = self.pulse.state()
@@ -87,10 +91,10 @@ class Link(WatchdogThread):
         if self._speaks():
             time.sleep(_OTHERS_SECONDS)
             self.voice.say(Report(0, "stall", text, time.time()), step=state.step)
-        elif self.voice.is_supervised:
-            time.sleep(2 * PATIENCE)  # the supervisor ends all once it is told; one that left before would look like the cause
+        else:  # a supervisor ends all once it is told
+            time.sleep(2 * PATIENCE if self.voice.is_supervised else 2 * _OTHERS_SECONDS)
         self.voice.leave(text)
 
     def _speaks(self) -> bool:
-        """In rank 0's place, where nobody can be asked who is there: one on its machine, and one on each other."""
-        return self.rank == 1 or self.voice.place.local_rank == 0
+        """In rank 0's place, where nobody can be asked who is there: the first that wants to."""
+        return claim_the_word(self.voice.folder, self._token)

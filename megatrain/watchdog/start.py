@@ -11,7 +11,7 @@ from megatrain.errors import UserError
 from megatrain.watchdog.hub import Hub
 from megatrain.watchdog.link import Link
 from megatrain.watchdog.thread import WatchdogThread
-from megatrain.watchdog.voice import Voice, Who, myself
+from megatrain.watchdog.voice import Voice, Who, forget_claims, myself
 from megatrain.watchdog.wire import connect, listen
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def start_watchdog(beat: Beat, voice: Voice, store: Store, *, stall_seconds: flo
 
 
 def _hub(beat: Beat, voice: Voice, store: Store, stall_seconds: float) -> WatchdogThread:
+    forget_claims(voice.folder)
     listener, token = listen(voice.place.master_addr, peers=voice.place.world_size), secrets.token_hex(16)
     store.set(_KEY, json.dumps({"port": listener.getsockname()[1], "token": token, "who": myself()}))
     return Hub(beat, voice, listener, token=token, stall_seconds=stall_seconds)

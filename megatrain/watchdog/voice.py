@@ -90,6 +90,29 @@ class Voice:
             print(f"{path} cannot be written: {error.strerror}", file=self._log, flush=True)
 
 
+def claim_the_word(folder: Path, token: str) -> bool:
+    """Whether this rank is the first of its start of the run to say why it ends. Rank 0 may be gone, so the run's folder decides: a file is
+    made there once, whoever asks. Ranks that cannot make it, for whatever reason but that it is there, all speak."""
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        os.close(os.open(_claim(folder, token), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def forget_claims(folder: Path) -> None:
+    """Of starts before, whose ranks are gone."""
+    for path in folder.glob(str(_claim(Path(), "*"))):
+        path.unlink(missing_ok=True)
+
+
+def _claim(folder: Path, token: str) -> Path:
+    return folder / "logs" / f".said-{token}"
+
+
 def leave_word(text: str) -> None:
     """Where torchrun looks for why a process failed: it shows that at the end of its own report."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -12,7 +12,7 @@ from megatrain.watchdog import hub, link, pulse, thread
 from megatrain.watchdog.hub import Hub
 from megatrain.watchdog.link import Link
 from megatrain.watchdog.pulse import Pulse
-from megatrain.watchdog.voice import myself
+from megatrain.watchdog.voice import claim_the_word, forget_claims, myself
 from megatrain.watchdog.wire import connect, listen
 
 
@@ -206,6 +206,38 @@ def test_a_frozen_rank_0_is_named_by_rank_1(ranks):
     assert [len(voice.said) for voice in run.voices] == [0, 1, 0]
     assert "everyone waits for rank 0" in run.voices[1].said[0].text
     assert None not in (run.voices[1].left, run.voices[2].left)
+
+
+@pytest.mark.parametrize("trouble", ["frozen", "killed"])
+def test_of_two_machines_one_rank_speaks_for_a_lost_rank_0(ranks, trouble):
+    run = ranks(size=4)
+    run.clock.sleep = lambda seconds: None  # of one rank, which would keep all from looking
+    for rank, (voice, beat) in enumerate(zip(run.voices, run.beats, strict=True)):
+        voice.place = Place(rank, 4, rank % 2, 2, "127.0.0.1", 1)
+        beat.begin_step(4)
+    run.frozen = {0}
+    if trouble == "killed":
+        for wire in run.members[0]._wires.values():
+            wire.close()
+    run.look(seconds=125)
+    (said,) = run.said
+    assert isinstance(said, Death) == (trouble == "killed")
+    assert None not in [voice.left for voice in run.voices[1:]]
+    if trouble == "frozen":  # it goes on, and finds nobody
+        run.frozen = set()
+        for member in run.members[1:]:
+            member._wire.close()
+        run.look(seconds=5)
+        assert run.voices[0].left is not None
+        assert run.said == [said]
+
+
+def test_who_speaks_is_settled_once_for_each_start_of_a_run(tmp_path):
+    assert [claim_the_word(tmp_path, token) for token in ("a", "a", "b", "a")] == [True, False, True, False]
+    forget_claims(tmp_path)
+    assert list((tmp_path / "logs").iterdir()) == []
+    (tmp_path / "file").touch()
+    assert claim_the_word(tmp_path / "file", "a"), "there is no such folder: better twice than not at all"
 
 
 def test_work_of_unknown_length_is_progress_and_waiting_is_not(clock):
