@@ -32,7 +32,7 @@ class Link(WatchdogThread):
     def tell(self, failure: Report) -> None:
         if not self.closing:
             self._wire.send({"kind": "failed", "report": failure._asdict()})
-            self.wait_for_the_end()
+        self.wait_for_the_end()  # also of what is said in a lost rank 0's place; at once where rank 0 has finished
 
     def turn(self) -> None:
         super().turn()
