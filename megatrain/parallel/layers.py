@@ -227,22 +227,26 @@ def _cross_entropy_slab(logits: Tensor, labels: Tensor, start: int, real: int, a
 
 def _cross_entropy_compiled(logits: Tensor, labels: Tensor, real: int) -> Tensor:
     """The same of a whole vocabulary, of which the first `real` are tokens; a kernel that holds nothing between."""
-    index = labels.clamp(min=0)[:, None]
-    losses, at_labels = compiled(_cross_entropy)(logits[:, :real], labels, index)
+    rows, columns = torch.arange(logits.shape[0], device=logits.device), labels.clamp(min=0)
+    losses, at_labels = compiled(_cross_entropy)(logits[:, :real], logits[rows, columns][:, None], labels)
     logits[:, real:] = 0
-    logits.scatter_(1, index, at_labels)
+    logits[rows, columns] = at_labels.squeeze(1)  # scatter_ would copy all logits twice
     return losses
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [n], and the gradient at each label [n, 1]; afterwards logits hold the gradient at all others."""
-    x, trained = logits.float(), labels >= 0
+def _cross_entropy(logits: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [n], and the gradient at each label [n, 1], from its logit; afterwards logits hold the gradient at all others.
+
+    The logits are read in whole rows only, and so are written where they lie.
+    """
+    x, trained = logits.float(), (labels >= 0)[:, None]
     top = x.amax(1, keepdim=True)
     total = (x - top).exp().sum(1, keepdim=True)
-    target, scale = x.gather(1, index) - top, trained[:, None] / total
+    scale = trained / total
     logits.copy_((x - top).exp() * scale)
-    at_labels = (target.exp() * scale - trained[:, None].float()).to(logits.dtype)
-    return torch.where(trained, (total.log() - target).squeeze(1), 0.0), at_labels
+    above = target.float() - top
+    losses = torch.where(trained, total.log() - above, 0.0)
+    return losses.squeeze(1), (above.exp() * scale - trained.float()).to(logits.dtype)
 
 
 def vocab_cross_entropy(logits: Tensor, labels: Tensor, *, start: int, vocab_size: int, axis: Axis, compile: bool = False) -> Tensor:
