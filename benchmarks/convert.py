@@ -31,8 +31,16 @@ from megatrain.convert.writer import plan_shards, write_model
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.train.build import whole_tensors
 
-MODEL = {"model_type": "llama", "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-         "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}  # fmt: skip
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
 
 
 class RandomModel:
@@ -49,7 +57,12 @@ class RandomModel:
 
     def read(self, name, index=None):
         if self._last[0] != name:
-            self._last = (name, torch.ones(self.shapes[name]) if len(self.shapes[name]) == 1 else torch.empty(self.shapes[name]).normal_(0, 0.02))
+            self._last = (
+                name,
+                torch.ones(self.shapes[name])
+                if len(self.shapes[name]) == 1
+                else torch.empty(self.shapes[name]).normal_(0, 0.02),
+            )
         return self._last[1][index or ()].bfloat16()
 
 
@@ -86,7 +99,9 @@ def _cpu() -> float:
 def peak_memory(words: list[str]) -> tuple[float, str]:
     """GiB of the largest resident set of a conversion in a process of its own, and what it said."""
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen([sys.executable, "-m", "megatrain", "convert", *words], stdout=said)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatrain", "convert", *words], stdout=said
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
@@ -95,8 +110,12 @@ def peak_memory(words: list[str]) -> tuple[float, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary one)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to measure (default: the temporary one)"
+    )
     parser.add_argument("--laps", type=int, default=3, help="of times; 0 measures memory alone")
     parser.add_argument("--no-memory", action="store_true", help="measure times alone")
     args = parser.parse_args()
@@ -104,11 +123,18 @@ def main() -> int:
         root = Path(name)
         source, target = root / "model", root / "target"
         size = make_model(source)
-        print(f"{size / 1e9:.2f} GB of tensors, {os.cpu_count()} cores, torch {torch.__version__}", flush=True)
+        print(
+            f"{size / 1e9:.2f} GB of tensors, {os.cpu_count()} cores, torch {torch.__version__}",
+            flush=True,
+        )
         contestants = {
             "cp": lambda: subprocess.run(["cp", "-r", source, target], check=True),
-            "cp and sync": lambda: subprocess.run(f"cp -r {source} {target} && sync {target}/*", shell=True, check=True),
-            "convert, no proof": lambda: convert(Request(source, target, to="hf", verify=False), say=lambda line: None),
+            "cp and sync": lambda: subprocess.run(
+                f"cp -r {source} {target} && sync {target}/*", shell=True, check=True
+            ),
+            "convert, no proof": lambda: convert(
+                Request(source, target, to="hf", verify=False), say=lambda line: None
+            ),
             "convert": lambda: convert(Request(source, target, to="hf"), say=lambda line: None),
         }
         seconds: dict[str, list[Cost]] = {name: [] for name in contestants}
@@ -119,7 +145,10 @@ def main() -> int:
                 cost = timed(work)
                 shutil.rmtree(target)
                 seconds[name].append(cost)
-                print(f"  lap {lap}  {name:20} {cost.wall:7.2f} s  {cost.cpu:6.2f} s of CPU", flush=True)
+                print(
+                    f"  lap {lap}  {name:20} {cost.wall:7.2f} s  {cost.cpu:6.2f} s of CPU",
+                    flush=True,
+                )
         report(seconds, size)
         if not args.no_memory:
             report_memory(source, target)
@@ -128,7 +157,9 @@ def main() -> int:
 
 def warm_up(root):
     """Import all that a conversion needs."""
-    make_model(root / "model", {**MODEL, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 100})
+    make_model(
+        root / "model", {**MODEL, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 100}
+    )
     convert(Request(root / "model", root / "target", to="hf"), say=lambda line: None)
 
 
@@ -147,13 +178,20 @@ def report(seconds: dict[str, list[Cost]], size: int) -> None:
 
 def report_memory(source: Path, target: Path) -> None:
     """The largest resident set of each kind of conversion, in a process of its own, beside what it said."""
-    for words in (["--to", "hf", "--no-verify"], ["--to", "hf"], ["--to", "hf", "--dtype", "fp16"], ["--to", "checkpoint"]):
+    for words in (
+        ["--to", "hf", "--no-verify"],
+        ["--to", "hf"],
+        ["--to", "hf", "--dtype", "fp16"],
+        ["--to", "checkpoint"],
+    ):
         memory, said = peak_memory([str(source), str(target), *words])
         promised = next(line.strip() for line in said.splitlines() if "memory" in line)
         proof = json.loads((target / "conversion.json").read_text())["proof"]
         shutil.rmtree(target)
         found = "" if proof is None else f"; logits differ by {proof['max_logit_difference']:.3g}"
-        print(f"convert {' '.join(words)}: {memory:.2f} GiB; it said: {promised}{found}", flush=True)
+        print(
+            f"convert {' '.join(words)}: {memory:.2f} GiB; it said: {promised}{found}", flush=True
+        )
 
 
 if __name__ == "__main__":

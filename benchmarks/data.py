@@ -72,7 +72,9 @@ def write_dataset(prefix: Path, *, num_tokens: int) -> None:
     from megatrain.data.indexed import write_index
 
     rng = np.random.default_rng(0)
-    lengths = np.maximum(rng.lognormal(5.7, 1.0, size=max(num_tokens // 500, 10)), 1).astype(np.int32)
+    lengths = np.maximum(rng.lognormal(5.7, 1.0, size=max(num_tokens // 500, 10)), 1).astype(
+        np.int32
+    )
     left = int(lengths.sum(dtype=np.int64))
     with open(f"{prefix}.bin", "wb") as file:
         while left:
@@ -89,9 +91,12 @@ def open_ours(prefix: Path, *, document_mask: bool = False) -> Any:
     from megatrain.data.samples import SampleSource
 
     return SampleSource(
-        IndexedDataset(prefix), sequence_length=SEQUENCE_LENGTH, seed=1234, vocab_size=VOCAB_SIZE,
+        IndexedDataset(prefix),
+        sequence_length=SEQUENCE_LENGTH,
+        seed=1234,
+        vocab_size=VOCAB_SIZE,
         document_mask=document_mask,
-    )  # fmt: skip
+    )
 
 
 def open_theirs(prefix: Path, cache: Path) -> Any:
@@ -105,10 +110,17 @@ def open_theirs(prefix: Path, cache: Path) -> Any:
         vocab_size, eod, pad, unique_identifiers = VOCAB_SIZE, 0, 0, {"class": "random"}
 
     config = GPTDatasetConfig(
-        random_seed=1234, sequence_length=SEQUENCE_LENGTH, split="1,0,0", path_to_cache=str(cache),
-        tokenizer=Vocabulary(), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
-        create_attention_mask=False, blend=([str(prefix)], None),
-    )  # fmt: skip
+        random_seed=1234,
+        sequence_length=SEQUENCE_LENGTH,
+        split="1,0,0",
+        path_to_cache=str(cache),
+        tokenizer=Vocabulary(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        blend=([str(prefix)], None),
+    )
     dataset = IndexedDataset(str(prefix))
     documents = np.arange(len(dataset.document_indices) - 1, dtype=np.int32)
     return GPTDataset(dataset, str(prefix), documents, None, Split.train, config)
@@ -130,7 +142,9 @@ def compare_opening(prefix: Path, cache: Path, *, laps: int) -> None:
     print("\nopening and index, median seconds")
     for name, some in costs.items():
         against = ratio(costs["ours"], some)
-        print(f"  {name:32} {median(cost.wall for cost in some):10.5f}   ours / this {against:8.4f}")
+        print(
+            f"  {name:32} {median(cost.wall for cost in some):10.5f}   ours / this {against:8.4f}"
+        )
 
 
 def compare_fetching(prefix: Path, cache: Path | None, *, laps: int, count: int) -> None:
@@ -142,8 +156,12 @@ def compare_fetching(prefix: Path, cache: Path | None, *, laps: int, count: int)
 
     ours, masked = open_ours(prefix), open_ours(prefix, document_mask=True)
     theirs = open_theirs(prefix, cache) if cache else None
-    num_samples = min(ours.samples_per_epoch, len(theirs) if theirs else ours.samples_per_epoch) - MICROBATCH
-    loader = Loader(ours, global_batch_size=MICROBATCH, micro_batch_size=MICROBATCH, data_rank=0, data_size=1)
+    num_samples = (
+        min(ours.samples_per_epoch, len(theirs) if theirs else ours.samples_per_epoch) - MICROBATCH
+    )
+    loader = Loader(
+        ours, global_batch_size=MICROBATCH, micro_batch_size=MICROBATCH, data_rank=0, data_size=1
+    )
     torch.set_num_threads(1)
     cursor = {"one": 0}
 
@@ -183,8 +201,13 @@ def compare_fetching(prefix: Path, cache: Path | None, *, laps: int, count: int)
     loader.close()
     print(f"\nsamples of {SEQUENCE_LENGTH} tokens, median samples/s")
     for name, some in costs.items():
-        peer = next((other for other in costs if "GPT" in other and other.startswith(name.split(",")[0])), None)
-        against = f"   this / GPTDataset {ratio(costs[peer], some):6.2f}" if peer and peer != name else ""
+        peer = next(
+            (other for other in costs if "GPT" in other and other.startswith(name.split(",")[0])),
+            None,
+        )
+        against = (
+            f"   this / GPTDataset {ratio(costs[peer], some):6.2f}" if peer and peer != name else ""
+        )
         print(f"  {name:44} {median(count / cost.wall for cost in some):10.0f}{against}")
 
 
@@ -212,10 +235,15 @@ def compare_preprocessing(folder: Path, *, laps: int, text_mb: float) -> None:
         preprocess([corpus], tokenizer=folder / "tokenizer", output=folder / "out", workers=workers)
 
     bare, all_cores = f"encode_batch_fast, {cores} threads", f"ours, {cores} processes"
-    costs = interleave({bare: raw, all_cores: lambda: ours(cores), "ours, 1 process": lambda: ours(1)}, laps=laps)
+    costs = interleave(
+        {bare: raw, all_cores: lambda: ours(cores), "ours, 1 process": lambda: ours(1)}, laps=laps
+    )
     print(f"\npreprocessing {size:.1f} MB of text, start-up of the processes included, medians")
     for name, some in costs.items():
-        wall, cpu = median(size / cost.wall for cost in some), median(size / cost.cpu for cost in some)
+        wall, cpu = (
+            median(size / cost.wall for cost in some),
+            median(size / cost.cpu for cost in some),
+        )
         print(
             f"  {name:32} {wall:6.2f} MB/s   {cpu:6.2f} MB/CPU-s   this / bare "
             f"{ratio(costs[bare], some):5.2f} in time, {ratio(costs[bare], some, by='cpu'):5.2f} in CPU time"
@@ -225,8 +253,12 @@ def compare_preprocessing(folder: Path, *, laps: int, text_mb: float) -> None:
 def main() -> None:
     """Run the three comparisons."""
     parser = argparse.ArgumentParser(description="The data room beside Megatron-LM's.")
-    parser.add_argument("--tokens", type=float, default=1e9, help="tokens of the generated data set")
-    parser.add_argument("--text-mb", type=float, default=32, help="MB of text to preprocess, at most")
+    parser.add_argument(
+        "--tokens", type=float, default=1e9, help="tokens of the generated data set"
+    )
+    parser.add_argument(
+        "--text-mb", type=float, default=32, help="MB of text to preprocess, at most"
+    )
     parser.add_argument("--samples", type=int, default=4000, help="samples in a lap")
     parser.add_argument("--laps", type=int, default=5)
     args = parser.parse_args()
@@ -237,7 +269,9 @@ def main() -> None:
         if has_megatron:
             compare_opening(folder / "data", folder / "cache", laps=args.laps)
         else:
-            print("Megatron-LM's side is left out; for it: pip install --no-deps megatron-core==0.16.1")
+            print(
+                "Megatron-LM's side is left out; for it: pip install --no-deps megatron-core==0.16.1"
+            )
         cache = folder / "cache" if has_megatron else None
         compare_fetching(folder / "data", cache, laps=args.laps, count=args.samples)
         compare_preprocessing(folder, laps=args.laps, text_mb=args.text_mb)

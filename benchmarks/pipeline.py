@@ -31,8 +31,16 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipev")
 BASE = "1f1b"
-MODEL = {"model_type": "llama", "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8,
-         "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 128}  # fmt: skip
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 128,
+}
 WIDTH = 16
 """Of the hidden tensors where compute sleeps or is next to nothing."""
 
@@ -59,7 +67,9 @@ class Ranks:
         self.processes = []
         for rank in range(ranks):
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, store, rank, ranks, make, arguments), daemon=True)
+            process = context.Process(
+                target=serve, args=(there, store, rank, ranks, make, arguments), daemon=True
+            )
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
@@ -81,13 +91,28 @@ class Ranks:
         return answers
 
 
-def serve(pipe: Any, store: str, rank: int, ranks: int, make: Callable[..., dict[str, Lap]], arguments: dict[str, Any]) -> None:
+def serve(
+    pipe: Any,
+    store: str,
+    rank: int,
+    ranks: int,
+    make: Callable[..., dict[str, Lap]],
+    arguments: dict[str, Any],
+) -> None:
     """A rank's life: laps until the parent is gone."""
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
     try:
         import torch
         import torch.distributed as dist
@@ -96,7 +121,9 @@ def serve(pipe: Any, store: str, rank: int, ranks: int, make: Callable[..., dict
 
         torch.set_num_threads(1)
         forbid_builds()
-        dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks
+        )
         contenders = make(rank, ranks, **arguments)
         pipe.send((None, None))
         while True:
@@ -147,15 +174,21 @@ def measured_times(schedule: Schedule, lap: list[list[Record]]) -> Times:
     mean = {key: statistics.fmean(seconds) for key, seconds in spent.items()}
     stages = range(schedule.placement.stages)
     input_gradient = [mean["I", s] if ("I", s) in mean else mean["B", s] for s in stages]
-    return Times([mean["F", s] for s in stages], input_gradient, [mean.get(("W", s), 0.0) for s in stages])
+    return Times(
+        [mean["F", s] for s in stages], input_gradient, [mean.get(("W", s), 0.0) for s in stages]
+    )
 
 
 def own_times(schedule: Schedule, lap: list[list[Record]]) -> Times:
     """Each action's own seconds in this lap: what is then off the simulation is waiting that the executor adds."""
     from megatrain.pipeline.simulator import Times
 
-    spent = {(schedule.placement.stage(rank, record.action.chunk), record.action): record.end - record.ready
-             for rank, records in enumerate(lap) for record in records}  # fmt: skip
+    spent = {
+        (schedule.placement.stage(rank, record.action.chunk), record.action): record.end
+        - record.ready
+        for rank, records in enumerate(lap)
+        for record in records
+    }
 
     class OwnTimes(Times):
         def of(self, action: Action, stage: int) -> float:
@@ -177,14 +210,22 @@ class Row(NamedTuple):
 
 def print_bubbles(rows: dict[str, Row]) -> None:
     base = rows[BASE]
-    print(f"{'':14}{'bubble':>9}{'simulated':>11}{'points off':>12}{'own times':>11}{'makespan ms':>13}{'x 1f1b':>9}{'simulated':>11}")
+    print(
+        f"{'':14}{'bubble':>9}{'simulated':>11}{'points off':>12}{'own times':>11}{'makespan ms':>13}{'x 1f1b':>9}{'simulated':>11}"
+    )
     for name, row in rows.items():
-        off = statistics.median(100 * (a - b) for a, b in zip(row.measured, row.simulated, strict=True))
+        off = statistics.median(
+            100 * (a - b) for a, b in zip(row.measured, row.simulated, strict=True)
+        )
         replayed = f"{statistics.median(row.replayed):.1%}" if row.replayed else "-"
         ratio = statistics.median(a / b for a, b in zip(base.spans, row.spans, strict=True))
-        ideal = f"{base.ideal_span / row.ideal_span:.3f}" if base.ideal_span and row.ideal_span else "-"
-        print(f"{name:14}{statistics.median(row.measured):>9.1%}{statistics.median(row.simulated):>11.1%}{off:>+12.2f}{replayed:>11}"
-              f"{1e3 * statistics.median(row.spans):>13.1f}{ratio:>9.3f}{ideal:>11}")  # fmt: skip
+        ideal = (
+            f"{base.ideal_span / row.ideal_span:.3f}" if base.ideal_span and row.ideal_span else "-"
+        )
+        print(
+            f"{name:14}{statistics.median(row.measured):>9.1%}{statistics.median(row.simulated):>11.1%}{off:>+12.2f}{replayed:>11}"
+            f"{1e3 * statistics.median(row.spans):>13.1f}{ratio:>9.3f}{ideal:>11}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +278,9 @@ def chunk_with_loss(schedule: Schedule, rank: int) -> int | None:
     return end.chunk if end.rank == rank else None
 
 
-def executor_lap(schedule: Schedule, rank: int, stage: Any, channels: Channels) -> Callable[[list[Record] | None], None]:
+def executor_lap(
+    schedule: Schedule, rank: int, stage: Any, channels: Channels
+) -> Callable[[list[Record] | None], None]:
     """A step of the schedule with tensors [1, WIDTH] and nothing but autograd; records go into the list."""
     import torch
 
@@ -247,14 +290,22 @@ def executor_lap(schedule: Schedule, rank: int, stage: Any, channels: Channels) 
     microbatches = 1 + max(action.microbatch for action in schedule.actions[rank])
     check_schedule(schedule, microbatches)
     instructions = add_transfers(schedule)[rank]
-    executor = Executor(stage, channels=channels, flow_shape=(1, WIDTH), dtype=torch.float32, device=torch.device("cpu"))
+    executor = Executor(
+        stage,
+        channels=channels,
+        flow_shape=(1, WIDTH),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
 
     def backward(output: torch.Tensor, grad: torch.Tensor, *, last: bool) -> None:
         torch.autograd.backward(output, grad)
 
     def lap(records: list[Record] | None) -> None:
         executor.records = records
-        executor.run(instructions, [None] * microbatches, backward=backward, loss_weight=torch.ones(()))  # type: ignore[list-item]
+        executor.run(
+            instructions, [None] * microbatches, backward=backward, loss_weight=torch.ones(())
+        )  # type: ignore[list-item]
 
     return lap
 
@@ -285,7 +336,10 @@ def simulated(name: str, ranks: int, microbatches: int, part: float) -> Timeline
     from megatrain.pipeline.simulator import even_times, simulate
 
     schedule = make_schedule(name, ranks, microbatches)
-    return simulate(schedule, even_times(schedule.placement, forward=part, input_gradient=part, weight_gradient=part))
+    return simulate(
+        schedule,
+        even_times(schedule.placement, forward=part, input_gradient=part, weight_gradient=part),
+    )
 
 
 def sleep(args: argparse.Namespace) -> None:
@@ -294,8 +348,15 @@ def sleep(args: argparse.Namespace) -> None:
     rows = {}
     for name, laps in race(ranks, list(SCHEDULES), args.laps).items():
         ideal = simulated(name, args.ranks, args.microbatches, part)
-        rows[name] = Row([bubble(lap) for lap in laps], [ideal.bubble] * len(laps), [makespan(lap) for lap in laps], ideal.makespan)
-    print(f"{args.ranks} ranks, {args.microbatches} microbatches, forward = input = weight gradient = {args.part:g} ms a rank, asleep")
+        rows[name] = Row(
+            [bubble(lap) for lap in laps],
+            [ideal.bubble] * len(laps),
+            [makespan(lap) for lap in laps],
+            ideal.makespan,
+        )
+    print(
+        f"{args.ranks} ranks, {args.microbatches} microbatches, forward = input = weight gradient = {args.part:g} ms a rank, asleep"
+    )
     print_bubbles(rows)
 
 
@@ -305,10 +366,13 @@ def sleep(args: argparse.Namespace) -> None:
 
 def real_config(name: str, microbatches: int) -> dict[str, Any]:
     return {
-        "model": MODEL, "parallel": {"pipeline": 2, "schedule": name}, "data": {"sequence_length": MODEL["max_position_embeddings"]},
+        "model": MODEL,
+        "parallel": {"pipeline": 2, "schedule": name},
+        "data": {"sequence_length": MODEL["max_position_embeddings"]},
         "train": {"steps": 10**6, "micro_batch_size": 2, "global_batch_size": 2 * microbatches},
-        "lr_schedule": {"name": "constant"}, "optimizer": {"grad_clip": 1.0, "lr": 1e-4},
-    }  # fmt: skip
+        "lr_schedule": {"name": "constant"},
+        "optimizer": {"grad_clip": 1.0, "lr": 1e-4},
+    }
 
 
 def make_trainers(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
@@ -323,12 +387,18 @@ def make_trainers(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
     length: int = MODEL["max_position_embeddings"]  # type: ignore[assignment]
     architecture = read_architecture(load_config(MODEL))
     positions = torch.arange(length).expand(2, -1)
-    rows = torch.randint(0, 1024, (microbatches, 2, length + 1), generator=torch.Generator().manual_seed(0))
-    batches = [Batch(row[:, :-1], row[:, 1:], positions, torch.zeros_like(positions)) for row in rows]
+    rows = torch.randint(
+        0, 1024, (microbatches, 2, length + 1), generator=torch.Generator().manual_seed(0)
+    )
+    batches = [
+        Batch(row[:, :-1], row[:, 1:], positions, torch.zeros_like(positions)) for row in rows
+    ]
 
     def contender(name: str) -> Lap:
         config = configuration.from_dict(real_config(name, microbatches))
-        trainer = Trainer(config, architecture, make_grid(rank, pipeline=ranks), torch.device("cpu"))
+        trainer = Trainer(
+            config, architecture, make_grid(rank, pipeline=ranks), torch.device("cpu")
+        )
         steps = iter(range(1, 10**6))
 
         def lap(records: list[Record]) -> None:
@@ -348,9 +418,16 @@ def real(args: argparse.Namespace) -> None:
     rows = {}
     for name, laps in race(ranks, list(SCHEDULES), args.laps).items():
         schedule = make_schedule(name, 2, args.microbatches)
-        by_mean, by_own = ([simulate(schedule, times(schedule, lap)).bubble for lap in laps] for times in (measured_times, own_times))
-        rows[name] = Row([bubble(lap) for lap in laps], by_mean, [makespan(lap) for lap in laps], replayed=by_own)
-    print(f"2 ranks x 1 thread, {args.microbatches} microbatches; simulated from each lap's mean times by stage and kind of action,")
+        by_mean, by_own = (
+            [simulate(schedule, times(schedule, lap)).bubble for lap in laps]
+            for times in (measured_times, own_times)
+        )
+        rows[name] = Row(
+            [bubble(lap) for lap in laps], by_mean, [makespan(lap) for lap in laps], replayed=by_own
+        )
+    print(
+        f"2 ranks x 1 thread, {args.microbatches} microbatches; simulated from each lap's mean times by stage and kind of action,"
+    )
     print("and from each action's own time: the rest is what the executor and the messages add")
     print_bubbles(rows)
 
@@ -400,12 +477,18 @@ def sleeping_blocks(seconds: list[float]) -> Any:
         return weight_gradient(weight, x, grad)
 
     stack = ExitStack()
-    for target, name, new in ((Block, "__init__", numbered), (Block, "_compute", slowly), (layers, "weight_gradient", slow_gradient)):
+    for target, name, new in (
+        (Block, "__init__", numbered),
+        (Block, "_compute", slowly),
+        (layers, "weight_gradient", slow_gradient),
+    ):
         stack.enter_context(patch.object(target, name, new))
     return stack
 
 
-def make_settled(rank: int, ranks: int, seconds: list[float], microbatches: int, folder: str) -> dict[str, Lap]:
+def make_settled(
+    rank: int, ranks: int, seconds: list[float], microbatches: int, folder: str
+) -> dict[str, Lap]:
     """1f1b as the model is cut by cost, and what auto settles on; `words` is what it says."""
     import json
 
@@ -419,19 +502,46 @@ def make_settled(rank: int, ranks: int, seconds: list[float], microbatches: int,
     from megatrain.train.trainer import Trainer
 
     sleeping_blocks(seconds)
-    model = {**MODEL, "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": BLOCKS, "num_attention_heads": 1,
-             "num_key_value_heads": 1, "max_position_embeddings": 8}  # fmt: skip
+    model = {
+        **MODEL,
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 8,
+    }
     architecture, grid = read_architecture(load_config(model)), make_grid(rank, pipeline=ranks)
     rows = torch.randint(0, 64, (microbatches, 1, 9), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(8).expand(1, -1)
-    batches = [Batch(row[:, :-1], row[:, 1:], positions, torch.zeros_like(positions)) for row in rows]
+    batches = [
+        Batch(row[:, :-1], row[:, 1:], positions, torch.zeros_like(positions)) for row in rows
+    ]
 
     def contender(name: str) -> Lap:
-        raw = real_config(name, microbatches) | {"model": model, "run": {"output_dir": folder}, "data": {"sequence_length": 8}}
+        raw = real_config(name, microbatches) | {
+            "model": model,
+            "run": {"output_dir": folder},
+            "data": {"sequence_length": 8},
+        }
         raw["parallel"]["pipeline"] = ranks
         raw["train"] |= {"micro_batch_size": 1, "global_batch_size": microbatches}
-        settled = settle_schedule(configuration.from_dict(raw), architecture, grid, torch.device("cpu"), batches=lambda: batches)
-        trainer = Trainer(settled.config, architecture, grid, torch.device("cpu"), schedule=settled.schedule, channels=settled.channels)
+        settled = settle_schedule(
+            configuration.from_dict(raw),
+            architecture,
+            grid,
+            torch.device("cpu"),
+            batches=lambda: batches,
+        )
+        trainer = Trainer(
+            settled.config,
+            architecture,
+            grid,
+            torch.device("cpu"),
+            schedule=settled.schedule,
+            channels=settled.channels,
+        )
         steps = iter(range(1, 10**6))
 
         def lap(records: list[Record]) -> None:
@@ -449,16 +559,28 @@ def make_settled(rank: int, ranks: int, seconds: list[float], microbatches: int,
 
 def auto(args: argparse.Namespace) -> None:
     for title, slow in (("even", {}), ("uneven", SLOW_BLOCKS)):
-        seconds = [args.part / 1e3 * args.ranks / BLOCKS * slow.get(block, 1.0) for block in range(BLOCKS)]
+        seconds = [
+            args.part / 1e3 * args.ranks / BLOCKS * slow.get(block, 1.0) for block in range(BLOCKS)
+        ]
         with tempfile.TemporaryDirectory() as folder:
-            ranks = Ranks(args.ranks, make_settled, seconds=seconds, microbatches=args.microbatches, folder=folder)
+            ranks = Ranks(
+                args.ranks,
+                make_settled,
+                seconds=seconds,
+                microbatches=args.microbatches,
+                folder=folder,
+            )
             words = ranks.lap("words")[0]
             laps = race(ranks, [BASE, "auto"], args.laps)
         spans = {name: [makespan(lap) for lap in of_name] for name, of_name in laps.items()}
         ratio = statistics.median(a / b for a, b in zip(spans[BASE], spans["auto"], strict=True))
-        print(f"{title} blocks, {args.ranks} ranks, {args.microbatches} microbatches, {args.part:g} ms a rank in the mean for each of F, I and W, asleep")
+        print(
+            f"{title} blocks, {args.ranks} ranks, {args.microbatches} microbatches, {args.part:g} ms a rank in the mean for each of F, I and W, asleep"
+        )
         for name, of_name in laps.items():
-            print(f"  {name:8}{1e3 * statistics.median(spans[name]):>8.1f} ms, bubble {statistics.median(map(bubble, of_name)):.1%}")
+            print(
+                f"  {name:8}{1e3 * statistics.median(spans[name]):>8.1f} ms, bubble {statistics.median(map(bubble, of_name)):.1%}"
+            )
         print(f"  auto is {ratio:.3f} x 1f1b; it chose {words}")
 
 
@@ -511,7 +633,11 @@ def make_tiny(rank: int, ranks: int, microbatches: int, steps: int) -> dict[str,
             y = layer(x)
             torch.autograd.backward(y, given)
 
-    return {"bare": timed(bare), "PipelineEngine": timed(pipeline_engine(ranks, microbatches)), **{name: ours(name) for name in SCHEDULES}}
+    return {
+        "bare": timed(bare),
+        "PipelineEngine": timed(pipeline_engine(ranks, microbatches)),
+        **{name: ours(name) for name in SCHEDULES},
+    }
 
 
 def pipeline_engine(ranks: int, microbatches: int) -> Callable[[], None]:
@@ -525,23 +651,37 @@ def pipeline_engine(ranks: int, microbatches: int) -> Callable[[], None]:
 
     class Passes(instructions.TrainSchedule):  # type: ignore[misc]
         def steps(self) -> Any:
-            left_out = (instructions.ReduceTiedGrads, instructions.ReduceGrads, instructions.OptimizerStep)
+            left_out = (
+                instructions.ReduceTiedGrads,
+                instructions.ReduceGrads,
+                instructions.OptimizerStep,
+            )
             for commands in super().steps():
                 yield [command for command in commands if not isinstance(command, left_out)]
 
     deepspeed.init_distributed("gloo", dist_init_required=False)
     module = PipelineModule(
-        layers=[torch.nn.Linear(WIDTH, WIDTH) for _ in range(ranks)], num_stages=ranks, partition_method="uniform",
+        layers=[torch.nn.Linear(WIDTH, WIDTH) for _ in range(ranks)],
+        num_stages=ranks,
+        partition_method="uniform",
         loss_fn=lambda output, label: output.sum(),
-    )  # fmt: skip
-    settings = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": microbatches, "steps_per_print": 10**9}
-    engine, *_ = deepspeed.initialize(model=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.0), config=settings)
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": microbatches,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.0), config=settings
+    )
     batch = (torch.ones(1, WIDTH), torch.zeros(1))
     engine.train_batch(itertools.repeat(batch))
     engine.set_dataiterator(itertools.repeat(batch))
 
     def step() -> None:
-        engine._exec_schedule(Passes(micro_batches=microbatches, stages=ranks, stage_id=engine.stage_id))
+        engine._exec_schedule(
+            Passes(micro_batches=microbatches, stages=ranks, stage_id=engine.stage_id)
+        )
 
     return step
 
@@ -551,34 +691,65 @@ def overhead(args: argparse.Namespace) -> None:
 
     ranks = Ranks(args.ranks, make_tiny, microbatches=args.microbatches, steps=args.steps)
     names = ["bare", "PipelineEngine", *SCHEDULES]
-    seconds = {name: [max(lap) for lap in laps] for name, laps in race(ranks, names, args.laps).items()}
-    counts = {name: len(make_schedule(name, args.ranks, args.microbatches).actions[0]) for name in SCHEDULES}
+    seconds = {
+        name: [max(lap) for lap in laps] for name, laps in race(ranks, names, args.laps).items()
+    }
+    counts = {
+        name: len(make_schedule(name, args.ranks, args.microbatches).actions[0])
+        for name in SCHEDULES
+    }
     counts |= {"bare": 2 * args.microbatches, "PipelineEngine": 2 * args.microbatches}
-    print(f"{args.ranks} ranks x 1 thread, {args.microbatches} microbatches, a linear layer of {WIDTH} a stage; time of a step / its actions")
-    print(f"{'':16}{'actions':>8}{'us an action':>14}{'x PipelineEngine':>18}{'less bare, us':>15}{'x PipelineEngine':>18}")
+    print(
+        f"{args.ranks} ranks x 1 thread, {args.microbatches} microbatches, a linear layer of {WIDTH} a stage; time of a step / its actions"
+    )
+    print(
+        f"{'':16}{'actions':>8}{'us an action':>14}{'x PipelineEngine':>18}{'less bare, us':>15}{'x PipelineEngine':>18}"
+    )
 
     def each(name: str) -> list[float]:
         return [1e6 * second / counts[name] for second in seconds[name]]
 
     def less_bare(name: str) -> list[float]:
         """The schedules' actions as many microbatches' passes as there are: the bare passes once for each chunk."""
-        chunks = make_schedule(name, args.ranks, args.microbatches).placement.chunks if name in SCHEDULES else 1
-        return [1e6 * (a - chunks * b) / counts[name] for a, b in zip(seconds[name], seconds["bare"], strict=True)]
+        chunks = (
+            make_schedule(name, args.ranks, args.microbatches).placement.chunks
+            if name in SCHEDULES
+            else 1
+        )
+        return [
+            1e6 * (a - chunks * b) / counts[name]
+            for a, b in zip(seconds[name], seconds["bare"], strict=True)
+        ]
 
     for name in names:
-        whole = statistics.median(a / b for a, b in zip(each(name), each("PipelineEngine"), strict=True))
-        alone = statistics.median(a / b for a, b in zip(less_bare(name), less_bare("PipelineEngine"), strict=True))
+        whole = statistics.median(
+            a / b for a, b in zip(each(name), each("PipelineEngine"), strict=True)
+        )
+        alone = statistics.median(
+            a / b for a, b in zip(less_bare(name), less_bare("PipelineEngine"), strict=True)
+        )
         net = "-" if name == "bare" else f"{statistics.median(less_bare(name)):.0f}"
         share = "-" if name == "bare" else f"{alone:.2f}"
-        print(f"{name:16}{counts[name]:>8}{statistics.median(each(name)):>14.0f}{whole:>18.2f}{net:>15}{share:>18}")
+        print(
+            f"{name:16}{counts[name]:>8}{statistics.median(each(name)):>14.0f}{whole:>18.2f}{net:>15}{share:>18}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["sleep", "real", "auto", "overhead"])
-    parser.add_argument("--ranks", type=int, help="4 for sleep and auto, 2 for overhead unless given; real has 2")
+    parser.add_argument(
+        "--ranks", type=int, help="4 for sleep and auto, 2 for overhead unless given; real has 2"
+    )
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--part", type=float, default=30.0, help="sleep and auto: milliseconds of a forward, of an input and of a weight gradient")
+    parser.add_argument(
+        "--part",
+        type=float,
+        default=30.0,
+        help="sleep and auto: milliseconds of a forward, of an input and of a weight gradient",
+    )
     parser.add_argument("--steps", type=int, default=10, help="overhead: steps of a lap")
     parser.add_argument("--laps", type=int, help="7, for overhead 30, unless given")
     args = parser.parse_args()

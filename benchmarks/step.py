@@ -20,10 +20,26 @@ import tempfile
 import time
 import traceback
 
-MODEL = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
-         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}  # fmt: skip
-MODEL_ON_GPU = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20,
-                "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 2048}  # fmt: skip
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
+MODEL_ON_GPU = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 2048,
+}
 MICRO_BATCH = 4
 
 
@@ -35,7 +51,10 @@ def random_tokens(model, count, seed):
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, model["vocab_size"], (MICRO_BATCH, length(model) + 1), generator=generator) for _ in range(count)]
+    return [
+        torch.randint(0, model["vocab_size"], (MICRO_BATCH, length(model) + 1), generator=generator)
+        for _ in range(count)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,14 +70,29 @@ def ours(model, dtype, accumulations, rank=0, world_size=1, compiled=False, **pa
     from megatrain.parallel.grid import make_grid
     from megatrain.train.trainer import Trainer
 
-    config = configuration.from_dict({
-        "model": model, "parallel": parallel, "data": {"sequence_length": length(model)},
-        "train": {"steps": 10**6, "micro_batch_size": MICRO_BATCH, "global_batch_size": MICRO_BATCH * accumulations, "dtype": dtype,
-                  "compile": compiled},
-        "lr_schedule": {"name": "constant"}, "optimizer": {"grad_clip": 1.0, "lr": 1e-4},
-    })  # fmt: skip
+    config = configuration.from_dict(
+        {
+            "model": model,
+            "parallel": parallel,
+            "data": {"sequence_length": length(model)},
+            "train": {
+                "steps": 10**6,
+                "micro_batch_size": MICRO_BATCH,
+                "global_batch_size": MICRO_BATCH * accumulations,
+                "dtype": dtype,
+                "compile": compiled,
+            },
+            "lr_schedule": {"name": "constant"},
+            "optimizer": {"grad_clip": 1.0, "lr": 1e-4},
+        }
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    grid = make_grid(rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=config.data_size(world_size))
+    grid = make_grid(
+        rank,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        data=config.data_size(world_size),
+    )
     trainer = Trainer(config, read_architecture(load_config(model)), grid, device)
     rows = random_tokens(model, accumulations, 0)[grid.data.rank :: grid.data.size]
     positions = torch.arange(length(model)).expand(MICRO_BATCH, -1)
@@ -75,7 +109,9 @@ def bare(model, dtype, accumulations, compiled=False):
     from megatrain.models.architecture import load_config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = AutoModelForCausalLM.from_config(load_config(model)).to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    network = AutoModelForCausalLM.from_config(load_config(model)).to(
+        device, torch.bfloat16 if dtype == "bf16" else torch.float32
+    )
     network.train()
     forward = torch.compile(network) if compiled else network
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
@@ -100,7 +136,10 @@ def gemms(model, dtype, accumulations):
     tokens = MICRO_BATCH * length(model)
     work = []
     for inn, out, times in shapes(model):
-        x, w, g = (torch.randn(s, device=device, dtype=kind) for s in ((tokens, inn), (out, inn), (tokens, out)))
+        x, w, g = (
+            torch.randn(s, device=device, dtype=kind)
+            for s in ((tokens, inn), (out, inn), (tokens, out))
+        )
         work.append((x, w, g, times))
 
     def lap():
@@ -115,14 +154,28 @@ def gemms(model, dtype, accumulations):
 
 def shapes(model):
     """(in, out, how many) of the model's matrices."""
-    hidden, inner, layers = model["hidden_size"], model["intermediate_size"], model["num_hidden_layers"]
+    hidden, inner, layers = (
+        model["hidden_size"],
+        model["intermediate_size"],
+        model["num_hidden_layers"],
+    )
     kv = hidden // model["num_attention_heads"] * model["num_key_value_heads"]
-    return [(hidden, hidden, 2 * layers), (hidden, kv, 2 * layers), (hidden, inner, 2 * layers), (inner, hidden, layers),
-            (hidden, model["vocab_size"], 1)]  # fmt: skip
+    return [
+        (hidden, hidden, 2 * layers),
+        (hidden, kv, 2 * layers),
+        (hidden, inner, 2 * layers),
+        (inner, hidden, layers),
+        (hidden, model["vocab_size"], 1),
+    ]
 
 
 def gemm_flops(model):
-    return 6.0 * MICRO_BATCH * length(model) * sum(inn * out * times for inn, out, times in shapes(model))
+    return (
+        6.0
+        * MICRO_BATCH
+        * length(model)
+        * sum(inn * out * times for inn, out, times in shapes(model))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,8 +191,14 @@ def serve(pipe, store, threads, rank, world_size, make, arguments):
         os.dup2(silence, 1)
         os.dup2(silence, 2)
         torch.set_num_threads(threads)
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
         from megatrain.heap import keep_memory
         from megatrain.machine import forbid_builds, free_memory, has_gpu
 
@@ -149,8 +208,12 @@ def serve(pipe, store, threads, rank, world_size, make, arguments):
         if make is ours:
             if not has_gpu():  # as in every rank of a run
                 keep_memory(free_memory(torch.device("cpu"), world_size))
-            dist.init_process_group("nccl" if has_gpu() else "gloo", store=dist.FileStore(store, world_size), rank=rank,
-                                    world_size=world_size)  # fmt: skip
+            dist.init_process_group(
+                "nccl" if has_gpu() else "gloo",
+                store=dist.FileStore(store, world_size),
+                rank=rank,
+                world_size=world_size,
+            )
             arguments = {**arguments, "rank": rank, "world_size": world_size}
         lap = make(**arguments)
         pipe.send("ready")
@@ -171,7 +234,11 @@ def laps(pipe, lap):
         lap()
         if has_gpu():
             torch.cuda.synchronize()
-        memory = torch.cuda.max_memory_allocated() if has_gpu() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = (
+            torch.cuda.max_memory_allocated()
+            if has_gpu()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         pipe.send((time.perf_counter() - wall, time.process_time() - cpu, memory))
 
 
@@ -183,7 +250,11 @@ class Contender:
         self.pipes, self.processes = [], []
         for rank in range(ranks):
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, store, threads, rank, ranks, make, arguments), daemon=True)
+            process = context.Process(
+                target=serve,
+                args=(there, store, threads, rank, ranks, make, arguments),
+                daemon=True,
+            )
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
@@ -201,7 +272,9 @@ class Contender:
             pipe.send(True)
         answers = [self._take(pipe) for pipe in self.pipes]
         if keep:
-            self.laps.append((max(a[0] for a in answers), sum(a[1] for a in answers), sum(a[2] for a in answers)))
+            self.laps.append(
+                (max(a[0] for a in answers), sum(a[1] for a in answers), sum(a[2] for a in answers))
+            )
 
     def median(self, index):
         return statistics.median(lap[index] for lap in self.laps)
@@ -217,12 +290,18 @@ def race(contenders, laps):
     for number in range(laps):
         for contender in contenders:
             contender.lap()
-        print(f"lap {number + 1}/{laps}  " + "  ".join(f"{c.name} {c.tokens / c.laps[-1][0]:.0f}" for c in contenders), flush=True)
+        print(
+            f"lap {number + 1}/{laps}  "
+            + "  ".join(f"{c.name} {c.tokens / c.laps[-1][0]:.0f}" for c in contenders),
+            flush=True,
+        )
 
 
 def ratio(a, b, index=0):
     """How many times the tokens of b a does in the same time: median over laps."""
-    return statistics.median((a.tokens / x[index]) / (b.tokens / y[index]) for x, y in zip(a.laps, b.laps, strict=True))
+    return statistics.median(
+        (a.tokens / x[index]) / (b.tokens / y[index]) for x, y in zip(a.laps, b.laps, strict=True)
+    )
 
 
 def table(contenders, base, gemm=None, model=None):
@@ -230,17 +309,23 @@ def table(contenders, base, gemm=None, model=None):
     from megatrain.train.flops import flops_per_token
 
     per_token = flops_per_token(load_config(model), sequence_length=length(model))
-    print(f"\n{'':24}{'tokens/s':>10}{'ratio':>8}{'ratio per CPU-s':>17}{'CPU-ms/token':>14}{'share of GEMM':>15}{'peak GB':>9}")
+    print(
+        f"\n{'':24}{'tokens/s':>10}{'ratio':>8}{'ratio per CPU-s':>17}{'CPU-ms/token':>14}{'share of GEMM':>15}{'peak GB':>9}"
+    )
     for c in contenders:
         share = f"{c.rate * per_token / (gemm_flops(model) / gemm.median(0)):.2f}" if gemm else "-"
-        print(f"{c.name:24}{c.rate:>10.0f}{ratio(c, base):>8.2f}{ratio(c, base, 1):>17.2f}{c.median(1) / c.tokens * 1e3:>14.3f}"
-              f"{share:>15}{c.median(2) / 1e9:>9.2f}")  # fmt: skip
+        print(
+            f"{c.name:24}{c.rate:>10.0f}{ratio(c, base):>8.2f}{ratio(c, base, 1):>17.2f}{c.median(1) / c.tokens * 1e3:>14.3f}"
+            f"{share:>15}{c.median(2) / 1e9:>9.2f}"
+        )
     if gemm:
         print(f"{'GEMMs alone':24}{gemm_flops(model) / gemm.median(0) / 1e9:>10.0f} GFLOP/s")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["one", "two"])
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--laps", type=int, default=5)
@@ -253,7 +338,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if args.what == "one":
             tokens = 4 * MICRO_BATCH * length(model)
-            plain = Contender("bare transformers", bare, folder, tokens=tokens, accumulations=4, **common)
+            plain = Contender(
+                "bare transformers", bare, folder, tokens=tokens, accumulations=4, **common
+            )
             mine = Contender("megatrain", ours, folder, tokens=tokens, accumulations=4, **common)
             gemm = Contender("GEMMs", gemms, folder, tokens=tokens, accumulations=4, **common)
             racers = [mine, plain]
@@ -265,13 +352,31 @@ def main():
             table(racers, plain, gemm, model)
             if not args.no_compile:
                 _, _, mine_compiled, bare_compiled = racers
-                print(f"megatrain / bare compiled: {ratio(mine, bare_compiled):.2f}; both compiled: {ratio(mine_compiled, bare_compiled):.2f}")
+                print(
+                    f"megatrain / bare compiled: {ratio(mine, bare_compiled):.2f}; both compiled: {ratio(mine_compiled, bare_compiled):.2f}"
+                )
         else:
             tokens = 16 * MICRO_BATCH * length(model)
-            layouts = {"pipeline 2": {"pipeline": 2}, "tensor 2": {"tensor": 2}, "data 2, ZeRO 1": {"zero": 1}}
+            layouts = {
+                "pipeline 2": {"pipeline": 2},
+                "tensor 2": {"tensor": 2},
+                "data 2, ZeRO 1": {"zero": 1},
+            }
             one = Contender("one process", ours, folder, tokens=tokens, accumulations=16, **common)
-            racers = [one] + [Contender(name, ours, folder, ranks=2, threads=1, tokens=tokens, accumulations=16, **common, **settings)
-                              for name, settings in layouts.items()]  # fmt: skip
+            racers = [one] + [
+                Contender(
+                    name,
+                    ours,
+                    folder,
+                    ranks=2,
+                    threads=1,
+                    tokens=tokens,
+                    accumulations=16,
+                    **common,
+                    **settings,
+                )
+                for name, settings in layouts.items()
+            ]
             race(racers, args.laps)
             table(racers, one, None, model)
 

@@ -29,17 +29,28 @@ class Verb(NamedTuple):
 VERBS = {
     "tokenizer": Verb("megatrain.verbs.tokenizer", "train a tokenizer on text files"),
     "preprocess": Verb("megatrain.verbs.preprocess", "turn text files into an indexed dataset"),
-    "check": Verb("megatrain.verbs.check", "see whether a run can start on its machines, before the queue"),
+    "check": Verb(
+        "megatrain.verbs.check", "see whether a run can start on its machines, before the queue"
+    ),
     "pretrain": Verb("megatrain.pretrain", "train a model from a config"),
     "finetune": Verb("megatrain.finetune", "finetune a model on chats, preferences or labels"),
     "schedule": Verb("megatrain.verbs.schedule", "simulate and draw a pipeline schedule"),
     "xray": Verb("megatrain.verbs.xray", "see where a run's time went, with advice"),
-    "report": Verb("megatrain.verbs.report", "a run's curves, events and times as one page, on any device"),
+    "report": Verb(
+        "megatrain.verbs.report", "a run's curves, events and times as one page, on any device"
+    ),
     "convert": Verb("megatrain.verbs.convert", "turn a checkpoint into another kind, proven"),
-    "evaluate": Verb("megatrain.evaluate", "measure a model: perplexity, multiple choice, labels, lm-evaluation-harness"),
-    "inspect": Verb("megatrain.verbs.inspect", "see what a checkpoint holds, and whether it is whole"),
+    "evaluate": Verb(
+        "megatrain.evaluate",
+        "measure a model: perplexity, multiple choice, labels, lm-evaluation-harness",
+    ),
+    "inspect": Verb(
+        "megatrain.verbs.inspect", "see what a checkpoint holds, and whether it is whole"
+    ),
     "generate": Verb("megatrain.verbs.generate", "let a model go on with a text"),
-    "config": Verb("megatrain.verbs.config", "show every setting and its meaning, or a config as it resolves"),
+    "config": Verb(
+        "megatrain.verbs.config", "show every setting and its meaning, or a config as it resolves"
+    ),
 }
 
 
@@ -71,7 +82,11 @@ def _without_reader() -> list[int]:
     poll = select.poll()
     for descriptor in (1, 2):
         poll.register(descriptor, 0)
-    return [descriptor for descriptor, events in poll.poll(0) if events & (select.POLLERR | select.POLLHUP)]
+    return [
+        descriptor
+        for descriptor, events in poll.poll(0)
+        if events & (select.POLLERR | select.POLLHUP)
+    ]
 
 
 def _run(words: list[str]) -> int:
@@ -88,7 +103,9 @@ def _run(words: list[str]) -> int:
     except OSError as error:
         if error.filename is None or isinstance(error, FileNotFoundError | ConnectionError):
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # a matter of rights, room or names, and not of ours
+        print(
+            f"error: {error.filename}: {error.strerror}", file=sys.stderr
+        )  # a matter of rights, room or names, and not of ours
         return 1
     except KeyboardInterrupt:
         return 130
@@ -97,11 +114,13 @@ def _run(words: list[str]) -> int:
 def _without_verb(words: list[str]) -> int:
     verbs = "\n".join(f"  {name:12}{verb.help}" for name, verb in VERBS.items())
     parser = argparse.ArgumentParser(
-        prog="megatrain", usage="megatrain VERB ...", allow_abbrev=False,
+        prog="megatrain",
+        usage="megatrain VERB ...",
+        allow_abbrev=False,
         description="Train large transformers in parallel over layers, tensors and data.",
         epilog=f"verbs:\n{verbs}\n\n`megatrain VERB --help` explains a verb.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--version", action="version", version=f"megatrain {__version__}")
     parser.parse_args(words)
     parser.print_help(sys.stderr)
@@ -115,7 +134,9 @@ def _run_verb(name: str, words: list[str]) -> int:
         raise UserError(f"`{name}` is not a verb; {hint}")
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
-    parser = argparse.ArgumentParser(prog=f"megatrain {name}", description=verb.help, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"megatrain {name}", description=verb.help, allow_abbrev=False
+    )
     module.add_arguments(parser)
     # Intermixed: options may stand between a config and its overrides.
     code: int = module.run(parser.parse_intermixed_args(words))

@@ -32,7 +32,9 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     return config
 
 
-def read(path: str | Path | None, overrides: list[str] | None = None) -> tuple[Config, list[ConfigError]]:
+def read(
+    path: str | Path | None, overrides: list[str] | None = None
+) -> tuple[Config, list[ConfigError]]:
     """What `load` reads, unchecked, and all that cannot be read. In its stead stands the default; a misspelt setting counts as the one it is like.
 
     Raises ConfigError only for a file that cannot be read.
@@ -69,8 +71,15 @@ def _from_dict(raw: dict[str, Any], base: Path, refuse: Refuse) -> Config:
     for written, content in raw.items():
         name = written if isinstance(written, str) else shown(written)  # YAML reads `on:` as true
         if name not in sections:
-            refuse(ConfigError(name, shortened(content), "is not a section of the config", _did_you_mean(name, list(sections)),
-                               paste=_in_section(next(iter(_alike(name, list(sections))), ""), content)))  # fmt: skip
+            refuse(
+                ConfigError(
+                    name,
+                    shortened(content),
+                    "is not a section of the config",
+                    _did_you_mean(name, list(sections)),
+                    paste=_in_section(next(iter(_alike(name, list(sections))), ""), content),
+                )
+            )
             name = next((like for like in _alike(name, list(sections)) if like not in raw), "")
         try:
             if name == "model":
@@ -88,7 +97,9 @@ def _in_section(name: str, content: Any) -> str:
     """Words that say in the section that was meant what was said in one that is none."""
     section = typing.get_type_hints(Config).get(name)
     hints = typing.get_type_hints(section) if dataclasses.is_dataclass(section) else {}
-    if not isinstance(content, dict) or not all(key in hints and isinstance(value, str | int | float) for key, value in content.items()):
+    if not isinstance(content, dict) or not all(
+        key in hints and isinstance(value, str | int | float) for key, value in content.items()
+    ):
         return ""
     return " ".join(f"{name}.{key}={shown(value)}" for key, value in content.items())
 
@@ -101,12 +112,18 @@ def _with_folder(config: Config, base: Path) -> Config:
     tokenizer = config.data.tokenizer
     if tokenizer is None and has_tokenizer(folder):
         tokenizer = folder
-    return dataclasses.replace(config, model=config.model or folder, data=dataclasses.replace(config.data, tokenizer=tokenizer),
-                               train=dataclasses.replace(config.train, init_from=folder))  # fmt: skip
+    return dataclasses.replace(
+        config,
+        model=config.model or folder,
+        data=dataclasses.replace(config.data, tokenizer=tokenizer),
+        train=dataclasses.replace(config.train, init_from=folder),
+    )
 
 
 def has_tokenizer(folder: str) -> bool:
-    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return any(
+        (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -129,10 +146,16 @@ def describe() -> str:
         cls = typing.get_type_hints(Config)[section.name]
         hints = typing.get_type_hints(cls)
         for item in fields(cls):
-            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc, operator]
-            shown = yaml.safe_dump(default, default_flow_style=True).strip().removesuffix("...").strip()
+            default = (
+                item.default if item.default is not dataclasses.MISSING else item.default_factory()
+            )  # type: ignore[misc, operator]
+            shown = (
+                yaml.safe_dump(default, default_flow_style=True).strip().removesuffix("...").strip()
+            )
             choices = f" ({_type_name(hints[item.name])})"
-            lines.append(f"  {item.name}: {shown}".ljust(34) + f"  # {item.metadata['meaning']}{choices}")
+            lines.append(
+                f"  {item.name}: {shown}".ljust(34) + f"  # {item.metadata['meaning']}{choices}"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -157,7 +180,9 @@ def lay_over(raw: dict[str, Any], word: str) -> None:
     """Put one `section.key=value` word of the command line into nested mappings."""
     path, equals, text = word.partition("=")
     if not equals or not path:
-        raise ConfigError("argument", word, "is not of the form section.key=value", "for example train.steps=100")
+        raise ConfigError(
+            "argument", word, "is not of the form section.key=value", "for example train.steps=100"
+        )
     try:
         value = parse(text)
     except yaml.YAMLError:
@@ -169,7 +194,12 @@ def lay_over(raw: dict[str, Any], word: str) -> None:
             target[parent] = {}  # `optimizer:` with nothing below it is a section too
         child = target[parent]
         if not isinstance(child, dict):
-            raise ConfigError(path, shortened(text), f"cannot be set: `{parent}` is not a section here", f"it is {shortened(child)}")
+            raise ConfigError(
+                path,
+                shortened(text),
+                f"cannot be set: `{parent}` is not a section here",
+                f"it is {shortened(child)}",
+            )
         target = child
     target[key] = value
 
@@ -178,14 +208,28 @@ def _section(cls: type, name: str, content: Any, refuse: Refuse) -> Any:
     if content is None:
         return cls()
     if not isinstance(content, dict):
-        raise ConfigError(name, shortened(content), "must be a section of settings", f"write `{name}:` with settings below it")
+        raise ConfigError(
+            name,
+            shortened(content),
+            "must be a section of settings",
+            f"write `{name}:` with settings below it",
+        )
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in content.items():
         meant = key
         if key not in hints:
-            refuse(ConfigError(f"{name}.{key}", shortened(value), "is not a setting", _did_you_mean(str(key), list(hints))))
-            meant = next((like for like in _alike(str(key), list(hints)) if like not in content), None)
+            refuse(
+                ConfigError(
+                    f"{name}.{key}",
+                    shortened(value),
+                    "is not a setting",
+                    _did_you_mean(str(key), list(hints)),
+                )
+            )
+            meant = next(
+                (like for like in _alike(str(key), list(hints)) if like not in content), None
+            )
         try:
             if meant is not None:
                 values[meant] = _typed(f"{name}.{meant}", value, hints[meant])
@@ -204,37 +248,62 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         elif typing.get_origin(option) is Literal:
             if value is False and "off" in typing.get_args(option):
                 return "off"  # as YAML reads it
-            same = [choice for choice in typing.get_args(option) if choice == value and not isinstance(value, bool)]
+            same = [
+                choice
+                for choice in typing.get_args(option)
+                if choice == value and not isinstance(value, bool)
+            ]
             if same:
                 return same[0]  # 1 where 1.0 was written
             if value is not None:
                 choices = ", ".join(str(c) for c in typing.get_args(option))
                 words = [str(c) for c in typing.get_args(option)]
-                close = "write it without quotes" if value in words else _did_you_mean(str(value), words, always="")
+                close = (
+                    "write it without quotes"
+                    if value in words
+                    else _did_you_mean(str(value), words, always="")
+                )
                 raise ConfigError(name, shortened(value), f"is not one of {choices}", close)
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
             if not abs(value) <= sys.float_info.max:
                 raise ConfigError(name, shortened(value), "must be a finite number")
             return float(value)
-        elif option is int and isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
+        elif (
+            option is int
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and value == value // 1
+        ):
             if not -_LARGEST <= value <= _LARGEST:
-                raise ConfigError(name, shortened(value), f"is beyond {_LARGEST:.1e}, the largest whole number that is counted with")
+                raise ConfigError(
+                    name,
+                    shortened(value),
+                    f"is beyond {_LARGEST:.1e}, the largest whole number that is counted with",
+                )
             return int(value)
-        elif (option is bool and isinstance(value, bool)) or (option is str and isinstance(value, str)):
+        elif (option is bool and isinstance(value, bool)) or (
+            option is str and isinstance(value, str)
+        ):
             return value
         elif typing.get_origin(option) is list and isinstance(value, list):
             (inner,) = typing.get_args(option)
             return [_typed(f"{name}[{i}]", item, inner) for i, item in enumerate(value)]
         elif (typing.get_origin(option) or option) is dict and isinstance(value, dict):
             return value
-    raise ConfigError(name, shortened(value), f"must be {_type_name(hint)}", f"it is {_a(type(value).__name__)}")
+    raise ConfigError(
+        name, shortened(value), f"must be {_type_name(hint)}", f"it is {_a(type(value).__name__)}"
+    )
 
 
 def _model_value(content: Any, base: Path) -> str | dict[str, Any]:
     if isinstance(content, dict):
         return content
     if not isinstance(content, str):
-        raise ConfigError("model", shortened(content), "must be a folder, a config.json or a Hugging Face config's fields")
+        raise ConfigError(
+            "model",
+            shortened(content),
+            "must be a folder, a config.json or a Hugging Face config's fields",
+        )
     return _beside(content, base)
 
 
@@ -256,7 +325,14 @@ def _alike(word: str, known: list[str]) -> list[str]:
 
 
 def _type_name(hint: Any) -> str:
-    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null", dict: "a mapping"}
+    names = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        type(None): "null",
+        dict: "a mapping",
+    }
     if isinstance(hint, types.UnionType):
         return " or ".join(_type_name(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
@@ -267,5 +343,14 @@ def _type_name(hint: Any) -> str:
 
 
 def _a(name: str) -> str:
-    return {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "empty",
-            "list": "a list", "dict": "a mapping", "date": "a date", "datetime": "a time"}.get(name, name)  # fmt: skip
+    return {
+        "str": "text",
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "NoneType": "empty",
+        "list": "a list",
+        "dict": "a mapping",
+        "date": "a date",
+        "datetime": "a time",
+    }.get(name, name)

@@ -29,8 +29,16 @@ class ConfigError(UserError):
     `paste`: words `section.key=value` that mend it, where the way out does not name them (mend.py finds those that it does).
     """
 
-    def __init__(self, setting: str, value: object, rule: str, way_out: str = "", *, paste: str = "") -> None:
-        self.setting, self.value, self.rule, self.way_out, self.paste = setting, value, rule, way_out, paste
+    def __init__(
+        self, setting: str, value: object, rule: str, way_out: str = "", *, paste: str = ""
+    ) -> None:
+        self.setting, self.value, self.rule, self.way_out, self.paste = (
+            setting,
+            value,
+            rule,
+            way_out,
+            paste,
+        )
         super().__init__(f"{setting}={shown(value)} {rule}" + (f"; {way_out}" if way_out else ""))
 
 

@@ -1,7 +1,7 @@
 """Evaluate a model: the verb `megatrain evaluate`, and the script that launchers start.
 
-    megatrain evaluate MODEL DATA [section.key=value ...]
-    torchrun --nproc-per-node 8 megatrain/evaluate.py MODEL DATA [section.key=value ...]
+megatrain evaluate MODEL DATA [section.key=value ...]
+torchrun --nproc-per-node 8 megatrain/evaluate.py MODEL DATA [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -34,18 +34,55 @@ _SETTING = re.compile(r"[a-z_]+\.[a-z_.]+=")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint, a Hugging Face folder, or a run's folder for its newest checkpoint")
-    parser.add_argument("words", nargs="*", metavar="DATA|section.key=value",
-                        help="text, JSONL or parquet files, or an indexed dataset's prefix; settings such as parallel.tensor=2")  # fmt: skip
-    parser.add_argument("--kind", choices=["perplexity", "choices", "classification"], help="what to measure; by default what the data are made for")
-    parser.add_argument("--window", type=int, help="tokens the model sees at once; its positions up to 2048 by default")
-    parser.add_argument("--stride", type=int, help="tokens scored by each window after a document's first; 512 by default")
-    parser.add_argument("--field", default="text", help="of JSONL and parquet, where the text is (default: %(default)s)")
-    parser.add_argument("--tasks", help="tasks of lm-evaluation-harness instead of DATA, with commas; needs megatrain[eval]")
-    parser.add_argument("--include-path", metavar="FOLDER", help="where the harness looks for tasks beside its own")
-    parser.add_argument("--limit", type=int, help="of each harness task, the number of documents to use")
-    parser.add_argument("--num-fewshot", type=int, help="of each harness task, examples before each question")
-    parser.add_argument("--json", action="store_true", help="print the results file instead of a table, and nothing else")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a checkpoint, a Hugging Face folder, or a run's folder for its newest checkpoint",
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="DATA|section.key=value",
+        help="text, JSONL or parquet files, or an indexed dataset's prefix; settings such as parallel.tensor=2",
+    )
+    parser.add_argument(
+        "--kind",
+        choices=["perplexity", "choices", "classification"],
+        help="what to measure; by default what the data are made for",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        help="tokens the model sees at once; its positions up to 2048 by default",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        help="tokens scored by each window after a document's first; 512 by default",
+    )
+    parser.add_argument(
+        "--field",
+        default="text",
+        help="of JSONL and parquet, where the text is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tasks",
+        help="tasks of lm-evaluation-harness instead of DATA, with commas; needs megatrain[eval]",
+    )
+    parser.add_argument(
+        "--include-path", metavar="FOLDER", help="where the harness looks for tasks beside its own"
+    )
+    parser.add_argument(
+        "--limit", type=int, help="of each harness task, the number of documents to use"
+    )
+    parser.add_argument(
+        "--num-fewshot", type=int, help="of each harness task, examples before each question"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the results file instead of a table, and nothing else",
+    )
     # The deepspeed launcher adds it for scripts that cannot read LOCAL_RANK.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
 
@@ -69,29 +106,60 @@ def run(args: argparse.Namespace) -> int:
     return run_local(work, config, world_size=world_size)
 
 
-def _subject(args: argparse.Namespace, folder: Path, data: list[str], config: Config) -> subjects.Subject:
+def _subject(
+    args: argparse.Namespace, folder: Path, data: list[str], config: Config
+) -> subjects.Subject:
     """What is evaluated, checked as far as that needs no ranks."""
     from megatrain.evaluation import check
 
     architecture = check.check_model(config)
-    window, stride = check.make_windows(architecture, window=args.window, stride=args.stride,
-                                        trained=subjects.trained_length(folder))  # fmt: skip
+    window, stride = check.make_windows(
+        architecture,
+        window=args.window,
+        stride=args.stride,
+        trained=subjects.trained_length(folder),
+    )
     kind = "harness" if args.tasks else check.choose_kind(args.kind, data, architecture)
     tasks = tuple(args.tasks.split(",")) if args.tasks else ()
-    return subjects.Subject(str(folder), tuple(data), kind, window, stride, args.field, args.json, tasks,
-                            args.include_path, args.limit, args.num_fewshot)  # fmt: skip
+    return subjects.Subject(
+        str(folder),
+        tuple(data),
+        kind,
+        window,
+        stride,
+        args.field,
+        args.json,
+        tasks,
+        args.include_path,
+        args.limit,
+        args.num_fewshot,
+    )
 
 
 def _check_words(args: argparse.Namespace, data: list[str]) -> None:
     if args.tasks and data:
-        raise ConfigError("--tasks", args.tasks, f"brings its own data, and {data[0]} is given too", "leave one of them out")
+        raise ConfigError(
+            "--tasks",
+            args.tasks,
+            f"brings its own data, and {data[0]} is given too",
+            "leave one of them out",
+        )
     if not args.tasks and not data:
-        raise UserError("there is nothing to evaluate on: give DATA (files or an indexed dataset's prefix), or --tasks")
+        raise UserError(
+            "there is nothing to evaluate on: give DATA (files or an indexed dataset's prefix), or --tasks"
+        )
     if args.tasks and find_spec("lm_eval") is None:
-        raise ConfigError("--tasks", args.tasks, "needs lm-evaluation-harness", "pip install 'megatrain[eval]'")
+        raise ConfigError(
+            "--tasks", args.tasks, "needs lm-evaluation-harness", "pip install 'megatrain[eval]'"
+        )
     for name in ("include_path", "limit", "num_fewshot"):
         if not args.tasks and getattr(args, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')}", getattr(args, name), "is of lm-evaluation-harness", "give --tasks too")
+            raise ConfigError(
+                f"--{name.replace('_', '-')}",
+                getattr(args, name),
+                "is of lm-evaluation-harness",
+                "give --tasks too",
+            )
 
 
 def main() -> int:

@@ -28,8 +28,16 @@ from megatrain.place import from_environment
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
     pretrain.add_arguments(parser)
-    parser.add_argument("--show-sample", action="store_true", help="print the first samples with what is learnt marked, and start nothing")
-    parser.add_argument("--merge", action="store_true", help="add the newest checkpoint's adapters to the model they stand on, as RUN/merged, and start nothing")
+    parser.add_argument(
+        "--show-sample",
+        action="store_true",
+        help="print the first samples with what is learnt marked, and start nothing",
+    )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="add the newest checkpoint's adapters to the model they stand on, as RUN/merged, and start nothing",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

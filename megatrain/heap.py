@@ -23,7 +23,10 @@ def keep_memory(size: int) -> None:
     They are addresses, and become memory as they are used. Without glibc, or where addresses are limited, nothing changes.
     """
     libc = ctypes.CDLL(None)
-    limited = any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    limited = any(
+        resource.getrlimit(limit)[0] != resource.RLIM_INFINITY
+        for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    )
     if limited or not hasattr(libc, "mallopt") or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     libc.mallopt(M_MMAP_THRESHOLD, (1 << 31) - 1)

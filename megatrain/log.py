@@ -73,10 +73,15 @@ def _open_logs(config: Config, place: Place) -> tuple[TextIO, RankLines]:
         log = _LogFile(path.open("ab"), encoding="utf-8", line_buffering=True)
         lines = RankLines(path.with_suffix(".jsonl"), place.rank)
     except OSError as error:
-        raise ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error})") from None
+        raise ConfigError(
+            "run.output_dir", config.run.output_dir, f"cannot be written ({error})"
+        ) from None
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
     host, process = socket.gethostname(), os.getpid()
-    print(f"{START_OF_RUN}{now} rank {place.rank} of {place.world_size} on {host}, process {process}", file=log)
+    print(
+        f"{START_OF_RUN}{now} rank {place.rank} of {place.world_size} on {host}, process {process}",
+        file=log,
+    )
     lines.write("INFO", "start", world_size=place.world_size, process=process)
     return log, lines
 
@@ -140,7 +145,14 @@ class RankLines(logging.Handler):
     def write(self, level: str, message: str, **fields: Any) -> None:
         """A line that is not for people; a full disk costs the line and not the run."""
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        about = {"time": now, "level": level, "rank": self.rank, "host": self.host, "step": self.step, "message": message}
+        about = {
+            "time": now,
+            "level": level,
+            "rank": self.rank,
+            "host": self.host,
+            "step": self.step,
+            "message": message,
+        }
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.write({**about, **fields})
@@ -154,7 +166,14 @@ class RankLines(logging.Handler):
 
 def rank_lines() -> RankLines | None:
     """The structured log of this process, where it is a rank that has one."""
-    return next((handler for handler in logging.getLogger("megatrain").handlers if isinstance(handler, RankLines)), None)
+    return next(
+        (
+            handler
+            for handler in logging.getLogger("megatrain").handlers
+            if isinstance(handler, RankLines)
+        ),
+        None,
+    )
 
 
 class _ConsoleFormatter(logging.Formatter):

@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 
 def has_gpu() -> bool:
     """Whether ranks of this machine train on GPUs. Looks without initialising CUDA: that forbids forks."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in (
+        "",
+        "-1",
+    ):
         return False
     # NVIDIA, AMD and Windows' Linux subsystem.
-    if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists() or Path("/dev/dxg").exists()):
+    if not (
+        any(Path("/dev").glob("nvidia[0-9]*"))
+        or Path("/dev/kfd").exists()
+        or Path("/dev/dxg").exists()
+    ):
         return False
     import torch
 
@@ -103,7 +110,9 @@ def _available_memory() -> int:
     """Of the machine, what is not in use; half of all where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+        )
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
@@ -133,6 +142,11 @@ def peak_memory(device: torch.device) -> Memory:
     import torch
 
     if device.type == "cuda":
-        return Memory(torch.cuda.max_memory_allocated(device), "allocated on the GPU during the step")
+        return Memory(
+            torch.cuda.max_memory_allocated(device), "allocated on the GPU during the step"
+        )
     unit = 1 if sys.platform == "darwin" else 1024
-    return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident memory of the process since its start")
+    return Memory(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "resident memory of the process since its start",
+    )

@@ -20,7 +20,9 @@ from megatrain.errors import ConfigError, UserError
 _WORD = re.compile(r"\b[a-z_]+\.[a-z_]+=(?:\"[^\"]*\"|\[[^\]]*\]|[^\s,;()]+)")
 _MEANT = re.compile(r"did you mean `?([^`?]+)`?\?")
 _EXAMPLE = re.compile(r"for example (\[[^\]]*\]|[^\s,;]+)")
-_USE = re.compile(r"\b(?:use|give|set|write it as) (?:at most |one of |a multiple of )?(\"[^\"]*\"|[^\s,;]+)")
+_USE = re.compile(
+    r"\b(?:use|give|set|write it as) (?:at most |one of |a multiple of )?(\"[^\"]*\"|[^\s,;]+)"
+)
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.])")
 
 
@@ -50,12 +52,20 @@ def _named(error: ConfigError) -> str:
 
 
 def _left_out(error: ConfigError) -> str:
-    return _default(error) if "leave it out" in error.way_out or f"leave {error.setting} out" in error.way_out else ""
+    return (
+        _default(error)
+        if "leave it out" in error.way_out or f"leave {error.setting} out" in error.way_out
+        else ""
+    )
 
 
 def _example(error: ConfigError) -> str:
     found = _EXAMPLE.search(error.way_out)
-    return f"{error.setting}={found[1].replace(', ', ',')}" if found and _is_setting(error.setting) else ""
+    return (
+        f"{error.setting}={found[1].replace(', ', ',')}"
+        if found and _is_setting(error.setting)
+        else ""
+    )
 
 
 def _number(error: ConfigError) -> str:
@@ -97,7 +107,13 @@ def _fits(name: str, text: str) -> bool:
 
 
 def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip().replace(", ", ",")
+    return (
+        yaml.safe_dump(value, default_flow_style=True)
+        .strip()
+        .removesuffix("...")
+        .strip()
+        .replace(", ", ",")
+    )
 
 
 # -- many errors at once -----------------------------------------------------------------------------------------------
@@ -129,7 +145,9 @@ class Findings:
 
     def follows(self, error: ConfigError) -> bool:
         """Whether settings are missed of which one is there and could not be read."""
-        return "missing" in error.rule and any(name in self._settings for name in re.split(", | and ", error.setting))
+        return "missing" in error.rule and any(
+            name in self._settings for name in re.split(", | and ", error.setting)
+        )
 
     def attempt(self, rule: Callable[[], Any], *, paste: str = "") -> Any:
         """What the rule returns; None where it refuses, which is kept."""

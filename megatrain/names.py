@@ -20,8 +20,10 @@ def check_names(place: Place, *, gloo: bool) -> None:
     try:
         _addresses(place.master_addr)
     except socket.gaierror as error:
-        raise UserError(f"the ranks are to meet on {place.master_addr}, and {here} knows no address of that name ({error.strerror}); export "
-                        "MASTER_ADDR with a name or number that every machine reaches, for jobs of Slurm in slurm/site.env") from None  # fmt: skip
+        raise UserError(
+            f"the ranks are to meet on {place.master_addr}, and {here} knows no address of that name ({error.strerror}); export "
+            "MASTER_ADDR with a name or number that every machine reaches, for jobs of Slurm in slurm/site.env"
+        ) from None
     if gloo and place.local_size < place.world_size and "GLOO_SOCKET_IFNAME" not in os.environ:
         _check_own_name(here)
 
@@ -35,15 +37,20 @@ def _check_own_name(here: str) -> None:
         why = f"stands for {', '.join(sorted(found))} on itself"
     except socket.gaierror as error:
         why = f"has no address ({error.strerror})"
-    raise UserError(f"the name of this machine, {here}, {why}, and so ranks of other machines cannot reach its own over gloo; export "
-                    "GLOO_SOCKET_IFNAME with its network interface (`ip -brief addr` lists them), for jobs of Slurm in slurm/site.env")  # fmt: skip
+    raise UserError(
+        f"the name of this machine, {here}, {why}, and so ranks of other machines cannot reach its own over gloo; export "
+        "GLOO_SOCKET_IFNAME with its network interface (`ip -brief addr` lists them), for jobs of Slurm in slurm/site.env"
+    )
 
 
 def _addresses(name: str) -> set[str]:
     """What a name stands for on this machine; socket.gaierror where it stands for nothing."""
     for pause in (*_PAUSES, None):
         try:
-            return {str(found[4][0]).partition("%")[0] for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+            return {
+                str(found[4][0]).partition("%")[0]
+                for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            }
         except socket.gaierror as error:
             if error.errno != socket.EAI_AGAIN or pause is None:
                 raise

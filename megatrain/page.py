@@ -32,31 +32,60 @@ dt { font-weight: bold; margin-top: 6px; } dd { margin: 0 0 0 16px; max-width: 8
 def frame(title: str, body: Iterable[str], *, style: str = "") -> str:
     """A whole page of HTML parts; `style` is laid over the common one."""
     head = [
-        "<!DOCTYPE html>", '<html lang="en"><head><meta charset="utf-8">', '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title>", f"<style>{STYLE}{style}</style></head><body>",
-    ]  # fmt: skip
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}{style}</style></head><body>",
+    ]
     return "\n".join([*head, *body, "</body></html>"]) + "\n"
 
 
-def table(heads: list[str], rows: list[list[str]], *, last_is_whole: bool = False, left: tuple[int, ...] = (), kind: str = "") -> list[str]:
+def table(
+    heads: list[str],
+    rows: list[list[str]],
+    *,
+    last_is_whole: bool = False,
+    left: tuple[int, ...] = (),
+    kind: str = "",
+) -> list[str]:
     """Cells are HTML; columns are set to the right but for the first and those in `left`. `kind` is a class for the style."""
 
     def line(cells: list[str], tag: str) -> str:
-        return "".join(f"<{tag}{' class=left' if column in left else ''}>{cell}</{tag}>" for column, cell in enumerate(cells))
+        return "".join(
+            f"<{tag}{' class=left' if column in left else ''}>{cell}</{tag}>"
+            for column, cell in enumerate(cells)
+        )
 
-    lines = [f"<tr{' class=all' if last_is_whole and row is rows[-1] else ''}>{line(row, 'td')}</tr>" for row in rows]
-    return [f'<div class="wide {kind}"><table>' if kind else '<div class="wide"><table>', f"<tr>{line(heads, 'th')}</tr>", *lines, "</table></div>"]
+    lines = [
+        f"<tr{' class=all' if last_is_whole and row is rows[-1] else ''}>{line(row, 'td')}</tr>"
+        for row in rows
+    ]
+    return [
+        f'<div class="wide {kind}"><table>' if kind else '<div class="wide"><table>',
+        f"<tr>{line(heads, 'th')}</tr>",
+        *lines,
+        "</table></div>",
+    ]
 
 
 def key(colour: str, name: str) -> str:
     """A square of a colour and what it stands for; it is not parted from the first word."""
     first, *others = escape(name).split(" ")
-    return " ".join([f'<span style="white-space:nowrap"><span class="key" style="background:{colour}"></span>{first}</span>', *others])
+    return " ".join(
+        [
+            f'<span style="white-space:nowrap"><span class="key" style="background:{colour}"></span>{first}</span>',
+            *others,
+        ]
+    )
 
 
 def bars(lengths: Iterable[tuple[float, str]], *, whole: float, width: float) -> str:
     """Bars of (length, colour) beside each other, `whole` of which are `width` pixels long; what is negative is left out."""
-    drawn = (f'<span class="bar" style="width:{width * max(length, 0.0) / whole:.1f}px;background:{colour}"></span>' for length, colour in lengths)
+    drawn = (
+        f'<span class="bar" style="width:{width * max(length, 0.0) / whole:.1f}px;background:{colour}"></span>'
+        for length, colour in lengths
+    )
     return f'<span style="white-space:nowrap">{"".join(drawn)}</span>'
 
 
@@ -69,7 +98,13 @@ def seconds(value: float) -> str:
 def in_unit(value: float) -> tuple[float, str]:
     """Seconds in the unit that suits."""
     size = abs(value)
-    return (value, "s") if size >= 10 else (value * 1e3, "ms") if size >= 1e-3 or not size else (value * 1e6, "µs")
+    return (
+        (value, "s")
+        if size >= 10
+        else (value * 1e3, "ms")
+        if size >= 1e-3 or not size
+        else (value * 1e6, "µs")
+    )
 
 
 def size(number: float) -> str:

@@ -45,7 +45,9 @@ def speaks_for_its_machine(environ: Mapping[str, str]) -> bool:
 
 def attempt(environ: Mapping[str, str]) -> int:
     """How often this run has been started by Slurm (1 and its requeues) and by torch's elastic launcher within that."""
-    counts = (environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    counts = (
+        environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    )
     return 1 + sum(int(count) for count in counts if count.isdigit())
 
 
@@ -53,7 +55,9 @@ def _from_torchrun(environ: Mapping[str, str]) -> Place:
     launcher = "the launcher's RANK is"
     world_size = _number(environ, "WORLD_SIZE", launcher)
     # LOCAL_SIZE is deepspeed's word for LOCAL_WORLD_SIZE.
-    local_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), "WORLD_SIZE")
+    local_name = next(
+        (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), "WORLD_SIZE"
+    )
     return _checked(
         Place(
             rank=_number(environ, "RANK", launcher),
@@ -83,7 +87,9 @@ def _from_srun(environ: Mapping[str, str]) -> Place:
     node_list = environ.get("SLURM_STEP_NODELIST") or _text(environ, "SLURM_JOB_NODELIST", launcher)
     job = environ.get("SLURM_JOB_ID", "0")
     # Below the ports that kernels hand out; a job may run several steps side by side, so the step counts too.
-    port = 20000 + (int(job) * 16 + int(environ["SLURM_STEP_ID"])) % 12000 if job.isdigit() else 20000
+    port = (
+        20000 + (int(job) * 16 + int(environ["SLURM_STEP_ID"])) % 12000 if job.isdigit() else 20000
+    )
     return _checked(
         Place(
             rank=rank,
@@ -145,7 +151,9 @@ def _number(environ: Mapping[str, str], name: str, launcher: str) -> int:
 
 def _checked(place: Place) -> Place:
     if not place.rank < place.world_size:
-        raise UserError(f"rank {place.rank} in the environment is not below the world's {place.world_size} ranks")
+        raise UserError(
+            f"rank {place.rank} in the environment is not below the world's {place.world_size} ranks"
+        )
     if not place.local_rank < max(place.local_size, 1):
         raise UserError(
             f"local rank {place.local_rank} in the environment is not below its machine's {place.local_size} ranks"

@@ -1,7 +1,7 @@
 """Pretrain a model: the verb `megatrain pretrain`, and the script that launchers start.
 
-    megatrain pretrain CONFIG [section.key=value ...]
-    torchrun --nproc-per-node 8 megatrain/pretrain.py CONFIG [section.key=value ...]
+megatrain pretrain CONFIG [section.key=value ...]
+torchrun --nproc-per-node 8 megatrain/pretrain.py CONFIG [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ from megatrain.place import from_environment
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
     parser.add_argument("config", metavar="CONFIG", help="the run's YAML")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the YAML")
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and start nothing")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the YAML"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what the run would be, and start nothing"
+    )
     # The deepspeed launcher adds it for scripts that cannot read LOCAL_RANK.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
 
@@ -56,8 +60,12 @@ def train(args: argparse.Namespace, *, verb: Literal["pretrain", "finetune"]) ->
         print(dry_run(config, task))
         return 0
     if place is not None and config.run.max_restarts:
-        raise ConfigError("run.max_restarts", config.run.max_restarts, "is for ranks that megatrain starts itself, and a launcher started these",
-                          "set it to 0, and use the launcher's own: torchrun --max-restarts, #SBATCH --requeue")  # fmt: skip
+        raise ConfigError(
+            "run.max_restarts",
+            config.run.max_restarts,
+            "is for ranks that megatrain starts itself, and a launcher started these",
+            "set it to 0, and use the launcher's own: torchrun --max-restarts, #SBATCH --requeue",
+        )
     if place is not None:
         return enter_rank(work, config, place)
     check_without_ranks(config, world_size, task)

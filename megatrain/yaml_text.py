@@ -21,7 +21,11 @@ def parse(text: str) -> Any:
 def why(error: yaml.YAMLError) -> str:
     """What is wrong with a text, and where."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark and problem else " ".join(str(error).split())
+    return (
+        f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
+        if mark and problem
+        else " ".join(str(error).split())
+    )
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -32,21 +36,33 @@ class _YamlLoader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:  # here, before `<<` brings in keys that may be given once more
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.composer.ComposerError(None, None, "a list or mapping stands where a name should", key.start_mark)
+                raise yaml.composer.ComposerError(
+                    None, None, "a list or mapping stands where a name should", key.start_mark
+                )
             if key.value in seen:
-                raise yaml.composer.ComposerError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                raise yaml.composer.ComposerError(
+                    None, None, f"{key.value!r} is given twice", key.start_mark
+                )
             seen.add(key.value)
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, TypeError, AttributeError) as error:  # 2024-13-45 looks like a date, and is none
-            raise yaml.constructor.ConstructorError(None, None, f"{shortened(node.value)!r} cannot be read ({error})", node.start_mark) from None
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+        ) as error:  # 2024-13-45 looks like a date, and is none
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shortened(node.value)!r} cannot be read ({error})", node.start_mark
+            ) from None
 
 
 def _add_float_resolver() -> None:
-    pattern = re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$|^[-+]?(\d[\d_]*)?\.\d+([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+    pattern = re.compile(
+        r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$|^[-+]?(\d[\d_]*)?\.\d+([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    )
     _YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789."))
 
 

@@ -52,7 +52,10 @@ def start(*words: object, folder: Path) -> Command:
     """`megatrain WORDS` where this process is, its output in a new folder within `folder`."""
     own = folder / f"command-{os.urandom(4).hex()}"
     own.mkdir()
-    return Command(_ask({"words": [str(word) for word in words], "folder": str(own), "where": os.getcwd()}), own)
+    return Command(
+        _ask({"words": [str(word) for word in words], "folder": str(own), "where": os.getcwd()}),
+        own,
+    )
 
 
 def run(*words: object, folder: Path, timeout: float = 300.0) -> Ended:
@@ -62,9 +65,19 @@ def run(*words: object, folder: Path, timeout: float = 300.0) -> Ended:
 def _ask(order: dict[str, object]) -> int:
     global _server
     if _server is None:
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        _server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                   env={**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        }
+        _server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
     assert _server.stdin is not None
     assert _server.stdout is not None
     _server.stdin.write(json.dumps(order) + "\n")
@@ -105,7 +118,10 @@ def _fork(words: list[str], folder: str, where: str) -> int:
         os.setsid()
         os.chdir(where)
         for name, descriptor in (("out", 1), ("err", 2)):
-            os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+            os.dup2(
+                os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+                descriptor,
+            )
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         from megatrain.__main__ import main
 

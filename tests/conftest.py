@@ -15,4 +15,6 @@ def pytest_configure() -> None:
     """Refuse two test files of one name at once: pytest imports them by it, and only a run of all tests would show the clash."""
     names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
     if twice := sorted(name for name, count in names.items() if count > 1):
-        raise pytest.UsageError(f"more than one test file is called {', '.join(twice)}; rename all but one")
+        raise pytest.UsageError(
+            f"more than one test file is called {', '.join(twice)}; rename all but one"
+        )

@@ -141,7 +141,11 @@ def freeze(run, place, beat):
 
 def sleep_over_data(run, place, beat):
     come_up(run, place)
-    steps(beat, place.world_size, lambda step: time.sleep(600) if (step, place.rank) == (3, 1) else None)
+    steps(
+        beat,
+        place.world_size,
+        lambda step: time.sleep(600) if (step, place.rank) == (3, 1) else None,
+    )
 
 
 def vanish(run, place, beat):
@@ -192,7 +196,10 @@ def launch_as_torchrun_again(target, run, world_size):
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for attempt in range(2):
-        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+        os.environ |= {
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        }
         code = start_ranks(target, run, world_size, store.port)
         if code == 0:
             break
@@ -203,7 +210,11 @@ def start_ranks(target, run, world_size, port):
     children = []
     for rank in range(world_size):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         children.append(in_a_fork(lambda: enter_rank(target, run, from_environment(os.environ))))
     return ended(children, Path(run.run.output_dir))
 
@@ -241,8 +252,16 @@ def start(order):
     def launch():
         os.setsid()
         for name, fd in (("out", 1), ("err", 2)):
-            os.dup2(os.open(Path(order["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), fd)
-        run = config.load(None, ["train.steps=1", f"run.output_dir={order['folder']}", *order["overrides"]])
+            os.dup2(
+                os.open(
+                    Path(order["folder"]) / name,
+                    os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND,
+                ),
+                fd,
+            )
+        run = config.load(
+            None, ["train.steps=1", f"run.output_dir={order['folder']}", *order["overrides"]]
+        )
         return globals()[order["launcher"]](globals()[order["scenario"]], run, order["world_size"])
 
     return in_a_fork(launch)
@@ -254,7 +273,9 @@ def main():
     _die_with(os.getppid())
     machine.set_environment(ranks_here=4)
     import_before_fork()
-    supervisor.SECONDS_FOR_CAUSES = hub.SECONDS_FOR_CAUSES = 60.0  # ranks of a busy machine take longer to say theirs
+    supervisor.SECONDS_FOR_CAUSES = hub.SECONDS_FOR_CAUSES = (
+        60.0  # ranks of a busy machine take longer to say theirs
+    )
     del os.environ["OMP_NUM_THREADS"]
     for line in sys.stdin:
         order = json.loads(line)

@@ -81,7 +81,11 @@ def extensions(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(extensions):
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMP_", "RANK"))}
+    outside = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "OMP_", "RANK"))
+    }
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("launch_scenarios.py"))],
         stdin=subprocess.PIPE,
@@ -103,7 +107,12 @@ def launch(server, tmp_path):
     def start(scenario, *, world_size=4, launcher="launch_locally", overrides=(), name="."):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        order = {"scenario": scenario, "folder": str(folder), "world_size": world_size, "launcher": launcher}
+        order = {
+            "scenario": scenario,
+            "folder": str(folder),
+            "world_size": world_size,
+            "launcher": launcher,
+        }
         started.append(ask(server, {**order, "overrides": list(overrides)}))
         return Launched(server, folder, started[-1], world_size)
 

@@ -69,20 +69,37 @@ def give_weights(stage: nn.Module, network: nn.Module) -> dict[str, Tensor]:
     """Put the stage's weights into a network of transformers. What that does not know by name, adapters' own, is returned whole."""
     state, own = network.state_dict(), {}
     # Biases that ours lacks would stay at zero there, and nobody would see it.
-    assert {name for name, _ in network.named_parameters()} <= {declaration.name.removeprefix(PREFIX) for declaration, _ in parameters(stage)}
+    assert {name for name, _ in network.named_parameters()} <= {
+        declaration.name.removeprefix(PREFIX) for declaration, _ in parameters(stage)
+    }
     for declaration, parameter in parameters(stage):
         name = declaration.name
-        whole = state[name] if name in state else own.setdefault(name, torch.full(declaration.shape, float("nan")))
+        whole = (
+            state[name]
+            if name in state
+            else own.setdefault(name, torch.full(declaration.shape, float("nan")))
+        )
         declaration.put(declaration.part_of(parameter.detach()), whole)
     network.load_state_dict(state)
     return own
 
 
-def train(trained: dict[str, nn.Parameter], loss_of: Callable[[int], Tensor], *, steps: int, lr: float, clip: float = 0.5) -> Trained:
+def train(
+    trained: dict[str, nn.Parameter],
+    loss_of: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    clip: float = 0.5,
+) -> Trained:
     """`loss_of(step)` is the step's loss, from 1 on."""
-    matrices, vectors = ([p for p in trained.values() if (p.dim() > 1) == large] for large in (True, False))
+    matrices, vectors = (
+        [p for p in trained.values() if (p.dim() > 1) == large] for large in (True, False)
+    )
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=BETAS)
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=lr, betas=BETAS
+    )
     losses, norms, gradients = [], [], {}
     for step in range(1, steps + 1):
         loss = loss_of(step)
@@ -114,19 +131,33 @@ def run_steps(trainer, batches: Callable[[int], list[Batch]], *, steps: int) -> 
 
 
 def _first_gradient(zero) -> list[Piece]:
-    return [Piece(replace(f.sharding, summed=()), tuple(f.shape), f.start, f.tensors["exp_avg"].clone() / (1 - BETAS[0])) for f in zero.fragments()]
+    return [
+        Piece(
+            replace(f.sharding, summed=()),
+            tuple(f.shape),
+            f.start,
+            f.tensors["exp_avg"].clone() / (1 - BETAS[0]),
+        )
+        for f in zero.fragments()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # held against each other
 
 
-def assert_equal(ranks: list[Ran], plain: Trained, *, losses: float, norms: float = 1e-5, gradient: float = 1e-5) -> None:
+def assert_equal(
+    ranks: list[Ran], plain: Trained, *, losses: float, norms: float = 1e-5, gradient: float = 1e-5
+) -> None:
     """All ranks say the same, and that is plain torch's to these relative differences; of the gradient, in each tensor's norm."""
     for ran in ranks:
         assert ran.losses == ranks[0].losses
-        torch.testing.assert_close(torch.tensor(ran.losses), torch.tensor(plain.losses), rtol=losses, atol=0)
-        torch.testing.assert_close(torch.tensor(ran.norms), torch.tensor(plain.norms), rtol=norms, atol=0)
+        torch.testing.assert_close(
+            torch.tensor(ran.losses), torch.tensor(plain.losses), rtol=losses, atol=0
+        )
+        torch.testing.assert_close(
+            torch.tensor(ran.norms), torch.tensor(plain.norms), rtol=norms, atol=0
+        )
     assert worst_gradient(ranks, plain.gradients) < gradient
 
 

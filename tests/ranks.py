@@ -52,10 +52,17 @@ def _answer(rank: int, world_size: int, store: str, function: Any, args: tuple) 
     import deepspeed.comm.comm
     import torch.distributed as dist
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
+        )
         deepspeed.comm.comm.cdb = None  # it would speak to the groups of the call before
         result = function(rank, world_size, *args)
         dist.barrier()
@@ -110,7 +117,9 @@ def _stop(size: int) -> None:
         worker.process.join()
 
 
-def run_ranks(function: Any, world_size: int, *args: Any, folder: Path, timeout: float = 300.0) -> list[Any]:
+def run_ranks(
+    function: Any, world_size: int, *args: Any, folder: Path, timeout: float = 300.0
+) -> list[Any]:
     """`function(rank, world_size, *args)` on every rank: results by rank, or the first failing rank's traceback raised."""
     workers = _world(world_size)
     store = str(folder / f"store-{world_size}-{os.urandom(4).hex()}")
@@ -123,7 +132,9 @@ def run_ranks(function: Any, world_size: int, *args: Any, folder: Path, timeout:
         ready = multiprocessing.connection.wait(list(waiting), max(0.0, until - time.monotonic()))
         if not ready:
             _stop(world_size)
-            raise AssertionError(f"ranks {sorted(waiting.values())} gave no answer in {timeout:.0f} s")
+            raise AssertionError(
+                f"ranks {sorted(waiting.values())} gave no answer in {timeout:.0f} s"
+            )
         for pipe in ready:
             try:
                 result, error = pickle.loads(pipe.recv_bytes())

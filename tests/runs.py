@@ -22,7 +22,9 @@ from megatrain.place import Place
 VOCABULARY = 67
 
 
-def write_tokens(prefix: Path, *, documents: int = 60, length: int = 40, below: int = VOCABULARY) -> Path:
+def write_tokens(
+    prefix: Path, *, documents: int = 60, length: int = 40, below: int = VOCABULARY
+) -> Path:
     """A dataset of random tokens; returns its prefix, which is what a config names."""
     with IndexedWriter(prefix, vocab_size=VOCABULARY) as writer:
         for document in np.random.default_rng(0).integers(0, below, (documents, length)):
@@ -32,7 +34,10 @@ def write_tokens(prefix: Path, *, documents: int = 60, length: int = 40, below: 
 
 def laid_over(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """A YAML's contents with settings by `section.key`."""
-    sections = {name: dict(section) if isinstance(section, Mapping) else section for name, section in raw.items()}
+    sections = {
+        name: dict(section) if isinstance(section, Mapping) else section
+        for name, section in raw.items()
+    }
     for name, value in settings.items():
         section, key = name.split(".")
         sections.setdefault(section, {})[key] = value
@@ -65,7 +70,10 @@ def finetune(rank: int, world_size: int, raw: Mapping[str, Any]) -> None:
 def microbatches(rows: Tensor, size: int, data: Axis) -> list[Batch]:
     """A data rank's share of a batch of tokens [B, S + 1], `size` rows at a time, each row a document."""
     position = torch.arange(rows.shape[1] - 1).expand(size, -1)
-    return [Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position)) for r in rows.split(size)[data.rank :: data.size]]
+    return [
+        Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position))
+        for r in rows.split(size)[data.rank :: data.size]
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,8 +82,17 @@ def microbatches(rows: Tensor, size: int, data: Axis) -> list[Batch]:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Every line's step and numbers, but for those of time."""
-    timed = ("seconds", "tokens_per_second", "tflops_per_rank", "mfu", "save_stall_seconds", "memory_gib")
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines(run)]
+    timed = (
+        "seconds",
+        "tokens_per_second",
+        "tflops_per_rank",
+        "mfu",
+        "save_stall_seconds",
+        "memory_gib",
+    )
+    return [
+        {name: value for name, value in line.items() if name not in timed} for line in lines(run)
+    ]
 
 
 def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -93,7 +110,9 @@ def tensors(checkpoint: Path) -> dict[str, bytes]:
     for path in sorted(checkpoint.rglob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                found[f"{path.relative_to(checkpoint)}:{name}"] = file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
+                found[f"{path.relative_to(checkpoint)}:{name}"] = (
+                    file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
+                )
     assert len(found) > 10
     return found
 

@@ -20,16 +20,30 @@ from megatrain.train.tasks import Pretraining
 
 VOCABULARY, LENGTH = 67, 16
 CONFIG = {
-    "model": {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "model": {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "data": {"sequence_length": LENGTH},
     "train": {"steps": 12, "global_batch_size": 4, "micro_batch_size": 2},
-}  # fmt: skip
+}
 
 
 def write_data(prefix, *, tokens=800, vocabulary=VOCABULARY):
     with IndexedWriter(prefix, vocab_size=vocabulary) as writer:
-        for part in np.random.default_rng(0).integers(0, vocabulary, tokens).reshape(-1, 20 if tokens > 20 else tokens):
+        for part in (
+            np.random.default_rng(0)
+            .integers(0, vocabulary, tokens)
+            .reshape(-1, 20 if tokens > 20 else tokens)
+        ):
             writer.add(part)
 
 
@@ -37,7 +51,11 @@ def write_data(prefix, *, tokens=800, vocabulary=VOCABULARY):
 def run_file(tmp_path):
     """A run that works."""
     write_data(tmp_path / "data")
-    raw = {**CONFIG, "run": {"output_dir": str(tmp_path / "run")}, "data": {**CONFIG["data"], "train": str(tmp_path / "data")}}
+    raw = {
+        **CONFIG,
+        "run": {"output_dir": str(tmp_path / "run")},
+        "data": {**CONFIG["data"], "train": str(tmp_path / "data")},
+    }
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(raw))
     return file
@@ -55,7 +73,10 @@ def refusal(run_file, capfd, monkeypatch):
         raise RankStarted
 
     monkeypatch.setattr("megatrain.pretrain.run_local", start)
-    for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):  # so that what the command sets there is taken back
+    for name in (
+        "DS_ACCELERATOR",
+        "OMP_NUM_THREADS",
+    ):  # so that what the command sets there is taken back
         monkeypatch.setenv(name, os.environ.get(name, "cpu" if name == "DS_ACCELERATOR" else "1"))
 
     def refuse(*words):
@@ -123,7 +144,7 @@ SENTENCES = {
     "parallel.tensor=-2": "parallel.tensor=-2 must be at least 1",
     "data.sequence_length=0": "data.sequence_length=0 must be at least 1",
     "train.resume=nowhere": "train.resume=nowhere is not a folder; give a checkpoint's folder, `auto` or `never`",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("words", SENTENCES)
@@ -137,20 +158,64 @@ def test_a_vocabulary_that_does_not_divide_is_padded(refusal):
 
 
 DAMAGE = {
-    "no .bin": ("data.bin", lambda file: file.unlink(), "there is no file {file}; a data set is named without its .bin and .idx"),
-    "no .idx": ("data.idx", lambda file: file.unlink(), "there is no file {file}; a data set is named without its .bin and .idx"),
-    "half a .bin": ("data.bin", lambda file: file.write_bytes(file.read_bytes()[:800]),
-                    "{file} is 800 bytes long, but {folder}/data.idx describes 1600 bytes; one of them is damaged or of another run"),
-    "an odd .bin": ("data.bin", lambda file: file.write_bytes(file.read_bytes()[:801]), "{file} is 801 bytes long, but"),
-    "half an .idx": ("data.idx", lambda file: file.write_bytes(file.read_bytes()[:200]), "{file} is 200 bytes long, but its header"),
-    "a stump of an .idx": ("data.idx", lambda file: file.write_bytes(b"MMIDIDX"), "{file} is 7 bytes long, shorter than the 34 bytes of a header"),
-    "an empty .idx": ("data.idx", lambda file: file.write_bytes(b""), "{file} is 0 bytes long, shorter than the 34 bytes of a header"),
-    "bad magic": ("data.idx", lambda file: file.write_bytes(b"TNTIDX\0\0\0" + file.read_bytes()[9:]), "{file} is no Megatron index: it starts with"),
-    "another version": ("data.idx", lambda file: file.write_bytes(file.read_bytes()[:9] + struct.pack("<Q", 2) + file.read_bytes()[17:]),
-                        "{file} is a Megatron index of version 2; only version 1 can be read"),
-    "no documents": ("data.idx", lambda file: file.write_bytes(file.read_bytes()[:18] + struct.pack("<QQq", 0, 1, 0)), "{file} holds no documents"),
-    "a folder for a .bin": ("data.bin", lambda file: (file.unlink(), file.mkdir()), "there is no file {file}"),
-}  # fmt: skip
+    "no .bin": (
+        "data.bin",
+        lambda file: file.unlink(),
+        "there is no file {file}; a data set is named without its .bin and .idx",
+    ),
+    "no .idx": (
+        "data.idx",
+        lambda file: file.unlink(),
+        "there is no file {file}; a data set is named without its .bin and .idx",
+    ),
+    "half a .bin": (
+        "data.bin",
+        lambda file: file.write_bytes(file.read_bytes()[:800]),
+        "{file} is 800 bytes long, but {folder}/data.idx describes 1600 bytes; one of them is damaged or of another run",
+    ),
+    "an odd .bin": (
+        "data.bin",
+        lambda file: file.write_bytes(file.read_bytes()[:801]),
+        "{file} is 801 bytes long, but",
+    ),
+    "half an .idx": (
+        "data.idx",
+        lambda file: file.write_bytes(file.read_bytes()[:200]),
+        "{file} is 200 bytes long, but its header",
+    ),
+    "a stump of an .idx": (
+        "data.idx",
+        lambda file: file.write_bytes(b"MMIDIDX"),
+        "{file} is 7 bytes long, shorter than the 34 bytes of a header",
+    ),
+    "an empty .idx": (
+        "data.idx",
+        lambda file: file.write_bytes(b""),
+        "{file} is 0 bytes long, shorter than the 34 bytes of a header",
+    ),
+    "bad magic": (
+        "data.idx",
+        lambda file: file.write_bytes(b"TNTIDX\0\0\0" + file.read_bytes()[9:]),
+        "{file} is no Megatron index: it starts with",
+    ),
+    "another version": (
+        "data.idx",
+        lambda file: file.write_bytes(
+            file.read_bytes()[:9] + struct.pack("<Q", 2) + file.read_bytes()[17:]
+        ),
+        "{file} is a Megatron index of version 2; only version 1 can be read",
+    ),
+    "no documents": (
+        "data.idx",
+        lambda file: file.write_bytes(file.read_bytes()[:18] + struct.pack("<QQq", 0, 1, 0)),
+        "{file} holds no documents",
+    ),
+    "a folder for a .bin": (
+        "data.bin",
+        lambda file: (file.unlink(), file.mkdir()),
+        "there is no file {file}",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -184,11 +249,16 @@ def test_a_tokenizer_larger_than_the_models_vocabulary(refusal, tmp_path):
     assert f"tokens of data.tokenizer={tmp_path}/tokenizer; set model.vocab_size=26" in said
     assert refusal("--dry-run", f"data.tokenizer={tmp_path}/tokenizer") == said
     (tmp_path / "empty").mkdir()
-    assert refusal(f"data.tokenizer={tmp_path}/empty") == f"data.tokenizer={tmp_path}/empty is no tokenizer's folder: it has no tokenizer.json"
+    assert (
+        refusal(f"data.tokenizer={tmp_path}/empty")
+        == f"data.tokenizer={tmp_path}/empty is no tokenizer's folder: it has no tokenizer.json"
+    )
 
 
 def test_a_checkpoint_that_cannot_be_resumed_is_refused_by_a_dry_run_too(refusal):
-    assert refusal("--dry-run", "train.resume=nowhere").startswith("train.resume=nowhere is not a folder")
+    assert refusal("--dry-run", "train.resume=nowhere").startswith(
+        "train.resume=nowhere is not a folder"
+    )
 
 
 def test_an_output_folder_that_cannot_be_made(refusal, tmp_path):
@@ -197,7 +267,9 @@ def test_an_output_folder_that_cannot_be_made(refusal, tmp_path):
     assert said == f"run.output_dir={tmp_path}/file/run cannot be written (Not a directory)"
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "logs", "config.yaml", "metrics.jsonl", "events.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "logs", "config.yaml", "metrics.jsonl", "events.jsonl"]
+)
 def test_an_output_folder_of_which_a_part_cannot_be_written(refusal, tmp_path, name):
     (tmp_path / "run").mkdir()
     if "." in name:
@@ -205,29 +277,57 @@ def test_an_output_folder_of_which_a_part_cannot_be_written(refusal, tmp_path, n
     else:
         (tmp_path / "run" / name).touch()
     reason = "Is a directory" if "." in name else "Not a directory"
-    assert refusal() == f"run.output_dir={tmp_path}/run holds {name} that cannot be written to ({reason})"
+    assert (
+        refusal()
+        == f"run.output_dir={tmp_path}/run holds {name} that cannot be written to ({reason})"
+    )
 
 
 def test_a_layout_that_does_not_fit_a_launchers_ranks(run_file):
     """The first thing that rank 0 does; the others then say the same."""
-    with pytest.raises(ConfigError, match="tensor 2 x pipeline 2 does not divide the 6 ranks of this run; start a multiple of 4 ranks"):
-        check_without_ranks(load(run_file, ["parallel.tensor=2", "parallel.pipeline=2"]), 6, Pretraining())
-    with pytest.raises(ConfigError, match="x data 2 needs 2 ranks and there are 4; start 2 ranks or leave"):
+    with pytest.raises(
+        ConfigError,
+        match="tensor 2 x pipeline 2 does not divide the 6 ranks of this run; start a multiple of 4 ranks",
+    ):
+        check_without_ranks(
+            load(run_file, ["parallel.tensor=2", "parallel.pipeline=2"]), 6, Pretraining()
+        )
+    with pytest.raises(
+        ConfigError, match="x data 2 needs 2 ranks and there are 4; start 2 ranks or leave"
+    ):
         check_without_ranks(load(run_file, ["parallel.data=2"]), 4, Pretraining())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what only a running rank can see
 
-GPT2 = {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 OVERFLOWING = {"optimizer": {"lr": 1e30, "grad_clip": 0.0}}
 RUNS = {
     "outside": {"parallel": {"pipeline": 2}},
     "loss": {"model": GPT2, **OVERFLOWING, "train": {**CONFIG["train"], "max_bad_steps": 3}},
-    "loss on stages": {"model": GPT2, **OVERFLOWING, "train": {**CONFIG["train"], "max_bad_steps": 2}, "parallel": {"pipeline": 2}},
+    "loss on stages": {
+        "model": GPT2,
+        **OVERFLOWING,
+        "train": {**CONFIG["train"], "max_bad_steps": 2},
+        "parallel": {"pipeline": 2},
+    },
     "gradient": {**OVERFLOWING, "train": {**CONFIG["train"], "max_bad_steps": 2}},
-    "gradient of shards": {**OVERFLOWING, "train": {**CONFIG["train"], "max_bad_steps": 2}, "parallel": {"data": 2, "zero": 3}},
-}  # fmt: skip
+    "gradient of shards": {
+        **OVERFLOWING,
+        "train": {**CONFIG["train"], "max_bad_steps": 2},
+        "parallel": {"data": 2, "zero": 3},
+    },
+}
 
 
 class Ended:
@@ -237,7 +337,9 @@ class Ended:
         self.code, self.err, self.folder = ended.code, ended.err, folder
 
     def metrics(self):
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +353,14 @@ def ended(tmp_path_factory):
     tokens.flush()
     found = {}
     for name, settings in RUNS.items():
-        data = {**CONFIG["data"], "train": str(folder / ("outside" if name == "outside" else "data"))}
+        data = {
+            **CONFIG["data"],
+            "train": str(folder / ("outside" if name == "outside" else "data")),
+        }
         output = folder / name.replace(" ", "-")
-        (folder / "run.yaml").write_text(yaml.safe_dump({**CONFIG, "run": {"output_dir": str(output)}, "data": data, **settings}))
+        (folder / "run.yaml").write_text(
+            yaml.safe_dump({**CONFIG, "run": {"output_dir": str(output)}, "data": data, **settings})
+        )
         found[name] = Ended(run_command("pretrain", folder / "run.yaml", folder=folder), output)
     return found
 
@@ -272,14 +379,28 @@ def test_a_token_outside_the_vocabulary_ends_the_run_at_the_batch_that_has_it(en
     ("name", "bad_steps", "sentence"),
     [
         ("loss", 3, "non-finite loss; the first layer with a non-finite output is block 0"),
-        ("loss on stages", 2, "non-finite loss; the first layer with a non-finite output is block 0"),
-        ("gradient", 2, "non-finite gradient; all layers' outputs are finite, and the first gradient behind the loss that is not is that of "
-                        "model.layers.3.mlp.down_proj.weight"),
-        ("gradient of shards", 2, "non-finite gradient; all layers' outputs are finite, and the first gradient behind the loss that is not is "
-                                  "that of model.layers.3.mlp.down_proj.weight"),
+        (
+            "loss on stages",
+            2,
+            "non-finite loss; the first layer with a non-finite output is block 0",
+        ),
+        (
+            "gradient",
+            2,
+            "non-finite gradient; all layers' outputs are finite, and the first gradient behind the loss that is not is that of "
+            "model.layers.3.mlp.down_proj.weight",
+        ),
+        (
+            "gradient of shards",
+            2,
+            "non-finite gradient; all layers' outputs are finite, and the first gradient behind the loss that is not is "
+            "that of model.layers.3.mlp.down_proj.weight",
+        ),
     ],
-)  # fmt: skip
-def test_bad_numbers_are_skipped_and_after_some_in_a_row_the_run_stops(ended, name, bad_steps, sentence):
+)
+def test_bad_numbers_are_skipped_and_after_some_in_a_row_the_run_stops(
+    ended, name, bad_steps, sentence
+):
     """The first step's update makes weights that overflow; nothing is updated after it."""
     run = ended[name]
     assert run.code == 1
@@ -288,5 +409,9 @@ def test_bad_numbers_are_skipped_and_after_some_in_a_row_the_run_stops(ended, na
     metrics = run.metrics()
     assert [step["skipped"] for step in metrics] == [False] + [True] * bad_steps
     losses = [step["loss"] for step in metrics[1:]]
-    assert all(loss is None for loss in losses) if name.startswith("loss") else all(abs(loss - np.log(VOCABULARY)) < 0.1 for loss in losses)
+    assert (
+        all(loss is None for loss in losses)
+        if name.startswith("loss")
+        else all(abs(loss - np.log(VOCABULARY)) < 0.1 for loss in losses)
+    )
     assert all(step["grad_norm"] is None for step in metrics[1:])

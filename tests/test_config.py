@@ -31,30 +31,46 @@ def written(tmp_path, text):
 
 
 def test_defaults_are_a_valid_config():
-    assert made() == dataclasses.replace(Config(), train=dataclasses.replace(Config().train, steps=10))
+    assert made() == dataclasses.replace(
+        Config(), train=dataclasses.replace(Config().train, steps=10)
+    )
 
 
 def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path):
     file = written(tmp_path, "train: {steps: 5, micro_batch_size: 2}\noptimizer:\n")
     read = load(file, ["train.steps=7", "train.steps=8"])
-    assert (read.train.steps, read.train.micro_batch_size, read.optimizer) == (8, 2, Config().optimizer)
+    assert (read.train.steps, read.train.micro_batch_size, read.optimizer) == (
+        8,
+        2,
+        Config().optimizer,
+    )
 
 
 def test_overrides_fill_a_section_that_the_file_leaves_empty(tmp_path):
-    read = load(written(tmp_path, "train: {steps: 5}\nmodel:\noptimizer:\n"), ["optimizer.lr=2e-4", "model.model_type=gpt2"])
+    read = load(
+        written(tmp_path, "train: {steps: 5}\nmodel:\noptimizer:\n"),
+        ["optimizer.lr=2e-4", "model.model_type=gpt2"],
+    )
     assert (read.optimizer.lr, read.model) == (2e-4, {"model_type": "gpt2"})
 
 
 def test_what_is_merged_may_be_given_once_more(tmp_path):
-    read = load(written(tmp_path, "train: {steps: 5}\nmodel:\n  a: &a {x: 1, y: 2}\n  b: &b {<<: *a, x: 3}\n  c: {<<: *b, y: 4}\n"))
+    read = load(
+        written(
+            tmp_path,
+            "train: {steps: 5}\nmodel:\n  a: &a {x: 1, y: 2}\n  b: &b {<<: *a, x: 3}\n  c: {<<: *b, y: 4}\n",
+        )
+    )
     assert read.model == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}}
 
 
 def test_overrides_reach_into_the_model(tmp_path):
     file = written(tmp_path, "train: {steps: 5}\nmodel: {model_type: gpt2, n_layer: 2}\n")
     assert load(file, ["model.n_layer=3", "model.rope_parameters.factor=2"]).model == {
-        "model_type": "gpt2", "n_layer": 3, "rope_parameters": {"factor": 2},
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "n_layer": 3,
+        "rope_parameters": {"factor": 2},
+    }
 
 
 def test_a_model_folder_is_looked_up_beside_the_config(tmp_path):
@@ -66,11 +82,22 @@ def test_a_model_folder_is_looked_up_beside_the_config(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3e-4", 3e-4), ("1E5", 1e5), ("2", 2.0), (".5", 0.5), ("1_000.5", 1000.5), ("1.", 1.0), ("3.0e-4", 3e-4)],
+    [
+        ("3e-4", 3e-4),
+        ("1E5", 1e5),
+        ("2", 2.0),
+        (".5", 0.5),
+        ("1_000.5", 1000.5),
+        ("1.", 1.0),
+        ("3.0e-4", 3e-4),
+    ],
 )
 def test_numbers_are_numbers(tmp_path, text, value):
     assert made(f"optimizer.lr={text}", "lr_schedule.min_lr=0").optimizer.lr == value
-    assert load(written(tmp_path, f"train: {{steps: 1}}\noptimizer: {{lr: {text}}}\n")).optimizer.lr == value
+    assert (
+        load(written(tmp_path, f"train: {{steps: 1}}\noptimizer: {{lr: {text}}}\n")).optimizer.lr
+        == value
+    )
 
 
 def test_whole_numbers_may_be_written_as_floats_and_only_whole_ones():
@@ -93,7 +120,11 @@ def test_null_takes_a_setting_back():
 
 
 def test_a_resolved_config_reads_back(tmp_path):
-    read = made("model={model_type: gpt2}", "data.train=[{path: a, weight: 0.3}]", "optimizer.betas=[0.8, 0.9]")
+    read = made(
+        "model={model_type: gpt2}",
+        "data.train=[{path: a, weight: 0.3}]",
+        "optimizer.betas=[0.8, 0.9]",
+    )
     assert load(written(tmp_path, to_yaml(read))) == read
     assert from_dict(to_dict(read)) == read
 
@@ -206,12 +237,27 @@ def test_refused(word, message):
     assert message in refusal(word)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["train.spike=off", "train.spike_factor=5"], "train.spike_factor=5.0 has no meaning with train.spike=off; set train.spike=warn or rollback"),
-    (["train.spike_window=8", "train.spike_steps=3"], "train.spike_window=8 is too few losses to judge train.spike_steps=3 by; use 12 or more"),
-    (["train.spike=rollback", "train.save_every=5", "train.steps=null", "train.epochs=2"], "passes over samples, and train.epochs asks for every one"),
-    (["train.spike=rollback", "train.save_every=5", "task=dpo", "train.micro_batch_size=2"], "whose log-probabilities preference.reference=beforehand has not computed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["train.spike=off", "train.spike_factor=5"],
+            "train.spike_factor=5.0 has no meaning with train.spike=off; set train.spike=warn or rollback",
+        ),
+        (
+            ["train.spike_window=8", "train.spike_steps=3"],
+            "train.spike_window=8 is too few losses to judge train.spike_steps=3 by; use 12 or more",
+        ),
+        (
+            ["train.spike=rollback", "train.save_every=5", "train.steps=null", "train.epochs=2"],
+            "passes over samples, and train.epochs asks for every one",
+        ),
+        (
+            ["train.spike=rollback", "train.save_every=5", "task=dpo", "train.micro_batch_size=2"],
+            "whose log-probabilities preference.reference=beforehand has not computed",
+        ),
+    ],
+)
 def test_settings_of_spikes_that_mean_nothing_or_cannot_work(words, message):
     assert message in refusal(*words)
 
@@ -231,9 +277,19 @@ def test_not_negative(name):
 
 def test_every_number_has_a_range():
     """A new numeric setting must be put under a rule, or be named here with the reason why it has its own."""
-    own_rule = {"optimizer.momentum", "lr_schedule.stable_fraction", "lora.alpha", "lora.dropout", "preference.beta", "preference.label_smoothing",
-                "classification.dropout", "classification.label_smoothing", "classification.augment_share",
-                "train.spike_factor", "train.spike_window"}  # fmt: skip
+    own_rule = {
+        "optimizer.momentum",
+        "lr_schedule.stable_fraction",
+        "lora.alpha",
+        "lora.dropout",
+        "preference.beta",
+        "preference.label_smoothing",
+        "classification.dropout",
+        "classification.label_smoothing",
+        "classification.augment_share",
+        "train.spike_factor",
+        "train.spike_window",
+    }
     numbers = {
         f"{section.name}.{item.name}"
         for section in dataclasses.fields(Config)
@@ -246,7 +302,9 @@ def test_every_number_has_a_range():
 
 def test_a_share_of_augmented_words_needs_augmentation():
     words = ["task=classification", "classification.augment_share=0.3"]
-    assert refusal(*words).startswith("classification.augment_share=0.3 has no meaning with classification.augment=none; set classification.augment")
+    assert refusal(*words).startswith(
+        "classification.augment_share=0.3 has no meaning with classification.augment=none; set classification.augment"
+    )
     assert made(*words, "classification.augment=mix").classification.augment_share == 0.3
 
 
@@ -260,7 +318,9 @@ def test_zero_2_and_3_need_one_stage(zero):
 
 def test_sequence_parallel_divides_the_sequence():
     words = ["parallel.sequence=true", "parallel.tensor=3"]
-    assert refusal(*words, "data.sequence_length=1024").endswith("parallel.sequence asks for; use 1023")
+    assert refusal(*words, "data.sequence_length=1024").endswith(
+        "parallel.sequence asks for; use 1023"
+    )
     assert refusal(*words, "data.sequence_length=2").endswith("use 3")
     assert made(*words, "data.sequence_length=1023").parallel.sequence
 
@@ -273,7 +333,10 @@ def test_data_size_is_derived():
     read = made("parallel.tensor=2", "parallel.pipeline=3")
     assert read.model_ranks == 6
     assert [read.data_size(world) for world in (6, 12)] == [1, 2]
-    with pytest.raises(ConfigError, match="pipeline 3 does not divide the 8 ranks of this run; start a multiple of 6"):
+    with pytest.raises(
+        ConfigError,
+        match="pipeline 3 does not divide the 8 ranks of this run; start a multiple of 6",
+    ):
         read.data_size(8)
 
 
@@ -287,7 +350,9 @@ def test_a_given_data_size_must_fit():
 def test_microbatches():
     read = made("train.global_batch_size=12", "train.micro_batch_size=2")
     assert [read.microbatches(data) for data in (1, 2, 3, 6)] == [6, 3, 2, 1]
-    with pytest.raises(ConfigError, match=r"size=12 is not a multiple of .*=2 x data size 4; .* are 8 and 16"):
+    with pytest.raises(
+        ConfigError, match=r"size=12 is not a multiple of .*=2 x data size 4; .* are 8 and 16"
+    ):
         read.microbatches(4)
     with pytest.raises(ConfigError, match="are 16 and 32"):
         read.microbatches(8)
@@ -297,13 +362,22 @@ def test_microbatches():
 def test_steps_of_a_token_budget_are_rounded_up():
     words = ["train.global_batch_size=4", "data.sequence_length=8"]
     assert made(*words).tokens_per_step == 32
-    assert [load(None, [*words, f"train.tokens={tokens}"]).steps for tokens in (1, 32, 33)] == [1, 1, 2]
+    assert [load(None, [*words, f"train.tokens={tokens}"]).steps for tokens in (1, 32, 33)] == [
+        1,
+        1,
+        2,
+    ]
     assert made().steps == 10
 
 
 def test_warmup_is_held_against_the_schedules_own_length():
-    assert made("lr_schedule.warmup_steps=15", "lr_schedule.decay_steps=20").lr_schedule.warmup_steps == 15
-    assert "more than the 4 steps of the schedule" in refusal("lr_schedule.warmup_steps=5", "lr_schedule.decay_steps=4")
+    assert (
+        made("lr_schedule.warmup_steps=15", "lr_schedule.decay_steps=20").lr_schedule.warmup_steps
+        == 15
+    )
+    assert "more than the 4 steps of the schedule" in refusal(
+        "lr_schedule.warmup_steps=5", "lr_schedule.decay_steps=4"
+    )
     assert made("train.steps=0", "lr_schedule.warmup_steps=5").steps == 0
 
 

@@ -39,14 +39,29 @@ def test_a_config_runs_dry(name, capsys, monkeypatch, tmp_path):
     assert main([verb, str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     loaded = config.load(CONFIGS / f"{name}.yaml")
-    notes = ["there is no file"] * 2 if verb == "pretrain" else [str(loaded.data.train), str(loaded.data.valid)]
+    notes = (
+        ["there is no file"] * 2
+        if verb == "pretrain"
+        else [str(loaded.data.train), str(loaded.data.valid)]
+    )
     notes += ["train.init_from="] if loaded.train.init_from else []
     notes += [f"data.tokenizer={loaded.data.tokenizer} does not exist"]
-    notes += ["lora.quantize=nf4 needs bitsandbytes"] if loaded.lora.quantize == "nf4" and find_spec("bitsandbytes") is None else []
+    notes += (
+        ["lora.quantize=nf4 needs bitsandbytes"]
+        if loaded.lora.quantize == "nf4" and find_spec("bitsandbytes") is None
+        else []
+    )
     assert all(f"\nnote: {note}" in shown for note in notes)
     assert shown.count("\nnote: ") == len(notes)
     stages = config.load(CONFIGS / f"{name}.yaml").parallel.pipeline
-    assert sum(line.split()[0].isdigit() for line in shown.splitlines() if line.startswith("  ") and line.strip()) == stages
+    assert (
+        sum(
+            line.split()[0].isdigit()
+            for line in shown.splitlines()
+            if line.startswith("  ") and line.strip()
+        )
+        == stages
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -34,14 +34,17 @@ print(after.ru_minflt - before.ru_minflt, int(large[0].split()[1]) if large else
 
 def faults_and_large_pages(how: str) -> tuple[int, int]:
     """Pages touched anew in four steps, and KiB in large pages afterwards."""
-    found = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        [sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True
+    ).stdout
     return tuple(map(int, found.split()))
 
 
 PAGES = 4 * 3 * (48 << 20) // resource.getpagesize()
 
 on_request = pytest.mark.skipif(
-    not (SETTING := Path("/sys/kernel/mm/transparent_hugepage/enabled")).is_file() or "[madvise]" not in SETTING.read_text(),
+    not (SETTING := Path("/sys/kernel/mm/transparent_hugepage/enabled")).is_file()
+    or "[madvise]" not in SETTING.read_text(),
     reason="the system gives no large pages, or always",
 )
 

@@ -43,13 +43,20 @@ def test_a_rank_has_every_name_that_libraries_read(environ):
     finally:
         torch.set_num_threads(before)
     assert {name: value for name, value in environ.items() if name != "PYTEST_CURRENT_TEST"} == {
-        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "3", "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "1234",
-    }  # fmt: skip
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "3",
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": "1234",
+    }
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")]
+    ("name", "value"),
+    [("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")],
 )
 def test_a_user_may_ask_for_cpus(monkeypatch, name, value):
     own = {name: value}
@@ -62,7 +69,9 @@ def test_a_user_may_ask_for_cpus(monkeypatch, name, value):
     assert machine.has_gpu()
 
 
-@pytest.mark.parametrize(("visible", "in_srun", "index"), [(2, False, 1), (1, True, 0), (8, True, 1)])
+@pytest.mark.parametrize(
+    ("visible", "in_srun", "index"), [(2, False, 1), (1, True, 0), (8, True, 1)]
+)
 def test_the_device_of_a_rank(monkeypatch, environ, visible, in_srun, index):
     monkeypatch.setattr(machine, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
@@ -74,5 +83,7 @@ def test_the_device_of_a_rank(monkeypatch, environ, visible, in_srun, index):
 def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setattr(machine, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(machine.UserError, match="2 ranks were started on this machine and it shows 1 GPUs"):
+    with pytest.raises(
+        machine.UserError, match="2 ranks were started on this machine and it shows 1 GPUs"
+    ):
         machine.device_of(PLACE)

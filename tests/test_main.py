@@ -17,7 +17,9 @@ HEAVY = {"torch", "deepspeed", "transformers", "numpy", "tokenizers", "matplotli
 
 def modules_after(code):
     command = f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     return set(done.stderr.split())
 
 
@@ -50,8 +52,14 @@ def test_config_prints_yaml_that_loads_back_to_the_defaults(capsys):
     raw = yaml.safe_load(printed)
     raw["model"] = ""  # printed as an empty mapping, for fields to be filled in
     assert config.from_dict(raw) == config.Config()
-    sections = [section.default_factory for section in dataclasses.fields(config.Config) if section.name not in ("model", "task")]
-    settings = [f"{setting.name}:" for section in sections for setting in dataclasses.fields(section)]
+    sections = [
+        section.default_factory
+        for section in dataclasses.fields(config.Config)
+        if section.name not in ("model", "task")
+    ]
+    settings = [
+        f"{setting.name}:" for section in sections for setting in dataclasses.fields(section)
+    ]
     assert [line.split()[0] for line in printed.splitlines() if line.startswith("  ")] == settings
 
 
@@ -60,7 +68,11 @@ def test_config_shows_what_a_file_and_overrides_resolve_to(capsys, tmp_path):
     file.write_text("train: {steps: 5}\nmodel: {model_type: gpt2}\n")
     assert main(["config", str(file), "optimizer.lr=2e-4", "model.n_layer=3"]) == 0
     shown = config.from_dict(yaml.safe_load(capsys.readouterr().out))
-    assert (shown.train.steps, shown.optimizer.lr, shown.model) == (5, 2e-4, {"model_type": "gpt2", "n_layer": 3})
+    assert (shown.train.steps, shown.optimizer.lr, shown.model) == (
+        5,
+        2e-4,
+        {"model_type": "gpt2", "n_layer": 3},
+    )
 
 
 def test_what_the_system_refuses_is_one_sentence(capsys, tmp_path, monkeypatch):
@@ -94,12 +106,22 @@ def test_before_ranks_meet_one_of_a_machine_speaks(capsys, monkeypatch, rank):
     waited = []
     monkeypatch.setattr("megatrain.__main__.time.sleep", waited.append)
     assert main(["pretrain", "none.yaml"]) == 1
-    assert capsys.readouterr().err == ("error: CONFIG=none.yaml does not exist\n" if rank == 0 else "")
-    assert waited == ([] if rank == 0 else [10.0]), "a launcher ends all as soon as one ends, which must not be before the words"
+    assert capsys.readouterr().err == (
+        "error: CONFIG=none.yaml does not exist\n" if rank == 0 else ""
+    )
+    assert waited == ([] if rank == 0 else [10.0]), (
+        "a launcher ends all as soon as one ends, which must not be before the words"
+    )
 
 
 def test_a_launcher_has_restarts_of_its_own(capsys, monkeypatch):
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+    for name, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29500,
+    }.items():
         monkeypatch.setenv(name, str(value))
     assert main(["pretrain", str(CONFIGS / "demo_cpu.yaml"), "run.max_restarts=2"]) == 1
     words = capsys.readouterr().err
@@ -107,19 +129,30 @@ def test_a_launcher_has_restarts_of_its_own(capsys, monkeypatch):
     assert "torchrun --max-restarts" in words
 
 
-@pytest.mark.parametrize(("script", "extra"), [("pretrain", []), ("pretrain", ["--local_rank=1"]), ("finetune", ["--local-rank", "1"])])
+@pytest.mark.parametrize(
+    ("script", "extra"),
+    [("pretrain", []), ("pretrain", ["--local_rank=1"]), ("finetune", ["--local-rank", "1"])],
+)
 def test_as_a_script_from_anywhere_with_what_launchers_append(tmp_path, script, extra):
     command = [sys.executable, str(PACKAGE / f"{script}.py"), *extra, "none.yaml", "train.steps=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "error: CONFIG=none.yaml does not exist\n")
 
 
-@pytest.mark.parametrize("words", [["config"], ["schedule", "zb-v", "--ranks", "4", "--microbatches", "8"]])
+@pytest.mark.parametrize(
+    "words", [["config"], ["schedule", "zb-v", "--ranks", "4", "--microbatches", "8"]]
+)
 def test_a_reader_that_goes_ends_a_command_quietly(words):
     """As `| head` does; 141 is what a shell shows of a command that SIGPIPE ended."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "megatrain", *words], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "megatrain", *words],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -38,14 +38,25 @@ def test_names_that_stand_for_addresses(known):
 
 def test_a_meeting_point_of_no_address(known):
     del known["gpu-a-001"]
-    with pytest.raises(UserError, match=r"^the ranks are to meet on gpu-a-001, and gpu-a-007\S+ knows no address of that name \(Name or .* export MASTER_ADDR"):
+    with pytest.raises(
+        UserError,
+        match=r"^the ranks are to meet on gpu-a-001, and gpu-a-007\S+ knows no address of that name \(Name or .* export MASTER_ADDR",
+    ):
         check_names(PLACE, gloo=False)
 
 
-@pytest.mark.parametrize(("own", "words"), [(["127.0.1.1", "::1"], r"stands for 127\.0\.1\.1, ::1 on itself"), (socket.EAI_NONAME, "has no address")])
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (["127.0.1.1", "::1"], r"stands for 127\.0\.1\.1, ::1 on itself"),
+        (socket.EAI_NONAME, "has no address"),
+    ],
+)
 def test_an_own_name_that_others_cannot_use(own, words, known, monkeypatch):
     known[HERE] = own
-    with pytest.raises(UserError, match=rf"this machine, gpu-a-007\S+ {words}.* export GLOO_SOCKET_IFNAME"):
+    with pytest.raises(
+        UserError, match=rf"this machine, gpu-a-007\S+ {words}.* export GLOO_SOCKET_IFNAME"
+    ):
         check_names(PLACE, gloo=True)
     check_names(PLACE, gloo=False)  # NCCL asks interfaces and no names
     check_names(PLACE._replace(local_size=8), gloo=True)  # all ranks are here
@@ -56,7 +67,14 @@ def test_an_own_name_that_others_cannot_use(own, words, known, monkeypatch):
 def test_a_name_server_without_an_answer_is_asked_again(known, monkeypatch):
     pauses = []
     known["gpu-a-001"] = socket.EAI_AGAIN
-    monkeypatch.setattr(names.time, "sleep", lambda seconds: pauses.append(seconds) or (len(pauses) == 2 and known.update({"gpu-a-001": ["10.0.0.1"]})))
+    monkeypatch.setattr(
+        names.time,
+        "sleep",
+        lambda seconds: (
+            pauses.append(seconds)
+            or (len(pauses) == 2 and known.update({"gpu-a-001": ["10.0.0.1"]}))
+        ),
+    )
     check_names(PLACE, gloo=True)
     assert len(pauses) == 2
     known["gpu-a-001"] = socket.EAI_AGAIN

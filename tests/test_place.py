@@ -6,22 +6,42 @@ from megatrain.errors import UserError
 from megatrain.place import Place, attempt, from_environment, hosts, speaks_for_its_machine
 
 TORCHRUN = {
-    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "node1", "MASTER_PORT": "29500", "GROUP_RANK": "1", "TORCHELASTIC_RUN_ID": "none",
-}  # fmt: skip
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+    "GROUP_RANK": "1",
+    "TORCHELASTIC_RUN_ID": "none",
+}
 DEEPSPEED = {
-    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4",
-    "MASTER_ADDR": "node1", "MASTER_PORT": "29500", "CROSS_RANK": "1", "CROSS_SIZE": "2",
-}  # fmt: skip
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "4",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+}
 ACCELERATE = {**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no"}
 SRUN = {
-    "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_JOB_ID": "41",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "node[1-2]",
     "SLURM_JOB_NODELIST": "node[1-4]",
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("environ", [TORCHRUN, DEEPSPEED, ACCELERATE], ids=["torchrun", "deepspeed", "accelerate"])
+@pytest.mark.parametrize(
+    "environ", [TORCHRUN, DEEPSPEED, ACCELERATE], ids=["torchrun", "deepspeed", "accelerate"]
+)
 def test_launchers_that_set_rank(environ):
     assert from_environment(environ) == Place(5, 8, 1, 4, "node1", 29500)
 
@@ -40,7 +60,9 @@ def test_srun_ports_follow_from_job_and_step():
 
 
 def test_what_a_batch_script_exports_is_taken_as_the_meeting_point():
-    place = from_environment({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234", "WORLD_SIZE": "8"})
+    place = from_environment(
+        {**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234", "WORLD_SIZE": "8"}
+    )
     assert (place.master_addr, place.master_port) == ("10.0.0.1", 1234)
 
 
@@ -56,7 +78,12 @@ def test_uneven_nodes():
 OUTSIDE = {
     "nothing": {},
     "an exported meeting point": {"MASTER_ADDR": "node1", "MASTER_PORT": "1"},
-    "a batch script": {"SLURM_JOB_ID": "41", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "node1"},
+    "a batch script": {
+        "SLURM_JOB_ID": "41",
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "0",
+        "SLURM_JOB_NODELIST": "node1",
+    },
     "Slurm's own batch step": {**SRUN, "SLURM_STEP_ID": "4294967291"},
     "salloc's interactive step": {**SRUN, "SLURM_STEP_ID": "4294967290"},
     "a shell of srun --pty": {**SRUN, "SLURM_PTY_PORT": "40001"},
@@ -71,7 +98,9 @@ def test_outside_a_launcher(environ):
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_part_of_a_launchers_variables(name):
     environ = {key: value for key, value in TORCHRUN.items() if key != name}
-    with pytest.raises(UserError, match=rf"^{name} is missing from the environment although .*RANK is set"):
+    with pytest.raises(
+        UserError, match=rf"^{name} is missing from the environment although .*RANK is set"
+    ):
         from_environment(environ)
 
 
@@ -101,7 +130,13 @@ def test_values_that_cannot_be(change, message):
 
 
 def test_a_world_of_one_by_a_launcher():
-    environ = {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    environ = {
+        **TORCHRUN,
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+    }
     assert from_environment(environ)[:4] == (0, 1, 0, 1)
 
 
@@ -113,7 +148,10 @@ def test_a_world_of_one_by_a_launcher():
         ("a[08-10],b,c1-2", "a08 a09 a10 b c1-2"),
         ("r[1-2]n[1-2].x", "r1n1.x r1n2.x r2n1.x r2n2.x"),
         ("gpu-a-[007,009-011],gpu-b-7", "gpu-a-007 gpu-a-009 gpu-a-010 gpu-a-011 gpu-b-7"),
-        ("gpu-a-007.cluster.example,gpu-a-[008,010]", "gpu-a-007.cluster.example gpu-a-008 gpu-a-010"),
+        (
+            "gpu-a-007.cluster.example,gpu-a-[008,010]",
+            "gpu-a-007.cluster.example gpu-a-008 gpu-a-010",
+        ),
         ("x[098-101]", "x098 x099 x100 x101"),
     ],
 )
@@ -128,7 +166,15 @@ def test_one_rank_of_a_machine_speaks_before_ranks_meet():
     assert not speaks_for_its_machine(SRUN)
 
 
-@pytest.mark.parametrize(("environ", "number"), [({}, 1), ({"SLURM_RESTART_COUNT": "2"}, 3), ({"TORCHELASTIC_RESTART_COUNT": "0"}, 1),
-                                                 ({"SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RESTART_COUNT": "2"}, 4), ({"SLURM_RESTART_COUNT": "?"}, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("environ", "number"),
+    [
+        ({}, 1),
+        ({"SLURM_RESTART_COUNT": "2"}, 3),
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, 1),
+        ({"SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RESTART_COUNT": "2"}, 4),
+        ({"SLURM_RESTART_COUNT": "?"}, 1),
+    ],
+)
 def test_starts_are_counted_by_whoever_starts_again(environ, number):
     assert attempt(environ) == number

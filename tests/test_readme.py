@@ -11,7 +11,11 @@ from megatrain.__main__ import VERBS
 from megatrain.settings import Config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SECTIONS = {name: hint for name, hint in typing.get_type_hints(Config).items() if name not in ("model", "task")}
+SECTIONS = {
+    name: hint
+    for name, hint in typing.get_type_hints(Config).items()
+    if name not in ("model", "task")
+}
 
 ENDINGS = {"py", "json", "jsonl", "yaml", "bin", "idx", "md"}
 """What follows a dot in a file's name."""
@@ -19,7 +23,11 @@ ENDINGS = {"py", "json", "jsonl", "yaml", "bin", "idx", "md"}
 
 def sources():
     """Of the package, from its root on."""
-    return [path.relative_to(ROOT) for path in sorted((ROOT / "megatrain").rglob("*.py")) if path.name != "__init__.py"]
+    return [
+        path.relative_to(ROOT)
+        for path in sorted((ROOT / "megatrain").rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
 
 
 def test_the_tree_has_every_file_and_no_other():
@@ -27,7 +35,11 @@ def test_the_tree_has_every_file_and_no_other():
     tree = readme[readme.index("## The tree") : readme.index("Read these six first")]
     named = set(re.findall(r"[\w-]+\.py", tree))
     listed = {path.name for path in sources() if path.parent.name not in ("families", "verbs")}
-    everything = {path.name for folder in ("megatrain", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")}
+    everything = {
+        path.name
+        for folder in ("megatrain", "benchmarks", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+    }
     everything |= {path.name for path in (ROOT / "tests").glob("*.py")}
     assert listed - named == set()
     assert named - everything == set()
@@ -40,10 +52,15 @@ def test_what_a_page_names_is_there(page):
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
-    paths = re.findall(r"(?<![\w/.-])(?:megatrain|tests|tools|configs|slurm|benchmarks|docs)/[\w./-]+\.(?:py|yaml|sh|md|jinja|png)\b", text)
+    paths = re.findall(
+        r"(?<![\w/.-])(?:megatrain|tests|tools|configs|slurm|benchmarks|docs)/[\w./-]+\.(?:py|yaml|sh|md|jinja|png)\b",
+        text,
+    )
     assert [path for path in paths if not (ROOT / path).exists() and "MODEL_TYPE" not in path] == []
     verbs = re.findall(r"(?:^    |`)megatrain ([a-z]+)", text, re.MULTILINE)
     assert set(verbs) <= {*VERBS}
     settings = re.findall(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z_]+)\b(?![./(])", text)
     known = {(section, item.name) for section, hint in SECTIONS.items() for item in fields(hint)}
-    assert {setting for setting in settings if setting not in known and setting[1] not in ENDINGS} == set()
+    assert {
+        setting for setting in settings if setting not in known and setting[1] not in ENDINGS
+    } == set()

@@ -1,6 +1,6 @@
 """A model from one kind of folder into another; the same as `megatrain convert`.
 
-    python tools/convert_checkpoint.py runs/mine exported --dtype bf16
+python tools/convert_checkpoint.py runs/mine exported --dtype bf16
 """
 
 from __future__ import annotations

@@ -45,7 +45,11 @@ def functions(text: str, module: str) -> Iterator[tuple[str, ast.FunctionDef]]:
         if isinstance(node, ast.FunctionDef):
             yield f"{module}.{node.name}", node
         elif isinstance(node, ast.ClassDef):
-            yield from ((f"{module}.{node.name}.{inner.name}", inner) for inner in node.body if isinstance(inner, ast.FunctionDef))
+            yield from (
+                (f"{module}.{node.name}.{inner.name}", inner)
+                for inner in node.body
+                if isinstance(inner, ast.FunctionDef)
+            )
 
 
 def first_sentence(docstring: str) -> str:
@@ -57,16 +61,30 @@ def first_sentence(docstring: str) -> str:
 
 def main() -> int:
     """Write one line for each function, into its module's file."""
-    parser = argparse.ArgumentParser(description="Questions and answers from Python's standard library as JSONL.")
+    parser = argparse.ArgumentParser(
+        description="Questions and answers from Python's standard library as JSONL."
+    )
     parser.add_argument("output")
-    parser.add_argument("--valid", metavar="OUTPUT", required=True, help="a second file, for one module in sixteen")
-    parser.add_argument("--held-out", metavar="OUTPUT", required=True, help="a third file, for one module in sixteen")
+    parser.add_argument(
+        "--valid", metavar="OUTPUT", required=True, help="a second file, for one module in sixteen"
+    )
+    parser.add_argument(
+        "--held-out",
+        metavar="OUTPUT",
+        required=True,
+        help="a third file, for one module in sixteen",
+    )
     args = parser.parse_args()
     with ExitStack() as files:
         names = {"train": args.output, "valid": args.valid, "held-out": args.held_out}
-        outputs = {part: files.enter_context(open(name, "w", encoding="utf-8")) for part, name in names.items()}
+        outputs = {
+            part: files.enter_context(open(name, "w", encoding="utf-8"))
+            for part, name in names.items()
+        }
         for path, question, answer in pairs():
-            outputs[part_of(path)].write(json.dumps({"prompt": question, "completion": answer}) + "\n")
+            outputs[part_of(path)].write(
+                json.dumps({"prompt": question, "completion": answer}) + "\n"
+            )
     return 0
 
 

@@ -19,14 +19,27 @@ from pathlib import Path
 
 from gather_stdlib import sources
 
-PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
+PACKAGES = (
+    "asyncio",
+    "email",
+    "http",
+    "importlib",
+    "logging",
+    "multiprocessing",
+    "unittest",
+    "xml",
+)
 
 
 def functions(text: str) -> Iterator[str]:
     """The source of each function and method of a module, those of a few lines at least."""
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None and node.end_lineno - node.lineno >= 3:
+        if (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and node.end_lineno is not None
+            and node.end_lineno - node.lineno >= 3
+        ):
             yield textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
 
 
@@ -45,16 +58,28 @@ def by_package() -> dict[str, list[str]]:
 
 def main() -> int:
     """Write the same number of functions of each package, every fifth into the second file."""
-    parser = argparse.ArgumentParser(description="Functions of the standard library with their packages, as JSONL.")
+    parser = argparse.ArgumentParser(
+        description="Functions of the standard library with their packages, as JSONL."
+    )
     parser.add_argument("output")
-    parser.add_argument("--valid", metavar="OUTPUT", required=True, help="a second file, for every fifth function")
+    parser.add_argument(
+        "--valid", metavar="OUTPUT", required=True, help="a second file, for every fifth function"
+    )
     args = parser.parse_args()
     found = by_package()
     count = min(len(texts) for texts in found.values())
-    records = [{"text": texts[number], "label": package} for number in range(count) for package, texts in found.items()]
+    records = [
+        {"text": texts[number], "label": package}
+        for number in range(count)
+        for package, texts in found.items()
+    ]
     held_out = [number // len(found) % 5 == 0 for number in range(len(records))]
     for name, wanted in ((args.output, False), (args.valid, True)):
-        lines = [json.dumps(record) + "\n" for record, held in zip(records, held_out, strict=True) if held is wanted]
+        lines = [
+            json.dumps(record) + "\n"
+            for record, held in zip(records, held_out, strict=True)
+            if held is wanted
+        ]
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("".join(lines), encoding="utf-8")
     print(f"{len(found)} packages, {count} functions of each")

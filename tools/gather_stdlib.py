@@ -1,6 +1,6 @@
 """Gather a small corpus that every machine has: the sources of Python's own standard library, as JSONL.
 
-    python tools/gather_stdlib.py train.jsonl --valid valid.jsonl --valid-every 50 --without-held-out
+python tools/gather_stdlib.py train.jsonl --valid valid.jsonl --valid-every 50 --without-held-out
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "idle_test",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 
 
 def part_of(path: str) -> Literal["train", "valid", "held-out"]:
@@ -33,7 +42,9 @@ def sources() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         name = path.relative_to(root)
-        if SKIPPED.isdisjoint(name.parts) and (text := path.read_bytes().decode("utf-8", errors="replace")):
+        if SKIPPED.isdisjoint(name.parts) and (
+            text := path.read_bytes().decode("utf-8", errors="replace")
+        ):
             yield name.as_posix(), text
 
 
@@ -41,16 +52,28 @@ def main() -> int:
     """Write one line for each source file, every n-th into the second file."""
     parser = argparse.ArgumentParser(description="Python's standard library as JSONL.")
     parser.add_argument("output")
-    parser.add_argument("--max-mb", type=float, default=float("inf"), help="stop after this many MB of text")
+    parser.add_argument(
+        "--max-mb", type=float, default=float("inf"), help="stop after this many MB of text"
+    )
     parser.add_argument("--valid", metavar="OUTPUT", help="a second file, for every n-th source")
-    parser.add_argument("--valid-every", type=int, default=50, metavar="N", help="default: %(default)s")
-    parser.add_argument("--without-held-out", action="store_true", help="leave out the modules whose questions gather_docstrings.py holds out")
+    parser.add_argument(
+        "--valid-every", type=int, default=50, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--without-held-out",
+        action="store_true",
+        help="leave out the modules whose questions gather_docstrings.py holds out",
+    )
     args = parser.parse_args()
     size = 0
     with ExitStack() as files:
         train = files.enter_context(open(args.output, "w", encoding="utf-8"))
         valid = files.enter_context(open(args.valid, "w", encoding="utf-8")) if args.valid else None
-        chosen = ((path, text) for path, text in sources() if not (args.without_held_out and part_of(path) == "held-out"))
+        chosen = (
+            (path, text)
+            for path, text in sources()
+            if not (args.without_held_out and part_of(path) == "held-out")
+        )
         for number, (path, text) in enumerate(chosen, start=1):
             size += len(text.encode())
             if size > args.max_mb * 1e6:

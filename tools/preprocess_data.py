@@ -1,6 +1,6 @@
 """Text files to PREFIX.bin and PREFIX.idx; the same as `megatrain preprocess`.
 
-    python tools/preprocess_data.py corpus.jsonl --tokenizer tokenizer --output data/corpus
+python tools/preprocess_data.py corpus.jsonl --tokenizer tokenizer --output data/corpus
 """
 
 from __future__ import annotations

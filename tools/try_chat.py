@@ -29,7 +29,9 @@ from megatrain.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Print losses and answers before and after; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="the finetuning run's folder")
     parser.add_argument("held_out", help="file of questions that no setting was chosen by")
     parser.add_argument("--questions", type=int, default=3, help="how many answers to show")
@@ -45,34 +47,57 @@ def compare(run: Path, held_out_file: str, questions: int) -> int:
     """Print what `main` says; returns the exit code. UserError for a run without what is compared."""
     config = configuration.load(run / "config.yaml")
     checkpoint, _ = find_newest(run / "checkpoints")
-    if checkpoint is None or not isinstance(config.data.valid, str) or config.train.init_from is None:
-        raise UserError(f"{run} holds no whole checkpoint, or no data.valid or train.init_from to compare with")
+    if (
+        checkpoint is None
+        or not isinstance(config.data.valid, str)
+        or config.train.init_from is None
+    ):
+        raise UserError(
+            f"{run} holds no whole checkpoint, or no data.valid or train.init_from to compare with"
+        )
     trainers = trainers_loss(run, step=step_of(checkpoint))
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     template = ChatTemplate(checkpoint)
-    before, after = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (config.train.init_from, checkpoint))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (config.train.init_from, checkpoint)
+    )
     chats = read_chats(held_out_file)
     for chat in chats[:: max(1, len(chats) // max(1, questions))][:questions]:
         print(f"\n{chat.messages[0]['content']}")
         print(f"  before  {answer(before, template.tokenizer, chat.messages[:-1])}")
         print(f"  after   {answer(after, template.tokenizer, chat.messages[:-1])}")
         print(f"  wanted  {chat.messages[-1]['content']}")
-    held_out, valid = ([template.encode(chat, train_on=config.data.train_on) for chat in some] for some in (chats, read_chats(config.data.valid)))
+    held_out, valid = (
+        [template.encode(chat, train_on=config.data.train_on) for chat in some]
+        for some in (chats, read_chats(config.data.valid))
+    )
     plain = loss(after, valid)
-    print(f"\nloss on {len(held_out)} held-out answers  {loss(before, held_out):.4f} before, {loss(after, held_out):.4f} after")
-    print(f"loss on {len(valid)} validation answers  {plain:.4f} in transformers, {trainers:.4f} as the trainer said")
+    print(
+        f"\nloss on {len(held_out)} held-out answers  {loss(before, held_out):.4f} before, {loss(after, held_out):.4f} after"
+    )
+    print(
+        f"loss on {len(valid)} validation answers  {plain:.4f} in transformers, {trainers:.4f} as the trainer said"
+    )
     if abs(plain / trainers - 1) > RELATIVE_TOLERANCE[config.train.dtype]:
-        print(f"error: losses {plain:.6f} and {trainers:.6f} differ by more than rounding", file=sys.stderr)
+        print(
+            f"error: losses {plain:.6f} and {trainers:.6f} differ by more than rounding",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
 
 def read_chats(path: str) -> list[Conversation]:
     """All conversations of a file."""
-    return [read_conversation(record) for block in read_blocks(find_inputs([path]).files, field=None) for _, record in parse_objects(block)[0]]
+    return [
+        read_conversation(record)
+        for block in read_blocks(find_inputs([path]).files, field=None)
+        for _, record in parse_objects(block)[0]
+    ]
 
 
 @torch.inference_mode()
@@ -82,19 +107,35 @@ def loss(model: torch.nn.Module, chats: list[Encoded]) -> float:
     for start in range(0, len(chats), 32):
         some = chats[start : start + 32]
         # Padding comes after a chat, where nothing of it looks.
-        ids, wanted = (pad_sequence([torch.from_numpy(chat[field]) for chat in some], batch_first=True) for field in (0, 1))
+        ids, wanted = (
+            pad_sequence([torch.from_numpy(chat[field]) for chat in some], batch_first=True)
+            for field in (0, 1)
+        )
         logits = model(ids[:, :-1]).logits[wanted[:, 1:]]
-        total += float(torch.nn.functional.cross_entropy(logits, ids[:, 1:][wanted[:, 1:]], reduction="sum"))
+        total += float(
+            torch.nn.functional.cross_entropy(logits, ids[:, 1:][wanted[:, 1:]], reduction="sum")
+        )
         count += len(logits)
     return total / count
 
 
 def answer(model: Any, tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     """The model's likeliest answer that says no three tokens twice, on one line, up to where it ends or 40 tokens."""
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-    output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=40, do_sample=False,
-                            no_repeat_ngram_size=3, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
-    return json.dumps(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False), ensure_ascii=False)
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt"
+    )
+    output = model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=40,
+        do_sample=False,
+        no_repeat_ngram_size=3,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return json.dumps(
+        tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False),
+        ensure_ascii=False,
+    )
 
 
 if __name__ == "__main__":

@@ -29,9 +29,13 @@ RELATIVE_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 
 def main(argv: list[str] | None = None) -> int:
     """Print both perplexities and the sample; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--prompt", default="import os\n\n\ndef ", help="text that the sample goes on from")
+    parser.add_argument(
+        "--prompt", default="import os\n\n\ndef ", help="text that the sample goes on from"
+    )
     parser.add_argument("--tokens", type=int, default=60, help="length of the sample")
     args = parser.parse_args(argv)
     try:
@@ -54,35 +58,65 @@ def compare(run: Path, prompt: str, tokens: int) -> int:
     disable_progress_bar()
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    print(f"{checkpoint} in transformers: {type(model).__name__}, {model.num_parameters():,} parameters\n")
+    print(
+        f"{checkpoint} in transformers: {type(model).__name__}, {model.num_parameters():,} parameters\n"
+    )
     if configuration.has_tokenizer(str(checkpoint)):
         print(sample(model, AutoTokenizer.from_pretrained(checkpoint), prompt, tokens) + "\n")
     plain = validation_loss(model, config)
-    print(f"validation perplexity  {math.exp(plain):.3f} in transformers, {math.exp(trainers):.3f} as the trainer said")
+    print(
+        f"validation perplexity  {math.exp(plain):.3f} in transformers, {math.exp(trainers):.3f} as the trainer said"
+    )
     if abs(plain / trainers - 1) > RELATIVE_TOLERANCE[config.train.dtype]:
-        print(f"error: losses {plain:.6f} and {trainers:.6f} differ by more than rounding", file=sys.stderr)
+        print(
+            f"error: losses {plain:.6f} and {trainers:.6f} differ by more than rounding",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
 
 def trainers_loss(run: Path, *, step: int) -> float:
     """The validation loss that the run wrote about `step`; UserError where it wrote none."""
-    for line in reversed([json.loads(line) for line in (run / FILE_NAME).read_text(encoding="utf-8").splitlines()]):
+    for line in reversed(
+        [json.loads(line) for line in (run / FILE_NAME).read_text(encoding="utf-8").splitlines()]
+    ):
         if line["step"] == step and "valid_loss" in line:
             return float(line["valid_loss"])
-    raise UserError(f"{run / FILE_NAME} has no validation loss of step {step}, that of the newest checkpoint")
+    raise UserError(
+        f"{run / FILE_NAME} has no validation loss of step {step}, that of the newest checkpoint"
+    )
 
 
 @torch.inference_mode()
 def validation_loss(model: torch.nn.Module, config: Config) -> float:
     """Mean loss a token over the validation batches that the run itself took."""
-    samples = open_samples(config.data, which="valid", sequence_length=config.data.sequence_length, seed=config.run.seed,
-                           vocab_size=model.config.vocab_size)  # fmt: skip
-    loader = Loader(samples, global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size,
-                    data_rank=0, data_size=1)  # fmt: skip
-    batches: list[Batch] = [batch for number in range(config.train.eval_batches) for batch in loader.microbatches(number)]
+    samples = open_samples(
+        config.data,
+        which="valid",
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+        vocab_size=model.config.vocab_size,
+    )
+    loader = Loader(
+        samples,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_rank=0,
+        data_size=1,
+    )
+    batches: list[Batch] = [
+        batch
+        for number in range(config.train.eval_batches)
+        for batch in loader.microbatches(number)
+    ]
     loader.close()
-    losses = [torch.nn.functional.cross_entropy(model(batch.tokens).logits.flatten(0, 1), batch.labels.flatten()) for batch in batches]
+    losses = [
+        torch.nn.functional.cross_entropy(
+            model(batch.tokens).logits.flatten(0, 1), batch.labels.flatten()
+        )
+        for batch in batches
+    ]
     return float(torch.stack(losses).double().mean())
 
 
@@ -90,7 +124,9 @@ def sample(model: torch.nn.Module, tokenizer: object, prompt: str, tokens: int) 
     """What the model goes on with after the prompt, drawn with a fixed seed."""
     torch.manual_seed(0)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=50)
+    output = model.generate(
+        **inputs, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=50
+    )
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 

@@ -1,8 +1,8 @@
 """A LoRA run's checkpoint: a PEFT adapter folder, with the optimizer of the adapters alone beside it.
 
-    step-00000100/
-      adapter_config.json  adapter_model.safetensors      what `peft` loads; the base model stays where it is
-      optimizer/ ...  trainer.json  manifest.json          as in every checkpoint
+step-00000100/
+  adapter_config.json  adapter_model.safetensors      what `peft` loads; the base model stays where it is
+  optimizer/ ...  trainer.json  manifest.json          as in every checkpoint
 """
 
 from __future__ import annotations
@@ -29,20 +29,33 @@ def write_config(folder: Path, config: Config, architecture: Architecture) -> No
     lora = config.lora
     targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
     if lora.targets == "all-linear":
-        targets = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_names(architecture)))
+        targets = list(
+            dict.fromkeys(name.rpartition(".")[2] for name in linear_names(architecture))
+        )
     classifier = architecture.classifier
     kind = "CAUSAL_LM" if classifier is None else "TOKEN_CLS" if classifier.of_tokens else "SEQ_CLS"
     base = None if config.train.init_from is None else str(Path(config.train.init_from).resolve())
     said = {
-        "peft_type": "LORA", "task_type": kind, "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
-        "r": lora.rank, "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha, "lora_dropout": lora.dropout,
-        "target_modules": targets, "use_rslora": lora.rslora, "use_dora": lora.dora, "fan_in_fan_out": architecture.transposed,
+        "peft_type": "LORA",
+        "task_type": kind,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "bias": "none",
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": targets,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "fan_in_fan_out": architecture.transposed,
         "modules_to_save": None if classifier is None else [classifier.name],
-    }  # fmt: skip
+    }
     (folder / CONFIG).write_text(json.dumps(said, indent=2), encoding="utf-8")
 
 
-def join(folder: Path, records: list[manifest.FileRecord], config: Config, architecture: Architecture) -> list[manifest.FileRecord]:
+def join(
+    folder: Path, records: list[manifest.FileRecord], config: Config, architecture: Architecture
+) -> list[manifest.FileRecord]:
     """Make of a model's shards, which hold adapters alone, the one file that PEFT expects, and say what it is; returns all files."""
     shards = [record.path for record in records if record.path.startswith("model")]
     tensors: dict[str, Tensor] = {}
@@ -62,17 +75,25 @@ def check(path: Path, config: Config) -> None:
     task, there = _settings(path)
     here = config.lora
     if task is not None and task != config.task:  # a converted checkpoint binds no run
-        raise CheckpointError(f"{path} was written with task={task} and this run has task={config.task}; start a new run, with another run.output_dir, "
-                              "from its weights with train.init_from")  # fmt: skip
+        raise CheckpointError(
+            f"{path} was written with task={task} and this run has task={config.task}; start a new run, with another run.output_dir, "
+            "from its weights with train.init_from"
+        )
     if bool(there["rank"]) != bool(here.rank):
         words = ["whole weights", "adapters"]
-        raise CheckpointError(f"{path} holds {words[bool(there['rank'])]} and this run, with lora.rank={here.rank}, trains {words[bool(here.rank)]}; "
-                              f"set lora.rank={there['rank']}, or start another run")  # fmt: skip
+        raise CheckpointError(
+            f"{path} holds {words[bool(there['rank'])]} and this run, with lora.rank={here.rank}, trains {words[bool(here.rank)]}; "
+            f"set lora.rank={there['rank']}, or start another run"
+        )
     for name in ("rank", "alpha", "targets", "rslora", "dora", "quantize") if here.rank else ():
-        value = there.get(name, "none" if name == "quantize" else None)  # what was written before there was such a setting
+        value = there.get(
+            name, "none" if name == "quantize" else None
+        )  # what was written before there was such a setting
         if value != getattr(here, name):
-            raise CheckpointError(f"{path} was written with lora.{name}={shown(value)} and this run has lora.{name}={shown(getattr(here, name))}; "
-                                  f"resume with lora.{name}={shown(value)}, or start another run")  # fmt: skip
+            raise CheckpointError(
+                f"{path} was written with lora.{name}={shown(value)} and this run has lora.{name}={shown(getattr(here, name))}; "
+                f"resume with lora.{name}={shown(value)}, or start another run"
+            )
 
 
 def _settings(path: Path) -> tuple[str | None, dict[str, Any]]:
@@ -82,4 +103,6 @@ def _settings(path: Path) -> tuple[str | None, dict[str, Any]]:
         lora = content.get("lora", {"rank": 0})
         if isinstance(lora, dict) and isinstance(lora.get("rank"), int):
             return content.get("task"), lora
-    raise CheckpointError(f"{path / 'trainer.json'} is damaged: its config says nothing that can be read of lora")
+    raise CheckpointError(
+        f"{path / 'trainer.json'} is damaged: its config says nothing that can be read of lora"
+    )

@@ -17,13 +17,19 @@ FILE_NAME = "best.json"
 def write_best(run_folder: Path, *, step: int, metric: str, value: float) -> None:
     """Say that the checkpoint after `step` is the best so far, whole or not at all."""
     new = run_folder / f"{FILE_NAME}.new"
-    new.write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n", encoding="utf-8")
+    new.write_text(
+        json.dumps({"step": step, "metric": metric, "value": value}) + "\n", encoding="utf-8"
+    )
     new.replace(run_folder / FILE_NAME)
 
 
 def restore_best(run_folder: Path, *, step: int | None, metric: str, value: float | None) -> None:
     """After a run went back: the best is that of `step` again, or none where there is none or it is no longer kept."""
-    if step is not None and value is not None and (run_folder / "checkpoints" / f"step-{step:08d}").is_dir():
+    if (
+        step is not None
+        and value is not None
+        and (run_folder / "checkpoints" / f"step-{step:08d}").is_dir()
+    ):
         write_best(run_folder, step=step, metric=metric, value=value)
     else:
         (run_folder / FILE_NAME).unlink(missing_ok=True)
@@ -52,9 +58,14 @@ def chosen_checkpoint(run_folder: Path) -> Path:
     within = run_folder / "checkpoints"
     newest, passed = manifest.find_newest(within if within.is_dir() else run_folder)
     if newest is None:
-        raise CheckpointError(f"{run_folder} holds no whole checkpoint{''.join(f'; {text}' for text in passed)}")
+        raise CheckpointError(
+            f"{run_folder} holds no whole checkpoint{''.join(f'; {text}' for text in passed)}"
+        )
     if best is not None:
-        passed = [f"{best.name}, the run's best, {wrong}", *(text for text in passed if not text.startswith(f"{best.name} "))]
+        passed = [
+            f"{best.name}, the run's best, {wrong}",
+            *(text for text in passed if not text.startswith(f"{best.name} ")),
+        ]
     if passed and speaks_for_its_machine(os.environ):
         print(f"warning: {newest} is taken; passed over: {'; '.join(passed)}", file=sys.stderr)
     return newest

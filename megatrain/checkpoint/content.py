@@ -27,7 +27,9 @@ class Content(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in [*self.model.values(), *self.optimizer.tensors.values()])
+        return sum(
+            tensor.nbytes for tensor in [*self.model.values(), *self.optimizer.tensors.values()]
+        )
 
 
 def take(zero: Zero, grid: Grid) -> Content:
@@ -43,8 +45,14 @@ def _whole_tensors(zero: Zero, grid: Grid) -> Iterator[tuple[str, Tensor]]:
     """
     if grid.data.rank != 0 and zero.config.parallel.zero != 3:
         return
-    mine = [(declaration, parameter) for declaration, parameter in parameters(zero.stage) if parameter.requires_grad]
-    declarations = gather_objects([replace(declaration, summed=()) for declaration, _ in mine], grid.tensor)
+    mine = [
+        (declaration, parameter)
+        for declaration, parameter in parameters(zero.stage)
+        if parameter.requires_grad
+    ]
+    declarations = gather_objects(
+        [replace(declaration, summed=()) for declaration, _ in mine], grid.tensor
+    )
     last = {declaration.name: index for index, (declaration, _) in enumerate(mine)}
     building: dict[str, Tensor] = {}
     for index, (declaration, parameter) in enumerate(mine):

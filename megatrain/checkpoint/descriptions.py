@@ -25,7 +25,9 @@ class Chat(NamedTuple):
     stop_tokens: Sequence[int]
 
 
-def write_descriptions(folder: Path, config: Config, architecture: Architecture, chat: Chat | None) -> None:
+def write_descriptions(
+    folder: Path, config: Config, architecture: Architecture, chat: Chat | None
+) -> None:
     """Write what transformers reads beside the weights; the tokenizer's files are copied from `data.tokenizer`."""
     hf = type(architecture.config).from_dict(architecture.config.to_dict())
     hf.architectures = [_class_name(hf, architecture)]
@@ -44,12 +46,20 @@ def write_descriptions(folder: Path, config: Config, architecture: Architecture,
 
 def _class_name(hf: Any, architecture: Architecture) -> str:
     """Of the model in transformers."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     classifier = architecture.classifier
     kinds = AutoModelForCausalLM
     if classifier is not None:
-        kinds = AutoModelForTokenClassification if classifier.of_tokens else AutoModelForSequenceClassification
+        kinds = (
+            AutoModelForTokenClassification
+            if classifier.of_tokens
+            else AutoModelForSequenceClassification
+        )
     return str(kinds._model_mapping[type(hf)].__name__)
 
 
@@ -80,9 +90,14 @@ def _write_generation(folder: Path, hf: Any, tokenizer: Path | None, chat: Chat 
     file = folder / "generation_config.json"
     theirs = None if tokenizer is None else tokenizer / file.name
     # As JSON: transformers refuses to write some of the files that it reads.
-    generation = json.loads((theirs if theirs is not None and theirs.is_file() else file).read_text(encoding="utf-8"))
+    generation = json.loads(
+        (theirs if theirs is not None and theirs.is_file() else file).read_text(encoding="utf-8")
+    )
     before = generation.get("eos_token_id")
-    ends = [*chat.stop_tokens, *(before if isinstance(before, list) else [] if before is None else [before])]
+    ends = [
+        *chat.stop_tokens,
+        *(before if isinstance(before, list) else [] if before is None else [before]),
+    ]
     if ends:
         generation["eos_token_id"] = list(dict.fromkeys(ends))
     file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")

@@ -25,9 +25,17 @@ def choose(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
 
     `hashes` has `auto` compare not only the sizes of files with those written but their content as well.
     """
-    wish, folder, source = config.train.resume, Path(config.run.output_dir) / "checkpoints", config.train.init_from
+    wish, folder, source = (
+        config.train.resume,
+        Path(config.run.output_dir) / "checkpoints",
+        config.train.init_from,
+    )
     afresh = "starting afresh" if source is None else f"starting from {source}"
-    instead = "" if source is None or config.lora.rank else f"; train.init_from={source} was where the run began and is not read again"
+    instead = (
+        ""
+        if source is None or config.lora.rank
+        else f"; train.init_from={source} was where the run began and is not read again"
+    )
     if wish == "never":
         return None, f"{afresh}: train.resume=never{_left_by_another(folder, after=0)}"
     if wish == "auto":
@@ -38,13 +46,24 @@ def choose(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
         return newest, f"resuming from {newest}, the newest whole checkpoint{words}{instead}"
     path = Path(wish)
     if not path.is_dir():
-        raise CheckpointError(f"train.resume={wish} is not a folder; give a checkpoint's folder, `auto` or `never`")
+        raise CheckpointError(
+            f"train.resume={wish} is not a folder; give a checkpoint's folder, `auto` or `never`"
+        )
     wrong = manifest.problem(path, hashes=True)
     if wrong is not None:
-        newest = max([*keep.checkpoints(path / "checkpoints"), *keep.checkpoints(path)], default=None)
-        way_out = "choose another checkpoint or `auto`" if newest is None else f"name one of the run's checkpoints, such as {newest}"
+        newest = max(
+            [*keep.checkpoints(path / "checkpoints"), *keep.checkpoints(path)], default=None
+        )
+        way_out = (
+            "choose another checkpoint or `auto`"
+            if newest is None
+            else f"name one of the run's checkpoints, such as {newest}"
+        )
         raise CheckpointError(f"train.resume={wish} {wrong}; {way_out}")
-    return path, f"resuming from {path}, as train.resume names it{instead}{_left_by_another(folder, after=read_trainer(path).progress.step)}"
+    return (
+        path,
+        f"resuming from {path}, as train.resume names it{instead}{_left_by_another(folder, after=read_trainer(path).progress.step)}",
+    )
 
 
 def _left_by_another(folder: Path, *, after: int) -> str:
@@ -60,7 +79,9 @@ def _another_folder(path: Path, config: Config) -> str:
     output = config.run.output_dir
     if config.train.resume != "auto":
         return "name one of this model, or begin without any with train.resume=never"
-    return f"it is in the run's folder: give the run another, such as run.output_dir={_free(output)}"
+    return (
+        f"it is in the run's folder: give the run another, such as run.output_dir={_free(output)}"
+    )
 
 
 def _free(folder: str) -> str:
@@ -76,7 +97,9 @@ def check(path: Path, config: Config, architecture: Architecture) -> None:
     trainer = read_trainer(path)
     adapter.check(path, config)
     for name, there, here in differences(trainer.model, architecture.config)[:1]:
-        raise CheckpointError(f"{path} is of another model: its {name} is {shown(there)} and the run's is {shown(here)}; {_another_folder(path, config)}")
+        raise CheckpointError(
+            f"{path} is of another model: its {name} is {shown(there)} and the run's is {shown(here)}; {_another_folder(path, config)}"
+        )
     _check_same(path, config, trainer)
 
 
@@ -90,12 +113,16 @@ def load(path: Path, *, zero: Zero, config: Config, grid: Grid) -> Progress:
         wanted.add(fragment.sharding.name)
     unused = folder.names().difference(*gather_objects(wanted, grid.world))
     if unused:
-        raise CheckpointError(f"{folder.folder} holds {min(unused)}, which this run has no place for")
+        raise CheckpointError(
+            f"{folder.folder} holds {min(unused)}, which this run has no place for"
+        )
     zero.updates = trainer.progress.updates
     zero.loss_scaling = trainer.progress.loss_scaling
     zero.masters_to_weights()
     if trainer.progress.samples < 0:
-        return trainer.progress._replace(samples=trainer.progress.step * config.train.global_batch_size)
+        return trainer.progress._replace(
+            samples=trainer.progress.step * config.train.global_batch_size
+        )
     return trainer.progress
 
 
@@ -114,18 +141,36 @@ def read_trainer(path: Path) -> TrainerFile:
     try:
         counts = {name: content[name] for name in ("step", "tokens", "updates", "bad_steps")}
         samples, spike_since = content.get("samples", -1), content.get("spike_since", 0)
-        if any(type(number) is not int or number < 0 for number in (*counts.values(), samples + 1, spike_since)):
+        if any(
+            type(number) is not int or number < 0
+            for number in (*counts.values(), samples + 1, spike_since)
+        ):
             raise ValueError(f"{counts} are not all natural numbers")
         losses = tuple(float(loss) for loss in content.get("losses", []))
         scaling = content.get("loss_scaling")
-        loss_scaling = None if scaling is None else LossScale(float(scaling[0]), *(int(number) for number in scaling[1:]))
+        loss_scaling = (
+            None
+            if scaling is None
+            else LossScale(float(scaling[0]), *(int(number) for number in scaling[1:]))
+        )
         sections = [content["config"][name] for name in ("train", "data", "run", "optimizer")]
-        if not all(isinstance(section, dict) for section in (content["layout"], content["model"], content["config"], *sections)):
+        if not all(
+            isinstance(section, dict)
+            for section in (content["layout"], content["model"], content["config"], *sections)
+        ):
             raise ValueError("a section is no mapping")
-        progress = Progress(**counts, losses=losses, loss_scaling=loss_scaling, samples=samples, spike_since=spike_since)
+        progress = Progress(
+            **counts,
+            losses=losses,
+            loss_scaling=loss_scaling,
+            samples=samples,
+            spike_since=spike_since,
+        )
         return TrainerFile(progress, content["layout"], content["config"], content["model"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / 'trainer.json'} is damaged ({type(error).__name__} {str(error)[:120]})") from None
+        raise CheckpointError(
+            f"{path / 'trainer.json'} is damaged ({type(error).__name__} {str(error)[:120]})"
+        ) from None
 
 
 def _check_same(path: Path, config: Config, trainer: TrainerFile) -> None:
@@ -134,8 +179,10 @@ def _check_same(path: Path, config: Config, trainer: TrainerFile) -> None:
         here = getattr(getattr(config, section), name)
         there = trainer.config[section].get(name, here)  # a converted checkpoint binds no run
         if there != here:
-            raise CheckpointError(f"{path} was written with {section}.{name}={shown(there)} and this run has {shown(here)}: {why}; set "
-                                  f"{section}.{name}={shown(there)}, or start a new run from its weights with train.init_from={path}")  # fmt: skip
+            raise CheckpointError(
+                f"{path} was written with {section}.{name}={shown(there)} and this run has {shown(here)}: {why}; set "
+                f"{section}.{name}={shown(there)}, or start a new run from its weights with train.init_from={path}"
+            )
 
 
 _FIXED = [
@@ -151,12 +198,20 @@ def notes(path: Path, config: Config, grid: Grid) -> list[str]:
     trainer = read_trainer(path)
     there, here = trainer.layout, layout(config, grid)
     found = []
-    moved = [f"{name} {there[name]} -> {value}" for name, value in here.items() if there.get(name, value) != value]
+    moved = [
+        f"{name} {there[name]} -> {value}"
+        for name, value in here.items()
+        if there.get(name, value) != value
+    ]
     if moved:
         found.append(f"resuming on another layout, equal up to rounding: {', '.join(moved)}")
     dtype = trainer.config["train"].get("dtype", config.train.dtype)
     if dtype != config.train.dtype:
-        found.append(f"train.dtype was {dtype} and is {config.train.dtype}: fp32 masters and moments go on exactly, weights are rounded anew")
+        found.append(
+            f"train.dtype was {dtype} and is {config.train.dtype}: fp32 masters and moments go on exactly, weights are rounded anew"
+        )
     if trainer.config["data"].get("train", config.data.train) != config.data.train:
-        found.append(f"data.train was {trainer.config['data'].get('train')} and is {config.data.train}: the order goes on at the same sample")
+        found.append(
+            f"data.train was {trainer.config['data'].get('train')} and is {config.data.train}: the order goes on at the same sample"
+        )
     return found

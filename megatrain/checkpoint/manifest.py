@@ -46,7 +46,9 @@ def written(folder: Path, file: Written) -> FileRecord:
 def commit(temporary: Path, final: Path, records: list[FileRecord]) -> None:
     """Write the manifest and rename; what stood at `final` before is replaced."""
     write(temporary, records)
-    if final.exists():  # moved aside and not deleted, so that only the moment between two renames is without it
+    if (
+        final.exists()
+    ):  # moved aside and not deleted, so that only the moment between two renames is without it
         aside = final.with_name(f"{DELETING}{final.name}")
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
@@ -103,7 +105,11 @@ def problem(folder: Path, *, hashes: bool = False) -> str | None:
 
 def _checked(entry: FileRecord) -> FileRecord:
     """A record of a file inside the folder."""
-    if not all(isinstance(text, str) for text in (entry.path, entry.sha256)) or type(entry.size) is not int or "\0" in entry.path:
+    if (
+        not all(isinstance(text, str) for text in (entry.path, entry.sha256))
+        or type(entry.size) is not int
+        or "\0" in entry.path
+    ):
         raise ValueError(f"{entry} is no record of a file")
     if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
         raise ValueError(f"{entry.path} is outside the folder")

@@ -50,13 +50,29 @@ class Adapter:
             self.scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
             with safe_open(folder / MODEL, framework="pt") as source:
                 tensors = {name: source.get_tensor(name).float() for name in source.keys()}  # noqa: SIM118
-            names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+            names = [
+                name.removesuffix(".lora_A.weight")
+                for name in tensors
+                if name.endswith(".lora_A.weight")
+            ]
             low = tuple(f"{name}.lora_" for name in names)
-            self.whole = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if not name.startswith(low)}
-            self.modules = {name.removeprefix(PREFIX): Low(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"],
-                                                           tensors.get(f"{name}.lora_magnitude_vector")) for name in names}  # fmt: skip
+            self.whole = {
+                name.removeprefix(PREFIX): tensor
+                for name, tensor in tensors.items()
+                if not name.startswith(low)
+            }
+            self.modules = {
+                name.removeprefix(PREFIX): Low(
+                    tensors[f"{name}.lora_A.weight"],
+                    tensors[f"{name}.lora_B.weight"],
+                    tensors.get(f"{name}.lora_magnitude_vector"),
+                )
+                for name in names
+            }
         except (OSError, SafetensorError, KeyError, TypeError, ZeroDivisionError) as error:
-            raise CheckpointError(f"{folder} is no readable adapter: {type(error).__name__} {error}") from None
+            raise CheckpointError(
+                f"{folder} is no readable adapter: {type(error).__name__} {error}"
+            ) from None
 
     def merged(self, weight: Tensor, low: Low) -> Tensor:
         """The weight with its adapter, in the weight's dtype and orientation."""
@@ -70,7 +86,12 @@ class Adapter:
 def merge_run(config: Config) -> Path:
     """Merge the adapter of a run's newest checkpoint, or of the one that `train.resume` names, into RUN/merged."""
     if config.lora.rank == 0:
-        raise ConfigError("lora.rank", 0, "makes no adapter that could be merged", "the run's checkpoints are whole models as they are")
+        raise ConfigError(
+            "lora.rank",
+            0,
+            "makes no adapter that could be merged",
+            "the run's checkpoints are whole models as they are",
+        )
     assert config.train.init_from is not None, "checked with the config"
     path, why = load.choose(config)
     if path is None:
@@ -92,7 +113,9 @@ def merge(adapter_folder: Path, base: Path, output: Path) -> Path:
         _write_model(temporary, added, tensors, homes, left_out)
         # The config is the base's, as its weights' dtype is; what else both folders have is the adapter's.
         _copy_others(base, temporary, but=("generation_config.json",) if added.whole else ())
-        _copy_others(adapter_folder, temporary, but=(CONFIG, "config.json", "trainer.json", "README.md"))
+        _copy_others(
+            adapter_folder, temporary, but=(CONFIG, "config.json", "trainer.json", "README.md")
+        )
         if added.whole:
             _describe_classifier(adapter_folder, base, temporary)
         records = [manifest.record(temporary, path) for path in sorted(temporary.iterdir())]
@@ -107,7 +130,11 @@ def merge(adapter_folder: Path, base: Path, output: Path) -> Path:
 def _copy_others(source: Path, target: Path, *, but: tuple[str, ...]) -> None:
     """Copy what is no tensors: config, tokenizer, chat template."""
     for path in source.iterdir():
-        if path.is_file() and path.name not in (manifest.MANIFEST, *but) and not path.name.endswith((".safetensors", ".bin", ".index.json")):
+        if (
+            path.is_file()
+            and path.name not in (manifest.MANIFEST, *but)
+            and not path.name.endswith((".safetensors", ".bin", ".index.json"))
+        ):
             shutil.copy(path, target / path.name)
 
 
@@ -116,7 +143,9 @@ def _in_base(module: str, tensors: Tensors) -> str:
     for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
         if name in tensors:
             return name
-    raise CheckpointError(f"{tensors.folder} holds no {module}.weight, which the adapter changes; is it the model that the adapter was trained on?")
+    raise CheckpointError(
+        f"{tensors.folder} holds no {module}.weight, which the adapter changes; is it the model that the adapter was trained on?"
+    )
 
 
 def _head_names(base: Path) -> set[str]:
@@ -128,14 +157,26 @@ def _head_names(base: Path) -> set[str]:
 
 def _describe_classifier(adapter_folder: Path, base: Path, target: Path) -> None:
     """The config is the adapter's, which knows the classes; the dtype is the base's, as its weights are."""
-    config, theirs = (manifest.read_json(folder / "config.json") for folder in (adapter_folder, base))
+    config, theirs = (
+        manifest.read_json(folder / "config.json") for folder in (adapter_folder, base)
+    )
     config["dtype"] = theirs.get("dtype", theirs.get("torch_dtype", config.get("dtype")))
     (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _write_model(folder: Path, added: Adapter, tensors: Tensors, homes: dict[str, Low], left_out: set[str]) -> None:
+def _write_model(
+    folder: Path, added: Adapter, tensors: Tensors, homes: dict[str, Low], left_out: set[str]
+) -> None:
     """In the base's files, but for one of which nothing is left; what is whole goes to the last."""
-    contents = [names for file in tensors.files if (names := [name for name in file.names() if name not in left_out and name not in added.whole])]
+    contents = [
+        names
+        for file in tensors.files
+        if (
+            names := [
+                name for name in file.names() if name not in left_out and name not in added.whole
+            ]
+        )
+    ]
     weight_map: dict[str, str] = {}
     total = 0
     for number, (file, names) in enumerate(zip(shard_names(len(contents)), contents, strict=True)):
@@ -157,5 +198,7 @@ def _merged(name: str, added: Adapter, tensors: Tensors, homes: dict[str, Low]) 
     low = homes[name]
     outputs, inputs = weight.shape[::-1] if added.transposed else weight.shape
     if (low.b.shape[0], low.a.shape[1]) != (outputs, inputs):
-        raise CheckpointError(f"{tensors.folder} has {name} of shape {tuple(weight.shape)}, and {added.folder} is for [{low.b.shape[0]}, {low.a.shape[1]}]")
+        raise CheckpointError(
+            f"{tensors.folder} has {name} of shape {tuple(weight.shape)}, and {added.folder} is for [{low.b.shape[0]}, {low.a.shape[1]}]"
+        )
     return added.merged(weight, low)

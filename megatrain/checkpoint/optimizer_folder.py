@@ -44,7 +44,9 @@ class Snapshot(NamedTuple):
 
 def piece_of(fragment: Fragment) -> NamedPiece:
     count = next(iter(fragment.tensors.values())).numel()
-    return NamedPiece(fragment.sharding.name, make_piece(fragment.sharding, fragment.shape, fragment.start, count))
+    return NamedPiece(
+        fragment.sharding.name, make_piece(fragment.sharding, fragment.shape, fragment.start, count)
+    )
 
 
 def snapshot(fragments: Iterable[Fragment]) -> Snapshot:
@@ -65,10 +67,15 @@ def write_index(folder: Path, files: Mapping[str, list[NamedPiece]], states: Ite
     for number, pieces in enumerate(files.values()):
         for name, piece in pieces:
             shape, dim, start, length, run, stride, transposed, *rest = astuple(piece)
-            entry = tensors.setdefault(name, {"shape": shape, "transposed": transposed, "pieces": []})
+            entry = tensors.setdefault(
+                name, {"shape": shape, "transposed": transposed, "pieces": []}
+            )
             entry["pieces"].append([number, dim, start, length, run, stride, *rest])
     path = folder / INDEX
-    path.write_text(json.dumps({"files": list(files), "states": list(states), "tensors": tensors}), encoding="utf-8")
+    path.write_text(
+        json.dumps({"files": list(files), "states": list(states), "tensors": tensors}),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -95,15 +102,22 @@ class OptimizerFolder:
     def __init__(self, folder: Path) -> None:
         self.folder, self.bytes_read = folder, 0
         if not (folder / INDEX).is_file():
-            raise CheckpointError(f"{folder} has no {INDEX}: the checkpoint was written before there was one; "
-                                  "start a new run from its weights with train.init_from")  # fmt: skip
+            raise CheckpointError(
+                f"{folder} has no {INDEX}: the checkpoint was written before there was one; "
+                "start a new run from its weights with train.init_from"
+            )
         try:
             content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             self._names = [_plain(name) for name in content["files"]]
             self.states = [_text(state) for state in content["states"]]
-            self._tensors = {name: [self._saved(entry, row) for row in entry["pieces"]] for name, entry in content["tensors"].items()}
+            self._tensors = {
+                name: [self._saved(entry, row) for row in entry["pieces"]]
+                for name, entry in content["tensors"].items()
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{folder / INDEX} is damaged ({type(error).__name__} {str(error)[:120]})") from None
+            raise CheckpointError(
+                f"{folder / INDEX} is damaged ({type(error).__name__} {str(error)[:120]})"
+            ) from None
         self._files: dict[int, SafetensorsFile] = {}
 
     def _saved(self, entry: dict[str, Any], row: list[Any]) -> _Saved:
@@ -112,12 +126,31 @@ class OptimizerFolder:
         start, length, run, stride, extent, first, count = (_count(number) for number in numbers)
         if dim is not None:
             last = start + ((length // run - 1) * stride + run if run and length else length)
-            if not 0 <= _count(dim) < len(shape) or last > shape[dim] or extent < length or (run and (length % run or stride < run)):
+            if (
+                not 0 <= _count(dim) < len(shape)
+                or last > shape[dim]
+                or extent < length
+                or (run and (length % run or stride < run))
+            ):
                 raise ValueError("a piece is not inside its tensor")
             _count(math.prod(shape) * (extent + 1))
         if _count(file) >= len(self._names):
             raise ValueError("a piece is in a file that is not listed")
-        return _Saved(file, Piece(shape, dim, start, length, run, stride, bool(entry["transposed"]), extent, first, count))
+        return _Saved(
+            file,
+            Piece(
+                shape,
+                dim,
+                start,
+                length,
+                run,
+                stride,
+                bool(entry["transposed"]),
+                extent,
+                first,
+                count,
+            ),
+        )
 
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -131,7 +164,9 @@ class OptimizerFolder:
         name, wanted = piece_of(fragment)
         at_zero = set(fragment.tensors) - {"master"} if self.states == ["master"] else set()
         if set(fragment.tensors) - at_zero != set(self.states):
-            raise CheckpointError(f"{self.folder} keeps {', '.join(self.states)} of each weight and this run keeps {', '.join(fragment.tensors)}")
+            raise CheckpointError(
+                f"{self.folder} keeps {', '.join(self.states)} of each weight and this run keeps {', '.join(fragment.tensors)}"
+            )
         sources = self._sources(name, wanted)
         for state, target in fragment.tensors.items():
             if state in at_zero:
@@ -152,7 +187,9 @@ class OptimizerFolder:
         sources = []
         for saved in self._tensors[name]:
             if saved.piece.shape != wanted.shape or saved.piece.transposed != wanted.transposed:
-                raise CheckpointError(f"{self.folder} holds {name} as {saved.piece.shape} and the model has it as {wanted.shape}")
+                raise CheckpointError(
+                    f"{self.folder} holds {name} as {saved.piece.shape} and the model has it as {wanted.shape}"
+                )
             copies = meet(runs_of(saved.piece), target)
             if copies.length.size:
                 sources.append((saved, copies))
@@ -168,7 +205,9 @@ class OptimizerFolder:
             raise CheckpointError(f"{opened.path} does not hold {key}, as {INDEX} says")
         view = opened.view(key)
         if view.dtype != torch.float32 or tuple(view.shape) != (piece.piece.count,):
-            raise CheckpointError(f"{opened.path} holds {key} as {view.dtype} {tuple(view.shape)}, not as {INDEX} says")
+            raise CheckpointError(
+                f"{opened.path} holds {key} as {view.dtype} {tuple(view.shape)}, not as {INDEX} says"
+            )
         return view
 
 

@@ -44,10 +44,14 @@ class Pretrained:
         tensors: the folder; its `bytes_read` counts what this rank has read.
     """
 
-    def __init__(self, folder: Path | str, architecture: Architecture, *, called: str = "train.init_from") -> None:
+    def __init__(
+        self, folder: Path | str, architecture: Architecture, *, called: str = "train.init_from"
+    ) -> None:
         self.folder, self.tensors = folder, Tensors(folder)
         self._tied = architecture.tied
-        self._embedding, self._head = (f"{architecture.names[role].name}.weight" for role in ("embedding", "head"))
+        self._embedding, self._head = (
+            f"{architecture.names[role].name}.weight" for role in ("embedding", "head")
+        )
         self._prefix = self._embedding.partition(".")[0] + "."
         self._classifier, self._called = architecture.classifier, called
         self._former = {ours: theirs for theirs, ours in architecture.former_names.items()}
@@ -63,17 +67,38 @@ class Pretrained:
             used |= set(homes.get(self._head, [])) & set(self.tensors.names())
         twice = sorted(theirs for ours in wanted for theirs in homes.get(ours, [])[1:])
         if self._classifier is not None and new_head:
-            used |= {self._head} & set(self.tensors.names())  # of the language model that the classifier is made from
+            used |= {self._head} & set(
+                self.tensors.names()
+            )  # of the language model that the classifier is made from
         problems = [
-            _listed("missing", (name for name in wanted if name not in homes and not (new_head and self._is_new(name)))),
-            _listed("unexpected", (n for n in sorted(self.tensors.names()) if n not in used and n not in twice and not BUFFERS.search(n))),
+            _listed(
+                "missing",
+                (
+                    name
+                    for name in wanted
+                    if name not in homes and not (new_head and self._is_new(name))
+                ),
+            ),
+            _listed(
+                "unexpected",
+                (
+                    n
+                    for n in sorted(self.tensors.names())
+                    if n not in used and n not in twice and not BUFFERS.search(n)
+                ),
+            ),
             _listed("there twice, with the prefix and without", twice),
             _listed("of another shape", self._misshapen(homes, wanted)),
-            _listed("not of floating point", (n for n in sorted(used) if self.tensors.dtype(n) not in _FLOATS)),
+            _listed(
+                "not of floating point",
+                (n for n in sorted(used) if self.tensors.dtype(n) not in _FLOATS),
+            ),
         ]
         words = "; ".join(problem for problem in problems if problem)
         if words:
-            raise CheckpointError(f"{self._called}={self.folder} does not fit the model: {words}{self._hint(homes, wanted)}")
+            raise CheckpointError(
+                f"{self._called}={self.folder} does not fit the model: {words}{self._hint(homes, wanted)}"
+            )
         self._check_tied(homes)
 
     def notes(self, config: PreTrainedConfig) -> list[str]:
@@ -81,8 +106,11 @@ class Pretrained:
         if not (Path(self.folder) / "config.json").is_file():
             return []
         there = json.loads(json.dumps(load_config(str(self.folder)).to_dict(), default=str))
-        return [f"model.{name} is {here} and {self._called} was saved with {theirs}" for name, theirs, here in differences(there, config)
-                if name not in _OF_LABELS]  # fmt: skip
+        return [
+            f"model.{name} is {here} and {self._called} was saved with {theirs}"
+            for name, theirs, here in differences(there, config)
+            if name not in _OF_LABELS
+        ]
 
     def fill(self, stage: nn.Module, seed: int) -> None:
         """Fill each parameter with its part of the folder's tensor; one that the folder does not name is initialised."""
@@ -122,10 +150,14 @@ class Pretrained:
         whole = self.tensors.view(home)
         whole = whole.t() if s.transposed else whole
         row = whole[0].numel()
-        for start, local, length in zip(*runs_of(make_piece(s, fragment.shape, fragment.start, master.numel())), strict=True):
+        for start, local, length in zip(
+            *runs_of(make_piece(s, fragment.shape, fragment.start, master.numel())), strict=True
+        ):
             first = start // row
             rows = whole[first : -(-(start + length) // row)].reshape(-1)
-            master[local : local + length].copy_(rows[start - first * row : start - first * row + length])
+            master[local : local + length].copy_(
+                rows[start - first * row : start - first * row + length]
+            )
             self.tensors.bytes_read += int(length) * whole.element_size()
 
     def _homes(self, wanted: Iterable[str]) -> dict[str, list[str]]:
@@ -133,7 +165,11 @@ class Pretrained:
         homes: dict[str, list[str]] = {}
         for ours in {*wanted, self._head}:
             bare = ours.removeprefix(ADAPTED)  # of a classifier that is trained beside adapters
-            found = [theirs for theirs in (bare, bare.removeprefix(self._prefix), self._former.get(bare, bare)) if theirs in self.tensors]
+            found = [
+                theirs
+                for theirs in (bare, bare.removeprefix(self._prefix), self._former.get(bare, bare))
+                if theirs in self.tensors
+            ]
             if found:
                 homes[ours] = sorted(set(found), key=found.index)
         if self._tied and self._embedding not in homes and self._head in homes:
@@ -147,9 +183,15 @@ class Pretrained:
     def _home(self, ours: str) -> str | None:
         return next(iter(self._homes([ours]).get(ours, [])), None)
 
-    def _misshapen(self, homes: dict[str, list[str]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    def _misshapen(
+        self, homes: dict[str, list[str]], wanted: Mapping[str, tuple[int, ...]]
+    ) -> list[str]:
         there = {ours: self.tensors.shape(homes[ours][0]) for ours in wanted if ours in homes}
-        return [f"{ours} ({_times(shape)} there, {_times(wanted[ours])} by the config)" for ours, shape in there.items() if shape != wanted[ours]]
+        return [
+            f"{ours} ({_times(shape)} there, {_times(wanted[ours])} by the config)"
+            for ours, shape in there.items()
+            if shape != wanted[ours]
+        ]
 
     def _hint(self, homes: dict[str, list[str]], wanted: Mapping[str, tuple[int, ...]]) -> str:
         if [name for name in wanted if name not in homes] == [self._head]:
@@ -160,8 +202,12 @@ class Pretrained:
         """A head saved beside the embedding that it is tied to has to be the same; compared a slab of rows at a time."""
         if not self._tied or self._head not in homes or homes[self._head] == homes[self._embedding]:
             return
-        head, embedding = (self.tensors.view(homes[name][0]) for name in (self._head, self._embedding))
-        if head.shape != embedding.shape or not all(torch.equal(a, b) for a, b in zip(head.split(4096), embedding.split(4096), strict=True)):
+        head, embedding = (
+            self.tensors.view(homes[name][0]) for name in (self._head, self._embedding)
+        )
+        if head.shape != embedding.shape or not all(
+            torch.equal(a, b) for a, b in zip(head.split(4096), embedding.split(4096), strict=True)
+        ):
             raise CheckpointError(
                 f"{self._called}={self.folder} does not fit the model: its {self._head} is not its {self._embedding}, and the "
                 "model ties them; set model.tie_word_embeddings=false to train both"

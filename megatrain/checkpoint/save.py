@@ -54,8 +54,15 @@ class Progress(NamedTuple):
 def layout(config: Config, grid: Grid) -> dict[str, Any]:
     """What was split over which ranks; a resume is bit-exact where it is the same, and exact to rounding where it is not."""
     p = config.parallel
-    return {"tensor": p.tensor, "pipeline": p.pipeline, "data": grid.data.size, "zero": p.zero, "sequence": p.sequence,
-            "schedule": p.schedule, "offload": p.offload}  # fmt: skip
+    return {
+        "tensor": p.tensor,
+        "pipeline": p.pipeline,
+        "data": grid.data.size,
+        "zero": p.zero,
+        "sequence": p.sequence,
+        "schedule": p.schedule,
+        "offload": p.offload,
+    }
 
 
 class Share(NamedTuple):
@@ -78,7 +85,11 @@ def write_share(temporary: Path, content: Content, *, rank: int, stage: int) -> 
     shards, records = [], []
     for number, tensors in enumerate(_cut(content.model)):
         name = f"stage-{stage:05d}-{number:05d}.safetensors"
-        records.append(manifest.written(temporary, write_tensors(temporary / name, tensors, metadata={"format": "pt"})))
+        records.append(
+            manifest.written(
+                temporary, write_tensors(temporary / name, tensors, metadata={"format": "pt"})
+            )
+        )
         shards.append((name, {key: tensor.nbytes for key, tensor in tensors.items()}))
     if content.optimizer.pieces:
         path = temporary / "optimizer" / _optimizer_file(rank)
@@ -102,13 +113,29 @@ def _optimizer_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_trainer(temporary: Path, progress: Progress, *, config: Config, architecture: Architecture, grid: Grid) -> None:
-    trainer = {**progress._asdict(), "layout": layout(config, grid), "config": configuration.to_dict(config),
-               "model": architecture.config.to_dict()}  # fmt: skip
-    (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1, default=str), encoding="utf-8")
+def write_trainer(
+    temporary: Path, progress: Progress, *, config: Config, architecture: Architecture, grid: Grid
+) -> None:
+    trainer = {
+        **progress._asdict(),
+        "layout": layout(config, grid),
+        "config": configuration.to_dict(config),
+        "model": architecture.config.to_dict(),
+    }
+    (temporary / "trainer.json").write_text(
+        json.dumps(trainer, indent=1, default=str), encoding="utf-8"
+    )
 
 
-def commit(temporary: Path, final: Path, shares: list[Share], *, states: Iterable[str], config: Config, architecture: Architecture) -> None:
+def commit(
+    temporary: Path,
+    final: Path,
+    shares: list[Share],
+    *,
+    states: Iterable[str],
+    config: Config,
+    architecture: Architecture,
+) -> None:
     """Make what all ranks wrote a checkpoint: a model's or an adapter's names, indices, manifest, and the one rename."""
     renamed = _renamed(temporary, shares, states)
     if config.lora.rank:
@@ -122,7 +149,9 @@ def commit(temporary: Path, final: Path, shares: list[Share], *, states: Iterabl
     manifest.commit(temporary, final, list(records.values()))
 
 
-def _renamed(temporary: Path, shares: list[Share], states: Iterable[str]) -> list[manifest.FileRecord]:
+def _renamed(
+    temporary: Path, shares: list[Share], states: Iterable[str]
+) -> list[manifest.FileRecord]:
     """Give the shards Hugging Face's names and write the indices."""
     records = {entry.path: entry for share in shares for entry in share.records}
     shards = [shard for share in sorted(shares, key=lambda s: s.stage) for shard in share.shards]
@@ -131,8 +160,14 @@ def _renamed(temporary: Path, shares: list[Share], states: Iterable[str]) -> lis
         (temporary / old).rename(temporary / new)
         records[new] = records.pop(old)._replace(path=new)
         weight_map |= dict.fromkeys(sizes, new)
-    pieces = {_optimizer_file(rank): share.pieces for rank, share in enumerate(shares) if share.pieces}
+    pieces = {
+        _optimizer_file(rank): share.pieces for rank, share in enumerate(shares) if share.pieces
+    }
     write_index(temporary / "optimizer", pieces, states)
     if len(shards) > 1:
-        write_weight_map(temporary, weight_map, total_size=sum(size for _, sizes in shards for size in sizes.values()))
+        write_weight_map(
+            temporary,
+            weight_map,
+            total_size=sum(size for _, sizes in shards for size in sizes.values()),
+        )
     return list(records.values())

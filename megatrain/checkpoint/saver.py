@@ -50,9 +50,24 @@ class Saver:
         stalled: seconds that training has stood still for saves since this was last set to 0.
     """
 
-    def __init__(self, folder: Path, *, zero: Zero, config: Config, architecture: Architecture, grid: Grid, describe: Describe) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        zero: Zero,
+        config: Config,
+        architecture: Architecture,
+        grid: Grid,
+        describe: Describe,
+    ) -> None:
         self.folder, self.stalled = folder, 0.0
-        self._zero, self._config, self._architecture, self._grid, self._describe = zero, config, architecture, grid, describe
+        self._zero, self._config, self._architecture, self._grid, self._describe = (
+            zero,
+            config,
+            architecture,
+            grid,
+            describe,
+        )
         self._writing: _Writing | None = None
         self._deleting: threading.Thread | None = None
         if grid.rank == 0:
@@ -63,7 +78,9 @@ class Saver:
         """Whether this rank's thread is at work."""
         return self._writing is not None and self._writing.thread.is_alive()
 
-    def save(self, progress: Progress, *, prune: bool = True, back_to: int | None = None) -> Saved | None:
+    def save(
+        self, progress: Progress, *, prune: bool = True, back_to: int | None = None
+    ) -> Saved | None:
         """Begin to save; returns the checkpoint before, where that had to be waited for.
 
         `prune` lets older ones go once it is there, but for the newest of at most step `back_to`, which the run may have to go back to.
@@ -76,7 +93,9 @@ class Saver:
         content = take(self._zero, self._grid)
         needed = sum(self._together(lambda: content.nbytes))
         self._together(lambda: _check_space(self.folder, needed), cleanup=temporary)
-        self._writing = _Writing(lambda: self._write(temporary, content, progress), final, temporary, prune, back_to)
+        self._writing = _Writing(
+            lambda: self._write(temporary, content, progress), final, temporary, prune, back_to
+        )
         self._writing.stalled = time.perf_counter() - started
         self.stalled += self._writing.stalled
         return before
@@ -119,16 +138,37 @@ class Saver:
     def _write(self, temporary: Path, content: Content, progress: Progress) -> Share:
         if self._grid.rank == 0:
             self._describe(temporary)
-            save.write_trainer(temporary, progress, config=self._config, architecture=self._architecture, grid=self._grid)
-        return save.write_share(temporary, content, rank=self._grid.rank, stage=self._grid.pipeline.rank)
+            save.write_trainer(
+                temporary,
+                progress,
+                config=self._config,
+                architecture=self._architecture,
+                grid=self._grid,
+            )
+        return save.write_share(
+            temporary, content, rank=self._grid.rank, stage=self._grid.pipeline.rank
+        )
 
     def _commit(self, writing: _Writing, shares: list[Share]) -> None:
         if self._grid.rank == 0:
-            save.commit(writing.temporary, writing.final, shares, states=self._zero.states, config=self._config, architecture=self._architecture)
+            save.commit(
+                writing.temporary,
+                writing.final,
+                shares,
+                states=self._zero.states,
+                config=self._config,
+                architecture=self._architecture,
+            )
         if self._grid.rank == 0 and writing.prune:
             train = self._config.train
-            old = keep.superseded(self.folder, last=train.keep_last, every=train.keep_every, best=best_checkpoint(self.folder.parent),
-                                  back_to=writing.back_to, until=keep.step_of(writing.final))  # fmt: skip
+            old = keep.superseded(
+                self.folder,
+                last=train.keep_last,
+                every=train.keep_every,
+                best=best_checkpoint(self.folder.parent),
+                back_to=writing.back_to,
+                until=keep.step_of(writing.final),
+            )
             self._deleting = threading.Thread(target=keep.delete, args=(old,), daemon=True)
             self._deleting.start()
 
@@ -136,7 +176,14 @@ class Saver:
         """Do the rank's work; when it failed on any rank, raise the first failure on all. Returns all ranks' results."""
         try:
             outcome: tuple[Any, str | None] = (work(), None)
-        except (OSError, RuntimeError, ValueError, MemoryError, SafetensorError, CheckpointError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            MemoryError,
+            SafetensorError,
+            CheckpointError,
+        ) as error:
             outcome = (None, f"rank {self._grid.rank} could not write the checkpoint: {error}")
         outcomes = gather_objects(outcome, self._grid.world)
         failure = next((text for _, text in outcomes if text), None)
@@ -150,12 +197,21 @@ class Saver:
 class _Writing:
     """A thread's work, its result or what it raised."""
 
-    def __init__(self, work: Callable[[], Share], final: Path, temporary: Path, prune: bool, back_to: int | None) -> None:
+    def __init__(
+        self,
+        work: Callable[[], Share],
+        final: Path,
+        temporary: Path,
+        prune: bool,
+        back_to: int | None,
+    ) -> None:
         self.final, self.temporary, self.prune, self.back_to = final, temporary, prune, back_to
         self.stalled, self.seconds = 0.0, 0.0
         self._share: Share | None = None
         self._error: Exception | None = None
-        self.thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+        self.thread = threading.Thread(
+            target=self._run, args=(work,), name="checkpoint", daemon=True
+        )
         self.thread.start()
 
     def _run(self, work: Callable[[], Share]) -> None:
@@ -176,4 +232,6 @@ class _Writing:
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise CheckpointError(f"it takes {needed / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free (No space left on device)")
+        raise CheckpointError(
+            f"it takes {needed / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free (No space left on device)"
+        )

@@ -27,9 +27,23 @@ from megatrain.errors import CheckpointError
 
 Index = tuple[slice, ...]
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-           "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-           "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _BLOCK = 1 << 24
 _MAX_HEADER = 100_000_000
 """Bytes; what the safetensors format allows."""
@@ -83,18 +97,31 @@ class SafetensorsFile:
             entries: Any = dict(header)
             self.metadata: dict[str, str] = dict(entries.pop("__metadata__", None) or {})
             self._places = {name: _place(entry, 8 + len(text)) for name, entry in entries.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{path} has a header that is damaged ({type(error).__name__}: {_short(error)})") from None
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            raise CheckpointError(
+                f"{path} has a header that is damaged ({type(error).__name__}: {_short(error)})"
+            ) from None
         self._check_places(8 + len(text), size)
 
     def _check_places(self, end: int, size: int) -> None:
         for name, place in sorted(self._places.items(), key=lambda item: item[1].start):
             if place.start != end:
-                raise CheckpointError(f"{self.path} has a header that is damaged (a gap or an overlap before {_short(name)})")
+                raise CheckpointError(
+                    f"{self.path} has a header that is damaged (a gap or an overlap before {_short(name)})"
+                )
             end = place.stop
         if end != size:
-            raise CheckpointError(f"{self.path} has {size} bytes and its header tells of {end}: it is "
-                                  f"{'cut short' if size < end else 'longer than it should be'}")  # fmt: skip
+            raise CheckpointError(
+                f"{self.path} has {size} bytes and its header tells of {end}: it is "
+                f"{'cut short' if size < end else 'longer than it should be'}"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -116,7 +143,9 @@ class SafetensorsFile:
         base = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         try:
             with self.path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size < stop:  # touching a mapping beyond the end would kill the process
+                if (
+                    os.fstat(file.fileno()).st_size < stop
+                ):  # touching a mapping beyond the end would kill the process
                     raise CheckpointError(f"{self.path} has become shorter while it was read")
                 # Copy on write, since torch wants memory that may be written to.
                 mapped = mmap.mmap(file.fileno(), stop - base, offset=base, access=mmap.ACCESS_COPY)
@@ -146,14 +175,20 @@ def _header(path: Path) -> tuple[int, bytes]:
                 raise CheckpointError(f"{path} has {size} bytes and is cut short before its header")
             (length,) = struct.unpack("<Q", first)
             if length > min(_MAX_HEADER, size - 8):
-                raise CheckpointError(f"{path} has {size} bytes and tells of a header of {length}: it is cut short or damaged")
+                raise CheckpointError(
+                    f"{path} has {size} bytes and tells of a header of {length}: it is cut short or damaged"
+                )
             return size, file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _place(entry: dict[str, Any], data: int) -> _Place:
-    dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    dtype, shape, (start, stop) = (
+        _DTYPES[entry["dtype"]],
+        tuple(entry["shape"]),
+        entry["data_offsets"],
+    )
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, stop)):
         raise ValueError("a size or an offset is no natural number")
     if math.prod(shape) * dtype.itemsize != stop - start:
@@ -179,14 +214,22 @@ class Written(NamedTuple):
     sha256: str
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> Written:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> Written:
     """Write a safetensors file from CPU tensors as they lie in memory, hashed on the way, and see it on the disk."""
     digest, size = hashlib.sha256(), 0
     # Wider elements first: each tensor then begins at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     with path.open("wb", buffering=0) as file:
-        header = make_header([(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names], metadata=metadata or {})
-        for block in [memoryview(header), *(memoryview(raw_bytes(tensors[name]).numpy()) for name in names)]:
+        header = make_header(
+            [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names],
+            metadata=metadata or {},
+        )
+        for block in [
+            memoryview(header),
+            *(memoryview(raw_bytes(tensors[name]).numpy()) for name in names),
+        ]:
             for start in range(0, len(block), _BLOCK):
                 part = block[start : start + _BLOCK]
                 digest.update(part)
@@ -197,7 +240,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
     return Written(path, size, digest.hexdigest())
 
 
-def make_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], *, metadata: Mapping[str, str]) -> bytes:
+def make_header(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], *, metadata: Mapping[str, str]
+) -> bytes:
     """What a safetensors file begins with, from the name, dtype and shape of each tensor in the order of their bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     words = {dtype: word for word, dtype in _DTYPES.items()}
@@ -213,7 +258,11 @@ def make_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], *, 
 
 def raw_bytes(tensor: Tensor) -> Tensor:
     """The tensor's memory, row by row, uint8 [n]."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return (
+        tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        if tensor.numel()
+        else torch.empty(0, dtype=torch.uint8)
+    )
 
 
 class BinFile:
@@ -225,13 +274,21 @@ class BinFile:
             raise CheckpointError(f"{path} is missing or no file")
         loaded = load_without_code(path)
         if not isinstance(loaded, dict):
-            raise CheckpointError(f"{path} holds a {type(loaded).__name__} and no state dict of tensors")
+            raise CheckpointError(
+                f"{path} holds a {type(loaded).__name__} and no state dict of tensors"
+            )
         size = path.stat().st_size
         self._mapped = zipfile.is_zipfile(path)
         for name, tensor in loaded.items():
-            if not isinstance(name, str) or not is_plain(tensor) or tensor.numel() * tensor.dtype.itemsize > size:
+            if (
+                not isinstance(name, str)
+                or not is_plain(tensor)
+                or tensor.numel() * tensor.dtype.itemsize > size
+            ):
                 raise CheckpointError(f"{path} holds {_short(name)}, which is not a plain tensor")
-        self._tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in loaded.items()}
+        self._tensors: dict[str, Tensor] = {
+            name: tensor.detach() for name, tensor in loaded.items()
+        }
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -257,16 +314,26 @@ def let_go(mapped: Tensor) -> None:
 
     torch keeps the mapping as long as the file's other tensors, and every page that was read would count as this process's.
     """
-    start, stop = mapped.untyped_storage().data_ptr(), mapped.untyped_storage().data_ptr() + mapped.untyped_storage().nbytes()
+    start, stop = (
+        mapped.untyped_storage().data_ptr(),
+        mapped.untyped_storage().data_ptr() + mapped.untyped_storage().nbytes(),
+    )
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
     if hasattr(mmap, "MADV_DONTNEED") and last > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED
+        )
 
 
 def is_plain(tensor: Any) -> bool:
     """Whether it is a dense CPU tensor of no class of its own."""
-    return (isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
-            and type(tensor) in (Tensor, torch.nn.Parameter))  # fmt: skip
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+    )
 
 
 def load_without_code(path: Path, stand_ins: list[Any] | None = None) -> Any:
@@ -279,22 +346,29 @@ def load_without_code(path: Path, stand_ins: list[Any] | None = None) -> Any:
         with torch.serialization.safe_globals(stand_ins or []):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: it is damaged or holds more than tensors, which could run code when read "
-                              f"({_short(error)})") from None  # fmt: skip
+        raise CheckpointError(
+            f"{path} is refused: it is damaged or holds more than tensors, which could run code when read "
+            f"({_short(error)})"
+        ) from None
     except CheckpointError:
         raise
     except Exception as error:  # torch has no list of what a damaged file makes it raise
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {_short(error)})") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {_short(error)})"
+        ) from None
 
 
 def _check_zip(path: Path) -> None:
     """Nothing compressed, as torch writes it: what unpacks to more than the file is refused."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries) or (
-        sum(entry.file_size for entry in entries) > path.stat().st_size
-    ):
-        raise CheckpointError(f"{path} is refused: it is packed in a way that torch.save does not use")
+    if any(
+        entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+        for entry in entries
+    ) or (sum(entry.file_size for entry in entries) > path.stat().st_size):
+        raise CheckpointError(
+            f"{path} is refused: it is packed in a way that torch.save does not use"
+        )
 
 
 def _short(value: object) -> str:

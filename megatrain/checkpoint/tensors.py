@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint import keep
-from megatrain.checkpoint.tensor_file import BinFile, Index, SafetensorsFile, Span, TensorFile, no_name_twice
+from megatrain.checkpoint.tensor_file import (
+    BinFile,
+    Index,
+    SafetensorsFile,
+    Span,
+    TensorFile,
+    no_name_twice,
+)
 from megatrain.errors import CheckpointError
 
 
@@ -27,8 +34,12 @@ class _Format(NamedTuple):
 
 
 _FORMATS: dict[type[SafetensorsFile] | type[BinFile], _Format] = {
-    SafetensorsFile: _Format("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
-    BinFile: _Format("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
+    SafetensorsFile: _Format(
+        "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
+    ),
+    BinFile: _Format(
+        "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"
+    ),
 }
 """Looked for in this order, as transformers does."""
 
@@ -36,13 +47,19 @@ _FORMATS: dict[type[SafetensorsFile] | type[BinFile], _Format] = {
 def shard_names(count: int) -> list[str]:
     """What a model's safetensors files are called, in their order."""
     names = _FORMATS[SafetensorsFile]
-    return [names.single] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return (
+        [names.single]
+        if count == 1
+        else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    )
 
 
 def write_weight_map(folder: Path, homes: Mapping[str, str], *, total_size: int) -> None:
     """Say which file each tensor is in, where they are several files; `total_size` in bytes."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(homes)}
-    (folder / _FORMATS[SafetensorsFile].index_name).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    (folder / _FORMATS[SafetensorsFile].index_name).write_text(
+        json.dumps(index, indent=1), encoding="utf-8"
+    )
 
 
 class Tensors:
@@ -64,7 +81,9 @@ class Tensors:
         for file in self.files:
             for name in file.names():
                 if name in self._homes:
-                    raise CheckpointError(f"{self.folder} holds {name} twice, in {self._homes[name].path.name} and {file.path.name}")
+                    raise CheckpointError(
+                        f"{self.folder} holds {name} twice, in {self._homes[name].path.name} and {file.path.name}"
+                    )
                 self._homes[name] = file
 
     def names(self) -> list[str]:
@@ -119,36 +138,57 @@ class Tensors:
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder")
         for kind, names in _FORMATS.items():
-            single, index = (self.folder / names.single).exists(), (self.folder / names.index_name).exists()
+            single, index = (
+                (self.folder / names.single).exists(),
+                (self.folder / names.index_name).exists(),
+            )
             if single and index:
-                raise CheckpointError(f"{self.folder} holds {names.single} and {names.index_name}, which may be of different models; "
-                                      "remove the one that is not meant")  # fmt: skip
+                raise CheckpointError(
+                    f"{self.folder} holds {names.single} and {names.index_name}, which may be of different models; "
+                    "remove the one that is not meant"
+                )
             if single:
                 return [kind(self.folder / names.single)]
             if index:
                 return self._open_shards(kind, names)
         if (self.folder / "adapter_config.json").exists():
-            raise CheckpointError(f"{self.folder} holds adapters and not the model they stand on; `megatrain finetune CONFIG --merge` makes one of both")
+            raise CheckpointError(
+                f"{self.folder} holds adapters and not the model they stand on; `megatrain finetune CONFIG --merge` makes one of both"
+            )
         if newest := max(keep.checkpoints(self.folder / "checkpoints"), default=None):
-            raise CheckpointError(f"{self.folder} is a run's folder and no model's; name one of its checkpoints, such as {newest}")
-        raise CheckpointError(f"{self.folder} holds no model: neither {' nor '.join(n for names in _FORMATS.values() for n in names[:2])}")
+            raise CheckpointError(
+                f"{self.folder} is a run's folder and no model's; name one of its checkpoints, such as {newest}"
+            )
+        raise CheckpointError(
+            f"{self.folder} holds no model: neither {' nor '.join(n for names in _FORMATS.values() for n in names[:2])}"
+        )
 
-    def _open_shards(self, kind: type[SafetensorsFile] | type[BinFile], names: _Format) -> list[TensorFile]:
+    def _open_shards(
+        self, kind: type[SafetensorsFile] | type[BinFile], names: _Format
+    ) -> list[TensorFile]:
         weight_map = _read_index(self.folder / names.index_name)
         listed = sorted(set(weight_map.values()))
         for path in sorted(self.folder.glob(names.shards)):
             if path.name not in listed:
-                raise CheckpointError(f"{self.folder} holds {path.name}, of which {names.index_name} does not tell")
+                raise CheckpointError(
+                    f"{self.folder} holds {path.name}, of which {names.index_name} does not tell"
+                )
         files: list[TensorFile] = [kind(self.folder / name) for name in listed]
         for file in files:
             told = {name for name, home in weight_map.items() if home == file.path.name}
             held = set(file.names())
             if told - held:
-                raise CheckpointError(f"{file.path} does not hold {min(told - held)}, as {names.index_name} says")
+                raise CheckpointError(
+                    f"{file.path} does not hold {min(told - held)}, as {names.index_name} says"
+                )
             for name in sorted(held - told):
                 if name in weight_map:
-                    raise CheckpointError(f"{self.folder} holds {name} twice: it is in {file.path.name} as well as in {weight_map[name]}")
-                raise CheckpointError(f"{file.path} holds {name}, of which {names.index_name} does not tell")
+                    raise CheckpointError(
+                        f"{self.folder} holds {name} twice: it is in {file.path.name} as well as in {weight_map[name]}"
+                    )
+                raise CheckpointError(
+                    f"{file.path} holds {name}, of which {names.index_name} does not tell"
+                )
         return files
 
 
@@ -157,12 +197,26 @@ def _read_index(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise CheckpointError(f"{path} is no file")
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_name_twice)["weight_map"]
+        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_name_twice)[
+            "weight_map"
+        ]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no readable index: {type(error).__name__} {str(error)[:120]}") from None
+        raise CheckpointError(
+            f"{path} is no readable index: {type(error).__name__} {str(error)[:120]}"
+        ) from None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} is no readable index: its weight_map is not a mapping of names to files")
+        raise CheckpointError(
+            f"{path} is no readable index: its weight_map is not a mapping of names to files"
+        )
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\0" in file or "\\" in file:
-            raise CheckpointError(f"{path} has {name[:120]} in {str(file)[:120]!r}, which is not the name of a file in its folder")
+        if (
+            not isinstance(file, str)
+            or file in ("", ".", "..")
+            or Path(file).name != file
+            or "\0" in file
+            or "\\" in file
+        ):
+            raise CheckpointError(
+                f"{path} has {name[:120]} in {str(file)[:120]!r}, which is not the name of a file in its folder"
+            )
     return weight_map

@@ -64,7 +64,10 @@ class OptimizerFiles:
         self.num_bytes, in_file = 0, FILE_BYTES
         states = {"master": source, **self.moments.states}
         for declaration, parameter in parameters(whole_model(architecture)):
-            piece = NamedPiece(declaration.name, make_piece(declaration, tuple(parameter.shape), 0, parameter.numel()))
+            piece = NamedPiece(
+                declaration.name,
+                make_piece(declaration, tuple(parameter.shape), 0, parameter.numel()),
+            )
             size = 4 * parameter.numel() * len(states)
             if in_file + size > FILE_BYTES:
                 self._files[f"rank-{len(self._files):05d}.safetensors"] = []
@@ -86,7 +89,10 @@ class OptimizerFiles:
         if self._last is None or self._last[0] != key:
             self._last = None
             home = self._homes[key]
-            self._last = (key, read_declared(home.tensors, sharding(home.parameter)).float().contiguous().view(-1))
+            self._last = (
+                key,
+                read_declared(home.tensors, sharding(home.parameter)).float().contiguous().view(-1),
+            )
         return self._last[1][index or ()]
 
     def _keys(self, file: str) -> list[str]:
@@ -110,9 +116,15 @@ class OptimizerFiles:
     def finish(self, folder: Path, source: Source) -> None:
         """trainer.json and the manifest. No setting of a run is in it that a resume would have to keep."""
         progress = Progress(self.moments.updates, 0, self.moments.updates)
-        trainer: dict[str, Any] = {**progress._asdict(), "layout": {}, "config": {name: {} for name in ("run", "data", "parallel", "train", "optimizer")},
-                                   "model": source.config.to_dict()}  # fmt: skip
-        (folder / "trainer.json").write_text(json.dumps(trainer, indent=1, default=str), encoding="utf-8")
+        trainer: dict[str, Any] = {
+            **progress._asdict(),
+            "layout": {},
+            "config": {name: {} for name in ("run", "data", "parallel", "train", "optimizer")},
+            "model": source.config.to_dict(),
+        }
+        (folder / "trainer.json").write_text(
+            json.dumps(trainer, indent=1, default=str), encoding="utf-8"
+        )
         records = [manifest.record(folder, path) for path in _files(folder)]
         manifest.write(folder, records)
 

@@ -40,24 +40,37 @@ def open_source(path: Path, hints: Hints, *, checked: bool = True) -> Source:
         raise CheckpointError(f"{path} is not a folder")
     if (folder / "config.json").is_file():
         if hints.config is not None or hints.vocab_size is not None:
-            raise CheckpointError(f"{folder} has a config.json of its own; leave --config and --vocab-size out")
+            raise CheckpointError(
+                f"{folder} has a config.json of its own; leave --config and --vocab-size out"
+            )
         return open_folder(folder, checked=checked)
     if (path / "zero").is_dir():
         if hints.config is None:
-            raise CheckpointError(f"{path} is a DeepSpeed checkpoint, which does not say what the model is; name its Hugging Face config with --config")
+            raise CheckpointError(
+                f"{path} is a DeepSpeed checkpoint, which does not say what the model is; name its Hugging Face config with --config"
+            )
         return UniversalCheckpoint(path, load_config(hints.config), extras=hints.tokenizer)
     iteration = find_iteration(path)
     if iteration is not None:
-        return _megatron(read_distributed(iteration) if is_distributed(iteration) else read_ranks(iteration), hints)
-    raise CheckpointError(f"{path} is of no kind that is read: it holds neither config.json, nor mp_rank_XX folders or "
-                          "latest_checkpointed_iteration.txt, nor a folder zero")  # fmt: skip
+        return _megatron(
+            read_distributed(iteration) if is_distributed(iteration) else read_ranks(iteration),
+            hints,
+        )
+    raise CheckpointError(
+        f"{path} is of no kind that is read: it holds neither config.json, nor mp_rank_XX folders or "
+        "latest_checkpointed_iteration.txt, nor a folder zero"
+    )
 
 
 def _megatron(ranks: Ranks, hints: Hints) -> MegatronCheckpoint:
     config = None if hints.config is None else load_config(hints.config)
     if ranks.args is None and config is None:
-        raise CheckpointError(f"{ranks.folder} holds no args, which would say what the model is; name a Hugging Face config with --config")
-    settings = settings_of_config(config) if ranks.args is None else read_args(ranks.args, ranks.folder)
+        raise CheckpointError(
+            f"{ranks.folder} holds no args, which would say what the model is; name a Hugging Face config with --config"
+        )
+    settings = (
+        settings_of_config(config) if ranks.args is None else read_args(ranks.args, ranks.folder)
+    )
     note = ""
     if config is None:
         vocabulary = hints.vocab_size or _tokenizer_size(hints.tokenizer)
@@ -66,7 +79,9 @@ def _megatron(ranks: Ranks, hints: Hints) -> MegatronCheckpoint:
             note = f"all {vocabulary} rows of the embedding are kept, Megatron-LM's padding among them; --vocab-size or --tokenizer says how many are real"
         config = load_config(config_fields(settings, vocabulary, ranks.folder))
     elif hints.vocab_size not in (None, config.vocab_size):
-        raise CheckpointError(f"--vocab-size {hints.vocab_size} is not the {config.vocab_size} of --config; leave one of them out")
+        raise CheckpointError(
+            f"--vocab-size {hints.vocab_size} is not the {config.vocab_size} of --config; leave one of them out"
+        )
     return MegatronCheckpoint(ranks, settings, config, extras=hints.tokenizer, note=note)
 
 

@@ -70,10 +70,14 @@ Say = Callable[[str], None]
 def convert(request: Request, *, say: Say) -> Path:
     """Write request.target and return it; on any failure it does not appear."""
     check_target(request.target)
-    source = open_source(request.source, Hints(request.config, request.tokenizer, request.vocab_size))
+    source = open_source(
+        request.source, Hints(request.config, request.tokenizer, request.vocab_size)
+    )
     architecture = any_architecture(source.config)
     if architecture.classifier is not None:
-        raise CheckpointError(f"{source.folder} is a classifier, and language models are converted; transformers loads the folder as it is")
+        raise CheckpointError(
+            f"{source.folder} is a classifier, and language models are converted; transformers loads the folder as it is"
+        )
     expected = whole_tensors(architecture)
     source.adopt(architecture, expected)
     check_coverage(source, architecture, expected)
@@ -113,12 +117,16 @@ def hidden_folder(target: Path) -> Iterator[Path]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CheckpointError(f"{target} is being written by another conversion; wait for it or give another folder") from None
+            raise CheckpointError(
+                f"{target} is being written by another conversion; wait for it or give another folder"
+            ) from None
         try:
             _clear(folder)
             yield folder
         except OSError as error:
-            raise CheckpointError(f"{target} cannot be written: {error.strerror or error}; nothing was published") from None
+            raise CheckpointError(
+                f"{target} cannot be written: {error.strerror or error}; nothing was published"
+            ) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -145,32 +153,67 @@ def publish(folder: Path, target: Path) -> None:
 class _Work:
     """A conversion whose source was found good."""
 
-    def __init__(self, request: Request, source: Source, architecture: Architecture, dtype: torch.dtype | None, to: str,
-                 names: list[str], say: Say) -> None:  # fmt: skip
-        self.request, self.source, self.architecture, self.dtype, self.to, self.say = request, source, architecture, dtype, to, say
+    def __init__(
+        self,
+        request: Request,
+        source: Source,
+        architecture: Architecture,
+        dtype: torch.dtype | None,
+        to: str,
+        names: list[str],
+        say: Say,
+    ) -> None:
+        self.request, self.source, self.architecture, self.dtype, self.to, self.say = (
+            request,
+            source,
+            architecture,
+            dtype,
+            to,
+            say,
+        )
         self.tensors = Rounded(source, dtype)
         self.shards = plan_shards(names, self.tensors, request.max_shard_bytes)
         self.names = names
         self.optimizer = OptimizerFiles(source, architecture) if to == "checkpoint" else None
-        self.num_bytes = sum(nbytes(self.tensors, name) for name in names) + (0 if self.optimizer is None else self.optimizer.num_bytes)
+        self.num_bytes = sum(nbytes(self.tensors, name) for name in names) + (
+            0 if self.optimizer is None else self.optimizer.num_bytes
+        )
 
     def announce(self) -> None:
         """Sizes, and the memory that it will take, before anything is done; refuses a disk that is too small."""
-        parameters = sum(nbytes(self.source, name) // self.source.dtype(name).itemsize for name in self.names)
+        parameters = sum(
+            nbytes(self.source, name) // self.source.dtype(name).itemsize for name in self.names
+        )
         largest = max(self.names, key=lambda name: nbytes(self.source, name))
-        memory = nbytes(self.source, largest) // self.source.dtype(largest).itemsize * 4 + WORKING_BYTES
+        memory = (
+            nbytes(self.source, largest) // self.source.dtype(largest).itemsize * 4 + WORKING_BYTES
+        )
         total = self.num_bytes
         files = "1 file" if len(self.shards) == 1 else f"{len(self.shards)} files"
         kind = "a Hugging Face folder" if self.optimizer is None else "a checkpoint to resume from"
-        self.say(f"  to      {kind}, {len(self.names)} tensors, {parameters:,} parameters, {total / 1e9:.2f} GB in {files}"
-                 f"{'' if self.optimizer is None else self._of_optimizer(self.optimizer)}")  # fmt: skip
-        self.say(f"  memory  at most {memory / 2**30:.2f} GiB; the largest tensor is {largest} of {nbytes(self.source, largest) / 2**30:.2f} GiB")
-        if self.dtype in proof.WEIGHT_BOUND and any(self.source.dtype(name).itemsize > 2 for name in self.names):
-            self.say(f"  dtype   {self.request.dtype}: rounding changes a weight by at most {proof.WEIGHT_BOUND[self.dtype]:.2g} of itself")
-        existing = next(path for path in [self.request.target, *self.request.target.resolve().parents] if path.exists())
+        self.say(
+            f"  to      {kind}, {len(self.names)} tensors, {parameters:,} parameters, {total / 1e9:.2f} GB in {files}"
+            f"{'' if self.optimizer is None else self._of_optimizer(self.optimizer)}"
+        )
+        self.say(
+            f"  memory  at most {memory / 2**30:.2f} GiB; the largest tensor is {largest} of {nbytes(self.source, largest) / 2**30:.2f} GiB"
+        )
+        if self.dtype in proof.WEIGHT_BOUND and any(
+            self.source.dtype(name).itemsize > 2 for name in self.names
+        ):
+            self.say(
+                f"  dtype   {self.request.dtype}: rounding changes a weight by at most {proof.WEIGHT_BOUND[self.dtype]:.2g} of itself"
+            )
+        existing = next(
+            path
+            for path in [self.request.target, *self.request.target.resolve().parents]
+            if path.exists()
+        )
         free = shutil.disk_usage(existing).free
         if free < total * 1.01 + 2**20:
-            raise CheckpointError(f"{self.request.target} needs {total / 1e9:.3f} GB and its disk has {free / 1e9:.3f} GB free; nothing was written")
+            raise CheckpointError(
+                f"{self.request.target} needs {total / 1e9:.3f} GB and its disk has {free / 1e9:.3f} GB free; nothing was written"
+            )
 
     def _of_optimizer(self, optimizer: OptimizerFiles) -> str:
         states = ", ".join(["masters", *optimizer.moments.states])
@@ -189,8 +232,14 @@ class _Work:
             write_model(folder, self.shards, self.tensors, wrote=progress.add, catcher=catcher)
             if self.optimizer is not None:
                 self.optimizer.write(folder, wrote=progress.add, catcher=catcher)
-            write_descriptions(folder, self.source, dtype=self.dtype_name(), tokenizer=self.request.tokenizer)
-        figures = self._prove(folder) if self.request.verify else {"proof": None, "sha256_of_tensors": None}
+            write_descriptions(
+                folder, self.source, dtype=self.dtype_name(), tokenizer=self.request.tokenizer
+            )
+        figures = (
+            self._prove(folder)
+            if self.request.verify
+            else {"proof": None, "sha256_of_tensors": None}
+        )
         self._report(folder, figures)
         if self.optimizer is not None:
             self.optimizer.finish(folder, self.source)
@@ -198,15 +247,28 @@ class _Work:
     def _prove(self, folder: Path) -> dict[str, Any]:
         written = Tensors(folder)
         if set(written.names()) != set(self.names):
-            raise CheckpointError(f"{folder} does not hold the tensors that were written: the disk is not to be trusted")
+            raise CheckpointError(
+                f"{folder} does not hold the tensors that were written: the disk is not to be trusted"
+            )
         hashes = proof.check_bytes(written, self.tensors, self.names, folder)
         if self.optimizer is not None:
             self.optimizer.check(folder)
-        found = proof.check_logits(self.source, written, load_config(str(folder)), self.architecture, dtype=self.dtype, to=self.to)
-        self.say(f"  proof   {found.tensors} tensors read back as written; logits of {found.source_computed_by} and {found.target_computed_by} differ by "
-                 f"at most {found.max_logit_difference:.3g} (allowed {found.bound:.3g})")  # fmt: skip
+        found = proof.check_logits(
+            self.source,
+            written,
+            load_config(str(folder)),
+            self.architecture,
+            dtype=self.dtype,
+            to=self.to,
+        )
+        self.say(
+            f"  proof   {found.tensors} tensors read back as written; logits of {found.source_computed_by} and {found.target_computed_by} differ by "
+            f"at most {found.max_logit_difference:.3g} (allowed {found.bound:.3g})"
+        )
         if found.rounding_difference is not None:
-            self.say(f"          rounding to {self.request.dtype} changed logits by at most {found.rounding_difference:.3g}, the largest is {found.largest_logit:.3g}")
+            self.say(
+                f"          rounding to {self.request.dtype} changed logits by at most {found.rounding_difference:.3g}, the largest is {found.largest_logit:.3g}"
+            )
         return {"proof": found._asdict(), "sha256_of_tensors": dict(sorted(hashes.items()))}
 
     def _report(self, folder: Path, figures: dict[str, Any]) -> None:
@@ -214,16 +276,26 @@ class _Work:
         import transformers
 
         report = {
-            "source": str(self.source.folder), "source_kind": self.source.kind, "to": self.to, "model_type": self.architecture.model_type,
-            "dtype": self.dtype_name(), **figures,
-            "versions": {"megatrain": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                         "safetensors": safetensors.__version__},
-        }  # fmt: skip
+            "source": str(self.source.folder),
+            "source_kind": self.source.kind,
+            "to": self.to,
+            "model_type": self.architecture.model_type,
+            "dtype": self.dtype_name(),
+            **figures,
+            "versions": {
+                "megatrain": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "safetensors": safetensors.__version__,
+            },
+        }
         (folder / NAME).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
     def dtype_name(self) -> str:
         """Of most elements, as config.json names it."""
         sizes: dict[torch.dtype, int] = {}
         for name in self.names:
-            sizes[self.tensors.dtype(name)] = sizes.get(self.tensors.dtype(name), 0) + nbytes(self.tensors, name)
+            sizes[self.tensors.dtype(name)] = sizes.get(self.tensors.dtype(name), 0) + nbytes(
+                self.tensors, name
+            )
         return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")

@@ -30,4 +30,8 @@ def write_descriptions(folder: Path, source: Source, *, dtype: str, tokenizer: P
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """What is a tokenizer's in a folder that may be a whole model's."""
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and any(path.match(pattern) for pattern in TOKENIZER_FILES)]
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(path.match(pattern) for pattern in TOKENIZER_FILES)
+    ]

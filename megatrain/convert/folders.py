@@ -35,12 +35,17 @@ class HuggingFaceFolder:
         self._homes = homes_of(self._tensors.names(), architecture, expected, self.folder)
         head = f"{architecture.names['head'].name}.weight"
         if architecture.tied and head in self._homes:
-            self._check_copy(self._homes.pop(head), self._homes.get(f"{architecture.names['embedding'].name}.weight"))
+            self._check_copy(
+                self._homes.pop(head),
+                self._homes.get(f"{architecture.names['embedding'].name}.weight"),
+            )
 
     def _check_copy(self, head: str, embedding: str | None) -> None:
         if embedding is None or not same_values(self._tensors, head, embedding):
-            raise CheckpointError(f"{self.folder} holds {head} with other values than the embedding, and its config ties them; "
-                                  "set tie_word_embeddings to false in its config.json, or remove the tensor")  # fmt: skip
+            raise CheckpointError(
+                f"{self.folder} holds {head} with other values than the embedding, and its config ties them; "
+                "set tie_word_embeddings to false in its config.json, or remove the tensor"
+            )
 
     def names(self) -> list[str]:
         return list(self._homes)
@@ -75,7 +80,9 @@ class Checkpoint(HuggingFaceFolder):
         super().__init__(folder, config)
 
 
-def homes_of(names: list[str], architecture: Architecture, expected: dict[str, tuple[int, ...]], folder: Path) -> dict[str, str]:
+def homes_of(
+    names: list[str], architecture: Architecture, expected: dict[str, tuple[int, ...]], folder: Path
+) -> dict[str, str]:
     """Which tensor of a folder each of the model's is: by its name, without the base model's prefix, or by a former name."""
     prefix = architecture.names["embedding"].name.partition(".")[0] + "."
     homes: dict[str, str] = {}
@@ -95,19 +102,27 @@ def same_values(tensors: Readable, one: str, other: str) -> bool:
     """Whether two tensors are equal, block by block."""
     if tensors.shape(one) != tensors.shape(other):
         return False
-    return all(torch.equal(a, b) for a, b in zip(blocks(tensors, one), blocks(tensors, other), strict=True))
+    return all(
+        torch.equal(a, b) for a, b in zip(blocks(tensors, one), blocks(tensors, other), strict=True)
+    )
 
 
-def check_coverage(source: Any, architecture: Architecture, expected: dict[str, tuple[int, ...]]) -> None:
+def check_coverage(
+    source: Any, architecture: Architecture, expected: dict[str, tuple[int, ...]]
+) -> None:
     """Every parameter of the architecture is there in its shape, and nothing else is."""
     found = set(source.names())
     missing, unexpected = sorted(set(expected) - found), sorted(found - set(expected))
     if missing or unexpected:
-        words = [f"lacks {_list(missing)}"] * bool(missing) + [f"holds {_list(unexpected)}, for which a {architecture.model_type} of its config has no place"] * bool(unexpected)
+        words = [f"lacks {_list(missing)}"] * bool(missing) + [
+            f"holds {_list(unexpected)}, for which a {architecture.model_type} of its config has no place"
+        ] * bool(unexpected)
         raise CheckpointError(f"{source.folder} {' and '.join(words)}")
     for name, shape in expected.items():
         if source.shape(name) != shape:
-            raise CheckpointError(f"{source.folder} holds {name} of shape {source.shape(name)}, and its config makes it {shape}")
+            raise CheckpointError(
+                f"{source.folder} holds {name} of shape {source.shape(name)}, and its config makes it {shape}"
+            )
 
 
 def _list(names: list[str]) -> str:
@@ -118,7 +133,11 @@ def model_folder(path: Path) -> Path:
     """The folder itself, or the chosen checkpoint of a run's folder or of a folder of checkpoints."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    return chosen_checkpoint(path) if any(path.glob("step-*")) or any(path.glob("checkpoints/step-*")) else path
+    return (
+        chosen_checkpoint(path)
+        if any(path.glob("step-*")) or any(path.glob("checkpoints/step-*"))
+        else path
+    )
 
 
 def open_folder(path: Path, *, checked: bool) -> HuggingFaceFolder:

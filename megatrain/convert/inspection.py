@@ -54,7 +54,9 @@ class Inspection(NamedTuple):
 def inspect(path: Path, hints: Hints, *, hashes: bool) -> Inspection:
     """Look at a folder of any kind that is converted; `hashes` reads every byte of a checkpoint of ours."""
     folder = model_folder(path) if path.is_dir() else path
-    problem = manifest.problem(folder, hashes=hashes) if (folder / "trainer.json").is_file() else None
+    problem = (
+        manifest.problem(folder, hashes=hashes) if (folder / "trainer.json").is_file() else None
+    )
     source = open_source(folder, hints, checked=False)
     architecture = any_architecture(source.config)
     expected = whole_tensors(architecture)
@@ -65,16 +67,42 @@ def inspect(path: Path, hints: Hints, *, hashes: bool) -> Inspection:
         problem = problem or str(error)
     names = source.names()
     file = source.file if isinstance(source, HuggingFaceFolder) else lambda name: source.folder
-    rows = [TensorRow(name, source.shape(name), str(source.dtype(name)).removeprefix("torch."), 1, nbytes(source, name), [file(name).name]) for name in names]
+    rows = [
+        TensorRow(
+            name,
+            source.shape(name),
+            str(source.dtype(name)).removeprefix("torch."),
+            1,
+            nbytes(source, name),
+            [file(name).name],
+        )
+        for name in names
+    ]
     trainer = _read(folder / "trainer.json")
-    words = {True: "every file's hash is as written", False: "every file's size is as written (--hashes reads them through)"}[hashes]
+    words = {
+        True: "every file's hash is as written",
+        False: "every file's size is as written (--hashes reads them through)",
+    }[hashes]
     if trainer is None:
         words = "every tensor of the model is there in its shape, and no other"
     return Inspection(
-        str(source.folder), source.kind, architecture.model_type, sum(math.prod(row.shape) for row in rows), sum(row.num_bytes for row in rows), rows,
-        {str(p.relative_to(source.folder)): p.stat().st_size for p in sorted(source.folder.rglob("*")) if p.is_file()}, trainer,
-        _read(folder / "conversion.json"), source.config.to_dict(), problem or words, problem is None,
-    )  # fmt: skip
+        str(source.folder),
+        source.kind,
+        architecture.model_type,
+        sum(math.prod(row.shape) for row in rows),
+        sum(row.num_bytes for row in rows),
+        rows,
+        {
+            str(p.relative_to(source.folder)): p.stat().st_size
+            for p in sorted(source.folder.rglob("*"))
+            if p.is_file()
+        },
+        trainer,
+        _read(folder / "conversion.json"),
+        source.config.to_dict(),
+        problem or words,
+        problem is None,
+    )
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -85,14 +113,21 @@ def collapsed(rows: list[TensorRow]) -> list[TensorRow]:
     """Tensors that differ in their layer's number alone, as one row each."""
     groups: dict[tuple[str, tuple[int, ...], str], list[TensorRow]] = {}
     for row in rows:
-        groups.setdefault((re.sub(r"\.\d+\.", ".{}.", row.name), row.shape, row.dtype), []).append(row)
+        groups.setdefault((re.sub(r"\.\d+\.", ".{}.", row.name), row.shape, row.dtype), []).append(
+            row
+        )
     return [_row(key[0], group) for key, group in groups.items()]
 
 
 def _row(pattern: str, group: list[TensorRow]) -> TensorRow:
     numbers = sorted(int(match[1]) for row in group if (match := re.search(r"\.(\d+)\.", row.name)))
     files = sorted({file for row in group for file in row.files})
-    return group[0]._replace(name=pattern.replace("{}", _spans(numbers)), times=len(group), num_bytes=sum(row.num_bytes for row in group), files=files)
+    return group[0]._replace(
+        name=pattern.replace("{}", _spans(numbers)),
+        times=len(group),
+        num_bytes=sum(row.num_bytes for row in group),
+        files=files,
+    )
 
 
 def _spans(numbers: list[int]) -> str:
@@ -117,7 +152,13 @@ def describe(found: Inspection) -> Iterator[str]:
         yield f"  layout     {layout or 'none: it was converted, no run has written it'}"
     if found.conversion is not None:
         yield f"  converted  from a {found.conversion.get('source_kind')}, {_proof(found.conversion.get('proof'))}"
-    sizes = {"config": {name: value for name, value in found.config.items() if isinstance(value, int | float | str) and name in _SHOWN}}
+    sizes = {
+        "config": {
+            name: value
+            for name, value in found.config.items()
+            if isinstance(value, int | float | str) and name in _SHOWN
+        }
+    }
     yield "  config     " + ", ".join(f"{name} {value}" for name, value in sizes["config"].items())
     yield f"  integrity  {found.integrity}"
     yield ""
@@ -126,7 +167,9 @@ def describe(found: Inspection) -> Iterator[str]:
     yield f"{'tensor':{width}}  {'shape':>16}  {'dtype':>9}  {'times':>5}  {'MB':>10}  file"
     for row in rows:
         shape = " x ".join(map(str, row.shape))
-        files = row.files[0] if len(row.files) == 1 else f"{row.files[0]} and {len(row.files) - 1} more"
+        files = (
+            row.files[0] if len(row.files) == 1 else f"{row.files[0]} and {len(row.files) - 1} more"
+        )
         yield f"{row.name:{width}}  {shape:>16}  {row.dtype:>9}  {row.times:>5}  {row.num_bytes / 1e6:>10.3f}  {files}"
     yield ""
     yield f"{'file':{width}}  {'MB':>16}"
@@ -134,14 +177,35 @@ def describe(found: Inspection) -> Iterator[str]:
         yield f"{name:{width}}  {size / 1e6:>16.3f}"
 
 
-_SHOWN = ("vocab_size", "hidden_size", "n_embd", "intermediate_size", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
-          "num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions", "tie_word_embeddings")  # fmt: skip
+_SHOWN = (
+    "vocab_size",
+    "hidden_size",
+    "n_embd",
+    "intermediate_size",
+    "num_hidden_layers",
+    "n_layer",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "n_positions",
+    "tie_word_embeddings",
+)
 
 
 def _proof(proof: dict[str, Any] | None) -> str:
-    return "not proven (--no-verify)" if proof is None else f"logits within {proof['max_logit_difference']:.3g} of it"
+    return (
+        "not proven (--no-verify)"
+        if proof is None
+        else f"logits within {proof['max_logit_difference']:.3g} of it"
+    )
 
 
 def as_json(found: Inspection) -> str:
     """Everything, each tensor a row of its own."""
-    return json.dumps({**found._asdict(), "tensors": [row._asdict() for row in found.tensors]}, indent=1, default=str)
+    return json.dumps(
+        {**found._asdict(), "tensors": [row._asdict() for row in found.tensors]},
+        indent=1,
+        default=str,
+    )

@@ -33,7 +33,13 @@ def fixed_prompts(architecture: Architecture) -> Tensor:
 
 def whole_model(architecture: Architecture) -> nn.ModuleList:
     """All layers on one rank, without memory."""
-    parts = Parts(architecture, make_grid(0, connect=False), sequence=False, dtype=torch.float32, device="meta")
+    parts = Parts(
+        architecture,
+        make_grid(0, connect=False),
+        sequence=False,
+        dtype=torch.float32,
+        device="meta",
+    )
     return build_layers(layer_list(architecture), parts, recompute="none").eval()
 
 
@@ -43,7 +49,9 @@ def our_logits(architecture: Architecture, tensors: Readable, tokens: Tensor) ->
     layers = whole_model(architecture)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     contexts = Contexts(Config(), architecture, make_grid(0, connect=False), torch.device("cpu"))
-    context = contexts.make(Batch(tokens, tokens, positions, torch.zeros_like(tokens)), step=None, index=0)
+    context = contexts.make(
+        Batch(tokens, tokens, positions, torch.zeros_like(tokens)), step=None, index=0
+    )
 
     def read(parameter: nn.Parameter, rows: slice | None) -> Tensor:
         return read_declared(tensors, sharding(parameter), rows).float()
@@ -65,7 +73,9 @@ def read_declared(tensors: Readable, declaration: Sharding, rows: slice | None =
     regions = declaration.regions()
     if rows is not None and len(regions) == 1 and not declaration.transposed:
         first, *others = regions[0].whole
-        return tensors.read(declaration.name, (slice(first.start + rows.start, first.start + rows.stop), *others))
+        return tensors.read(
+            declaration.name, (slice(first.start + rows.start, first.start + rows.stop), *others)
+        )
     part = torch.empty(declaration.part_shape(), dtype=tensors.dtype(declaration.name))
     for region in regions:
         part[region.part] = tensors.read(declaration.name, region.whole)
@@ -80,13 +90,21 @@ def transformers_logits(config: Any, tensors: Readable, names: list[str], tokens
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False), contextlib.redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
+        ).eval()
     model.tie_weights()  # which the meta device undid
     known = set(names)
-    homes = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False) if name in known}
+    homes = {
+        id(parameter): name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name in known
+    }
     missing = [name for name, parameter in model.named_parameters() if id(parameter) not in homes]
     if missing:
-        raise AssertionError(f"transformers' {type(model).__name__} wants {missing[0]}, which is not among the tensors")
+        raise AssertionError(
+            f"transformers' {type(model).__name__} wants {missing[0]}, which is not among the tensors"
+        )
 
     def read(parameter: nn.Parameter, rows: slice | None) -> Tensor:
         return tensors.read(homes[id(parameter)], None if rows is None else (rows,)).float()

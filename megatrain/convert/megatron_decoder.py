@@ -40,11 +40,15 @@ class Decoder:
         turn = self._angles(tokens.shape[1]) if self.s.rotary else None
         for layer in range(self.s.num_layers):
             at = f"decoder.layers.{layer}"
-            x = x + self._attention(self._norm(x, f"{at}.input_layernorm"), f"{at}.self_attention", turn)
+            x = x + self._attention(
+                self._norm(x, f"{at}.input_layernorm"), f"{at}.self_attention", turn
+            )
             x = x + self._mlp(self._norm(x, f"{at}.pre_mlp_layernorm"), f"{at}.mlp")
         x = self._norm(x, "decoder.final_layernorm")
         head = "embedding.word_embeddings.weight" if self.s.tied else "output_layer.weight"
-        return torch.cat([x @ self._must(rank, head).t() for rank in range(len(self.ranks))], dim=-1)
+        return torch.cat(
+            [x @ self._must(rank, head).t() for rank in range(len(self.ranks))], dim=-1
+        )
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x, start = torch.zeros(*tokens.shape, self.s.hidden_size), 0
@@ -60,14 +64,20 @@ class Decoder:
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight = self._must(0, f"{name}.weight")
         if self.s.norm == "LayerNorm":
-            return F.layer_norm(x, weight.shape, weight, self._get(0, f"{name}.bias"), self.s.norm_eps)
+            return F.layer_norm(
+                x, weight.shape, weight, self._get(0, f"{name}.bias"), self.s.norm_eps
+            )
         return F.rms_norm(x, weight.shape, weight, self.s.norm_eps)
 
     def _attention(self, x: Tensor, at: str, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         s, total = self.s, torch.zeros_like(x)
         queries = s.num_heads // s.num_groups
         for rank in range(len(self.ranks)):
-            mixed = F.linear(x, self._must(rank, f"{at}.linear_qkv.weight"), self._get(rank, f"{at}.linear_qkv.bias"))
+            mixed = F.linear(
+                x,
+                self._must(rank, f"{at}.linear_qkv.weight"),
+                self._get(rank, f"{at}.linear_qkv.bias"),
+            )
             mixed = mixed.unflatten(-1, (-1, queries + 2, s.head_dim))
             q, k, v = mixed.split([queries, 1, 1], dim=-2)
             q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in (q, k, v))
@@ -76,14 +86,20 @@ class Decoder:
             if turn is not None:
                 q, k = _turned(q, *turn), _turned(k, *turn)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            total += F.linear(y.transpose(1, 2).flatten(2), self._must(rank, f"{at}.linear_proj.weight"))
+            total += F.linear(
+                y.transpose(1, 2).flatten(2), self._must(rank, f"{at}.linear_proj.weight")
+            )
         bias = self._get(0, f"{at}.linear_proj.bias")
         return total if bias is None else total + bias
 
     def _mlp(self, x: Tensor, at: str) -> Tensor:
         total = torch.zeros_like(x)
         for rank in range(len(self.ranks)):
-            y = F.linear(x, self._must(rank, f"{at}.linear_fc1.weight"), self._get(rank, f"{at}.linear_fc1.bias"))
+            y = F.linear(
+                x,
+                self._must(rank, f"{at}.linear_fc1.weight"),
+                self._get(rank, f"{at}.linear_fc1.bias"),
+            )
             if self.s.gated:
                 gate, up = y.chunk(2, dim=-1)
                 y = F.silu(gate) * up
@@ -105,7 +121,9 @@ class Decoder:
         return angles.cos(), angles.sin()
 
 
-def _stretched(frequencies: Tensor, factor: float, low: float = 1.0, high: float = 4.0, context: int = 8192) -> Tensor:
+def _stretched(
+    frequencies: Tensor, factor: float, low: float = 1.0, high: float = 4.0, context: int = 8192
+) -> Tensor:
     """Llama 3.1's: long waves by the factor, short ones not, those between in part."""
     waves = 2 * math.pi / frequencies
     share = ((context / waves - low) / (high - low)).clamp(0, 1)

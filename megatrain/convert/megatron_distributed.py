@@ -43,17 +43,37 @@ class _Record:
         return hash((self.__dict__.get("fqn"), self.__dict__.get("offset")))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Record) and (self.__dict__.get("fqn"), self.__dict__.get("offset")) == (other.__dict__.get("fqn"), other.__dict__.get("offset"))
+        return isinstance(other, _Record) and (
+            self.__dict__.get("fqn"),
+            self.__dict__.get("offset"),
+        ) == (other.__dict__.get("fqn"), other.__dict__.get("offset"))
 
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _RECORDS = {
-    *((f"{_CHECKPOINT}.metadata", name) for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "MetadataIndex",
-                                                    "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"), (f"{_CHECKPOINT}.filesystem", "_StoragePrefix"), ("torch.serialization", "_get_layout"),
+    *(
+        (f"{_CHECKPOINT}.metadata", name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "ChunkStorageMetadata",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+    (f"{_CHECKPOINT}.filesystem", "_StoragePrefix"),
+    ("torch.serialization", "_get_layout"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-}  # fmt: skip
+    *(
+        (module, name)
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath")
+    ),
+}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -112,20 +132,31 @@ class DistributedPart:
     def view(self, name: str) -> Tensor:
         """Put together from its chunks, in memory of its own."""
         stored, layer = self._places[name]
-        first, last = (0, stored.shape[0] if stored.shape else 1) if layer is None else (layer, layer + 1)
-        whole = torch.empty((last - first, *stored.shape[1:]) if stored.shape else (), dtype=stored.dtype)
+        first, last = (
+            (0, stored.shape[0] if stored.shape else 1) if layer is None else (layer, layer + 1)
+        )
+        whole = torch.empty(
+            (last - first, *stored.shape[1:]) if stored.shape else (), dtype=stored.dtype
+        )
         for chunk in stored.chunks:
             self._copy(chunk, stored.dtype, whole, first, last)
         return whole if layer is None else whole[0]
 
-    def _copy(self, chunk: _Chunk, dtype: torch.dtype, whole: Tensor, first: int, last: int) -> None:
+    def _copy(
+        self, chunk: _Chunk, dtype: torch.dtype, whole: Tensor, first: int, last: int
+    ) -> None:
         if not chunk.start:
             whole.copy_(_read_chunk(self.folder, chunk, dtype))
             return
         low, high = max(first, chunk.start[0]), min(last, chunk.start[0] + chunk.size[0])
         if low < high:
-            rest = tuple(slice(start, start + size) for start, size in zip(chunk.start[1:], chunk.size[1:], strict=True))
-            part = _read_chunk(self.folder, chunk, dtype)[low - chunk.start[0] : high - chunk.start[0]]
+            rest = tuple(
+                slice(start, start + size)
+                for start, size in zip(chunk.start[1:], chunk.size[1:], strict=True)
+            )
+            part = _read_chunk(self.folder, chunk, dtype)[
+                low - chunk.start[0] : high - chunk.start[0]
+            ]
             whole[(slice(low - first, high - first), *rest)] = part
 
     def let_go(self, name: str) -> None:
@@ -149,11 +180,19 @@ def _read_metadata(folder: Path) -> dict[str, _Stored]:
     try:
         with path.open("rb") as file:
             found = _Unpickler(file).load()
-        return {name: _stored(name, entry, found.storage_data) for name, entry in found.state_dict_metadata.items() if hasattr(entry, "size")}
+        return {
+            name: _stored(name, entry, found.storage_data)
+            for name, entry in found.state_dict_metadata.items()
+            if hasattr(entry, "size")
+        }
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: it is damaged or holds more than a checkpoint's metadata ({' '.join(str(error).split())[:150]})") from None
+        raise CheckpointError(
+            f"{path} is refused: it is damaged or holds more than a checkpoint's metadata ({' '.join(str(error).split())[:150]})"
+        ) from None
     except Exception as error:  # a damaged pickle can make anything of its stand-ins
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:150]})") from None
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+        ) from None
 
 
 def _stored(name: str, entry: Any, storage: dict[Any, Any]) -> _Stored:
@@ -167,15 +206,28 @@ def _stored(name: str, entry: Any, storage: dict[Any, Any]) -> _Stored:
         index.__setstate__({"fqn": name, "offset": chunk.offsets})
         info = storage[index]
         start, size = _numbers(chunk.offsets), _numbers(chunk.sizes)
-        if len(start) != len(shape) or len(size) != len(shape) or any(a + b > c for a, b, c in zip(start, size, shape, strict=True)):
+        if (
+            len(start) != len(shape)
+            or len(size) != len(shape)
+            or any(a + b > c for a, b, c in zip(start, size, shape, strict=True))
+        ):
             raise ValueError(f"chunk {number} of {name} is not inside it")
         file = info.relative_path
-        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\0" in file:
-            raise ValueError(f"{name} is in {str(file)[:80]!r}, which is not the name of a file in the folder")
+        if (
+            not isinstance(file, str)
+            or file in ("", ".", "..")
+            or Path(file).name != file
+            or "\0" in file
+        ):
+            raise ValueError(
+                f"{name} is in {str(file)[:80]!r}, which is not the name of a file in the folder"
+            )
         if getattr(info, "transform_descriptors", None):
             raise ValueError(f"{name} is compressed or encrypted")
         chunks.append(_Chunk(start, size, file, *_numbers((info.offset, info.length))))
-    if sum(math.prod(chunk.size) for chunk in chunks) != math.prod(shape) or any(_meet(a, b) for i, a in enumerate(chunks) for b in chunks[:i]):
+    if sum(math.prod(chunk.size) for chunk in chunks) != math.prod(shape) or any(
+        _meet(a, b) for i, a in enumerate(chunks) for b in chunks[:i]
+    ):
         raise ValueError(f"the chunks of {name} are not the whole of it, each element once")
     return _Stored(shape, dtype, chunks)
 
@@ -189,7 +241,8 @@ def _numbers(values: Any) -> tuple[int, ...]:
 
 def _meet(a: _Chunk, b: _Chunk) -> bool:
     return math.prod(a.size) * math.prod(b.size) > 0 and all(
-        x < y + n and y < x + m for x, m, y, n in zip(a.start, a.size, b.start, b.size, strict=True))  # fmt: skip
+        x < y + n and y < x + m for x, m, y, n in zip(a.start, a.size, b.start, b.size, strict=True)
+    )
 
 
 def _read_chunk(folder: Path, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
@@ -204,8 +257,15 @@ def _read_chunk(folder: Path, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
     except CheckpointError:
         raise
     except Exception as error:  # torch has no list of what a damaged file makes it raise
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:150]})") from None
-    if not isinstance(tensor, Tensor) or not is_plain(tensor) or tuple(tensor.shape) != chunk.size or tensor.dtype != dtype:
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+        ) from None
+    if (
+        not isinstance(tensor, Tensor)
+        or not is_plain(tensor)
+        or tuple(tensor.shape) != chunk.size
+        or tensor.dtype != dtype
+    ):
         raise CheckpointError(f"{path} does not hold the chunk that .metadata tells of")
     return tensor.detach()
 

@@ -36,10 +36,26 @@ class Inert:
 
 
 _IGNORED = [
-    *[f"megatron.{place}.{name}" for place in ("core.enums", "model.enums", "enums") for name in ("ModelType", "Fp8Recipe", "PositionEmbeddingType")],
-    *[f"megatron.core.transformer.enums.{name}" for name in ("AttnBackend", "AttnMaskType", "LayerType", "AttnType", "CudaGraphScope")],
-    *[f"numpy{part}" for part in (".core.multiarray._reconstruct", "._core.multiarray._reconstruct", ".ndarray", ".dtype")], "_io.BytesIO",
-]  # fmt: skip
+    *[
+        f"megatron.{place}.{name}"
+        for place in ("core.enums", "model.enums", "enums")
+        for name in ("ModelType", "Fp8Recipe", "PositionEmbeddingType")
+    ],
+    *[
+        f"megatron.core.transformer.enums.{name}"
+        for name in ("AttnBackend", "AttnMaskType", "LayerType", "AttnType", "CudaGraphScope")
+    ],
+    *[
+        f"numpy{part}"
+        for part in (
+            ".core.multiarray._reconstruct",
+            "._core.multiarray._reconstruct",
+            ".ndarray",
+            ".dtype",
+        )
+    ],
+    "_io.BytesIO",
+]
 """What Megatron-LM's own files hold beside tensors and args: enumerations, numpy's random state, settings of fp8."""
 
 
@@ -92,7 +108,10 @@ class Ranks(NamedTuple):
 
 def find_iteration(path: Path) -> Path | None:
     """The folder of the rank folders: the path itself, or the newest iteration that its tracker file names; None when it is neither."""
-    if any(_FOLDER.fullmatch(child.name) for child in path.iterdir()) or (path / ".metadata").is_file():
+    if (
+        any(_FOLDER.fullmatch(child.name) for child in path.iterdir())
+        or (path / ".metadata").is_file()
+    ):
         return path
     tracker = path / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
@@ -112,7 +131,9 @@ def read_ranks(folder: Path) -> Ranks:
     tensor, pipeline = 1 + max(t for t, _ in files), 1 + max(p for _, p in files)
     for place in ((t, p) for p in range(pipeline) for t in range(tensor)):
         if place not in files:
-            raise CheckpointError(f"{folder} lacks tensor rank {place[0]} of pipeline rank {place[1]}, of {tensor} x {pipeline} ranks")
+            raise CheckpointError(
+                f"{folder} lacks tensor rank {place[0]} of pipeline rank {place[1]}, of {tensor} x {pipeline} ranks"
+            )
     args: Namespace | None = None
     parts: list[Part] = []
     for t in range(tensor):
@@ -134,7 +155,9 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
             continue
         match = _FOLDER.fullmatch(child.name)
         if match is None:
-            raise CheckpointError(f"{child} is of a layout that is not read (experts have ranks of their own); mp_rank_TT or mp_rank_TT_PPP is")
+            raise CheckpointError(
+                f"{child} is of a layout that is not read (experts have ranks of their own); mp_rank_TT or mp_rank_TT_PPP is"
+            )
         path = next((child / name for name in _FILES if (child / name).is_file()), None)
         if path is None:
             raise CheckpointError(f"{child} holds neither {' nor '.join(_FILES)}")
@@ -145,10 +168,14 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
 def load_state(path: Path) -> dict[str, Any]:
     """What one of Megatron-LM's own files holds; its tensors mapped, its enumerations and random states left out."""
     if not zipfile.is_zipfile(path):  # which alone can be mapped
-        raise CheckpointError(f"{path} is damaged, or was written by torch before 1.6; load and save it once with a newer one")
+        raise CheckpointError(
+            f"{path} is damaged, or was written by torch before 1.6; load and save it once with a newer one"
+        )
     state = load_without_code(path, [Namespace, *((Inert, name) for name in _IGNORED)])
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__} and no checkpoint of Megatron-LM")
+        raise CheckpointError(
+            f"{path} holds a {type(state).__name__} and no checkpoint of Megatron-LM"
+        )
     return state
 
 
@@ -156,8 +183,10 @@ def read_namespace(state: dict[str, Any], path: Path) -> Namespace | None:
     """The training arguments, if they are there; refuses a version of old."""
     version = state.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < 2:
-        raise CheckpointError(f"{path} is of checkpoint_version {version}, which orders query, key and value otherwise; "
-                              "load and save it once with a newer Megatron-LM")  # fmt: skip
+        raise CheckpointError(
+            f"{path} is of checkpoint_version {version}, which orders query, key and value otherwise; "
+            "load and save it once with a newer Megatron-LM"
+        )
     args = state.get("args")
     if args is not None and not isinstance(args, Namespace):
         raise CheckpointError(f"{path} has args that are a {type(args).__name__} and no Namespace")
@@ -188,16 +217,24 @@ def _named(model: Any, path: Path) -> dict[str, Tensor]:
             if name is not None:
                 flat[name] = value.detach()
         elif value is not None and not isinstance(value, Inert):
-            raise CheckpointError(f"{path} holds {prefix[:120]}, which is a {type(value).__name__} and no tensor")
+            raise CheckpointError(
+                f"{path} holds {prefix[:120]}, which is a {type(value).__name__} and no tensor"
+            )
 
     walk("", model, 0)
     return flat
 
 
 _RENAMED = [
-    (r"language_model\.embedding\.(word|position)_embeddings\.weight", r"embedding.\1_embeddings.weight"),
+    (
+        r"language_model\.embedding\.(word|position)_embeddings\.weight",
+        r"embedding.\1_embeddings.weight",
+    ),
     (r"language_model\.(?:encoder|transformer)\.(.*)", r"decoder.\1"),
-    (r"language_model\.output_layer\.weight|word_embeddings_for_head\.weight|word_embeddings\.weight", "output_layer.weight"),
+    (
+        r"language_model\.output_layer\.weight|word_embeddings_for_head\.weight|word_embeddings\.weight",
+        "output_layer.weight",
+    ),
     (r"decoder\.final_(?:norm|layernorm)\.(.*)", r"decoder.final_layernorm.\1"),
     (r"(.*\.layers\.\d+)\.attention\.(.*)", r"\1.self_attention.\2"),
     (r"(.*\.layers\.\d+)\.input_norm\.(.*)", r"\1.input_layernorm.\2"),
@@ -227,9 +264,15 @@ def _number_through(stages: list[list[dict[str, Tensor]]], folder: Path) -> dict
     if len({len(chunks) for chunks in stages}) != 1:
         raise CheckpointError(f"{folder} has pipeline ranks of different numbers of virtual stages")
     for stage in (chunks[number] for number in range(len(stages[0])) for chunks in stages):
-        layers = {int(match[1]) for name in stage if (match := re.match(r"decoder\.layers\.(\d{1,6})\.", name))}
+        layers = {
+            int(match[1])
+            for name in stage
+            if (match := re.match(r"decoder\.layers\.(\d{1,6})\.", name))
+        }
         if layers != set(range(len(layers))):
-            raise CheckpointError(f"{folder} has a stage with layers {sorted(layers)[:8]}, which do not count from 0")
+            raise CheckpointError(
+                f"{folder} has a stage with layers {sorted(layers)[:8]}, which do not count from 0"
+            )
         for name, tensor in stage.items():
             moved = _moved(name, before)
             if moved in whole:
@@ -241,11 +284,18 @@ def _number_through(stages: list[list[dict[str, Tensor]]], folder: Path) -> dict
 
 def _moved(name: str, layers: int) -> str:
     match = re.match(r"decoder\.layers\.(\d+)\.", name)
-    return name if match is None else f"decoder.layers.{int(match[1]) + layers}.{name[match.end() :]}"
+    return (
+        name if match is None else f"decoder.layers.{int(match[1]) + layers}.{name[match.end() :]}"
+    )
 
 
 def _check_degrees(args: Namespace | None, tensor: int, pipeline: int, folder: Path) -> None:
-    for name, found in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
+    for name, found in (
+        ("tensor_model_parallel_size", tensor),
+        ("pipeline_model_parallel_size", pipeline),
+    ):
         told = getattr(args, name, found)
         if told != found:
-            raise CheckpointError(f"{folder} holds {found} ranks where its args say {name}={told}: some are missing")
+            raise CheckpointError(
+                f"{folder} holds {found} ranks where its args say {name}={told}: some are missing"
+            )

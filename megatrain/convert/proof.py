@@ -57,19 +57,27 @@ class Proof(NamedTuple):
     rounding_difference: float | None = None
 
 
-def check_bytes(written: Readable, source: Readable, names: list[str], path: Path) -> dict[str, str]:
+def check_bytes(
+    written: Readable, source: Readable, names: list[str], path: Path
+) -> dict[str, str]:
     """Read back every tensor and compare it with the source's, block by block; returns the SHA-256 of each."""
     hashes = {}
     with ThreadPoolExecutor(1) as beside:
         for name in names:
             digest = hashlib.sha256()
             hashing: list[Future[None]] = []
-            if written.shape(name) != source.shape(name) or written.dtype(name) != source.dtype(name):
-                raise CheckpointError(f"{path} does not hold {name} as it was written: the disk is not to be trusted")
+            if written.shape(name) != source.shape(name) or written.dtype(name) != source.dtype(
+                name
+            ):
+                raise CheckpointError(
+                    f"{path} does not hold {name} as it was written: the disk is not to be trusted"
+                )
             for found, expected in zip(blocks(written, name), blocks(source, name), strict=True):
                 held = raw_bytes(found)
                 if not torch.equal(held, raw_bytes(expected)):
-                    raise CheckpointError(f"{path} holds {name} with other bytes than were written: the disk or the memory is not to be trusted")
+                    raise CheckpointError(
+                        f"{path} holds {name} with other bytes than were written: the disk or the memory is not to be trusted"
+                    )
                 for future in hashing:
                     future.result()
                 hashing = [beside.submit(digest.update, memoryview(held.numpy()))]
@@ -79,7 +87,15 @@ def check_bytes(written: Readable, source: Readable, names: list[str], path: Pat
     return hashes
 
 
-def check_logits(source: Source, folder: Tensors, config: Any, architecture: Architecture, *, dtype: torch.dtype | None, to: str) -> Proof:
+def check_logits(
+    source: Source,
+    folder: Tensors,
+    config: Any,
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype | None,
+    to: str,
+) -> Proof:
     """Compare the logits of source and written folder on fixed prompts."""
     tokens = fixed_prompts(architecture)
     by_transformers = to == "hf"
@@ -87,24 +103,47 @@ def check_logits(source: Source, folder: Tensors, config: Any, architecture: Arc
         found = transformers_logits(config, folder, folder.names(), tokens)
     else:
         found = our_logits(architecture, folder, tokens)
-    rounded, implementation = source_logits(source, architecture, tokens, dtype=dtype, by_transformers=not by_transformers)
+    rounded, implementation = source_logits(
+        source, architecture, tokens, dtype=dtype, by_transformers=not by_transformers
+    )
     largest = float(rounded.abs().max())
     if not rounded.isfinite().all():
-        raise CheckpointError(f"{source.folder} is no sound model: its own logits are not finite; --no-verify converts it as it is")
+        raise CheckpointError(
+            f"{source.folder} is no sound model: its own logits are not finite; --no-verify converts it as it is"
+        )
     bound = BOUND * max(1.0, largest)
     difference = _difference(found, rounded)
     if not difference <= bound:
-        raise CheckpointError(f"{source.folder} and what was made of it differ: their logits by {difference:.3g}, and rounding allows {bound:.3g}; "
-                              "nothing was published. This is a mistake of the converter, not of yours")  # fmt: skip
+        raise CheckpointError(
+            f"{source.folder} and what was made of it differ: their logits by {difference:.3g}, and rounding allows {bound:.3g}; "
+            "nothing was published. This is a mistake of the converter, not of yours"
+        )
     whole = None
     if dtype is not None and any(source.dtype(name) != dtype for name in source.names()):
-        exact, _ = source_logits(source, architecture, tokens, dtype=None, by_transformers=not by_transformers)
+        exact, _ = source_logits(
+            source, architecture, tokens, dtype=None, by_transformers=not by_transformers
+        )
         whole = _difference(found, exact)
-    return Proof(len(source.names()), difference, bound, largest, tuple(tokens.shape), implementation,
-                 "transformers" if by_transformers else "our layers", whole)  # fmt: skip
+    return Proof(
+        len(source.names()),
+        difference,
+        bound,
+        largest,
+        tuple(tokens.shape),
+        implementation,
+        "transformers" if by_transformers else "our layers",
+        whole,
+    )
 
 
-def source_logits(source: Source, architecture: Architecture, tokens: Tensor, *, dtype: torch.dtype | None, by_transformers: bool) -> tuple[Tensor, str]:
+def source_logits(
+    source: Source,
+    architecture: Architecture,
+    tokens: Tensor,
+    *,
+    dtype: torch.dtype | None,
+    by_transformers: bool,
+) -> tuple[Tensor, str]:
     """Logits of the source, and by whose code. A source that knows its own way to compute them goes it."""
     if isinstance(source, ComputesItself):
         return source.own_logits(tokens, dtype), source.own_code
@@ -116,5 +155,7 @@ def source_logits(source: Source, architecture: Architecture, tokens: Tensor, *,
 
 def _difference(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape:
-        raise CheckpointError(f"source and target give logits of different shapes: {tuple(other.shape)} and {tuple(one.shape)}")
+        raise CheckpointError(
+            f"source and target give logits of different shapes: {tuple(other.shape)} and {tuple(one.shape)}"
+        )
     return float((one - other).abs().max())

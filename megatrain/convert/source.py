@@ -89,8 +89,12 @@ class Rounded:
     def read(self, name: str, index: Index | None = None) -> Tensor:
         exact = self._tensors.read(name, index)
         rounded = exact.to(self.dtype(name))
-        if rounded.dtype == torch.float16 != exact.dtype and not torch.equal(rounded.isfinite(), exact.isfinite()):
-            raise CheckpointError(f"{name} holds {float(exact.abs().max()):.4g}, which is beyond what fp16 can hold; use bf16 or fp32")
+        if rounded.dtype == torch.float16 != exact.dtype and not torch.equal(
+            rounded.isfinite(), exact.isfinite()
+        ):
+            raise CheckpointError(
+                f"{name} holds {float(exact.abs().max()):.4g}, which is beyond what fp16 can hold; use bf16 or fp32"
+            )
         return rounded
 
 

@@ -35,7 +35,10 @@ def streamed(module: nn.Module, read: Read) -> Iterator[None]:
             elif isinstance(child, nn.Embedding | VocabEmbedding):
                 child.__dict__["forward"] = _looking_up(child, own["weight"], read)
             elif own:
-                handles += [child.register_forward_pre_hook(_take(own, read)), child.register_forward_hook(_leave(own))]
+                handles += [
+                    child.register_forward_pre_hook(_take(own, read)),
+                    child.register_forward_hook(_leave(own)),
+                ]
         yield
     finally:
         for handle in handles:
@@ -81,7 +84,9 @@ def _dense(child: Any, read: Read) -> Callable[..., Tensor]:
     """x [..., in] times weight [out, in] and bias, a block of rows at a time."""
 
     def forward(x: Tensor, *more: Any) -> Tensor:
-        y = torch.cat([F.linear(x, read(child.weight, rows)) for rows in rows_of(child.weight)], dim=-1)
+        y = torch.cat(
+            [F.linear(x, read(child.weight, rows)) for rows in rows_of(child.weight)], dim=-1
+        )
         return y if child.bias is None else y + read(child.bias, None)
 
     return forward
@@ -93,7 +98,11 @@ def _looking_up(child: Any, weight: nn.Parameter, read: Read) -> Callable[..., T
     def forward(tokens: Tensor, *more: Any) -> Tensor:
         used, numbered = tokens.unique(return_inverse=True)
         table = torch.cat([read(weight, slice(row, row + 1)) for row in used.tolist()])
-        padding = {name: child.__dict__.pop(name) for name in ("padding_idx", "padding_row") if name in child.__dict__}
+        padding = {
+            name: child.__dict__.pop(name)
+            for name in ("padding_idx", "padding_row")
+            if name in child.__dict__
+        }
         child.__dict__.update(dict.fromkeys(padding))
         try:
             with holding(child, "weight", table):

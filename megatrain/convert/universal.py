@@ -74,12 +74,23 @@ class UniversalCheckpoint(_State):
         """Find the model's tensors; a copy of a tied embedding is left out when it is one."""
         plain = {name.removeprefix("module."): name for name in self._held}
         if len(plain) != len(self._held):
-            raise CheckpointError(f"{self.folder} holds parameters with the prefix module. and without")
-        self.homes = {ours: plain[theirs] for ours, theirs in homes_of(list(plain), architecture, expected, self.folder).items()}
-        head, embedding = (f"{architecture.names[role].name}.weight" for role in ("head", "embedding"))
+            raise CheckpointError(
+                f"{self.folder} holds parameters with the prefix module. and without"
+            )
+        self.homes = {
+            ours: plain[theirs]
+            for ours, theirs in homes_of(list(plain), architecture, expected, self.folder).items()
+        }
+        head, embedding = (
+            f"{architecture.names[role].name}.weight" for role in ("head", "embedding")
+        )
         if architecture.tied and head in self.homes:
-            if embedding not in self.homes or not torch.equal(self.read(head), self.read(embedding)):
-                raise CheckpointError(f"{self.folder} holds {head} with other values than the embedding, and --config ties them")
+            if embedding not in self.homes or not torch.equal(
+                self.read(head), self.read(embedding)
+            ):
+                raise CheckpointError(
+                    f"{self.folder} holds {head} with other values than the embedding, and --config ties them"
+                )
             del self.homes[head]
 
     def names(self) -> list[str]:
@@ -94,9 +105,13 @@ class UniversalCheckpoint(_State):
         for state in states.values():
             for name in self.homes:
                 if not state.path(name).is_file():
-                    raise CheckpointError(f"{self.folder} lacks {state.state}.pt of {name} and has it of others")
+                    raise CheckpointError(
+                        f"{self.folder} lacks {state.state}.pt of {name} and has it of others"
+                    )
                 if state.shape(name) != self.shape(name):
-                    raise CheckpointError(f"{state.path(name)} is of shape {state.shape(name)} and the parameter of {self.shape(name)}")
+                    raise CheckpointError(
+                        f"{state.path(name)} is of shape {state.shape(name)} and the parameter of {self.shape(name)}"
+                    )
         return Moments(dict(states), self._updates())
 
     def _updates(self) -> int:
@@ -104,12 +119,21 @@ class UniversalCheckpoint(_State):
         for name in self.homes:
             path = self.folder / "zero" / self.homes[name] / "step.pt"
             if not path.is_file():
-                raise CheckpointError(f"{path} is missing, which says how many updates the moments are of")
+                raise CheckpointError(
+                    f"{path} is missing, which says how many updates the moments are of"
+                )
             value = _plain(load_without_code(path, list(_STAND_INS)))
-            found.add(float(value) if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1) else -1.0)
+            found.add(
+                float(value)
+                if isinstance(value, int | float)
+                or (isinstance(value, Tensor) and value.numel() == 1)
+                else -1.0
+            )
         count = max(found)
         if len(found) != 1 or not 0 <= count < 2**40 or count != int(count):
-            raise CheckpointError(f"{self.folder} has parameters after different numbers of updates, or of none that is a number: {sorted(found)[:4]}")
+            raise CheckpointError(
+                f"{self.folder} has parameters after different numbers of updates, or of none that is a number: {sorted(found)[:4]}"
+            )
         return int(count)
 
 

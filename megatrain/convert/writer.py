@@ -22,7 +22,18 @@ from megatrain.checkpoint.tensors import shard_names, write_weight_map
 from megatrain.convert.source import HasSpans, Readable, blocks, nbytes
 from megatrain.errors import CheckpointError
 
-_WRITTEN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_WRITTEN = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
 
 _BEHIND = 128 << 20
 """Bytes after which the disk is asked to catch up."""
@@ -68,10 +79,19 @@ def plan_shards(names: Iterable[str], tensors: Readable, max_bytes: int) -> list
             size = 0
         groups[-1].append(name)
         size += nbytes(tensors, name)
-    return [Shard(name, group) for name, group in zip(shard_names(len(groups)), groups, strict=True)]
+    return [
+        Shard(name, group) for name, group in zip(shard_names(len(groups)), groups, strict=True)
+    ]
 
 
-def write_model(folder: Path, shards: list[Shard], tensors: Readable, *, wrote: Callable[[int], None], catcher: Catcher | None = None) -> None:
+def write_model(
+    folder: Path,
+    shards: list[Shard],
+    tensors: Readable,
+    *,
+    wrote: Callable[[int], None],
+    catcher: Catcher | None = None,
+) -> None:
     """Write all shards and their index. `wrote` is told of each block's bytes."""
     for shard in shards:
         write_file(folder / shard.file, shard.tensors, tensors, wrote=wrote, catcher=catcher)
@@ -81,14 +101,23 @@ def write_model(folder: Path, shards: list[Shard], tensors: Readable, *, wrote: 
         write_weight_map(folder, dict(sorted(homes.items())), total_size=total)
 
 
-def write_file(path: Path, names: list[str], tensors: Readable, *, wrote: Callable[[int], None], catcher: Catcher | None = None) -> None:
+def write_file(
+    path: Path,
+    names: list[str],
+    tensors: Readable,
+    *,
+    wrote: Callable[[int], None],
+    catcher: Catcher | None = None,
+) -> None:
     """Write one safetensors file; the catcher has the disk follow."""
     # Wider elements first: each tensor then begins at a multiple of its element's size.
     names = sorted(names, key=lambda name: -tensors.dtype(name).itemsize)
     behind = 0
     with path.open("wb", buffering=0) as file:
         _write_all(file.fileno(), memoryview(_header(names, tensors)))
-        for count in (count for name in names for count in _write_tensor(file.fileno(), tensors, name)):
+        for count in (
+            count for name in names for count in _write_tensor(file.fileno(), tensors, name)
+        ):
             wrote(count)
             behind += count
             if catcher is not None and behind >= _BEHIND:
@@ -122,7 +151,9 @@ def _copy_span(span: Span, handle: int) -> Iterator[int]:
     with span.path.open("rb") as source:
         at = span.start
         while at < span.stop:
-            count = os.copy_file_range(source.fileno(), handle, min(span.stop - at, _COPIED_BYTES), at)
+            count = os.copy_file_range(
+                source.fileno(), handle, min(span.stop - at, _COPIED_BYTES), at
+            )
             if count == 0:
                 raise CheckpointError(f"{span.path} has become shorter while it was read")
             at += count
@@ -132,8 +163,13 @@ def _copy_span(span: Span, handle: int) -> Iterator[int]:
 def _header(names: list[str], tensors: Readable) -> bytes:
     for name in names:
         if tensors.dtype(name) not in _WRITTEN:
-            raise CheckpointError(f"{name} is of {tensors.dtype(name)}, which is not written; convert with --dtype bf16, fp16 or fp32")
-    return make_header([(name, tensors.dtype(name), tensors.shape(name)) for name in names], metadata={"format": "pt"})
+            raise CheckpointError(
+                f"{name} is of {tensors.dtype(name)}, which is not written; convert with --dtype bf16, fp16 or fp32"
+            )
+    return make_header(
+        [(name, tensors.dtype(name), tensors.shape(name)) for name in names],
+        metadata={"format": "pt"},
+    )
 
 
 def _write_all(handle: int, view: memoryview) -> None:

@@ -30,7 +30,14 @@ def mask_word(tokenizer: object) -> str | None:
     return getattr(tokenizer, "mask_token", None) or getattr(tokenizer, "unk_token", None)
 
 
-def augment(words: Sequence[Word], how: Augment, *, share: float, key: Sequence[int], masked: Sequence[Word] | None) -> list[Word]:
+def augment(
+    words: Sequence[Word],
+    how: Augment,
+    *,
+    share: float,
+    key: Sequence[int],
+    masked: Sequence[Word] | None,
+) -> list[Word]:
     """The words with about `share` of them deleted, swapped with another or masked; `mix` draws one of the three for a text.
 
     `masked` holds what each word becomes when it is masked. The same key gives the same words.
@@ -44,12 +51,17 @@ def augment(words: Sequence[Word], how: Augment, *, share: float, key: Sequence[
     if how == "swap":
         return _swapped(words, chosen, generator)
     if how == "mask" and masked is not None:
-        return [other if change else word for word, other, change in zip(words, masked, chosen, strict=True)]
+        return [
+            other if change else word
+            for word, other, change in zip(words, masked, chosen, strict=True)
+        ]
     kept = [word for word, change in zip(words, chosen, strict=True) if not change]
     return kept or list(words)
 
 
-def _swapped(words: Sequence[Word], chosen: np.ndarray, generator: np.random.Generator) -> list[Word]:
+def _swapped(
+    words: Sequence[Word], chosen: np.ndarray, generator: np.random.Generator
+) -> list[Word]:
     result = list(words)
     for index in np.flatnonzero(chosen):
         other = int(generator.integers(len(result)))

@@ -45,11 +45,21 @@ class Blend:
     def __init__(self, weights: Sequence[float], *, seed: int) -> None:
         """Raise ConfigError for a weight that is not a positive number."""
         for weight in weights:
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight) or weight <= 0:
+            if (
+                isinstance(weight, bool)
+                or not isinstance(weight, int | float)
+                or not isfinite(weight)
+                or weight <= 0
+            ):
                 raise ConfigError(
-                    "data weight", weight, "must be a number above 0", "leave the source out to use none of it"
+                    "data weight",
+                    weight,
+                    "must be a number above 0",
+                    "leave the source out to use none of it",
                 )
-        self._weights = [Fraction(str(weight)) for weight in weights]  # exact, so that counts never drift
+        self._weights = [
+            Fraction(str(weight)) for weight in weights
+        ]  # exact, so that counts never drift
         self._seed = seed
         self._block = lru_cache(maxsize=4)(self._make_block)
 
@@ -76,5 +86,7 @@ class Blend:
 
     def _make_block(self, number: int) -> _Block:
         before, after = self.counts(number * BLOCK), self.counts((number + 1) * BLOCK)
-        slots = list(accumulate((b - a for a, b in zip(before, after, strict=True)), initial=0))[:-1]
+        slots = list(accumulate((b - a for a, b in zip(before, after, strict=True)), initial=0))[
+            :-1
+        ]
         return _Block(Permutation(BLOCK, key=("blend", self._seed, number)), slots, before)

@@ -49,10 +49,15 @@ def read_conversation(record: Mapping[str, Any]) -> Conversation:
         messages = _side(record, "prompt", "user") + _side(record, "completion", "assistant")
     elif {"instruction", "output"} <= given:
         question = [_text(record, name) for name in ("instruction", "input") if record.get(name)]
-        messages = [*_system(record), {"role": "user", "content": "\n\n".join(question)},
-                    {"role": "assistant", "content": _text(record, "output")}]  # fmt: skip
+        messages = [
+            *_system(record),
+            {"role": "user", "content": "\n\n".join(question)},
+            {"role": "assistant", "content": _text(record, "output")},
+        ]
     else:
-        raise BadSample(f"missing fields: it has {', '.join(record) or 'none'}, and one of these is needed: {_FORMS}")
+        raise BadSample(
+            f"missing fields: it has {', '.join(record) or 'none'}, and one of these is needed: {_FORMS}"
+        )
     check_order(messages)
     return Conversation(messages, _tools(record.get("tools")))
 
@@ -63,23 +68,36 @@ def check_order(messages: list[Message]) -> None:
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         if before not in _BEFORE[role]:
-            raise BadSample(f"roles out of order: message {number} is the {role}'s, {_after(before)}")
+            raise BadSample(
+                f"roles out of order: message {number} is the {role}'s, {_after(before)}"
+            )
         before = "call" if message.get("tool_calls") else role
-        if role == "assistant" and not message.get("tool_calls") and not str(message.get("content") or "").strip():
+        if (
+            role == "assistant"
+            and not message.get("tool_calls")
+            and not str(message.get("content") or "").strip()
+        ):
             raise BadSample(f"message {number} is an empty assistant turn")
     if before not in ("assistant", "call"):
-        raise BadSample(f"roles out of order: the last message is the {before}'s and not the assistant's")
+        raise BadSample(
+            f"roles out of order: the last message is the {before}'s and not the assistant's"
+        )
 
 
 def _after(before: str) -> str:
-    return {"start": "at the start", "call": "after an assistant's with tool calls"}.get(before, f"after the {before}'s")
+    return {"start": "at the start", "call": "after an assistant's with tool calls"}.get(
+        before, f"after the {before}'s"
+    )
 
 
 def _side(record: Mapping[str, Any], name: str, role: str) -> list[Message]:
     """One side of a prompt and its completion: text, or messages."""
     if isinstance(record[name], list):
         return _messages(record[name], name)
-    return [*(_system(record) if role == "user" else []), {"role": role, "content": _text(record, name)}]
+    return [
+        *(_system(record) if role == "user" else []),
+        {"role": role, "content": _text(record, name)},
+    ]
 
 
 def _system(record: Mapping[str, Any]) -> list[Message]:
@@ -101,13 +119,19 @@ def _messages(value: Any, name: str) -> list[Message]:
 def _message(value: Any, number: int) -> Message:
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise BadSample(f"message {number} has no role")
-    message = {key: item for key, item in value.items() if item is not None}  # parquet fills what others have with null
+    message = {
+        key: item for key, item in value.items() if item is not None
+    }  # parquet fills what others have with null
     if message["role"] not in _BEFORE:
-        raise BadSample(f"message {number} has the unknown role {message['role'][:40]!r}; known are {', '.join(_BEFORE)}")
+        raise BadSample(
+            f"message {number} has the unknown role {message['role'][:40]!r}; known are {', '.join(_BEFORE)}"
+        )
     if calls := message.pop("tool_calls", None):
         if message["role"] != "assistant":
             raise BadSample(f"message {number} is the {message['role']}'s and has tool calls")
-        message["tool_calls"] = [_call(call, number) for call in _list(calls, f"tool calls of message {number}")]
+        message["tool_calls"] = [
+            _call(call, number) for call in _list(calls, f"tool calls of message {number}")
+        ]
     if not isinstance(message.setdefault("content", ""), str):
         raise BadSample(f"the content of message {number} is not text")
     return message
@@ -124,7 +148,9 @@ def _call(value: Any, number: int) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments or "{}")
         except ValueError:
-            raise BadSample(f"a tool call of message {number} has arguments that are not valid JSON") from None
+            raise BadSample(
+                f"a tool call of message {number} has arguments that are not valid JSON"
+            ) from None
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 

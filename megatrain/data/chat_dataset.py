@@ -68,7 +68,9 @@ class EncodedChats(NamedTuple):
     num_bytes: int
 
 
-def prepare(path: str, recipe: Recipe, *, folder: Path, name: str, progress: TextIO | None = None) -> Path:
+def prepare(
+    path: str, recipe: Recipe, *, folder: Path, name: str, progress: TextIO | None = None
+) -> Path:
     """Return the prefix of the prepared data of `path` (a file, folder or glob), made now unless it is there already.
 
     Raises DataError at the first record that cannot be learnt from, with its file and line.
@@ -91,7 +93,9 @@ def read_counts(prefix: Path) -> Counts:
     try:
         return Counts(**json.loads(_counts_file(prefix).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{_counts_file(prefix)} cannot be read ({error}); delete it and start again") from None
+        raise DataError(
+            f"{_counts_file(prefix)} cannot be read ({error}); delete it and start again"
+        ) from None
 
 
 def find_prepared(path: str, recipe: Recipe, *, folder: Path, name: str) -> Path:
@@ -111,7 +115,11 @@ def fingerprint(files: Sequence[Path], recipe: Recipe) -> str:
     for file in files:
         state = file.stat()
         digest.update(repr((str(file.resolve()), state.st_size, state.st_mtime_ns)).encode())
-    small = [path for pattern in ("*token*.json", "chat_template*") for path in sorted(Path(recipe.tokenizer).glob(pattern))]
+    small = [
+        path
+        for pattern in ("*token*.json", "chat_template*")
+        for path in sorted(Path(recipe.tokenizer).glob(pattern))
+    ]
     for file in [*small, *([Path(recipe.chat_template)] if recipe.chat_template else [])]:
         digest.update(file.read_bytes() if file.is_file() else b"")
     return digest.hexdigest()
@@ -132,7 +140,13 @@ def make_encoder(recipe: Recipe) -> Callable[[Block], EncodedChats]:
                 problems.append(Problem(block.path, block.form, number, str(error)))
         codes = np.concatenate(chats) if chats else np.empty(0, dtype=np.int64)
         problems.sort(key=lambda problem: problem.number)
-        return EncodedChats(codes, [len(chat) for chat in chats], counts, problems, sum(len(r or b"") for r in block.records))
+        return EncodedChats(
+            codes,
+            [len(chat) for chat in chats],
+            counts,
+            problems,
+            sum(len(r or b"") for r in block.records),
+        )
 
     return encode
 
@@ -144,7 +158,9 @@ def encode_record(record: dict[str, Any], template: ChatTemplate, recipe: Recipe
     return [template.encode(read_conversation(record), train_on=recipe.train_on)]
 
 
-def _encode(record: dict[str, Any], template: ChatTemplate, recipe: Recipe, counts: Counts) -> list[Any]:
+def _encode(
+    record: dict[str, Any], template: ChatTemplate, recipe: Recipe, counts: Counts
+) -> list[Any]:
     """The record `coded` and counted: one chat, of a pair two; none where it is left out."""
     chats = encode_record(record, template, recipe)
     most = recipe.sequence_length + 1
@@ -168,21 +184,35 @@ def _encode(record: dict[str, Any], template: ChatTemplate, recipe: Recipe, coun
 
 
 def _make(files: list[Path], recipe: Recipe, prefix: Path, progress: TextIO | None) -> Counts:
-    template = ChatTemplate(recipe.tokenizer, file=recipe.chat_template)  # what is wrong with it is said before any process starts
+    template = ChatTemplate(
+        recipe.tokenizer, file=recipe.chat_template
+    )  # what is wrong with it is said before any process starts
     num_bytes = sum(file.stat().st_size for file in files)
     workers = 1 if num_bytes < _ONE_PROCESS_BYTES else len(os.sched_getaffinity(0))
     total, read = Counts(), 0
-    with Progress(progress) as line, IndexedWriter(prefix, vocab_size=2 * len(template.tokenizer)) as writer:
-        for encoded in map_blocks(read_blocks(files, field=None), make_encoder, recipe, workers=workers):
+    with (
+        Progress(progress) as line,
+        IndexedWriter(prefix, vocab_size=2 * len(template.tokenizer)) as writer,
+    ):
+        for encoded in map_blocks(
+            read_blocks(files, field=None), make_encoder, recipe, workers=workers
+        ):
             if encoded.problems:
                 raise DataError(str(encoded.problems[0]))
             writer.add_documents(encoded.codes, lengths=encoded.lengths)
-            total = Counts(**{key: value + getattr(encoded.counts, key) for key, value in asdict(total).items()})
+            total = Counts(
+                **{
+                    key: value + getattr(encoded.counts, key)
+                    for key, value in asdict(total).items()
+                }
+            )
             read += encoded.num_bytes
             line.show(num_bytes=read, num_tokens=writer.num_tokens)
         if not total.samples:
-            raise DataError(f"{files[0]}: all {total.skipped + total.emptied} samples are longer than "
-                            f"data.sequence_length={recipe.sequence_length} and nothing is left to learn")  # fmt: skip
+            raise DataError(
+                f"{files[0]}: all {total.skipped + total.emptied} samples are longer than "
+                f"data.sequence_length={recipe.sequence_length} and nothing is left to learn"
+            )
     return total
 
 

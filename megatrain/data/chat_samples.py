@@ -37,12 +37,29 @@ def coded(tokens: Int64, trained: np.ndarray[Any, np.dtype[np.bool_]]) -> Int64:
 class ChatSamples:
     """The sequences of chats [first, last) of a prepared data set."""
 
-    def __init__(self, dataset: IndexedDataset, *, sequence_length: int, packing: bool, seed: int, padding: int, first: int = 0,
-                 last: int | None = None) -> None:  # fmt: skip
-        self._dataset, self._first, self._seed, self._padding, self._packing = dataset, first, seed, padding, packing
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        *,
+        sequence_length: int,
+        packing: bool,
+        seed: int,
+        padding: int,
+        first: int = 0,
+        last: int | None = None,
+    ) -> None:
+        self._dataset, self._first, self._seed, self._padding, self._packing = (
+            dataset,
+            first,
+            seed,
+            padding,
+            packing,
+        )
         self.sequence_length = sequence_length
         lengths = np.diff(dataset.document_offsets(first, last)) - 1
-        self._sequences = pack(lengths, room=sequence_length, seed=seed) if packing else one_each(len(lengths))
+        self._sequences = (
+            pack(lengths, room=sequence_length, seed=seed) if packing else one_each(len(lengths))
+        )
         self.num_chats, self.per_epoch = len(lengths), len(self._sequences.starts) - 1
         self.fill = float(lengths.sum() / (self.per_epoch * sequence_length))
         self.limit: int | None = None
@@ -55,7 +72,9 @@ class ChatSamples:
         epoch, index = divmod(position, self.per_epoch)
         sequence = self._order(epoch)(index)
         start, stop = self._sequences.starts[sequence : sequence + 2]
-        return self._sample([self.chat(int(number)) for number in self._sequences.order[start:stop]])
+        return self._sample(
+            [self.chat(int(number)) for number in self._sequences.order[start:stop]]
+        )
 
     def chat(self, number: int) -> Int64:
         """A chat as it was `coded`."""

@@ -54,11 +54,18 @@ class ChatTemplate:
         if file is not None:
             self.tokenizer.chat_template = _read(file)
         if not self.tokenizer.chat_template:
-            raise ConfigError("data.tokenizer", tokenizer, "has no chat template", "give one as data.chat_template=FILE")
+            raise ConfigError(
+                "data.tokenizer",
+                tokenizer,
+                "has no chat template",
+                "give one as data.chat_template=FILE",
+            )
         self._encoder = self.tokenizer.backend_tokenizer
         self._encoder.no_truncation()
         self._encoder.no_padding()
-        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        added = {
+            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
+        }
         self._special = tuple(sorted(added | set(self.tokenizer.all_special_tokens)))
 
     def encode(self, conversation: Conversation, *, train_on: TrainOn) -> Encoded:
@@ -86,7 +93,9 @@ class ChatTemplate:
 
     def stop_token(self) -> int | None:
         """The special token with which an assistant's turn ends, None where none can be told."""
-        example = Conversation([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+        example = Conversation(
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        )
         try:
             encoded = self.encode(example, train_on="completion")
         except BadSample:  # a template that wants more than this
@@ -95,19 +104,27 @@ class ChatTemplate:
         token = self.tokenizer.convert_ids_to_tokens(last)
         return last if token in self._special else None
 
-    def _by_marks(self, messages: list[Message], tools: list[dict[str, Any]] | None, train_on: TrainOn) -> Rendered:
+    def _by_marks(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, train_on: TrainOn
+    ) -> Rendered:
         text, spans = self._render(messages, tools, marks=True)
         if train_on == "completion":
             spans = spans[len(self._render(messages[:-1], tools, marks=True)[1]) :]
         return Rendered(text, spans)
 
-    def _by_prefixes(self, messages: list[Message], tools: list[dict[str, Any]] | None, train_on: TrainOn) -> Rendered:
+    def _by_prefixes(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, train_on: TrainOn
+    ) -> Rendered:
         whole = self._text(messages, tools)
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [
+            number for number, message in enumerate(messages) if message["role"] == "assistant"
+        ]
         spans = []
         for number in turns if train_on == "assistant" else turns[-1:]:
             prompt = self._text(messages[:number], tools, prompt=True)
-            answered = whole if number == len(messages) - 1 else self._text(messages[: number + 1], tools)
+            answered = (
+                whole if number == len(messages) - 1 else self._text(messages[: number + 1], tools)
+            )
             if not (whole.startswith(answered) and answered.startswith(prompt)):
                 raise BadSample(_no_prefix(number + 1, last=number == len(messages) - 1))
             spans.append((len(prompt), self._end(answered, len(prompt))))
@@ -124,20 +141,34 @@ class ChatTemplate:
         except ValueError as error:  # several, and none is the default
             raise BadSample(_one_line(error)) from None
 
-    def _text(self, messages: list[Message], tools: list[dict[str, Any]] | None, *, prompt: bool = False) -> str:
+    def _text(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, *, prompt: bool = False
+    ) -> str:
         return self._render(messages, tools, prompt=prompt)[0]
 
-    def _render(self, messages: list[Message], tools: list[dict[str, Any]] | None, *, prompt: bool = False,
-                marks: bool = False) -> tuple[str, list[Span]]:  # fmt: skip
+    def _render(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        *,
+        prompt: bool = False,
+        marks: bool = False,
+    ) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._template(tools)
         try:
             texts, spans = render_jinja_template(
-                [messages], tools=tools, chat_template=template, add_generation_prompt=prompt,
-                return_assistant_tokens_mask=marks, **self.tokenizer.special_tokens_map,
-            )  # fmt: skip
-        except Exception as error:  # whatever a template raises, its own raise_exception and Python's errors
+                [messages],
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=marks,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (
+            Exception
+        ) as error:  # whatever a template raises, its own raise_exception and Python's errors
             raise BadSample(f"the chat template fails on it: {_one_line(error)}") from None
         return texts[0], [(start, end) for start, end in (spans[0] if spans else [])]
 
@@ -163,7 +194,9 @@ def _read(file: str | Path) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("data.chat_template", file, f"cannot be read ({_one_line(error)})") from None
+        raise ConfigError(
+            "data.chat_template", file, f"cannot be read ({_one_line(error)})"
+        ) from None
 
 
 def _one_line(error: Exception) -> str:

@@ -25,7 +25,9 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from megatrain.errors import DataError
 
-MAX_DOCUMENT_BYTES = 128 << 20  # the tokenizer takes some thirty times as much memory while it works on one
+MAX_DOCUMENT_BYTES = (
+    128 << 20
+)  # the tokenizer takes some thirty times as much memory while it works on one
 BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _LINES, _WHOLE, _ROWS = (".jsonl", ".ndjson", ".json"), (".txt",), (".parquet",)
@@ -74,11 +76,21 @@ def find_inputs(inputs: Sequence[str | Path]) -> Inputs:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if (p.is_file() or p.is_symlink()) and not _hidden(p.relative_to(path)))
-            known = [p for p in below if _form(p) is not None and not p.is_dir()]  # a link to nothing is a file that is lost
+            below = sorted(
+                p
+                for p in path.rglob("*")
+                if (p.is_file() or p.is_symlink()) and not _hidden(p.relative_to(path))
+            )
+            known = [
+                p for p in below if _form(p) is not None and not p.is_dir()
+            ]  # a link to nothing is a file that is lost
             ignored += [p for p in below if _form(p) is None or p.is_dir()]
         else:
-            known = [path] if path.is_file() else sorted(map(Path, glob.glob(str(given), recursive=True)))
+            known = (
+                [path]
+                if path.is_file()
+                else sorted(map(Path, glob.glob(str(given), recursive=True)))
+            )
         if not known:
             raise DataError(f"{given} {_why_nothing(given)}")
         files += known
@@ -116,7 +128,9 @@ def parse_block(block: Block, *, field: str) -> tuple[list[str], list[Problem]]:
     problems: list[Problem] = []
     for number, record in enumerate(block.records, start=block.first):
         try:
-            texts.append(_text(record, form=block.form, field=field, too_long=number in block.too_long))
+            texts.append(
+                _text(record, form=block.form, field=field, too_long=number in block.too_long)
+            )
         except _BadRecord as error:
             problems.append(Problem(block.path, block.form, number, str(error)))
     return texts, problems
@@ -230,7 +244,11 @@ def _row_blocks(path: Path, field: str | None) -> Iterator[Block]:
             # As bytes: decoding is left to parse_block, in another process.
             column = batch.column(0).cast(kind).cast(pa.large_binary())
             for records in _cut(column.to_pylist()):
-                too_long = {first + i for i, r in enumerate(records) if r is not None and len(r) > MAX_DOCUMENT_BYTES}
+                too_long = {
+                    first + i
+                    for i, r in enumerate(records)
+                    if r is not None and len(r) > MAX_DOCUMENT_BYTES
+                }
                 yield Block(str(path), "row", first, records, frozenset(too_long))
                 first += len(records)
 
@@ -251,7 +269,9 @@ def _text_column(path: Path, schema: Any, field: str) -> Any:
         raise DataError(f'{path} has no column "{field}"; it has {", ".join(schema.names)}')
     kind = schema.field(field).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if not (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    ):
         raise DataError(f'{path}: column "{field}" holds {kind}, not strings')
     return kind
 
@@ -270,7 +290,9 @@ def _cut(records: Sequence[bytes | None]) -> Iterator[list[bytes | None]]:
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed on the way."""
     if path.suffix in _COMPRESSED and not path.stat().st_size:
-        raise EOFError("it is empty, and even no text is some bytes when compressed")  # gzip's reader takes it for no text
+        raise EOFError(
+            "it is empty, and even no text is some bytes when compressed"
+        )  # gzip's reader takes it for no text
     if path.suffix == ".gz":
         with gzip.open(path) as file:
             yield cast(BinaryIO, file)
@@ -293,7 +315,9 @@ def _readable(path: Path) -> Iterator[None]:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read to its end: {error}") from error
     except ValueError as error:
-        if type(error).__module__.startswith("pyarrow"):  # its errors of format; named so to leave it unimported
+        if type(error).__module__.startswith(
+            "pyarrow"
+        ):  # its errors of format; named so to leave it unimported
             raise DataError(f"{path} cannot be read to its end: {error}") from error
         raise
 
@@ -318,7 +342,9 @@ def _check(files: list[Path]) -> None:
     for path in files:
         if _form(path) is None:
             kinds = ", ".join((*_LINES, *_WHOLE, *_ROWS))
-            raise DataError(f"{path} is of a kind that is not read; known are {kinds}, the text ones also .gz or .zst")
+            raise DataError(
+                f"{path} is of a kind that is not read; known are {kinds}, the text ones also .gz or .zst"
+            )
         if path.resolve() in seen:
             raise DataError(f"{path} is named twice; its documents would count double")
         seen.add(path.resolve())

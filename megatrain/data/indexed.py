@@ -30,10 +30,19 @@ from megatrain.errors import DataError
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.number[Any]]] = {
-    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
-}  # fmt: skip
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
-_CHUNK = 1 << 20  # index entries built at a time, so that writing the index takes megabytes however many there are
+_CHUNK = (
+    1 << 20
+)  # index entries built at a time, so that writing the index takes megabytes however many there are
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
 
@@ -53,7 +62,10 @@ class IndexedWriter:
         self.dtype = token_dtype(vocab_size)
         self.num_tokens = 0
         self._lengths = array("i")  # 4 bytes a document: all that is held in memory
-        self._bin_path, self._idx_path = _partial(self.prefix, ".bin"), _partial(self.prefix, ".idx")
+        self._bin_path, self._idx_path = (
+            _partial(self.prefix, ".bin"),
+            _partial(self.prefix, ".idx"),
+        )
         with _explained(self._bin_path):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self._bin: BinaryIO = open(self._bin_path, "wb")  # noqa: SIM115 - closed in finish() or abandon()
@@ -75,9 +87,13 @@ class IndexedWriter:
         assert sum(lengths) == len(tokens), (sum(lengths), len(tokens))
         if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.vocab_size):
             wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
-            raise DataError(f"{self.prefix}: token id {wrong} lies outside the vocabulary of {self.vocab_size}")
+            raise DataError(
+                f"{self.prefix}: token id {wrong} lies outside the vocabulary of {self.vocab_size}"
+            )
         if lengths and max(lengths) > np.iinfo(np.int32).max:
-            raise DataError(f"{self.prefix}: a document of {max(lengths)} tokens; this format holds 2**31 - 1 at most")
+            raise DataError(
+                f"{self.prefix}: a document of {max(lengths)} tokens; this format holds 2**31 - 1 at most"
+            )
         with _explained(self._bin_path):
             self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self._lengths.extend(lengths)
@@ -119,7 +135,10 @@ class IndexedWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             if kind is None:
@@ -152,7 +171,9 @@ class IndexedDataset:
         for path in (self.idx_path, self.bin_path):
             with _explained(path):
                 if not path.is_file():
-                    raise DataError(f"there is no file {path}; a data set is named without its .bin and .idx")
+                    raise DataError(
+                        f"there is no file {path}; a data set is named without its .bin and .idx"
+                    )
         with _explained(self.idx_path):
             self.dtype, num_sequences, num_indices = _read_header(self.idx_path)
             self._map_index(num_sequences, num_indices)
@@ -174,7 +195,11 @@ class IndexedDataset:
         self._lengths = np.frombuffer(index, dtype="<i4", count=num_sequences, offset=at[0])
         self._pointers = np.frombuffer(index, dtype="<i8", count=num_sequences, offset=at[1])
         self._documents = np.frombuffer(index, dtype="<i8", count=num_indices, offset=at[2])
-        if self._documents[0] != 0 or self._documents[-1] != num_sequences or self._pointers[0] != 0:
+        if (
+            self._documents[0] != 0
+            or self._documents[-1] != num_sequences
+            or self._pointers[0] != 0
+        ):
             raise DataError(
                 f"{self.idx_path} is damaged: its documents run from sequence {self._documents[0]} to "
                 f"{self._documents[-1]} and its first pointer is {self._pointers[0]}, not 0 to {num_sequences} and 0"
@@ -217,9 +242,15 @@ class IndexedDataset:
         sequence, sequences = int(self._documents[index]), len(self._pointers)
         if sequence == sequences:
             return len(self._tokens)
-        start = int(self._pointers[sequence]) // self.dtype.itemsize if 0 <= sequence < sequences else -1
+        start = (
+            int(self._pointers[sequence]) // self.dtype.itemsize
+            if 0 <= sequence < sequences
+            else -1
+        )
         if not 0 <= start <= len(self._tokens):
-            raise DataError(f"{self.idx_path} is damaged: document {index} starts outside the tokens")
+            raise DataError(
+                f"{self.idx_path} is damaged: document {index} starts outside the tokens"
+            )
         return start
 
     def document_at(self, token: int) -> int:
@@ -253,9 +284,13 @@ class IndexedDataset:
         last = self.num_documents if last is None else last
         sequences = self._documents[first : last + 1]
         inside = sequences.clip(0, len(self._pointers) - 1)
-        offsets = np.where(sequences == inside, self._pointers[inside] // self.dtype.itemsize, self.num_tokens)
+        offsets = np.where(
+            sequences == inside, self._pointers[inside] // self.dtype.itemsize, self.num_tokens
+        )
         if (offsets[1:] < offsets[:-1]).any() or offsets[0] < 0 or offsets[-1] > self.num_tokens:
-            raise DataError(f"{self.idx_path} is damaged: the starts of documents {first} to {last} do not rise")
+            raise DataError(
+                f"{self.idx_path} is damaged: the starts of documents {first} to {last} do not rise"
+            )
         return offsets
 
 
@@ -264,12 +299,16 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     with path.open("rb") as file:
         head = file.read(_HEADER.size)
     if len(head) < _HEADER.size:
-        raise DataError(f"{path} is {len(head)} bytes long, shorter than the {_HEADER.size} bytes of a header")
+        raise DataError(
+            f"{path} is {len(head)} bytes long, shorter than the {_HEADER.size} bytes of a header"
+        )
     magic, version, code, num_sequences, num_indices = _HEADER.unpack(head)
     if magic != _MAGIC:
         raise DataError(f"{path} is no Megatron index: it starts with {magic!r}, not {_MAGIC!r}")
     if version != 1:
-        raise DataError(f"{path} is a Megatron index of version {version}; only version 1 can be read")
+        raise DataError(
+            f"{path} is a Megatron index of version {version}; only version 1 can be read"
+        )
     if code not in _DTYPES:
         raise DataError(f"{path} names dtype code {code}; the format has 1 to 8")
     return np.dtype(_DTYPES[code]).newbyteorder("<"), num_sequences, num_indices
@@ -277,7 +316,9 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
 
 def _prefix(prefix: str | Path) -> Path:
     if Path(prefix).name in ("", ".."):
-        raise DataError(f"`{prefix}` is a folder at most; a data set is named by the prefix of its .bin and .idx, such as data/train")
+        raise DataError(
+            f"`{prefix}` is a folder at most; a data set is named by the prefix of its .bin and .idx, such as data/train"
+        )
     return Path(prefix)
 
 
@@ -303,5 +344,9 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        reason = (
+            "the disk is full"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else error.strerror or str(error)
+        )
         raise DataError(f"{path}: {reason}") from error

@@ -62,15 +62,23 @@ def find_labels(path: str, *, of_tokens: bool, problem: Problem) -> list[str]:
     found: set[str] = set()
     for record, _ in _records(path):
         value = record.get("labels" if of_tokens or problem == "multi-label" else "label")
-        found |= {str(label) for label in (value if isinstance(value, list) else [value]) if label is not None}
-    return sorted(found, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label))
+        found |= {
+            str(label)
+            for label in (value if isinstance(value, list) else [value])
+            if label is not None
+        }
+    return sorted(
+        found, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label)
+    )
 
 
 def _records(path: str) -> Iterator[tuple[dict[str, Any], str]]:
     files = find_inputs([path]).files
     size = sum(file.stat().st_size for file in files)
     if size > MOST_BYTES:
-        raise DataError(f"{path} holds {size / 1e9:.1f} GB, and every rank reads files with labels whole: {MOST_BYTES / 1e9:.1f} GB at most")
+        raise DataError(
+            f"{path} holds {size / 1e9:.1f} GB, and every rank reads files with labels whole: {MOST_BYTES / 1e9:.1f} GB at most"
+        )
     for block in read_blocks(files, field=None):
         if block.form == "file":
             raise DataError(f"{block.path} is plain text; labels come in JSONL or parquet")
@@ -115,18 +123,30 @@ def _class(value: object, labels: list[str], place: str) -> int:
             return labels.index(str(value))
         if 0 <= value < len(labels):
             return value
-        raise DataError(f"{place}: the label {value} is out of range; there are {len(labels)} classes, 0 to {len(labels) - 1}")
+        raise DataError(
+            f"{place}: the label {value} is out of range; there are {len(labels)} classes, 0 to {len(labels) - 1}"
+        )
     close = difflib.get_close_matches(str(value), labels, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"known are {', '.join(labels[:20])}{' ...' if len(labels) > 20 else ''}"
+    hint = (
+        f"did you mean `{close[0]}`?"
+        if close
+        else f"known are {', '.join(labels[:20])}{' ...' if len(labels) > 20 else ''}"
+    )
     raise DataError(f"{place}: the label {_short(value)} is none of classification.labels; {hint}")
 
 
 def _word_labels(record: dict[str, Any], reading: Reading, place: str) -> Labelled:
     words, labels = record.get("tokens"), record.get("labels")
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.strip() for word in words):
+    if (
+        not isinstance(words, list)
+        or not words
+        or not all(isinstance(word, str) and word.strip() for word in words)
+    ):
         raise DataError(f'{place}: the field "tokens" is not a list of words')
     if not isinstance(labels, list):
-        raise DataError(f'{place}: the field "labels" is missing, with a class for each of "tokens"')
+        raise DataError(
+            f'{place}: the field "labels" is missing, with a class for each of "tokens"'
+        )
     if len(labels) != len(words):
         raise DataError(f"{place}: {len(words)} tokens have {len(labels)} labels")
     targets = [None if label is None else _class(label, reading.labels, place) for label in labels]
@@ -146,9 +166,14 @@ class Encoded(NamedTuple):
     cut: bool
 
 
-def encode(text: Labelled, tokenizer: Any, *, of_tokens: bool, length: int, padding: int) -> Encoded:
+def encode(
+    text: Labelled, tokenizer: Any, *, of_tokens: bool, length: int, padding: int
+) -> Encoded:
     """At most `length` tokens of a text, with its label where transformers looks for it."""
-    made = tokenizer("".join(text.words).rstrip() if of_tokens else "".join(text.words), return_offsets_mapping=of_tokens)
+    made = tokenizer(
+        "".join(text.words).rstrip() if of_tokens else "".join(text.words),
+        return_offsets_mapping=of_tokens,
+    )
     tokens = list(made["input_ids"])
     cut, kept = len(tokens) > length, tokens[:length]
     if of_tokens:
@@ -170,13 +195,30 @@ class LabelledSamples:
         limit: the position from which on samples are padding alone, so that the last step of a run is filled.
     """
 
-    def __init__(self, texts: Sequence[Labelled], tokenizer: Any, *, of_tokens: bool, sequence_length: int, padding: int, seed: int,
-                 how: Augment = "none", share: float = 0.0) -> None:  # fmt: skip
-        self._texts, self._tokenizer, self._of_tokens, self._seed = texts, tokenizer, of_tokens, seed
+    def __init__(
+        self,
+        texts: Sequence[Labelled],
+        tokenizer: Any,
+        *,
+        of_tokens: bool,
+        sequence_length: int,
+        padding: int,
+        seed: int,
+        how: Augment = "none",
+        share: float = 0.0,
+    ) -> None:
+        self._texts, self._tokenizer, self._of_tokens, self._seed = (
+            texts,
+            tokenizer,
+            of_tokens,
+            seed,
+        )
         self._padding, self._how, self._share = padding, how, share
         self.sequence_length, self.per_epoch = sequence_length, len(texts)
         self.limit: int | None = None
-        self._order = lru_cache(maxsize=2)(lambda epoch: Permutation(self.per_epoch, key=("labelled", seed, epoch)))
+        self._order = lru_cache(maxsize=2)(
+            lambda epoch: Permutation(self.per_epoch, key=("labelled", seed, epoch))
+        )
         self.cut = 0
         self._encoded = [self._encode(text) for text in texts] if how == "none" else None
 
@@ -197,25 +239,42 @@ class LabelledSamples:
             other = mask_word(self._tokenizer)
             pairs = list(zip(text.words, text.targets, strict=True))
             masked = None if other is None else [(f"{other} ", target) for _, target in pairs]
-            words, targets = zip(*augment(pairs, self._how, share=self._share, key=key, masked=masked), strict=True)
+            words, targets = zip(
+                *augment(pairs, self._how, share=self._share, key=key, masked=masked), strict=True
+            )
             return Labelled(list(words), list(targets))
-        return text._replace(words=augment(text.words, self._how, share=self._share, key=key, masked=self._masked(text.words)))
+        return text._replace(
+            words=augment(
+                text.words, self._how, share=self._share, key=key, masked=self._masked(text.words)
+            )
+        )
 
     def _masked(self, words: list[str]) -> list[str] | None:
         other = mask_word(self._tokenizer)
         return None if other is None else [word.replace(word.strip(), other) for word in words]
 
     def _encode(self, text: Labelled) -> Encoded:
-        encoded = encode(text, self._tokenizer, of_tokens=self._of_tokens, length=self.sequence_length, padding=self._padding)
+        encoded = encode(
+            text,
+            self._tokenizer,
+            of_tokens=self._of_tokens,
+            length=self.sequence_length,
+            padding=self._padding,
+        )
         self.cut += encoded.cut
         return encoded
 
     def _sample(self, encoded: Encoded) -> Sample:
         length = self.sequence_length
-        row, marks = np.full(length, self._padding, dtype=np.int64), np.full(length, IGNORED, dtype=np.int64)
+        row, marks = (
+            np.full(length, self._padding, dtype=np.int64),
+            np.full(length, IGNORED, dtype=np.int64),
+        )
         row[: len(encoded.tokens)] = encoded.tokens
         marks[: len(encoded.labels)] = encoded.labels
-        return Sample(row, marks, np.arange(length, dtype=np.int64), np.zeros(length, dtype=np.int64))
+        return Sample(
+            row, marks, np.arange(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
+        )
 
 
 def last_but_padding(tokens: Sequence[int], padding: int) -> int:

@@ -36,15 +36,22 @@ class Loader:
     """The microbatches of one data rank, with the next step's fetched in the background."""
 
     def __init__(
-        self, samples: Samples, *, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int
+        self,
+        samples: Samples,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_size: int,
     ) -> None:
         """Raise ConfigError when the batch cannot be dealt out evenly."""
         if global_batch_size < 1 or global_batch_size % (micro_batch_size * data_size):
             raise ConfigError(
-                "train.global_batch_size", global_batch_size,
+                "train.global_batch_size",
+                global_batch_size,
                 f"must be a multiple of train.micro_batch_size={micro_batch_size} times {data_size} data ranks",
                 f"use a multiple of {micro_batch_size * data_size}",
-            )  # fmt: skip
+            )
         assert 0 <= data_rank < data_size, (data_rank, data_size)
         self._samples = samples
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
@@ -81,7 +88,10 @@ class Loader:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _fetch(self, step: int) -> list[Batch]:
-        return [_stack([self._samples.fetch(position) for position in some]) for some in self.positions(step)]
+        return [
+            _stack([self._samples.fetch(position) for position in some])
+            for some in self.positions(step)
+        ]
 
 
 def _stack(samples: list[Sample]) -> Batch:

@@ -39,13 +39,17 @@ def pack(lengths: Int64, *, room: int, seed: int) -> Sequences:
     place = _place(lengths[longest_first], room)
     by_place = np.argsort(place, kind="stable")
     counts = np.bincount(place) if len(place) else np.zeros(0, dtype=np.int64)
-    return Sequences(longest_first[by_place], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+    return Sequences(
+        longest_first[by_place], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    )
 
 
 def _place(lengths: Int64, room: int) -> Int64:
     """The sequence of each sample, in the order given."""
     place = np.empty(len(lengths), dtype=np.int64)
-    with_room: list[list[int]] = [[] for _ in range(room + 1)]  # sequences by the room they have left
+    with_room: list[list[int]] = [
+        [] for _ in range(room + 1)
+    ]  # sequences by the room they have left
     left = 0  # bit r is set when some sequence has room r left: finding the least that suffices is one shift
     opened = 0
     for index, length in enumerate(lengths.tolist()):

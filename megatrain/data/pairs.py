@@ -23,10 +23,14 @@ def read_pair(record: Mapping[str, Any]) -> tuple[Conversation, Conversation]:
     """Return the conversations that end with the chosen and with the rejected answer; raises BadSample."""
     given = {name for name, value in record.items() if value is not None}
     if not {"chosen", "rejected"} <= given:
-        raise BadSample(f"missing fields: it has {', '.join(record) or 'none'}, and prompt, chosen and rejected are needed")
+        raise BadSample(
+            f"missing fields: it has {', '.join(record) or 'none'}, and prompt, chosen and rejected are needed"
+        )
     chosen, rejected = _side(record, "chosen"), _side(record, "rejected")
     if chosen.messages[:-1] != rejected.messages[:-1]:
-        raise BadSample("chosen and rejected differ before their last message: they do not answer the same prompt")
+        raise BadSample(
+            "chosen and rejected differ before their last message: they do not answer the same prompt"
+        )
     if chosen.messages[-1] == rejected.messages[-1]:
         raise BadSample("chosen and rejected are the same answer, and there is nothing to prefer")
     return chosen, rejected
@@ -34,11 +38,26 @@ def read_pair(record: Mapping[str, Any]) -> tuple[Conversation, Conversation]:
 
 def _side(record: Mapping[str, Any], name: str) -> Conversation:
     value, tools = record[name], record.get("tools")
-    if isinstance(value, list) and value and isinstance(value[0], dict) and value[0].get("role") != "assistant":
+    if (
+        isinstance(value, list)
+        and value
+        and isinstance(value[0], dict)
+        and value[0].get("role") != "assistant"
+    ):
         return _named(name, {"messages": value, "tools": tools})
     if record.get("prompt") is None:
-        raise BadSample(f'missing fields: it has {", ".join(record)}, and "{name}" without a prompt must be a whole conversation')
-    return _named(name, {"prompt": record["prompt"], "completion": value, "system": record.get("system"), "tools": tools})
+        raise BadSample(
+            f'missing fields: it has {", ".join(record)}, and "{name}" without a prompt must be a whole conversation'
+        )
+    return _named(
+        name,
+        {
+            "prompt": record["prompt"],
+            "completion": value,
+            "system": record.get("system"),
+            "tools": tools,
+        },
+    )
 
 
 def _named(name: str, record: dict[str, Any]) -> Conversation:

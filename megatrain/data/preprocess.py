@@ -36,7 +36,9 @@ class Preprocessed:
     bytes: int = 0  # of text, in UTF-8
     seconds: float = 0.0
     skipped: Counter[str] = field(default_factory=Counter)  # records left out, by reason
-    ignored: list[Path] = field(default_factory=list)  # in the folders given: files of kinds that are not read, links to folders
+    ignored: list[Path] = field(
+        default_factory=list
+    )  # in the folders given: files of kinds that are not read, links to folders
 
 
 class Recipe(NamedTuple):
@@ -76,21 +78,34 @@ def preprocess(
     found = find_inputs(inputs)
     loaded = load_tokenizer(tokenizer)
     vocab_size = len(loaded)
-    recipe = Recipe(loaded.backend_tokenizer.to_str(), end_of_document_id(loaded), token_dtype(vocab_size), field)
+    recipe = Recipe(
+        loaded.backend_tokenizer.to_str(),
+        end_of_document_id(loaded),
+        token_dtype(vocab_size),
+        field,
+    )
     result = Preprocessed(Path(output), ignored=found.ignored)
     started = time.monotonic()
     blocks = read_blocks(found.files, field=field)
     with Progress(progress) as line, IndexedWriter(output, vocab_size=vocab_size) as writer:
-        for encoded in map_blocks(blocks, make_encoder, recipe, workers=workers or len(os.sched_getaffinity(0))):
+        for encoded in map_blocks(
+            blocks, make_encoder, recipe, workers=workers or len(os.sched_getaffinity(0))
+        ):
             if encoded.problems and on_error == "stop":
-                raise DataError(f"{encoded.problems[0]}; --on-error skip leaves such documents out and counts them")
+                raise DataError(
+                    f"{encoded.problems[0]}; --on-error skip leaves such documents out and counts them"
+                )
             result.skipped.update(problem.reason for problem in encoded.problems)
             writer.add_documents(encoded.tokens, lengths=encoded.lengths)
             result.bytes += encoded.text_bytes
             line.show(num_bytes=result.bytes, num_tokens=writer.num_tokens)
         if result.skipped and not writer.num_documents:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in result.skipped.most_common())
-            raise DataError(f"{output}: there are no documents to write, every record was skipped: {reasons}")
+            reasons = ", ".join(
+                f"{count} {reason}" for reason, count in result.skipped.most_common()
+            )
+            raise DataError(
+                f"{output}: there are no documents to write, every record was skipped: {reasons}"
+            )
     result.documents, result.tokens = writer.num_documents, writer.num_tokens
     result.seconds = time.monotonic() - started
     return result

@@ -91,7 +91,12 @@ class SampleSource:
         document_mask: bool = False,
     ) -> None:
         """Raise DataError for data without one whole sample, or of numbers that are no token ids."""
-        self.dataset, self.sequence_length, self.seed, self.vocab_size = dataset, sequence_length, seed, vocab_size
+        self.dataset, self.sequence_length, self.seed, self.vocab_size = (
+            dataset,
+            sequence_length,
+            seed,
+            vocab_size,
+        )
         self.document_mask = document_mask
         last = dataset.num_documents if last is None else last
         self._start = dataset.document_start(first)
@@ -99,7 +104,11 @@ class SampleSource:
         if dataset.dtype.kind not in "iu":
             raise DataError(f"{dataset.bin_path} holds {dataset.dtype}, which are no token ids")
         if self.num_tokens < sequence_length + 1:
-            part = "" if last - first == dataset.num_documents else f", documents {first} to {last - 1},"
+            part = (
+                ""
+                if last - first == dataset.num_documents
+                else f", documents {first} to {last - 1},"
+            )
             raise DataError(
                 f"{dataset.bin_path}{part} has {self.num_tokens} tokens to draw from, but one sample takes "
                 f"data.sequence_length={sequence_length} tokens and 1 for the last label"
@@ -130,12 +139,16 @@ class SampleSource:
         """Return the data set and the documents that the sample at `position` has tokens of."""
         documents: list[int] = []
         for start, length in self._pieces(self.start(position)):
-            documents += range(self.dataset.document_at(start), self.dataset.document_at(start + length - 1) + 1)
+            documents += range(
+                self.dataset.document_at(start), self.dataset.document_at(start + length - 1) + 1
+            )
         return str(self.dataset.bin_path.with_suffix("")), documents
 
     def _make_epoch(self, number: int) -> _Epoch:
         offset = keyed_integers("offset", self.seed, number)[0] % self.sequence_length
-        return _Epoch(offset, Permutation(self.samples_per_epoch, key=("samples", self.seed, number)))
+        return _Epoch(
+            offset, Permutation(self.samples_per_epoch, key=("samples", self.seed, number))
+        )
 
     def _pieces(self, start: int) -> list[tuple[int, int]]:
         """Return the one or two stretches (start, length) of the file's stream that make the sample at `start`."""
@@ -162,7 +175,9 @@ class SampleSource:
         for piece_start, length in self._pieces(start):
             if filled:  # the ring's seam
                 found.append(np.array([filled], dtype=np.int64))
-            found.append(self.dataset.starts_within(piece_start, piece_start + length) - piece_start + filled)
+            found.append(
+                self.dataset.starts_within(piece_start, piece_start + length) - piece_start + filled
+            )
             filled += length
         return np.concatenate(found) if len(found) > 1 else found[0]
 
@@ -195,7 +210,9 @@ def _frozen(array: Int64) -> Int64:
 class BlendedSamples:
     """Several sources mixed by weight; `each` neighbours in a source stay together."""
 
-    def __init__(self, sources: Sequence[Samples], *, weights: Sequence[float], seed: int, each: int = 1) -> None:
+    def __init__(
+        self, sources: Sequence[Samples], *, weights: Sequence[float], seed: int, each: int = 1
+    ) -> None:
         assert len(sources) == len(weights) > 0
         self._sources, self._each = sources, each
         self._blend = Blend(weights, seed=seed)
@@ -217,7 +234,9 @@ class BlendedSamples:
         return what(self._sources[place.source], place.position * self._each + within)
 
 
-def open_samples(data: DataSection, *, which: Part, sequence_length: int, seed: int, vocab_size: int) -> Samples:
+def open_samples(
+    data: DataSection, *, which: Part, sequence_length: int, seed: int, vocab_size: int
+) -> Samples:
     """Open the training or validation data of a run.
 
     Validation data are `data.valid`, or the second part of `data.split` of `data.train`. Raises ConfigError for
@@ -234,9 +253,14 @@ def open_samples(data: DataSection, *, which: Part, sequence_length: int, seed: 
         if split is not None:
             first, last = split_documents(last, split=split, which=which)
         source = SampleSource(
-            dataset, sequence_length=sequence_length, seed=_source_seed(seed, which, number), vocab_size=vocab_size,
-            first=first, last=last, document_mask=data.document_mask,
-        )  # fmt: skip
+            dataset,
+            sequence_length=sequence_length,
+            seed=_source_seed(seed, which, number),
+            vocab_size=vocab_size,
+            first=first,
+            last=last,
+            document_mask=data.document_mask,
+        )
         sources.append(source)
     return sources[0] if len(sources) == 1 else BlendedSamples(sources, weights=weights, seed=seed)
 
@@ -244,13 +268,22 @@ def open_samples(data: DataSection, *, which: Part, sequence_length: int, seed: 
 def chosen_data(data: DataSection, which: Part) -> tuple[Paths, str | None]:
     """Return the data one part is read from, and the split to apply to them."""
     if data.valid is not None and data.split is not None:
-        raise ConfigError("data.split", data.split, "cannot be used with data.valid", "leave out one of the two")
+        raise ConfigError(
+            "data.split", data.split, "cannot be used with data.valid", "leave out one of the two"
+        )
     if data.train is None:
-        raise ConfigError("data.train", None, "names no data", "give the prefix of a .bin and .idx file")
+        raise ConfigError(
+            "data.train", None, "names no data", "give the prefix of a .bin and .idx file"
+        )
     if which == "train" or data.split is not None:
         return data.train, data.split
     if data.valid is None:
-        raise ConfigError("data.valid", None, "names no data", 'set it, or data.split="98,2" to use part of data.train')
+        raise ConfigError(
+            "data.valid",
+            None,
+            "names no data",
+            'set it, or data.split="98,2" to use part of data.train',
+        )
     return data.valid, None
 
 
@@ -261,7 +294,12 @@ def read_blend(paths: Paths, *, setting: str) -> list[tuple[str, float]]:
     blend = []
     for entry in paths:
         if not isinstance(entry, Mapping) or set(entry) != {"path", "weight"}:
-            raise ConfigError(setting, entry, "must have a path and a weight", "write - {path: PREFIX, weight: 0.3}")
+            raise ConfigError(
+                setting,
+                entry,
+                "must have a path and a weight",
+                "write - {path: PREFIX, weight: 0.3}",
+            )
         blend.append((str(entry["path"]), entry["weight"]))
     if not blend:
         raise ConfigError(setting, [], "names no data", "give the prefix of a .bin and .idx file")

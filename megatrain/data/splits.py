@@ -36,6 +36,9 @@ def split_documents(num_documents: int, *, split: str, which: Part) -> tuple[int
     part = _PARTS.index(which)
     if bounds[part] == bounds[part + 1]:
         raise ConfigError(
-            "data.split", split, f"gives none of the {num_documents} documents to {which}", "make its share larger"
+            "data.split",
+            split,
+            f"gives none of the {num_documents} documents to {which}",
+            "make its share larger",
         )
     return bounds[part], bounds[part + 1]

@@ -84,13 +84,17 @@ def load_tokenizer(folder: str | Path) -> Any:
     except Exception as error:  # of a damaged file the tokenizers library raises no other kind
         raise DataError(f"{folder} {why_none(folder, error)}") from error
     if not tokenizer.is_fast:
-        raise DataError(f"the tokenizer in {folder} has no tokenizer.json; only fast tokenizers are used")
+        raise DataError(
+            f"the tokenizer in {folder} has no tokenizer.json; only fast tokenizers are used"
+        )
     return tokenizer
 
 
 def why_none(folder: str | Path, error: Exception) -> str:
     """What is wrong with a folder that transformers could load no tokenizer from."""
-    if not any(any(Path(folder).glob(pattern)) for pattern in ("tokenizer*.json", "vocab.*", "*.model")):
+    if not any(
+        any(Path(folder).glob(pattern)) for pattern in ("tokenizer*.json", "vocab.*", "*.model")
+    ):
         return "is no tokenizer's folder: it has no tokenizer.json"
     return f"holds no tokenizer that transformers can load ({type(error).__name__}: {' '.join(str(error).split())})"
 
@@ -98,7 +102,9 @@ def why_none(folder: str | Path, error: Exception) -> str:
 def end_of_document_id(tokenizer: Any) -> int:
     """Return the id that ends each document: the tokenizer's end of sequence, as Megatron-LM has it."""
     if tokenizer.eos_token_id is None:
-        raise DataError(f"the tokenizer in {tokenizer.name_or_path} has no end-of-sequence token to end documents with")
+        raise DataError(
+            f"the tokenizer in {tokenizer.name_or_path} has no end-of-sequence token to end documents with"
+        )
     return int(tokenizer.eos_token_id)
 
 

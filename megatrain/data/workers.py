@@ -22,7 +22,11 @@ Result = TypeVar("Result")
 
 
 def map_blocks(
-    blocks: Iterable[Block], make: Callable[[Recipe], Callable[[Block], Result]], recipe: Recipe, *, workers: int
+    blocks: Iterable[Block],
+    make: Callable[[Recipe], Callable[[Block], Result]],
+    recipe: Recipe,
+    *,
+    workers: int,
 ) -> Iterator[Result]:
     """Yield `make(recipe)(block)` of each block in order; `make` runs once in each process. With 1 worker all runs here."""
     if workers == 1:
@@ -47,13 +51,19 @@ def _one_thread() -> Iterator[None]:
 
 
 def map_in_processes(
-    blocks: Iterable[Block], make: Callable[[Recipe], Callable[[Block], Result]], recipe: Recipe, *, workers: int
+    blocks: Iterable[Block],
+    make: Callable[[Recipe], Callable[[Block], Result]],
+    recipe: Recipe,
+    *,
+    workers: int,
 ) -> Iterator[Result]:
     """As `map_blocks`, in processes of their own."""
     from multiprocessing import get_context
 
     # Spawned, not forked: a fork would copy whatever threads and locks this process already has.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(make, recipe))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(make, recipe)
+    )
     under_way: deque[Future[Result]] = deque()
     try:
         for block in blocks:
@@ -63,7 +73,9 @@ def map_in_processes(
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool as error:
-        raise DataError("a worker process was killed, most likely for lack of memory; use fewer --workers") from error
+        raise DataError(
+            "a worker process was killed, most likely for lack of memory; use fewer --workers"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

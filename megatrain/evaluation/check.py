@@ -22,7 +22,6 @@ WINDOW, STRIDE = 2048, 512
 transformers' guide to perplexity."""
 
 
-
 def check_model(config: Config) -> Architecture:
     """Refuse a model that is not built or whose tensors are not all there, or a layout that does not fit it."""
     architecture = any_architecture(load_config(config.model))
@@ -30,23 +29,39 @@ def check_model(config: Config) -> Architecture:
     rank_specs(config, architecture, Placement(config.parallel.pipeline))
     if config.train.dtype == "fp16" and not machine.has_gpu():
         raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
-    Pretrained(str(config.model), architecture, called="MODEL").check(whole_tensors(architecture), new_head=False)
+    Pretrained(str(config.model), architecture, called="MODEL").check(
+        whole_tensors(architecture), new_head=False
+    )
     return architecture
 
 
-def make_windows(architecture: Architecture, *, window: int | None, stride: int | None, trained: int | None = None) -> tuple[int, int]:
+def make_windows(
+    architecture: Architecture,
+    *,
+    window: int | None,
+    stride: int | None,
+    trained: int | None = None,
+) -> tuple[int, int]:
     """Window and stride as told, or by default; refuses what does not fit the model or each other.
 
     A classifier of ours sees as much of a text as it did in training, `trained`, so that it has the figures that the run had.
     """
     most = architecture.max_positions
     if window is None:
-        window = trained if trained is not None and architecture.classifier is not None else min(most, WINDOW)
+        window = (
+            trained
+            if trained is not None and architecture.classifier is not None
+            else min(most, WINDOW)
+        )
     if not 1 <= window <= most:
         raise ConfigError("--window", window, f"must be from 1 to the model's {most} positions")
     stride = min(window, STRIDE) if stride is None else stride
     if not 1 <= stride <= window:
-        raise ConfigError("--stride", stride, f"must be from 1 to --window={window}: tokens in between would not be scored")
+        raise ConfigError(
+            "--stride",
+            stride,
+            f"must be from 1 to --window={window}: tokens in between would not be scored",
+        )
     return window, stride
 
 

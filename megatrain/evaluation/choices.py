@@ -58,7 +58,11 @@ def _question(value: dict[str, Any], place: str) -> Question:
     if not isinstance(context, str) or not context.strip():
         raise DataError(f"{place}: no text in `question` or `context`")
     choices = value.get("choices")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(c, str) and c.strip() for c in choices)
+    ):
         raise DataError(f"{place}: `choices` is not a list of two texts or more")
     return Question(context, choices, _answer(value.get("answer"), choices, place), place)
 
@@ -72,11 +76,15 @@ def _answer(answer: object, choices: list[str], place: str) -> int:
         elif answer.isdigit():
             answer = int(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise DataError(f"{place}: `answer` is {answer!r}, none of the {len(choices)} choices (a number from 0, a letter from A, or a choice)")
+        raise DataError(
+            f"{place}: `answer` is {answer!r}, none of the {len(choices)} choices (a number from 0, a letter from A, or a choice)"
+        )
     return answer
 
 
-def request(context: str, continuation: str, *, tokenizer: Any, prefix: int | None, window: int) -> Request:
+def request(
+    context: str, continuation: str, *, tokenizer: Any, prefix: int | None, window: int
+) -> Request:
     """The row that asks for the continuation after the context; an empty context is the prefix token."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
@@ -84,20 +92,26 @@ def request(context: str, continuation: str, *, tokenizer: Any, prefix: int | No
     if context:
         whole = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
         before = tokenizer(context, add_special_tokens=False)["input_ids"]
-        after = whole[len(before) :] or tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        after = (
+            whole[len(before) :] or tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        )
     else:
         before, after = [], tokenizer(continuation, add_special_tokens=False)["input_ids"]
     return token_request(before, after, prefix=prefix, window=window)
 
 
-def token_request(before: list[int], after: list[int], *, prefix: int | None, window: int) -> Request:
+def token_request(
+    before: list[int], after: list[int], *, prefix: int | None, window: int
+) -> Request:
     """The row that asks for tokens `after` given those `before`; what does not fit is left out from the front."""
     if not before and prefix is not None:
         before = [prefix]
     tokens = [*before, *after]
     kept = tokens[-(window + 1) :]
     scored = min(len(after), len(kept) - 1)
-    return Request(row(kept, scored=scored) if len(kept) > 1 else Row([0], [-100]), len(kept) < len(tokens))
+    return Request(
+        row(kept, scored=scored) if len(kept) > 1 else Row([0], [-100]), len(kept) < len(tokens)
+    )
 
 
 def with_delimiter(context: str, choice: str) -> str:

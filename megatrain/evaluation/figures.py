@@ -17,13 +17,19 @@ class Perplexity:
     num_words: int | None = 0
     loglikelihood: float = 0.0
 
-    def add(self, *, loglikelihood: float, tokens: int, num_bytes: int | None, num_words: int | None) -> None:
+    def add(
+        self, *, loglikelihood: float, tokens: int, num_bytes: int | None, num_words: int | None
+    ) -> None:
         """Take in a document's sum over its tokens."""
         self.documents += 1
         self.tokens += tokens
         self.loglikelihood += loglikelihood
-        self.num_bytes = None if num_bytes is None or self.num_bytes is None else self.num_bytes + num_bytes
-        self.num_words = None if num_words is None or self.num_words is None else self.num_words + num_words
+        self.num_bytes = (
+            None if num_bytes is None or self.num_bytes is None else self.num_bytes + num_bytes
+        )
+        self.num_words = (
+            None if num_words is None or self.num_words is None else self.num_words + num_words
+        )
 
     def figures(self) -> dict[str, float | int | None]:
         """Nats a token, perplexities, and bits a byte: what does not depend on the tokenizer."""
@@ -51,17 +57,23 @@ class Choices:
 
     def add(self, loglikelihoods: list[float], choices: list[str], answer: int) -> None:
         """Take in one question."""
-        by_byte = [value / len(choice.encode()) for value, choice in zip(loglikelihoods, choices, strict=True)]
+        by_byte = [
+            value / len(choice.encode())
+            for value, choice in zip(loglikelihoods, choices, strict=True)
+        ]
         self.right.append(int(_first_largest(loglikelihoods) == answer))
         self.right_by_byte.append(int(_first_largest(by_byte) == answer))
 
     def figures(self) -> dict[str, float | int | None]:
         """Accuracies with their standard errors, and what they are of."""
         return {
-            "acc": fmean(self.right), "acc_stderr": standard_error(self.right),
-            "acc_norm": fmean(self.right_by_byte), "acc_norm_stderr": standard_error(self.right_by_byte),
-            "questions": len(self.right), "shortened": self.shortened,
-        }  # fmt: skip
+            "acc": fmean(self.right),
+            "acc_stderr": standard_error(self.right),
+            "acc_norm": fmean(self.right_by_byte),
+            "acc_norm_stderr": standard_error(self.right_by_byte),
+            "questions": len(self.right),
+            "shortened": self.shortened,
+        }
 
 
 def standard_error(values: list[int]) -> float | None:

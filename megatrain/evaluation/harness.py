@@ -25,17 +25,30 @@ from megatrain.evaluation.windows import Row, rows
 class HarnessModel(LM):
     """What the harness asks a model for. All ranks call it together, with the same requests."""
 
-    def __init__(self, scorer: Scorer, tokenizer: Any, *, prefix: int | None, window: int, stride: int | None = None,
-                 progress: Progress | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: Any,
+        *,
+        prefix: int | None,
+        window: int,
+        stride: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         super().__init__()
         self.scorer, self.tokenizer, self.prefix, self.window = scorer, tokenizer, prefix, window
         self.stride = window if stride is None else stride
         self.progress = progress or Progress(silent=True)
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """Of each continuation after its context, and whether greedy decoding would give it."""
         made = [self._request(*instance.args) for instance in requests]
-        return [(score.loglikelihood, score.greedy) for score in self.scorer.scores(self.progress.watch(made))]
+        return [
+            (score.loglikelihood, score.greedy)
+            for score in self.scorer.scores(self.progress.watch(made))
+        ]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of each whole text."""
@@ -45,11 +58,15 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Refused."""
-        raise UserError("this task generates text, which `megatrain evaluate` does not; run it with the harness itself: "
-                        "lm_eval --model hf --model_args pretrained=FOLDER --tasks ...")  # fmt: skip
+        raise UserError(
+            "this task generates text, which `megatrain evaluate` does not; run it with the harness itself: "
+            "lm_eval --model hf --model_args pretrained=FOLDER --tasks ..."
+        )
 
     def _request(self, context: str, continuation: str) -> Row:
-        return request(context, continuation, tokenizer=self.tokenizer, prefix=self.prefix, window=self.window).row
+        return request(
+            context, continuation, tokenizer=self.tokenizer, prefix=self.prefix, window=self.window
+        ).row
 
     def _rows(self, text: str) -> list[Row]:
         tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -57,14 +74,28 @@ class HarnessModel(LM):
         return list(rows([*before, *tokens], window=self.window, stride=self.stride))
 
 
-def run_tasks(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None, progress: Progress) -> dict[str, Any]:
+def run_tasks(
+    subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None, progress: Progress
+) -> dict[str, Any]:
     """The harness's figures, named `task/metric`; only rank 0 is sure to get them."""
     if tokenizer is None:
-        raise ConfigError("data.tokenizer", "(nothing)", "is missing and the harness's tasks are text", "give a tokenizer's folder")
+        raise ConfigError(
+            "data.tokenizer",
+            "(nothing)",
+            "is missing and the harness's tasks are text",
+            "give a tokenizer's folder",
+        )
     manager = _task_manager(subject)
     model = HarnessModel(scorer, tokenizer, prefix=prefix, window=subject.window, progress=progress)
-    found = simple_evaluate(model=model, tasks=list(subject.tasks), task_manager=manager, limit=subject.limit,
-                            num_fewshot=subject.num_fewshot, log_samples=False, bootstrap_iters=0)  # fmt: skip
+    found = simple_evaluate(
+        model=model,
+        tasks=list(subject.tasks),
+        task_manager=manager,
+        limit=subject.limit,
+        num_fewshot=subject.num_fewshot,
+        log_samples=False,
+        bootstrap_iters=0,
+    )
     if found is None:  # the harness gives its results to the first rank of a machine alone
         return {}
     return {
@@ -86,6 +117,10 @@ def _task_manager(subject: Subject) -> TaskManager:
         manager = TaskManager(include_path=subject.include_path)
     unknown = [task for task in subject.tasks if task not in manager.all_tasks]
     if unknown:
-        raise ConfigError("--tasks", unknown[0], "is not a task that lm-evaluation-harness knows",
-                          "see `lm_eval ls tasks`, or give --include-path FOLDER for tasks of your own")  # fmt: skip
+        raise ConfigError(
+            "--tasks",
+            unknown[0],
+            "is not a task that lm-evaluation-harness knows",
+            "see `lm_eval ls tasks`, or give --include-path FOLDER for tasks of your own",
+        )
     return manager

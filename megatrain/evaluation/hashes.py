@@ -19,8 +19,13 @@ def model_hash(folder: Path) -> str:
     """Over the names and hashes of config.json and the weights; those that a checkpoint's manifest knows are not read again."""
     known: dict[str, str] = {}
     if manifest.problem(folder) is None:
-        known = {entry["path"]: entry["sha256"] for entry in manifest.read_json(folder / manifest.MANIFEST)["files"]}
-    files = [path for path in folder.iterdir() if path.name == "config.json" or path.suffix in _WEIGHTS]
+        known = {
+            entry["path"]: entry["sha256"]
+            for entry in manifest.read_json(folder / manifest.MANIFEST)["files"]
+        }
+    files = [
+        path for path in folder.iterdir() if path.name == "config.json" or path.suffix in _WEIGHTS
+    ]
     return _combined((path.name, known.get(path.name) or file_hash(path)) for path in files)
 
 
@@ -28,7 +33,11 @@ def data_hash(data: Sequence[str]) -> str:
     """Over the hashes of all files, in order of their names; the folder they are in does not count."""
     files: list[Path] = []
     for given in data:
-        files += [Path(f"{given}.bin"), Path(f"{given}.idx")] if is_indexed(given) else find_inputs([given]).files
+        files += (
+            [Path(f"{given}.bin"), Path(f"{given}.idx")]
+            if is_indexed(given)
+            else find_inputs([given]).files
+        )
     return _combined((path.name, file_hash(path)) for path in files)
 
 
@@ -43,7 +52,9 @@ def identity(results: dict[str, Any]) -> str:
     settings = {name: value for name, value in results["settings"].items() if name != "tokenizer"}
     hashes = [results[part]["sha256"] for part in ("model", "tokenizer", "data")]
     tasks = [] if results["data"]["sha256"] else results["data"]["paths"]
-    return hashlib.sha256(json.dumps([results["kind"], hashes, tasks, settings], sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(
+        json.dumps([results["kind"], hashes, tasks, settings], sort_keys=True).encode()
+    ).hexdigest()[:8]
 
 
 def file_hash(path: Path) -> str:

@@ -30,16 +30,28 @@ class Told(NamedTuple):
     confusion: label_metrics.Matrix | None
 
 
-def perplexity(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None, vocab_size: int, progress: Progress) -> Perplexity:
+def perplexity(
+    subject: Subject,
+    scorer: Scorer,
+    tokenizer: Any,
+    prefix: int | None,
+    vocab_size: int,
+    progress: Progress,
+) -> Perplexity:
     """Over all documents, each on its own."""
-    texts = read_texts(subject.data, tokenizer=tokenizer, prefix=prefix, field=subject.field, vocab_size=vocab_size)
+    texts = read_texts(
+        subject.data, tokenizer=tokenizer, prefix=prefix, field=subject.field, vocab_size=vocab_size
+    )
     found = Perplexity()
     waiting: deque[tuple[Text, int]] = deque()
     """Documents whose rows are on their way, and how many."""
 
     def all_rows() -> Iterator[Row]:
         for text in texts:
-            count = sum(1 for _ in windows(len(text.tokens) - 1, window=subject.window, stride=subject.stride))
+            count = sum(
+                1
+                for _ in windows(len(text.tokens) - 1, window=subject.window, stride=subject.stride)
+            )
             if count:
                 waiting.append((text, count))
                 yield from rows(text.tokens, window=subject.window, stride=subject.stride)
@@ -48,16 +60,25 @@ def perplexity(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | N
     for first in scores:
         text, count = waiting.popleft()
         total = first.loglikelihood + sum(next(scores).loglikelihood for _ in range(count - 1))
-        found.add(loglikelihood=total, tokens=len(text.tokens) - 1, num_bytes=text.num_bytes, num_words=text.num_words)
+        found.add(
+            loglikelihood=total,
+            tokens=len(text.tokens) - 1,
+            num_bytes=text.num_bytes,
+            num_words=text.num_words,
+        )
     if not found.tokens:
         raise DataError(f"{', '.join(subject.data)} holds no document of two tokens or more")
     return found
 
 
-def choices(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None, progress: Progress) -> Choices:
+def choices(
+    subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None, progress: Progress
+) -> Choices:
     """Over all questions."""
     if tokenizer is None:
-        raise DataError(f"there is no tokenizer beside {subject.model}, and questions are text; give data.tokenizer=FOLDER")
+        raise DataError(
+            f"there is no tokenizer beside {subject.model}, and questions are text; give data.tokenizer=FOLDER"
+        )
     found = Choices()
     waiting: deque[Question] = deque()
 
@@ -65,8 +86,13 @@ def choices(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None
         for question in questions:
             waiting.append(question)
             for choice in question.choices:
-                asked = request(question.context, with_delimiter(question.context, choice), tokenizer=tokenizer, prefix=prefix,
-                                window=subject.window)  # fmt: skip
+                asked = request(
+                    question.context,
+                    with_delimiter(question.context, choice),
+                    tokenizer=tokenizer,
+                    prefix=prefix,
+                    window=subject.window,
+                )
                 found.shortened += asked.shortened
                 yield asked.row
 
@@ -80,23 +106,47 @@ def choices(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None
     return found
 
 
-def classification(subject: Subject, scorer: Scorer, tokenizer: Any, architecture: Architecture, progress: Progress) -> Told:
+def classification(
+    subject: Subject, scorer: Scorer, tokenizer: Any, architecture: Architecture, progress: Progress
+) -> Told:
     """Over all texts with labels."""
     if tokenizer is None:
         raise DataError(f"there is no tokenizer beside {subject.model}; give data.tokenizer=FOLDER")
     classifier, as_read = scorer.classifier, reading(architecture)
     assert classifier is not None
     texts = [text for path in subject.data for text in read_labelled(path, as_read)]
-    encoded = [encode(text, tokenizer, of_tokens=classifier.of_tokens, length=subject.window, padding=architecture.padding_token or 0) for text in texts]
+    encoded = [
+        encode(
+            text,
+            tokenizer,
+            of_tokens=classifier.of_tokens,
+            length=subject.window,
+            padding=architecture.padding_token or 0,
+        )
+        for text in texts
+    ]
     told = list(scorer.told(progress.watch(Row(some.tokens, some.labels) for some in encoded)))
     numbers = np.array([label for some in encoded for label in some.labels if label >= 0])
     if classifier.of_tokens:
-        said = np.array([int(row[place]) for row, some in zip(told, encoded, strict=True) for place, label in enumerate(some.labels) if label >= 0])
-        figures: dict[str, Any] = dict(label_metrics.single_label(numbers, said, classifier.num_labels))
+        said = np.array(
+            [
+                int(row[place])
+                for row, some in zip(told, encoded, strict=True)
+                for place, label in enumerate(some.labels)
+                if label >= 0
+            ]
+        )
+        figures: dict[str, Any] = dict(
+            label_metrics.single_label(numbers, said, classifier.num_labels)
+        )
     else:
         scores = np.array(told)
         said, figures = scores.argmax(1), dict(figures_of(scores, numbers, classifier))
-    figures |= {"samples": len(texts), "labelled": len(numbers), "cut": sum(some.cut for some in encoded)}
+    figures |= {
+        "samples": len(texts),
+        "labelled": len(numbers),
+        "cut": sum(some.cut for some in encoded),
+    }
     if classifier.problem != "single-label":
         return Told(figures, {}, None)
     matrix = label_metrics.confusion_matrix(numbers, said, classifier.num_labels)

@@ -18,7 +18,9 @@ from megatrain.parallel.grid import Grid
 from megatrain.train.build import build_stage
 
 
-def open_scorer(folder: Path, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> Scorer:
+def open_scorer(
+    folder: Path, config: Config, architecture: Architecture, grid: Grid, device: torch.device
+) -> Scorer:
     """Build this rank's stage in the settings' dtype and fill it from the folder, which was checked to hold all of it."""
     stage = build_stage(config, architecture, grid, str(device), dtype=DTYPES[config.train.dtype])
     Pretrained(folder, architecture).fill(stage, seed=0)
@@ -31,8 +33,12 @@ def open_tokenizer(config: Config, architecture: Architecture) -> Any:
         return None
     tokenizer = load_tokenizer(config.data.tokenizer)
     if len(tokenizer) > architecture.vocab_size:
-        raise ConfigError("data.tokenizer", config.data.tokenizer,
-                          f"has {len(tokenizer)} tokens and the model {architecture.vocab_size}", "give the model's own")  # fmt: skip
+        raise ConfigError(
+            "data.tokenizer",
+            config.data.tokenizer,
+            f"has {len(tokenizer)} tokens and the model {architecture.vocab_size}",
+            "give the model's own",
+        )
     return tokenizer
 
 

@@ -31,7 +31,9 @@ class Progress:
             now = time.monotonic()
             if not self.silent and now - self._shown >= _SECONDS:
                 self._shown = now
-                logger.info(f"  {self.rows:,} rows, {short_number(self.tokens)} tokens, {self.rate()}")
+                logger.info(
+                    f"  {self.rows:,} rows, {short_number(self.tokens)} tokens, {self.rate()}"
+                )
 
     def rate(self) -> str:
         """Tokens a second since the start."""

@@ -35,12 +35,20 @@ Results = dict[str, Any]
 """What the results file holds; see `docs/evaluate.md`."""
 
 
-def evaluate(config: Config, place: Place, beat: Beat | None = None, *, subject: Subject) -> Results:
+def evaluate(
+    config: Config, place: Place, beat: Beat | None = None, *, subject: Subject
+) -> Results:
     """Measure on this rank together with all others; rank 0 writes and prints. All return the same figures, but for the harness's."""
     architecture = any_architecture(load_config(config.model))
     data_size = config.data_size(place.world_size)
     device = machine.device_of(place)
-    grid = make_grid(place.rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=data_size, beat=beat)
+    grid = make_grid(
+        place.rank,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        data=data_size,
+        beat=beat,
+    )
     grid.beat.phase("evaluating")
     folder = Path(subject.model)
     tokenizer = open_tokenizer(config, architecture)
@@ -49,41 +57,73 @@ def evaluate(config: Config, place: Place, beat: Beat | None = None, *, subject:
     progress = Progress(silent=subject.as_json)
     with ThreadPoolExecutor(max_workers=1) as thread:
         # Beside the evaluation, on the rank that writes them down.
-        hashing = thread.submit(_hashes, subject, config.data.tokenizer) if place.rank == 0 else None
+        hashing = (
+            thread.submit(_hashes, subject, config.data.tokenizer) if place.rank == 0 else None
+        )
         measured = _measure(subject, scorer, tokenizer, prefix, architecture, progress)
         hashed = hashing.result() if hashing is not None else {}
     results = {
-        "kind": subject.kind, "figures": _plain(measured.figures), "classes": measured.classes,
-        "model": {"path": subject.model, "sha256": hashed.get("model"), "model_type": architecture.model_type},
+        "kind": subject.kind,
+        "figures": _plain(measured.figures),
+        "classes": measured.classes,
+        "model": {
+            "path": subject.model,
+            "sha256": hashed.get("model"),
+            "model_type": architecture.model_type,
+        },
         "tokenizer": {"path": config.data.tokenizer, "sha256": hashed.get("tokenizer")},
         "data": {"paths": [*subject.data, *subject.tasks], "sha256": hashed.get("data")},
         "settings": describe_settings(subject, config, place.world_size),
         "versions": {"megatrain": __version__, "torch": torch.__version__},
-        "seconds": round(progress.seconds, 3), "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+        "seconds": round(progress.seconds, 3),
+        "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }  # fmt: skip
+    }
     if place.rank == 0:
         path = write(results, Path(config.run.output_dir), subject)
         if measured.confusion is not None:
             draw_confusion(path.with_suffix(".png"), measured.confusion, list(measured.classes))
-        logger.info(json.dumps(results, indent=1) if subject.as_json else f"{table(results)}\n\nwritten to {path}")
+        logger.info(
+            json.dumps(results, indent=1)
+            if subject.as_json
+            else f"{table(results)}\n\nwritten to {path}"
+        )
     return results
 
 
-def _measure(subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None, architecture: Architecture, progress: Progress) -> Told:
+def _measure(
+    subject: Subject,
+    scorer: Scorer,
+    tokenizer: Any,
+    prefix: int | None,
+    architecture: Architecture,
+    progress: Progress,
+) -> Told:
     if subject.kind == "harness":
         from megatrain.evaluation.harness import run_tasks
 
         return Told(run_tasks(subject, scorer, tokenizer, prefix, progress), {}, None)
     if subject.kind == "choices":
-        return Told(measure.choices(subject, scorer, tokenizer, prefix, progress).figures(), {}, None)
+        return Told(
+            measure.choices(subject, scorer, tokenizer, prefix, progress).figures(), {}, None
+        )
     if subject.kind == "classification":
         return measure.classification(subject, scorer, tokenizer, architecture, progress)
-    return Told(measure.perplexity(subject, scorer, tokenizer, prefix, architecture.vocab_size, progress).figures(), {}, None)
+    return Told(
+        measure.perplexity(
+            subject, scorer, tokenizer, prefix, architecture.vocab_size, progress
+        ).figures(),
+        {},
+        None,
+    )
 
 
 def _hashes(subject: Subject, tokenizer: str | None) -> dict[str, str | None]:
-    return {"model": hashes.model_hash(Path(subject.model)), "tokenizer": hashes.tokenizer_hash(tokenizer), "data": hashes.data_hash(subject.data) if subject.data else None}
+    return {
+        "model": hashes.model_hash(Path(subject.model)),
+        "tokenizer": hashes.tokenizer_hash(tokenizer),
+        "data": hashes.data_hash(subject.data) if subject.data else None,
+    }
 
 
 def write(results: Results, folder: Path, subject: Subject) -> Path:
@@ -102,27 +142,44 @@ def table(results: Results) -> str:
     """The figures for people."""
     settings, model = results["settings"], results["model"]
     layout = f"tensor {settings['tensor']} x pipeline {settings['pipeline']} x data {settings['data']}, {settings['dtype']}"
-    lines = [f"{results['kind']} of {', '.join(results['data']['paths'])}", f"  model     {model['path']} ({model['model_type']})",
-             f"  settings  window {settings['window']}, stride {settings['stride']}, {layout}",
-             f"  time      {duration(results['seconds'])}, {results['tokens_per_second']:,.0f} tokens/s", ""]  # fmt: skip
+    lines = [
+        f"{results['kind']} of {', '.join(results['data']['paths'])}",
+        f"  model     {model['path']} ({model['model_type']})",
+        f"  settings  window {settings['window']}, stride {settings['stride']}, {layout}",
+        f"  time      {duration(results['seconds'])}, {results['tokens_per_second']:,.0f} tokens/s",
+        "",
+    ]
     width = max(len(name) for name in results["figures"])
-    lines += [f"  {name:<{width}}  {_shown(value):>14}" for name, value in results["figures"].items()]
+    lines += [
+        f"  {name:<{width}}  {_shown(value):>14}" for name, value in results["figures"].items()
+    ]
     if results["classes"]:
         names = list(next(iter(results["classes"].values())))
         width = max(len(label) for label in results["classes"])
         lines += ["", "  " + " " * width + "".join(f"{name:>11}" for name in names)]
-        lines += [f"  {label:<{width}}" + "".join(f"{row[name]:>11.{0 if name == 'support' else 4}f}" for name in names)
-                  for label, row in results["classes"].items()]  # fmt: skip
+        lines += [
+            f"  {label:<{width}}"
+            + "".join(f"{row[name]:>11.{0 if name == 'support' else 4}f}" for name in names)
+            for label, row in results["classes"].items()
+        ]
     return "\n".join(lines)
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}" if isinstance(value, float) and abs(value) >= 1000 else (
-        f"{value:.5f}" if isinstance(value, float) else str(value))  # fmt: skip
+    return (
+        f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:,.5g}"
+        if isinstance(value, float) and abs(value) >= 1000
+        else (f"{value:.5f}" if isinstance(value, float) else str(value))
+    )
 
 
 def _plain(figures: dict[str, Any]) -> dict[str, Any]:
     """As JSON knows them: what is not finite is null."""
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in figures.items()}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in figures.items()
+    }

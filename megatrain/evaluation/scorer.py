@@ -53,15 +53,26 @@ class Score(NamedTuple):
 class Scorer:
     """A rank's stage in evaluation. All ranks call its methods together."""
 
-    def __init__(self, stage: Stage, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        config: Config,
+        architecture: Architecture,
+        grid: Grid,
+        device: torch.device,
+    ) -> None:
         self.config, self.grid, self.device, self.stage = config, grid, device, stage.eval()
         self.hidden_size, self.classifier = architecture.hidden_size, architecture.classifier
         self.contexts = Contexts(config, architecture, grid, device)
         self.microbatches = 4 * grid.pipeline.size if grid.pipeline.size > 1 else 1
         self.executor = Executor(
-            self._forward, channels=Channels(grid.pipeline, ring=False) if grid.pipeline.size > 1 else None,
-            flow_shape=(0, 0, 0), dtype=DTYPES[config.train.dtype], device=device, beat=grid.beat,
-        )  # fmt: skip
+            self._forward,
+            channels=Channels(grid.pipeline, ring=False) if grid.pipeline.size > 1 else None,
+            flow_shape=(0, 0, 0),
+            dtype=DTYPES[config.train.dtype],
+            device=device,
+            beat=grid.beat,
+        )
         self._instructions = lru_cache(self._make_instructions)
 
     @property
@@ -80,7 +91,9 @@ class Scorer:
             order = sorted(range(len(block)), key=lambda index: -len(block[index].tokens))
             found: dict[int, list[float]] = {}
             for indices in _parts(order, self.rows_per_round):
-                found.update(zip(indices, self._round([block[index] for index in indices]), strict=True))
+                found.update(
+                    zip(indices, self._round([block[index] for index in indices]), strict=True)
+                )
             yield from (found[index] for index in range(len(block)))
 
     def _round(self, rows: list[Row]) -> list[list[float]]:
@@ -91,8 +104,15 @@ class Scorer:
         length = self._padded(max(len(row.tokens) for row in rows))
         rows = [*rows, *[Row([], [])] * (count * size * replicas - len(rows))]
         mine = list(_parts(rows, size))[self.grid.data.rank :: replicas]
-        contexts = [self.contexts.make(_batch(some, length), step=None, index=index) for index, some in enumerate(mine)]
-        self.executor.flow_shape = (length // (self.grid.tensor.size if self.config.parallel.sequence else 1), size, self.hidden_size)
+        contexts = [
+            self.contexts.make(_batch(some, length), step=None, index=index)
+            for index, some in enumerate(mine)
+        ]
+        self.executor.flow_shape = (
+            length // (self.grid.tensor.size if self.config.parallel.sequence else 1),
+            size,
+            self.hidden_size,
+        )
         results = self.executor.run(self._instructions(count), contexts, backward=None)
         return self._gathered(results, count, self._width(length))[:asked]
 
@@ -108,14 +128,20 @@ class Scorer:
 
     def _gathered(self, results: list[Tensor], count: int, width: int) -> list[list[float]]:
         """What the last stage of each replica found, on all ranks and in the rows' order."""
-        table = torch.zeros((count, self.grid.data.size, self.config.train.micro_batch_size, width), dtype=torch.float64, device=self.device)
+        table = torch.zeros(
+            (count, self.grid.data.size, self.config.train.micro_batch_size, width),
+            dtype=torch.float64,
+            device=self.device,
+        )
         if results and self.grid.tensor.rank == 0:
             table[:, self.grid.data.rank] = torch.stack(results)
         collectives.all_reduce(table, self.grid.world)
         return table.view(-1, width).tolist()
 
     def _make_instructions(self, count: int) -> list[Instruction]:
-        return add_transfers(forward_only(make_schedule("1f1b", self.grid.pipeline.size, count)))[self.grid.pipeline.rank]
+        return add_transfers(forward_only(make_schedule("1f1b", self.grid.pipeline.size, count)))[
+            self.grid.pipeline.rank
+        ]
 
     def _forward(self, flow: Flow | None, context: Context, chunk: int) -> Flow | Tensor:
         *layers, last = self.stage.layers
@@ -123,7 +149,11 @@ class Scorer:
             flow = layer(flow, context)
         if isinstance(last, Head):
             return _row_scores(last, flow, context)
-        return _class_scores(last, flow, context) if isinstance(last, ClassifierHead) else last(flow, context)
+        return (
+            _class_scores(last, flow, context)
+            if isinstance(last, ClassifierHead)
+            else last(flow, context)
+        )
 
 
 def _parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
@@ -136,7 +166,9 @@ def _batch(rows: Sequence[Row], length: int) -> Batch:
     for index, row in enumerate(rows):
         tokens[index, : len(row.tokens)] = torch.tensor(row.tokens, dtype=torch.int64)
         labels[index, : len(row.labels)] = torch.tensor(row.labels, dtype=torch.int64)
-    return Batch(tokens, labels, torch.arange(length).expand(len(rows), length), torch.zeros_like(tokens))
+    return Batch(
+        tokens, labels, torch.arange(length).expand(len(rows), length), torch.zeros_like(tokens)
+    )
 
 
 def _row_scores(head: Head, flow: Flow | None, context: Context) -> Tensor:
@@ -145,9 +177,13 @@ def _row_scores(head: Head, flow: Flow | None, context: Context) -> Tensor:
     logits = head.logits(flow).flatten(0, 1)
     labels = context.labels.t().reshape(-1)
     misses = _misses(logits, labels, start=head.start, vocab_size=head.vocab_size, axis=head.axis)
-    losses = vocab_cross_entropy(logits, labels, start=head.start, vocab_size=head.vocab_size, axis=head.axis)
+    losses = vocab_cross_entropy(
+        logits, labels, start=head.start, vocab_size=head.vocab_size, axis=head.axis
+    )
     rows = context.labels.shape[0]
-    return torch.stack([losses.double().view(-1, rows).sum(0), misses.double().view(-1, rows).sum(0)], dim=1)
+    return torch.stack(
+        [losses.double().view(-1, rows).sum(0), misses.double().view(-1, rows).sum(0)], dim=1
+    )
 
 
 def _class_scores(head: ClassifierHead, flow: Flow | None, context: Context) -> Tensor:
@@ -158,7 +194,9 @@ def _class_scores(head: ClassifierHead, flow: Flow | None, context: Context) -> 
         told = torch.full(labelled.shape, -1.0, dtype=torch.float64, device=scores.device)
         told[labelled] = scores.argmax(1).double()
         return told
-    told = torch.zeros((labelled.shape[0], head.classifier.num_labels), dtype=torch.float64, device=scores.device)
+    told = torch.zeros(
+        (labelled.shape[0], head.classifier.num_labels), dtype=torch.float64, device=scores.device
+    )
     told[labelled.any(1)] = scores.double()
     return told
 
@@ -167,11 +205,18 @@ def _misses(logits: Tensor, labels: Tensor, *, start: int, vocab_size: int, axis
     """Which labels are below another token's logit, bool [n], from this rank's logits [n, V/t]."""
     real = max(0, min(logits.shape[1], vocab_size - start))
     lowest = torch.finfo(torch.float32).min
-    top = logits[:, :real].amax(1).float() if real else logits.new_full((logits.shape[0],), lowest, dtype=torch.float32)
+    top = (
+        logits[:, :real].amax(1).float()
+        if real
+        else logits.new_full((logits.shape[0],), lowest, dtype=torch.float32)
+    )
     local = labels - start
     here = (local >= 0) & (local < real)
-    own = logits.gather(1, local.masked_fill(~here, 0)[:, None]).squeeze(1).float().masked_fill(~here, lowest)
+    own = (
+        logits.gather(1, local.masked_fill(~here, 0)[:, None])
+        .squeeze(1)
+        .float()
+        .masked_fill(~here, lowest)
+    )
     both = collectives.all_reduce(torch.stack([top, own]), axis, op=dist.ReduceOp.MAX)
     return (both[0] > both[1]) & (labels >= 0)
-
-

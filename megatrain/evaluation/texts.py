@@ -12,7 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatrain.data.documents import Block, Problem, find_inputs, parse_block, parse_objects, read_blocks
+from megatrain.data.documents import (
+    Block,
+    Problem,
+    find_inputs,
+    parse_block,
+    parse_objects,
+    read_blocks,
+)
 from megatrain.data.indexed import IndexedDataset
 from megatrain.errors import DataError
 
@@ -29,13 +36,17 @@ def is_indexed(path: str) -> bool:
     return Path(f"{path}.idx").is_file()
 
 
-def read_texts(data: Sequence[str], *, tokenizer: Any, prefix: int | None, field: str, vocab_size: int) -> Iterator[Text]:
+def read_texts(
+    data: Sequence[str], *, tokenizer: Any, prefix: int | None, field: str, vocab_size: int
+) -> Iterator[Text]:
     """All documents in order; DataError for a file that holds something else."""
     for path in data:
         if is_indexed(path):
             yield from _indexed_texts(path, tokenizer, prefix, vocab_size)
         elif tokenizer is None:
-            raise DataError(f"{path} is text, and there is no tokenizer beside the model; give data.tokenizer=FOLDER")
+            raise DataError(
+                f"{path} is text, and there is no tokenizer beside the model; give data.tokenizer=FOLDER"
+            )
         else:
             yield from _file_texts(path, tokenizer, prefix, field)
 
@@ -45,7 +56,9 @@ def _file_texts(path: str, tokenizer: Any, prefix: int | None, field: str) -> It
         texts, problems = parse_block(block, field=field)
         if problems:
             raise DataError(f"{problems[0]}{_other_fields(block, problems[0], field)}")
-        for text, tokens in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+        for text, tokens in zip(
+            texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True
+        ):
             yield _sized(text, tokens, prefix)
 
 
@@ -65,23 +78,31 @@ _SHOWN = 8
 """Names of fields that a message lists."""
 
 
-def _indexed_texts(path: str, tokenizer: Any, prefix: int | None, vocab_size: int) -> Iterator[Text]:
+def _indexed_texts(
+    path: str, tokenizer: Any, prefix: int | None, vocab_size: int
+) -> Iterator[Text]:
     dataset = IndexedDataset(path)
     end = None if tokenizer is None else tokenizer.eos_token_id
     for number in range(dataset.num_documents):
         tokens = [int(token) for token in dataset.document(number)]
         if tokens and (max(tokens) >= vocab_size or min(tokens) < 0):
-            raise DataError(f"{path}.bin: document {number} holds token id {max(tokens)}, outside the vocabulary of {vocab_size}")
+            raise DataError(
+                f"{path}.bin: document {number} holds token id {max(tokens)}, outside the vocabulary of {vocab_size}"
+            )
         if tokens and tokens[-1] == (prefix if end is None else end):
             tokens.pop()
         if tokenizer is None:
             yield Text([*_before(prefix), *tokens], None, None)
         else:
-            yield _sized(tokenizer.decode(tokens, clean_up_tokenization_spaces=False), tokens, prefix)
+            yield _sized(
+                tokenizer.decode(tokens, clean_up_tokenization_spaces=False), tokens, prefix
+            )
 
 
 def _sized(text: str, tokens: list[int], prefix: int | None) -> Text:
-    return Text([*_before(prefix), *tokens], len(text.encode("utf-8", errors="replace")), count_words(text))
+    return Text(
+        [*_before(prefix), *tokens], len(text.encode("utf-8", errors="replace")), count_words(text)
+    )
 
 
 def _before(prefix: int | None) -> list[int]:

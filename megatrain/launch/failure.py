@@ -53,15 +53,27 @@ def describe(error: Exception, rank: int) -> Report:
         return Report(rank, "user", str(error), time.time())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" to {error.filename}" if error.filename else ""
-        return Report(rank, "user", f"rank {rank} cannot write{where} ({error.strerror}); checkpoints are as they were: make room, and start the "
-                                    "same command to go on", time.time())  # fmt: skip
+        return Report(
+            rank,
+            "user",
+            f"rank {rank} cannot write{where} ({error.strerror}); checkpoints are as they were: make room, and start the "
+            "same command to go on",
+            time.time(),
+        )
     text = "".join(traceback.format_exception(error))
     return Report(rank, "lost" if _is_lost_connection(error) else "error", text, time.time())
 
 
 # What gloo, NCCL and the store say when the rank at the other end is gone.
-_LOST = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket timeout",
-         "remote process exited", "failed to recv, got 0 bytes")  # fmt: skip
+_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "socket timeout",
+    "remote process exited",
+    "failed to recv, got 0 bytes",
+)
 
 
 def _is_lost_connection(error: Exception) -> bool:
@@ -72,7 +84,9 @@ def _is_lost_connection(error: Exception) -> bool:
 
 def find_cause(failures: Iterable[Report | Death]) -> Report | Death | None:
     """The earliest failure that is not the consequence of another."""
-    causes = [failure for failure in failures if isinstance(failure, Death) or failure.kind != "lost"]
+    causes = [
+        failure for failure in failures if isinstance(failure, Death) or failure.kind != "lost"
+    ]
     return min(causes, key=lambda cause: cause.time, default=None)
 
 
@@ -81,7 +95,11 @@ def sentence(failure: Report | Death) -> str:
     if isinstance(failure, Death):
         return f"rank {failure.rank} {_ending(failure)}"
     last = failure.text.strip().splitlines()[-1] if failure.text.strip() else ""
-    return failure.text.splitlines()[0] if failure.kind in ("user", "stall") else f"rank {failure.rank} failed: {last}"
+    return (
+        failure.text.splitlines()[0]
+        if failure.kind in ("user", "stall")
+        else f"rank {failure.rank} failed: {last}"
+    )
 
 
 def words(failure: Report | Death, log: Path) -> str:

@@ -60,7 +60,9 @@ def _refuse_a_crowd(world_size: int) -> None:
         )
 
 
-def _attempt(context: ForkContext | SpawnContext, target: Target, config: Config, world_size: int) -> Ended:
+def _attempt(
+    context: ForkContext | SpawnContext, target: Target, config: Config, world_size: int
+) -> Ended:
     with _listening(config.run.master_port) as listener:
         supervisor = Supervisor(config)
         with supervisor.passing_signals_on():
@@ -101,7 +103,12 @@ def _store(listener: socket.socket) -> Iterator[None]:
 
     address, port = listener.getsockname()
     store = TCPStore(
-        address, port, is_master=True, wait_for_workers=False, timeout=GROUP_TIMEOUT, master_listen_fd=listener.detach()
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=GROUP_TIMEOUT,
+        master_listen_fd=listener.detach(),
     )
     yield
     del store
@@ -146,11 +153,15 @@ def import_before_fork() -> None:
     gc.freeze()
 
 
-def _start(context: ForkContext | SpawnContext, target: Target, config: Config, place: Place) -> RankProcess:
+def _start(
+    context: ForkContext | SpawnContext, target: Target, config: Config, place: Place
+) -> RankProcess:
     reader, writer = context.Pipe(duplex=False)
     step = context.RawValue("q", 0)
     process = context.Process(
-        target=_rank_main, args=(target, config, place, writer, step, os.getpid()), name=f"megatrain rank {place.rank}"
+        target=_rank_main,
+        args=(target, config, place, writer, step, os.getpid()),
+        name=f"megatrain rank {place.rank}",
     )
     # Held back until the rank has its own handlers: it would run its copy of the parent's otherwise.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -162,7 +173,9 @@ def _start(context: ForkContext | SpawnContext, target: Target, config: Config, 
     return RankProcess(place.rank, process, reader, step)
 
 
-def _rank_main(target: Target, config: Config, place: Place, writer: Connection, step: Any, parent: int) -> None:
+def _rank_main(
+    target: Target, config: Config, place: Place, writer: Connection, step: Any, parent: int
+) -> None:
     # A process group of its own: Ctrl-C in a terminal reaches the supervisor alone, and from there each rank once.
     os.setpgid(0, 0)
     _die_with(parent)

@@ -66,9 +66,11 @@ def meet(place: Place, *, supervised: bool, patience: float) -> Store:
             raise
         if place.rank != 1 and place.local_rank != 0:
             time.sleep(_TO_SPEAK)
-        raise UserError(f"rank {place.rank} ({socket.gethostname()}) waited for rank 0 at {place.master_addr}:{place.master_port}, where ranks meet, and it "
-                        f"{'never came' if _is_timeout(error) else 'is gone'} ({_first_line(error)}): see why it was not started or has ended, or what "
-                        "keeps this machine from reaching it") from None  # fmt: skip
+        raise UserError(
+            f"rank {place.rank} ({socket.gethostname()}) waited for rank 0 at {place.master_addr}:{place.master_port}, where ranks meet, and it "
+            f"{'never came' if _is_timeout(error) else 'is gone'} ({_first_line(error)}): see why it was not started or has ended, or what "
+            "keeps this machine from reaching it"
+        ) from None
     return store
 
 
@@ -79,8 +81,15 @@ def _connect(place: Place, supervised: bool, patience: float) -> Store:
     if not supervised:
         check_names(place, gloo=not machine.has_gpu())
     # It does not wait for the others itself: in the end it would not say who they were.
-    store = TCPStore(place.master_addr, place.master_port, place.world_size, is_master=place.rank == 0 and not supervised and not of_launcher,
-                     timeout=timedelta(seconds=max(patience, _LEAST)), wait_for_workers=False, multi_tenant=not supervised)  # fmt: skip
+    store = TCPStore(
+        place.master_addr,
+        place.master_port,
+        place.world_size,
+        is_master=place.rank == 0 and not supervised and not of_launcher,
+        timeout=timedelta(seconds=max(patience, _LEAST)),
+        wait_for_workers=False,
+        multi_tenant=not supervised,
+    )
     store.set_timeout(GROUP_TIMEOUT)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if supervised or attempt is None or place.local_size < place.world_size:
@@ -94,11 +103,17 @@ def _wait_for_all(store: Store, place: Place, patience: float) -> None:
     from torch.distributed import DistStoreError
 
     try:
-        store.wait([_COME.format(rank) for rank in range(place.world_size)], timedelta(seconds=patience))
+        store.wait(
+            [_COME.format(rank) for rank in range(place.world_size)], timedelta(seconds=patience)
+        )
     except DistStoreError:
-        missing = [rank for rank in range(place.world_size) if not store.check([_COME.format(rank)])]
-        text = (f"{_listed(missing)} of {place.world_size} did not come to {place.master_addr}:{place.master_port}, where ranks meet, in {patience:.0f} s "
-                "(run.stall_seconds, but two minutes at least): see why they were not started, or what keeps their machines from reaching this one")  # fmt: skip
+        missing = [
+            rank for rank in range(place.world_size) if not store.check([_COME.format(rank)])
+        ]
+        text = (
+            f"{_listed(missing)} of {place.world_size} did not come to {place.master_addr}:{place.master_port}, where ranks meet, in {patience:.0f} s "
+            "(run.stall_seconds, but two minutes at least): see why they were not started, or what keeps their machines from reaching this one"
+        )
         store.set(_WORD, text)
         time.sleep(_TO_HEAR)
         raise UserError(text) from None
@@ -107,7 +122,9 @@ def _wait_for_all(store: Store, place: Place, patience: float) -> None:
 
 def _wait_for_rank_0(store: Store, place: Place, patience: float) -> None:
     store.wait([_COME.format(0)], timedelta(seconds=patience))
-    store.wait([_WORD], timedelta(seconds=patience + _TO_SPEAK))  # it may have come later than this rank
+    store.wait(
+        [_WORD], timedelta(seconds=patience + _TO_SPEAK)
+    )  # it may have come later than this rank
     if text := store.get(_WORD).decode():
         time.sleep(2 * _TO_HEAR)  # who leaves first is what a launcher calls the cause
         raise SaidByRank0(text)
@@ -117,7 +134,10 @@ def _listed(ranks: Sequence[int]) -> str:
     """`ranks 2, 8-15`."""
     starts = [rank for rank in ranks if rank - 1 not in ranks]
     ends = [rank for rank in ranks if rank + 1 not in ranks]
-    shown = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in zip(starts, ends, strict=True))
+    shown = ", ".join(
+        f"{first}" if first == last else f"{first}-{last}"
+        for first, last in zip(starts, ends, strict=True)
+    )
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 

@@ -32,7 +32,14 @@ Target = Callable[[Config, Place, Beat], object]
 INTERRUPTED = 130
 
 
-def enter_rank(target: Target, config: Config, place: Place, *, report: Reporter | None = None, beat: Beat | None = None) -> int:
+def enter_rank(
+    target: Target,
+    config: Config,
+    place: Place,
+    *,
+    report: Reporter | None = None,
+    beat: Beat | None = None,
+) -> int:
     """Run `target(config, place, beat)` as the rank at `place`, inside its torch.distributed group; returns the exit code 0.
 
     `report` takes a failure to the supervisor that started this rank and holds its store; without it rank 0's watchdog says
@@ -45,12 +52,21 @@ def enter_rank(target: Target, config: Config, place: Place, *, report: Reporter
         _fail(error, place, sys.stderr, report, watchdog=None)
 
 
-def _work(target: Target, config: Config, place: Place, streams: log.Streams, report: Reporter | None, beat: Beat) -> int:
+def _work(
+    target: Target,
+    config: Config,
+    place: Place,
+    streams: log.Streams,
+    report: Reporter | None,
+    beat: Beat,
+) -> int:
     watchdog: WatchdogThread | None = None
     try:
         machine.set_rank_environment(place)
         machine.forbid_builds()
-        store = meet(place, supervised=report is not None, patience=patience_of(config.run.stall_seconds))
+        store = meet(
+            place, supervised=report is not None, patience=patience_of(config.run.stall_seconds)
+        )
         voice = Voice(config, place, console=streams.err, log=streams.log, report=report)
         watchdog = start_watchdog(beat, voice, store, stall_seconds=config.run.stall_seconds)
         with beat.within("joining the", Everyone(range(place.world_size))):
@@ -82,8 +98,11 @@ def _join_group(place: Place, store: Store) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=store, rank=place.rank, world_size=place.world_size, timeout=GROUP_TIMEOUT,
-    )  # fmt: skip
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=GROUP_TIMEOUT,
+    )
 
 
 def _leave_group() -> None:
@@ -93,7 +112,13 @@ def _leave_group() -> None:
         dist.destroy_process_group()
 
 
-def _fail(error: Exception, place: Place, console: TextIO, report: Reporter | None, watchdog: WatchdogThread | None) -> NoReturn:
+def _fail(
+    error: Exception,
+    place: Place,
+    console: TextIO,
+    report: Reporter | None,
+    watchdog: WatchdogThread | None,
+) -> NoReturn:
     """Tell the supervisor, or the watchdogs, or else the user, and leave. File descriptors still lead to the log: what libraries
     say as connections break stays there."""
     failure = describe(error, place.rank)
@@ -102,7 +127,13 @@ def _fail(error: Exception, place: Place, console: TextIO, report: Reporter | No
         _leave(1)
     if watchdog is not None:
         watchdog.tell(failure)  # and if there is nobody to say it:
-    print(f"error: {failure.text}" if failure.kind == "user" else f"rank {failure.rank} failed:\n{failure.text}", file=console, flush=True)
+    print(
+        f"error: {failure.text}"
+        if failure.kind == "user"
+        else f"rank {failure.rank} failed:\n{failure.text}",
+        file=console,
+        flush=True,
+    )
     leave_word(failure.text)
     _leave(1)
 

@@ -40,28 +40,52 @@ class Restarts:
         most = self._config.run.max_restarts
         of_user = isinstance(failure, Report) and failure.kind == "user"
         if not most or of_user:
-            write_failure(self._folder, sentence(failure), step=_last_done(ended), since=self._began, of_user=of_user)
+            write_failure(
+                self._folder,
+                sentence(failure),
+                step=_last_done(ended),
+                since=self._began,
+                of_user=of_user,
+            )
             return False
         where = f"step {ended.step}" if ended.step else "the start"
-        why_not = f"{where} failed twice" if ended.step in self._failed_steps else "" if self._count < most else f"it was restarted {most} times"
+        why_not = (
+            f"{where} failed twice"
+            if ended.step in self._failed_steps
+            else ""
+            if self._count < most
+            else f"it was restarted {most} times"
+        )
         if why_not:
             self._write("fail", ended, reason=why_not)
-            print(f"not restarted: {why_not} (run.max_restarts={most})", file=sys.stderr, flush=True)
+            print(
+                f"not restarted: {why_not} (run.max_restarts={most})", file=sys.stderr, flush=True
+            )
             return False
         self._failed_steps.add(ended.step)
         self._count, self._began = self._count + 1, datetime.now().astimezone()
         self._write("restart", ended, restart=self._count, of=most)
-        print(f"restart {self._count} of {most} (run.max_restarts) after a failure in {where}", file=sys.stderr, flush=True)
+        print(
+            f"restart {self._count} of {most} (run.max_restarts) after a failure in {where}",
+            file=sys.stderr,
+            flush=True,
+        )
         return True
 
     def config(self) -> Config:
         """Of the next start: it goes on from the newest whole checkpoint that the run has made; without one, from where it began."""
         if self._config.train.resume == "auto":
             return self._config
-        made = [path for path, *_ in sorted(self._checkpoints() - self._before, reverse=True) if manifest.problem(path) is None]
+        made = [
+            path
+            for path, *_ in sorted(self._checkpoints() - self._before, reverse=True)
+            if manifest.problem(path) is None
+        ]
         if not made:
             return self._config
-        return dataclasses.replace(self._config, train=dataclasses.replace(self._config.train, resume=str(made[0])))
+        return dataclasses.replace(
+            self._config, train=dataclasses.replace(self._config.train, resume=str(made[0]))
+        )
 
     def _checkpoints(self) -> set[tuple[Path, int, int]]:
         """Those of the run's folder, each with numbers that another of the same name does not have."""

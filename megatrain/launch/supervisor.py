@@ -118,7 +118,9 @@ class Supervisor:
     def _wait_for_causes(self) -> None:
         seconds = SECONDS_FOR_CAUSES if self.stop_signal is None else _SECONDS_TO_STOP
         until = time.monotonic() + seconds
-        while len(self.ended) < len(self.ranks) and self._cause() is None and time.monotonic() < until:
+        while (
+            len(self.ended) < len(self.ranks) and self._cause() is None and time.monotonic() < until
+        ):
             self._look(timeout=until - time.monotonic())
 
     def _cause(self) -> Report | Death | None:

@@ -20,12 +20,18 @@ def way_on(config: Config, failure: Report | Death, *, step: int | None) -> str:
     saved = _newest(Path(config.run.output_dir) / "checkpoints")
     if train.resume == "auto" and saved is not None:
         return f"started again, the same command goes on from step {saved}"
-    begins = "begins afresh" if train.resume in ("auto", "never") else f"begins again from {train.resume}"
+    begins = (
+        "begins afresh"
+        if train.resume in ("auto", "never")
+        else f"begins again from {train.resume}"
+    )
     if saved is not None:
         return f"started again, the same command {begins} (train.resume={train.resume}); with train.resume=auto it goes on from step {saved}"
     if not step or step == 1:
         return f"no step was done: started again, the same command {begins}"
-    why = f"train.save_every={train.save_every}" + ("" if train.save_every else " saves at the end only")
+    why = f"train.save_every={train.save_every}" + (
+        "" if train.save_every else " saves at the end only"
+    )
     return f"there is no whole checkpoint ({why}): started again, the same command {begins}, and the steps done are lost"
 
 

@@ -20,7 +20,19 @@ from megatrain.settings import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "starcoder2")
+FAMILIES = (
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "starcoder2",
+)
 """Each is a `model_type` of transformers and a file of `families/`."""
 
 
@@ -133,14 +145,26 @@ def load_config(model: str | dict[str, Any]) -> PreTrainedConfig:
     if isinstance(model, dict):
         return _inline_config(model)
     if not model:
-        raise ConfigError("model", "(nothing)", "is missing", "give a folder, a config.json, or fields with model_type")
+        raise ConfigError(
+            "model",
+            "(nothing)",
+            "is missing",
+            "give a folder, a config.json, or fields with model_type",
+        )
     path = Path(model)
     if not path.exists():
-        raise ConfigError("model", model, "does not exist", "give a folder, a config.json, or fields with model_type")
+        raise ConfigError(
+            "model",
+            model,
+            "does not exist",
+            "give a folder, a config.json, or fields with model_type",
+        )
     try:
         return AutoConfig.from_pretrained(str(path), local_files_only=True)
     except Exception as error:
-        raise ConfigError("model", model, f"is not a readable Hugging Face config: {_one_line(error)}") from error
+        raise ConfigError(
+            "model", model, f"is not a readable Hugging Face config: {_one_line(error)}"
+        ) from error
 
 
 def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -149,9 +173,13 @@ def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
     fields = copy.deepcopy(fields)  # transformers writes into what it is given
     model_type = fields.pop("model_type", None)
     if model_type is None:
-        raise ConfigError("model.model_type", "(nothing)", "is missing", f"one of {', '.join(FAMILIES)}")
+        raise ConfigError(
+            "model.model_type", "(nothing)", "is missing", f"one of {', '.join(FAMILIES)}"
+        )
     if model_type not in FAMILIES:
-        raise ConfigError("model.model_type", model_type, "is not supported", f"one of {', '.join(FAMILIES)}")
+        raise ConfigError(
+            "model.model_type", model_type, "is not supported", f"one of {', '.join(FAMILIES)}"
+        )
     plain = AutoConfig.for_model(model_type)
     known = set(plain.to_dict()) | set(plain.attribute_map) | _family(model_type).OLD_FIELDS
     for name in fields:
@@ -159,18 +187,34 @@ def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
             import difflib
 
             close = difflib.get_close_matches(name, sorted(known), n=1)
-            raise ConfigError(f"model.{name}", fields[name], f"is not a field of a {model_type} config",
-                              f"did you mean `{close[0]}`?" if close else "")  # fmt: skip
+            raise ConfigError(
+                f"model.{name}",
+                fields[name],
+                f"is not a field of a {model_type} config",
+                f"did you mean `{close[0]}`?" if close else "",
+            )
     _refuse_below_one(fields, plain.attribute_map)
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:
-        raise ConfigError("model", f"({model_type} fields)", f"is refused by transformers: {_one_line(error)}") from error
+        raise ConfigError(
+            "model", f"({model_type} fields)", f"is refused by transformers: {_one_line(error)}"
+        ) from error
 
 
 _MOST_LAYERS = 100_000
-_COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-           "n_inner", "max_position_embeddings", "sliding_window")  # fmt: skip
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "n_inner",
+    "max_position_embeddings",
+    "sliding_window",
+)
 
 
 def _refuse_below_one(fields: Mapping[str, Any], spelt: Mapping[str, str]) -> None:
@@ -200,7 +244,12 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
     from megatrain.models.families.fields import Fields
 
     if config.model_type not in FAMILIES:
-        raise ConfigError("model.model_type", config.model_type, "is not supported", f"one of {', '.join(FAMILIES)}")
+        raise ConfigError(
+            "model.model_type",
+            config.model_type,
+            "is not supported",
+            f"one of {', '.join(FAMILIES)}",
+        )
     spelt = [config.attribute_map.get(name, name) for name in _COUNTS]
     _refuse_below_one({name: getattr(config, name, None) for name in spelt}, config.attribute_map)
     fields = Fields(config)
@@ -211,7 +260,15 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
 
 
 def _check_sizes(a: Architecture) -> None:
-    for name in ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "max_positions"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "intermediate_size",
+        "max_positions",
+    ):
         if getattr(a, name) < 1:
             raise ConfigError(f"model's {name}", getattr(a, name), "must be at least 1")
     if a.num_layers > _MOST_LAYERS:
@@ -222,13 +279,25 @@ def _check_sizes(a: Architecture) -> None:
     if not a.norm_eps >= 0:
         raise ConfigError("model's norm_eps", a.norm_eps, "must not be negative")
     if a.num_heads % a.num_kv_heads:
-        raise ConfigError("model.num_key_value_heads", a.num_kv_heads, f"does not divide num_attention_heads={a.num_heads}",
-                          paste=f"model.num_key_value_heads={max(n for n in range(1, a.num_kv_heads + 1) if a.num_heads % n == 0)}")  # fmt: skip
+        raise ConfigError(
+            "model.num_key_value_heads",
+            a.num_kv_heads,
+            f"does not divide num_attention_heads={a.num_heads}",
+            paste=f"model.num_key_value_heads={max(n for n in range(1, a.num_kv_heads + 1) if a.num_heads % n == 0)}",
+        )
     if a.rotary and a.rotary_dim is None and a.head_dim % 2:
-        raise ConfigError("model.head_dim", a.head_dim, "is odd and rotary positions turn pairs", f"use {a.head_dim + 1}")
+        raise ConfigError(
+            "model.head_dim",
+            a.head_dim,
+            "is odd and rotary positions turn pairs",
+            f"use {a.head_dim + 1}",
+        )
     if a.rotary_dim is not None and (a.rotary_dim % 2 or not 0 < a.rotary_dim <= a.head_dim):
-        raise ConfigError("model.rope_parameters.partial_rotary_factor", a.rotary_dim / a.head_dim,
-                          f"turns {a.rotary_dim} dims of each head, and rotary positions turn pairs")  # fmt: skip
+        raise ConfigError(
+            "model.rope_parameters.partial_rotary_factor",
+            a.rotary_dim / a.head_dim,
+            f"turns {a.rotary_dim} dims of each head, and rotary positions turn pairs",
+        )
 
 
 class Difference(NamedTuple):
@@ -246,4 +315,8 @@ def differences(there: dict[str, Any], here: PreTrainedConfig) -> list[Differenc
     """The fields in which a config, as it was read from JSON, is of another model than `here`."""
     ours = json.loads(json.dumps(here.to_dict(), default=str))
     names = sorted(set(ours) | set(there))
-    return [Difference(name, there.get(name), ours.get(name)) for name in names if name not in _SAYS_NOTHING and there.get(name) != ours.get(name)]
+    return [
+        Difference(name, there.get(name), ours.get(name))
+        for name in names
+        if name not in _SAYS_NOTHING and there.get(name) != ours.get(name)
+    ]

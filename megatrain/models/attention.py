@@ -26,21 +26,42 @@ class Attention(nn.Module):
     def __init__(self, parts: Parts, layer: int, *, recompute: bool) -> None:
         super().__init__()
         a = parts.architecture
-        self.layer, self.heads, self.kv_heads, self.head_dim = layer, parts.heads, parts.kv_heads, a.head_dim
-        self.axis, self.sequence, self.recompute, self.compiled = parts.grid.tensor, parts.sequence, recompute, parts.compiled
-        self.scale, self.cap = a.head_dim**-0.5 if a.attention_scale is None else a.attention_scale, a.attention_cap
-        self.window, self.rope_kind, self.dropout = a.window(layer), a.rope_kind(layer), a.attention_dropout
+        self.layer, self.heads, self.kv_heads, self.head_dim = (
+            layer,
+            parts.heads,
+            parts.kv_heads,
+            a.head_dim,
+        )
+        self.axis, self.sequence, self.recompute, self.compiled = (
+            parts.grid.tensor,
+            parts.sequence,
+            recompute,
+            parts.compiled,
+        )
+        self.scale, self.cap = (
+            a.head_dim**-0.5 if a.attention_scale is None else a.attention_scale,
+            a.attention_cap,
+        )
+        self.window, self.rope_kind, self.dropout = (
+            a.window(layer),
+            a.rope_kind(layer),
+            a.attention_dropout,
+        )
         self.query = Linear(*parts.columns("query", layer, bias=a.qkv_bias))
         self.key = Linear(*parts.columns("key", layer, bias=a.qkv_bias))
         self.value = Linear(*parts.columns("value", layer, bias=a.qkv_bias))
         self.query_norm, self.key_norm = query_key_norms(parts, layer)
-        self.out = RowLinear(*parts.rows("out", layer, bias=a.out_bias), axis=self.axis, sequence=self.sequence)
+        self.out = RowLinear(
+            *parts.rows("out", layer, bias=a.out_bias), axis=self.axis, sequence=self.sequence
+        )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = collectives.enter(x, self.axis, sequence=self.sequence)
         q, k, v = self.query(x, context), self.key(x, context), self.value(x, context)
         if self.recompute and self.training:
-            y = checkpoint(self._core, q, k, v, context, use_reentrant=False, preserve_rng_state=False)
+            y = checkpoint(
+                self._core, q, k, v, context, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             y = self._core(q, k, v, context)
         return self.out(y, context)
@@ -54,7 +75,9 @@ class Attention(nn.Module):
         if context.rotations:
             turn = context.rotations[self.rope_kind]
             q, k = rotate(q, turn, compiled=self.compiled), rotate(k, turn, compiled=self.compiled)
-        y = self._attend(q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), context)
+        y = self._attend(
+            q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), context
+        )
         return y.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
@@ -67,11 +90,26 @@ class Attention(nn.Module):
             return self._attend_written_out(q, k, v, mask, probability, context).to(dtype)
         if mask is None and torch.is_grad_enabled() and takes(q, k):
             return causal_attention(q, k, v, self.scale, compile=self.compiled)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale,
-                                           enable_gqa=self.heads != self.kv_heads)  # fmt: skip
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=self.heads != self.kv_heads,
+        )
         return y.to(dtype)
 
-    def _attend_written_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, probability: float, context: Context) -> Tensor:
+    def _attend_written_out(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        probability: float,
+        context: Context,
+    ) -> Tensor:
         """Because torch's kernels cap no scores, and the dropout inside them cannot be given a mask of ours."""
         if mask is None:
             length = q.shape[2]
@@ -82,5 +120,10 @@ class Attention(nn.Module):
             scores = self.cap * torch.tanh(scores / self.cap)
         weights = F.softmax(scores.masked_fill(~mask, float("-inf")).float(), dim=-1).to(q.dtype)
         if probability > 0.0:
-            weights = dropout(weights, probability, context.mask_key("attention", self.layer, self.axis.rank), training=True)
+            weights = dropout(
+                weights,
+                probability,
+                context.mask_key("attention", self.layer, self.axis.rank),
+                training=True,
+            )
         return weights @ v

@@ -39,11 +39,18 @@ LENGTHS = range(256, 1025)
 def takes(q: Tensor, k: Tensor) -> bool:
     """Whether q [B, h, S, d] and k [B, g, S, d] are better off here than with torch's backward."""
     length = q.shape[2]
-    return (q.dtype == torch.bfloat16 and q.device.type == "cpu" and length in LENGTHS and length % _block(q, k) == 0
-            and not slow_half_precision("cpu"))  # fmt: skip
+    return (
+        q.dtype == torch.bfloat16
+        and q.device.type == "cpu"
+        and length in LENGTHS
+        and length % _block(q, k) == 0
+        and not slow_half_precision("cpu")
+    )
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, compile: bool = False) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, compile: bool = False
+) -> Tensor:
     """q [B, h, S, d], k and v [B, g, S, d] -> [B, h, S, d]; `compile` what stands between the backward's products."""
     return _CausalAttention.apply(q, k, v, scale, compile)
 
@@ -56,7 +63,9 @@ def _block(q: Tensor, k: Tensor) -> int:
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, compile: bool) -> Tensor:
-        y, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        y, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, True, scale=scale
+        )
         ctx.save_for_backward(q, k, v, y, log_sums)
         ctx.scale, ctx.compile = scale, compile
         return y
@@ -65,7 +74,9 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, y, log_sums = (x.detach() for x in ctx.saved_tensors)
         block, shape = _block(q, k), k.shape
-        exact = 2.0 ** round(math.log2(ctx.scale))  # scales q without rounding; the scores are scaled by the rest of it
+        exact = 2.0 ** round(
+            math.log2(ctx.scale)
+        )  # scales q without rounding; the scores are scaled by the rest of it
         rest = ctx.scale / exact
         arrange = compiled(_arrange) if ctx.compile else _arrange
         backward = compiled(_backward) if ctx.compile else _backward
@@ -73,24 +84,54 @@ class _CausalAttention(torch.autograd.Function):
         tensors = arrange(q, k, v, y, log_sums / -rest, dy, exact, block)
         rows = q.shape[1] // shape[1] * q.shape[2]
         some = max(4 * torch.get_num_threads(), SCORES // (rows * q.shape[2]))
-        parts = [backward(queries, dout, keys, values, rest, block)
-                 for queries, dout, keys, values in zip(*(x.split(some, dim=-3) for x in tensors), strict=True)]  # fmt: skip
-        dq, dk, dv = parts[0] if len(parts) == 1 else (torch.cat(found, dim=-3) for found in zip(*parts, strict=True))
+        parts = [
+            backward(queries, dout, keys, values, rest, block)
+            for queries, dout, keys, values in zip(
+                *(x.split(some, dim=-3) for x in tensors), strict=True
+            )
+        ]
+        dq, dk, dv = (
+            parts[0]
+            if len(parts) == 1
+            else (torch.cat(found, dim=-3) for found in zip(*parts, strict=True))
+        )
         return restore(dq, ctx.scale, shape, block), dk.view(shape), dv.view(shape), None, None
 
 
-def _arrange(q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_sums: Tensor, dy: Tensor, scale: float, block: int) -> tuple[Tensor, ...]:
+def _arrange(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    log_sums: Tensor,
+    dy: Tensor,
+    scale: float,
+    block: int,
+) -> tuple[Tensor, ...]:
     """Queries and dout [S/block, B*g, h/g*block, d+2], keys and values [B*g, S, d+2]."""
     groups = k.shape[1]
-    return (_in_blocks(q * scale, log_sums, groups, block), _in_blocks(dy, -(dy * y).sum(-1, dtype=torch.float32), groups, block),
-            _with_ones(k), _with_ones(v))  # fmt: skip
+    return (
+        _in_blocks(q * scale, log_sums, groups, block),
+        _in_blocks(dy, -(dy * y).sum(-1, dtype=torch.float32), groups, block),
+        _with_ones(k),
+        _with_ones(v),
+    )
 
 
 def _in_blocks(x: Tensor, column: Tensor, groups: int, block: int) -> Tensor:
     """Blocks of rows [S/block, B*g, h/g*block, d+2] of x [B, h, S, d], the rows ending in the column fp32 [B, h, S]."""
-    x, column = (tensor.unflatten(1, (groups, -1)).unflatten(3, (-1, block)).permute(3, 0, 1, 2, 4, 5) for tensor in (x, column[..., None]))
-    upper = (column.contiguous().view(torch.int32) & -0x10000).view(torch.float32)  # what bf16 holds of it, exactly
-    return torch.cat((x, upper.to(x.dtype), (column - upper).to(x.dtype)), dim=-1).flatten(3, 4).flatten(1, 2)
+    x, column = (
+        tensor.unflatten(1, (groups, -1)).unflatten(3, (-1, block)).permute(3, 0, 1, 2, 4, 5)
+        for tensor in (x, column[..., None])
+    )
+    upper = (column.contiguous().view(torch.int32) & -0x10000).view(
+        torch.float32
+    )  # what bf16 holds of it, exactly
+    return (
+        torch.cat((x, upper.to(x.dtype), (column - upper).to(x.dtype)), dim=-1)
+        .flatten(3, 4)
+        .flatten(1, 2)
+    )
 
 
 def _with_ones(x: Tensor) -> Tensor:
@@ -98,7 +139,9 @@ def _with_ones(x: Tensor) -> Tensor:
     return torch.cat((x, x.new_ones((*x.shape[:-1], 2))), dim=-1).flatten(0, 1)
 
 
-def _backward(queries: Tensor, dout: Tensor, keys: Tensor, values: Tensor, rest: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    queries: Tensor, dout: Tensor, keys: Tensor, values: Tensor, rest: float, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq [S/block, n, rows, d], but for the scale, dk and dv [n, S, d] of n groups of heads, from what `_arrange` made."""
     dim = keys.shape[-1] - 2
     dq, dk, dv = [], [], []
@@ -106,7 +149,9 @@ def _backward(queries: Tensor, dout: Tensor, keys: Tensor, values: Tensor, rest:
         seen = slice(0, (number + 1) * block)
         key = keys[:, seen].contiguous()
         scores = torch.bmm(key, query.transpose(1, 2))
-        weights, dscores = _weigh(scores, torch.bmm(values[:, seen], grad.transpose(1, 2)), rest, block)
+        weights, dscores = _weigh(
+            scores, torch.bmm(values[:, seen], grad.transpose(1, 2)), rest, block
+        )
         dq.append(torch.bmm(dscores.transpose(1, 2), key)[..., :dim])
         dk.append(torch.bmm(dscores, query)[..., :dim])
         dv.append(torch.bmm(weights, grad)[..., :dim])
@@ -118,7 +163,11 @@ def _weigh(scores: Tensor, dweights: Tensor, rest: float, block: int) -> tuple[T
     length = scores.shape[1]
     if torch.compiler.is_compiling():  # one pass, in fp32
         positions = torch.arange(scores.shape[2]) % block + (length - block)
-        weights = (scores.float() * rest).exp().masked_fill(torch.arange(length)[:, None] > positions, 0.0)
+        weights = (
+            (scores.float() * rest)
+            .exp()
+            .masked_fill(torch.arange(length)[:, None] > positions, 0.0)
+        )
         return weights.to(scores.dtype), (weights * dweights.float()).to(scores.dtype)
     weights = (scores if rest == 1.0 else scores.mul_(rest)).exp_()
     later = torch.ones((block, block), dtype=torch.bool).tril_(-1)
@@ -141,5 +190,7 @@ def _sum(parts: list[Tensor], scale: float) -> Tensor:
 
 def _restore(dq: Tensor, scale: float, shape: tuple[int, ...], block: int) -> Tensor:
     """scale * dq [B, h, S, d] of dq [S/block, B*g, h/g*block, d], where keys have the shape [B, g, S, d]."""
-    heads = dq.mul(scale).unflatten(1, shape[:2]).unflatten(3, (-1, block)).permute(1, 2, 3, 0, 4, 5)
+    heads = (
+        dq.mul(scale).unflatten(1, shape[:2]).unflatten(3, (-1, block)).permute(1, 2, 3, 0, 4, 5)
+    )
     return heads.flatten(3, 4).flatten(1, 2)

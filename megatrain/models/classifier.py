@@ -49,7 +49,10 @@ class ClassifierHead(nn.Module):
             smoothing = classifier.label_smoothing if self.training else 0.0
             return F.cross_entropy(scores, right, reduction="sum", label_smoothing=smoothing)
         if classifier.problem == "multi-label":
-            return F.binary_cross_entropy_with_logits(scores, right, reduction="sum") / classifier.num_labels
+            return (
+                F.binary_cross_entropy_with_logits(scores, right, reduction="sum")
+                / classifier.num_labels
+            )
         return F.mse_loss(scores, right, reduction="sum") / classifier.num_labels
 
     def scores(self, flow: Any, context: Context) -> tuple[Tensor, Tensor]:
@@ -60,5 +63,7 @@ class ClassifierHead(nn.Module):
         labelled = context.labels >= 0
         rows = hidden.transpose(0, 1)[labelled]
         if self.training and self.classifier.dropout > 0.0:
-            rows = dropout(rows, self.classifier.dropout, context.mask_key("classifier"), training=True)
+            rows = dropout(
+                rows, self.classifier.dropout, context.mask_key("classifier"), training=True
+            )
         return linear(rows, self.weight, self.bias).float(), context.labels[labelled]

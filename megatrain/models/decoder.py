@@ -59,16 +59,30 @@ def build_layer(spec: LayerSpec, parts: Parts, *, recompute: str, tied_across: b
     if spec.kind == "embedding":
         return Embedding(parts, tied_across=tied_across)
     if spec.kind == "head":
-        return Head(parts, tied_across=tied_across) if parts.architecture.classifier is None else ClassifierHead(parts)
+        return (
+            Head(parts, tied_across=tied_across)
+            if parts.architecture.classifier is None
+            else ClassifierHead(parts)
+        )
     return Block(parts, spec.number, recompute=recompute)
 
 
-def build_chunks(chunks: list[list[LayerSpec]], parts: Parts, *, recompute: str) -> list[nn.ModuleList]:
+def build_chunks(
+    chunks: list[list[LayerSpec]], parts: Parts, *, recompute: str
+) -> list[nn.ModuleList]:
     """A rank's layers by chunk; when embedding and tied head are both among them they share one parameter."""
     kinds = {spec.kind for chunk in chunks for spec in chunk}
     together = {"embedding", "head"} <= kinds
     tied_across = parts.architecture.tied and not together
-    built = [nn.ModuleList([build_layer(spec, parts, recompute=recompute, tied_across=tied_across) for spec in chunk]) for chunk in chunks]
+    built = [
+        nn.ModuleList(
+            [
+                build_layer(spec, parts, recompute=recompute, tied_across=tied_across)
+                for spec in chunk
+            ]
+        )
+        for chunk in chunks
+    ]
     if parts.architecture.tied and together:
         layers = [layer for chunk in built for layer in chunk]
         embedding = next(layer for layer in layers if isinstance(layer, Embedding))
@@ -93,7 +107,9 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if self.probability == 0.0 or not self.training:
             return x
-        return dropout(x, self.probability, context.mask_key(self.place, self.layer, self.part), training=True)
+        return dropout(
+            x, self.probability, context.mask_key(self.place, self.layer, self.part), training=True
+        )
 
 
 class Embedding(nn.Module):
@@ -103,8 +119,13 @@ class Embedding(nn.Module):
         summed = (grid.ends,) if tied_across else ()
         weight = parts.vocabulary("embedding", summed=summed)
         self.axis, self.sequence = grid.tensor, parts.sequence
-        self.tokens = VocabEmbedding(weight, start=parts.vocab_start, axis=grid.tensor, sequence=parts.sequence,
-                                     padding_token=a.padding_token)  # fmt: skip
+        self.tokens = VocabEmbedding(
+            weight,
+            start=parts.vocab_start,
+            axis=grid.tensor,
+            sequence=parts.sequence,
+            padding_token=a.padding_token,
+        )
         self.scale = a.embedding_scale
         self.positions = None if a.rotary else PositionEmbedding(parts)
         self.residual = Residual(parts, a.embedding_dropout, "embedding", 0)
@@ -155,7 +176,15 @@ class Block(nn.Module):
 
     def forward(self, flow: Flow, context: Context) -> Flow:
         if self.recompute and self.training:
-            return Flow(checkpoint(self._compute, flow.hidden, context, use_reentrant=False, preserve_rng_state=False))
+            return Flow(
+                checkpoint(
+                    self._compute,
+                    flow.hidden,
+                    context,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            )
         return Flow(self._compute(flow.hidden, context))
 
     def _compute(self, x: Tensor, context: Context) -> Tensor:
@@ -173,16 +202,29 @@ class Head(nn.Module):
         a, grid = parts.architecture, parts.grid
         summed = (grid.ends,) if tied_across else ()
         self.norm = hidden_norm(parts, "final_norm", None)
-        self.weight = parts.vocabulary("embedding" if a.tied else "head", counted=not tied_across, summed=summed)
+        self.weight = parts.vocabulary(
+            "embedding" if a.tied else "head", counted=not tied_across, summed=summed
+        )
         self.axis, self.sequence = grid.tensor, parts.sequence
-        self.start, self.vocab_size, self.cap, self.compiled = parts.vocab_start, a.vocab_size, a.logit_cap, parts.compiled
+        self.start, self.vocab_size, self.cap, self.compiled = (
+            parts.vocab_start,
+            a.vocab_size,
+            a.logit_cap,
+            parts.compiled,
+        )
         self.objective: Objective = TokenLoss()
 
     def forward(self, flow: Flow, context: Context) -> Tensor:
         logits = self.logits(flow)
         labels = context.labels.t().reshape(-1)
-        losses = vocab_cross_entropy(logits.flatten(0, 1), labels, start=self.start, vocab_size=self.vocab_size, axis=self.axis,
-                                     compile=self.compiled)  # fmt: skip
+        losses = vocab_cross_entropy(
+            logits.flatten(0, 1),
+            labels,
+            start=self.start,
+            vocab_size=self.vocab_size,
+            axis=self.axis,
+            compile=self.compiled,
+        )
         return self.objective(losses.unflatten(0, (context.labels.shape[1], -1)), context)
 
     def logits(self, flow: Flow) -> Tensor:
@@ -190,5 +232,3 @@ class Head(nn.Module):
         x = collectives.enter(self.norm(flow.hidden), self.axis, sequence=self.sequence)
         y = linear(x, self.weight)
         return y if self.cap is None else self.cap * torch.tanh(y / self.cap)
-
-

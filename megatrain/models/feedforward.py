@@ -1,6 +1,6 @@
 """The block's second half, plain or gated (GLU variants, arXiv 2002.05202), its inner features split over tensor ranks.
 
-    plain:  down(act(up(x)))              gated:  down(act(gate(x)) * up(x))
+plain:  down(act(up(x)))              gated:  down(act(gate(x)) * up(x))
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class FeedForward(nn.Module):
         self.compiled = parts.compiled
         self.gate = Linear(*parts.columns("gate", layer, bias=a.mlp_bias)) if a.gated else None
         self.up = Linear(*parts.columns("up", layer, bias=a.mlp_bias))
-        self.down = RowLinear(*parts.rows("down", layer, bias=a.mlp_bias), axis=self.axis, sequence=self.sequence)
+        self.down = RowLinear(
+            *parts.rows("down", layer, bias=a.mlp_bias), axis=self.axis, sequence=self.sequence
+        )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = collectives.enter(x, self.axis, sequence=self.sequence)

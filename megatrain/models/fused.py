@@ -29,19 +29,40 @@ if TYPE_CHECKING:
 def check_compile(a: Architecture, *, tensor: int, on_gpu: bool) -> None:
     """Refuse to compile for a model that has nothing to be compiled, or on a machine that cannot."""
     if tensor > 1 and a.norm != "rms" and not a.gated and not a.rotary:
-        raise ConfigError("train.compile", True, f"has nothing to compile in a {a.model_type} model on tensor ranks: neither RMSNorm nor gates nor "
-                          "rotations, and its cross-entropy waits for messages", "leave it out, or set parallel.tensor=1")  # fmt: skip
+        raise ConfigError(
+            "train.compile",
+            True,
+            f"has nothing to compile in a {a.model_type} model on tensor ranks: neither RMSNorm nor gates nor "
+            "rotations, and its cross-entropy waits for messages",
+            "leave it out, or set parallel.tensor=1",
+        )
     if on_gpu:
         if importlib.util.find_spec("triton") is None:
-            raise ConfigError("train.compile", True, "needs triton for GPUs", "pip install triton, or leave it out")
+            raise ConfigError(
+                "train.compile",
+                True,
+                "needs triton for GPUs",
+                "pip install triton, or leave it out",
+            )
         return
-    compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include")) / "Python.h"
+    compiler, header = (
+        os.environ.get("CXX", "g++"),
+        Path(sysconfig.get_path("include")) / "Python.h",
+    )
     if shutil.which(compiler) is None:
-        raise ConfigError("train.compile", True, f"needs a C++ compiler on CPUs, and there is no {compiler}",
-                          "install one, name yours in the environment variable CXX, or leave the setting out")  # fmt: skip
+        raise ConfigError(
+            "train.compile",
+            True,
+            f"needs a C++ compiler on CPUs, and there is no {compiler}",
+            "install one, name yours in the environment variable CXX, or leave the setting out",
+        )
     if not header.is_file():
-        raise ConfigError("train.compile", True, f"needs Python's headers on CPUs, and there is no {header}",
-                          "install them (python3-dev), or leave the setting out")  # fmt: skip
+        raise ConfigError(
+            "train.compile",
+            True,
+            f"needs Python's headers on CPUs, and there is no {header}",
+            "install them (python3-dev), or leave the setting out",
+        )
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -57,7 +78,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, scale = ctx.saved_tensors
-        dx, dweight = compiled(_normalise_back)(x.detach(), scale, grad, ctx.weight.detach(), ctx.plus_one)
+        dx, dweight = compiled(_normalise_back)(
+            x.detach(), scale, grad, ctx.weight.detach(), ctx.plus_one
+        )
         return dx, dweight if ctx.needs_input_grad[1] else None, None, None
 
 
@@ -67,7 +90,9 @@ def _normalise(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[T
     return (wide * scale * (weight.float() + float(plus_one))).to(x.dtype), scale
 
 
-def _normalise_back(x: Tensor, scale: Tensor, grad: Tensor, weight: Tensor, plus_one: bool) -> tuple[Tensor, Tensor]:
+def _normalise_back(
+    x: Tensor, scale: Tensor, grad: Tensor, weight: Tensor, plus_one: bool
+) -> tuple[Tensor, Tensor]:
     normal, wide, factor = x.float() * scale, grad.float(), weight.float() + float(plus_one)
     product = wide * normal
     inner = (product * factor).mean(-1, keepdim=True)
@@ -103,7 +128,9 @@ def _act_back(x: Tensor, grad: Tensor, activation: str) -> Tensor:
         return torch.ops.aten.silu_backward(grad, x)
     if activation == "relu":
         return torch.where(x > 0, grad, 0.0)
-    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return torch.ops.aten.gelu_backward(
+        grad, x, approximate="tanh" if activation == "gelu_tanh" else "none"
+    )
 
 
 def _gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:

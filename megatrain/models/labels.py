@@ -11,7 +11,11 @@ from megatrain.models.architecture import Architecture, Classifier, read_archite
 _HEADS_OF_TOKENS = {"gpt2": "classifier", "gpt_neox": "classifier"}
 """What transformers calls the matrix of a token classifier where it is not `score`."""
 
-PROBLEMS = {"single-label": "single_label_classification", "multi-label": "multi_label_classification", "regression": "regression"}
+PROBLEMS = {
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
 """Each `classification.problem` in transformers' words."""
 
 
@@ -23,17 +27,35 @@ def any_architecture(hf: Any) -> Architecture:
     return read_architecture(hf)
 
 
-def with_classifier(hf: Any, *, of_tokens: bool, dropout: float = 0.0, label_smoothing: float = 0.0) -> Architecture:
+def with_classifier(
+    hf: Any, *, of_tokens: bool, dropout: float = 0.0, label_smoothing: float = 0.0
+) -> Architecture:
     """The architecture of a transformers config whose labels, problem and padding are set."""
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    offered = (AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification)._model_mapping
+    offered = (
+        AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    )._model_mapping
     if type(hf) not in offered:
         task = "token-classification" if of_tokens else "classification"
-        raise ConfigError("task", task, f"is not offered by transformers for {hf.model_type} models", "choose another family")
+        raise ConfigError(
+            "task",
+            task,
+            f"is not offered by transformers for {hf.model_type} models",
+            "choose another family",
+        )
     problems = {name: problem for problem, name in PROBLEMS.items()}
-    problem: Any = problems.get(hf.problem_type, "regression" if hf.num_labels == 1 and not of_tokens else "single-label")
+    problem: Any = problems.get(
+        hf.problem_type, "regression" if hf.num_labels == 1 and not of_tokens else "single-label"
+    )
     name = _HEADS_OF_TOKENS.get(hf.model_type, "score") if of_tokens else "score"
-    classifier = Classifier(num_labels=hf.num_labels, of_tokens=of_tokens, problem="single-label" if of_tokens else problem, name=name,
-                            bias=of_tokens, dropout=dropout, label_smoothing=label_smoothing)  # fmt: skip
+    classifier = Classifier(
+        num_labels=hf.num_labels,
+        of_tokens=of_tokens,
+        problem="single-label" if of_tokens else problem,
+        name=name,
+        bias=of_tokens,
+        dropout=dropout,
+        label_smoothing=label_smoothing,
+    )
     return replace(read_architecture(hf), tied=False, classifier=classifier)

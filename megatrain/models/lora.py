@@ -42,7 +42,9 @@ LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
 def linear_names(architecture: Architecture) -> list[str]:
     """The linear modules of all blocks, in the Hugging Face model's names."""
     sources = [architecture.names[role] for role in LINEARS if role != "gate" or architecture.gated]
-    names = [source.name.format(layer) for layer in range(architecture.num_layers) for source in sources]
+    names = [
+        source.name.format(layer) for layer in range(architecture.num_layers) for source in sources
+    ]
     return list(dict.fromkeys(names))
 
 
@@ -56,7 +58,12 @@ def target_names(architecture: Architecture, targets: str | list[str]) -> set[st
         matched = {name for name in names if f".{name}".endswith(f".{target}")}
         if not matched:
             ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-            raise ConfigError("lora.targets", target, "matches no linear module of the model's blocks", f"there are {ends}; or all-linear")
+            raise ConfigError(
+                "lora.targets",
+                target,
+                "matches no linear module of the model's blocks",
+                f"there are {ends}; or all-linear",
+            )
         wanted |= matched
     return wanted
 
@@ -67,7 +74,14 @@ class LoraLinear(Linear):
     `part` is the tensor rank where the input is split among tensor ranks, so that their dropout differs.
     """
 
-    def __init__(self, base: Linear, a: nn.Parameter, b: nn.Parameter, magnitude: nn.Parameter | None, settings: Lora) -> None:
+    def __init__(
+        self,
+        base: Linear,
+        a: nn.Parameter,
+        b: nn.Parameter,
+        magnitude: nn.Parameter | None,
+        settings: Lora,
+    ) -> None:
         super().__init__(base.weight, base.bias)
         self.lora_a, self.lora_b, self.magnitude = a, b, magnitude
         self.scale = scale(settings)
@@ -88,18 +102,27 @@ class LoraLinear(Linear):
         """y = W x becomes W x + s B A x, or DoRA's multiple of it; partial sums where the weight is split by rows."""
         dropped = x
         if self.dropout > 0.0 and self.training:
-            dropped = dropout(x, self.dropout, context.mask_key("lora", self.name, self.part), training=True)
+            dropped = dropout(
+                x, self.dropout, context.mask_key("lora", self.name, self.part), training=True
+            )
         low = linear(linear(dropped, self.lora_a), self.lora_b) * self.scale
         if self.magnitude is None:
             return y + low
         factor = (self.magnitude / self.norms()).to(y.dtype)
         # As PEFT has it: what the magnitude adds to W x sees the dropped input too.
-        return y + (factor - 1) * (y if dropped is x else linear(dropped, self.weight)) + factor * low
+        return (
+            y + (factor - 1) * (y if dropped is x else linear(dropped, self.weight)) + factor * low
+        )
 
     @torch.no_grad()
     def norms(self) -> Tensor:
         """Norm of each row of W + s B A, fp32 [out]; of parts of rows the squares are summed over tensor ranks."""
-        whole = torch.addmm(dense(self.weight, torch.float32).float(), self.lora_b.float(), self.lora_a.float(), alpha=self.scale)
+        whole = torch.addmm(
+            dense(self.weight, torch.float32).float(),
+            self.lora_b.float(),
+            self.lora_a.float(),
+            alpha=self.scale,
+        )
         squares = whole.square_().sum(1)
         if self.rows is not None:
             collectives.all_reduce(squares, self.rows[0])
@@ -125,7 +148,9 @@ def add_adapters(stage: nn.Module, architecture: Architecture, settings: Lora, a
     for head in (module for module in stage.modules() if isinstance(module, ClassifierHead)):
         for parameter in (head.weight, head.bias):
             if parameter is not None:
-                declare(parameter, replace(sharding(parameter), name=PREFIX + sharding(parameter).name)).requires_grad_(True)
+                declare(
+                    parameter, replace(sharding(parameter), name=PREFIX + sharding(parameter).name)
+                ).requires_grad_(True)
     shared: dict[str, nn.Parameter] = {}
     for module in list(stage.modules()):
         for name, child in list(module.named_children()):
@@ -139,10 +164,17 @@ def _adapt(base: Linear, settings: Lora, axis: Axis, shared: dict[str, nn.Parame
     name = module_name(weight)
     if name not in shared:
         shared[name] = _make_a(base, settings, axis, split)
-    b = _make(base, _output_part(weight, f"{PREFIX}{name}.lora_B.weight", (settings.rank,), split, axis), (base.weight.shape[0], settings.rank))
+    b = _make(
+        base,
+        _output_part(weight, f"{PREFIX}{name}.lora_B.weight", (settings.rank,), split, axis),
+        (base.weight.shape[0], settings.rank),
+    )
     magnitude = None
     if settings.dora:
-        declaration = replace(_output_part(weight, f"{PREFIX}{name}.lora_magnitude_vector", (), split, axis), kind="norm")
+        declaration = replace(
+            _output_part(weight, f"{PREFIX}{name}.lora_magnitude_vector", (), split, axis),
+            kind="norm",
+        )
         magnitude = _make(base, declaration, (base.weight.shape[0],))
     return LoraLinear(base, shared[name], b, magnitude, settings)
 
@@ -151,24 +183,45 @@ def _make_a(base: Linear, settings: Lora, axis: Axis, split: Split) -> nn.Parame
     weight = sharding(base.weight)
     inputs = weight.shape[0 if weight.transposed else 1]
     # torch's initial weights of a linear, as PEFT takes them: kaiming-uniform with a = sqrt(5).
-    declaration = Sharding(f"{PREFIX}{module_name(weight)}.lora_A.weight", (settings.rank, inputs), init=Init(bound=inputs**-0.5))
+    declaration = Sharding(
+        f"{PREFIX}{module_name(weight)}.lora_A.weight",
+        (settings.rank, inputs),
+        init=Init(bound=inputs**-0.5),
+    )
     if split == "columns":
-        declaration = replace(declaration, counted=axis.rank == 0, summed=(axis,) if axis.size > 1 else ())
+        declaration = replace(
+            declaration, counted=axis.rank == 0, summed=(axis,) if axis.size > 1 else ()
+        )
     elif axis.size > 1:
         declaration = replace(declaration, dim=1, start=weight.start, length=weight.length)
     return _make(base, declaration, (settings.rank, base.weight.shape[1]))
 
 
-def _output_part(weight: Sharding, name: str, more: tuple[int, ...], split: Split, axis: Axis) -> Sharding:
+def _output_part(
+    weight: Sharding, name: str, more: tuple[int, ...], split: Split, axis: Axis
+) -> Sharding:
     """Of a tensor with the weight's outputs as its first dim: the part that goes with this rank's outputs."""
     shape = (weight.shape[1 if weight.transposed else 0], *more)
     if split == "rows":
-        return Sharding(name, shape, counted=axis.rank == 0, summed=(axis,) if axis.size > 1 else ())
-    return replace(weight, name=name, shape=shape, dim=None if weight.dim is None else 0, transposed=False, init=Init(), kind="matrix")
+        return Sharding(
+            name, shape, counted=axis.rank == 0, summed=(axis,) if axis.size > 1 else ()
+        )
+    return replace(
+        weight,
+        name=name,
+        shape=shape,
+        dim=None if weight.dim is None else 0,
+        transposed=False,
+        init=Init(),
+        kind="matrix",
+    )
 
 
 def _make(base: Linear, declaration: Sharding, shape: tuple[int, ...]) -> nn.Parameter:
-    return declare(nn.Parameter(torch.empty(shape, dtype=base.weight.dtype, device=base.weight.device)), declaration)
+    return declare(
+        nn.Parameter(torch.empty(shape, dtype=base.weight.dtype, device=base.weight.device)),
+        declaration,
+    )
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ class _RmsNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool, axis: Axis | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool, axis: Axis | None
+    ) -> Tensor:
         ctx.weight, ctx.plus_one, ctx.axis = weight, plus_one, axis
         rows, factor = x.reshape(-1, x.shape[-1]), _factor(weight, plus_one)
         y, scale = torch.empty_like(rows), rows.new_empty((rows.shape[0], 1), dtype=torch.float32)
@@ -49,13 +51,23 @@ class _RmsNorm(torch.autograd.Function):
                 dweight += product.sum(0)
             inner = _mean_over(torch.mv(product, factor)[:, None].div_(x.shape[-1]), ctx.axis)
             dx[part] = wide.mul_(factor).addcmul_(normal, inner, value=-1).mul_(scale[part])
-        return dx.view(x.shape), None if dweight is None else dweight.to(ctx.weight.dtype), None, None, None
+        return (
+            dx.view(x.shape),
+            None if dweight is None else dweight.to(ctx.weight.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def _slabs(rows: Tensor, axis: Axis | None, *, rooms: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """Slabs of rows with fp32 room for as many results of their size, the same for each slab; one slab where each mean is a message."""
     parts = list(slabs(rows)) if axis is None or axis.size == 1 else [slice(0, rows.shape[0])]
-    room = [torch.empty_like(rows[part], dtype=torch.float32) for part in parts[:1] for _ in range(rooms)]
+    room = [
+        torch.empty_like(rows[part], dtype=torch.float32)
+        for part in parts[:1]
+        for _ in range(rooms)
+    ]
     for part in parts:
         yield part, [x[: rows[part].shape[0]] for x in room]
 
@@ -66,13 +78,25 @@ def _factor(weight: Tensor, plus_one: bool) -> Tensor:
 
 def _mean_over(means: Tensor, axis: Axis | None) -> Tensor:
     """Of ranks' means, in place: the same on each."""
-    return means if axis is None or axis.size == 1 else collectives.all_reduce(means, axis).div_(axis.size)
+    return (
+        means
+        if axis is None or axis.size == 1
+        else collectives.all_reduce(means, axis).div_(axis.size)
+    )
 
 
 class RmsNorm(nn.Module):
     """x [..., n] -> [..., n]; `axis` when ranks share n."""
 
-    def __init__(self, weight: nn.Parameter, eps: float, *, plus_one: bool = False, axis: Axis | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        eps: float,
+        *,
+        plus_one: bool = False,
+        axis: Axis | None = None,
+        compiled: bool = False,
+    ) -> None:
         super().__init__()
         self.weight, self.eps, self.plus_one, self.axis = weight, eps, plus_one, axis
         self.compiled = compiled and (axis is None or axis.size == 1)
@@ -105,7 +129,9 @@ def hidden_norm(parts: Parts, role: str, layer: int | None) -> nn.Module:
     weight = parts.norm(role, layer, a.hidden_size)
     if a.norm == "rms":
         return RmsNorm(weight, a.norm_eps, plus_one=a.norm_plus_one, compiled=parts.compiled)
-    return LayerNorm(weight, parts.whole(role, layer, "bias", a.hidden_size, kind="norm"), a.norm_eps)
+    return LayerNorm(
+        weight, parts.whole(role, layer, "bias", a.hidden_size, kind="norm"), a.norm_eps
+    )
 
 
 def query_key_norms(parts: Parts, layer: int) -> tuple[nn.Module, nn.Module]:
@@ -114,9 +140,22 @@ def query_key_norms(parts: Parts, layer: int) -> tuple[nn.Module, nn.Module]:
     if a.qk_norm is None:
         return nn.Identity(), nn.Identity()
     if a.qk_norm == "head":
-        weights = [parts.norm(f"{role}_norm", layer, a.head_dim, partial=True) for role in ("query", "key")]
-        query, key = (RmsNorm(weight, a.norm_eps, plus_one=a.norm_plus_one, compiled=parts.compiled) for weight in weights)
+        weights = [
+            parts.norm(f"{role}_norm", layer, a.head_dim, partial=True) for role in ("query", "key")
+        ]
+        query, key = (
+            RmsNorm(weight, a.norm_eps, plus_one=a.norm_plus_one, compiled=parts.compiled)
+            for weight in weights
+        )
         return query, key
-    query, key = (HeadsNorm(parts.heads_norm(role, layer), a.norm_eps, plus_one=a.norm_plus_one, axis=parts.grid.tensor, compiled=parts.compiled)
-                  for role in ("query", "key"))  # fmt: skip
+    query, key = (
+        HeadsNorm(
+            parts.heads_norm(role, layer),
+            a.norm_eps,
+            plus_one=a.norm_plus_one,
+            axis=parts.grid.tensor,
+            compiled=parts.compiled,
+        )
+        for role in ("query", "key")
+    )
     return query, key

@@ -56,8 +56,14 @@ class TokenLoss:
 class PreferenceLoss:
     """The sum of the pairs' losses; leaves each sequence's log-probability in `context.log_probs`."""
 
-    measures: tuple[str, ...] = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracy",
-                                 "log_probs/chosen", "log_probs/rejected")  # fmt: skip
+    measures: tuple[str, ...] = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracy",
+        "log_probs/chosen",
+        "log_probs/rejected",
+    )
 
     def __init__(self, task: str, settings: Preference) -> None:
         self.task = task
@@ -72,18 +78,33 @@ class PreferenceLoss:
         context.log_probs = log_probs.detach()
         means = log_probs / lengths.clamp(min=1)
         if self.task == "dpo":
-            reference = context.reference if context.reference is not None else torch.zeros_like(log_probs)
+            reference = (
+                context.reference if context.reference is not None else torch.zeros_like(log_probs)
+            )
             rewards = self.beta * (log_probs - reference)
         else:
             rewards = self.beta * means
         chosen, rejected = rewards[0::2], rewards[1::2]
         if self.task == "orpo":
-            pairs = -means[0::2] - self.beta * F.logsigmoid(_log_odds(means[0::2]) - _log_odds(means[1::2]))
+            pairs = -means[0::2] - self.beta * F.logsigmoid(
+                _log_odds(means[0::2]) - _log_odds(means[1::2])
+            )
         else:
             logits = chosen - rejected - (self.margin if self.task == "simpo" else 0.0)
-            pairs = -(1 - self.smoothing) * F.logsigmoid(logits) - self.smoothing * F.logsigmoid(-logits)
+            pairs = -(1 - self.smoothing) * F.logsigmoid(logits) - self.smoothing * F.logsigmoid(
+                -logits
+            )
         present = _present(context.labels)
-        told = torch.stack([chosen, rejected, chosen - rejected, (chosen > rejected).float(), log_probs[0::2], log_probs[1::2]])
+        told = torch.stack(
+            [
+                chosen,
+                rejected,
+                chosen - rejected,
+                (chosen > rejected).float(),
+                log_probs[0::2],
+                log_probs[1::2],
+            ]
+        )
         context.measured = told.detach().masked_fill(~present, 0.0).sum(1)
         return pairs.masked_fill(~present, 0.0).sum()
 

@@ -26,12 +26,19 @@ _BY_ROWS = ("out", "down")
 
 
 @torch.no_grad()
-def quantize_linears(stage: nn.Module, *, device: torch.device, fill: Callable[[Sharding, nn.Parameter], None]) -> None:
+def quantize_linears(
+    stage: nn.Module, *, device: torch.device, fill: Callable[[Sharding, nn.Parameter], None]
+) -> None:
     """Replace the weights of the stage's linears, which were made without memory, by NF4 of what `fill` writes into each."""
     for module in stage.modules():
         if isinstance(module, Linear):
             empty, declaration = module.weight, sharding(module.weight)
-            whole = declare(nn.Parameter(torch.empty(empty.shape, dtype=empty.dtype, device=device), requires_grad=False), declaration)
+            whole = declare(
+                nn.Parameter(
+                    torch.empty(empty.shape, dtype=empty.dtype, device=device), requires_grad=False
+                ),
+                declaration,
+            )
             fill(declaration, whole)
             del module.weight
             module.weight = Quantized(whole.detach(), declaration)
@@ -52,10 +59,23 @@ def check_blocks(architecture: Architecture, settings: Lora, tensor: int) -> Non
     """Refuse rows that are not whole blocks on every tensor rank: their values would depend on the layout."""
     if settings.quantize != "none" and not _fits(architecture, tensor):
         widths = ", ".join(f"{name}={size}" for name, size in _widths(architecture).items())
-        fits = [str(t) for t in range(1, architecture.num_heads + 1) if _fits(architecture, t) and _splits(architecture, t)]
-        way_out = f"use parallel.tensor={' or '.join(fits)}, or lora.quantize=none" if fits else "leave it out"
-        raise ConfigError("lora.quantize", settings.quantize, f"scales {BLOCK} neighbours of a row together, and with parallel.tensor={tensor} a rank's part "
-                          f"of the rows ({widths}) is not whole blocks", way_out)  # fmt: skip
+        fits = [
+            str(t)
+            for t in range(1, architecture.num_heads + 1)
+            if _fits(architecture, t) and _splits(architecture, t)
+        ]
+        way_out = (
+            f"use parallel.tensor={' or '.join(fits)}, or lora.quantize=none"
+            if fits
+            else "leave it out"
+        )
+        raise ConfigError(
+            "lora.quantize",
+            settings.quantize,
+            f"scales {BLOCK} neighbours of a row together, and with parallel.tensor={tensor} a rank's part "
+            f"of the rows ({widths}) is not whole blocks",
+            way_out,
+        )
 
 
 def check_bitsandbytes(settings: Lora) -> None:
@@ -69,15 +89,26 @@ def check_bitsandbytes(settings: Lora) -> None:
     if there is None or tuple(int(part) for part in there.split(".")[:2]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         rule = f"needs bitsandbytes {oldest} or newer, and {there or 'none'} is installed"
-        raise ConfigError("lora.quantize", settings.quantize, rule, "pip install 'megatrain[qlora]', or lora.quantize=none, which holds the base in train.dtype")
+        raise ConfigError(
+            "lora.quantize",
+            settings.quantize,
+            rule,
+            "pip install 'megatrain[qlora]', or lora.quantize=none, which holds the base in train.dtype",
+        )
 
 
 def _widths(a: Architecture) -> dict[str, int]:
-    return {"hidden_size": a.hidden_size, "heads x head_dim": in_features(a, "out"), "intermediate_size": in_features(a, "down")}
+    return {
+        "hidden_size": a.hidden_size,
+        "heads x head_dim": in_features(a, "out"),
+        "intermediate_size": in_features(a, "down"),
+    }
 
 
 def _fits(a: Architecture, tensor: int) -> bool:
-    return a.hidden_size % BLOCK == 0 and all(in_features(a, role) % (BLOCK * tensor) == 0 for role in _BY_ROWS)
+    return a.hidden_size % BLOCK == 0 and all(
+        in_features(a, role) % (BLOCK * tensor) == 0 for role in _BY_ROWS
+    )
 
 
 def _splits(a: Architecture, tensor: int) -> bool:

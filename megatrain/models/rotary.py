@@ -47,13 +47,18 @@ def frequencies(architecture: Architecture, kind: str | None = None, *, length: 
     return Frequencies(inv_freq.float(), float(factor))
 
 
-def rotations(positions: Tensor, architecture: Architecture, dtype: torch.dtype) -> dict[str | None, Rotation]:
+def rotations(
+    positions: Tensor, architecture: Architecture, dtype: torch.dtype
+) -> dict[str | None, Rotation]:
     """Of positions int64 [B, S], for each kind of layer that the model has; empty where positions are learned."""
     if not architecture.rotary:
         return {}
     kinds = dict.fromkeys(architecture.rope_kind(layer) for layer in range(architecture.num_layers))
     found = {kind: frequencies(architecture, kind, length=positions.shape[1]) for kind in kinds}
-    return {kind: rotation(positions, inv_freq.to(positions.device), factor, dtype) for kind, (inv_freq, factor) in found.items()}
+    return {
+        kind: rotation(positions, inv_freq.to(positions.device), factor, dtype)
+        for kind, (inv_freq, factor) in found.items()
+    }
 
 
 def rotation(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> Rotation:
@@ -67,7 +72,9 @@ class _Rotate(torch.autograd.Function):
     """x [S, B, heads, head_dim] turned by each position's angle; the backward turns back and keeps nothing of x."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(cos, sin)
         half = x.shape[-1] // 2
         y = x * cos
@@ -76,7 +83,9 @@ class _Rotate(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
         half = grad.shape[-1] // 2
         dx = grad * cos

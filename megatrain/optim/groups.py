@@ -12,7 +12,12 @@ from megatrain.optim.lion import Lion
 from megatrain.parallel.sharding import sharding
 from megatrain.settings import Optimizer
 
-STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",), "lion": ("exp_avg",)}
+STATES = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+    "lion": ("exp_avg",),
+}
 """What each rule keeps for an element, beside the weight itself."""
 
 
@@ -32,7 +37,10 @@ def decay_groups(parameters: Iterable[nn.Parameter], config: Optimizer) -> list[
     kept: list[nn.Parameter] = []
     for parameter in parameters:
         (decayed if decays(parameter, config) else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -43,15 +51,23 @@ def is_at_both_ends(parameter: nn.Parameter) -> bool:
 
 def lane_padding(group: Sequence[nn.Parameter], *, shards: int) -> int:
     """Elements to add to a group with a tied matrix, so that no share of it has a rest: both ends then update their copies to the same bits."""
-    return -sum(parameter.numel() for parameter in group) % (LANES * shards) if any(map(is_at_both_ends, group)) else 0
+    return (
+        -sum(parameter.numel() for parameter in group) % (LANES * shards)
+        if any(map(is_at_both_ends, group))
+        else 0
+    )
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: Optimizer) -> torch.optim.Optimizer:
     """torch's own rules in their fused kernels; fp32 states."""
     betas = (config.betas[0], config.betas[1])
     rules: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "adamw": lambda: torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True),
-        "adam": lambda: torch.optim.Adam(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True),
+        "adamw": lambda: torch.optim.AdamW(
+            groups, lr=config.lr, betas=betas, eps=config.eps, fused=True
+        ),
+        "adam": lambda: torch.optim.Adam(
+            groups, lr=config.lr, betas=betas, eps=config.eps, fused=True
+        ),
         "sgd": lambda: torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True),
         "lion": lambda: Lion(groups, lr=config.lr, betas=betas),
     }

@@ -11,7 +11,14 @@ import torch
 class Lion(torch.optim.Optimizer):
     """Sign of an interpolation between momentum and gradient, with decoupled weight decay."""
 
-    def __init__(self, params: Any, *, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -53,14 +53,20 @@ def state_sizes(stage: nn.Module, config: Config, *, data_size: int) -> StateSiz
     frozen = sum(parameter.numel() for parameter in stage_parameters if not parameter.requires_grad)
     width, shards = DTYPES[config.train.dtype].itemsize, data_size if config.parallel.zero else 1
     held = [group["params"] for group in decay_groups(trained, config.optimizer)]
-    groups = [[*(parameter.numel() for parameter in group), lane_padding(group, shards=shards)] for group in held] or [[1]]  # else a stand-in
+    groups = [
+        [*(parameter.numel() for parameter in group), lane_padding(group, shards=shards)]
+        for group in held
+    ] or [[1]]  # else a stand-in
     rest = _whole if config.parallel.zero == 3 else _flat
     elements = rest(groups, shards)
     counters = 4 * len(groups) if config.optimizer.name in ("adam", "adamw") else 0
     states = 4 * (1 + len(STATES[config.optimizer.name])) * (elements // shards) + counters
     weights = width * (elements + frozen)
     if config.parallel.zero == 3:
-        weights = width * (elements // shards + sum(-(-p.numel() // shards) for p in stage_parameters if not p.requires_grad))
+        weights = width * (
+            elements // shards
+            + sum(-(-p.numel() // shards) for p in stage_parameters if not p.requires_grad)
+        )
     exact = sum(map(sum, groups))
     if config.parallel.zero >= 2:
         gradients = 4 * (elements // shards)
@@ -95,9 +101,15 @@ def _whole(groups: list[list[int]], shards: int) -> int:
     return sum(-(-numel // shards) * shards for group in groups for numel in group)
 
 
-def _at_work(config: Config, groups: list[list[int]], share: int, largest: int, width: int, frozen: int) -> tuple[int, int]:
+def _at_work(
+    config: Config, groups: list[list[int]], share: int, largest: int, width: int, frozen: int
+) -> tuple[int, int]:
     """Buffers, and what the update takes; see `StateSizes`."""
-    everything, level, offload = sum(map(sum, groups)), config.parallel.zero, config.parallel.offload == "cpu"
+    everything, level, offload = (
+        sum(map(sum, groups)),
+        config.parallel.zero,
+        config.parallel.offload == "cpu",
+    )
     message = min(everything, max(zero.BUCKET, largest))
     if level == 3:
         gathered = min(everything + frozen, MOST_GATHERED) + min(everything + frozen, AHEAD)

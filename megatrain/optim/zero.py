@@ -20,7 +20,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.config import Config
-from megatrain.optim.groups import STATES, decay_groups, decays, is_at_both_ends, lane_padding, make_optimizer
+from megatrain.optim.groups import (
+    STATES,
+    decay_groups,
+    decays,
+    is_at_both_ends,
+    lane_padding,
+    make_optimizer,
+)
 from megatrain.parallel import collectives
 from megatrain.parallel.grid import Axis, Grid
 from megatrain.parallel.sharding import Sharding, declare, parameters, sharding
@@ -84,9 +91,12 @@ class Zero:
             parameter.ds_pipe_replicated = not declaration.counted  # type: ignore[attr-defined]
         groups = decay_groups(self.trained, config.optimizer)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(groups, config.optimizer), config=_engine_config(config, microbatches),
-            mpu=_Mpu(grid, shard=config.parallel.zero > 0), dist_init_required=False,
-        )  # fmt: skip
+            model=model,
+            optimizer=make_optimizer(groups, config.optimizer),
+            config=_engine_config(config, microbatches),
+            mpu=_Mpu(grid, shard=config.parallel.zero > 0),
+            dist_init_required=False,
+        )
         self.engine.enable_backward_allreduce = self.partitioned
         # With fp32 buffers of its own for gradients.
         self._bf16 = not self.partitioned and hasattr(self.optimizer, "fp32_groups_gradients")
@@ -106,7 +116,11 @@ class Zero:
     @property
     def loss_scale(self) -> float:
         """What a loss's gradient is to be multiplied by; DeepSpeed's own backward, which ZeRO 2 and 3 take, does it itself."""
-        return float(self.optimizer.loss_scale) if self.config.train.dtype == "fp16" and not self.partitioned else 1.0
+        return (
+            float(self.optimizer.loss_scale)
+            if self.config.train.dtype == "fp16" and not self.partitioned
+            else 1.0
+        )
 
     @property
     def _scaler(self) -> Any:
@@ -116,19 +130,29 @@ class Zero:
     def loss_scaling(self) -> LossScale | None:
         """Its state, None where there is none: a resume goes on with it."""
         scaler = self._scaler
-        return None if scaler is None else LossScale(scaler.cur_scale, scaler.cur_hysteresis, scaler.last_overflow_iter, scaler.cur_iter)
+        return (
+            None
+            if scaler is None
+            else LossScale(
+                scaler.cur_scale, scaler.cur_hysteresis, scaler.last_overflow_iter, scaler.cur_iter
+            )
+        )
 
     @loss_scaling.setter
     def loss_scaling(self, state: LossScale | None) -> None:
         if state is not None and (scaler := self._scaler) is not None:
-            scaler.cur_scale, scaler.cur_hysteresis, scaler.last_overflow_iter, scaler.cur_iter = state
+            scaler.cur_scale, scaler.cur_hysteresis, scaler.last_overflow_iter, scaler.cur_iter = (
+                state
+            )
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def _take_main_grads(self) -> None:
         """DeepSpeed's own fp32 buffers where it keeps them (bf16), else ours."""
         if self._bf16:
-            for group, grads in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True):
+            for group, grads in zip(
+                self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True
+            ):
                 for parameter, grad in zip(group, grads, strict=True):
                     parameter.main_grad = grad.view_as(parameter)
         else:
@@ -141,7 +165,9 @@ class Zero:
 
         def watch(place: int) -> Callable[[Tensor], None]:
             def hook(grad: Tensor) -> None:
-                self._largest[place] = torch.maximum(self._largest[place], _largest_of([grad])[0].float())
+                self._largest[place] = torch.maximum(
+                    self._largest[place], _largest_of([grad])[0].float()
+                )
 
             return hook
 
@@ -157,7 +183,10 @@ class Zero:
             return torch.zeros(0)
         if not self.partitioned:
             return _largest_of([parameter.main_grad for parameter in self.trained])  # type: ignore[attr-defined]
-        largest, self._largest = torch.stack(self._largest), [torch.zeros_like(size) for size in self._largest]
+        largest, self._largest = (
+            torch.stack(self._largest),
+            [torch.zeros_like(size) for size in self._largest],
+        )
         return largest
 
     def refuses(self, largest: Tensor) -> bool:
@@ -228,8 +257,12 @@ class Zero:
         """
         self._sum_declared(ends=False)
         if self._bf16:
-            self.optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in self.optimizer.bf16_groups]
-            for flat in self.optimizer.fp32_groups_gradients_flat if self.grid.data.size > 1 else []:
+            self.optimizer.fp32_groups_has_gradients = [
+                [True] * len(group) for group in self.optimizer.bf16_groups
+            ]
+            for flat in (
+                self.optimizer.fp32_groups_gradients_flat if self.grid.data.size > 1 else []
+            ):
                 for part in flat.split(BUCKET):
                     collectives.all_reduce(part, self.grid.data)
                 flat.div_(self.grid.data.size)
@@ -280,7 +313,9 @@ class Zero:
         overflow = bool(getattr(self.optimizer, "overflow", False))
         if overflow and not self._bf16:
             self._forget_reduced()
-        return StepResult(float(self.optimizer._global_grad_norm), not overflow, rescaled=overflow and falls)
+        return StepResult(
+            float(self.optimizer._global_grad_norm), not overflow, rescaled=overflow and falls
+        )
 
     # -- state by name and slice -------------------------------------------------------------------------------------
 
@@ -290,7 +325,9 @@ class Zero:
         if self.config.parallel.zero == 3:
             masters = self.optimizer.fp32_partitioned_groups_flat
         else:
-            masters = [flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]]
+            masters = [
+                flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]
+            ]
         for flat in masters:
             state = self.optimizer.optimizer.state[flat]
             for name in STATES[rule]:
@@ -306,7 +343,16 @@ class Zero:
     @property
     def updates(self) -> int:
         """Updates applied so far, as the rule's bias correction counts them."""
-        return int(max((float(state["step"]) for state in self.optimizer.optimizer.state.values() if "step" in state), default=0))
+        return int(
+            max(
+                (
+                    float(state["step"])
+                    for state in self.optimizer.optimizer.state.values()
+                    if "step" in state
+                ),
+                default=0,
+            )
+        )
 
     @updates.setter
     def updates(self, count: int) -> None:
@@ -319,7 +365,11 @@ class Zero:
         if self.config.parallel.zero == 3:
             yield from self._fragments_of_weights()
             return
-        lp_groups = self.optimizer.bf16_groups if hasattr(self.optimizer, "bf16_groups") else self.optimizer.bit16_groups
+        lp_groups = (
+            self.optimizer.bf16_groups
+            if hasattr(self.optimizer, "bf16_groups")
+            else self.optimizer.bit16_groups
+        )
         for lp_group, group in zip(lp_groups, self.optimizer.optimizer.param_groups, strict=True):
             (flat,) = group["params"]
             state = self.optimizer.optimizer.state[flat]
@@ -328,9 +378,22 @@ class Zero:
                 if mapping is None or not sharding(parameter).name:
                     continue
                 place = mapping.hp_fragment_address
-                held = {"master": flat.detach()} | {name: state[name] for name in STATES[self.config.optimizer.name] if name in state}
-                tensors = {name: tensor.narrow(0, place.start, place.numel) for name, tensor in held.items()}
-                yield Fragment(sharding(parameter), parameter, tuple(parameter.shape), mapping.lp_fragment_address.start, tensors)
+                held = {"master": flat.detach()} | {
+                    name: state[name]
+                    for name in STATES[self.config.optimizer.name]
+                    if name in state
+                }
+                tensors = {
+                    name: tensor.narrow(0, place.start, place.numel)
+                    for name, tensor in held.items()
+                }
+                yield Fragment(
+                    sharding(parameter),
+                    parameter,
+                    tuple(parameter.shape),
+                    mapping.lp_fragment_address.start,
+                    tensors,
+                )
 
     def _fragments_of_weights(self) -> Iterator[Fragment]:
         keys = {"master": None, **{name: name for name in STATES[self.config.optimizer.name]}}
@@ -340,8 +403,13 @@ class Zero:
             start = self.grid.data.rank * share
             count = max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]
             if count:
-                tensors = {name: view(parameter, True, key)[0].detach().view(-1)[:count] for name, key in keys.items()}
-                yield Fragment(sharding(parameter), parameter, tuple(parameter.ds_shape), start, tensors)  # type: ignore[attr-defined]
+                tensors = {
+                    name: view(parameter, True, key)[0].detach().view(-1)[:count]
+                    for name, key in keys.items()
+                }
+                yield Fragment(
+                    sharding(parameter), parameter, tuple(parameter.ds_shape), start, tensors
+                )  # type: ignore[attr-defined]
 
     def masters_to_weights(self) -> None:
         """Make the model's weights what the masters say, on all replicas; after loading."""
@@ -367,22 +435,52 @@ def _with_stand_ins(stage: nn.Module, config: Config, grid: Grid) -> nn.Module:
 
     DeepSpeed reduces the norm group by group: a rank without a group would leave the others waiting for ever. All ranks call it together.
     """
-    like, trained = next(stage.parameters()), [parameter for parameter in stage.parameters() if parameter.requires_grad]
+    like, trained = (
+        next(stage.parameters()),
+        [parameter for parameter in stage.parameters() if parameter.requires_grad],
+    )
     kinds: list[Literal["matrix", "bias"]] = ["matrix", "bias"]
-    groups = [[parameter for parameter in trained if decays(parameter, config.optimizer) == (kind == "matrix")] for kind in kinds]
-    anywhere = torch.tensor([len(group) > 0 for group in groups], dtype=torch.int32, device=like.device)
+    groups = [
+        [
+            parameter
+            for parameter in trained
+            if decays(parameter, config.optimizer) == (kind == "matrix")
+        ]
+        for kind in kinds
+    ]
+    anywhere = torch.tensor(
+        [len(group) > 0 for group in groups], dtype=torch.int32, device=like.device
+    )
     anywhere = collectives.all_reduce(anywhere, grid.model, op=dist.ReduceOp.MAX)
     shards = grid.data.size if config.parallel.zero else 1
-    sizes = [lane_padding(group, shards=shards) if group else int(there) for group, there in zip(groups, anywhere.tolist(), strict=True)]
-    stand_ins = [declare(nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device)), Sharding("", (size,), kind=kind, counted=False))
-                 for kind, size in zip(kinds, sizes, strict=True) if size]  # fmt: skip
-    return nn.ModuleDict({"stage": stage, "stand_ins": nn.ParameterList(stand_ins)}) if stand_ins else stage
+    sizes = [
+        lane_padding(group, shards=shards) if group else int(there)
+        for group, there in zip(groups, anywhere.tolist(), strict=True)
+    ]
+    stand_ins = [
+        declare(
+            nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device)),
+            Sharding("", (size,), kind=kind, counted=False),
+        )
+        for kind, size in zip(kinds, sizes, strict=True)
+        if size
+    ]
+    return (
+        nn.ModuleDict({"stage": stage, "stand_ins": nn.ParameterList(stand_ins)})
+        if stand_ins
+        else stage
+    )
 
 
 def _largest_of(grads: list[Tensor]) -> Tensor:
     """Each one's largest magnitude, in one read of it; not a number if an element is none."""
-    ends = [torch.aminmax(grad.detach()) if grad.numel() else (grad.new_zeros(()),) * 2 for grad in grads]
-    return torch.maximum(-torch.stack([low for low, _ in ends]), torch.stack([high for _, high in ends]))
+    ends = [
+        torch.aminmax(grad.detach()) if grad.numel() else (grad.new_zeros(()),) * 2
+        for grad in grads
+    ]
+    return torch.maximum(
+        -torch.stack([low for low, _ in ends]), torch.stack([high for _, high in ends])
+    )
 
 
 def _all_reduce_together(grads: list[Tensor], axis: Axis) -> None:
@@ -393,7 +491,9 @@ def _all_reduce_together(grads: list[Tensor], axis: Axis) -> None:
             if bucket:
                 flat = torch.cat([t.reshape(-1) for t in bucket])
                 collectives.all_reduce(flat, axis)
-                for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                for tensor, part in zip(
+                    bucket, flat.split([t.numel() for t in bucket]), strict=True
+                ):
                     tensor.copy_(part.view_as(tensor))
             bucket = []
         if grad is not None:
@@ -403,10 +503,14 @@ def _all_reduce_together(grads: list[Tensor], axis: Axis) -> None:
 def _engine_config(config: Config, microbatches: int) -> dict[str, Any]:
     p = config.parallel
     zero: dict[str, Any] = {
-        "stage": max(1, p.zero), "overlap_comm": False, "contiguous_gradients": p.zero >= 2,
-        "reduce_bucket_size": BUCKET, "allgather_bucket_size": 2 * BUCKET, "memory_efficient_linear": False,
+        "stage": max(1, p.zero),
+        "overlap_comm": False,
+        "contiguous_gradients": p.zero >= 2,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": 2 * BUCKET,
+        "memory_efficient_linear": False,
         "stage3_param_persistence_threshold": 0,
-    }  # fmt: skip
+    }
     if p.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {

@@ -72,14 +72,18 @@ def make_piece(s: Sharding, local_shape: tuple[int, ...], first: int, count: int
     """The piece [first, first + count) of a parameter of `local_shape`."""
     oriented = local_shape[::-1] if s.transposed else local_shape
     extent = oriented[s.dim] if s.dim is not None else 0
-    return Piece(s.shape, s.dim, s.start, s.length, s.run, s.stride, s.transposed, extent, first, count)
+    return Piece(
+        s.shape, s.dim, s.start, s.length, s.run, s.stride, s.transposed, extent, first, count
+    )
 
 
 def runs_of(piece: Piece) -> Runs:
     """The piece as runs in both orders, padding left out; both rise."""
     shape, dim = piece.shape, piece.dim
     if dim is None:
-        return _clip(Runs(*(np.array([number], np.int64) for number in (0, 0, math.prod(shape)))), piece)
+        return _clip(
+            Runs(*(np.array([number], np.int64) for number in (0, 0, math.prod(shape)))), piece
+        )
     if piece.transposed:
         shape, dim = shape[::-1], len(shape) - 1 - dim
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
@@ -88,7 +92,9 @@ def runs_of(piece: Piece) -> Runs:
     regions = np.arange(piece.length // run, dtype=np.int64)[None]
     whole = (rows * shape[dim] + piece.start + regions * piece.stride) * inner
     local = (rows * piece.extent + regions * run) * inner
-    return _clip(Runs(whole.ravel(), local.ravel(), np.full(whole.size, run * inner, np.int64)), piece)
+    return _clip(
+        Runs(whole.ravel(), local.ravel(), np.full(whole.size, run * inner, np.int64)), piece
+    )
 
 
 def _clip(runs: Runs, piece: Piece) -> Runs:
@@ -108,8 +114,16 @@ def meet(source: Runs, target: Runs) -> Copies:
     t = np.repeat(np.arange(counts.size), counts)
     s = np.arange(t.size) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(low, counts)
     start = np.maximum(source.whole[s], target.whole[t])
-    length = np.minimum(source.whole[s] + source.length[s], target.whole[t] + target.length[t]) - start
-    return _join(Copies(source.local[s] + start - source.whole[s], target.local[t] + start - target.whole[t], length))
+    length = (
+        np.minimum(source.whole[s] + source.length[s], target.whole[t] + target.length[t]) - start
+    )
+    return _join(
+        Copies(
+            source.local[s] + start - source.whole[s],
+            target.local[t] + start - target.whole[t],
+            length,
+        )
+    )
 
 
 def _join(copies: Copies) -> Copies:
@@ -129,4 +143,6 @@ def covers(target: Runs, pieces: list[Copies]) -> bool:
     lengths = np.concatenate([np.empty(0, np.int64), *(copies.length for copies in pieces)])
     order = np.argsort(starts, kind="stable")
     starts, lengths = starts[order], lengths[order]
-    return int(lengths.sum()) == target.total and bool(np.all(starts[1:] >= starts[:-1] + lengths[:-1]))
+    return int(lengths.sum()) == target.total and bool(
+        np.all(starts[1:] >= starts[:-1] + lengths[:-1])
+    )

@@ -75,7 +75,15 @@ def box(*, tensor: int, pipeline: int, data: int) -> np.ndarray:
     return np.arange(tensor * pipeline * data).reshape(pipeline, data, tensor)
 
 
-def make_grid(rank: int, *, tensor: int = 1, pipeline: int = 1, data: int = 1, connect: bool = True, beat: Beat | None = None) -> Grid:
+def make_grid(
+    rank: int,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    data: int = 1,
+    connect: bool = True,
+    beat: Beat | None = None,
+) -> Grid:
     """This rank's grid, its collectives noted in `beat`; with `connect` every rank of the world must call it together, since it makes process groups."""
     ranks = box(tensor=tensor, pipeline=pipeline, data=data)
     lines = {
@@ -88,22 +96,41 @@ def make_grid(rank: int, *, tensor: int = 1, pipeline: int = 1, data: int = 1, c
     beat = beat or Beat()
     axes = {name: _axis(rank, groups, connect, name, beat) for name, groups in lines.items()}
     world = Axis(rank, ranks.size, tuple(range(ranks.size)), name="world", beat=beat)
-    return Grid(rank=rank, world_size=ranks.size, world=world, singleton=new_group((rank,), name="singleton", beat=beat) if connect else None, **axes)
+    return Grid(
+        rank=rank,
+        world_size=ranks.size,
+        world=world,
+        singleton=new_group((rank,), name="singleton", beat=beat) if connect else None,
+        **axes,
+    )
 
 
 def part_of(axis: Axis, size: int) -> Axis:
     """The `size` neighbours of this rank on the axis: ranks [k*size, (k+1)*size) of it. All of the axis call it together."""
     first = axis.rank // size * size
     ranks = axis.ranks[first : first + size]
-    group = new_group(ranks, name=axis.name, beat=axis.beat) if axis.group is not None and size > 1 else None
-    return Axis(rank=axis.rank - first, size=size, ranks=ranks, group=group, name=axis.name, beat=axis.beat)
+    group = (
+        new_group(ranks, name=axis.name, beat=axis.beat)
+        if axis.group is not None and size > 1
+        else None
+    )
+    return Axis(
+        rank=axis.rank - first, size=size, ranks=ranks, group=group, name=axis.name, beat=axis.beat
+    )
 
 
 def _axis(rank: int, lines: np.ndarray, connect: bool, name: str, beat: Beat) -> Axis:
     mine = next((tuple(line) for line in lines.tolist() if rank in line), (rank,))
     # Also for a rank alone on a line of others' (see new_group).
     group = new_group(mine, name=name, beat=beat) if connect and lines.shape[1] > 1 else None
-    return Axis(rank=mine.index(rank), size=len(mine), ranks=mine, group=group if len(mine) > 1 else None, name=name, beat=beat)
+    return Axis(
+        rank=mine.index(rank),
+        size=len(mine),
+        ranks=mine,
+        group=group if len(mine) > 1 else None,
+        name=name,
+        beat=beat,
+    )
 
 
 def new_group(ranks: tuple[int, ...], *, name: str, beat: Beat) -> dist.ProcessGroup:

@@ -62,7 +62,13 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight = ctx.weight
         wide = widen(grad.reshape(-1, grad.shape[-1]))
-        dx = (wide @ widen(dense(weight, grad.dtype))).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
+        dx = (
+            (wide @ widen(dense(weight, grad.dtype)))
+            .to(grad.dtype)
+            .view(*grad.shape[:-1], weight.shape[1])
+            if ctx.needs_input_grad[0]
+            else None
+        )
         dw = _weight_gradient(Deferred(weight, x, grad)) if ctx.needs_input_grad[1] else None
         db = wide.sum(0).to(grad.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, dw, db
@@ -145,7 +151,14 @@ class Linear(nn.Module):
 class RowLinear(Linear):
     """A linear split by rows: the sum over tensor ranks is taken before the bias, which all of them hold."""
 
-    def __init__(self, weight: nn.Parameter | Quantized, bias: nn.Parameter | None, *, axis: Axis, sequence: bool) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter | Quantized,
+        bias: nn.Parameter | None,
+        *,
+        axis: Axis,
+        sequence: bool,
+    ) -> None:
         super().__init__(weight, bias)
         self.axis, self.sequence = axis, sequence
 
@@ -157,7 +170,15 @@ class RowLinear(Linear):
 class VocabEmbedding(nn.Module):
     """Rows of a table split over tensor ranks: tokens int64 [B, S] -> [S, B, H], or [S/t, B, H] under sequence parallelism."""
 
-    def __init__(self, weight: nn.Parameter, *, start: int, axis: Axis, sequence: bool, padding_token: int | None = None) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        *,
+        start: int,
+        axis: Axis,
+        sequence: bool,
+        padding_token: int | None = None,
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.start, self.axis, self.sequence = start, axis, sequence
@@ -170,7 +191,9 @@ class VocabEmbedding(nn.Module):
             return F.embedding(local, self.weight, self.padding_row)
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight, self.padding_row)
-        return collectives.leave(rows.masked_fill(elsewhere[..., None], 0), self.axis, sequence=self.sequence)
+        return collectives.leave(
+            rows.masked_fill(elsewhere[..., None], 0), self.axis, sequence=self.sequence
+        )
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
@@ -183,14 +206,28 @@ class _VocabCrossEntropy(torch.autograd.Function):
     SLAB = 512
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, vocab_size: int, axis: Axis, compile: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        start: int,
+        vocab_size: int,
+        axis: Axis,
+        compile: bool,
+    ) -> Tensor:
         real = max(0, min(logits.shape[1], vocab_size - start))
         logits = logits.detach()
         ctx.save_for_backward(logits)
         if compile and axis.size == 1:
             return _cross_entropy_compiled(logits, labels, real)
         losses = [
-            _cross_entropy_slab(logits[i : i + _VocabCrossEntropy.SLAB], labels[i : i + _VocabCrossEntropy.SLAB], start, real, axis)
+            _cross_entropy_slab(
+                logits[i : i + _VocabCrossEntropy.SLAB],
+                labels[i : i + _VocabCrossEntropy.SLAB],
+                start,
+                real,
+                axis,
+            )
             for i in range(0, logits.shape[0], _VocabCrossEntropy.SLAB)
         ]
         return torch.cat(losses)
@@ -201,7 +238,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
         return dlogits.mul_(grad[:, None].to(dlogits.dtype)), None, None, None, None, None
 
 
-def _cross_entropy_slab(logits: Tensor, labels: Tensor, start: int, real: int, axis: Axis) -> Tensor:
+def _cross_entropy_slab(
+    logits: Tensor, labels: Tensor, start: int, real: int, axis: Axis
+) -> Tensor:
     """Losses [n] of logits [n, V/t]; afterwards logits hold the loss's gradient, rows of label -100 zeros."""
     x = logits.float()
     x[:, real:] = float("-inf")
@@ -228,7 +267,9 @@ def _cross_entropy_slab(logits: Tensor, labels: Tensor, start: int, real: int, a
 def _cross_entropy_compiled(logits: Tensor, labels: Tensor, real: int) -> Tensor:
     """The same of a whole vocabulary, of which the first `real` are tokens; a kernel that holds nothing between."""
     rows, columns = torch.arange(logits.shape[0], device=logits.device), labels.clamp(min=0)
-    losses, at_labels = compiled(_cross_entropy)(logits[:, :real], logits[rows, columns][:, None], labels)
+    losses, at_labels = compiled(_cross_entropy)(
+        logits[:, :real], logits[rows, columns][:, None], labels
+    )
     logits[:, real:] = 0
     logits[rows, columns] = at_labels.squeeze(1)  # scatter_ would copy all logits twice
     return losses
@@ -249,7 +290,15 @@ def _cross_entropy(logits: Tensor, target: Tensor, labels: Tensor) -> tuple[Tens
     return losses.squeeze(1), (above.exp() * scale - trained.float()).to(logits.dtype)
 
 
-def vocab_cross_entropy(logits: Tensor, labels: Tensor, *, start: int, vocab_size: int, axis: Axis, compile: bool = False) -> Tensor:
+def vocab_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    start: int,
+    vocab_size: int,
+    axis: Axis,
+    compile: bool = False,
+) -> Tensor:
     """Loss of each token, fp32 [n], from this rank's logits [n, V/t], whose memory it takes over.
 
     Args:

@@ -32,9 +32,16 @@ class Quantized:
         from bitsandbytes import functional
 
         assert weight.shape[1] % BLOCK == 0, "checked before ranks start"
-        codes, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
+        codes, state = functional.quantize_4bit(
+            weight.contiguous(), blocksize=BLOCK, quant_type="nf4"
+        )
         self._codes, self._scales, self._values = codes, state.absmax, state.code
-        self.sharding, self.shape, self.dtype, self.device = declaration, weight.shape, weight.dtype, weight.device
+        self.sharding, self.shape, self.dtype, self.device = (
+            declaration,
+            weight.shape,
+            weight.dtype,
+            weight.device,
+        )
 
     @classmethod
     def without_memory(cls, weight: Tensor) -> Quantized:
@@ -42,7 +49,12 @@ class Quantized:
         made = cls.__new__(cls)
         made._codes = torch.empty(weight.numel() // 2, dtype=torch.uint8, device="meta")
         made._scales = torch.empty(weight.numel() // BLOCK, dtype=torch.float32, device="meta")
-        made.sharding, made.shape, made.dtype, made.device = sharding(weight), weight.shape, weight.dtype, weight.device
+        made.sharding, made.shape, made.dtype, made.device = (
+            sharding(weight),
+            weight.shape,
+            weight.dtype,
+            weight.device,
+        )
         return made
 
     @property
@@ -55,7 +67,14 @@ class Quantized:
             return torch.empty(self.shape, dtype=dtype, device="meta")
         from bitsandbytes import functional
 
-        state = functional.QuantState(self._scales, shape=self.shape, code=self._values, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
+        state = functional.QuantState(
+            self._scales,
+            shape=self.shape,
+            code=self._values,
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
+        )
         return functional.dequantize_4bit(self._codes, state)
 
 

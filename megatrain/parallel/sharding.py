@@ -81,14 +81,22 @@ class Sharding:
             everything = tuple(slice(0, size) for size in self.shape)
             return [Region(everything, everything)]
         run = self.run or max(self.length, 1)
-        return [Region(self._along(self.start + i * self.stride, run), self._along(i * run, run)) for i in range(self.length // run)]
+        return [
+            Region(self._along(self.start + i * self.stride, run), self._along(i * run, run))
+            for i in range(self.length // run)
+        ]
 
     def _along(self, start: int, length: int) -> tuple[slice, ...]:
-        return tuple(slice(start, start + length) if dim == self.dim else slice(0, size) for dim, size in enumerate(self.shape))
+        return tuple(
+            slice(start, start + length) if dim == self.dim else slice(0, size)
+            for dim, size in enumerate(self.shape)
+        )
 
     def part_shape(self) -> tuple[int, ...]:
         """The part's shape in the whole tensor's orientation."""
-        return tuple(self.length if dim == self.dim else size for dim, size in enumerate(self.shape))
+        return tuple(
+            self.length if dim == self.dim else size for dim, size in enumerate(self.shape)
+        )
 
     def take(self, whole: Tensor) -> Tensor:
         """A copy of the part out of the whole tensor."""

@@ -46,7 +46,11 @@ class Transfer(NamedTuple):
 
     def __str__(self) -> str:
         what = Action(self.kind, self.microbatch, self.chunk)
-        return f"{self.direction} {what} " + ("from" if self.direction == "receive" else "to") + f" rank {self.peer}"
+        return (
+            f"{self.direction} {what} "
+            + ("from" if self.direction == "receive" else "to")
+            + f" rank {self.peer}"
+        )
 
 
 Instruction = Action | Transfer

@@ -30,7 +30,9 @@ class Advice(NamedTuple):
 def advise(xray: XRay) -> list[Advice]:
     """The most useful first; one sentence at least."""
     found = [*_on_cut(xray), *_on_ranks(xray), *_on_parts(xray)]
-    return found or [Advice(f"nothing to mend: no part of the waiting is {NOTABLE:.0%} of the step")]
+    return found or [
+        Advice(f"nothing to mend: no part of the waiting is {NOTABLE:.0%} of the step")
+    ]
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------------
@@ -47,9 +49,18 @@ def _on_cut(xray: XRay) -> list[Advice]:
     problem, excess = _slowest_stage(xray)
     if gain >= WORTH_IT:
         counts = blocks_per_stage(cut)
-        return [Advice(f"{problem}: {_moves(measured, cut)} → predicted −{gain:.1%} of the step's time; set parallel.layers_per_stage={counts}",
-                       counts, gain)]  # fmt: skip
-    return [Advice(f"{problem}; no other cut of the blocks would be faster by {WORTH_IT:.0%} or more")] if excess > NOTABLE else []
+        return [
+            Advice(
+                f"{problem}: {_moves(measured, cut)} → predicted −{gain:.1%} of the step's time; set parallel.layers_per_stage={counts}",
+                counts,
+                gain,
+            )
+        ]
+    return (
+        [Advice(f"{problem}; no other cut of the blocks would be faster by {WORTH_IT:.0%} or more")]
+        if excess > NOTABLE
+        else []
+    )
 
 
 def _slowest_stage(xray: XRay) -> tuple[str, float]:
@@ -58,7 +69,11 @@ def _slowest_stage(xray: XRay) -> tuple[str, float]:
     slowest = max(xray.stages, key=lambda stage: stage.total)
     excess = slowest.total / mean - 1
     words = f"stage {slowest.stage} is {excess:.0%} slower than the mean of the stages"
-    slow = [f"{layer.title} alone takes {times:.1f} times the median block" for layer, times in slow_layers(xray) if layer.stage == slowest.stage]
+    slow = [
+        f"{layer.title} alone takes {times:.1f} times the median block"
+        for layer, times in slow_layers(xray)
+        if layer.stage == slowest.stage
+    ]
     return words + (f" ({', '.join(slow[:3])})" if slow else ""), excess
 
 
@@ -67,7 +82,11 @@ def slow_layers(xray: XRay) -> list[tuple[LayerTimes, float]]:
     slowness = rank_slowness(xray.measured)
     seconds = [layer.total / slowness[xray.stages[layer.stage].rank] for layer in xray.layers]
     middle = statistics.median(seconds[1:-1])
-    slow = [(layer, taken / middle) for layer, taken in zip(xray.layers, seconds, strict=True) if taken >= SLOW * middle > 0]
+    slow = [
+        (layer, taken / middle)
+        for layer, taken in zip(xray.layers, seconds, strict=True)
+        if taken >= SLOW * middle > 0
+    ]
     return sorted(slow, key=lambda found: -found[1])
 
 
@@ -79,15 +98,22 @@ def _moves(measured: Measured, cut: list[range]) -> str:
         for layer in layers:
             if before[layer] != stage:
                 moved.setdefault((before[layer], stage), []).append(layer)
-    parts = [f"{_named(measured, layers)} from stage {source} to stage {target}" for (source, target), layers in sorted(moved.items())]
-    return "move " + ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
+    parts = [
+        f"{_named(measured, layers)} from stage {source} to stage {target}"
+        for (source, target), layers in sorted(moved.items())
+    ]
+    return (
+        "move " + ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
+    )
 
 
 def _named(measured: Measured, layers: list[int]) -> str:
     """`block 3`, `blocks 3 and 4`, `blocks 3–5`."""
     if len(layers) == 1:
         return measured.titles[layers[0]]
-    first, last = (measured.titles[layer].removeprefix("block ") for layer in (layers[0], layers[-1]))
+    first, last = (
+        measured.titles[layer].removeprefix("block ") for layer in (layers[0], layers[-1])
+    )
     return f"blocks {first} and {last}" if len(layers) == 2 else f"blocks {first}–{last}"
 
 
@@ -95,8 +121,12 @@ def _on_ranks(xray: XRay) -> list[Advice]:
     found = []
     for rank, slowness in enumerate(rank_slowness(xray.measured)):
         if slowness >= SLOW_RANK:
-            found.append(Advice(f"pipeline rank {rank} takes {slowness:.2f} times as long as the others for a block: look at its device, "
-                                "its clock rate and what else runs there"))  # fmt: skip
+            found.append(
+                Advice(
+                    f"pipeline rank {rank} takes {slowness:.2f} times as long as the others for a block: look at its device, "
+                    "its clock rate and what else runs there"
+                )
+            )
     return found
 
 
@@ -110,5 +140,11 @@ def _on_parts(xray: XRay) -> list[Advice]:
         "microbatches": "goes to microbatches that take longer than others in the same stage: look for other work on these machines",
         "communication": f"goes to messages and to the host between actions; {message}: a larger train.micro_batch_size makes fewer of them",
     }
-    shares = sorted(((getattr(total, part) / total.span, text) for part, text in words.items()), reverse=True)
-    return [Advice(f"{share:.0%} of the ranks' time {text}") for share, text in shares if share >= NOTABLE]
+    shares = sorted(
+        ((getattr(total, part) / total.span, text) for part, text in words.items()), reverse=True
+    )
+    return [
+        Advice(f"{share:.0%} of the ranks' time {text}")
+        for share, text in shares
+        if share >= NOTABLE
+    ]

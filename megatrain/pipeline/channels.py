@@ -83,7 +83,9 @@ class Channels:
         while wait and len(self._sending) >= self.HELD:
             self._sending.popleft()[0].wait()
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, peer: int) -> Arrival:
+    def receive(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, peer: int
+    ) -> Arrival:
         """Post a receive from pipeline rank `peer`."""
         tensor = torch.empty(shape, dtype=dtype, device=device)
         channel = self._from[peer]

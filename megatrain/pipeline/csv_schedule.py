@@ -41,12 +41,21 @@ def read_schedule(path: str, ranks: int) -> Schedule:
     are not a legal schedule.
     """
     shape, rows = _rows(path)
-    actions = [[_action(cell, path, row, column) for column, cell in enumerate(cells) if cell] for row, cells in enumerate(rows)]
+    actions = [
+        [_action(cell, path, row, column) for column, cell in enumerate(cells) if cell]
+        for row, cells in enumerate(rows)
+    ]
     if len(actions) != ranks:
-        raise ConfigError(_SETTING, path, f"has {len(actions)} rows of actions and parallel.pipeline={ranks} ranks need one each",
-                          f"use parallel.pipeline={len(actions)} or a file of {ranks} rows")  # fmt: skip
+        raise ConfigError(
+            _SETTING,
+            path,
+            f"has {len(actions)} rows of actions and parallel.pipeline={ranks} ranks need one each",
+            f"use parallel.pipeline={len(actions)} or a file of {ranks} rows",
+        )
     chunks = _chunks(actions, path)
-    shapes: list[Shape] = [shape] if shape is not None else ["loop", "v"] if chunks > 1 else ["loop"]
+    shapes: list[Shape] = (
+        [shape] if shape is not None else ["loop", "v"] if chunks > 1 else ["loop"]
+    )
     schedules = [_schedule(path, Placement(ranks, chunks, each), actions) for each in shapes]
     errors: list[ScheduleError] = []
     for schedule in schedules:
@@ -55,8 +64,12 @@ def read_schedule(path: str, ranks: int) -> Schedule:
             return schedule
         except ScheduleError as error:
             errors.append(error)
-    raise ConfigError(_SETTING, path, f"is not a legal schedule: {errors[0]}",
-                      "each rank needs F and B, or F, I and W, of each microbatch and chunk once, in an order that can run")  # fmt: skip
+    raise ConfigError(
+        _SETTING,
+        path,
+        f"is not a legal schedule: {errors[0]}",
+        "each rank needs F and B, or F, I and W, of each microbatch and chunk once, in an order that can run",
+    )
 
 
 def microbatches_of(schedule: Schedule) -> int:
@@ -74,7 +87,12 @@ def _rows(path: str) -> tuple[Shape | None, list[list[str]]]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(_SETTING, path, f"cannot be read: {reason}", "name a CSV file of actions, one row a rank") from None
+        raise ConfigError(
+            _SETTING,
+            path,
+            f"cannot be read: {reason}",
+            "name a CSV file of actions, one row a rank",
+        ) from None
     shape: Shape | None = None
     rows: list[list[str]] = []
     for line in lines:
@@ -91,15 +109,21 @@ def _shape(line: str, path: str) -> Shape | None:
     if found is None:
         return None
     if found[1] not in ("loop", "v"):
-        raise ConfigError(_SETTING, path, f"says `{line.strip()}`, which is no placement", "write loop or v")
+        raise ConfigError(
+            _SETTING, path, f"says `{line.strip()}`, which is no placement", "write loop or v"
+        )
     return cast(Shape, found[1])
 
 
 def _action(cell: str, path: str, row: int, column: int) -> Action:
     found = _CELL.fullmatch(cell)
     if found is None:
-        raise ConfigError(_SETTING, path, f"has `{cell}` for rank {row} in column {column + 1}, which is no action",
-                          "write F, B, I or W, the microbatch, and .chunk unless it is 0, as in F0 or I3.1")  # fmt: skip
+        raise ConfigError(
+            _SETTING,
+            path,
+            f"has `{cell}` for rank {row} in column {column + 1}, which is no action",
+            "write F, B, I or W, the microbatch, and .chunk unless it is 0, as in F0 or I3.1",
+        )
     return Action(cast(Kind, found[1]), int(found[2]), int(found[3] or 0))
 
 
@@ -109,6 +133,10 @@ def _chunks(actions: list[list[Action]], path: str) -> int:
         found = {getattr(action, name) for of_rank in actions for action in of_rank}
         missing = set(range(len(found))) - found
         if missing:
-            raise ConfigError(_SETTING, path, f"has {name} {max(found)} and no {name} {min(missing)}",
-                              "count microbatches and chunks from 0")  # fmt: skip
+            raise ConfigError(
+                _SETTING,
+                path,
+                f"has {name} {max(found)} and no {name} {min(missing)}",
+                "count microbatches and chunks from 0",
+            )
     return 1 + max(action.chunk for of_rank in actions for action in of_rank)

@@ -9,7 +9,12 @@ from xml.sax.saxutils import escape
 from megatrain.pipeline.actions import Action, Kind
 from megatrain.pipeline.simulator import Span, Timeline
 
-KINDS: dict[Kind, str] = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+KINDS: dict[Kind, str] = {
+    "F": "forward",
+    "B": "backward",
+    "I": "input gradient",
+    "W": "weight gradient",
+}
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -27,13 +32,24 @@ def draw_text(timeline: Timeline, width: int) -> str:
     gutter = len(str(ranks - 1)) + 2
     scale = _columns_per_time(timeline, max(width - gutter, 1))
     columns = round(timeline.makespan * scale)
-    lines = [f"{rank:<{gutter}}{_text_line(spans, scale, columns)}" for rank, spans in enumerate(timeline.spans)]
+    lines = [
+        f"{rank:<{gutter}}{_text_line(spans, scale, columns)}"
+        for rank, spans in enumerate(timeline.spans)
+    ]
     return "\n".join([*lines, "", textwrap.fill(_text_legend(timeline), width)])
 
 
 def _columns_per_time(timeline: Timeline, columns: int) -> float:
     """A whole number of columns for the shortest action, where there is room for that."""
-    shortest = min((span.end - span.start for spans in timeline.spans for span in spans if span.end > span.start), default=1.0)
+    shortest = min(
+        (
+            span.end - span.start
+            for spans in timeline.spans
+            for span in spans
+            if span.end > span.start
+        ),
+        default=1.0,
+    )
     longest_label = max(len(_label(span.action)) for spans in timeline.spans for span in spans)
     whole = int(columns * shortest / timeline.makespan + 1e-9)
     return min(whole, longest_label + 1) / shortest if whole else columns / timeline.makespan
@@ -75,7 +91,12 @@ def _kinds(timeline: Timeline) -> list[Kind]:
 # -- picture -----------------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's palette, told apart by colour-blind people; all of it bears black letters.
-_COLOURS: dict[Kind, tuple[int, int, int]] = {"F": (86, 180, 233), "B": (213, 94, 0), "I": (230, 159, 0), "W": (0, 158, 115)}
+_COLOURS: dict[Kind, tuple[int, int, int]] = {
+    "F": (86, 180, 233),
+    "B": (213, 94, 0),
+    "I": (230, 159, 0),
+    "W": (0, 158, 115),
+}
 _IDLE = "#e2e2e2"
 _LEFT, _RIGHT, _TOP, _ROW, _BOX, _LEGEND = 70, 150, 84, 36, 30, 210
 """Pixels: beside the boxes, above them, from one rank's line to the next, a box's height, a legend entry's width."""
@@ -97,7 +118,9 @@ class _Canvas(NamedTuple):
 
 def draw_svg(timeline: Timeline) -> str:
     """The schedule as an SVG: microbatches in the boxes, kinds by colour, chunks by shade, idle time grey."""
-    shortest = min(span.end - span.start for spans in timeline.spans for span in spans if span.end > span.start)
+    shortest = min(
+        span.end - span.start for spans in timeline.spans for span in spans if span.end > span.start
+    )
     plot = min(max(24 * timeline.makespan / shortest, 700), 4000)
     width = _LEFT + max(plot + _RIGHT, _LEGEND * (len(_kinds(timeline)) + 1))
     canvas = _Canvas(plot / timeline.makespan, width, _TOP + _ROW * len(timeline.spans))
@@ -120,8 +143,13 @@ def _title(timeline: Timeline) -> str:
     microbatches = 1 + max(action.microbatch for action in timeline.schedule.actions[0])
     chunks = timeline.schedule.placement.chunks
     of_chunks = f", {chunks} chunks each" if chunks > 1 else ""
-    return _text(_LEFT, 24, f"{timeline.schedule.name}: {len(timeline.spans)} ranks{of_chunks}, {microbatches} microbatches, "
-                 f"bubble {timeline.bubble:.1%}", size=16)  # fmt: skip
+    return _text(
+        _LEFT,
+        24,
+        f"{timeline.schedule.name}: {len(timeline.spans)} ranks{of_chunks}, {microbatches} microbatches, "
+        f"bubble {timeline.bubble:.1%}",
+        size=16,
+    )
 
 
 def _rank_line(timeline: Timeline, rank: int, canvas: _Canvas) -> str:
@@ -131,7 +159,9 @@ def _rank_line(timeline: Timeline, rank: int, canvas: _Canvas) -> str:
         _text(_LEFT - 10, y + _BOX * 0.65, f"rank {rank}", anchor="end"),
         f'<rect x="{_LEFT}" y="{y}" width="{end - _LEFT:.2f}" height="{_BOX}" fill="{_IDLE}"/>',
         *(_box(span, timeline, canvas, y) for span in timeline.spans[rank]),
-        _text(end + 10, y + _BOX * 0.65, f"idle {idle:.0%}, peak {timeline.peak_activations[rank]}"),
+        _text(
+            end + 10, y + _BOX * 0.65, f"idle {idle:.0%}, peak {timeline.peak_activations[rank]}"
+        ),
     ]
     return "\n".join(parts)
 
@@ -142,7 +172,9 @@ def _box(span: Span, timeline: Timeline, canvas: _Canvas, y: float) -> str:
     colour = _shade(span.action.kind, span.action.chunk, timeline.schedule.placement.chunks)
     box = f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}" fill="{colour}" stroke="white"/>'
     if width > 0:
-        size = min(13.0, width / (0.62 * len(label)))  # A digit is about 0.6 as wide as the letters are high.
+        size = min(
+            13.0, width / (0.62 * len(label))
+        )  # A digit is about 0.6 as wide as the letters are high.
         box += _text(x + width / 2, y + _BOX / 2 + 0.36 * size, label, anchor="middle", size=size)
     return box
 
@@ -156,18 +188,26 @@ def _shade(kind: Kind, chunk: int, chunks: int) -> str:
 def _phases(timeline: Timeline, canvas: _Canvas) -> list[str]:
     """Lines around warm-up (until the first backward) and cool-down (after the last forward), with their names above."""
     spans = [span for of_rank in timeline.spans for span in of_rank]
-    first_backward = min((span.start for span in spans if span.action.kind != "F"), default=timeline.makespan)
+    first_backward = min(
+        (span.start for span in spans if span.action.kind != "F"), default=timeline.makespan
+    )
     last_forward = max(span.end for span in spans if span.action.kind == "F")
     bounds = [0.0, first_backward, max(first_backward, last_forward), timeline.makespan]
     parts = []
-    for name, start, end in zip(("warm-up", "steady state", "cool-down"), bounds, bounds[1:], strict=False):
+    for name, start, end in zip(
+        ("warm-up", "steady state", "cool-down"), bounds, bounds[1:], strict=False
+    ):
         if end <= start:
             continue
         x, width = canvas.x(start), (end - start) * canvas.pixels_per_time
-        parts.append(f'<path d="M{x + 2:.2f} {_TOP - 8}v-8h{width - 4:.2f}v8" fill="none" stroke="black"/>')
+        parts.append(
+            f'<path d="M{x + 2:.2f} {_TOP - 8}v-8h{width - 4:.2f}v8" fill="none" stroke="black"/>'
+        )
         parts.append(_text(x + width / 2, _TOP - 24, name, anchor="middle"))
         if start:
-            parts.append(f'<path d="M{x:.2f} {_TOP - 16}V{canvas.bottom}" stroke="black" stroke-opacity="0.4" stroke-dasharray="5 4"/>')
+            parts.append(
+                f'<path d="M{x:.2f} {_TOP - 16}V{canvas.bottom}" stroke="black" stroke-opacity="0.4" stroke-dasharray="5 4"/>'
+            )
     return parts
 
 
@@ -179,7 +219,9 @@ def _axis(timeline: Timeline, canvas: _Canvas) -> list[str]:
     while timeline.makespan / step < 4:
         step /= 2
     ticks = [number * step for number in range(int(timeline.makespan / step + 1e-9) + 1)]
-    marks = [_text(canvas.x(tick), canvas.bottom + 16, f"{tick:g}", anchor="middle") for tick in ticks]
+    marks = [
+        _text(canvas.x(tick), canvas.bottom + 16, f"{tick:g}", anchor="middle") for tick in ticks
+    ]
     return [*marks, _text(_LEFT - 10, canvas.bottom + 16, "time", anchor="end")]
 
 
@@ -199,7 +241,10 @@ def _legend(timeline: Timeline, canvas: _Canvas) -> list[str]:
 
 
 def _legend_entry(x: float, y: float, colour: str, name: str) -> list[str]:
-    return [f'<rect x="{x}" y="{y}" width="16" height="16" fill="{colour}"/>', _text(x + 22, y + 13, name)]
+    return [
+        f'<rect x="{x}" y="{y}" width="16" height="16" fill="{colour}"/>',
+        _text(x + 22, y + 13, name),
+    ]
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: float = 13) -> str:

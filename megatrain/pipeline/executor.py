@@ -74,8 +74,16 @@ class Executor:
         beat: where each action is noted as it begins, and what it waits for.
     """
 
-    def __init__(self, stage: Callable[[Flow | None, Context, int], Flow | Tensor], *, channels: Channels | None,
-                 flow_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, beat: Beat | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        stage: Callable[[Flow | None, Context, int], Flow | Tensor],
+        *,
+        channels: Channels | None,
+        flow_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        beat: Beat | None = None,
+    ) -> None:
         self.stage, self.channels, self.beat = stage, channels, beat or Beat()
         self.flow_shape, self.dtype, self.device = flow_shape, dtype, device
         self.records: list[Record] | None = None
@@ -83,8 +91,14 @@ class Executor:
         self.lap: Callable[[Lap], None] = no_lap
         """Told of each end, at once."""
 
-    def run(self, instructions: Sequence[Instruction], contexts: Sequence[Context], *, backward: Backward | None,
-            loss_weight: Tensor | None = None) -> list[Tensor]:  # fmt: skip
+    def run(
+        self,
+        instructions: Sequence[Instruction],
+        contexts: Sequence[Context],
+        *,
+        backward: Backward | None,
+        loss_weight: Tensor | None = None,
+    ) -> list[Tensor]:
         """Do all instructions of one step.
 
         Args:
@@ -131,9 +145,20 @@ class _InFlight(NamedTuple):
 class _Run:
     """One step, and what it holds between its instructions."""
 
-    def __init__(self, executor: Executor, contexts: Sequence[Context], backward: Backward | None, loss_weight: Tensor | None,
-                 backwards: int) -> None:  # fmt: skip
-        self.executor, self.contexts, self.backward, self.loss_weight = executor, contexts, backward, loss_weight
+    def __init__(
+        self,
+        executor: Executor,
+        contexts: Sequence[Context],
+        backward: Backward | None,
+        loss_weight: Tensor | None,
+        backwards: int,
+    ) -> None:
+        self.executor, self.contexts, self.backward, self.loss_weight = (
+            executor,
+            contexts,
+            backward,
+            loss_weight,
+        )
         self.backwards_left = backwards
         self.losses: list[Tensor] = []
         self.made: Tensor | None = None
@@ -150,7 +175,9 @@ class _Run:
             return
         assert executor.channels is not None
         if transfer.direction == "receive":
-            self.arrived[key] = executor.channels.receive(executor.flow_shape, executor.dtype, executor.device, transfer.peer)
+            self.arrived[key] = executor.channels.receive(
+                executor.flow_shape, executor.dtype, executor.device, transfer.peer
+            )
         else:
             assert self.made is not None
             executor.channels.send(self.made, transfer.peer)
@@ -182,7 +209,9 @@ class _Run:
         arrival = self.arrived.pop((message(action.kind), action.microbatch, action.chunk), None)
         if not isinstance(arrival, Arrival):
             return arrival
-        self.executor.beat.receive(action if action.kind != "I" else action._replace(kind="B"), arrival.source)
+        self.executor.beat.receive(
+            action if action.kind != "I" else action._replace(kind="B"), arrival.source
+        )
         return arrival.wait()
 
     def _forward(self, action: Action, entered: Tensor | None) -> Tensor | None:

@@ -34,16 +34,22 @@ def list_schedule(placement: Placement, microbatches: int, times: Times, rules: 
     """A schedule for these times by these rules; its peaks are those that its actions have."""
     ranks = [_Rank(rank, placement, microbatches, times, rules) for rank in range(placement.ranks)]
     first = placement.place(0)
-    ranks[first.rank].arrive([(0.0, Action("F", microbatch, first.chunk)) for microbatch in range(microbatches)])
+    ranks[first.rank].arrive(
+        [(0.0, Action("F", microbatch, first.chunk)) for microbatch in range(microbatches)]
+    )
     starts: list[float | None] = [rank.next_start() for rank in ranks]
     while any(start is not None for start in starts):
-        at, number = min((start, number) for number, start in enumerate(starts) if start is not None)
+        at, number = min(
+            (start, number) for number, start in enumerate(starts) if start is not None
+        )
         action, end = ranks[number].take(at)
         target = placement.given_to(number, action)
         if target is not None:
             kind: Kind = "F" if action.kind == "F" else ranks[number].backward
             travel = times.send if target.rank != number else 0.0
-            ranks[target.rank].arrive([(end + travel, Action(kind, action.microbatch, target.chunk))])
+            ranks[target.rank].arrive(
+                [(end + travel, Action(kind, action.microbatch, target.chunk))]
+            )
             starts[target.rank] = ranks[target.rank].next_start()
         starts[number] = ranks[number].next_start()
     actions = [rank.done for rank in ranks]
@@ -53,7 +59,9 @@ def list_schedule(placement: Placement, microbatches: int, times: Times, rules: 
 class _Rank:
     """A rank: what has arrived or is on its way, what it holds, and what it has done."""
 
-    def __init__(self, rank: int, placement: Placement, microbatches: int, times: Times, rules: Rules) -> None:
+    def __init__(
+        self, rank: int, placement: Placement, microbatches: int, times: Times, rules: Rules
+    ) -> None:
         self.placement, self.times, self.rules = placement, times, rules
         self.rank, self.stages = rank, placement.stages_of(rank)
         self.backward: Kind = "I" if rules.split else "B"
@@ -103,13 +111,22 @@ class _Rank:
         best = min(here, key=lambda item: self._order(item[1]))
         if best[1].kind == "W" and self.rules.look_ahead:
             later = self._next_arrival(at)
-            if later is not None and later < at + self.times.of(best[1], self.stages[best[1].chunk]):
+            if later is not None and later < at + self.times.of(
+                best[1], self.stages[best[1].chunk]
+            ):
                 return None
         return best
 
     def _next_arrival(self, at: float) -> float | None:
         """Of what is not a W and there is room for."""
-        return min((moment for moment, action in self.coming if moment > at and action.kind != "W" and self._fits(action)), default=None)
+        return min(
+            (
+                moment
+                for moment, action in self.coming
+                if moment > at and action.kind != "W" and self._fits(action)
+            ),
+            default=None,
+        )
 
     def _order(self, action: Action) -> tuple[int, int, int]:
         """Backwards, then forwards, then W; of each the earlier microbatch first, and of that the later stage."""

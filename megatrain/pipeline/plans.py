@@ -62,7 +62,9 @@ class Costs(Protocol):
 # -- the search --------------------------------------------------------------------------------------------------------
 
 
-def find_plans(costs: Costs, *, ranks: int, microbatches: int, limit: float = math.inf) -> list[Plan]:
+def find_plans(
+    costs: Costs, *, ranks: int, microbatches: int, limit: float = math.inf
+) -> list[Plan]:
     """The best plan of each kind that stays within the limit on every rank, the best of all first."""
     plans: list[Plan] = []
     for schedule in _named(ranks, microbatches):
@@ -70,7 +72,12 @@ def find_plans(costs: Costs, *, ranks: int, microbatches: int, limit: float = ma
     for placement in (Placement(ranks), Placement(ranks, 2, "v"), Placement(ranks, 2)):
         cuts = {plan.counts for plan in plans if plan.schedule.placement == placement}
         for rules in _rules(ranks, microbatches):
-            plans += _best(costs, _Made(costs, placement, microbatches, rules), limit, [*cuts, *costs.first_cuts(placement)])
+            plans += _best(
+                costs,
+                _Made(costs, placement, microbatches, rules),
+                limit,
+                [*cuts, *costs.first_cuts(placement)],
+            )
     return _in_order(plans)
 
 
@@ -85,7 +92,11 @@ def _named(ranks: int, microbatches: int) -> Iterator[Schedule]:
 
 def _rules(ranks: int, microbatches: int) -> list[Rules]:
     """Ranks hold what 1F1B's first rank does, or twice as much."""
-    some = [Rules(min(held, microbatches), look_ahead=look_ahead) for held in (ranks, 2 * ranks) for look_ahead in (False, True)]
+    some = [
+        Rules(min(held, microbatches), look_ahead=look_ahead)
+        for held in (ranks, 2 * ranks)
+        for look_ahead in (False, True)
+    ]
     return list(dict.fromkeys([*some, Rules(min(ranks, microbatches), split=False)]))
 
 
@@ -115,7 +126,9 @@ class _Made(NamedTuple):
         return LIST_COST * (2 + self.rules.split) * self.microbatches * self.placement.stages
 
     def on(self, counts: Counts) -> Schedule:
-        return list_schedule(self.placement, self.microbatches, self.costs.times(self.placement, counts), self.rules)
+        return list_schedule(
+            self.placement, self.microbatches, self.costs.times(self.placement, counts), self.rules
+        )
 
 
 def _best(costs: Costs, source: _Fixed | _Made, limit: float, starts: list[Counts]) -> list[Plan]:
@@ -138,13 +151,21 @@ def _best(costs: Costs, source: _Fixed | _Made, limit: float, starts: list[Count
 def plan_of(costs: Costs, schedule: Schedule, counts: Counts) -> Plan:
     """What a schedule takes on a cut."""
     timeline = simulate(schedule, costs.times(schedule.placement, counts))
-    return Plan(schedule, counts, timeline.makespan, timeline.bubble, costs.memory(schedule, counts))
+    return Plan(
+        schedule, counts, timeline.makespan, timeline.bubble, costs.memory(schedule, counts)
+    )
 
 
 def _in_order(plans: list[Plan]) -> list[Plan]:
     """The fastest first, but of those that are equally fast the one that takes the least memory."""
     equal = (1 + EQUAL) * min((plan.seconds for plan in plans), default=0.0)
-    return sorted(plans, key=lambda plan: (plan.seconds > equal, max(plan.memory) if plan.seconds <= equal else plan.seconds))
+    return sorted(
+        plans,
+        key=lambda plan: (
+            plan.seconds > equal,
+            max(plan.memory) if plan.seconds <= equal else plan.seconds,
+        ),
+    )
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------
@@ -171,13 +192,24 @@ class MeasuredCosts:
         return even_cuts(self.model, placement.stages)
 
     def times(self, placement: Placement, counts: Counts) -> Times:
-        return MeasuredTimes([], [], [], self.model.measured.message, by_kind=self.model.times(placement, cut_of(counts)))
+        return MeasuredTimes(
+            [],
+            [],
+            [],
+            self.model.measured.message,
+            by_kind=self.model.times(placement, cut_of(counts)),
+        )
 
     def memory(self, schedule: Schedule, counts: Counts) -> list[float]:
         cut = cut_of(counts)
-        states, activations = ([sum(sizes[layer] for layer in layers) for layers in cut] for sizes in self.layers)
-        return [sum(states[stage] for stage in schedule.placement.stages_of(rank)) + most_held(schedule, rank, activations)
-                for rank in range(schedule.placement.ranks)]  # fmt: skip
+        states, activations = (
+            [sum(sizes[layer] for layer in layers) for layers in cut] for sizes in self.layers
+        )
+        return [
+            sum(states[stage] for stage in schedule.placement.stages_of(rank))
+            + most_held(schedule, rank, activations)
+            for rank in range(schedule.placement.ranks)
+        ]
 
 
 @dataclass(frozen=True)
@@ -194,7 +226,13 @@ class EvenCosts:
         return [(1,) * placement.stages]
 
     def times(self, placement: Placement, counts: Counts) -> Times:
-        return even_times(placement, forward=self.forward, input_gradient=self.input_gradient, weight_gradient=self.weight_gradient, send=self.send)
+        return even_times(
+            placement,
+            forward=self.forward,
+            input_gradient=self.input_gradient,
+            weight_gradient=self.weight_gradient,
+            send=self.send,
+        )
 
     def memory(self, schedule: Schedule, counts: Counts) -> list[float]:
         stages = [1 / schedule.placement.chunks] * schedule.placement.stages

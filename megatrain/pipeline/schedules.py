@@ -19,10 +19,10 @@ T = TypeVar("T")
 def gpipe(rank: int, ranks: int, microbatches: int, chunks: int = 1) -> list[Action]:
     """All forwards, then all backwards (GPipe, arXiv 1811.06965, figure 2c); holds every microbatch's activations.
 
-        0  F0 F1 F2 F3                            B0    B1    B2    B3
-        1     F0 F1 F2 F3                   B0    B1    B2    B3
-        2        F0 F1 F2 F3          B0    B1    B2    B3
-        3           F0 F1 F2 F3 B0    B1    B2    B3
+    0  F0 F1 F2 F3                            B0    B1    B2    B3
+    1     F0 F1 F2 F3                   B0    B1    B2    B3
+    2        F0 F1 F2 F3          B0    B1    B2    B3
+    3           F0 F1 F2 F3 B0    B1    B2    B3
     """
     return _each("F", 0, microbatches) + _each("B", 0, microbatches)
 
@@ -37,7 +37,9 @@ def one_f_one_b(rank: int, ranks: int, microbatches: int, chunks: int = 1) -> li
         2        F0 F1       B0    F2 B1    F3 B2       B3
         3           F0 B0    F1 B1    F2 B2    F3 B3
     """
-    return _one_of_each(_each("F", 0, microbatches), _each("B", 0, microbatches), warmup=ranks - rank - 1)
+    return _one_of_each(
+        _each("F", 0, microbatches), _each("B", 0, microbatches), warmup=ranks - rank - 1
+    )
 
 
 def interleaved(rank: int, ranks: int, microbatches: int, chunks: int) -> list[Action]:
@@ -54,7 +56,9 @@ def interleaved(rank: int, ranks: int, microbatches: int, chunks: int) -> list[A
     """
     forwards = _by_group(ranks, microbatches, "F", range(chunks))
     backwards = _by_group(ranks, microbatches, "B", range(chunks)[::-1])
-    return _one_of_each(forwards, backwards, warmup=_interleaved_warmup(rank, ranks, microbatches, chunks))
+    return _one_of_each(
+        forwards, backwards, warmup=_interleaved_warmup(rank, ranks, microbatches, chunks)
+    )
 
 
 def _interleaved_warmup(rank: int, ranks: int, microbatches: int, chunks: int) -> int:
@@ -187,7 +191,12 @@ def _groups(ranks: int, microbatches: int) -> list[range]:
 
 def _by_group(ranks: int, microbatches: int, kind: Kind, chunks: range) -> list[Action]:
     groups = _groups(ranks, microbatches)
-    return [Action(kind, microbatch, chunk) for group in groups for chunk in chunks for microbatch in group]
+    return [
+        Action(kind, microbatch, chunk)
+        for group in groups
+        for chunk in chunks
+        for microbatch in group
+    ]
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------
@@ -216,11 +225,21 @@ class Family(NamedTuple):
 
 SCHEDULES: dict[str, Family] = {
     "gpipe": Family(gpipe, lambda rank, ranks, microbatches, chunks: microbatches, settles=False),
-    "1f1b": Family(one_f_one_b, lambda rank, ranks, microbatches, chunks: min(ranks - rank, microbatches)),
+    "1f1b": Family(
+        one_f_one_b, lambda rank, ranks, microbatches, chunks: min(ranks - rank, microbatches)
+    ),
     "interleaved": Family(interleaved, _interleaved_peak, chunks=2, any_chunks=True, settles=False),
     "zb-h1": Family(zb_h1, lambda rank, ranks, microbatches, chunks: min(ranks, microbatches)),
-    "zb-v": Family(zb_v, lambda rank, ranks, microbatches, chunks: 2 * min(ranks, microbatches), "v", chunks=2),
-    "dualpipev": Family(dualpipev, lambda rank, ranks, microbatches, chunks: 2 * ranks + 1, "v", chunks=2, microbatches_a_rank=2),
+    "zb-v": Family(
+        zb_v, lambda rank, ranks, microbatches, chunks: 2 * min(ranks, microbatches), "v", chunks=2
+    ),
+    "dualpipev": Family(
+        dualpipev,
+        lambda rank, ranks, microbatches, chunks: 2 * ranks + 1,
+        "v",
+        chunks=2,
+        microbatches_a_rank=2,
+    ),
 }
 
 
@@ -231,10 +250,11 @@ def make_schedule(name: str, ranks: int, microbatches: int, chunks: int | None =
     family = SCHEDULES[name]
     chunks = family.chunks if chunks is None else chunks
     return Schedule(
-        name, Placement(ranks, chunks, family.shape),
+        name,
+        Placement(ranks, chunks, family.shape),
         actions=[family.actions(rank, ranks, microbatches, chunks) for rank in range(ranks)],
         peaks=[family.peak(rank, ranks, microbatches, chunks) for rank in range(ranks)],
-    )  # fmt: skip
+    )
 
 
 def forward_only(schedule: Schedule) -> Schedule:

@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatrain.pipeline.actions import Action, Message, Placement, Schedule, message, peak_activations
+from megatrain.pipeline.actions import (
+    Action,
+    Message,
+    Placement,
+    Schedule,
+    message,
+    peak_activations,
+)
 from megatrain.pipeline.transfers import ScheduleError
 
 
@@ -27,11 +34,27 @@ class Times:
 
     def of(self, action: Action, stage: int) -> float:
         """How long the action takes on the stage."""
-        forward, input_gradient, weight_gradient = self.forward[stage], self.input_gradient[stage], self.weight_gradient[stage]
-        return {"F": forward, "B": input_gradient + weight_gradient, "I": input_gradient, "W": weight_gradient}[action.kind]
+        forward, input_gradient, weight_gradient = (
+            self.forward[stage],
+            self.input_gradient[stage],
+            self.weight_gradient[stage],
+        )
+        return {
+            "F": forward,
+            "B": input_gradient + weight_gradient,
+            "I": input_gradient,
+            "W": weight_gradient,
+        }[action.kind]
 
 
-def even_times(placement: Placement, *, forward: float, input_gradient: float, weight_gradient: float, send: float = 0.0) -> Times:
+def even_times(
+    placement: Placement,
+    *,
+    forward: float,
+    input_gradient: float,
+    weight_gradient: float,
+    send: float = 0.0,
+) -> Times:
     """Times by stage of a model that is cut evenly, from a microbatch's times on all of one rank's chunks together.
 
     So schedules with one and with several chunks a rank can be compared: a rank has the same work in all.
@@ -89,7 +112,14 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
         moved = False
         for rank, actions in enumerate(schedule.actions):
             while len(spans[rank]) < len(actions):
-                span = _next_span(schedule.placement, rank, actions[len(spans[rank])], spans[rank], arrivals, times)
+                span = _next_span(
+                    schedule.placement,
+                    rank,
+                    actions[len(spans[rank])],
+                    spans[rank],
+                    arrivals,
+                    times,
+                )
                 if span is None:
                     break
                 spans[rank].append(span)
@@ -99,8 +129,14 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
     return Timeline(schedule, spans)
 
 
-def _next_span(placement: Placement, rank: int, action: Action, done: list[Span],
-               arrivals: dict[tuple[Message, int, int, int], float], times: Times) -> Span | None:  # fmt: skip
+def _next_span(
+    placement: Placement,
+    rank: int,
+    action: Action,
+    done: list[Span],
+    arrivals: dict[tuple[Message, int, int, int], float],
+    times: Times,
+) -> Span | None:
     """The action in time, or None as long as what it takes in is not made; what it makes goes into `arrivals`."""
     start = done[-1].end if done else 0.0
     if placement.taken_from(rank, action) is not None:

@@ -19,8 +19,12 @@ def cut_layers(costs: list[float], stages: int, *, chunks: int = 1) -> list[rang
     """
     check_stages(stages, blocks=len(costs) - 2, chunks=chunks)
     cuts = _best_cuts(costs, stages)
-    ranges = [range(first, last) for first, last in zip([0, *cuts], [*cuts, len(costs)], strict=True)]
-    assert [layer for stage in ranges for layer in stage] == list(range(len(costs))), "every layer on exactly one stage"
+    ranges = [
+        range(first, last) for first, last in zip([0, *cuts], [*cuts, len(costs)], strict=True)
+    ]
+    assert [layer for stage in ranges for layer in stage] == list(range(len(costs))), (
+        "every layer on exactly one stage"
+    )
     return ranges
 
 
@@ -30,7 +34,9 @@ def check_stages(stages: int, *, blocks: int, chunks: int = 1) -> None:
         raise _too_many(stages, blocks, chunks)
 
 
-def cut_as_told(counts: list[int], costs: list[float], stages: int, *, chunks: int = 1) -> list[range]:
+def cut_as_told(
+    counts: list[int], costs: list[float], stages: int, *, chunks: int = 1
+) -> list[range]:
     """Ranges of layers, one a stage, with `counts` blocks each; embedding goes to the first stage and head to the last.
 
     Raises ConfigError when that is not a cut of this model into that many stages, with the cut by cost as the way out.
@@ -46,7 +52,9 @@ def cut_as_told(counts: list[int], costs: list[float], stages: int, *, chunks: i
     else:
         bounds = [0, *(1 + sum(counts[: stage + 1]) for stage in range(stages - 1)), len(costs)]
         return [range(first, last) for first, last in pairwise(bounds)]
-    raise ConfigError("parallel.layers_per_stage", counts, rule, f"for example {balanced}, or leave it out")
+    raise ConfigError(
+        "parallel.layers_per_stage", counts, rule, f"for example {balanced}, or leave it out"
+    )
 
 
 def blocks_per_stage(cut: list[range]) -> list[int]:
@@ -58,12 +66,21 @@ def blocks_per_stage(cut: list[range]) -> list[int]:
 def _too_many(stages: int, blocks: int, chunks: int) -> ConfigError:
     ranks = stages // chunks
     if chunks == 1:
-        return ConfigError("parallel.pipeline", ranks, f"is more than num_hidden_layers={blocks}", f"use at most {blocks}")
-    fewer_ranks = f"use parallel.pipeline={blocks // chunks} or less, or " if blocks >= chunks else "use "
+        return ConfigError(
+            "parallel.pipeline",
+            ranks,
+            f"is more than num_hidden_layers={blocks}",
+            f"use at most {blocks}",
+        )
+    fewer_ranks = (
+        f"use parallel.pipeline={blocks // chunks} or less, or " if blocks >= chunks else "use "
+    )
     return ConfigError(
-        "parallel.pipeline", ranks, f"with {chunks} chunks of layers a rank makes {stages} stages, more than num_hidden_layers={blocks}",
+        "parallel.pipeline",
+        ranks,
+        f"with {chunks} chunks of layers a rank makes {stages} stages, more than num_hidden_layers={blocks}",
         f"{fewer_ranks}a schedule or parallel.virtual with fewer chunks",
-    )  # fmt: skip
+    )
 
 
 def _best_cuts(costs: list[float], stages: int) -> list[int]:

@@ -100,7 +100,9 @@ def write_trace(run_folder: Path, trace: RankTrace) -> None:
     path = folder / f"step-{trace.step:08d}-rank-{trace.rank:05d}.json"
     raw = asdict(trace)
     raw["placement"] = list(trace.placement)
-    raw["actions"] = [[*a.action, a.start, a.ready, a.end, list(a.layers.items())] for a in trace.actions]
+    raw["actions"] = [
+        [*a.action, a.start, a.ready, a.end, list(a.layers.items())] for a in trace.actions
+    ]
     new = path.with_name(f".{path.name}.new")
     new.write_text(json.dumps(raw), encoding="utf-8")
     os.replace(new, path)
@@ -118,10 +120,14 @@ def read_traces(run_folder: Path) -> list[StepTrace]:
         raise UserError(f"{run_folder} is not a folder")
     paths = _paths(run_folder / FOLDER)
     if not paths:
-        raise UserError(f"{run_folder} holds no trace; set train.trace_steps, as train.trace_steps=[20,22], and train beyond these steps")
+        raise UserError(
+            f"{run_folder} holds no trace; set train.trace_steps, as train.trace_steps=[20,22], and train beyond these steps"
+        )
     for step, of_step in paths.items():
         if 0 not in of_step:
-            raise UserError(f"{run_folder / FOLDER} lacks rank 0's file of step {step}; trace the step again")
+            raise UserError(
+                f"{run_folder / FOLDER} lacks rank 0's file of step {step}; trace the step again"
+            )
     firsts = [_read(of_step[0]) for of_step in paths.values()]
     newest = max(first.run for first in firsts)
     return [_whole_step(first, paths[first.step]) for first in firsts if first.run == newest]
@@ -142,12 +148,16 @@ def _whole_step(first: RankTrace, paths: dict[int, Path]) -> StepTrace:
     if missing:
         shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         ranks = "rank" if len(missing) == 1 else "ranks"
-        raise UserError(f"{paths[0].parent} lacks step {first.step} of {ranks} {shown} (of {first.world_size}); "
-                        "bring the files together from all machines, or trace the step again")  # fmt: skip
+        raise UserError(
+            f"{paths[0].parent} lacks step {first.step} of {ranks} {shown} (of {first.world_size}); "
+            "bring the files together from all machines, or trace the step again"
+        )
     traces = [first, *(_read(paths[rank]) for rank in range(1, first.world_size))]
     for trace in traces:
         if trace.run != first.run:
-            raise UserError(f"{paths[trace.rank]} is of another run than {paths[0]}; trace step {first.step} again")
+            raise UserError(
+                f"{paths[trace.rank]} is of another run than {paths[0]}; trace step {first.step} again"
+            )
     step = StepTrace(first.step, traces)
     _check_pipelines(step, paths[0].parent)
     return step
@@ -156,11 +166,15 @@ def _whole_step(first: RankTrace, paths: dict[int, Path]) -> StepTrace:
 def _check_pipelines(step: StepTrace, folder: Path) -> None:
     for pipeline in step.pipelines():
         schedule = schedule_of(pipeline)
-        microbatches = 1 + max(action.microbatch for actions in schedule.actions for action in actions)
+        microbatches = 1 + max(
+            action.microbatch for actions in schedule.actions for action in actions
+        )
         try:
             check_schedule(schedule, microbatches)
         except ScheduleError as error:
-            raise UserError(f"{folder} does not hold the whole of step {step.step}: {error}; trace the step again") from None
+            raise UserError(
+                f"{folder} does not hold the whole of step {step.step}: {error}; trace the step again"
+            ) from None
 
 
 def _read(path: Path) -> RankTrace:
@@ -175,5 +189,19 @@ def _read(path: Path) -> RankTrace:
         raise UserError(f"{path} is damaged or no trace; trace the step again") from None
 
 
-def _action(kind: Any, microbatch: int, chunk: int, start: float, ready: float, end: float, layers: list[Any]) -> TracedAction:
-    return TracedAction(Action(kind, microbatch, chunk), float(start), float(ready), float(end), {int(k): float(v) for k, v in layers})
+def _action(
+    kind: Any,
+    microbatch: int,
+    chunk: int,
+    start: float,
+    ready: float,
+    end: float,
+    layers: list[Any],
+) -> TracedAction:
+    return TracedAction(
+        Action(kind, microbatch, chunk),
+        float(start),
+        float(ready),
+        float(end),
+        {int(k): float(v) for k, v in layers},
+    )

@@ -71,7 +71,9 @@ def _channels(schedule: Schedule) -> dict[Channel, list[_Letter]]:
     return channels
 
 
-def _rank_instructions(schedule: Schedule, rank: int, channels: dict[Channel, list[_Letter]]) -> list[Instruction]:
+def _rank_instructions(
+    schedule: Schedule, rank: int, channels: dict[Channel, list[_Letter]]
+) -> list[Instruction]:
     actions = schedule.actions[rank]
     posts = _posts(actions, rank, channels)
     instructions: list[Instruction] = []
@@ -81,13 +83,23 @@ def _rank_instructions(schedule: Schedule, rank: int, channels: dict[Channel, li
         target = schedule.placement.given_to(rank, action)
         if target is not None:
             direction: Direction = "keep" if target.rank == rank else "send"
-            instructions.append(Transfer(direction, message(action.kind), action.microbatch, target.chunk, target.rank))
+            instructions.append(
+                Transfer(
+                    direction, message(action.kind), action.microbatch, target.chunk, target.rank
+                )
+            )
     return instructions
 
 
-def _posts(actions: list[Action], rank: int, channels: dict[Channel, list[_Letter]]) -> dict[int, list[Transfer]]:
+def _posts(
+    actions: list[Action], rank: int, channels: dict[Channel, list[_Letter]]
+) -> dict[int, list[Transfer]]:
     """The receives to post before each action, by its index."""
-    use = {_Letter(message(a.kind), a.microbatch, a.chunk): i for i, a in enumerate(actions) if a.kind != "W"}
+    use = {
+        _Letter(message(a.kind), a.microbatch, a.chunk): i
+        for i, a in enumerate(actions)
+        if a.kind != "W"
+    }
     posts: dict[int, list[Transfer]] = {}
     for (source, target), letters in sorted(channels.items()):
         if target != rank:
@@ -118,7 +130,9 @@ def check_schedule(schedule: Schedule, microbatches: int, *, backward: bool = Tr
     Raises ScheduleError, which says what is wrong first.
     """
     if len(schedule.actions) != schedule.placement.ranks:
-        raise ScheduleError(f"there are actions for {len(schedule.actions)} ranks and not {schedule.placement.ranks}")
+        raise ScheduleError(
+            f"there are actions for {len(schedule.actions)} ranks and not {schedule.placement.ranks}"
+        )
     for rank, actions in enumerate(schedule.actions):
         _check_complete(rank, actions, microbatches, schedule.placement.chunks, backward)
         _check_order(rank, actions)
@@ -129,7 +143,9 @@ def check_schedule(schedule: Schedule, microbatches: int, *, backward: bool = Tr
     return peaks
 
 
-def _check_complete(rank: int, actions: list[Action], microbatches: int, chunks: int, backward: bool) -> None:
+def _check_complete(
+    rank: int, actions: list[Action], microbatches: int, chunks: int, backward: bool
+) -> None:
     """A microbatch's backward through a chunk is either B, or I and W."""
     count = Counter(actions)
     for action, times in count.items():
@@ -142,7 +158,9 @@ def _check_complete(rank: int, actions: list[Action], microbatches: int, chunks:
             kinds: tuple[Kind, ...] = ("F", *(_SPLIT if split else _WHOLE)) if backward else ("F",)
             expected |= {Action(kind, microbatch, chunk) for kind in kinds}
     if set(count) != expected:
-        raise ScheduleError(f"rank {rank} lacks {_listed(expected - set(count))} and has {_listed(set(count) - expected)} too much")
+        raise ScheduleError(
+            f"rank {rank} lacks {_listed(expected - set(count))} and has {_listed(set(count) - expected)} too much"
+        )
 
 
 def _listed(actions: set[Action]) -> str:
@@ -154,7 +172,9 @@ def _check_order(rank: int, actions: list[Action]) -> None:
     done: set[Action] = set()
     for action in actions:
         if action.kind in _AFTER and action._replace(kind=_AFTER[action.kind]) not in done:
-            raise ScheduleError(f"rank {rank} does {action} before {action._replace(kind=_AFTER[action.kind])}")
+            raise ScheduleError(
+                f"rank {rank} does {action} before {action._replace(kind=_AFTER[action.kind])}"
+            )
         done.add(action)
 
 
@@ -181,10 +201,14 @@ def check_instructions(instructions: list[list[Instruction]], placement: Placeme
         raise ScheduleError("deadlock: " + ", ".join(waiting))
     for rank in ranks:
         if rank.unused():
-            raise ScheduleError(f"rank {rank.rank} receives {', '.join(map(str, rank.unused()))} and does nothing with it")
+            raise ScheduleError(
+                f"rank {rank.rank} receives {', '.join(map(str, rank.unused()))} and does nothing with it"
+            )
     for (source, target), channel in channels.items():
         if channel:
-            raise ScheduleError(f"rank {source} sends {channel[0]} and rank {target} never receives it")
+            raise ScheduleError(
+                f"rank {source} sends {channel[0]} and rank {target} never receives it"
+            )
 
 
 class _Rank:
@@ -233,7 +257,9 @@ class _Rank:
         while letter not in self.here and posted and channel:
             expected, arrived = posted.popleft(), channel.popleft()
             if arrived != expected:
-                raise ScheduleError(f"rank {self.rank} is to receive {expected} from rank {source.rank} and {arrived} arrives")
+                raise ScheduleError(
+                    f"rank {self.rank} is to receive {expected} from rank {source.rank} and {arrived} arrives"
+                )
             self.here.append(arrived)
         if letter not in self.here:
             return False

@@ -45,7 +45,13 @@ class MeasuredTimes(Times):
         return self.by_kind[action.kind, stage]
 
 
-def simulated(schedule: Schedule, by_kind: KindTimes, *, single: dict[tuple[Action, int], float] | None = None, send: float = 0.0) -> Timeline:
+def simulated(
+    schedule: Schedule,
+    by_kind: KindTimes,
+    *,
+    single: dict[tuple[Action, int], float] | None = None,
+    send: float = 0.0,
+) -> Timeline:
     """The schedule with measured times."""
     return simulate(schedule, MeasuredTimes([], [], [], send, by_kind=by_kind, single=single))
 
@@ -91,19 +97,34 @@ def split_waiting(pipeline: list[RankTrace]) -> list[Split]:
     splits = []
     for rank, compute in enumerate(actions.busy):
         waits = [timeline.makespan - timeline.busy[rank] for timeline in (even, stages, actions)]
-        splits.append(Split(compute, waits[0], waits[1] - waits[0], waits[2] - waits[1], span - compute - waits[2]))
+        splits.append(
+            Split(
+                compute,
+                waits[0],
+                waits[1] - waits[0],
+                waits[2] - waits[1],
+                span - compute - waits[2],
+            )
+        )
     return splits
 
 
 def even_times(by_kind: KindTimes) -> KindTimes:
     """Each stage with the mean of all that do the kind."""
     kinds = {kind for kind, _ in by_kind}
-    means = {kind: statistics.fmean(seconds for (other, _), seconds in by_kind.items() if other == kind) for kind in kinds}
+    means = {
+        kind: statistics.fmean(seconds for (other, _), seconds in by_kind.items() if other == kind)
+        for kind in kinds
+    }
     return {(kind, stage): means[kind] for kind, stage in by_kind}
 
 
 def _single_times(pipeline: list[RankTrace]) -> dict[tuple[Action, int], float]:
-    return {(a.action, trace.placement.stage(trace.pipeline, a.action.chunk)): a.end - a.ready for trace in pipeline for a in trace.actions}
+    return {
+        (a.action, trace.placement.stage(trace.pipeline, a.action.chunk)): a.end - a.ready
+        for trace in pipeline
+        for a in trace.actions
+    }
 
 
 def _mean_times(single: dict[tuple[Action, int], float]) -> KindTimes:
@@ -120,7 +141,11 @@ def message_seconds(pipeline: list[RankTrace]) -> list[float]:
     for trace in pipeline:
         for a in trace.actions:
             if a.action.kind != "W":
-                made[message(a.action.kind), a.action.microbatch, placement.stage(trace.pipeline, a.action.chunk)] = a.end
+                made[
+                    message(a.action.kind),
+                    a.action.microbatch,
+                    placement.stage(trace.pipeline, a.action.chunk),
+                ] = a.end
     seconds = []
     for trace in pipeline:
         for a in trace.actions:
@@ -185,7 +210,9 @@ class Measured:
         return self.schedule.placement
 
 
-def measure(steps: list[StepTrace], average: Callable[[list[float]], float] = statistics.fmean) -> Measured:
+def measure(
+    steps: list[StepTrace], average: Callable[[list[float]], float] = statistics.fmean
+) -> Measured:
     """What the advice needs to know; `average` is taken over the actions of each kind.
 
     The steps may have had several schedules of one placement; the first one's counts as the measured one.
@@ -205,11 +232,14 @@ def measure(steps: list[StepTrace], average: Callable[[list[float]], float] = st
     for stage in stages:
         bounds.append(bounds[-1] + len(stage))
     return Measured(
-        schedule_of(pipelines[0]), [title for stage in stages for title in stage],
+        schedule_of(pipelines[0]),
+        [title for stage in stages for title in stage],
         [range(first, last) for first, last in pairwise(bounds)],
-        {key: average(values) for key, values in kinds.items()}, {key: average(values) for key, values in layers.items()},
-        statistics.fmean(step.seconds for step in steps), statistics.median(sent) if sent else 0.0,
-    )  # fmt: skip
+        {key: average(values) for key, values in kinds.items()},
+        {key: average(values) for key, values in layers.items()},
+        statistics.fmean(step.seconds for step in steps),
+        statistics.median(sent) if sent else 0.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -265,13 +295,21 @@ def examine(steps: list[StepTrace]) -> XRay:
     first = everyone[0]
     run = first.config.get("run", {})
     return XRay(
-        measured=measured, name=run.get("name") or run.get("output_dir", ""), steps=[step.step for step in steps],
-        replicas=1 + max(trace.data for trace in everyone), tensor=1 + max(trace.tensor for trace in everyone),
+        measured=measured,
+        name=run.get("name") or run.get("output_dir", ""),
+        steps=[step.step for step in steps],
+        replicas=1 + max(trace.data for trace in everyone),
+        tensor=1 + max(trace.tensor for trace in everyone),
         splits=[mean_split(list(of_rank)) for of_rank in by_rank],
-        peak_memory=[max(trace.peak_memory for trace in everyone if trace.pipeline == rank) for rank in ranks],
-        memory=first.memory, clock_error=max(trace.clock_error for trace in everyone),
-        stages=_stage_times(measured), layers=_layer_times(measured), picture=_picture(steps),
-    )  # fmt: skip
+        peak_memory=[
+            max(trace.peak_memory for trace in everyone if trace.pipeline == rank) for rank in ranks
+        ],
+        memory=first.memory,
+        clock_error=max(trace.clock_error for trace in everyone),
+        stages=_stage_times(measured),
+        layers=_layer_times(measured),
+        picture=_picture(steps),
+    )
 
 
 def backward_seconds(times: KindTimes, place: int) -> float:
@@ -287,16 +325,37 @@ def _stage_times(measured: Measured) -> list[StageTimes]:
     for stage, layers in enumerate(measured.cut):
         first, last = measured.titles[layers.start], measured.titles[layers.stop - 1]
         title = first if len(layers) == 1 else f"{first} to {last}"
-        found.append(StageTimes(stage, measured.placement.place(stage).rank, title, measured.by_kind["F", stage], backward_seconds(measured.by_kind, stage)))
+        found.append(
+            StageTimes(
+                stage,
+                measured.placement.place(stage).rank,
+                title,
+                measured.by_kind["F", stage],
+                backward_seconds(measured.by_kind, stage),
+            )
+        )
     return found
 
 
 def _layer_times(measured: Measured) -> list[LayerTimes]:
-    return [LayerTimes(layer, measured.titles[layer], stage, measured.layers.get(("F", layer), 0.0), backward_seconds(measured.layers, layer))
-            for stage, layers in enumerate(measured.cut) for layer in layers]  # fmt: skip
+    return [
+        LayerTimes(
+            layer,
+            measured.titles[layer],
+            stage,
+            measured.layers.get(("F", layer), 0.0),
+            backward_seconds(measured.layers, layer),
+        )
+        for stage, layers in enumerate(measured.cut)
+        for layer in layers
+    ]
 
 
 def _picture(steps: list[StepTrace]) -> Picture:
     slowest = [(max(step.pipelines(), key=span_of), step.step) for step in steps]
     pipeline, step = sorted(slowest, key=lambda found: span_of(found[0]))[(len(slowest) - 1) // 2]
-    return Picture(step, pipeline, simulated(schedule_of(pipeline), even_times(_mean_times(_single_times(pipeline)))))
+    return Picture(
+        step,
+        pipeline,
+        simulated(schedule_of(pipeline), even_times(_mean_times(_single_times(pipeline)))),
+    )

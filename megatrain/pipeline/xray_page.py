@@ -38,21 +38,37 @@ MEANINGS = {
 
 def draw_page(xray: XRay, advice: list[Advice]) -> str:
     """The whole page."""
-    parts = [*_head(xray), *_advice(advice), *timelines(xray), *_split_table(xray), *_stage_table(xray), *_layer_table(xray), *_definitions(xray)]
+    parts = [
+        *_head(xray),
+        *_advice(advice),
+        *timelines(xray),
+        *_split_table(xray),
+        *_stage_table(xray),
+        *_layer_table(xray),
+        *_definitions(xray),
+    ]
     return page.frame(f"x-ray of {xray.name}", parts)
 
 
 def _head(xray: XRay) -> list[str]:
     measured, placement = xray.measured, xray.measured.placement
     chunks = f" x {placement.chunks} chunks" if placement.chunks > 1 else ""
-    others = f", {xray.replicas} x {xray.tensor} such pipelines (data x tensor)" if xray.replicas * xray.tensor > 1 else ""
+    others = (
+        f", {xray.replicas} x {xray.tensor} such pipelines (data x tensor)"
+        if xray.replicas * xray.tensor > 1
+        else ""
+    )
     microbatches = 1 + max(action.microbatch for action in measured.schedule.actions[0])
-    clock = f"clocks of machines aligned to {page.seconds(xray.clock_error)} or better" if xray.clock_error else "one clock for all ranks"
+    clock = (
+        f"clocks of machines aligned to {page.seconds(xray.clock_error)} or better"
+        if xray.clock_error
+        else "one clock for all ranks"
+    )
     return [
         f"<h1>X-ray of {escape(xray.name)}</h1>",
         f'<p class="facts">{escape(measured.schedule.name)}, {placement.ranks} pipeline ranks{chunks}, {microbatches} microbatches{others}; '
         f"{_steps(xray.steps)}, {page.seconds(measured.step_seconds)} a step, of which the pipeline {page.seconds(xray.span)}; {clock}.</p>",
-    ]  # fmt: skip
+    ]
 
 
 def _steps(steps: list[int]) -> str:
@@ -63,7 +79,13 @@ def _advice(advice: list[Advice]) -> list[str]:
     lines = []
     for item in advice:
         # What can be typed: a setting with its value, or words between backticks.
-        lines.append("<p>" + re.sub(r"`([^`]*)`|(parallel\.\w+=\[[^]]*\])", r"<code>\1\2</code>", escape(item.text)) + "</p>")
+        lines.append(
+            "<p>"
+            + re.sub(
+                r"`([^`]*)`|(parallel\.\w+=\[[^]]*\])", r"<code>\1\2</code>", escape(item.text)
+            )
+            + "</p>"
+        )
     return ['<div class="advice">', *lines, "</div>"]
 
 
@@ -90,14 +112,28 @@ def timelines(xray: XRay) -> list[str]:
     """Measured above ideal, at one scale."""
     picture, chunks = xray.picture, xray.measured.placement.chunks
     zero = first_start(picture.pipeline)
-    measured = [[_Box(a.action, a.ready - zero, a.end - zero, f"{a.action}: {page.seconds(a.end - a.ready)}, waited {page.seconds(a.ready - a.start)}") for a in trace.actions]
-                for trace in picture.pipeline]  # fmt: skip
+    measured = [
+        [
+            _Box(
+                a.action,
+                a.ready - zero,
+                a.end - zero,
+                f"{a.action}: {page.seconds(a.end - a.ready)}, waited {page.seconds(a.ready - a.start)}",
+            )
+            for a in trace.actions
+        ]
+        for trace in picture.pipeline
+    ]
     ideal = [[_ideal_box(span) for span in spans] for spans in picture.ideal.spans]
     ends = [span_of(picture.pipeline), picture.ideal.makespan]
     typical = statistics.median(box.end - box.start for boxes in measured for box in boxes)
     width = min(max(_NARROW * max(ends) / max(typical, 1e-9), _WHOLE), 8 * _WHOLE)
     scale = width / max(ends)
-    replica = f", data {picture.pipeline[0].data}, tensor {picture.pipeline[0].tensor}" if xray.replicas * xray.tensor > 1 else ""
+    replica = (
+        f", data {picture.pipeline[0].data}, tensor {picture.pipeline[0].tensor}"
+        if xray.replicas * xray.tensor > 1
+        else ""
+    )
     return [
         f"<h2>Measured: step {picture.step}{replica}, {page.seconds(ends[0])}, bubble {_bubble(measured, ends[0])}</h2>",
         f'<div class="wide">{_lanes(measured, ends[0], max(ends), scale, chunks)}',
@@ -106,11 +142,13 @@ def timelines(xray: XRay) -> list[str]:
         f'<p class="small">{_legend(xray)}</p>',
         '<p class="small">The ideal has the same actions, every stage at the stages\' mean time, and no communication. '
         "Numbers are microbatches; point at a box for its time.</p>",
-    ]  # fmt: skip
+    ]
 
 
 def _ideal_box(span: Span) -> _Box:
-    return _Box(span.action, span.start, span.end, f"{span.action}: {page.seconds(span.end - span.start)}")
+    return _Box(
+        span.action, span.start, span.end, f"{span.action}: {page.seconds(span.end - span.start)}"
+    )
 
 
 def _bubble(lanes: list[list[_Box]], end: float) -> str:
@@ -120,22 +158,32 @@ def _bubble(lanes: list[list[_Box]], end: float) -> str:
 
 def _lanes(lanes: list[list[_Box]], end: float, longest: float, scale: float, chunks: int) -> str:
     width, bottom = _LEFT + longest * scale + 30, _ROW * len(lanes)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{bottom + _AXIS}" font-family="Helvetica, Arial, sans-serif" '
-             'font-size="13">']  # fmt: skip
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{bottom + _AXIS}" font-family="Helvetica, Arial, sans-serif" '
+        'font-size="13">'
+    ]
     for rank, boxes in enumerate(lanes):
         y = rank * _ROW
         parts.append(_text(_LEFT - 10, y + _BOX * 0.66, f"rank {rank}", anchor="end"))
-        parts.append(f'<rect x="{_LEFT}" y="{y}" width="{end * scale:.2f}" height="{_BOX}" fill="{_IDLE}"/>')
+        parts.append(
+            f'<rect x="{_LEFT}" y="{y}" width="{end * scale:.2f}" height="{_BOX}" fill="{_IDLE}"/>'
+        )
         parts += [_lane_box(box, y, scale, chunks) for box in boxes]
     return "\n".join([*parts, *_axis(longest, scale, bottom), "</svg>"])
 
 
 def _lane_box(box: _Box, y: float, scale: float, chunks: int) -> str:
-    x, width, label = _LEFT + box.start * scale, (box.end - box.start) * scale, str(box.action.microbatch)
+    x, width, label = (
+        _LEFT + box.start * scale,
+        (box.end - box.start) * scale,
+        str(box.action.microbatch),
+    )
     colour = _shade(box.action.kind, box.action.chunk, chunks)
     drawn = f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}" fill="{colour}" stroke="white" stroke-width="{min(1, width / 6):.2f}"/>'
     if width > 0.62 * _LABEL * len(label):  # a digit is about 0.6 as wide as the letters are high
-        drawn += _text(x + width / 2, y + _BOX / 2 + 0.36 * _LABEL, label, anchor="middle", size=_LABEL)
+        drawn += _text(
+            x + width / 2, y + _BOX / 2 + 0.36 * _LABEL, label, anchor="middle", size=_LABEL
+        )
     return f"<g><title>{escape(box.words)}</title>{drawn}</g>"
 
 
@@ -162,7 +210,16 @@ def _axis(longest: float, scale: float, bottom: float) -> list[str]:
 def _legend(xray: XRay) -> str:
     chunks = xray.measured.placement.chunks
     kinds = [kind for kind in KINDS if any(kind == found for found, _ in xray.measured.by_kind)]
-    lines = [[page.key(_shade(kind, chunk, chunks), KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else "")) for kind in kinds] for chunk in range(chunks)]
+    lines = [
+        [
+            page.key(
+                _shade(kind, chunk, chunks),
+                KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else ""),
+            )
+            for kind in kinds
+        ]
+        for chunk in range(chunks)
+    ]
     lines[0].append(page.key(_IDLE, "waiting"))
     return "<br>".join(" &nbsp; ".join(entries) for entries in lines)
 
@@ -176,15 +233,32 @@ def _text(x: float, y: float, text: str, *, anchor: str = "start", size: float =
 
 def _split_table(xray: XRay) -> list[str]:
     """Where each rank's time went, as a bar and in numbers."""
-    heads = ["rank", "", *(page.key(colour, name) for name, colour in PARTS.values()), "bubble", "peak memory"]
-    rows = [[f"{rank}", _split_bar(split), *_shares(split), page.size(memory)]
-            for rank, (split, memory) in enumerate(zip(xray.splits, xray.peak_memory, strict=True))]  # fmt: skip
+    heads = [
+        "rank",
+        "",
+        *(page.key(colour, name) for name, colour in PARTS.values()),
+        "bubble",
+        "peak memory",
+    ]
+    rows = [
+        [f"{rank}", _split_bar(split), *_shares(split), page.size(memory)]
+        for rank, (split, memory) in enumerate(zip(xray.splits, xray.peak_memory, strict=True))
+    ]
     whole = ["all", _split_bar(xray.total), *_shares(xray.total), page.size(max(xray.peak_memory))]
-    return [f"<h2>Where the time went, of {page.seconds(xray.span)}</h2>", *page.table(heads, [*rows, whole], last_is_whole=True, left=(1,))]
+    return [
+        f"<h2>Where the time went, of {page.seconds(xray.span)}</h2>",
+        *page.table(heads, [*rows, whole], last_is_whole=True, left=(1,)),
+    ]
 
 
 def _shares(split: Split) -> list[str]:
-    return [*(f"{page.seconds(seconds)} ({seconds / split.span:.1%})".replace("-", "−") for seconds in split), f"{split.waiting / split.span:.1%}"]
+    return [
+        *(
+            f"{page.seconds(seconds)} ({seconds / split.span:.1%})".replace("-", "−")
+            for seconds in split
+        ),
+        f"{split.waiting / split.span:.1%}",
+    ]
 
 
 def _split_bar(split: Split) -> str:
@@ -195,9 +269,23 @@ def _split_bar(split: Split) -> str:
 
 def _stage_table(xray: XRay) -> list[str]:
     mean = statistics.fmean(stage.total for stage in xray.stages)
-    rows = [[f"{stage.stage}", f"{stage.rank}", escape(stage.layers), page.seconds(stage.forward), page.seconds(stage.backward), f"{stage.total / mean - 1:+.1%}".replace("-", "−")]
-            for stage in xray.stages]  # fmt: skip
-    return ["<h2>A microbatch on each stage</h2>", *page.table(["stage", "rank", "layers", "forward", "backward", "to the mean"], rows, left=(2,))]
+    rows = [
+        [
+            f"{stage.stage}",
+            f"{stage.rank}",
+            escape(stage.layers),
+            page.seconds(stage.forward),
+            page.seconds(stage.backward),
+            f"{stage.total / mean - 1:+.1%}".replace("-", "−"),
+        ]
+        for stage in xray.stages
+    ]
+    return [
+        "<h2>A microbatch on each stage</h2>",
+        *page.table(
+            ["stage", "rank", "layers", "forward", "backward", "to the mean"], rows, left=(2,)
+        ),
+    ]
 
 
 def _layer_table(xray: XRay) -> list[str]:
@@ -207,12 +295,31 @@ def _layer_table(xray: XRay) -> list[str]:
     slow = {layer.layer for layer, _ in slow_layers(xray)}
     rows = []
     for layer in xray.layers:
-        lengths = [(seconds, _shade(kind, 0, 1)) for kind, seconds in _forward_and_backward(layer.forward, layer.backward)]
-        title = f'<span class="slow">{escape(layer.title)}</span>' if layer.layer in slow else escape(layer.title)
+        lengths = [
+            (seconds, _shade(kind, 0, 1))
+            for kind, seconds in _forward_and_backward(layer.forward, layer.backward)
+        ]
+        title = (
+            f'<span class="slow">{escape(layer.title)}</span>'
+            if layer.layer in slow
+            else escape(layer.title)
+        )
         backward = page.seconds(layer.backward) if layer.backward else "–"
-        rows.append([title, f"{layer.stage}", page.seconds(layer.forward), backward, page.bars(lengths, whole=longest, width=240)])
-    note = '<p class="small">The first layer\'s backward cannot be told from what else its action does, nor a W\'s share of a layer from the others\'.</p>'
-    return ["<h2>A microbatch in each layer</h2>", *page.table(["layer", "stage", "forward", "backward", ""], rows, left=(4,)), note]
+        rows.append(
+            [
+                title,
+                f"{layer.stage}",
+                page.seconds(layer.forward),
+                backward,
+                page.bars(lengths, whole=longest, width=240),
+            ]
+        )
+    note = "<p class=\"small\">The first layer's backward cannot be told from what else its action does, nor a W's share of a layer from the others'.</p>"
+    return [
+        "<h2>A microbatch in each layer</h2>",
+        *page.table(["layer", "stage", "forward", "backward", ""], rows, left=(4,)),
+        note,
+    ]
 
 
 def _forward_and_backward(forward: float, backward: float) -> Iterable[tuple[Kind, float]]:
@@ -220,15 +327,20 @@ def _forward_and_backward(forward: float, backward: float) -> Iterable[tuple[Kin
 
 
 def _definitions(xray: XRay) -> list[str]:
-    meanings = [f"<dt>{page.key(PARTS[part][1], PARTS[part][0])}</dt><dd>{escape(meaning)}.</dd>" for part, meaning in MEANINGS.items()]
+    meanings = [
+        f"<dt>{page.key(PARTS[part][1], PARTS[part][0])}</dt><dd>{escape(meaning)}.</dd>"
+        for part, meaning in MEANINGS.items()
+    ]
     return [
         "<h2>What the words mean</h2>",
         "<p>A rank computes or waits from the first action's start to the last one's end. Its waiting is split by simulating the same "
         "actions; the parts add up to it.</p>",
-        "<dl>", *meanings, f"<dt>peak memory</dt><dd>{escape(xray.memory)}.</dd>",
+        "<dl>",
+        *meanings,
+        f"<dt>peak memory</dt><dd>{escape(xray.memory)}.</dd>",
         "<dt>predictions</dt><dd>the same simulation with other layers on the stages, each layer with its measured time; of the whole step's time, "
         "with the optimizer and all that is not the pipeline taken as it is.</dd></dl>",
-    ]  # fmt: skip
+    ]
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -238,14 +350,25 @@ def numbers(xray: XRay, advice: list[Advice]) -> dict[str, Any]:
     """What the page says, for programs; seconds and bytes."""
     measured = xray.measured
     return {
-        "schedule": measured.schedule.name, "steps": xray.steps, "step_seconds": measured.step_seconds, "span_seconds": xray.span,
-        "ideal_span_seconds": xray.picture.ideal.makespan, "bubble": xray.total.waiting / xray.span, "message_seconds": measured.message,
+        "schedule": measured.schedule.name,
+        "steps": xray.steps,
+        "step_seconds": measured.step_seconds,
+        "span_seconds": xray.span,
+        "ideal_span_seconds": xray.picture.ideal.makespan,
+        "bubble": xray.total.waiting / xray.span,
+        "message_seconds": measured.message,
         "clock_error_seconds": xray.clock_error,
-        "ranks": [{**split._asdict(), "peak_memory": memory} for split, memory in zip(xray.splits, xray.peak_memory, strict=True)],
-        "stages": [stage._asdict() for stage in xray.stages], "layers": [layer._asdict() for layer in xray.layers],
-        "layers_per_stage": [sum(0 < layer < len(measured.titles) - 1 for layer in cut) for cut in measured.cut],
+        "ranks": [
+            {**split._asdict(), "peak_memory": memory}
+            for split, memory in zip(xray.splits, xray.peak_memory, strict=True)
+        ],
+        "stages": [stage._asdict() for stage in xray.stages],
+        "layers": [layer._asdict() for layer in xray.layers],
+        "layers_per_stage": [
+            sum(0 < layer < len(measured.titles) - 1 for layer in cut) for cut in measured.cut
+        ],
         "advice": [item._asdict() for item in advice],
-    }  # fmt: skip
+    }
 
 
 def chrome_trace(steps: list[StepTrace]) -> dict[str, Any]:
@@ -255,17 +378,51 @@ def chrome_trace(steps: list[StepTrace]) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
     for trace in steps[0].ranks:
         place: dict[str, Any] = {"pid": trace.pipeline, "tid": trace.data * tensor + trace.tensor}
-        events.append({"name": "process_name", "ph": "M", **place, "args": {"name": f"pipeline rank {trace.pipeline}"}})
-        events.append({"name": "thread_name", "ph": "M", **place, "args": {"name": f"data {trace.data}, tensor {trace.tensor}"}})
+        events.append(
+            {
+                "name": "process_name",
+                "ph": "M",
+                **place,
+                "args": {"name": f"pipeline rank {trace.pipeline}"},
+            }
+        )
+        events.append(
+            {
+                "name": "thread_name",
+                "ph": "M",
+                **place,
+                "args": {"name": f"data {trace.data}, tensor {trace.tensor}"},
+            }
+        )
     for step in steps:
         for trace in step.ranks:
             place = {"ph": "X", "pid": trace.pipeline, "tid": trace.data * tensor + trace.tensor}
             for a in trace.actions:
-                about = {"step": step.step, "microbatch": a.action.microbatch, "chunk": a.action.chunk,
-                         "stage": trace.placement.stage(trace.pipeline, a.action.chunk)}  # fmt: skip
+                about = {
+                    "step": step.step,
+                    "microbatch": a.action.microbatch,
+                    "chunk": a.action.chunk,
+                    "stage": trace.placement.stage(trace.pipeline, a.action.chunk),
+                }
                 if a.ready - a.start >= 1e-6:
-                    events.append({**place, "name": f"wait for {a.action}", "cat": "wait", **_times(a.start, a.ready, zero), "args": about})
-                events.append({**place, "name": str(a.action), "cat": KINDS[a.action.kind], **_times(a.ready, a.end, zero), "args": about})
+                    events.append(
+                        {
+                            **place,
+                            "name": f"wait for {a.action}",
+                            "cat": "wait",
+                            **_times(a.start, a.ready, zero),
+                            "args": about,
+                        }
+                    )
+                events.append(
+                    {
+                        **place,
+                        "name": str(a.action),
+                        "cat": KINDS[a.action.kind],
+                        **_times(a.ready, a.end, zero),
+                        "args": about,
+                    }
+                )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 

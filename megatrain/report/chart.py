@@ -65,7 +65,16 @@ figure.first .plot { height: 260px; } .plot svg { position: absolute; inset: 0; 
 """
 
 
-def chart(title: str, lines: Sequence[Line], *, steps: Span, unit: str = "", marks: Iterable[Mark] = (), from_zero: bool = False, first: bool = False) -> list[str]:
+def chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    steps: Span,
+    unit: str = "",
+    marks: Iterable[Mark] = (),
+    from_zero: bool = False,
+    first: bool = False,
+) -> list[str]:
     """A figure with its legend; nothing where no line has a point. `first` is drawn larger."""
     lines = [line for line in lines if line.points]
     if not lines:
@@ -75,21 +84,30 @@ def chart(title: str, lines: Sequence[Line], *, steps: Span, unit: str = "", mar
     rows = [(axis.place(tick), _number(tick)) for tick in axis.ticks]
     grid = "".join(f"M0 {_at(HEIGHT * (1 - row))}H{WIDTH}" for row, _ in rows)
     drawn = [
-        f'<figure{" class=first" if first else ""}><figcaption><b>{escape(title)}</b>{f"<span class=unit>{escape(unit)}</span>" if unit else ""}'
+        f"<figure{' class=first' if first else ''}><figcaption><b>{escape(title)}</b>{f'<span class=unit>{escape(unit)}</span>' if unit else ''}"
         f"{_legend(lines)}</figcaption>",
         f'<div class="plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(_words(title, lines))}" '
         f'data-name="{escape(title)}" data-steps="{steps.first:g} {steps.last:g}" data-values="{axis.span.first!r} {axis.span.last!r}" '
         f'data-scale="{"log" if axis.is_log else "linear"}">',
-        f'<path class="grid" d="{grid}"/>', *_marks(marks, steps),
-        *(_path(line, steps, axis) for line in lines), "</svg>",
-        *(f'<span class="y" style="top:{100 * (1 - row):.2f}%">{words}</span>' for row, words in rows),
-        *_step_labels(steps), "</div></figure>",
-    ]  # fmt: skip
+        f'<path class="grid" d="{grid}"/>',
+        *_marks(marks, steps),
+        *(_path(line, steps, axis) for line in lines),
+        "</svg>",
+        *(
+            f'<span class="y" style="top:{100 * (1 - row):.2f}%">{words}</span>'
+            for row, words in rows
+        ),
+        *_step_labels(steps),
+        "</div></figure>",
+    ]
     return drawn
 
 
 def _path(line: Line, steps: Span, axis: _Axis) -> str:
-    places = [(_at(WIDTH * steps.share(step)), _at(HEIGHT * (1 - axis.place(value)))) for step, value in line.points]
+    places = [
+        (_at(WIDTH * steps.share(step)), _at(HEIGHT * (1 - axis.place(value))))
+        for step, value in line.points
+    ]
     if line.shape in ("dots", "specks"):
         path = "".join(f"M{x} {y}h0" for x, y in places)
     elif line.shape == "stems":
@@ -105,8 +123,10 @@ def _marks(marks: Iterable[Mark], steps: Span) -> list[str]:
     for mark in marks:
         if steps.first <= mark.step <= steps.last:
             places.setdefault(mark.kind, {})[round(WIDTH * steps.share(mark.step))] = None
-    return [f'<path class="mark {kind}" style="stroke:var(--{kind})" d="{"".join(f"M{x} 0V{HEIGHT}" for x in sorted(at))}"/>'
-            for kind, at in places.items()]  # fmt: skip
+    return [
+        f'<path class="mark {kind}" style="stroke:var(--{kind})" d="{"".join(f"M{x} 0V{HEIGHT}" for x in sorted(at))}"/>'
+        for kind, at in places.items()
+    ]
 
 
 def _step_labels(steps: Span) -> list[str]:
@@ -120,14 +140,21 @@ def _step_labels(steps: Span) -> list[str]:
 
 def _legend(lines: Sequence[Line]) -> str:
     shown = [line for line in lines if line.name]
-    return "".join(f'<span class="legend"><span class="swatch" style="background:var(--c{line.colour % COLOURS});{"opacity:.45" if line.shape == "faint" else ""}">'
-                   f"</span>{escape(line.name)}</span>" for line in (shown if len(shown) > 1 else []))  # fmt: skip
+    return "".join(
+        f'<span class="legend"><span class="swatch" style="background:var(--c{line.colour % COLOURS});{"opacity:.45" if line.shape == "faint" else ""}">'
+        f"</span>{escape(line.name)}</span>"
+        for line in (shown if len(shown) > 1 else [])
+    )
 
 
 def _words(title: str, lines: Sequence[Line]) -> str:
     """For who cannot see the chart."""
-    said = [f"{line.name or title} from {_number(line.points[0].value)} at step {line.points[0].step:.0f} to {_number(line.points[-1].value)} "
-            f"at step {line.points[-1].step:.0f}" for line in lines if line.shape != "faint"]  # fmt: skip
+    said = [
+        f"{line.name or title} from {_number(line.points[0].value)} at step {line.points[0].step:.0f} to {_number(line.points[-1].value)} "
+        f"at step {line.points[-1].step:.0f}"
+        for line in lines
+        if line.shape != "faint"
+    ]
     return f"{title}: {'; '.join(said)}" if said else title
 
 
@@ -168,7 +195,11 @@ def _log_ticks(span: Span) -> list[float]:
     decades = range(math.ceil(span.first), math.floor(span.last) + 1)
     if len(decades) >= 2:
         return [10.0**decade for decade in decades][:: max(1, len(decades) // 5)]
-    wanted = (factor * 10.0**decade for decade in range(math.floor(span.first), math.ceil(span.last) + 1) for factor in (1, 2, 5))
+    wanted = (
+        factor * 10.0**decade
+        for decade in range(math.floor(span.first), math.ceil(span.last) + 1)
+        for factor in (1, 2, 5)
+    )
     return [tick for tick in wanted if span.first <= math.log10(tick) <= span.last]
 
 

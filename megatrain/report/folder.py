@@ -58,8 +58,21 @@ def read_run(path: Path) -> RunFolder:
     run = config.get("run")
     name = (run.get("name") if isinstance(run, dict) else None) or path.resolve().name
     metrics, story = path / FILE_NAME, tell(events.read(path))
-    told = datetime.fromtimestamp(metrics.stat().st_mtime).astimezone() if metrics.exists() else None
-    return RunFolder(path, str(name), config, text, read_curves(metrics), read_curves(path / UNDONE).get("loss"), story, read_stages(path, story.start), _xray(path), told)
+    told = (
+        datetime.fromtimestamp(metrics.stat().st_mtime).astimezone() if metrics.exists() else None
+    )
+    return RunFolder(
+        path,
+        str(name),
+        config,
+        text,
+        read_curves(metrics),
+        read_curves(path / UNDONE).get("loss"),
+        story,
+        read_stages(path, story.start),
+        _xray(path),
+        told,
+    )
 
 
 def _config(path: Path) -> tuple[str, dict[str, Any]]:

@@ -51,20 +51,63 @@ class Panel(NamedTuple):
 
 
 _MEMORY = "peak memory of the fullest rank"
-_GROWTH = "on CPUs: how much the process's resident memory has grown since before the model was built"
+_GROWTH = (
+    "on CPUs: how much the process's resident memory has grown since before the model was built"
+)
 _RESIDENT = "the resident memory of its process, with the interpreter and libraries"
 
 PANELS = (
     Panel("learning rate", "", (("lr", "", "line"),), True),
-    Panel("gradient norm", "", (("grad_norm", "each step", "faint"), ("grad_norm", "smoothed", "line"))),
-    Panel("throughput", "tokens/s", (("tokens_per_second", "each step", "faint"), ("tokens_per_second", "smoothed", "line")), True),
-    Panel("compute", "TFLOP/s a rank", (("tflops_per_rank", "each step", "faint"), ("tflops_per_rank", "smoothed", "line")), True),
-    Panel("model FLOPs utilisation", "%", (("mfu", "each step", "faint"), ("mfu", "smoothed", "line")), True, 100.0),
-    Panel(_MEMORY, "GiB", (("memory_gib", "measured", "line"), ("memory_predicted_gib", "predicted", "line")), True),
-    Panel("time that training stood still for saves", "s", (("save_stall_seconds", "", "stems"),), True),
+    Panel(
+        "gradient norm",
+        "",
+        (("grad_norm", "each step", "faint"), ("grad_norm", "smoothed", "line")),
+    ),
+    Panel(
+        "throughput",
+        "tokens/s",
+        (("tokens_per_second", "each step", "faint"), ("tokens_per_second", "smoothed", "line")),
+        True,
+    ),
+    Panel(
+        "compute",
+        "TFLOP/s a rank",
+        (("tflops_per_rank", "each step", "faint"), ("tflops_per_rank", "smoothed", "line")),
+        True,
+    ),
+    Panel(
+        "model FLOPs utilisation",
+        "%",
+        (("mfu", "each step", "faint"), ("mfu", "smoothed", "line")),
+        True,
+        100.0,
+    ),
+    Panel(
+        _MEMORY,
+        "GiB",
+        (("memory_gib", "measured", "line"), ("memory_predicted_gib", "predicted", "line")),
+        True,
+    ),
+    Panel(
+        "time that training stood still for saves",
+        "s",
+        (("save_stall_seconds", "", "stems"),),
+        True,
+    ),
 )
-_SHOWN = {name for panel in PANELS for name, *_ in panel.lines} | {"loss", "valid_loss", "tokens", "seconds", "skipped"}
-MARKS = {"restart": "failed or stopped here, and started again", "rollback": "gone back", "spike": "loss spike", "stall": "hung"}
+_SHOWN = {name for panel in PANELS for name, *_ in panel.lines} | {
+    "loss",
+    "valid_loss",
+    "tokens",
+    "seconds",
+    "skipped",
+}
+MARKS = {
+    "restart": "failed or stopped here, and started again",
+    "rollback": "gone back",
+    "spike": "loss spike",
+    "stall": "hung",
+}
 
 
 def draw_report(runs: Sequence[RunFolder], *, now: datetime) -> str:
@@ -75,8 +118,16 @@ def draw_report(runs: Sequence[RunFolder], *, now: datetime) -> str:
     parts += _charts(runs)
     for run in runs:
         parts += [f"<h2>{escape(run.name)}</h2>"] if len(runs) > 1 else []
-        parts += [*_stages(run.stages, on_cpus=_is_on_cpus(run)), *_timeline(run), *_passed_over(run), *_events(run, now), *_config(run)]
-    parts.append(f'<p class="small">Written {now:%Y-%m-%d %H:%M:%S %z}. Curves keep the lowest and the highest value of each piece of the run, so that no spike is lost.</p>')
+        parts += [
+            *_stages(run.stages, on_cpus=_is_on_cpus(run)),
+            *_timeline(run),
+            *_passed_over(run),
+            *_events(run, now),
+            *_config(run),
+        ]
+    parts.append(
+        f'<p class="small">Written {now:%Y-%m-%d %H:%M:%S %z}. Curves keep the lowest and the highest value of each piece of the run, so that no spike is lost.</p>'
+    )
     return page.frame(f"report of {title}", parts, style=STYLE + _STYLE)
 
 
@@ -84,15 +135,28 @@ def draw_report(runs: Sequence[RunFolder], *, now: datetime) -> str:
 
 
 def _head(run: RunFolder, now: datetime) -> list[str]:
-    tiles = "".join(f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in _tiles(run))
-    return [f'<p class="facts">{escape(_facts(run))}</p>', f"<p>{_state(run, now)}</p>", f'<div class="tiles">{tiles}</div>']
+    tiles = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
+        for name, value in _tiles(run)
+    )
+    return [
+        f'<p class="facts">{escape(_facts(run))}</p>',
+        f"<p>{_state(run, now)}</p>",
+        f'<div class="tiles">{tiles}</div>',
+    ]
 
 
 def _compared(runs: Sequence[RunFolder], now: datetime) -> list[str]:
     names = list(dict.fromkeys(name for run in runs for name, _ in _tiles(run)))
     heads = ["run", *(escape(name) for name in names), "state"]
-    lines = [[page.key(f"var(--c{place % 6})", run.name), *(escape(dict(_tiles(run)).get(name, "–")) for name in names), _state(run, now)]
-             for place, run in enumerate(runs)]  # fmt: skip
+    lines = [
+        [
+            page.key(f"var(--c{place % 6})", run.name),
+            *(escape(dict(_tiles(run)).get(name, "–")) for name in names),
+            _state(run, now),
+        ]
+        for place, run in enumerate(runs)
+    ]
     return page.table(heads, lines, left=(len(names) + 1,))
 
 
@@ -103,14 +167,31 @@ def _facts(run: RunFolder) -> str:
     if run.story.start is not None:
         fields = run.story.start.fields
         layout = fields.get("layout") or {}
-        facts.append(" x ".join(f"{axis} {layout[axis]}" for axis in ("tensor", "pipeline", "data") if axis in layout))
-        facts += [str(layout.get("schedule", "")), f"ZeRO {layout.get('zero')}" if "zero" in layout else ""]
+        facts.append(
+            " x ".join(
+                f"{axis} {layout[axis]}"
+                for axis in ("tensor", "pipeline", "data")
+                if axis in layout
+            )
+        )
+        facts += [
+            str(layout.get("schedule", "")),
+            f"ZeRO {layout.get('zero')}" if "zero" in layout else "",
+        ]
         hosts = fields.get("hosts") or []
-        facts.append(f"{_number_of(fields.get('ranks'), 'rank')} on {_number_of(len(hosts), 'machine')}, {fields.get('device')}")
-        facts.append(", ".join(f"{name} {version}" for name, version in (fields.get("versions") or {}).items()))
+        facts.append(
+            f"{_number_of(fields.get('ranks'), 'rank')} on {_number_of(len(hosts), 'machine')}, {fields.get('device')}"
+        )
+        facts.append(
+            ", ".join(
+                f"{name} {version}" for name, version in (fields.get("versions") or {}).items()
+            )
+        )
     size, length = run.setting("train.global_batch_size"), run.setting("data.sequence_length")
     facts.append(f"{size} x {length} tokens a step" if size and length else "")
-    facts.append(" ".join(str(run.setting(name, "")) for name in ("optimizer.name", "train.dtype")).strip())
+    facts.append(
+        " ".join(str(run.setting(name, "")) for name in ("optimizer.name", "train.dtype")).strip()
+    )
     return " · ".join(fact for fact in facts if fact)
 
 
@@ -137,14 +218,19 @@ def _tiles(run: RunFolder) -> list[tuple[str, str]]:
     tiles = []
     step = max((point.step for point in last.values()), default=0)
     steps = run.setting("train.steps")
-    tiles.append(("step", f"{step:,.0f}" if not isinstance(steps, int) else f"{step:,.0f} of {steps:,}"))
+    tiles.append(
+        ("step", f"{step:,.0f}" if not isinstance(steps, int) else f"{step:,.0f} of {steps:,}")
+    )
     if "tokens" in last:
         tiles.append(("tokens", short_number(last["tokens"].value)))
     if "loss" in curves:
         tiles.append(("smoothed loss at the end", f"{curves['loss'].smooth()[-1].value:.4f}"))
     if "valid_loss" in curves:
         best = curves["valid_loss"].lowest
-        tiles += [("validation loss at the end", f"{last['valid_loss'].value:.4f}"), ("lowest validation loss (after step)", f"{best.value:.4f} ({best.step:,.0f})")]
+        tiles += [
+            ("validation loss at the end", f"{last['valid_loss'].value:.4f}"),
+            ("lowest validation loss (after step)", f"{best.value:.4f} ({best.step:,.0f})"),
+        ]
     if "tokens_per_second" in curves:
         tiles.append(("tokens/s on average", short_number(curves["tokens_per_second"].mean)))
     if "mfu" in curves:
@@ -154,7 +240,11 @@ def _tiles(run: RunFolder) -> list[tuple[str, str]]:
     if "save_stall_seconds" in curves:
         tiles.append(("stood still for saves", _duration(curves["save_stall_seconds"].total)))
     tiles.append(("started again", str(story.restarts)))
-    tiles += [(words, str(story.count(name))) for name, words in (("rollback", "gone back"), ("stall", "hung")) if story.count(name)]
+    tiles += [
+        (words, str(story.count(name)))
+        for name, words in (("rollback", "gone back"), ("stall", "hung"))
+        if story.count(name)
+    ]
     if "skipped" in curves:
         tiles.append(("steps skipped", f"{curves['skipped'].total:.0f}"))
     return tiles
@@ -169,13 +259,32 @@ def _charts(runs: Sequence[RunFolder]) -> list[str]:
     if not ends:
         return ["<p>There are no figures yet.</p>"]
     marks = [mark for run in runs for mark in run.story.marks]
-    ends += [mark.step for mark in marks] + [run.undone.last.step for run in runs if run.undone is not None]
+    ends += [mark.step for mark in marks] + [
+        run.undone.last.step for run in runs if run.undone is not None
+    ]
     steps = Span(min(begins), max(max(ends), min(begins) + 1))
-    losses = dict.fromkeys(loss_name(run.setting("task", "sft"), run.setting("classification.problem", "single-label")) for run in runs)
-    parts = chart("loss", list(_losses(runs)), steps=steps, unit=", ".join(losses), marks=marks, first=True)
-    panels = [panel._replace(unit=f"{panel.unit}, {_GROWTH}") if panel.title == _MEMORY and any(map(_is_on_cpus, runs)) else panel for panel in PANELS]
+    losses = dict.fromkeys(
+        loss_name(run.setting("task", "sft"), run.setting("classification.problem", "single-label"))
+        for run in runs
+    )
+    parts = chart(
+        "loss", list(_losses(runs)), steps=steps, unit=", ".join(losses), marks=marks, first=True
+    )
+    panels = [
+        panel._replace(unit=f"{panel.unit}, {_GROWTH}")
+        if panel.title == _MEMORY and any(map(_is_on_cpus, runs))
+        else panel
+        for panel in PANELS
+    ]
     for panel in [*panels, *_measures(runs)]:
-        parts += chart(panel.title, list(_lines(panel, runs)), steps=steps, unit=panel.unit, marks=marks, from_zero=panel.from_zero)
+        parts += chart(
+            panel.title,
+            list(_lines(panel, runs)),
+            steps=steps,
+            unit=panel.unit,
+            marks=marks,
+            from_zero=panel.from_zero,
+        )
     return ["<h2>Over steps</h2>", *_meaning_of(marks), '<div class="charts">', *parts, "</div>"]
 
 
@@ -185,7 +294,9 @@ def _is_on_cpus(run: RunFolder) -> bool:
 
 def _meaning_of(marks: Iterable[Mark]) -> list[str]:
     kinds = dict.fromkeys(mark.kind for mark in marks)
-    keys = "".join(f'<span><i style="border-color:var(--{kind})"></i>{MARKS[kind]}</span>' for kind in kinds)
+    keys = "".join(
+        f'<span><i style="border-color:var(--{kind})"></i>{MARKS[kind]}</span>' for kind in kinds
+    )
     return [f'<p class="small marks">{keys}</p>'] if keys else []
 
 
@@ -216,19 +327,35 @@ def _lines(panel: Panel, runs: Sequence[RunFolder]) -> Iterable[Line]:
                 continue
             colour = place if several else names.index(name)
             shape = "line" if shape == "stems" and curve.count > _MOST_STEMS else shape
-            yield Line(run.name if several else words, _scaled(curve, panel, shape, name), shape, colour)
+            yield Line(
+                run.name if several else words, _scaled(curve, panel, shape, name), shape, colour
+            )
 
 
 def _scaled(curve: Curve, panel: Panel, shape: Shape, name: str) -> list[Point]:
-    smoothed = shape == "line" and (name, "faint") in {(other, kind) for other, _, kind in panel.lines}
-    return [Point(step, value * panel.factor) for step, value in (curve.smooth() if smoothed else curve.points())]
+    smoothed = shape == "line" and (name, "faint") in {
+        (other, kind) for other, _, kind in panel.lines
+    }
+    return [
+        Point(step, value * panel.factor)
+        for step, value in (curve.smooth() if smoothed else curve.points())
+    ]
 
 
 def _measures(runs: Sequence[RunFolder]) -> list[Panel]:
     """What the task measures beside the loss, training and validation in one chart."""
     names = {name for run in runs for name in run.curves}
-    plain = dict.fromkeys(name.removeprefix("valid_") for run in runs for name in run.curves if name not in _SHOWN)
-    return [Panel(name.replace("_", " "), "" if name in names else "in validation", ((name, "training", "line"), (f"valid_{name}", "validation", "line"))) for name in plain]
+    plain = dict.fromkeys(
+        name.removeprefix("valid_") for run in runs for name in run.curves if name not in _SHOWN
+    )
+    return [
+        Panel(
+            name.replace("_", " "),
+            "" if name in names else "in validation",
+            ((name, "training", "line"), (f"valid_{name}", "validation", "line")),
+        )
+        for name in plain
+    ]
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
@@ -241,21 +368,34 @@ def _stages(stages: list[StageTimes], *, on_cpus: bool) -> list[str]:
         return []
     longest = max(stage.whole for stage in stages)
     heads = ["rank", *_PARTS, "step", "memory"]
-    lines = [[str(stage.pipeline), *(page.seconds(getattr(stage, name)) for name in _PARTS), page.seconds(stage.whole), page.size(stage.peak_memory)]
-             for stage in stages]  # fmt: skip
+    lines = [
+        [
+            str(stage.pipeline),
+            *(page.seconds(getattr(stage, name)) for name in _PARTS),
+            page.seconds(stage.whole),
+            page.size(stage.peak_memory),
+        ]
+        for stage in stages
+    ]
     return [
         "<h2>A step on each pipeline rank</h2>",
         f'<p class="small">{" &nbsp; ".join(page.key(colour, name) for name, colour in _PARTS.items())}</p>',
-        '<div class="lanes">', *(_lane(stage, longest) for stage in stages), "</div>", *page.table(heads, lines, kind="narrow"),
+        '<div class="lanes">',
+        *(_lane(stage, longest) for stage in stages),
+        "</div>",
+        *page.table(heads, lines, kind="narrow"),
         '<p class="small">Means of the last steps that ranks have told of in their logs, over tensor and data ranks; memory is the most of any'
         f"{f', {_RESIDENT}' if on_cpus else ''}. "
-        'Waiting is for what neighbours send; '
+        "Waiting is for what neighbours send; "
         "the rest is the optimizer, what data ranks add up, data and the host.</p>",
-    ]  # fmt: skip
+    ]
 
 
 def _lane(stage: StageTimes, longest: float) -> str:
-    parts = "".join(f'<i style="width:{100 * getattr(stage, name) / longest:.2f}%;background:{colour}"></i>' for name, colour in _PARTS.items())
+    parts = "".join(
+        f'<i style="width:{100 * getattr(stage, name) / longest:.2f}%;background:{colour}"></i>'
+        for name, colour in _PARTS.items()
+    )
     return f"<span>rank {stage.pipeline}</span><div>{parts}</div>"
 
 
@@ -264,7 +404,9 @@ def _timeline(run: RunFolder) -> list[str]:
         return []
     drawn = timelines(run.xray)
     if sum(map(len, drawn)) > _LARGEST_TIMELINE:
-        return [f'<p class="small">Steps were traced; their picture is too large for this page: <code>megatrain xray {escape(str(run.path))}</code> draws it.</p>']
+        return [
+            f'<p class="small">Steps were traced; their picture is too large for this page: <code>megatrain xray {escape(str(run.path))}</code> draws it.</p>'
+        ]
     return drawn
 
 
@@ -280,10 +422,21 @@ def _passed_over(run: RunFolder) -> list[str]:
     for event in told[: -MOST_ROWS - 1 : -1]:
         fields = dict(event.fields)
         first, last = fields.pop("first", None), fields.pop("last", None)
-        samples = f"{first:,} to {last:,}" if isinstance(first, int) and isinstance(last, int) else "–"
+        samples = (
+            f"{first:,} to {last:,}" if isinstance(first, int) and isinstance(last, int) else "–"
+        )
         lines.append([f"{event.step or 0:,}", event.event, samples, escape(said(fields))])
     hidden = [f"<p>The last {MOST_ROWS} of {len(told):,}.</p>"] if len(told) > MOST_ROWS else []
-    return ["<h2>Samples passed over</h2>", *hidden, *page.table(["step", "event", "samples, in the run's order", ""], lines, left=(1, 2, 3), kind="worded")]
+    return [
+        "<h2>Samples passed over</h2>",
+        *hidden,
+        *page.table(
+            ["step", "event", "samples, in the run's order", ""],
+            lines,
+            left=(1, 2, 3),
+            kind="worded",
+        ),
+    ]
 
 
 def _events(run: RunFolder, now: datetime) -> list[str]:
@@ -292,9 +445,27 @@ def _events(run: RunFolder, now: datetime) -> list[str]:
     if not told:
         return []
     shown = told[: -MOST_ROWS - 1 : -1]
-    lines = [[f"{row.time.astimezone(now.tzinfo):%Y-%m-%d %H:%M:%S}", f"{escape(row.event)}{f' × {row.number:,}' if row.number > 1 else ''}", _step(row), escape(row.words)] for row in shown]
-    hidden = [f"<p>The last {len(shown)} of {len(told):,}; all of them are in {escape(str(run.path))}/events.jsonl.</p>"] if len(told) > len(shown) else []
-    return [f"<h2>What happened, the newest first ({now:%z})</h2>", *hidden, *page.table(["time", "event", "step", ""], lines, left=(1, 3), kind="worded")]
+    lines = [
+        [
+            f"{row.time.astimezone(now.tzinfo):%Y-%m-%d %H:%M:%S}",
+            f"{escape(row.event)}{f' × {row.number:,}' if row.number > 1 else ''}",
+            _step(row),
+            escape(row.words),
+        ]
+        for row in shown
+    ]
+    hidden = (
+        [
+            f"<p>The last {len(shown)} of {len(told):,}; all of them are in {escape(str(run.path))}/events.jsonl.</p>"
+        ]
+        if len(told) > len(shown)
+        else []
+    )
+    return [
+        f"<h2>What happened, the newest first ({now:%z})</h2>",
+        *hidden,
+        *page.table(["time", "event", "step", ""], lines, left=(1, 3), kind="worded"),
+    ]
 
 
 def _step(row: Row) -> str:
@@ -304,7 +475,11 @@ def _step(row: Row) -> str:
 
 
 def _config(run: RunFolder) -> list[str]:
-    return [f"<details><summary>config.yaml</summary><pre>{escape(run.config_text)}</pre></details>"] if run.config_text else []
+    return (
+        [f"<details><summary>config.yaml</summary><pre>{escape(run.config_text)}</pre></details>"]
+        if run.config_text
+        else []
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -36,11 +36,18 @@ def read_stages(run_folder: Path, start: Event | None) -> list[StageTimes]:
     """By pipeline rank, of the last start's ranks: earlier ones may have been more."""
     ranks = start.fields.get("ranks") if start is not None else None
     found: dict[int, list[_Rank]] = {}
-    for path in sorted((run_folder / "logs").glob("rank-*.jsonl"))[: ranks if isinstance(ranks, int) else None]:
+    for path in sorted((run_folder / "logs").glob("rank-*.jsonl"))[
+        : ranks if isinstance(ranks, int) else None
+    ]:
         lines = _figures(path)
         if lines:
-            means = {name: statistics.fmean(line[name] for line in lines) for name in ("forward", "backward", "waiting", "seconds")}
-            found.setdefault(lines[-1]["pipeline"], []).append(_Rank(**means, peak_memory=max(line["peak_memory"] for line in lines)))
+            means = {
+                name: statistics.fmean(line[name] for line in lines)
+                for name in ("forward", "backward", "waiting", "seconds")
+            }
+            found.setdefault(lines[-1]["pipeline"], []).append(
+                _Rank(**means, peak_memory=max(line["peak_memory"] for line in lines))
+            )
     return [_stage(pipeline, found[pipeline]) for pipeline in sorted(found)]
 
 
@@ -60,12 +67,24 @@ def _figures(path: Path) -> list[dict[str, Any]]:
     for line in json_lines.read(path, last=_END):
         if line.get("message") == "start":
             lines.clear()
-        elif line.get("message") == "figures" and all(isinstance(line.get(name), int | float) for name in _FIGURES):
+        elif line.get("message") == "figures" and all(
+            isinstance(line.get(name), int | float) for name in _FIGURES
+        ):
             lines.append(line)
     return lines
 
 
 def _stage(pipeline: int, ranks: list[_Rank]) -> StageTimes:
-    forward, backward, waiting, seconds, _ = (statistics.fmean(values) for values in zip(*ranks, strict=True))
+    forward, backward, waiting, seconds, _ = (
+        statistics.fmean(values) for values in zip(*ranks, strict=True)
+    )
     rest = max(0.0, seconds - forward - backward - waiting)
-    return StageTimes(pipeline, len(ranks), forward, backward, waiting, rest, max(rank.peak_memory for rank in ranks))
+    return StageTimes(
+        pipeline,
+        len(ranks),
+        forward,
+        backward,
+        waiting,
+        rest,
+        max(rank.peak_memory for rank in ranks),
+    )

@@ -48,18 +48,46 @@ def tell(events: Iterable[Event]) -> Story:
     """The story of the events of a run's folder, the oldest first."""
     kept = _since_begun_afresh(list(events))
     starts = [place for place, event in enumerate(kept) if event.event == "start"]
-    marks = [Mark(_failed_step(kept[before:place]) or _first_step(kept[place + 1 :]), "restart") for before, place in pairwise(starts)]
-    marks += [Mark(event.step or 0, event.event) for event in kept if event.event in ("rollback", "stall", "spike")]  # type: ignore[arg-type]
-    return Story(kept, kept[starts[-1]] if starts else None, _end(kept[-1]) if kept else None, max(0, len(starts) - 1), marks)
+    marks = [
+        Mark(_failed_step(kept[before:place]) or _first_step(kept[place + 1 :]), "restart")
+        for before, place in pairwise(starts)
+    ]
+    marks += [
+        Mark(event.step or 0, event.event)
+        for event in kept
+        if event.event in ("rollback", "stall", "spike")
+    ]  # type: ignore[arg-type]
+    return Story(
+        kept,
+        kept[starts[-1]] if starts else None,
+        _end(kept[-1]) if kept else None,
+        max(0, len(starts) - 1),
+        marks,
+    )
 
 
 def _end(last: Event) -> str | None:
     if last.event not in _ENDS:
         return None
-    where = f"{'in' if last.event == 'stall' else 'after'} step {last.step}" if last.step else "before its first step was done"
-    why = next((str(last.fields[name]).partition("\n")[0] for name in ("error", "why", "cause") if last.fields.get(name)), "")
+    where = (
+        f"{'in' if last.event == 'stall' else 'after'} step {last.step}"
+        if last.step
+        else "before its first step was done"
+    )
+    why = next(
+        (
+            str(last.fields[name]).partition("\n")[0]
+            for name in ("error", "why", "cause")
+            if last.fields.get(name)
+        ),
+        "",
+    )
     given_up = last.fields.get("reason")
-    return f"{_ENDS[last.event]} {where}" + (f": {why}" if why else "") + (f"; not restarted: {given_up}" if given_up else "")
+    return (
+        f"{_ENDS[last.event]} {where}"
+        + (f": {why}" if why else "")
+        + (f"; not restarted: {given_up}" if given_up else "")
+    )
 
 
 def rows(events: Iterable[Event]) -> Iterator[Row]:
@@ -85,7 +113,11 @@ def _since_begun_afresh(events: list[Event]) -> list[Event]:
 
 def _failed_step(start_to_start: list[Event]) -> int | None:
     """The last step that a start came to, where somebody told of its failure."""
-    told = [event.step for event in start_to_start if event.event in ("restart", "fail", "stall") and event.step is not None]
+    told = [
+        event.step
+        for event in start_to_start
+        if event.event in ("restart", "fail", "stall") and event.step is not None
+    ]
     return told[-1] if told else None
 
 

@@ -69,8 +69,16 @@ class _Choice(NamedTuple):
     words: str
 
 
-def settle_schedule(config: Config, architecture: Architecture, grid: Grid, device: torch.device, *, batches: Callable[[], Sequence[Batch]],
-                    resumed: bool = False, ranks_here: int = 1) -> Settled:  # fmt: skip
+def settle_schedule(
+    config: Config,
+    architecture: Architecture,
+    grid: Grid,
+    device: torch.device,
+    *,
+    batches: Callable[[], Sequence[Batch]],
+    resumed: bool = False,
+    ranks_here: int = 1,
+) -> Settled:
     """The config with auto replaced by what it chose; any other config as it is. All ranks call it together.
 
     Args:
@@ -83,11 +91,16 @@ def settle_schedule(config: Config, architecture: Architecture, grid: Grid, devi
     if grid.pipeline.size == 1:
         return Settled(_replaced(config, schedule="1f1b"))
     asked = _asked(config, architecture, grid)
-    choice = broadcast_object(_read(config, asked) if resumed and grid.rank == 0 else None, grid.world)
+    choice = broadcast_object(
+        _read(config, asked) if resumed and grid.rank == 0 else None, grid.world
+    )
     channels = None
     if choice is None:
         calibration = Calibration(config, architecture, grid, device, batches())
-        choice, channels = _measure(calibration, _limit(config, grid.world, device, ranks_here)), calibration.channels
+        choice, channels = (
+            _measure(calibration, _limit(config, grid.world, device, ranks_here)),
+            calibration.channels,
+        )
         if grid.rank == 0:
             _write(config, asked, choice)
     if grid.rank == 0:
@@ -102,21 +115,38 @@ def _measure(calibration: Calibration, limit: float) -> _Choice:
     """Measured, simulated, tried; the same on all ranks."""
     config, grid = calibration.config, calibration.grid
     schedule = run_schedule(config, grid.data.size)
-    counts = blocks_per_stage(cut_layers(layer_costs(calibration.architecture, config.data.sequence_length), grid.pipeline.size))
+    counts = blocks_per_stage(
+        cut_layers(
+            layer_costs(calibration.architecture, config.data.sequence_length), grid.pipeline.size
+        )
+    )
     costs, seconds = calibration.base(_config_of(config, schedule, counts), schedule)
     search: tuple[Plan, list[Plan]] | None = None
     if costs is not None:
         grid.beat.phase("choosing a schedule")
-        search = (plan_of(costs, schedule, tuple(counts)),
-                  find_plans(costs, ranks=grid.pipeline.size, microbatches=len(calibration.batches), limit=limit))  # fmt: skip
+        search = (
+            plan_of(costs, schedule, tuple(counts)),
+            find_plans(
+                costs, ranks=grid.pipeline.size, microbatches=len(calibration.batches), limit=limit
+            ),
+        )
     search = broadcast_object(search, grid.world)
     assert search is not None, "made on rank 0"
     base, plans = search
     fits = max(base.memory) <= limit or config.parallel.memory_gib is None
     if not fits and not plans:
-        raise ConfigError("parallel.memory_gib", config.parallel.memory_gib, "is less than any schedule takes on its fullest rank",
-                          f"1f1b takes {max(base.memory) / 2**30:.3g}; use more pipeline ranks, a smaller train.micro_batch_size or recomputation")  # fmt: skip
-    tried = _try(calibration, _promising(base, plans, seconds) if fits else plans[:TRIALS], base, seconds if fits else math.inf)
+        raise ConfigError(
+            "parallel.memory_gib",
+            config.parallel.memory_gib,
+            "is less than any schedule takes on its fullest rank",
+            f"1f1b takes {max(base.memory) / 2**30:.3g}; use more pipeline ranks, a smaller train.micro_batch_size or recomputation",
+        )
+    tried = _try(
+        calibration,
+        _promising(base, plans, seconds) if fits else plans[:TRIALS],
+        base,
+        seconds if fits else math.inf,
+    )
     plan, measured = min(tried, key=lambda trial: trial[1], default=(base, seconds))
     if fits and measured > (1 - WORTH_IT / 2) * seconds:
         return _Choice(base.schedule, list(base.counts), _stays(base, seconds, plans, tried))
@@ -124,7 +154,9 @@ def _measure(calibration: Calibration, limit: float) -> _Choice:
 
 
 def _promising(base: Plan, plans: list[Plan], seconds: float) -> list[Plan]:
-    return [plan for plan in plans if _expected(plan, base, seconds) <= (1 - WORTH_IT) * seconds][:TRIALS]
+    return [plan for plan in plans if _expected(plan, base, seconds) <= (1 - WORTH_IT) * seconds][
+        :TRIALS
+    ]
 
 
 def _expected(plan: Plan, base: Plan, seconds: float) -> float:
@@ -132,13 +164,19 @@ def _expected(plan: Plan, base: Plan, seconds: float) -> float:
     return plan.seconds + seconds - base.seconds
 
 
-def _try(calibration: Calibration, plans: list[Plan], base: Plan, seconds: float) -> list[tuple[Plan, float]]:
+def _try(
+    calibration: Calibration, plans: list[Plan], base: Plan, seconds: float
+) -> list[tuple[Plan, float]]:
     """Plans with the measured seconds of their steps, until one keeps what it promised."""
     tried: list[tuple[Plan, float]] = []
     for plan in plans:
-        measured = calibration.seconds(_config_of(calibration.config, plan.schedule, list(plan.counts)), plan.schedule)
+        measured = calibration.seconds(
+            _config_of(calibration.config, plan.schedule, list(plan.counts)), plan.schedule
+        )
         tried.append((plan, measured))
-        if measured <= min((1 + AS_SAID) * _expected(plan, base, seconds), (1 - WORTH_IT / 2) * seconds):
+        if measured <= min(
+            (1 + AS_SAID) * _expected(plan, base, seconds), (1 - WORTH_IT / 2) * seconds
+        ):
             break
     calibration.clear()
     return tried
@@ -148,7 +186,9 @@ def _limit(config: Config, world: Axis, device: torch.device, ranks_here: int) -
     """Bytes that each rank may hold: as told, else what the fullest machine has for one."""
     if config.parallel.memory_gib is not None:
         return config.parallel.memory_gib * 2**30
-    mine = torch.tensor(OF_FREE * machine.free_memory(device, ranks_here), dtype=torch.float64, device=device)
+    mine = torch.tensor(
+        OF_FREE * machine.free_memory(device, ranks_here), dtype=torch.float64, device=device
+    )
     return float(all_reduce(mine, world, op=dist.ReduceOp.MIN))
 
 
@@ -156,16 +196,25 @@ def _limit(config: Config, world: Axis, device: torch.device, ranks_here: int) -
 
 
 def _changes(plan: Plan, measured: float, base: Plan, seconds: float, limit: float) -> str:
-    return (f"{_named(plan)}: a step takes {_ms(measured)} before its update as measured ({_ms(_expected(plan, base, seconds))} predicted) "
-            f"and {_ms(seconds)} under {_named(base)}, as ranks wait {plan.waiting:.0%} and not {base.waiting:.0%} of their time; "
-            f"the fullest rank holds {max(plan.memory) / 2**30:.2g} of {limit / 2**30:.3g} GiB")  # fmt: skip
+    return (
+        f"{_named(plan)}: a step takes {_ms(measured)} before its update as measured ({_ms(_expected(plan, base, seconds))} predicted) "
+        f"and {_ms(seconds)} under {_named(base)}, as ranks wait {plan.waiting:.0%} and not {base.waiting:.0%} of their time; "
+        f"the fullest rank holds {max(plan.memory) / 2**30:.2g} of {limit / 2**30:.3g} GiB"
+    )
 
 
 def _stays(base: Plan, seconds: float, plans: list[Plan], tried: list[tuple[Plan, float]]) -> str:
-    others = [f"{_named(plan)} took {_ms(measured)} ({_ms(_expected(plan, base, seconds))} predicted)" for plan, measured in tried]
+    others = [
+        f"{_named(plan)} took {_ms(measured)} ({_ms(_expected(plan, base, seconds))} predicted)"
+        for plan, measured in tried
+    ]
     if not others and plans:
-        others = [f"the best other, {_named(plans[0])}, is predicted to take {_ms(_expected(plans[0], base, seconds))}"]
-    return f"{_named(base)}: a step takes {_ms(seconds)} before its update; " + ("; ".join(others) or "nothing else fits")
+        others = [
+            f"the best other, {_named(plans[0])}, is predicted to take {_ms(_expected(plans[0], base, seconds))}"
+        ]
+    return f"{_named(base)}: a step takes {_ms(seconds)} before its update; " + (
+        "; ".join(others) or "nothing else fits"
+    )
 
 
 def _named(plan: Plan) -> str:
@@ -189,21 +238,43 @@ def _config_of(config: Config, schedule: Schedule, counts: list[int]) -> Config:
     """As if the user had written it."""
     name, chunks = schedule.name, schedule.placement.chunks
     if name not in SCHEDULES:
-        return _replaced(config, schedule=str(Path(config.run.output_dir) / ACTIONS), layers_per_stage=counts)
-    return _replaced(config, schedule=name, virtual=chunks if SCHEDULES[name].any_chunks else None, layers_per_stage=counts)
+        return _replaced(
+            config, schedule=str(Path(config.run.output_dir) / ACTIONS), layers_per_stage=counts
+        )
+    return _replaced(
+        config,
+        schedule=name,
+        virtual=chunks if SCHEDULES[name].any_chunks else None,
+        layers_per_stage=counts,
+    )
 
 
 def _replaced(config: Config, **parallel: Any) -> Config:
-    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, memory_gib=None, **parallel))
+    return dataclasses.replace(
+        config, parallel=dataclasses.replace(config.parallel, memory_gib=None, **parallel)
+    )
 
 
 def _asked(config: Config, architecture: Architecture, grid: Grid) -> dict[str, Any]:
     """What a choice was made for."""
     p, train = config.parallel, config.train
-    asked = {"model": architecture.config.to_dict(), "tensor": p.tensor, "pipeline": p.pipeline, "data": grid.data.size, "sequence": p.sequence,
-             "zero": p.zero, "offload": p.offload, "memory_gib": p.memory_gib, "global_batch_size": train.global_batch_size,
-             "micro_batch_size": train.micro_batch_size, "dtype": train.dtype, "recompute": train.recompute, "lora": dataclasses.asdict(config.lora), "task": config.task,
-             "sequence_length": config.data.sequence_length}  # fmt: skip
+    asked = {
+        "model": architecture.config.to_dict(),
+        "tensor": p.tensor,
+        "pipeline": p.pipeline,
+        "data": grid.data.size,
+        "sequence": p.sequence,
+        "zero": p.zero,
+        "offload": p.offload,
+        "memory_gib": p.memory_gib,
+        "global_batch_size": train.global_batch_size,
+        "micro_batch_size": train.micro_batch_size,
+        "dtype": train.dtype,
+        "recompute": train.recompute,
+        "lora": dataclasses.asdict(config.lora),
+        "task": config.task,
+        "sequence_length": config.data.sequence_length,
+    }
     return json.loads(json.dumps(asked, default=str))
 
 
@@ -213,7 +284,13 @@ def _write(config: Config, asked: dict[str, Any], choice: _Choice) -> None:
     settled = _config_of(config, choice.schedule, choice.counts).parallel
     if choice.schedule.name not in SCHEDULES:
         (folder / ACTIONS).write_text(write_schedule(choice.schedule), encoding="utf-8")
-    kept = {"schedule": settled.schedule, "virtual": settled.virtual, "layers_per_stage": choice.counts, "words": choice.words, "asked": asked}
+    kept = {
+        "schedule": settled.schedule,
+        "virtual": settled.virtual,
+        "layers_per_stage": choice.counts,
+        "words": choice.words,
+        "asked": asked,
+    }
     (folder / CHOICE).write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
@@ -225,8 +302,12 @@ def _read(config: Config, asked: dict[str, Any]) -> _Choice | None:
         if kept["asked"] != asked:
             return None
         microbatches = config.microbatches(asked["data"])
-        name = str(path.with_name(ACTIONS)) if kept["schedule"].endswith(".csv") else kept["schedule"]
-        schedule = choose_schedule(name, ranks=config.parallel.pipeline, microbatches=microbatches, virtual=kept["virtual"])
+        name = (
+            str(path.with_name(ACTIONS)) if kept["schedule"].endswith(".csv") else kept["schedule"]
+        )
+        schedule = choose_schedule(
+            name, ranks=config.parallel.pipeline, microbatches=microbatches, virtual=kept["virtual"]
+        )
         counts = [int(count) for count in kept["layers_per_stage"]]
         words = f"{schedule.name} with {counts} blocks by stage, as chosen when the run began ({path} keeps it)"
         return _Choice(schedule, counts, words)

@@ -75,10 +75,18 @@ def culprit(trainer: Trainer, step: BadStep) -> str:
 
 def first_bad_weight(trainer: Trainer) -> str | None:
     """The first parameter of the model that is not finite, with its ranks; None where all are."""
-    own = [(parameter, _largest_element(weights)) for parameter, weights in _weights(trainer) if weights.is_floating_point()]
+    own = [
+        (parameter, _largest_element(weights))
+        for parameter, weights in _weights(trainer)
+        if weights.is_floating_point()
+    ]
     bad = [(parameter, size) for parameter, size in own if not math.isfinite(size)]
     first, _ = _ends(trainer, _found(trainer, bad))
-    return f"the weight {first[0].name} is not finite on {_named(found.rank for found in first)}" if first else None
+    return (
+        f"the weight {first[0].name} is not finite on {_named(found.rank for found in first)}"
+        if first
+        else None
+    )
 
 
 def _largest_element(tensor: Tensor) -> float:
@@ -88,24 +96,43 @@ def _largest_element(tensor: Tensor) -> float:
 
 def _weights(trainer: Trainer) -> list[tuple[nn.Parameter, Tensor]]:
     """Each parameter of this rank, and what this rank holds of it: under ZeRO 3 a share."""
-    return [(parameter, getattr(parameter, "ds_tensor", parameter).detach()) for parameter in trainer.stage.parameters()]
+    return [
+        (parameter, getattr(parameter, "ds_tensor", parameter).detach())
+        for parameter in trainer.stage.parameters()
+    ]
 
 
 def _bad_gradients(trainer: Trainer, step: BadStep) -> tuple[list[Found], list[Found]]:
     sizes = zip(trainer.zero.trained, step.largest.tolist(), strict=True)
-    return _ends(trainer, _found(trainer, [(parameter, size) for parameter, size in sizes if not math.isfinite(size)]))
+    return _ends(
+        trainer,
+        _found(
+            trainer, [(parameter, size) for parameter, size in sizes if not math.isfinite(size)]
+        ),
+    )
 
 
 def _largest(trainer: Trainer, step: BadStep) -> str:
-    named = [(parameter, size) for parameter, size in zip(trainer.zero.trained, step.largest.tolist(), strict=True) if sharding(parameter).name]
+    named = [
+        (parameter, size)
+        for parameter, size in zip(trainer.zero.trained, step.largest.tolist(), strict=True)
+        if sharding(parameter).name
+    ]
     mine = max(_found(trainer, named), key=lambda found: found.size, default=None)
     largest = max(_gathered(trainer, [] if mine is None else [mine]), key=lambda found: found.size)
     return f"{largest.name} with {largest.size:.1e}"
 
 
 def _found(trainer: Trainer, sizes: Iterable[tuple[nn.Parameter, float]]) -> list[Found]:
-    places = {id(parameter): (number, place) for number, layer in reversed(_own_layers(trainer)) for place, parameter in enumerate(layer.parameters())}
-    return [Found(places[id(parameter)], sharding(parameter).name, trainer.grid.rank, size) for parameter, size in sizes]
+    places = {
+        id(parameter): (number, place)
+        for number, layer in reversed(_own_layers(trainer))
+        for place, parameter in enumerate(layer.parameters())
+    }
+    return [
+        Found(places[id(parameter)], sharding(parameter).name, trainer.grid.rank, size)
+        for parameter, size in sizes
+    ]
 
 
 def _ends(trainer: Trainer, mine: Sequence[Found]) -> tuple[list[Found], list[Found]]:
@@ -113,7 +140,9 @@ def _ends(trainer: Trainer, mine: Sequence[Found]) -> tuple[list[Found], list[Fo
     ordered = sorted(mine)
     found = _gathered(trainer, ordered if len(ordered) < 2 else [ordered[0], ordered[-1]])
     first, last = min(found, default=None), max(found, default=None)
-    return [item for item in found if first and item.place == first.place], [item for item in found if last and item.place == last.place]
+    return [item for item in found if first and item.place == first.place], [
+        item for item in found if last and item.place == last.place
+    ]
 
 
 def _bad_outputs(trainer: Trainer, step: BadStep) -> list[int]:
@@ -138,8 +167,16 @@ def _bad_outputs(trainer: Trainer, step: BadStep) -> list[int]:
 def _own_layers(trainer: Trainer) -> list[tuple[int, nn.Module]]:
     """This rank's layers, numbered in the whole model."""
     everything = layer_list(trainer.architecture)
-    chunks = rank_specs(trainer.config, trainer.architecture, trainer.schedule.placement)[trainer.grid.pipeline.rank]
-    return list(zip([everything.index(spec) for chunk in chunks for spec in chunk], trainer.stage.layers, strict=True))
+    chunks = rank_specs(trainer.config, trainer.architecture, trainer.schedule.placement)[
+        trainer.grid.pipeline.rank
+    ]
+    return list(
+        zip(
+            [everything.index(spec) for chunk in chunks for spec in chunk],
+            trainer.stage.layers,
+            strict=True,
+        )
+    )
 
 
 def _ranks(trainer: Trainer, mine: bool) -> list[int]:

@@ -23,9 +23,16 @@ from megatrain.pipeline.stages import check_stages, cut_as_told, cut_layers
 def layer_costs(architecture: Architecture, sequence_length: int) -> list[float]:
     """Multiplications a token in each layer, forward: embedding looks up, blocks and head multiply."""
     a = architecture
-    attention = a.hidden_size * a.head_dim * 2 * (a.num_heads + a.num_kv_heads) + a.num_heads * a.head_dim * sequence_length
+    attention = (
+        a.hidden_size * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
+        + a.num_heads * a.head_dim * sequence_length
+    )
     block = attention + a.hidden_size * a.intermediate_size * (3 if a.gated else 2)
-    return [float(a.hidden_size), *[float(block)] * a.num_layers, float(a.hidden_size * a.vocab_size)]
+    return [
+        float(a.hidden_size),
+        *[float(block)] * a.num_layers,
+        float(a.hidden_size * a.vocab_size),
+    ]
 
 
 def run_schedule(config: Config, data_size: int) -> Schedule:
@@ -33,8 +40,13 @@ def run_schedule(config: Config, data_size: int) -> Schedule:
     p, microbatches = config.parallel, config.microbatches(data_size)
     if p.pipeline == 1 or p.schedule == "auto":  # what auto begins with and may stay with
         return make_schedule("1f1b", p.pipeline, microbatches)
-    return choose_schedule(p.schedule, ranks=p.pipeline, microbatches=microbatches, virtual=p.virtual,
-                           sequences=config.train.micro_batch_size * data_size)  # fmt: skip
+    return choose_schedule(
+        p.schedule,
+        ranks=p.pipeline,
+        microbatches=microbatches,
+        virtual=p.virtual,
+        sequences=config.train.micro_batch_size * data_size,
+    )
 
 
 def holding_schedule(config: Config, data_size: int) -> Schedule:
@@ -43,7 +55,13 @@ def holding_schedule(config: Config, data_size: int) -> Schedule:
     name = "1f1b" if p.pipeline == 1 or p.schedule == "auto" else p.schedule
     if name not in SCHEDULES or not SCHEDULES[name].settles:
         return run_schedule(config, data_size)
-    check_choice(name, ranks=p.pipeline, microbatches=microbatches, virtual=p.virtual, sequences=config.train.micro_batch_size * data_size)
+    check_choice(
+        name,
+        ranks=p.pipeline,
+        microbatches=microbatches,
+        virtual=p.virtual,
+        sequences=config.train.micro_batch_size * data_size,
+    )
     return make_schedule(name, p.pipeline, min(microbatches, 2 * p.pipeline))
 
 
@@ -53,12 +71,20 @@ def check_pipeline(config: Config, architecture: Architecture) -> None:
     if p.schedule != "auto" and not p.schedule.lower().endswith(".csv"):
         check_name(p.schedule)
     family = SCHEDULES.get(p.schedule)
-    chunks = 1 if family is None else (p.virtual or family.chunks) if family.any_chunks else family.chunks
+    chunks = (
+        1
+        if family is None
+        else (p.virtual or family.chunks)
+        if family.any_chunks
+        else family.chunks
+    )
     if p.pipeline > 1:
         check_stages(p.pipeline * chunks, blocks=architecture.num_layers, chunks=chunks)
 
 
-def rank_specs(config: Config, architecture: Architecture, placement: Placement) -> list[list[list[LayerSpec]]]:
+def rank_specs(
+    config: Config, architecture: Architecture, placement: Placement
+) -> list[list[list[LayerSpec]]]:
     """The layers of each pipeline rank's chunks; together they are the model."""
     specs = layer_list(architecture)
     costs = layer_costs(architecture, config.data.sequence_length)
@@ -68,21 +94,49 @@ def rank_specs(config: Config, architecture: Architecture, placement: Placement)
     else:
         cuts = cut_as_told(told, costs, placement.stages, chunks=placement.chunks)
     stages = [specs[cut.start : cut.stop] for cut in cuts]
-    return [[stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)] for rank in range(placement.ranks)]
+    return [
+        [stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)]
+        for rank in range(placement.ranks)
+    ]
 
 
-def build_stage(config: Config, architecture: Architecture, grid: Grid, device: str, placement: Placement | None = None,
-                dtype: torch.dtype = torch.float32) -> Stage:  # fmt: skip
+def build_stage(
+    config: Config,
+    architecture: Architecture,
+    grid: Grid,
+    device: str,
+    placement: Placement | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Stage:
     """This rank's layers, uninitialised; for training in fp32, which DeepSpeed casts to the run's dtype."""
-    chunks = rank_specs(config, architecture, placement or Placement(grid.pipeline.size))[grid.pipeline.rank]
-    return build_layers_of(chunks, config=config, architecture=architecture, grid=grid, device=device, dtype=dtype)
+    chunks = rank_specs(config, architecture, placement or Placement(grid.pipeline.size))[
+        grid.pipeline.rank
+    ]
+    return build_layers_of(
+        chunks, config=config, architecture=architecture, grid=grid, device=device, dtype=dtype
+    )
 
 
-def build_layers_of(chunks: list[list[LayerSpec]], *, config: Config, architecture: Architecture, grid: Grid, device: str,
-                    dtype: torch.dtype = torch.float32) -> Stage:  # fmt: skip
+def build_layers_of(
+    chunks: list[list[LayerSpec]],
+    *,
+    config: Config,
+    architecture: Architecture,
+    grid: Grid,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+) -> Stage:
     """These layers as a stage of the rank whose grid it is."""
     linears_on = "meta" if config.lora.quantize != "none" else None  # they are read one by one
-    parts = Parts(architecture, grid, sequence=config.parallel.sequence, dtype=dtype, device=device, linears_on=linears_on, compiled=config.train.compile)
+    parts = Parts(
+        architecture,
+        grid,
+        sequence=config.parallel.sequence,
+        dtype=dtype,
+        device=device,
+        linears_on=linears_on,
+        compiled=config.train.compile,
+    )
     return Stage(build_chunks(chunks, parts, recompute=config.train.recompute))
 
 
@@ -99,20 +153,36 @@ def plan_ranks(config: Config, architecture: Architecture, placement: Placement)
     plans = []
     seen: dict[tuple[tuple[str, ...], ...], list[tuple[int, int]]] = {}
     for rank, chunks in enumerate(rank_specs(config, architecture, placement)):
-        kinds = tuple(tuple(spec.kind for spec in chunk) for chunk in chunks)  # blocks have parameters of the same shapes
+        kinds = tuple(
+            tuple(spec.kind for spec in chunk) for chunk in chunks
+        )  # blocks have parameters of the same shapes
         if kinds not in seen:
             seen[kinds] = _counts(rank, chunks, config, architecture)
-        plans.append(RankPlan(chunks, seen[kinds][0][0], sum(counted for _, counted in seen[kinds])))
-    assert sum(plan.counted for plan in plans) == total_parameters(architecture), "the ranks' parts are the model"
+        plans.append(
+            RankPlan(chunks, seen[kinds][0][0], sum(counted for _, counted in seen[kinds]))
+        )
+    assert sum(plan.counted for plan in plans) == total_parameters(architecture), (
+        "the ranks' parts are the model"
+    )
     return plans
 
 
-def _counts(rank: int, chunks: list[list[LayerSpec]], config: Config, architecture: Architecture) -> list[tuple[int, int]]:
+def _counts(
+    rank: int, chunks: list[list[LayerSpec]], config: Config, architecture: Architecture
+) -> list[tuple[int, int]]:
     """Of each tensor rank of a pipeline rank."""
     p, counts = config.parallel, []
     for tensor_rank in range(p.tensor):
-        grid = make_grid(rank * p.tensor + tensor_rank, tensor=p.tensor, pipeline=p.pipeline, connect=False)
-        counts.append(_count(build_layers_of(chunks, config=config, architecture=architecture, grid=grid, device="meta")))
+        grid = make_grid(
+            rank * p.tensor + tensor_rank, tensor=p.tensor, pipeline=p.pipeline, connect=False
+        )
+        counts.append(
+            _count(
+                build_layers_of(
+                    chunks, config=config, architecture=architecture, grid=grid, device="meta"
+                )
+            )
+        )
     return counts
 
 
@@ -123,7 +193,10 @@ def total_parameters(architecture: Architecture) -> int:
 
 def whole_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """The name and shape of each tensor of the model, as a checkpoint holds them."""
-    return {declaration.name: declaration.shape for declaration, _ in parameters(_whole_model(architecture))}
+    return {
+        declaration.name: declaration.shape
+        for declaration, _ in parameters(_whole_model(architecture))
+    }
 
 
 def adapter_parameters(config: Config, architecture: Architecture) -> int:
@@ -135,7 +208,13 @@ def adapter_parameters(config: Config, architecture: Architecture) -> int:
 
 def _whole_model(architecture: Architecture) -> torch.nn.Module:
     """All layers on one rank, without memory."""
-    parts = Parts(architecture, make_grid(0, connect=False), sequence=False, dtype=torch.float32, device="meta")
+    parts = Parts(
+        architecture,
+        make_grid(0, connect=False),
+        sequence=False,
+        dtype=torch.float32,
+        device="meta",
+    )
     return build_layers(layer_list(architecture), parts, recompute="none")
 
 

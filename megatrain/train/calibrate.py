@@ -45,8 +45,21 @@ TIMED = 3
 class Calibration:
     """The parts that every measurement of a run shares. All ranks make it and call its methods together."""
 
-    def __init__(self, config: Config, architecture: Architecture, grid: Grid, device: torch.device, batches: Sequence[Batch]) -> None:
-        self.config, self.architecture, self.grid, self.device, self.batches = config, architecture, grid, device, batches
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        grid: Grid,
+        device: torch.device,
+        batches: Sequence[Batch],
+    ) -> None:
+        self.config, self.architecture, self.grid, self.device, self.batches = (
+            config,
+            architecture,
+            grid,
+            device,
+            batches,
+        )
         self.channels = Channels(grid.pipeline, ring=True)
         """The run's own too: each would hold connections and buffers."""
 
@@ -71,7 +84,15 @@ class Calibration:
     def _trainer(self, config: Config, schedule: Schedule) -> Trainer:
         """One that learns nothing, in the place of the one before."""
         self.clear()
-        return Trainer(config, self.architecture, self.grid, self.device, schedule=schedule, channels=self.channels, optimizer=Discard)
+        return Trainer(
+            config,
+            self.architecture,
+            self.grid,
+            self.device,
+            schedule=schedule,
+            channels=self.channels,
+            optimizer=Discard,
+        )
 
     def _step_seconds(self, trainer: Trainer) -> float:
         barrier(self.grid.world)
@@ -79,7 +100,9 @@ class Calibration:
         trainer.step(1, self.batches)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=self.device)
+        seconds = torch.tensor(
+            time.perf_counter() - started, dtype=torch.float64, device=self.device
+        )
         return float(all_reduce(seconds, self.grid.world, op=dist.ReduceOp.MAX))
 
     def _costs(self, trainer: Trainer) -> MeasuredCosts | None:
@@ -92,14 +115,23 @@ class Calibration:
         traces: list[RankTrace] = []
         tracer = Tracer(trainer, Path(), steps=range(2 * TRACED), keep=traces.append)
         plain = trainer.schedule
-        for number, schedule in enumerate((plain, make_schedule("zb-h1", self.grid.pipeline.size, trainer.microbatches))):
+        for number, schedule in enumerate(
+            (plain, make_schedule("zb-h1", self.grid.pipeline.size, trainer.microbatches))
+        ):
             trainer.follow(schedule)
             for step in range(number * TRACED, (number + 1) * TRACED):
                 with tracer.watch(step):
                     trainer.step(1, self.batches)
         trainer.follow(plain)
         found = gather_objects((traces, sizes), self.grid.pipeline)
-        return _costs_of([of_rank for of_rank, _ in found], [size for _, of_rank in found for size in of_rank]) if self.grid.rank == 0 else None
+        return (
+            _costs_of(
+                [of_rank for of_rank, _ in found],
+                [size for _, of_rank in found for size in of_rank],
+            )
+            if self.grid.rank == 0
+            else None
+        )
 
     def _state_bytes_per_weight(self) -> float:
         """Of the run, beside the weight: its fp32 gradient, and this rank's share of master and states."""
@@ -137,7 +169,13 @@ def layer_bytes(chunks: list[list[Layer]], per_weight: float) -> Iterator[list[L
     `per_weight`: bytes for each weight that is trained, beside its own.
     """
     layers = [layer for chunk in chunks for layer in chunk]
-    kept = _Kept({parameter.untyped_storage().data_ptr() for layer in layers for parameter in layer.module.parameters()})
+    kept = _Kept(
+        {
+            parameter.untyped_storage().data_ptr()
+            for layer in layers
+            for parameter in layer.module.parameters()
+        }
+    )
     handles = [layer.module.register_forward_pre_hook(kept.enter(layer.place)) for layer in layers]
     handles += [layer.module.register_forward_hook(kept.leave) for layer in layers]
     sizes: list[LayerSize] = []
@@ -148,7 +186,10 @@ def layer_bytes(chunks: list[list[Layer]], per_weight: float) -> Iterator[list[L
         for handle in handles:
             handle.remove()
     for layer in layers:
-        states = sum(parameter.nbytes + parameter.requires_grad * parameter.numel() * per_weight for parameter in layer.module.parameters())
+        states = sum(
+            parameter.nbytes + parameter.requires_grad * parameter.numel() * per_weight
+            for parameter in layer.module.parameters()
+        )
         states += quantized_bytes(layer.module)
         sizes.append(LayerSize(layer.place, states, float(kept.bytes.get(layer.place, 0))))
 

@@ -59,7 +59,9 @@ def _check_layout(config: Config, a: Architecture, world_size: int) -> None:
         rule()
 
 
-def layout_rules(config: Config, a: Architecture, world_size: int, *, on_gpu: bool) -> list[Callable[[], object]]:
+def layout_rules(
+    config: Config, a: Architecture, world_size: int, *, on_gpu: bool
+) -> list[Callable[[], object]]:
     """What layout, geometry, batch and ranks must fulfil together; each refuses for itself."""
     return [
         lambda: config.microbatches(config.data_size(world_size)),
@@ -68,7 +70,11 @@ def layout_rules(config: Config, a: Architecture, world_size: int, *, on_gpu: bo
         lambda: _check_stages(config, a, world_size),
         lambda: _check_dtype(config, on_gpu=on_gpu),
         lambda: _check_positions(config, a),
-        lambda: check_compile(a, tensor=config.parallel.tensor, on_gpu=on_gpu) if config.train.compile else None,
+        lambda: (
+            check_compile(a, tensor=config.parallel.tensor, on_gpu=on_gpu)
+            if config.train.compile
+            else None
+        ),
     ]
 
 
@@ -90,14 +96,20 @@ def _check_dtype(config: Config, *, on_gpu: bool) -> None:
 
 def _check_positions(config: Config, a: Architecture) -> None:
     if config.data.sequence_length > a.max_positions:
-        raise ConfigError("data.sequence_length", config.data.sequence_length,
-                          f"is more than the model's {a.max_positions} positions", f"use at most {a.max_positions}")  # fmt: skip
+        raise ConfigError(
+            "data.sequence_length",
+            config.data.sequence_length,
+            f"is more than the model's {a.max_positions} positions",
+            f"use at most {a.max_positions}",
+        )
 
 
 def check_resume(config: Config, a: Architecture) -> Path | None:
     """The checkpoint that the run would go on from; refuses one that it cannot."""
     path, _ = loading.choose(config)
-    if path is not None and config.train.verify != "full":  # else rank 0 reads every file to see which it is, and checks that
+    if (
+        path is not None and config.train.verify != "full"
+    ):  # else rank 0 reads every file to see which it is, and checks that
         loading.check(path, config, a)
     return path
 
@@ -117,11 +129,17 @@ def check_start(config: Config) -> None:
 def no_start(start: str) -> ConfigError:
     """With the folder beside it that has nearly its name."""
     path = Path(start)
-    beside = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
+    beside = (
+        sorted(other.name for other in path.parent.iterdir() if other.is_dir())
+        if path.parent.is_dir()
+        else []
+    )
     close = difflib.get_close_matches(path.name, beside, n=1)
     if not close:
         return ConfigError("train.init_from", start, "does not exist", paste=make_start(start))
-    return ConfigError("train.init_from", start, "does not exist", f"did you mean `{path.parent / close[0]}`?")
+    return ConfigError(
+        "train.init_from", start, "does not exist", f"did you mean `{path.parent / close[0]}`?"
+    )
 
 
 def make_start(start: str) -> str:
@@ -148,10 +166,16 @@ def check_tokenizer(config: Config, a: Architecture) -> None:
     try:
         size = len(AutoTokenizer.from_pretrained(config.data.tokenizer, local_files_only=True))
     except Exception as error:
-        raise ConfigError("data.tokenizer", config.data.tokenizer, why_none(config.data.tokenizer, error)) from None
+        raise ConfigError(
+            "data.tokenizer", config.data.tokenizer, why_none(config.data.tokenizer, error)
+        ) from None
     if size > a.vocab_size:
-        raise ConfigError("model.vocab_size", a.vocab_size, f"is less than the {size} tokens of data.tokenizer={config.data.tokenizer}",
-                          f"set model.vocab_size={size}")  # fmt: skip
+        raise ConfigError(
+            "model.vocab_size",
+            a.vocab_size,
+            f"is less than the {size} tokens of data.tokenizer={config.data.tokenizer}",
+            f"set model.vocab_size={size}",
+        )
 
 
 def _check_output(config: Config) -> None:
@@ -160,14 +184,20 @@ def _check_output(config: Config) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _probe(folder)
     except OSError as error:
-        raise ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})") from None
+        raise ConfigError(
+            "run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})"
+        ) from None
     for name in ("checkpoints", "logs", "config.yaml", "metrics.jsonl", "events.jsonl"):
         # Of a run before, perhaps somebody else's; the first save would tell, hours later.
         try:
             if (folder / name).exists():
                 _probe_file(folder / name) if "." in name else _probe(folder / name)
         except OSError as error:
-            raise ConfigError("run.output_dir", config.run.output_dir, f"holds {name} that cannot be written to ({error.strerror})") from None
+            raise ConfigError(
+                "run.output_dir",
+                config.run.output_dir,
+                f"holds {name} that cannot be written to ({error.strerror})",
+            ) from None
 
 
 def _probe(folder: Path) -> None:
@@ -192,7 +222,12 @@ def with_steps(config: Config, source: Source) -> Config:
     if config.train.epochs is None:
         return config
     if source.per_epoch is None:
-        raise ConfigError("train.epochs", config.train.epochs, "has no meaning for a blend of data", "give train.steps")
+        raise ConfigError(
+            "train.epochs",
+            config.train.epochs,
+            "has no meaning for a blend of data",
+            "give train.steps",
+        )
     config = config.with_steps(source.per_epoch)
     check(config)
     return config
@@ -207,18 +242,32 @@ def dry_run(config: Config, task: Task) -> str:
     p = config.parallel
     world_size = config.model_ranks * (p.data or 1)
     _check_layout(config, architecture, world_size)
-    notes = [*_try_bitsandbytes(config), *_try_weights(config, architecture), *_try_tokenizer(config, architecture)]
+    notes = [
+        *_try_bitsandbytes(config),
+        *_try_weights(config, architecture),
+        *_try_tokenizer(config, architecture),
+    ]
     check_resume(config, architecture)
     data_size = config.data_size(world_size)
     config, more = _try_data(config, architecture, task)
     notes += more
-    lines = [run_header(config, architecture, world_size, "(dry run)"),
-             f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
-             f"{config.train.micro_batch_size} on each of {data_size} replicas",
-             *(["  schedule auto is settled by measuring before the first step; shown is 1f1b's cut, which it starts from"]
-               if p.schedule == "auto" and p.pipeline > 1 else []),
-             "", "pipeline rank  layers                                  parameters on each tensor rank"]  # fmt: skip
-    for number, plan in enumerate(plan_ranks(config, architecture, holding_schedule(config, data_size).placement)):
+    lines = [
+        run_header(config, architecture, world_size, "(dry run)"),
+        f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
+        f"{config.train.micro_batch_size} on each of {data_size} replicas",
+        *(
+            [
+                "  schedule auto is settled by measuring before the first step; shown is 1f1b's cut, which it starts from"
+            ]
+            if p.schedule == "auto" and p.pipeline > 1
+            else []
+        ),
+        "",
+        "pipeline rank  layers                                  parameters on each tensor rank",
+    ]
+    for number, plan in enumerate(
+        plan_ranks(config, architecture, holding_schedule(config, data_size).placement)
+    ):
         layers = ", ".join(span(chunk) for chunk in plan.chunks)
         lines.append(f"{number:>13}  {layers:<40}{plan.parameters_per_rank:>15,}")
     return "\n".join(lines + notes)
@@ -274,13 +323,23 @@ def span(specs: list[LayerSpec]) -> str:
 def run_header(config: Config, architecture: Architecture, world_size: int, device: str) -> str:
     """The lines that open a run."""
     p = config.parallel
-    layout = (f"tensor {p.tensor} x pipeline {p.pipeline} x data {config.data_size(world_size)}"
-              f"{', sequence' if p.sequence else ''}, {p.schedule}, ZeRO {p.zero}")  # fmt: skip
-    words = console.header(name=config.run_name, model=architecture.model_type, num_parameters=total_parameters(architecture),
-                           layout=layout, device=f"{world_size} ranks, {device}", dtype=config.train.dtype,
-                           tokens_per_step=config.tokens_per_step,
-                           steps=config.steps if config.train.steps is not None or config.train.tokens is not None else None,
-                           epochs=config.train.epochs)  # fmt: skip
+    layout = (
+        f"tensor {p.tensor} x pipeline {p.pipeline} x data {config.data_size(world_size)}"
+        f"{', sequence' if p.sequence else ''}, {p.schedule}, ZeRO {p.zero}"
+    )
+    words = console.header(
+        name=config.run_name,
+        model=architecture.model_type,
+        num_parameters=total_parameters(architecture),
+        layout=layout,
+        device=f"{world_size} ranks, {device}",
+        dtype=config.train.dtype,
+        tokens_per_step=config.tokens_per_step,
+        steps=config.steps
+        if config.train.steps is not None or config.train.tokens is not None
+        else None,
+        epochs=config.train.epochs,
+    )
     if config.train.compile:
         words += "\n  compile the first step also compiles kernels, which can take a minute"
     if not config.lora.rank:

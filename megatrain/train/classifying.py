@@ -39,17 +39,38 @@ class Classification(Task):
         """Refuse what other tasks use, and a config without data, tokenizer or labels."""
         data, section = config.data, config.classification
         if data.train is None:
-            raise ConfigError("data.train", "(nothing)", "is missing", "give a file, folder or glob of JSONL or parquet with labels")
+            raise ConfigError(
+                "data.train",
+                "(nothing)",
+                "is missing",
+                "give a file, folder or glob of JSONL or parquet with labels",
+            )
         for name in ("train", "valid"):
             if not isinstance(getattr(data, name), str | None):
-                raise ConfigError(f"data.{name}", getattr(data, name), "is a blend, and labels are not blended", "give one file, folder or glob")
+                raise ConfigError(
+                    f"data.{name}",
+                    getattr(data, name),
+                    "is a blend, and labels are not blended",
+                    "give one file, folder or glob",
+                )
         for name in changed(data, (*OF_CHATS, "document_mask")):
-            raise ConfigError(f"data.{name}", getattr(data, name), f"has no effect with task={config.task}", "leave it out")
+            raise ConfigError(
+                f"data.{name}",
+                getattr(data, name),
+                f"has no effect with task={config.task}",
+                "leave it out",
+            )
         if data.tokenizer is None:
-            raise ConfigError("data.tokenizer", "(nothing)", "is missing", "give the model's tokenizer")
+            raise ConfigError(
+                "data.tokenizer", "(nothing)", "is missing", "give the model's tokenizer"
+            )
         if config.task == "token-classification" and section.problem != "single-label":
-            raise ConfigError("classification.problem", section.problem, "is of texts, and task=token-classification tells one class a word",
-                              "use single-label, or task=classification")  # fmt: skip
+            raise ConfigError(
+                "classification.problem",
+                section.problem,
+                "is of texts, and task=token-classification tells one class a word",
+                "use single-label, or task=classification",
+            )
 
     def prepare(self, config: Config, which: Part) -> None:
         """Nothing: files with labels are small, and read as they are."""
@@ -58,17 +79,25 @@ class Classification(Task):
         """The model with a classifier for its head, as a transformers config can tell it."""
         hf = load_config(config.model)
         folder = config.data.tokenizer or ""
-        tokenizer = load_tokenizer(folder) if Path(folder).is_dir() else None  # said where settings are checked
+        tokenizer = (
+            load_tokenizer(folder) if Path(folder).is_dir() else None
+        )  # said where settings are checked
         labels = _labels(config, hf)
         hf.id2label = dict(enumerate(labels))
         hf.label2id = {label: number for number, label in enumerate(labels)}
-        hf.problem_type = PROBLEMS[config.classification.problem] if config.task == "classification" else None
+        hf.problem_type = (
+            PROBLEMS[config.classification.problem] if config.task == "classification" else None
+        )
         hf.pad_token_id = padding_token(hf, tokenizer)
         if config.task == "token-classification":
             hf.classifier_dropout = config.classification.dropout
         section = config.classification
-        return with_classifier(hf, of_tokens=config.task == "token-classification", dropout=section.dropout,
-                               label_smoothing=section.label_smoothing)  # fmt: skip
+        return with_classifier(
+            hf,
+            of_tokens=config.task == "token-classification",
+            dropout=section.dropout,
+            label_smoothing=section.label_smoothing,
+        )
 
     def open(self, config: Config, architecture: Architecture, which: Part) -> Source:
         """Samples of `data.train` or `data.valid`, augmented in training if asked."""
@@ -80,14 +109,29 @@ class Classification(Task):
             texts = texts[first:last]
         section, train = config.classification, which == "train"
         samples = LabelledSamples(
-            texts, load_tokenizer(config.data.tokenizer or ""), of_tokens=_classifier(architecture).of_tokens,
-            sequence_length=config.data.sequence_length, padding=architecture.padding_token or 0,
-            seed=keyed_integers("source", config.run.seed, which)[0], how=section.augment if train else "none", share=section.augment_share,
-        )  # fmt: skip
+            texts,
+            load_tokenizer(config.data.tokenizer or ""),
+            of_tokens=_classifier(architecture).of_tokens,
+            sequence_length=config.data.sequence_length,
+            padding=architecture.padding_token or 0,
+            seed=keyed_integers("source", config.run.seed, which)[0],
+            how=section.augment if train else "none",
+            share=section.augment_share,
+        )
         epochs = config.train.epochs if train else 1
         samples.limit = epochs * samples.per_epoch if epochs is not None else None
-        cut = f"; {samples.cut:,} cut at data.sequence_length={config.data.sequence_length}" if samples.cut else ""
-        return Source(samples, samples.per_epoch, [f"{path}: {samples.per_epoch:,} samples, {_classifier(architecture).num_labels} labels{cut}"])
+        cut = (
+            f"; {samples.cut:,} cut at data.sequence_length={config.data.sequence_length}"
+            if samples.cut
+            else ""
+        )
+        return Source(
+            samples,
+            samples.per_epoch,
+            [
+                f"{path}: {samples.per_epoch:,} samples, {_classifier(architecture).num_labels} labels{cut}"
+            ],
+        )
 
     def chat(self, config: Config) -> Chat | None:
         """Nothing."""
@@ -101,10 +145,21 @@ class Classification(Task):
             yield figures
         scores, numbers = _gathered(outcomes, trainer.grid.world)
         classifier = _classifier(trainer.architecture)
-        figures.update({f"valid_{name}": value for name, value in figures_of(scores, numbers, classifier).items()})
+        figures.update(
+            {
+                f"valid_{name}": value
+                for name, value in figures_of(scores, numbers, classifier).items()
+            }
+        )
         if trainer.grid.rank == 0 and classifier.problem == "single-label":
-            matrix = label_metrics.confusion_matrix(numbers, scores.argmax(1), classifier.num_labels)
-            draw_confusion(folder / "confusion.png", matrix, list(trainer.architecture.config.id2label.values()))
+            matrix = label_metrics.confusion_matrix(
+                numbers, scores.argmax(1), classifier.num_labels
+            )
+            draw_confusion(
+                folder / "confusion.png",
+                matrix,
+                list(trainer.architecture.config.id2label.values()),
+            )
 
 
 def reading(architecture: Architecture) -> Reading:
@@ -116,7 +171,11 @@ def reading(architecture: Architecture) -> Reading:
 
 def padding_token(hf: Any, tokenizer: Any) -> int:
     """The tokenizer's padding, the model's, or as is usual the end of a text."""
-    for token in (getattr(tokenizer, "pad_token_id", None), hf.pad_token_id, getattr(tokenizer, "eos_token_id", None)):
+    for token in (
+        getattr(tokenizer, "pad_token_id", None),
+        hf.pad_token_id,
+        getattr(tokenizer, "eos_token_id", None),
+    ):
         if isinstance(token, int) and 0 <= token < hf.vocab_size:
             return token
     return 0
@@ -131,11 +190,23 @@ def _labels(config: Config, hf: Any) -> list[str]:
     if labels is None and any("Classification" in name for name in hf.architectures or ()):
         labels = [hf.id2label[number] for number in range(hf.num_labels)]
     if labels is None:
-        found = find_labels(str(config.data.train), of_tokens=config.task == "token-classification", problem=section.problem)
-        raise ConfigError("classification.labels", "(nothing)", "is missing: it names the classes in the order of their numbers",
-                          f"of data.train it would be classification.labels=[{', '.join(found)}]")  # fmt: skip
+        found = find_labels(
+            str(config.data.train),
+            of_tokens=config.task == "token-classification",
+            problem=section.problem,
+        )
+        raise ConfigError(
+            "classification.labels",
+            "(nothing)",
+            "is missing: it names the classes in the order of their numbers",
+            f"of data.train it would be classification.labels=[{', '.join(found)}]",
+        )
     if section.problem == "multi-label" and len(labels) > MOST_CLASSES:
-        raise ConfigError("classification.labels", f"({len(labels)} labels)", f"is more than the {MOST_CLASSES} of a multi-label problem")
+        raise ConfigError(
+            "classification.labels",
+            f"({len(labels)} labels)",
+            f"is more than the {MOST_CLASSES} of a multi-label problem",
+        )
     return labels
 
 
@@ -152,13 +223,20 @@ def _classifier(architecture: Architecture) -> Classifier:
 def watched(stage: torch.nn.Module, *, first_copy: bool) -> Iterator[list[tuple[Matrix, Matrix]]]:
     """Collects scores and targets' numbers of each microbatch that the head sees, where it is on this rank and speaks for its copies."""
     found: list[tuple[Matrix, Matrix]] = []
-    heads = [module for module in stage.modules() if isinstance(module, ClassifierHead)] if first_copy else []
+    heads = (
+        [module for module in stage.modules() if isinstance(module, ClassifierHead)]
+        if first_copy
+        else []
+    )
     for head in heads:
         head.outcomes = []
     try:
         yield found
         for head in heads:
-            found += [(scores.cpu().numpy(), numbers.cpu().numpy()) for scores, numbers in head.outcomes or ()]
+            found += [
+                (scores.cpu().numpy(), numbers.cpu().numpy())
+                for scores, numbers in head.outcomes or ()
+            ]
     finally:
         for head in heads:
             head.outcomes = None
@@ -167,12 +245,16 @@ def watched(stage: torch.nn.Module, *, first_copy: bool) -> Iterator[list[tuple[
 def _gathered(outcomes: list[tuple[Matrix, Matrix]], world: Axis) -> tuple[Matrix, Matrix]:
     """Of all ranks, on all ranks: scores [n, classes] and numbers [n]."""
     parts = [part for some in gather_objects(outcomes, world) for part in some]
-    return np.concatenate([scores for scores, _ in parts]), np.concatenate([numbers for _, numbers in parts])
+    return np.concatenate([scores for scores, _ in parts]), np.concatenate(
+        [numbers for _, numbers in parts]
+    )
 
 
 def figures_of(scores: Matrix, numbers: Matrix, classifier: Classifier) -> Figures:
     """What a problem is measured by."""
-    right = decode(torch.from_numpy(numbers), problem=classifier.problem, num_labels=classifier.num_labels).numpy()
+    right = decode(
+        torch.from_numpy(numbers), problem=classifier.problem, num_labels=classifier.num_labels
+    ).numpy()
     if classifier.problem == "single-label":
         return label_metrics.single_label(right, scores.argmax(1), classifier.num_labels)
     if classifier.problem == "multi-label":

@@ -56,16 +56,27 @@ def step_line(step: Step) -> str:
     )
 
 
-def evaluation_line(*, step: int, steps: int, loss: float, measured: Mapping[str, float] | None = None) -> str:
+def evaluation_line(
+    *, step: int, steps: int, loss: float, measured: Mapping[str, float] | None = None
+) -> str:
     """The line of an evaluation after `step`."""
     return f"step {step:>{len(str(steps))}}/{steps}  validation loss {loss:.4f}{_measured(measured or {})}"
 
 
 def _measured(figures: Mapping[str, float]) -> str:
-    return "".join(f"  {name.removeprefix('valid_')} {figures[name]:.4f}" for name in _SHOWN if name in figures)
+    return "".join(
+        f"  {name.removeprefix('valid_')} {figures[name]:.4f}" for name in _SHOWN if name in figures
+    )
 
 
-_SHOWN = ("valid_accuracy", "valid_f1_macro", "valid_mse", "valid_r2", "valid_rewards/margins", "valid_rewards/accuracy")
+_SHOWN = (
+    "valid_accuracy",
+    "valid_f1_macro",
+    "valid_mse",
+    "valid_r2",
+    "valid_rewards/margins",
+    "valid_rewards/accuracy",
+)
 """Of what a task measures; all of it is in metrics.jsonl."""
 
 
@@ -92,7 +103,11 @@ def duration(seconds: float) -> str:
 
 
 def _flops(rate: float) -> str:
-    return f"{_three_digits(rate / 1e12)} TFLOP/s" if rate >= 1e12 else f"{_three_digits(rate / 1e9)} GFLOP/s"
+    return (
+        f"{_three_digits(rate / 1e12)} TFLOP/s"
+        if rate >= 1e12
+        else f"{_three_digits(rate / 1e9)} GFLOP/s"
+    )
 
 
 def _three_digits(value: float) -> str:

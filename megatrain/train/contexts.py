@@ -27,7 +27,9 @@ class _Plain(NamedTuple):
 class Contexts:
     """Makes the contexts of a run's microbatches; what all of them share is made once."""
 
-    def __init__(self, config: Config, architecture: Architecture, grid: Grid, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, architecture: Architecture, grid: Grid, device: torch.device
+    ) -> None:
         self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
         self._plain: dict[int, _Plain] = {}
 
@@ -36,13 +38,21 @@ class Contexts:
         batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
         parted = self.config.data.document_mask or self.config.data.packing
         dtype = DTYPES[self.config.train.dtype]
-        shared = _Plain(rotations(batch.positions, self.architecture, dtype), {}) if parted else self._shared(batch.positions, dtype)
+        shared = (
+            _Plain(rotations(batch.positions, self.architecture, dtype), {})
+            if parted
+            else self._shared(batch.positions, dtype)
+        )
         microbatch = index * self.grid.data.size + self.grid.data.rank
         return Context(
-            tokens=batch.tokens, labels=batch.labels, positions=batch.positions,
-            documents=batch.documents if parted else None, rotations=shared.rotations, masks=shared.masks,
+            tokens=batch.tokens,
+            labels=batch.labels,
+            positions=batch.positions,
+            documents=batch.documents if parted else None,
+            rotations=shared.rotations,
+            masks=shared.masks,
             dropout_key=None if step is None else key(self.config.run.seed, step, microbatch),
-        )  # fmt: skip
+        )
 
     def _shared(self, positions: Tensor, dtype: torch.dtype) -> _Plain:
         """Of sequences as long as these, made once for each length; the last length's is kept."""

@@ -20,7 +20,18 @@ CHUNK = 1 << 15
 """Lines that are read before they become pieces."""
 _MOST_CURVES = 100
 
-_PIECE = np.dtype([("place", "i8"), ("count", "i8"), ("sum", "f8"), ("steps", "f8"), ("low", "f8"), ("low_at", "i8"), ("high", "f8"), ("high_at", "i8")])
+_PIECE = np.dtype(
+    [
+        ("place", "i8"),
+        ("count", "i8"),
+        ("sum", "f8"),
+        ("steps", "f8"),
+        ("low", "f8"),
+        ("low_at", "i8"),
+        ("high", "f8"),
+        ("high_at", "i8"),
+    ]
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -78,19 +89,27 @@ class Curve:
         """The lowest and the highest of each piece, in the order of steps: every value, where pieces are one step long."""
         found: list[Point] = []
         for piece in self._pieces:
-            ends = {Point(int(piece["low_at"]), float(piece["low"])), Point(int(piece["high_at"]), float(piece["high"]))}
+            ends = {
+                Point(int(piece["low_at"]), float(piece["low"])),
+                Point(int(piece["high_at"]), float(piece["high"])),
+            }
             found += sorted(ends)
         return found
 
     def smooth(self, share: float = 0.04) -> list[Point]:
         """The means of windows around each piece, `share` of all pieces wide."""
         half = max(1, round(share * len(self._pieces) / 2))
-        sums = [np.concatenate([[0], np.cumsum(self._pieces[name], dtype=np.float64)]) for name in ("sum", "count", "steps")]
+        sums = [
+            np.concatenate([[0], np.cumsum(self._pieces[name], dtype=np.float64)])
+            for name in ("sum", "count", "steps")
+        ]
         here = np.arange(len(self._pieces))
         first, end = np.maximum(here - half, 0), np.minimum(here + half + 1, len(here))
         value, count, _ = (total[end] - total[first] for total in sums)
         steps = self._pieces["steps"] / self._pieces["count"]
-        return [Point(float(step), float(mean)) for step, mean in zip(steps, value / count, strict=True)]
+        return [
+            Point(float(step), float(mean)) for step, mean in zip(steps, value / count, strict=True)
+        ]
 
 
 def _together(pieces: Array) -> Array:
@@ -123,7 +142,11 @@ def read_curves(path: Path, *, pieces: int = PIECES) -> dict[str, Curve]:
             continue
         for name, value in line.items():
             if type(value) in (float, int, bool) and name != "step" and abs(value) < float("inf"):
-                if name not in waiting and name not in curves and len(waiting) + len(curves) >= _MOST_CURVES:
+                if (
+                    name not in waiting
+                    and name not in curves
+                    and len(waiting) + len(curves) >= _MOST_CURVES
+                ):
                     continue
                 steps, values = waiting.setdefault(name, ([], []))
                 steps.append(step)

@@ -34,13 +34,25 @@ def room_for(config: Config, architecture: Architecture) -> Room:
     folder = Path(config.run.output_dir)
     place = existing(folder)
     there = len(keep.checkpoints(folder / "checkpoints"))
-    return Room(checkpoint_bytes(config, architecture), _most(config), there, place, shutil.disk_usage(place).free)
+    return Room(
+        checkpoint_bytes(config, architecture),
+        _most(config),
+        there,
+        place,
+        shutil.disk_usage(place).free,
+    )
 
 
 def checkpoint_bytes(config: Config, architecture: Architecture) -> int:
     """Weights in the run's dtype, masters and states in fp32: of the adapters alone where there are any."""
-    trained = adapter_parameters(config, architecture) if config.lora.rank else total_parameters(architecture)
-    return trained * (DTYPES[config.train.dtype].itemsize + 4 * (1 + len(STATES[config.optimizer.name])))
+    trained = (
+        adapter_parameters(config, architecture)
+        if config.lora.rank
+        else total_parameters(architecture)
+    )
+    return trained * (
+        DTYPES[config.train.dtype].itemsize + 4 * (1 + len(STATES[config.optimizer.name]))
+    )
 
 
 def existing(path: Path) -> Path:
@@ -53,30 +65,48 @@ def _most(config: Config) -> int:
     if train.epochs is not None:  # only the data say how many steps that is
         return train.keep_last + 1 if train.keep_last and train.save_every else 1
     saves = max(1, -(-config.steps // train.save_every)) if train.save_every else 1
-    kept = train.keep_last + (train.spike == "rollback") + (config.steps // train.keep_every if train.keep_every else 0)
+    kept = (
+        train.keep_last
+        + (train.spike == "rollback")
+        + (config.steps // train.keep_every if train.keep_every else 0)
+    )
     return min(saves, kept + 1) if train.keep_last else saves
 
 
 def is_open(config: Config) -> bool:
     """Whether only the data say how many checkpoints are kept, since they say how many steps there are."""
     train = config.train
-    return train.epochs is not None and train.save_every > 0 and (not train.keep_last or train.keep_every > 0)
+    return (
+        train.epochs is not None
+        and train.save_every > 0
+        and (not train.keep_last or train.keep_every > 0)
+    )
 
 
 def kept_in_words(config: Config, room: Room) -> str:
     """How many checkpoints there are to be at once."""
     train = config.train
     if is_open(config):
-        which = f"train.keep_every={train.keep_every} keeps those of its multiples" if train.keep_last else "train.keep_last=0 keeps all"
+        which = (
+            f"train.keep_every={train.keep_every} keeps those of its multiples"
+            if train.keep_last
+            else "train.keep_last=0 keeps all"
+        )
         return f"one each {train.save_every} steps, of a number of steps that the data say; {which}"
     return f"{room.most} at once" if room.most > 1 else "one"
 
 
 def open_warning(config: Config, room: Room) -> str:
     """What is said where nothing limits them."""
-    way_out = "leave train.keep_every out" if config.train.keep_last else "train.keep_last=3 keeps the newest three"
-    return (f"how many checkpoints the run keeps follows from its epochs' steps, which only the data say: {in_bytes(room.free)} free hold "
-            f"{room.free // room.each:,} of {in_bytes(room.each)}; {way_out}")  # fmt: skip
+    way_out = (
+        "leave train.keep_every out"
+        if config.train.keep_last
+        else "train.keep_last=3 keeps the newest three"
+    )
+    return (
+        f"how many checkpoints the run keeps follows from its epochs' steps, which only the data say: {in_bytes(room.free)} free hold "
+        f"{room.free // room.each:,} of {in_bytes(room.each)}; {way_out}"
+    )
 
 
 def check_room(config: Config, room: Room) -> None:
@@ -86,11 +116,24 @@ def check_room(config: Config, room: Room) -> None:
     fits = room.free // room.each + room.there - 1
     way_out = f"keep {fits}, or write elsewhere" if 1 <= fits < room.most else "write elsewhere"
     paste = f"train.keep_last={fits}" if 1 <= fits < room.most else "run.output_dir=/a/larger/disk"
-    raise ConfigError("run.output_dir", config.run.output_dir, f"has {in_bytes(room.free)} free at {room.place}, and {room.most} checkpoints of "
-                      f"{in_bytes(room.each)} take {in_bytes(room.needed)} more", way_out, paste=paste)  # fmt: skip
+    raise ConfigError(
+        "run.output_dir",
+        config.run.output_dir,
+        f"has {in_bytes(room.free)} free at {room.place}, and {room.most} checkpoints of "
+        f"{in_bytes(room.each)} take {in_bytes(room.needed)} more",
+        way_out,
+        paste=paste,
+    )
 
 
 def in_bytes(count: float) -> str:
     """As disks are sold: a GB is 1e9 bytes."""
-    unit, size = next(((unit, size) for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if count >= 0.9995 * size), ("kB", 1e3))
+    unit, size = next(
+        (
+            (unit, size)
+            for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
+            if count >= 0.9995 * size
+        ),
+        ("kB", 1e3),
+    )
     return f"{count / size:,.3g} {unit}" if count < 1e15 else f"{count / 1e12:,.0f} TB"

@@ -28,7 +28,12 @@ class EarlyStop:
         value = figures.get(self.metric)
         if not isinstance(value, int | float):
             known = ", ".join(sorted(name for name in figures if name.startswith("valid_")))
-            raise ConfigError("train.early_stop_metric", self.metric, "is not what this run measures", f"use one of {known}")
+            raise ConfigError(
+                "train.early_stop_metric",
+                self.metric,
+                "is not what this run measures",
+                f"use one of {known}",
+            )
         if self._is_better(float(value)):
             self.best_step, self.best, self.since = step, float(value), 0
             return True

@@ -24,7 +24,21 @@ logger = logging.getLogger("megatrain")
 
 FILE_NAME = "events.jsonl"
 
-Name = Literal["start", "resume", "evaluate", "save", "best", "skip", "spike", "rollback", "stall", "restart", "fail", "stop", "finish"]
+Name = Literal[
+    "start",
+    "resume",
+    "evaluate",
+    "save",
+    "best",
+    "skip",
+    "spike",
+    "rollback",
+    "stall",
+    "restart",
+    "fail",
+    "stop",
+    "finish",
+]
 """`stop` is a run that was asked to, and will go on; `finish` one that has nothing left to do."""
 
 
@@ -61,11 +75,18 @@ class EventLog:
     def __enter__(self) -> EventLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
-def write_failure(run_folder: Path, cause: str, *, step: int | None, since: datetime, of_user: bool = False) -> None:
+def write_failure(
+    run_folder: Path, cause: str, *, step: int | None, since: datetime, of_user: bool = False
+) -> None:
     """Append the `fail` of a run that cannot say so itself; nothing where its end since then is told already, by the rank that raised
     or as a stall. What the user wrote (`of_user`) is no event of a run that has not begun."""
     with contextlib.suppress(OSError):  # who speaks has ranks to end
@@ -85,7 +106,15 @@ def read(run_folder: Path) -> Iterator[Event]:
 
 def _event(raw: dict[str, Any]) -> Event | None:
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        time, name, step = datetime.fromisoformat(raw.pop("time")), raw.pop("event"), raw.pop("step", None)
-        if time.tzinfo is not None and isinstance(name, str) and (step is None or type(step) is int):
+        time, name, step = (
+            datetime.fromisoformat(raw.pop("time")),
+            raw.pop("event"),
+            raw.pop("step", None),
+        )
+        if (
+            time.tzinfo is not None
+            and isinstance(name, str)
+            and (step is None or type(step) is int)
+        ):
             return Event(time, name, step, raw)
     return None

@@ -39,12 +39,22 @@ def check_exporters(config: Config) -> None:
     """Refuse what cannot work; needs no ranks and sends nothing."""
     path = config.run.prometheus
     if path is not None and not path.endswith(".prom"):
-        raise ConfigError("run.prometheus", path, "must end in .prom: node_exporter's textfile collector reads no other file", f"set run.prometheus={path}.prom")
+        raise ConfigError(
+            "run.prometheus",
+            path,
+            "must end in .prom: node_exporter's textfile collector reads no other file",
+            f"set run.prometheus={path}.prom",
+        )
     for setting, library in _LIBRARIES.items():
         value = getattr(config.run, setting)
         if value is not None and importlib.util.find_spec(library) is None:
-            raise ConfigError(f"run.{setting}", value, f"needs {library}, which is not installed", f'pip install "megatrain[{setting}]", or pip install {library}',
-                              paste=f"pip install {library}")  # fmt: skip
+            raise ConfigError(
+                f"run.{setting}",
+                value,
+                f"needs {library}, which is not installed",
+                f'pip install "megatrain[{setting}]", or pip install {library}',
+                paste=f"pip install {library}",
+            )
 
 
 class Exporters:
@@ -83,9 +93,18 @@ class PrometheusFile:
         assert config.run.prometheus is not None
         folder = Path(config.run.prometheus).parent
         if not folder.is_dir():
-            raise ConfigError("run.prometheus", config.run.prometheus, f"is to be in {folder}, which is no folder of rank 0's machine",
-                              "name a file in the folder that node_exporter reads there")  # fmt: skip
-        self.name, self._path, self._every, self._run = "run.prometheus", config.run.prometheus, config.train.log_every, config.run_name
+            raise ConfigError(
+                "run.prometheus",
+                config.run.prometheus,
+                f"is to be in {folder}, which is no folder of rank 0's machine",
+                "name a file in the folder that node_exporter reads there",
+            )
+        self.name, self._path, self._every, self._run = (
+            "run.prometheus",
+            config.run.prometheus,
+            config.train.log_every,
+            config.run_name,
+        )
         self._registry, self._gauges = CollectorRegistry(), dict[str, Any]()
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
@@ -103,7 +122,9 @@ class PrometheusFile:
 
         if name not in self._gauges:
             full = "megatrain_" + re.sub(r"\W", "_", name, flags=re.ASCII)
-            self._gauges[name] = Gauge(full, f"{name} of the last step that has one", ["run"], registry=self._registry).labels(run=self._run)
+            self._gauges[name] = Gauge(
+                full, f"{name} of the last step that has one", ["run"], registry=self._registry
+            ).labels(run=self._run)
         return self._gauges[name]
 
     def _write(self) -> None:
@@ -123,14 +144,28 @@ class WandbRun:
 
         self.name = "run.wandb"
         try:
-            self._run = wandb.init(project=config.run.wandb, name=config.run_name, id=_kept_id(run_folder, afresh=after_step == 0), resume="allow",
-                                   dir=str(run_folder), config=to_dict(config), settings=wandb.Settings(console="off", silent=True))  # fmt: skip
+            self._run = wandb.init(
+                project=config.run.wandb,
+                name=config.run_name,
+                id=_kept_id(run_folder, afresh=after_step == 0),
+                resume="allow",
+                dir=str(run_folder),
+                config=to_dict(config),
+                settings=wandb.Settings(console="off", silent=True),
+            )
         except wandb.errors.Error as error:
-            raise ConfigError("run.wandb", config.run.wandb, f"cannot be opened ({error})", "run `wandb login`, or set WANDB_MODE=offline") from None
+            raise ConfigError(
+                "run.wandb",
+                config.run.wandb,
+                f"cannot be opened ({error})",
+                "run `wandb login`, or set WANDB_MODE=offline",
+            ) from None
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
-        self._run.log({"step": step, **{name: value for name, value in values.items() if value is not None}})
+        self._run.log(
+            {"step": step, **{name: value for name, value in values.items() if value is not None}}
+        )
 
     def close(self) -> None:
         self._run.finish()

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from megatrain.checkpoint.descriptions import Chat
 from megatrain.config import Config
-from megatrain.data.chat_dataset import Counts, Recipe, find_prepared, is_prepared, prepare, read_counts
+from megatrain.data.chat_dataset import (
+    Counts,
+    Recipe,
+    find_prepared,
+    is_prepared,
+    prepare,
+    read_counts,
+)
 from megatrain.data.chat_samples import ChatSamples
 from megatrain.data.chat_template import ChatTemplate
 from megatrain.data.documents import find_inputs
@@ -38,21 +45,47 @@ class Finetuning(Task):
         """Refuse what only pretraining uses, and a config without data or tokenizer."""
         data = config.data
         if data.train is None:
-            raise ConfigError("data.train", "(nothing)", "is missing", "give a file, folder or glob of JSONL or parquet with chats",
-                              paste="data.train=YOURS.jsonl")  # fmt: skip
+            raise ConfigError(
+                "data.train",
+                "(nothing)",
+                "is missing",
+                "give a file, folder or glob of JSONL or parquet with chats",
+                paste="data.train=YOURS.jsonl",
+            )
         if isinstance(data.train, str) and Path(f"{data.train}.idx").exists():
-            raise ConfigError("data.train", data.train, "is an indexed dataset, which `megatrain pretrain` reads",
-                              "start this config with that verb, or give files of chats")  # fmt: skip
+            raise ConfigError(
+                "data.train",
+                data.train,
+                "is an indexed dataset, which `megatrain pretrain` reads",
+                "start this config with that verb, or give files of chats",
+            )
         if data.document_mask:
-            raise ConfigError("data.document_mask", True, "is a setting of pretraining", "leave it out: packed chats attend to themselves alone")
+            raise ConfigError(
+                "data.document_mask",
+                True,
+                "is a setting of pretraining",
+                "leave it out: packed chats attend to themselves alone",
+            )
         if data.tokenizer is None:
-            raise ConfigError("data.tokenizer", "(nothing)", "is missing", "give the model's tokenizer", paste="data.tokenizer=FOLDER_OF_THE_MODEL")
+            raise ConfigError(
+                "data.tokenizer",
+                "(nothing)",
+                "is missing",
+                "give the model's tokenizer",
+                paste="data.tokenizer=FOLDER_OF_THE_MODEL",
+            )
 
     def prepare(self, config: Config, which: Part) -> None:
         """Tokenise the files, unless that was done."""
         paths, _ = chosen_data(config.data, which)
         for number, (path, _) in enumerate(read_blend(paths, setting=f"data.{which}")):
-            prepare(path, _recipe(config), folder=_folder(config), name=_name(config, which, number), progress=sys.stderr)
+            prepare(
+                path,
+                _recipe(config),
+                folder=_folder(config),
+                name=_name(config, which, number),
+                progress=sys.stderr,
+            )
 
     def open(self, config: Config, architecture: Architecture, which: Part) -> Source:
         """The sequences of `data.train` or `data.valid`."""
@@ -60,13 +93,19 @@ class Finetuning(Task):
         blend = read_blend(paths, setting=f"data.{which}")
         sources, words = [], []
         for number, (path, _) in enumerate(blend):
-            prefix = find_prepared(path, _recipe(config), folder=_folder(config), name=_name(config, which, number))
+            prefix = find_prepared(
+                path, _recipe(config), folder=_folder(config), name=_name(config, which, number)
+            )
             samples = _open(config, prefix, split, which, number)
             sources.append(samples)
             words.append(f"{path}: {describe(read_counts(prefix), samples, config)}")
         if len(sources) > 1:
-            blended = BlendedSamples(sources, weights=[weight for _, weight in blend], seed=config.run.seed,
-                                     each=1 if config.task == "sft" else 2)  # fmt: skip
+            blended = BlendedSamples(
+                sources,
+                weights=[weight for _, weight in blend],
+                seed=config.run.seed,
+                each=1 if config.task == "sft" else 2,
+            )
             return Source(blended, None, words)
         epochs = config.train.epochs if which == "train" else 1
         sources[0].limit = epochs * sources[0].per_epoch if epochs is not None else None
@@ -81,13 +120,31 @@ class Finetuning(Task):
 
     def foresee(self, config: Config, architecture: Architecture) -> Source | None:
         """From data that are prepared, or so few that they can be prepared for this question alone."""
-        paths = [path for path, _ in read_blend(chosen_data(config.data, "train")[0], setting="data.train")]
-        if all(is_prepared(find_prepared(path, _recipe(config), folder=_folder(config), name=_name(config, "train", number))) for number, path in enumerate(paths)):
+        paths = [
+            path
+            for path, _ in read_blend(chosen_data(config.data, "train")[0], setting="data.train")
+        ]
+        if all(
+            is_prepared(
+                find_prepared(
+                    path,
+                    _recipe(config),
+                    folder=_folder(config),
+                    name=_name(config, "train", number),
+                )
+            )
+            for number, path in enumerate(paths)
+        ):
             return self.open(config, architecture, "train")
-        if sum(file.stat().st_size for path in paths for file in find_inputs([path]).files) > FEW_BYTES:
+        if (
+            sum(file.stat().st_size for path in paths for file in find_inputs([path]).files)
+            > FEW_BYTES
+        ):
             return None
         with tempfile.TemporaryDirectory() as folder:
-            elsewhere = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=folder))
+            elsewhere = dataclasses.replace(
+                config, run=dataclasses.replace(config.run, output_dir=folder)
+            )
             self.prepare(elsewhere, "train")
             return self.open(elsewhere, architecture, "train")
 
@@ -97,7 +154,9 @@ class Finetuning(Task):
         template = ChatTemplate(config.data.tokenizer, file=config.data.chat_template)
         stop = template.stop_token()
         if stop is None:
-            logger.warning("the chat template ends an answer with no special token that could be told: the model may not learn where to stop")
+            logger.warning(
+                "the chat template ends an answer with no special token that could be told: the model may not learn where to stop"
+            )
         text = template.tokenizer.chat_template if config.data.chat_template is not None else None
         return Chat(text, [] if stop is None else [stop])
 
@@ -105,7 +164,9 @@ class Finetuning(Task):
 def describe(counts: Counts, samples: ChatSamples, config: Config) -> str:
     """What became of a file's chats, or pairs of answers, in a sentence."""
     alone = config.task == "sft"
-    what = f"{samples.num_chats:,} chats" if alone else f"{samples.num_chats // 2:,} pairs of answers"
+    what = (
+        f"{samples.num_chats:,} chats" if alone else f"{samples.num_chats // 2:,} pairs of answers"
+    )
     words = f"{what} in {samples.per_epoch:,} sequences, {samples.fill:.1%} full"
     if alone and not config.data.packing and samples.fill < 0.7:
         words += " (data.packing=true lets chats share them)"
@@ -113,8 +174,14 @@ def describe(counts: Counts, samples: ChatSamples, config: Config) -> str:
     if counts.cut:
         words += f"; {counts.cut:,} cut at data.sequence_length={config.data.sequence_length}"
     if left_out := counts.skipped + counts.emptied:
-        reason = "longer than that" if counts.cut else f"longer than data.sequence_length={config.data.sequence_length}"
-        words += f"; {left_out:,} left out, {reason}" + (" before anything to learn" if counts.emptied else "")
+        reason = (
+            "longer than that"
+            if counts.cut
+            else f"longer than data.sequence_length={config.data.sequence_length}"
+        )
+        words += f"; {left_out:,} left out, {reason}" + (
+            " before anything to learn" if counts.emptied else ""
+        )
     return words
 
 
@@ -132,14 +199,28 @@ def _open(config: Config, prefix: Path, split: str | None, which: Part, number: 
     first, last = 0, dataset.num_documents // each
     if split is not None:
         first, last = split_documents(last, split=split, which=which)
-    return kind(dataset, sequence_length=config.data.sequence_length, packing=config.data.packing, padding=0,
-                seed=keyed_integers("source", config.run.seed, which, number)[0], first=each * first, last=each * last)  # fmt: skip
+    return kind(
+        dataset,
+        sequence_length=config.data.sequence_length,
+        packing=config.data.packing,
+        padding=0,
+        seed=keyed_integers("source", config.run.seed, which, number)[0],
+        first=each * first,
+        last=each * last,
+    )
 
 
 def _recipe(config: Config) -> Recipe:
     data = config.data
     assert data.tokenizer is not None, "checked in `check`"
-    return Recipe(data.tokenizer, data.chat_template, data.train_on, data.too_long, data.sequence_length, pairs=config.task != "sft")
+    return Recipe(
+        data.tokenizer,
+        data.chat_template,
+        data.train_on,
+        data.too_long,
+        data.sequence_length,
+        pairs=config.task != "sft",
+    )
 
 
 def _folder(config: Config) -> Path:

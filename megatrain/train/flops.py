@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def flops_per_token(config: PreTrainedConfig, *, sequence_length: int, frozen: bool = False, head: bool = True) -> float:
+def flops_per_token(
+    config: PreTrainedConfig, *, sequence_length: int, frozen: bool = False, head: bool = True
+) -> float:
     """FLOPs of one token's forward and backward in a sequence of `sequence_length`.
 
     6 for each weight that multiplies activations: 2 forward, 4 backward. Embedding lookups, norms and biases are no

@@ -64,16 +64,40 @@ def chain(layers: list[Footprint]) -> Footprint:
         held -= layer.kept
         left += layer.left
         deferred += layer.deferred
-    return Footprint(kept, forward, backward, deferred, input_backward, max((layer.weight_backward for layer in layers), default=0), left)
+    return Footprint(
+        kept,
+        forward,
+        backward,
+        deferred,
+        input_backward,
+        max((layer.weight_backward for layer in layers), default=0),
+        left,
+    )
 
 
 def signature(layer: nn.Module) -> tuple[Any, ...]:
     """Equal for layers of equal footprint: layers differ in their parameters, and in what they attend to."""
-    kinds = [(module.window, module.rope_kind) for module in layer.modules() if isinstance(module, Attention)]
-    return (type(layer), tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in layer.parameters()), tuple(kinds))
+    kinds = [
+        (module.window, module.rope_kind)
+        for module in layer.modules()
+        if isinstance(module, Attention)
+    ]
+    return (
+        type(layer),
+        tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in layer.parameters()),
+        tuple(kinds),
+    )
 
 
-def measure(layer: nn.Module, context: Context, *, flow_shape: tuple[int, ...], dtype: torch.dtype, device: str, split: bool) -> Footprint:
+def measure(
+    layer: nn.Module,
+    context: Context,
+    *,
+    flow_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    split: bool,
+) -> Footprint:
     """The footprint of a layer on the meta device, as it would be on `device` (cuda or cpu).
 
     `split` when the run's schedule has backwards in two parts; else what those take is left out.
@@ -83,17 +107,30 @@ def measure(layer: nn.Module, context: Context, *, flow_shape: tuple[int, ...], 
     if not split:
         return Footprint(kept, forward, backward, left=left)
     waiting: list[Deferred] = []
-    _, _, input_backward, deferred = _run(layer, context, flow_shape, dtype, device, deferred=waiting)
+    _, _, input_backward, deferred = _run(
+        layer, context, flow_shape, dtype, device, deferred=waiting
+    )
     with Live() as live:
         compute_deferred(waiting)
     return Footprint(kept, forward, backward, deferred - left, input_backward, live.peak, left)
 
 
-def _run(layer: nn.Module, context: Context, flow_shape: tuple[int, ...], dtype: torch.dtype, device: str, *,
-         deferred: list[Deferred] | None) -> tuple[int, int, int, int]:  # fmt: skip
+def _run(
+    layer: nn.Module,
+    context: Context,
+    flow_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    deferred: list[Deferred] | None,
+) -> tuple[int, int, int, int]:
     """A forward and a backward: bytes kept, the most in the forward, the most in the backward beside what is kept, and left at the end."""
     parameters = list(layer.parameters())
-    entered = None if isinstance(layer, Embedding) else torch.empty(flow_shape, dtype=dtype, device="meta", requires_grad=True)
+    entered = (
+        None
+        if isinstance(layer, Embedding)
+        else torch.empty(flow_shape, dtype=dtype, device="meta", requires_grad=True)
+    )
     there = [*parameters, *_tensors(context), *([] if entered is None else [entered])]
     with ExitStack() as stack:
         live = stack.enter_context(Live(there))
@@ -129,20 +166,34 @@ def _classify(head: ClassifierHead, flow: Flow, context: Context) -> Tensor:
     hidden = head.norm(flow.hidden)
     if head.sequence:
         hidden = collectives.collect(hidden, head.axis)
-    rows = hidden.transpose(0, 1).flatten(0, 1)[: context.labels.numel() if head.classifier.of_tokens else context.labels.shape[0]]
+    rows = hidden.transpose(0, 1).flatten(0, 1)[
+        : context.labels.numel() if head.classifier.of_tokens else context.labels.shape[0]
+    ]
     return linear(rows.clone(), head.weight, head.bias).float().log_softmax(-1).sum()
 
 
 def _tensors(context: Context) -> list[Tensor]:
     """All that a context holds."""
-    fields = [context.tokens, context.labels, context.positions, context.documents, *context.masks.values()]
-    return [tensor for tensor in [*fields, *(part for turn in context.rotations.values() for part in turn)] if tensor is not None]
+    fields = [
+        context.tokens,
+        context.labels,
+        context.positions,
+        context.documents,
+        *context.masks.values(),
+    ]
+    return [
+        tensor
+        for tensor in [*fields, *(part for turn in context.rotations.values() for part in turn)]
+        if tensor is not None
+    ]
 
 
 # -- fused attention ---------------------------------------------------------------------------------------------------
 
 
-def is_fused(device: str, *, dtype: torch.dtype, head_dim: int, masked: bool, grouped: bool) -> bool:
+def is_fused(
+    device: str, *, dtype: torch.dtype, head_dim: int, masked: bool, grouped: bool
+) -> bool:
     """Whether torch's scaled_dot_product_attention keeps no scores: on CPUs always (torch 2.13, seen in its graph).
 
     On GPUs by the conditions in torch's aten/native/transformers/cuda/sdp_utils.cpp: flash attention takes half precision, heads up
@@ -159,9 +210,17 @@ def _attending(device: str) -> Iterator[None]:
     """Within it attention keeps what a fused kernel of the device would, where there is one; on the meta device torch writes it out."""
     written_out = F.scaled_dot_product_attention
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any
+    ) -> Tensor:
         grouped = bool(more.get("enable_gqa"))
-        if is_fused(device, dtype=query.dtype, head_dim=query.shape[-1], masked=attn_mask is not None, grouped=grouped):
+        if is_fused(
+            device,
+            dtype=query.dtype,
+            head_dim=query.shape[-1],
+            masked=attn_mask is not None,
+            grouped=grouped,
+        ):
             return _Fused.apply(query, key, value, attn_mask)
         return written_out(query, key, value, attn_mask=attn_mask, **more)
 
@@ -177,7 +236,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        result, sums = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        result, sums = (
+            torch.empty_like(query),
+            query.new_empty(query.shape[:-1], dtype=torch.float32),
+        )
         numbers = None if mask is None else torch.empty_like(mask, dtype=query.dtype)
         ctx.save_for_backward(query, key, value, result, sums, numbers)
         return result

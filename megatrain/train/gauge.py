@@ -30,13 +30,28 @@ class Gauge:
         predicted: bytes of the heaviest rank, on rank 0; the others need not know.
     """
 
-    def __init__(self, config: Config, architecture: Architecture, grid: Grid, device: torch.device, schedule: Schedule | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        grid: Grid,
+        device: torch.device,
+        schedule: Schedule | None,
+    ) -> None:
         self.device = device
         self.predicted = 0
         if grid.rank == 0:
-            ranks = predict(config, architecture, data_size=grid.data.size, device=device.type, schedule=schedule)
+            ranks = predict(
+                config,
+                architecture,
+                data_size=grid.data.size,
+                device=device.type,
+                schedule=schedule,
+            )
             self.predicted = ranks[heaviest(ranks)].total
-        self._before, self._highest = (0, 0) if device.type == "cuda" else (_resident(), machine.peak_memory(device).size)
+        self._before, self._highest = (
+            (0, 0) if device.type == "cuda" else (_resident(), machine.peak_memory(device).size)
+        )
 
     def measure(self) -> dict[str, float | None]:
         """GiB of the rank that has held most so far."""
@@ -50,6 +65,8 @@ class Gauge:
 def _resident() -> int | None:
     """Bytes that the process has in memory now; None where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
     except (OSError, ValueError, IndexError):
         return None

@@ -41,18 +41,31 @@ from megatrain.train.trainer import StepReport
 
 logger = logging.getLogger("megatrain")
 
-_LEFT = ("checkpoints", "metrics.jsonl", "events.jsonl", rollback.FILE_NAME, "loss.png", "tensorboard")
+_LEFT = (
+    "checkpoints",
+    "metrics.jsonl",
+    "events.jsonl",
+    rollback.FILE_NAME,
+    "loss.png",
+    "tensorboard",
+)
 
 
 class Journal:
     """A run's journal, opened once `begin` has been called, which needs to know where the run goes on."""
 
-    def __init__(self, config: Config, architecture: Architecture, place: Place, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, architecture: Architecture, place: Place, device: torch.device
+    ) -> None:
         self.folder, self.is_kept = Path(config.run.output_dir), place.rank == 0
         self._config, self._architecture, self._world_size = config, architecture, place.world_size
         self._gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-        self._flops = flops_per_token(architecture.config, sequence_length=config.data.sequence_length, frozen=config.lora.rank > 0,
-                                      head=architecture.classifier is None)  # fmt: skip
+        self._flops = flops_per_token(
+            architecture.config,
+            sequence_length=config.data.sequence_length,
+            frozen=config.lora.rank > 0,
+            head=architecture.classifier is None,
+        )
         self._peak = peak_flops(self._gpu, config.train.dtype) if self._gpu else None
         self._metrics: MetricsLog | None = None
         self._exporters: Exporters | None = None
@@ -71,15 +84,36 @@ class Journal:
     def open(self, lines: Iterable[str], *, grid: Grid, path: Path | None, why: str) -> None:
         """The run's header, what there is to say of its data, and why it begins from checkpoint `path` or from none. All ranks call it."""
         if self.is_kept:
-            logger.info(run_header(self._config, self._architecture, self._world_size, self._gpu or "cpu"))
+            logger.info(
+                run_header(self._config, self._architecture, self._world_size, self._gpu or "cpu")
+            )
         self.say([*lines, why])
         self._resumes = {} if path is None else {"from": path, "why": why}
         hosts = gather_objects(socket.gethostname(), grid.world)
         p = self._config.parallel
-        layout = {"tensor": grid.tensor.size, "pipeline": grid.pipeline.size, "data": grid.data.size, "zero": p.zero, "schedule": p.schedule}
-        self.events.write("start", ranks=self._world_size, hosts=sorted(set(hosts)), device=self._gpu or "cpu", layout=layout,
-                          versions=_versions(), attempt=attempt(os.environ), resume=self._config.train.resume, why=None if self._resumes else why)  # fmt: skip
-        self._own_place = {"pipeline": grid.pipeline.rank, "data": grid.data.rank, "tensor": grid.tensor.rank}
+        layout = {
+            "tensor": grid.tensor.size,
+            "pipeline": grid.pipeline.size,
+            "data": grid.data.size,
+            "zero": p.zero,
+            "schedule": p.schedule,
+        }
+        self.events.write(
+            "start",
+            ranks=self._world_size,
+            hosts=sorted(set(hosts)),
+            device=self._gpu or "cpu",
+            layout=layout,
+            versions=_versions(),
+            attempt=attempt(os.environ),
+            resume=self._config.train.resume,
+            why=None if self._resumes else why,
+        )
+        self._own_place = {
+            "pipeline": grid.pipeline.rank,
+            "data": grid.data.rank,
+            "tensor": grid.tensor.rank,
+        }
 
     def begin(self, asked: Config, progress: Progress, *, last: int) -> None:
         """The loop begins after `progress.step` and goes on to step `last`."""
@@ -91,7 +125,9 @@ class Journal:
         if self._resumes:
             self.events.write("resume", step=progress.step, **self._resumes)
         if progress.step >= last > 0:
-            logger.info(f"nothing left to train: step {progress.step} is done, and the run ends after step {last}")
+            logger.info(
+                f"nothing left to train: step {progress.step} is done, and the run ends after step {last}"
+            )
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """A line of metrics.jsonl, and the same to wherever else the config says."""
@@ -103,34 +139,79 @@ class Journal:
         """A step as metrics.jsonl has it."""
         rate = self._config.tokens_per_step / seconds
         per_rank = rate * self._flops / self._world_size
-        return {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr, "tokens": progress.tokens,
-                "seconds": seconds, "tokens_per_second": rate, "tflops_per_rank": per_rank / 1e12,
-                "mfu": per_rank / self._peak if self._peak else None, "skipped": not report.applied, **report.measures,
-                **({} if progress.loss_scaling is None else {"loss_scale": progress.loss_scaling.scale})}  # fmt: skip
+        return {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "lr": report.lr,
+            "tokens": progress.tokens,
+            "seconds": seconds,
+            "tokens_per_second": rate,
+            "tflops_per_rank": per_rank / 1e12,
+            "mfu": per_rank / self._peak if self._peak else None,
+            "skipped": not report.applied,
+            **report.measures,
+            **(
+                {} if progress.loss_scaling is None else {"loss_scale": progress.loss_scaling.scale}
+            ),
+        }
 
-    def show_step(self, step: int, report: StepReport, seconds: float, *, parts: Mapping[str, float]) -> None:
+    def show_step(
+        self, step: int, report: StepReport, seconds: float, *, parts: Mapping[str, float]
+    ) -> None:
         """`parts` is how this rank spent the step."""
         if (own := rank_lines()) is not None:
             own.step = step
-            own.write("INFO", "figures", **self._own_place, seconds=seconds, **parts, peak_memory=machine.peak_memory(self._device).size)
+            own.write(
+                "INFO",
+                "figures",
+                **self._own_place,
+                seconds=seconds,
+                **parts,
+                peak_memory=machine.peak_memory(self._device).size,
+            )
         if self.is_kept:
             rate = self._config.tokens_per_step / seconds
-            logger.info(console.step_line(console.Step(
-                step=step, steps=self._config.steps, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr,
-                tokens_per_second=rate, flops_per_second=rate * self._flops, seconds_per_step=seconds)))  # fmt: skip
+            logger.info(
+                console.step_line(
+                    console.Step(
+                        step=step,
+                        steps=self._config.steps,
+                        loss=report.loss,
+                        grad_norm=report.grad_norm,
+                        lr=report.lr,
+                        tokens_per_second=rate,
+                        flops_per_second=rate * self._flops,
+                        seconds_per_step=seconds,
+                    )
+                )
+            )
 
     def show_evaluation(self, step: int, loss: float, figures: Mapping[str, float]) -> None:
         if self.is_kept:
-            logger.info(console.evaluation_line(step=step, steps=self._config.steps, loss=loss, measured=figures))
+            logger.info(
+                console.evaluation_line(
+                    step=step, steps=self._config.steps, loss=loss, measured=figures
+                )
+            )
 
     def skipped(self, report: StepReport, progress: Progress) -> None:
         if self.is_kept and report.rescaled:
-            logger.info(f"step {progress.step}: gradients are too large for fp16 at this loss scale, skipped; a lower one is tried")
+            logger.info(
+                f"step {progress.step}: gradients are too large for fp16 at this loss scale, skipped; a lower one is tried"
+            )
         elif self.is_kept:
-            logger.warning(f"step {progress.step}: {report.why}, skipped ({progress.bad_steps} in a row)")
+            logger.warning(
+                f"step {progress.step}: {report.why}, skipped ({progress.bad_steps} in a row)"
+            )
             last = progress.samples - 1
-            self.events.write("skip", step=progress.step, what=report.why, in_a_row=progress.bad_steps,
-                              first=last + 1 - self._config.train.global_batch_size, last=last)  # fmt: skip
+            self.events.write(
+                "skip",
+                step=progress.step,
+                what=report.why,
+                in_a_row=progress.bad_steps,
+                first=last + 1 - self._config.train.global_batch_size,
+                last=last,
+            )
 
     def spiked(self, progress: Progress, limit: Limit) -> None:
         if self.is_kept:
@@ -139,37 +220,68 @@ class Journal:
                 f"step {progress.step}: the loss has spiked since step {progress.spike_since} and is {loss:.3f}; above {limit.loss:.3f} is a spike, the median "
                 f"{limit.median:.3f} of the last {train.spike_window} and {train.spike_factor:g} times their deviation {limit.deviation:.3f} (train.spike={train.spike})"
             )
-            self.events.write("spike", step=progress.step, began=progress.spike_since, loss=loss, limit=limit.loss, median=limit.median, deviation=limit.deviation)
+            self.events.write(
+                "spike",
+                step=progress.step,
+                began=progress.spike_since,
+                loss=loss,
+                limit=limit.loss,
+                median=limit.median,
+                deviation=limit.deviation,
+            )
 
     def stays(self, progress: Progress, passed: Iterable[str]) -> None:
         """No checkpoint is from before what should be undone."""
         if self.is_kept:
             why = "".join(f"; {text}" for text in passed)
-            logger.warning(f"step {progress.step}: there is no whole checkpoint from before to go back to{why}")
+            logger.warning(
+                f"step {progress.step}: there is no whole checkpoint from before to go back to{why}"
+            )
 
     def went_back(self, noticed: Progress, back: Progress, path: Path) -> None:
         """From the step at which something was noticed to the one that `back` is after."""
         if self._metrics is None:
             return
-        logger.warning(f"went back to {path}; step {back.step + 1} comes again with other samples: {noticed.samples - back.samples:,} are passed over, from "
-                       f"position {back.samples:,} on ({rollback.FILE_NAME})")  # fmt: skip
-        self.events.write("rollback", step=noticed.step, to=back.step, path=path, first=back.samples, last=noticed.samples - 1)
+        logger.warning(
+            f"went back to {path}; step {back.step + 1} comes again with other samples: {noticed.samples - back.samples:,} are passed over, from "
+            f"position {back.samples:,} on ({rollback.FILE_NAME})"
+        )
+        self.events.write(
+            "rollback",
+            step=noticed.step,
+            to=back.step,
+            path=path,
+            first=back.samples,
+            last=noticed.samples - 1,
+        )
         self._metrics.go_back(to=back.step, reached=noticed.step)
 
     def saved(self, saved: Saved | None) -> None:
         if saved is not None and self.is_kept:
-            logger.info(f"saved {saved.path} ({saved.seconds:.1f} s, for {saved.stalled:.2f} s of which training stood still)")
-            self.events.write("save", step=keep.step_of(saved.path), path=saved.path, seconds=saved.seconds, stalled=saved.stalled)
+            logger.info(
+                f"saved {saved.path} ({saved.seconds:.1f} s, for {saved.stalled:.2f} s of which training stood still)"
+            )
+            self.events.write(
+                "save",
+                step=keep.step_of(saved.path),
+                path=saved.path,
+                seconds=saved.seconds,
+                stalled=saved.stalled,
+            )
 
     def stopped(self, progress: Progress) -> None:
         if self.is_kept:
-            logger.info(f"stopped by a signal after step {progress.step}; start the same command to go on")
+            logger.info(
+                f"stopped by a signal after step {progress.step}; start the same command to go on"
+            )
             self.events.write("stop", step=progress.step, why="a signal")
 
     def failed(self, error: Exception, progress: Progress) -> None:
         """The run ends, for a reason of this rank's. Of a rank that is gone, who watches the ranks writes (events.write_failure)."""
         if describe(error, 0).kind != "lost":
-            self.events.write("fail", step=progress.step, error=f"{type(error).__name__}: {error}"[:2000])
+            self.events.write(
+                "fail", step=progress.step, error=f"{type(error).__name__}: {error}"[:2000]
+            )
 
     def finish(self, progress: Progress, words: str | None) -> None:
         """After the loop: `words` says why, where it ended before its last step."""
@@ -181,7 +293,11 @@ class Journal:
             self.events.write("finish", step=progress.step, why=words or "all steps are done")
         elif progress.step == self._config.train.stop_after:
             self.events.write("stop", step=progress.step, why=f"train.stop_after={progress.step}")
-        draw_loss(self.folder, title=self._config.run_name, loss=loss_name(self._config.task, self._config.classification.problem))
+        draw_loss(
+            self.folder,
+            title=self._config.run_name,
+            loss=loss_name(self._config.task, self._config.classification.problem),
+        )
         left = [name for name in _LEFT if (self.folder / name).exists()]
         logger.info(f"everything is in {self.folder}: {', '.join(left)}")
 
@@ -193,7 +309,9 @@ class Journal:
 
 
 def _versions() -> dict[str, str]:
-    libraries = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
+    libraries = {
+        name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")
+    }
     return {"megatrain": __version__, "python": platform.python_version(), **libraries}
 
 

@@ -25,19 +25,26 @@ class ClassFigures(NamedTuple):
 
 def confusion_matrix(right: Matrix, said: Matrix, num_labels: int) -> Matrix:
     """int64 [right class, said class] of classes [n]."""
-    return np.bincount(right * num_labels + said, minlength=num_labels**2).reshape(num_labels, num_labels)
+    return np.bincount(right * num_labels + said, minlength=num_labels**2).reshape(
+        num_labels, num_labels
+    )
 
 
 def by_class(hits: Matrix, said: Matrix, right: Matrix) -> ClassFigures:
     """From how often each class was said rightly, said, and right."""
     precision, recall = _ratio(hits, said), _ratio(hits, right)
-    return ClassFigures(precision, recall, _ratio(2 * precision * recall, precision + recall), right)
+    return ClassFigures(
+        precision, recall, _ratio(2 * precision * recall, precision + recall), right
+    )
 
 
 def named_classes(matrix: Matrix, labels: list[str]) -> dict[str, Figures]:
     """Precision, recall, F1 and support of each class, from int [right class, said class]."""
     classes = by_class(np.diag(matrix), matrix.sum(0), matrix.sum(1))
-    return {label: {name: float(values[number]) for name, values in classes._asdict().items()} for number, label in enumerate(labels)}
+    return {
+        label: {name: float(values[number]) for name, values in classes._asdict().items()}
+        for number, label in enumerate(labels)
+    }
 
 
 def single_label(right: Matrix, said: Matrix, num_labels: int) -> Figures:
@@ -46,7 +53,11 @@ def single_label(right: Matrix, said: Matrix, num_labels: int) -> Figures:
     accuracy = float(np.trace(matrix) / max(1, matrix.sum()))
     classes = by_class(np.diag(matrix), matrix.sum(0), matrix.sum(1))
     micro = dict.fromkeys(("precision_micro", "recall_micro", "f1_micro"), accuracy)
-    return {"accuracy": accuracy, **_macro(classes, occurs=matrix.sum(0) + matrix.sum(1) > 0), **micro}
+    return {
+        "accuracy": accuracy,
+        **_macro(classes, occurs=matrix.sum(0) + matrix.sum(1) > 0),
+        **micro,
+    }
 
 
 def multi_label(right: Matrix, said: Matrix) -> Figures:
@@ -57,22 +68,32 @@ def multi_label(right: Matrix, said: Matrix) -> Figures:
     return {
         "accuracy": float((right == said).all(1).mean()) if len(right) else 0.0,
         **_macro(classes, occurs=np.ones(right.shape[1], dtype=bool)),
-        "precision_micro": float(micro.precision[0]), "recall_micro": float(micro.recall[0]), "f1_micro": float(micro.f1[0]),
-    }  # fmt: skip
+        "precision_micro": float(micro.precision[0]),
+        "recall_micro": float(micro.recall[0]),
+        "f1_micro": float(micro.f1[0]),
+    }
 
 
 def regression(right: Matrix, said: Matrix) -> Figures:
     """Mean squared and absolute error, and R2: 1 is perfect, 0 as good as the mean; both fp [n]."""
     error = said.astype(np.float64) - right
     spread = float(((right - right.mean()) ** 2).sum())
-    return {"mse": float((error**2).mean()), "mae": float(np.abs(error).mean()), "r2": 1 - float((error**2).sum()) / spread if spread else 0.0}
+    return {
+        "mse": float((error**2).mean()),
+        "mae": float(np.abs(error).mean()),
+        "r2": 1 - float((error**2).sum()) / spread if spread else 0.0,
+    }
 
 
 def _macro(classes: ClassFigures, *, occurs: Matrix) -> Figures:
     def mean(values: Matrix) -> float:
         return float(values[occurs].mean()) if occurs.any() else 0.0
 
-    return {"precision_macro": mean(classes.precision), "recall_macro": mean(classes.recall), "f1_macro": mean(classes.f1)}
+    return {
+        "precision_macro": mean(classes.precision),
+        "recall_macro": mean(classes.recall),
+        "f1_macro": mean(classes.f1),
+    }
 
 
 def _ratio(part: Matrix, whole: Matrix) -> Matrix:

@@ -52,13 +52,21 @@ def lighter(config: Config, a: Architecture, place: Place, gpu_gib: float) -> tu
             if gib is not None and gib <= NARROW * gpu_gib:
                 return f"with {words} it takes {gib:.3g}", words
             tried += [Tried(words, gib)] if gib is not None else []
-        best, others = min(tried, key=lambda each: each.gib, default=None), "; ".join(each.words for each in tried)
+        best, others = (
+            min(tried, key=lambda each: each.gib, default=None),
+            "; ".join(each.words for each in tried),
+        )
         if best is not None and best.gib <= gpu_gib:
-            return f"with {best.words} it takes {best.gib:.3g}, {best.gib / gpu_gib:.0%} of a GPU, and {OTHERS} (tried: {others})", best.words
+            return (
+                f"with {best.words} it takes {best.gib:.3g}, {best.gib / gpu_gib:.0%} of a GPU, and {OTHERS} (tried: {others})",
+                best.words,
+            )
     if best is None:
         return "use more ranks: a larger parallel.pipeline or parallel.tensor", ""
-    return (f"nothing that was tried fits: with {best.words} it takes least, {best.gib:.3g} GiB, which is {best.gib - gpu_gib:.3g} too much (tried: {others}); "
-            "use larger GPUs, a shorter data.sequence_length or a smaller model"), ""  # fmt: skip
+    return (
+        f"nothing that was tried fits: with {best.words} it takes least, {best.gib:.3g} GiB, which is {best.gib - gpu_gib:.3g} too much (tried: {others}); "
+        "use larger GPUs, a shorter data.sequence_length or a smaller model"
+    ), ""
 
 
 def _heaviest(config: Config, a: Architecture, place: Place) -> float | None:
@@ -68,7 +76,15 @@ def _heaviest(config: Config, a: Architecture, place: Place) -> float | None:
             return None
         for rule in checks.layout_rules(config, a, place.world_size, on_gpu=True):
             rule()
-        return max(rank.total for rank in predict(config, a, data_size=config.data_size(place.world_size), device=place.device)) / GIB
+        return (
+            max(
+                rank.total
+                for rank in predict(
+                    config, a, data_size=config.data_size(place.world_size), device=place.device
+                )
+            )
+            / GIB
+        )
     except ConfigError:
         return None
 
@@ -82,7 +98,9 @@ def _changes(config: Config, place: Place) -> Iterator[tuple[str, Config, Place]
         steps.append({"train.micro_batch_size": config.train.micro_batch_size // 2})
     if config.parallel.tensor > 1 and not config.parallel.sequence:
         steps.append({"parallel.sequence": True})
-    more = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[config.train.recompute]
+    more = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[
+        config.train.recompute
+    ]
     steps += [{"train.recompute": how} for how in more]
     for times in (2, 4, 8):
         for how in dict.fromkeys((config.train.recompute, "full")):
@@ -92,7 +110,12 @@ def _changes(config: Config, place: Place) -> Iterator[tuple[str, Config, Place]
                 steps.append(wider | recompute)
             steps.append({"parallel.pipeline": config.parallel.pipeline * times} | recompute)
     for step in steps:
-        free = {"parallel.data": None} if config.parallel.data is not None and step.keys() & {"parallel.tensor", "parallel.pipeline"} else {}
+        free = (
+            {"parallel.data": None}
+            if config.parallel.data is not None
+            and step.keys() & {"parallel.tensor", "parallel.pipeline"}
+            else {}
+        )
         yield _in_words(step | free), _replaced(config, step | free), place
 
 
@@ -103,7 +126,11 @@ def _more_machines(config: Config, place: Place) -> Iterator[tuple[str, Config, 
         if config.train.recompute != "full":
             step["train.recompute"] = "full"
         where = place._replace(nodes=place.nodes * times)
-        yield f"{_in_words(step)} --nodes {where.nodes} --gpus-per-node {where.ranks_per_node}", _replaced(config, step), where
+        yield (
+            f"{_in_words(step)} --nodes {where.nodes} --gpus-per-node {where.ranks_per_node}",
+            _replaced(config, step),
+            where,
+        )
 
 
 def _in_words(settings: dict[str, Any]) -> str:
@@ -111,11 +138,17 @@ def _in_words(settings: dict[str, Any]) -> str:
 
 
 def _word(value: Any) -> str:
-    return {True: "true", None: "null"}.get(value, str(value)) if value is True or value is None else str(value)
+    return (
+        {True: "true", None: "null"}.get(value, str(value))
+        if value is True or value is None
+        else str(value)
+    )
 
 
 def _replaced(config: Config, settings: dict[str, Any]) -> Config:
     for name, value in settings.items():
         section, key = name.split(".")
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{key: value})}
+        )
     return config

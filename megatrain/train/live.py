@@ -32,13 +32,23 @@ class Live(TorchDispatchMode):
     def reset_peak(self) -> None:
         self.peak = self.bytes
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         made = func(*args, **(kwargs or {}))
         inputs: set[int] | None = None
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
                 if inputs is None:
-                    inputs = {leaf.untyped_storage()._cdata for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)}
+                    inputs = {
+                        leaf.untyped_storage()._cdata
+                        for leaf in tree_iter((args, kwargs))
+                        if isinstance(leaf, Tensor)
+                    }
                 if tensor.untyped_storage()._cdata not in inputs:
                     self._add(tensor)
         return made

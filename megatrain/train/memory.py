@@ -70,14 +70,31 @@ class RankMemory:
         return self.states + max(self.activations + self.working, self.update)
 
 
-def predict(config: Config, architecture: Architecture, *, data_size: int, device: str, schedule: Schedule | None = None) -> list[RankMemory]:
+def predict(
+    config: Config,
+    architecture: Architecture,
+    *,
+    data_size: int,
+    device: str,
+    schedule: Schedule | None = None,
+) -> list[RankMemory]:
     """By pipeline rank, of any of its tensor and data ranks: those hold parts of the same size.
 
     `device`: cuda or cpu, of the ranks that train; `schedule`: in place of the config's own.
     """
     if schedule is None:  # on CPUs all messages of a step count, and on GPUs only what is held
-        schedule = run_schedule(config, data_size) if device == "cpu" else holding_schedule(config, data_size)
-    layers = _Layers(config, architecture, data_size, device, split=any(a.kind == "I" for actions in schedule.actions for a in actions))
+        schedule = (
+            run_schedule(config, data_size)
+            if device == "cpu"
+            else holding_schedule(config, data_size)
+        )
+    layers = _Layers(
+        config,
+        architecture,
+        data_size,
+        device,
+        split=any(a.kind == "I" for actions in schedule.actions for a in actions),
+    )
     specs = rank_specs(config, architecture, schedule.placement)
     return [layers.rank(rank, chunks, schedule) for rank, chunks in enumerate(specs)]
 
@@ -85,8 +102,22 @@ def predict(config: Config, architecture: Architecture, *, data_size: int, devic
 class _Layers:
     """Footprints of a model's layers, each kind measured once."""
 
-    def __init__(self, config: Config, architecture: Architecture, data_size: int, device: str, *, split: bool) -> None:
-        self.config, self.architecture, self.data_size, self.device, self.split = config, architecture, data_size, device, split
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        data_size: int,
+        device: str,
+        *,
+        split: bool,
+    ) -> None:
+        self.config, self.architecture, self.data_size, self.device, self.split = (
+            config,
+            architecture,
+            data_size,
+            device,
+            split,
+        )
         p, train = config.parallel, config.train
         self.dtype = DTYPES[train.dtype]
         length = config.data.sequence_length // (p.tensor if p.sequence else 1)
@@ -98,7 +129,14 @@ class _Layers:
     def rank(self, rank: int, specs: list[list[LayerSpec]], schedule: Schedule) -> RankMemory:
         config, p = self.config, self.config.parallel
         grid = make_grid(rank * p.tensor, tensor=p.tensor, pipeline=p.pipeline, connect=False)
-        stage = build_layers_of(specs, config=config, architecture=self.architecture, grid=grid, device="meta", dtype=self.dtype)
+        stage = build_layers_of(
+            specs,
+            config=config,
+            architecture=self.architecture,
+            grid=grid,
+            device="meta",
+            dtype=self.dtype,
+        )
         if config.lora.quantize != "none":
             _quantize(stage)
         if config.lora.rank:
@@ -108,7 +146,9 @@ class _Layers:
         chunks = self._chunks(stage)
         moment = most(schedule, rank, chunks, flow=self.flow, on_cpu=self.device == "cpu")
         contexts = self.shared + self.each * config.microbatches(self.data_size)
-        parameters = sum(parameter.numel() for parameter in stage.parameters()) + sum(weight.shape.numel() for weight in quantized)
+        parameters = sum(parameter.numel() for parameter in stage.parameters()) + sum(
+            weight.shape.numel() for weight in quantized
+        )
         sizes = sizes._replace(weights=sizes.weights + sum(weight.nbytes for weight in quantized))
         return _whole(parameters, sizes, moment, contexts, on_cpu=self.device == "cpu")
 
@@ -124,7 +164,14 @@ class _Layers:
         if kind not in self._seen:
             if isinstance(layer, Head):
                 layer.objective = make_objective(self.config.task, self.config.preference)
-            self._seen[kind] = measure(layer, self.context, flow_shape=self.flow_shape, dtype=self.dtype, device=self.device, split=self.split)
+            self._seen[kind] = measure(
+                layer,
+                self.context,
+                flow_shape=self.flow_shape,
+                dtype=self.dtype,
+                device=self.device,
+                split=self.split,
+            )
         return self._seen[kind]
 
 
@@ -137,10 +184,20 @@ def _quantize(stage: Stage) -> None:
             module.weight = Quantized.without_memory(weight)  # type: ignore[assignment]
 
 
-def _whole(parameters: int, sizes: StateSizes, moment: Moment, contexts: int, *, on_cpu: bool) -> RankMemory:
+def _whole(
+    parameters: int, sizes: StateSizes, moment: Moment, contexts: int, *, on_cpu: bool
+) -> RankMemory:
     optimizer = sizes.optimizer + (sizes.host if on_cpu else 0)
-    return RankMemory(parameters, sizes.weights, sizes.gradients, optimizer, moment.kept, moment.working + sizes.buffers + contexts,
-                      sizes.update + contexts, 0 if on_cpu else sizes.host)  # fmt: skip
+    return RankMemory(
+        parameters,
+        sizes.weights,
+        sizes.gradients,
+        optimizer,
+        moment.kept,
+        moment.working + sizes.buffers + contexts,
+        sizes.update + contexts,
+        0 if on_cpu else sizes.host,
+    )
 
 
 def _context(config: Config, architecture: Architecture) -> tuple[Context, int, int]:
@@ -175,7 +232,9 @@ class Moment(NamedTuple):
     working: int
 
 
-def most(schedule: Schedule, rank: int, chunks: list[Footprint], *, flow: int, on_cpu: bool) -> Moment:
+def most(
+    schedule: Schedule, rank: int, chunks: list[Footprint], *, flow: int, on_cpu: bool
+) -> Moment:
     """The moment at which a rank holds most, its chunks' footprints and one message's bytes given.
 
     A chunk that takes in a message keeps it until its backward is done. On CPUs all messages of a step have their place from its start
@@ -215,7 +274,9 @@ class _Messages:
     @property
     def number(self) -> int:
         """An output that its forward keeps is not counted again."""
-        return self.coming + sum(action.kind != "F" or action[1:] not in self.in_flight for action in self.leaving)
+        return self.coming + sum(
+            action.kind != "F" or action[1:] not in self.in_flight for action in self.leaving
+        )
 
     def take(self, action: Action) -> None:
         if self.on_cpu and self._comes(action):
@@ -232,7 +293,10 @@ class _Messages:
 
     def enters(self, action: Action) -> bool:
         """Whether the chunk's forward takes in a message."""
-        return self.placement.taken_from(self.rank, Action("F", action.microbatch, action.chunk)) is not None
+        return (
+            self.placement.taken_from(self.rank, Action("F", action.microbatch, action.chunk))
+            is not None
+        )
 
     def _comes(self, action: Action) -> bool:
         place = self.placement.taken_from(self.rank, action)

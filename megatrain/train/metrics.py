@@ -43,7 +43,9 @@ class MetricsLog:
 
     def _begin(self, after_step: int) -> None:
         self.after_step = after_step
-        drop_after(self.folder / FILE_NAME, step=after_step or -1)  # a run that starts evaluates at step 0, once more after a kill
+        drop_after(
+            self.folder / FILE_NAME, step=after_step or -1
+        )  # a run that starts evaluates at step 0, once more after a kill
         self._file = LineFile(self.folder / FILE_NAME)
         self._events: SummaryWriter | None = None
 
@@ -63,7 +65,11 @@ class MetricsLog:
         with self._writing():
             self._file.write({"step": step, **values})
             for name, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                if (
+                    isinstance(value, int | float)
+                    and not isinstance(value, bool)
+                    and math.isfinite(value)
+                ):
                     self._writer().add_scalar(name, value, step)
 
     @contextlib.contextmanager
@@ -72,8 +78,10 @@ class MetricsLog:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self.folder / FILE_NAME} or tensorboard/ beside it cannot be written ({error.strerror}); checkpoints are as they "
-                            "were: make room, and start the same command to go on") from None  # fmt: skip
+            raise UserError(
+                f"{self.folder / FILE_NAME} or tensorboard/ beside it cannot be written ({error.strerror}); checkpoints are as they "
+                "were: make room, and start the same command to go on"
+            ) from None
 
     def close(self) -> None:
         self._file.close()
@@ -85,7 +93,10 @@ class MetricsLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -95,7 +106,8 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=self.after_step + 1 if self.after_step else None
+                str(self.folder / "tensorboard"),
+                purge_step=self.after_step + 1 if self.after_step else None,
             )
         return self._events
 

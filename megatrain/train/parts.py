@@ -70,17 +70,43 @@ def make_parts(asked: Config, place: Place, task: Task, beat: Beat) -> Parts:
     sources = {which: task.open(asked, architecture, which) for which in parts_of(asked)}
     config = with_steps(asked, sources["train"])
     p = config.parallel
-    grid = make_grid(place.rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(place.world_size), beat=beat)
+    grid = make_grid(
+        place.rank,
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        data=config.data_size(place.world_size),
+        beat=beat,
+    )
     journal = Journal(config, architecture, place, device)
     path, why = _choose(config, architecture, grid)
-    journal.open([words for source in sources.values() for words in source.words], grid=grid, path=path, why=why)
+    journal.open(
+        [words for source in sources.values() for words in source.words],
+        grid=grid,
+        path=path,
+        why=why,
+    )
     pretrained = _pretrained(config, architecture, path, journal)
     train = _loader(config, grid, sources["train"])
-    settled = settle_schedule(config, architecture, grid, device, batches=lambda: train.microbatches(0), resumed=path is not None,
-                              ranks_here=place.local_size)  # fmt: skip
+    settled = settle_schedule(
+        config,
+        architecture,
+        grid,
+        device,
+        batches=lambda: train.microbatches(0),
+        resumed=path is not None,
+        ranks_here=place.local_size,
+    )
     config = settled.config
     gauge = Gauge(config, architecture, grid, device, settled.schedule)
-    trainer = Trainer(config, architecture, grid, device, pretrained=pretrained, schedule=settled.schedule, channels=settled.channels)
+    trainer = Trainer(
+        config,
+        architecture,
+        grid,
+        device,
+        pretrained=pretrained,
+        schedule=settled.schedule,
+        channels=settled.channels,
+    )
     progress = Progress(0, 0, 0, samples=0)
     if path is not None:
         beat.phase("loading the checkpoint")
@@ -88,18 +114,44 @@ def make_parts(asked: Config, place: Place, task: Task, beat: Beat) -> Parts:
         progress = loading.load(path, zero=trainer.zero, config=config, grid=grid)
     progress = rollback.resume(folder, progress, world=grid.world)
     chat = task.chat(config) if grid.rank == 0 else None
-    saver = Saver(folder / "checkpoints", zero=trainer.zero, config=config, architecture=architecture, grid=grid,
-                  describe=lambda folder: write_descriptions(folder, config, architecture, chat))  # fmt: skip
-    valid = Validation(_loader(config, grid, sources["valid"]), _eval_batches(config, sources["valid"])) if "valid" in sources else None
+    saver = Saver(
+        folder / "checkpoints",
+        zero=trainer.zero,
+        config=config,
+        architecture=architecture,
+        grid=grid,
+        describe=lambda folder: write_descriptions(folder, config, architecture, chat),
+    )
+    valid = (
+        Validation(_loader(config, grid, sources["valid"]), _eval_batches(config, sources["valid"]))
+        if "valid" in sources
+        else None
+    )
     if wants_reference(config) == "beforehand":
         batches = _all_batches(config, train, sources["train"], valid)
         beat.phase("computing what answers are compared with")
         trainer.reference = make_reference(config, trainer, batches, resumed=path is not None)
     return Parts(
-        asked=dataclasses.replace(asked, parallel=config.parallel), config=config, task=task, folder=folder, device=device, trainer=trainer,
-        tracer=Tracer(trainer, folder), gauge=gauge, train=train, valid=valid, progress=progress, saver=saver, journal=journal,
-        watch=Watch(path, progress, margin=0 if guards(progress, config.train) else config.train.resume_margin), early=early_stop(config, folder, grid, progress),
-    )  # fmt: skip
+        asked=dataclasses.replace(asked, parallel=config.parallel),
+        config=config,
+        task=task,
+        folder=folder,
+        device=device,
+        trainer=trainer,
+        tracer=Tracer(trainer, folder),
+        gauge=gauge,
+        train=train,
+        valid=valid,
+        progress=progress,
+        saver=saver,
+        journal=journal,
+        watch=Watch(
+            path,
+            progress,
+            margin=0 if guards(progress, config.train) else config.train.resume_margin,
+        ),
+        early=early_stop(config, folder, grid, progress),
+    )
 
 
 def _choose(config: Config, architecture: Architecture, grid: Grid) -> tuple[Path | None, str]:
@@ -116,7 +168,9 @@ def _choose(config: Config, architecture: Architecture, grid: Grid) -> tuple[Pat
     return found
 
 
-def _pretrained(config: Config, architecture: Architecture, path: Path | None, journal: Journal) -> Pretrained | None:
+def _pretrained(
+    config: Config, architecture: Architecture, path: Path | None, journal: Journal
+) -> Pretrained | None:
     """Weights to start from; adapters' checkpoints hold none of the frozen ones, so those come from here at a resume too."""
     if config.train.init_from is None or (path is not None and not config.lora.rank):
         return None
@@ -126,20 +180,35 @@ def _pretrained(config: Config, architecture: Architecture, path: Path | None, j
 
 
 def _loader(config: Config, grid: Grid, source: Source) -> Loader:
-    return Loader(source.samples, global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size,
-                  data_rank=grid.data.rank, data_size=grid.data.size)  # fmt: skip
+    return Loader(
+        source.samples,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_rank=grid.data.rank,
+        data_size=grid.data.size,
+    )
 
 
 def _eval_batches(config: Config, source: Source) -> int:
     """As many as asked for, but no sample twice where their number is known."""
     asked = config.train.eval_batches
-    return asked if source.per_epoch is None else min(asked, -(-source.per_epoch // config.train.global_batch_size))
+    return (
+        asked
+        if source.per_epoch is None
+        else min(asked, -(-source.per_epoch // config.train.global_batch_size))
+    )
 
 
-def _all_batches(config: Config, train: Loader, source: Source, valid: Validation | None) -> list[tuple[BatchesOf, int]]:
+def _all_batches(
+    config: Config, train: Loader, source: Source, valid: Validation | None
+) -> list[tuple[BatchesOf, int]]:
     """What the run will see of training and validation data, each sequence at least once, as batches by number and how many."""
     epoch = source.per_epoch
-    steps = config.steps if epoch is None else min(config.steps, -(-epoch // config.train.global_batch_size))
+    steps = (
+        config.steps
+        if epoch is None
+        else min(config.steps, -(-epoch // config.train.global_batch_size))
+    )
     parts: list[tuple[BatchesOf, int]] = [(train.microbatches, steps)]
     return parts if valid is None else [*parts, (valid.loader.microbatches, valid.batches)]
 
@@ -152,7 +221,11 @@ def early_stop(config: Config, folder: Path, grid: Grid, progress: Progress) -> 
     early = EarlyStop(patience=train.early_stop, metric=train.early_stop_metric)
     lines = []
     if grid.rank == 0:
-        lines = [line for line in read(folder / FILE_NAME) if "valid_loss" in line and 0 < line["step"] <= progress.step]
+        lines = [
+            line
+            for line in read(folder / FILE_NAME)
+            if "valid_loss" in line and 0 < line["step"] <= progress.step
+        ]
     for line in broadcast_object(lines, grid.world):
         if line["step"] % train.eval_every == 0:  # not the end of a part of the run
             early.add(line["step"], line)

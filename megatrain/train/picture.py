@@ -23,10 +23,17 @@ Points = tuple[list[float], list[float]]
 def loss_name(task: str, problem: str = "single-label") -> str:
     """What a task's loss is, and of what it is the mean; `problem` is classification's."""
     if task == "classification":
-        return {"single-label": "cross-entropy loss (nats per text)", "multi-label": "binary cross-entropy loss (nats per text and class)",
-                "regression": "mean squared error"}[problem]  # fmt: skip
-    names = {"token-classification": "cross-entropy loss (nats per word)", "dpo": "DPO loss (per pair)", "simpo": "SimPO loss (per pair)",
-             "orpo": "ORPO loss (per pair)"}  # fmt: skip
+        return {
+            "single-label": "cross-entropy loss (nats per text)",
+            "multi-label": "binary cross-entropy loss (nats per text and class)",
+            "regression": "mean squared error",
+        }[problem]
+    names = {
+        "token-classification": "cross-entropy loss (nats per word)",
+        "dpo": "DPO loss (per pair)",
+        "simpo": "SimPO loss (per pair)",
+        "orpo": "ORPO loss (per pair)",
+    }
     return names.get(task, "cross-entropy loss (nats per token)")
 
 
@@ -45,8 +52,21 @@ def draw_loss(run_folder: Path | str, *, title: str = "", loss: str = "loss") ->
     if train[0]:
         axes.plot(*train, color=_TRAIN, linewidth=1.2, label="training")
     if valid[0]:
-        axes.plot(*valid, color=_VALID, marker="o", markersize=5, linestyle="--", linewidth=1, label="validation")
-    _label(axes, title or f"Loss of {folder.resolve().name}", "tokens" if "tokens" in curves else "optimizer steps", loss)
+        axes.plot(
+            *valid,
+            color=_VALID,
+            marker="o",
+            markersize=5,
+            linestyle="--",
+            linewidth=1,
+            label="validation",
+        )
+    _label(
+        axes,
+        title or f"Loss of {folder.resolve().name}",
+        "tokens" if "tokens" in curves else "optimizer steps",
+        loss,
+    )
     path = folder / "loss.png"
     canvas.print_png(str(path))
     return path
@@ -69,8 +89,15 @@ def draw_confusion(path: Path, matrix: Matrix, labels: list[str]) -> Path:
     if len(labels) <= 20:
         for row, column in np.ndindex(*matrix.shape):
             if matrix[row, column]:
-                axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8,
-                          color="white" if shares[row, column] > 0.6 else "black")  # fmt: skip
+                axes.text(
+                    column,
+                    row,
+                    str(matrix[row, column]),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if shares[row, column] > 0.6 else "black",
+                )
     axes.set_xlabel("class as told")
     axes.set_ylabel("right class")
     axes.set_title(f"{np.trace(matrix)} of {matrix.sum()} right")
@@ -88,7 +115,9 @@ def _points(curves: dict[str, Curve], name: str) -> Points:
     steps = [point.step for point in points]
     if "tokens" in curves:
         seen = curves["tokens"].points()
-        steps = np.interp(steps, [point.step for point in seen], [point.value for point in seen]).tolist()
+        steps = np.interp(
+            steps, [point.step for point in seen], [point.value for point in seen]
+        ).tolist()
     return steps, [point.value for point in points]
 
 

@@ -48,7 +48,12 @@ class Watch:
     def check(self, step: int, loss: float) -> None:
         """Refuse to go on from a checkpoint whose first losses are far above those before it."""
         before = self._before
-        if self._path is None or not before.losses or not self._margin or step > before.step + WATCHED:
+        if (
+            self._path is None
+            or not before.losses
+            or not self._margin
+            or step > before.step + WATCHED
+        ):
             return
         most = highest(before.losses, self._margin)
         if loss > most:

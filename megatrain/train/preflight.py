@@ -23,7 +23,15 @@ from megatrain.pipeline.stages import cut_layers
 from megatrain.rules import problems, within_ranges
 from megatrain.train import checks
 from megatrain.train.build import RankPlan, holding_schedule, layer_costs, plan_ranks
-from megatrain.train.disk import check_room, existing, in_bytes, is_open, kept_in_words, open_warning, room_for
+from megatrain.train.disk import (
+    check_room,
+    existing,
+    in_bytes,
+    is_open,
+    kept_in_words,
+    open_warning,
+    room_for,
+)
 from megatrain.train.exporters import check_exporters
 from megatrain.train.lighter import GIB, NARROW, OTHERS, Place, lighter
 from megatrain.train.memory import RankMemory, heaviest, predict
@@ -46,18 +54,37 @@ def preflight(config: Config, task: Task, place: Place, findings: Findings) -> l
     architecture = findings.attempt(lambda: task.architecture(config))
     if architecture is None:
         return []
-    findings.attempt(lambda: checks.check_tokenizer(config, architecture), paste=_make_tokenizer(config, architecture))
+    findings.attempt(
+        lambda: checks.check_tokenizer(config, architecture),
+        paste=_make_tokenizer(config, architecture),
+    )
     _starts(config, architecture, findings)
-    readable = [which for which in checks.parts_of(config) if not _missing(config, task, which)
-                and findings.passes(partial(task.glance, config, architecture, which))]  # fmt: skip
+    readable = [
+        which
+        for which in checks.parts_of(config)
+        if not _missing(config, task, which)
+        and findings.passes(partial(task.glance, config, architecture, which))
+    ]
     epochs: list[str] = []
-    if config.train.epochs is not None and "train" in readable and not isinstance(task, Pretraining):
+    if (
+        config.train.epochs is not None
+        and "train" in readable
+        and not isinstance(task, Pretraining)
+    ):
         config, epochs = _as_steps(config, task, architecture, findings)
     lines = []
     if _fits(config, architecture, place, findings):
-        lines = [checks.run_header(config, architecture, place.world_size, _where(place)), *epochs, *_batch(config, place)]
+        lines = [
+            checks.run_header(config, architecture, place.world_size, _where(place)),
+            *epochs,
+            *_batch(config, place),
+        ]
         lines += _memory(config, architecture, place, findings)
-    if _writable(config, findings) and {config.train.steps, config.train.tokens, config.train.epochs} != {None}:
+    if _writable(config, findings) and {
+        config.train.steps,
+        config.train.tokens,
+        config.train.epochs,
+    } != {None}:
         lines += _disk(config, architecture, findings)
     return lines
 
@@ -73,22 +100,35 @@ def _files(config: Config, task: Task, findings: Findings) -> None:
             findings.add(text)
             continue
         for path in _missing(config, task, which):
-            findings.add(DataError(f"data.{which}={path} is not there"), paste=_make_data(config, task, path))
+            findings.add(
+                DataError(f"data.{which}={path} is not there"), paste=_make_data(config, task, path)
+            )
 
 
 def _missing(config: Config, task: Task, which: Part) -> list[str]:
     try:
-        paths = [path for path, _ in read_blend(chosen_data(config.data, which)[0], setting=f"data.{which}")]
+        paths = [
+            path
+            for path, _ in read_blend(chosen_data(config.data, which)[0], setting=f"data.{which}")
+        ]
     except UserError:
         return []  # said where settings are checked
     if isinstance(task, Pretraining):
-        return [path for path in paths if not any(Path(f"{path}{end}").exists() for end in (".idx", ".bin"))]
+        return [
+            path
+            for path in paths
+            if not any(Path(f"{path}{end}").exists() for end in (".idx", ".bin"))
+        ]
     return [path for path in paths if "*" not in path and not Path(path).exists()]
 
 
 def _make_data(config: Config, task: Task, path: str) -> str:
     if path.startswith("demo/"):
-        return "make demo" if "functions" not in path else f"python tools/gather_functions.py {config.data.train} --valid {config.data.valid}"
+        return (
+            "make demo"
+            if "functions" not in path
+            else f"python tools/gather_functions.py {config.data.train} --valid {config.data.valid}"
+        )
     if isinstance(task, Pretraining):
         return f"megatrain preprocess TEXTS.jsonl --tokenizer {config.data.tokenizer or 'TOKENIZER'} --output {path}"
     return f"cp YOURS.jsonl {path}"
@@ -113,19 +153,31 @@ def _own_tokenizer(config: Config) -> str:
     if start is None:
         return "data.tokenizer=FOLDER_OF_THE_MODEL"
     if not Path(start).exists():
-        return checks.make_start(start) if start == config.data.tokenizer else f"data.tokenizer={start}"
-    return f"data.tokenizer={start}" if has_tokenizer(start) else "data.tokenizer=FOLDER_OF_THE_MODEL"
+        return (
+            checks.make_start(start)
+            if start == config.data.tokenizer
+            else f"data.tokenizer={start}"
+        )
+    return (
+        f"data.tokenizer={start}" if has_tokenizer(start) else "data.tokenizer=FOLDER_OF_THE_MODEL"
+    )
 
 
 def _starts(config: Config, architecture: Architecture, findings: Findings) -> None:
     """The checkpoint to resume from, the weights to start from, and the folder to write to."""
     named = config.train.resume not in ("auto", "never")
-    path = findings.attempt(lambda: checks.check_resume(config, architecture), paste="train.resume=auto" if named else "")
+    path = findings.attempt(
+        lambda: checks.check_resume(config, architecture),
+        paste="train.resume=auto" if named else "",
+    )
     start = config.train.init_from
     if start is not None and not Path(start).exists():
         findings.add(checks.no_start(start))
     elif start is not None:
-        findings.attempt(lambda: checks.check_weights(config, architecture, resumes=path is not None), paste=_own_model(config, start))
+        findings.attempt(
+            lambda: checks.check_weights(config, architecture, resumes=path is not None),
+            paste=_own_model(config, start),
+        )
 
 
 def _writable(config: Config, findings: Findings) -> bool:
@@ -135,13 +187,21 @@ def _writable(config: Config, findings: Findings) -> bool:
         with tempfile.TemporaryDirectory(prefix=".check-", dir=place):
             return True
     except OSError as error:
-        findings.add(ConfigError("run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})"),
-                     paste=f"run.output_dir=runs/{Path(config.run.output_dir).name}")  # fmt: skip
+        findings.add(
+            ConfigError(
+                "run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})"
+            ),
+            paste=f"run.output_dir=runs/{Path(config.run.output_dir).name}",
+        )
         return False
 
 
 def _own_model(config: Config, start: str) -> str:
-    return f"model={start}" if (Path(start) / "config.json").is_file() and config.model != start else ""
+    return (
+        f"model={start}"
+        if (Path(start) / "config.json").is_file() and config.model != start
+        else ""
+    )
 
 
 # -- layout ------------------------------------------------------------------------------------------------------------
@@ -152,10 +212,14 @@ def _where(place: Place) -> str:
     return f"{place.nodes} x {place.ranks_per_node} {kind}" if place.nodes > 1 else kind
 
 
-def _as_steps(config: Config, task: Task, architecture: Architecture, findings: Findings) -> tuple[Config, list[str]]:
+def _as_steps(
+    config: Config, task: Task, architecture: Architecture, findings: Findings
+) -> tuple[Config, list[str]]:
     """The config with its epochs as steps, where the data tell their samples in a moment, and the line that says how many those are."""
     source = findings.attempt(lambda: task.foresee(config, architecture))
-    with_steps = findings.attempt(lambda: checks.with_steps(config, source)) if source is not None else None
+    with_steps = (
+        findings.attempt(lambda: checks.with_steps(config, source)) if source is not None else None
+    )
     if with_steps is None:
         return config, []
     return with_steps, [f"  epochs  {config.train.epochs} x {source.per_epoch:,} samples"]
@@ -163,8 +227,10 @@ def _as_steps(config: Config, task: Task, architecture: Architecture, findings: 
 
 def _batch(config: Config, place: Place) -> Iterator[str]:
     data_size = config.data_size(place.world_size)
-    yield (f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
-           f"{config.train.micro_batch_size} on each of {data_size} replicas")  # fmt: skip
+    yield (
+        f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
+        f"{config.train.micro_batch_size} on each of {data_size} replicas"
+    )
 
 
 def _fits(config: Config, a: Architecture, place: Place, findings: Findings) -> bool:
@@ -172,7 +238,11 @@ def _fits(config: Config, a: Architecture, place: Place, findings: Findings) -> 
     rules = checks.layout_rules(config, a, place.world_size, on_gpu=place.device == "cuda")
     passed = [findings.passes(rule) for rule in rules]  # each, and not up to the first that fails
     if not all(passed):  # the cut is not reached when the batch does not divide
-        findings.attempt(lambda: cut_layers(layer_costs(a, config.data.sequence_length), config.parallel.pipeline))
+        findings.attempt(
+            lambda: cut_layers(
+                layer_costs(a, config.data.sequence_length), config.parallel.pipeline
+            )
+        )
         return False
     _crossings(config, a, place, findings)
     return True
@@ -185,9 +255,13 @@ def _crossings(config: Config, a: Architecture, place: Place, findings: Findings
         return
     inside = max(d for d in range(1, p.tensor + 1) if p.tensor % d == 0 and g % d == 0)
     stages = p.pipeline * p.tensor // inside
-    words = f"parallel.tensor={inside}" + (f" parallel.pipeline={stages}" if stages <= a.num_layers else "")
-    findings.warnings.append(f"parallel.tensor={p.tensor} does not divide the {g} ranks of a machine: tensor groups leave it, and each layer waits for "
-                             f"the network; {words} stays inside")  # fmt: skip
+    words = f"parallel.tensor={inside}" + (
+        f" parallel.pipeline={stages}" if stages <= a.num_layers else ""
+    )
+    findings.warnings.append(
+        f"parallel.tensor={p.tensor} does not divide the {g} ranks of a machine: tensor groups leave it, and each layer waits for "
+        f"the network; {words} stays inside"
+    )
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -199,28 +273,56 @@ def _memory(config: Config, a: Architecture, place: Place, findings: Findings) -
     ranks = predict(config, a, data_size=data_size, device=place.device)
     plans = plan_ranks(config, a, holding_schedule(config, data_size).placement)
     top = heaviest(ranks)
-    lines = ["", *table(config, plans, ranks, data_size), "", _heaviest(config, place, ranks[top], top)]
+    lines = [
+        "",
+        *table(config, plans, ranks, data_size),
+        "",
+        _heaviest(config, place, ranks[top], top),
+    ]
     if any(rank.host for rank in ranks):
-        on_node = sum(sorted((rank.host for rank in ranks), reverse=True)[:1]) * place.ranks_per_node
+        on_node = (
+            sum(sorted((rank.host for rank in ranks), reverse=True)[:1]) * place.ranks_per_node
+        )
         lines.append(f"offload: up to {on_node / GIB:,.1f} GiB of a machine's own memory")
     if place.gpu_gib is not None and ranks[top].total > place.gpu_gib * GIB:
         words, paste = lighter(config, a, place, place.gpu_gib)
-        findings.add(UserError(f"the heaviest rank takes {ranks[top].total / GIB:,.1f} GiB and a GPU has {place.gpu_gib:g}; {words}"), paste=paste)
+        findings.add(
+            UserError(
+                f"the heaviest rank takes {ranks[top].total / GIB:,.1f} GiB and a GPU has {place.gpu_gib:g}; {words}"
+            ),
+            paste=paste,
+        )
     elif place.gpu_gib is not None and ranks[top].total > NARROW * place.gpu_gib * GIB:
-        findings.warnings.append(f"the heaviest rank takes {ranks[top].total / place.gpu_gib / GIB:.0%} of a GPU's {place.gpu_gib:g} GiB, and {OTHERS}")
+        findings.warnings.append(
+            f"the heaviest rank takes {ranks[top].total / place.gpu_gib / GIB:.0%} of a GPU's {place.gpu_gib:g} GiB, and {OTHERS}"
+        )
     return lines
 
 
-def table(config: Config, plans: list[RankPlan], ranks: list[RankMemory], data_size: int) -> Iterator[str]:
+def table(
+    config: Config, plans: list[RankPlan], ranks: list[RankMemory], data_size: int
+) -> Iterator[str]:
     """One line for pipeline ranks with the same layers, with the memory of the one that takes most."""
     alike = config.parallel.tensor * data_size
-    yield (f"{'pipeline ranks':>14}{'ranks':>7}  {'layers':<34}{'parameters':>15}  {'weights':>8}{'gradients':>10}{'optimizer':>10}"
-           f"{'activations':>12}{'working':>8}{'GiB':>9}")  # fmt: skip
+    yield (
+        f"{'pipeline ranks':>14}{'ranks':>7}  {'layers':<34}{'parameters':>15}  {'weights':>8}{'gradients':>10}{'optimizer':>10}"
+        f"{'activations':>12}{'working':>8}{'GiB':>9}"
+    )
     for group in _groups(plans):
         top = max(group, key=lambda rank: ranks[rank].total)
         memory, layers = ranks[top], ", ".join(checks.span(chunk) for chunk in plans[top].chunks)
-        sizes = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.working, memory.total]
-        cells = "".join(f"{size / GIB:>{width}.2f}" for size, width in zip(sizes, (8, 10, 10, 12, 8, 9), strict=True))
+        sizes = [
+            memory.weights,
+            memory.gradients,
+            memory.optimizer,
+            memory.activations,
+            memory.working,
+            memory.total,
+        ]
+        cells = "".join(
+            f"{size / GIB:>{width}.2f}"
+            for size, width in zip(sizes, (8, 10, 10, 12, 8, 9), strict=True)
+        )
         name = f"{group[0]}" if len(group) == 1 else f"{group[0]}-{group[-1]}"
         yield f"{name:>14}{len(group) * alike:>7}  {layers:<34}{memory.parameters:>15,}  {cells}"
 
@@ -249,4 +351,6 @@ def _disk(config: Config, a: Architecture, findings: Findings) -> list[str]:
     findings.attempt(lambda: check_room(config, room))
     if is_open(config):
         findings.warnings.append(open_warning(config, room))
-    return [f"checkpoints: {in_bytes(room.each)} each, {kept_in_words(config, room)}; {in_bytes(room.free)} are free at {room.place}"]
+    return [
+        f"checkpoints: {in_bytes(room.each)} each, {kept_in_words(config, room)}; {in_bytes(room.free)} are free at {room.place}"
+    ]

@@ -47,7 +47,10 @@ class Reference:
     def attach(self, contexts: Sequence[Context]) -> None:
         """Give each microbatch its sequences' log-probabilities; those without a token that is compared have none."""
         for context in contexts:
-            values = [self.table[key] if used else 0.0 for key, used in _rows(context.tokens, context.labels)]
+            values = [
+                self.table[key] if used else 0.0
+                for key, used in _rows(context.tokens, context.labels)
+            ]
             context.reference = torch.tensor(values, device=context.tokens.device)
 
     def read(self, *, resumed: bool) -> None:
@@ -55,15 +58,27 @@ class Reference:
         try:
             with safe_open(self.path, framework="pt") as file:
                 if resumed or file.metadata()["source"] == self.source:
-                    self.table = dict(zip(file.get_tensor("keys").tolist(), file.get_tensor("log_probs").tolist(), strict=True))
+                    self.table = dict(
+                        zip(
+                            file.get_tensor("keys").tolist(),
+                            file.get_tensor("log_probs").tolist(),
+                            strict=True,
+                        )
+                    )
         except FileNotFoundError:
             return
         except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error}; delete it and start afresh") from None
+            raise CheckpointError(
+                f"{self.path} cannot be read: {error}; delete it and start afresh"
+            ) from None
 
     def lacks(self, parts: Sequence[tuple[BatchesOf, int]], *, world: Axis) -> bool:
         """Whether any rank misses a sequence that it will need."""
-        mine = any(used and key not in self.table for batch in _all(parts) for key, used in _rows(batch.tokens, batch.labels))
+        mine = any(
+            used and key not in self.table
+            for batch in _all(parts)
+            for key, used in _rows(batch.tokens, batch.labels)
+        )
         asked = torch.tensor(int(mine))
         if dist.get_backend() == "nccl":
             asked = asked.cuda()
@@ -84,36 +99,54 @@ class Reference:
                 done += 1
                 if trainer.grid.rank == 0 and done * 10 // total != (done - 1) * 10 // total:
                     logger.info(f"  reference log-probabilities: {done} of {total} batches")
-        self.table = {key: value for part in collectives.gather_objects(mine, trainer.grid.world) for key, value in part.items()}
+        self.table = {
+            key: value
+            for part in collectives.gather_objects(mine, trainer.grid.world)
+            for key, value in part.items()
+        }
         if trainer.grid.rank == 0:
             self._write()
 
     def _write(self) -> None:
         partial = self.path.with_suffix(".partial")
-        tensors = {"keys": torch.tensor(list(self.table), dtype=torch.int64), "log_probs": torch.tensor(list(self.table.values()), dtype=torch.float32)}
+        tensors = {
+            "keys": torch.tensor(list(self.table), dtype=torch.int64),
+            "log_probs": torch.tensor(list(self.table.values()), dtype=torch.float32),
+        }
         save_file(tensors, partial, metadata={"source": self.source})
         partial.replace(self.path)
 
 
-def make_reference(config: Config, trainer: Trainer, parts: Sequence[tuple[BatchesOf, int]], *, resumed: bool) -> Reference:
+def make_reference(
+    config: Config, trainer: Trainer, parts: Sequence[tuple[BatchesOf, int]], *, resumed: bool
+) -> Reference:
     """The table for these batches: read, or computed where the weights are still those that it is of."""
     reference = Reference(Path(config.run.output_dir), _source(config))
     reference.read(resumed=resumed)
     if reference.lacks(parts, world=trainer.grid.world):
         if resumed and not config.lora.rank:
-            raise CheckpointError(f"{reference.path} lacks log-probabilities of these data, and only the weights that the run began from can make "
-                                  "them; give the data and the file that it began with, or start another run")  # fmt: skip
+            raise CheckpointError(
+                f"{reference.path} lacks log-probabilities of these data, and only the weights that the run began from can make "
+                "them; give the data and the file that it began with, or start another run"
+            )
         reference.compute(trainer, parts)
     return reference
 
 
 def _source(config: Config) -> str:
     """Which weights the run begins from: their files' names, sizes and times, or the model's config and the seed."""
-    digest = hashlib.blake2b(repr((config.train.dtype, config.train.init_from or (config.model, config.run.seed))).encode(), digest_size=16)
+    digest = hashlib.blake2b(
+        repr(
+            (config.train.dtype, config.train.init_from or (config.model, config.run.seed))
+        ).encode(),
+        digest_size=16,
+    )
     if config.train.init_from is not None:
         for path in sorted(Path(config.train.init_from).iterdir()):
             if path.suffix in (".safetensors", ".bin"):
-                digest.update(repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
+                digest.update(
+                    repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode()
+                )
     return digest.hexdigest()
 
 

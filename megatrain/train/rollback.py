@@ -44,19 +44,31 @@ def newest_from_before(since: int) -> int:
     return since - 2
 
 
-def find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool, world: Axis) -> Target:
+def find(
+    folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool, world: Axis
+) -> Target:
     """The newest whole checkpoint of the run from before a spike that began at step `since`. Rank 0 looks, for all.
 
     `own` tells of a step whether its checkpoint is one that this run came from or has written: where an older one was resumed by hand,
     those of the steps after it are of a run that is no more.
     """
-    return broadcast_object(_find(folder, since=since, own=own, hashes=hashes) if world.rank == 0 else Target(None), world)
+    return broadcast_object(
+        _find(folder, since=since, own=own, hashes=hashes) if world.rank == 0 else Target(None),
+        world,
+    )
 
 
 def _find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool) -> Target:
     before = [line["step"] for line in skipped(folder) if line["step"] < since]
     latest, passed = max([newest_from_before(since), *before]), list[str]()
-    for path in sorted((path for path in keep.checkpoints(folder / "checkpoints") if keep.step_of(path) <= latest and own(keep.step_of(path))), reverse=True):
+    for path in sorted(
+        (
+            path
+            for path in keep.checkpoints(folder / "checkpoints")
+            if keep.step_of(path) <= latest and own(keep.step_of(path))
+        ),
+        reverse=True,
+    ):
         wrong = manifest.problem(path, hashes=hashes)
         if wrong is None:
             return Target(path, before.count(keep.step_of(path)), tuple(passed))
@@ -66,11 +78,22 @@ def _find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool)
 
 def commit(folder: Path, *, back: Progress, noticed: Progress, since: int, loader: Loader) -> None:
     """Make the return to `back` last: newer checkpoints go, newest first, and what is passed over is written down. For one rank."""
-    newer = [path for path in keep.checkpoints(folder / "checkpoints") if back.step < keep.step_of(path) <= noticed.step]
+    newer = [
+        path
+        for path in keep.checkpoints(folder / "checkpoints")
+        if back.step < keep.step_of(path) <= noticed.step
+    ]
     keep.delete(sorted(newer, reverse=True))
     positions = range(back.samples, noticed.samples)
-    line = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds"), "step": back.step, "spike_began": since, "noticed": noticed.step,
-            "first": positions[0], "last": positions[-1], "documents": _documents(loader, positions)}  # fmt: skip
+    line = {
+        "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
+        "step": back.step,
+        "spike_began": since,
+        "noticed": noticed.step,
+        "first": positions[0],
+        "last": positions[-1],
+        "documents": _documents(loader, positions),
+    }
     file = json_lines.LineFile(folder / FILE_NAME)
     file.write(line)
     file.close()

@@ -58,7 +58,11 @@ def task_of(config: Config, verb: str) -> Task:
     """What a run of the verb learns from."""
     if verb == "pretrain":
         return Pretraining()
-    return Classification() if config.task in ("classification", "token-classification") else Finetuning()
+    return (
+        Classification()
+        if config.task in ("classification", "token-classification")
+        else Finetuning()
+    )
 
 
 def _train(config: Config, place: Place, task: Task, beat: Beat) -> None:
@@ -85,7 +89,10 @@ class _Run:
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(name, self._ask_to_stop)
         train = self.config.train
-        last = min(self.config.steps, train.stop_after if train.stop_after is not None else self.config.steps)
+        last = min(
+            self.config.steps,
+            train.stop_after if train.stop_after is not None else self.config.steps,
+        )
         self.journal.begin(self.parts.asked, self.progress, last=last)
         try:
             if self.progress.step == 0:
@@ -106,7 +113,10 @@ class _Run:
             if self.parts.valid is not None:
                 self.parts.valid.loader.close()
             self.journal.close()
-        self.journal.finish(self.progress, self.early.words() if self.early is not None and self._is_over() else None)
+        self.journal.finish(
+            self.progress,
+            self.early.words() if self.early is not None and self._is_over() else None,
+        )
 
     def _first(self) -> None:
         """Step 0: the model as initialised, evaluated if asked; saved when no step is to follow."""
@@ -122,7 +132,10 @@ class _Run:
         with self.parts.tracer.watch(step), timed(self.trainer.executor, wanted=shown) as stopwatch:
             started = time.perf_counter()
             self.beat.note("loading data")
-            report = self.trainer.step(step, self.parts.train.microbatches(self.progress.samples // train.global_batch_size))
+            report = self.trainer.step(
+                step,
+                self.parts.train.microbatches(self.progress.samples // train.global_batch_size),
+            )
             seconds = time.perf_counter() - started
         self.beat.phase("what follows the step")
         self.watch.check(step, report.loss)
@@ -140,8 +153,17 @@ class _Run:
         if self.parts.valid is not None and (step % train.eval_every == 0 or step == last):
             figures = self._evaluate()
             values.update(figures)
-        best = self.early is not None and step % train.eval_every == 0 and self.early.add(step, figures)
-        saves = step == last or best or self._is_over() or (train.save_every and step % train.save_every == 0)
+        best = (
+            self.early is not None
+            and step % train.eval_every == 0
+            and self.early.add(step, figures)
+        )
+        saves = (
+            step == last
+            or best
+            or self._is_over()
+            or (train.save_every and step % train.save_every == 0)
+        )
         if saves and self.progress.bad_steps < train.max_bad_steps:
             self._save()
         if self.saver.stalled:
@@ -152,18 +174,37 @@ class _Run:
         if best or (saves and not train.async_save):
             self._finish_saving()
         if best and self.journal.is_kept:
-            write_best(self.parts.folder, step=step, metric=train.early_stop_metric, value=figures[train.early_stop_metric])
-            self.journal.events.write("best", step=step, metric=train.early_stop_metric, value=figures[train.early_stop_metric])
+            write_best(
+                self.parts.folder,
+                step=step,
+                metric=train.early_stop_metric,
+                value=figures[train.early_stop_metric],
+            )
+            self.journal.events.write(
+                "best",
+                step=step,
+                metric=train.early_stop_metric,
+                value=figures[train.early_stop_metric],
+            )
 
     def _after(self, report: StepReport) -> Progress:
         """Where the run stands after one more step."""
         before, train = self.progress, self.config.train
         limit = limit_of(before.losses, train)
-        losses = remember(before.losses, report.loss, at_least=train.spike_window if train.spike != "off" else 0)
+        losses = remember(
+            before.losses, report.loss, at_least=train.spike_window if train.spike != "off" else 0
+        )
         bad_steps = 0 if report.applied else before.bad_steps + (not report.rescaled)
-        after = Progress(before.step + 1, before.tokens + self.config.tokens_per_step, before.updates + report.applied, bad_steps, losses,
-                         loss_scaling=self.trainer.zero.loss_scaling, samples=before.samples + train.global_batch_size,
-                         spike_since=spike_since(before, report.loss, limit))  # fmt: skip
+        after = Progress(
+            before.step + 1,
+            before.tokens + self.config.tokens_per_step,
+            before.updates + report.applied,
+            bad_steps,
+            losses,
+            loss_scaling=self.trainer.zero.loss_scaling,
+            samples=before.samples + train.global_batch_size,
+            spike_since=spike_since(before, report.loss, limit),
+        )
         if limit is not None and is_noticed(after, train):
             self.journal.spiked(after, limit)
         return after
@@ -173,32 +214,50 @@ class _Run:
         self.beat.phase("going back to a checkpoint")
         self._finish_saving()
         reached, train, folder = self.progress, self.config.train, self.parts.folder
-        target = rollback.find(folder, since=since, own=lambda step: step <= self.parts.progress.step or step in self.saved,
-                               hashes=train.verify == "full", world=self.trainer.grid.world)  # fmt: skip
+        target = rollback.find(
+            folder,
+            since=since,
+            own=lambda step: step <= self.parts.progress.step or step in self.saved,
+            hashes=train.verify == "full",
+            world=self.trainer.grid.world,
+        )
         if target.path is None:
             self.journal.stays(reached, target.passed)
             return False
         if target.times >= train.max_rollbacks:
-            raise UserError(f"the run went back to {target.path} {target.times} times (train.max_rollbacks) and has trouble again at step {since}: lower "
-                            "optimizer.lr, take an older checkpoint with train.resume=FOLDER, or look at the data that skipped_samples.jsonl names")  # fmt: skip
-        back = loading.load(target.path, zero=self.trainer.zero, config=self.config, grid=self.trainer.grid)
+            raise UserError(
+                f"the run went back to {target.path} {target.times} times (train.max_rollbacks) and has trouble again at step {since}: lower "
+                "optimizer.lr, take an older checkpoint with train.resume=FOLDER, or look at the data that skipped_samples.jsonl names"
+            )
+        back = loading.load(
+            target.path, zero=self.trainer.zero, config=self.config, grid=self.trainer.grid
+        )
         back = rollback.pass_over(folder, back, world=self.trainer.grid.world)
         self.journal.write(reached.step, values)
         if self.journal.is_kept:
-            rollback.commit(folder, back=back, noticed=reached, since=since, loader=self.parts.train)
+            rollback.commit(
+                folder, back=back, noticed=reached, since=since, loader=self.parts.train
+            )
         self.journal.went_back(reached, back, target.path)
         self.progress = back._replace(samples=reached.samples)
         self.watch = Watch(target.path, self.progress, margin=0)
         self.early = early_stop(self.config, folder, self.trainer.grid, self.progress)
         if self.early is not None and self.journal.is_kept:
-            restore_best(folder, step=self.early.best_step, metric=train.early_stop_metric, value=self.early.best)
+            restore_best(
+                folder,
+                step=self.early.best_step,
+                metric=train.early_stop_metric,
+                value=self.early.best,
+            )
         return True
 
     def _give_up(self, report: StepReport) -> NoReturn:
         self._finish_saving()
         where = self.trainer.culprit()
         bad = self.progress.bad_steps
-        raise UserError(f"{bad} steps in a row (train.max_bad_steps) had a non-finite {bad_part(report)}; {where}")
+        raise UserError(
+            f"{bad} steps in a row (train.max_bad_steps) had a non-finite {bad_part(report)}; {where}"
+        )
 
     def _evaluate(self) -> dict[str, float]:
         """The loss, and what the task measures beside it."""
@@ -217,7 +276,11 @@ class _Run:
         if self.config.train.spike == "rollback":
             back_to = rollback.newest_from_before(self.progress.spike_since or step + 1)
         self.saved.add(step)
-        self.journal.saved(self.saver.save(self.progress, prune=self.watch.has_seen_an_update(step), back_to=back_to))
+        self.journal.saved(
+            self.saver.save(
+                self.progress, prune=self.watch.has_seen_an_update(step), back_to=back_to
+            )
+        )
 
     def _finish_saving(self) -> None:
         self.beat.phase("waiting for the checkpoint's writer")
@@ -231,7 +294,9 @@ class _Run:
 
     def _agree_to_stop(self) -> bool:
         """Whether any rank was asked to stop: all stop after the same step. The same message says whether any rank still writes a checkpoint."""
-        flags = torch.tensor([int(self.stop_asked), int(self.saver.is_writing)], device=self.parts.device)
+        flags = torch.tensor(
+            [int(self.stop_asked), int(self.saver.is_writing)], device=self.parts.device
+        )
         with self.beat.within("agreeing in the", self.trainer.grid.world):
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
             stop, anyone_writes = flags.tolist()

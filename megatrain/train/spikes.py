@@ -33,13 +33,17 @@ def limit_of(losses: tuple[float, ...], train: Train) -> Limit | None:
         return None
     recent = losses[-train.spike_window :]
     median = statistics.median(recent)
-    deviation = max(_NORMAL * statistics.median(abs(loss - median) for loss in recent), _LEAST * abs(median))
+    deviation = max(
+        _NORMAL * statistics.median(abs(loss - median) for loss in recent), _LEAST * abs(median)
+    )
     return Limit(median + train.spike_factor * deviation, median, deviation)
 
 
 def spike_since(before: Progress, loss: float, limit: Limit | None) -> int:
     """First step of the spike that the next step, with this loss, is in; 0 for none. A loss that is no number begins none and ends none."""
-    above = limit is not None and loss > limit.loss if math.isfinite(loss) else before.spike_since > 0
+    above = (
+        limit is not None and loss > limit.loss if math.isfinite(loss) else before.spike_since > 0
+    )
     return (before.spike_since or before.step + 1) if above else 0
 
 
@@ -49,12 +53,16 @@ def first_to_undo(progress: Progress, train: Train) -> int:
         return 0
     if is_noticed(progress, train):
         return progress.spike_since
-    return progress.step - progress.bad_steps + 1 if progress.bad_steps >= train.max_bad_steps else 0
+    return (
+        progress.step - progress.bad_steps + 1 if progress.bad_steps >= train.max_bad_steps else 0
+    )
 
 
 def is_noticed(progress: Progress, train: Train) -> bool:
     """Whether a spike has lasted long enough with the last step, and not before it."""
-    return progress.spike_since > 0 and progress.step - progress.spike_since + 1 == train.spike_steps
+    return (
+        progress.spike_since > 0 and progress.step - progress.spike_since + 1 == train.spike_steps
+    )
 
 
 def guards(progress: Progress, train: Train) -> bool:

@@ -16,7 +16,13 @@ import torch
 
 from megatrain.pipeline.executor import Executor, Lap
 
-KINDS: dict[Lap, str] = {"arrival": "waiting", "F": "forward", "B": "backward", "I": "backward", "W": "backward"}
+KINDS: dict[Lap, str] = {
+    "arrival": "waiting",
+    "F": "forward",
+    "B": "backward",
+    "I": "backward",
+    "W": "backward",
+}
 """What the time before a lap's end counts as; before any other it is not the pipeline's."""
 
 
@@ -42,7 +48,9 @@ class Stopwatch:
         sums = dict.fromkeys(KINDS.values(), 0.0) if self._laps else {}
         for (_, start), (ended, end) in pairwise(self._laps):
             if ended in KINDS:
-                sums[KINDS[ended]] += start.elapsed_time(end) / 1e3 if self.on_stream else end - start
+                sums[KINDS[ended]] += (
+                    start.elapsed_time(end) / 1e3 if self.on_stream else end - start
+                )
         return sums
 
 

@@ -75,14 +75,24 @@ class Task(Protocol):
 def text_instead(config: Config, which: Part) -> ConfigError | None:
     """What is said where pretraining is given texts that are not tokenised yet."""
     path = getattr(config.data, which)
-    if not isinstance(path, str) or not is_read(path) or not Path(path).is_file() or Path(f"{path}.idx").exists():
+    if (
+        not isinstance(path, str)
+        or not is_read(path)
+        or not Path(path).is_file()
+        or Path(f"{path}.idx").exists()
+    ):
         return None
     prefix = path
     while is_read(prefix):
         prefix = str(Path(prefix).with_suffix(""))
     paste = f"megatrain preprocess {path} --tokenizer {config.data.tokenizer or 'TOKENIZER'} --output {prefix}"
-    return ConfigError(f"data.{which}", path, "is a file of texts, and pretraining reads what `megatrain preprocess` makes of them",
-                       f"make it once, and give data.{which}={prefix}", paste=paste)  # fmt: skip
+    return ConfigError(
+        f"data.{which}",
+        path,
+        "is a file of texts, and pretraining reads what `megatrain preprocess` makes of them",
+        f"make it once, and give data.{which}={prefix}",
+        paste=paste,
+    )
 
 
 class Pretraining(Task):
@@ -91,12 +101,26 @@ class Pretraining(Task):
     def check(self, config: Config) -> None:
         """Refuse what only finetuning uses."""
         for name in changed(config.data, OF_CHATS):
-            raise ConfigError(f"data.{name}", getattr(config.data, name), "is a setting of `megatrain finetune`",
-                              "start this config with that verb, or leave it out")  # fmt: skip
+            raise ConfigError(
+                f"data.{name}",
+                getattr(config.data, name),
+                "is a setting of `megatrain finetune`",
+                "start this config with that verb, or leave it out",
+            )
         if config.task != "sft":
-            raise ConfigError("task", config.task, "is a setting of `megatrain finetune`", "start this config with that verb, or leave it out")
+            raise ConfigError(
+                "task",
+                config.task,
+                "is a setting of `megatrain finetune`",
+                "start this config with that verb, or leave it out",
+            )
         if config.train.epochs is not None:
-            raise ConfigError("train.epochs", config.train.epochs, "counts finetuning's samples", "give train.steps or train.tokens")
+            raise ConfigError(
+                "train.epochs",
+                config.train.epochs,
+                "counts finetuning's samples",
+                "give train.steps or train.tokens",
+            )
         for text in (text_instead(config, "train"), text_instead(config, "valid")):
             if text is not None:
                 raise text
@@ -107,9 +131,21 @@ class Pretraining(Task):
     def open(self, config: Config, architecture: Architecture, which: Part) -> Source:
         """Samples of `data.train` or `data.valid`."""
         if config.data.train is None:
-            raise ConfigError("data.train", "(nothing)", "is missing", "give the prefix that `megatrain preprocess --output` wrote")
-        return Source(open_samples(config.data, which=which, sequence_length=config.data.sequence_length, seed=config.run.seed,
-                                   vocab_size=architecture.vocab_size))  # fmt: skip
+            raise ConfigError(
+                "data.train",
+                "(nothing)",
+                "is missing",
+                "give the prefix that `megatrain preprocess --output` wrote",
+            )
+        return Source(
+            open_samples(
+                config.data,
+                which=which,
+                sequence_length=config.data.sequence_length,
+                seed=config.run.seed,
+                vocab_size=architecture.vocab_size,
+            )
+        )
 
     def glance(self, config: Config, architecture: Architecture, which: Part) -> None:
         """Some samples from all over the files: a token outside the vocabulary shows in each of them, as a rule."""

@@ -45,10 +45,23 @@ class Tracer:
     With `keep`, which takes each of this rank's traces, nothing is written; the steps may then be others.
     """
 
-    def __init__(self, trainer: Trainer, run_folder: Path, *, steps: range | None = None, keep: Callable[[RankTrace], Any] | None = None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        run_folder: Path,
+        *,
+        steps: range | None = None,
+        keep: Callable[[RankTrace], Any] | None = None,
+    ) -> None:
         self.trainer, self.run_folder, self.keep = trainer, run_folder, keep
         told = trainer.config.train.trace_steps
-        self.steps = steps if steps is not None else range(0) if told is None else range(told[0], told[1] + 1)
+        self.steps = (
+            steps
+            if steps is not None
+            else range(0)
+            if told is None
+            else range(told[0], told[1] + 1)
+        )
         if self.steps:
             self.run = broadcast_object(time.time(), trainer.grid.world)
             self.clock = SharedClock(trainer.grid.world)
@@ -68,7 +81,9 @@ class Tracer:
                 started = time.perf_counter()
                 yield
                 seconds = time.perf_counter() - started
-            actions = traced_actions(executor.records, marks.all(), offset, on_stream=marks.on_stream)
+            actions = traced_actions(
+                executor.records, marks.all(), offset, on_stream=marks.on_stream
+            )
         finally:
             executor.records = None
         if self.keep is not None:
@@ -81,15 +96,29 @@ class Tracer:
         if step == self.steps[-1] and self.trainer.grid.rank == 0:
             logger.info(f"traced to step {step}; `megatrain xray {self.run_folder}` shows it")
 
-    def _trace(self, step: int, seconds: float, actions: list[TracedAction], offset: Offset) -> RankTrace:
+    def _trace(
+        self, step: int, seconds: float, actions: list[TracedAction], offset: Offset
+    ) -> RankTrace:
         trainer, grid = self.trainer, self.trainer.grid
         memory = machine.peak_memory(trainer.device)
         return RankTrace(
-            run=self.run, step=step, rank=grid.rank, world_size=grid.world_size, pipeline=grid.pipeline.rank, data=grid.data.rank,
-            tensor=grid.tensor.rank, schedule=trainer.schedule.name, placement=trainer.schedule.placement, stages=stage_titles(trainer),
-            seconds=seconds, peak_memory=memory.size, memory=memory.meaning, clock_error=offset.error, config=to_dict(trainer.config),
+            run=self.run,
+            step=step,
+            rank=grid.rank,
+            world_size=grid.world_size,
+            pipeline=grid.pipeline.rank,
+            data=grid.data.rank,
+            tensor=grid.tensor.rank,
+            schedule=trainer.schedule.name,
+            placement=trainer.schedule.placement,
+            stages=stage_titles(trainer),
+            seconds=seconds,
+            peak_memory=memory.size,
+            memory=memory.meaning,
+            clock_error=offset.error,
+            config=to_dict(trainer.config),
             actions=actions,
-        )  # fmt: skip
+        )
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
@@ -155,8 +184,15 @@ class Marks:
 
     def all(self) -> list[Mark]:
         """All marks; on a GPU once it has done its work."""
-        return [Mark(what, place, host, host if event is None else self._anchored + self._anchor.elapsed_time(event) / 1e3)
-                for what, place, host, event in self._made]  # fmt: skip
+        return [
+            Mark(
+                what,
+                place,
+                host,
+                host if event is None else self._anchored + self._anchor.elapsed_time(event) / 1e3,
+            )
+            for what, place, host, event in self._made
+        ]
 
 
 @contextmanager
@@ -184,8 +220,14 @@ def layer_marks(chunks: list[list[Layer]], device: torch.device) -> Iterator[Mar
         return hook
 
     # Of a chunk's first layer the beginning is marked too; any other begins where the one before it ends.
-    handles = [chunk[0].module.register_forward_pre_hook(before(chunk[0].place)) for chunk in chunks]
-    handles += [layer.module.register_forward_hook(after(layer.place)) for chunk in chunks for layer in chunk]
+    handles = [
+        chunk[0].module.register_forward_pre_hook(before(chunk[0].place)) for chunk in chunks
+    ]
+    handles += [
+        layer.module.register_forward_hook(after(layer.place))
+        for chunk in chunks
+        for layer in chunk
+    ]
     try:
         yield marks
     finally:
@@ -193,7 +235,9 @@ def layer_marks(chunks: list[list[Layer]], device: torch.device) -> Iterator[Mar
             handle.remove()
 
 
-def traced_actions(records: list[Record], marks: list[Mark], offset: Offset, *, on_stream: bool) -> list[TracedAction]:
+def traced_actions(
+    records: list[Record], marks: list[Mark], offset: Offset, *, on_stream: bool
+) -> list[TracedAction]:
     """The records on rank 0's clock, each with its layers' seconds."""
     actions = []
     position = 0
@@ -205,7 +249,15 @@ def traced_actions(records: list[Record], marks: list[Mark], offset: Offset, *, 
         # A message holds up the stream and not the host, so the first layer's mark says when the message was there.
         ready = max(record.ready, inside[0].moment) if on_stream and inside else record.ready
         shift = offset.seconds
-        actions.append(TracedAction(record.action, record.start + shift, ready + shift, record.end + shift, _layer_seconds(inside)))
+        actions.append(
+            TracedAction(
+                record.action,
+                record.start + shift,
+                ready + shift,
+                record.end + shift,
+                _layer_seconds(inside),
+            )
+        )
     return actions
 
 
@@ -240,10 +292,14 @@ class SharedClock:
     def __init__(self, world: Axis, machine: str | None = None) -> None:
         self.rank, self.world = world.rank, world
         self.machines = gather_objects(machine or machine_name(), world)
-        self.asking = sorted({name: rank for rank, name in reversed(list(enumerate(self.machines)))}.values())
+        self.asking = sorted(
+            {name: rank for rank, name in reversed(list(enumerate(self.machines)))}.values()
+        )
         # Messages between CPUs, whatever the run's own groups are made for.
         with world.beat.within("making a group of the", world):
-            self.group = dist.new_group(self.asking, backend="gloo") if len(self.asking) > 1 else None
+            self.group = (
+                dist.new_group(self.asking, backend="gloo") if len(self.asking) > 1 else None
+            )
 
     def offset(self) -> Offset:
         """The same on all ranks of a machine."""
@@ -261,7 +317,9 @@ class SharedClock:
             self.world.beat.receive("its question after the time", peer)
             for _ in range(EXCHANGES):
                 dist.recv(torch.empty(1, dtype=torch.float64), peer, group=self.group)
-                dist.send(torch.tensor([time.perf_counter()], dtype=torch.float64), peer, group=self.group)
+                dist.send(
+                    torch.tensor([time.perf_counter()], dtype=torch.float64), peer, group=self.group
+                )
         return Offset(0.0, 0.0)
 
     def _ask(self) -> Offset:

@@ -79,9 +79,17 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, architecture: Architecture, grid: Grid, device: torch.device, *, pretrained: Pretrained | None = None,
-        schedule: Schedule | None = None, channels: Channels | None = None, optimizer: type[Zero] = Zero,
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        architecture: Architecture,
+        grid: Grid,
+        device: torch.device,
+        *,
+        pretrained: Pretrained | None = None,
+        schedule: Schedule | None = None,
+        channels: Channels | None = None,
+        optimizer: type[Zero] = Zero,
+    ) -> None:
         self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
         self.microbatches = config.microbatches(grid.data.size)
         self.objective = make_objective(config.task, config.preference)
@@ -105,14 +113,19 @@ class Trainer:
         if pretrained is not None:
             pretrained.fill_masters(self.zero)
         self.stage = stage
-        length = config.data.sequence_length // (grid.tensor.size if config.parallel.sequence else 1)
+        length = config.data.sequence_length // (
+            grid.tensor.size if config.parallel.sequence else 1
+        )
         if channels is None and grid.pipeline.size > 1:
             channels = Channels(grid.pipeline, ring=placement.chunks > 1)
         self.executor = Executor(
-            self.zero.module, channels=channels,
+            self.zero.module,
+            channels=channels,
             flow_shape=(length, config.train.micro_batch_size, architecture.hidden_size),
-            dtype=DTYPES[config.train.dtype], device=device, beat=grid.beat,
-        )  # fmt: skip
+            dtype=DTYPES[config.train.dtype],
+            device=device,
+            beat=grid.beat,
+        )
         self.contexts = Contexts(config, architecture, grid, device)
 
     def follow(self, schedule: Schedule) -> None:
@@ -126,22 +139,35 @@ class Trainer:
 
     def step(self, step: int, batches: Sequence[Batch]) -> StepReport:
         """Train on this data rank's microbatches; `step` counts from 1."""
-        contexts = [self.contexts.make(batch, step=step, index=index) for index, batch in enumerate(batches)]
+        contexts = [
+            self.contexts.make(batch, step=step, index=index) for index, batch in enumerate(batches)
+        ]
         self._refer(contexts)
         self.stage.train()
         count = self._count(batches)
-        weight = torch.tensor(self.grid.data.size * self.zero.loss_scale / count, device=self.device)
-        losses = self.executor.run(self.instructions, contexts, backward=self.zero.backward, loss_weight=weight)
+        weight = torch.tensor(
+            self.grid.data.size * self.zero.loss_scale / count, device=self.device
+        )
+        losses = self.executor.run(
+            self.instructions, contexts, backward=self.zero.backward, loss_weight=weight
+        )
         largest = self.zero.largest_gradients()
         bad, loss, *measured = self._totals(losses, contexts, count, bad=self.zero.refuses(largest))
         measures = dict(zip(self.objective.measures, measured, strict=True))
-        lr = learning_rate(step, peak=self.config.optimizer.lr, schedule=self.config.lr_schedule, steps=self.config.steps)
+        lr = learning_rate(
+            step,
+            peak=self.config.optimizer.lr,
+            schedule=self.config.lr_schedule,
+            steps=self.config.steps,
+        )
         if bad or not math.isfinite(loss):
             self.zero.discard()
             result = StepResult(math.nan, False)
         else:
             result = self.zero.step(lr)
-        report = StepReport(loss, result.grad_norm, lr, result.applied, measures, rescaled=result.rescaled)
+        report = StepReport(
+            loss, result.grad_norm, lr, result.applied, measures, rescaled=result.rescaled
+        )
         if result.applied or result.rescaled:
             return report
         self._bad = BadStep(contexts, losses, largest)
@@ -156,7 +182,10 @@ class Trainer:
         sums, counted = [0.0] * (1 + len(self.objective.measures)), 0
         for number in range(count):
             batches = batches_of(number)
-            contexts = [self.contexts.make(batch, step=None, index=index) for index, batch in enumerate(batches)]
+            contexts = [
+                self.contexts.make(batch, step=None, index=index)
+                for index, batch in enumerate(batches)
+            ]
             self._refer(contexts)
             losses = self._forward(contexts)
             _, *totals = self._totals(losses, contexts, 1)
@@ -167,7 +196,9 @@ class Trainer:
 
     def log_probs(self, batches: Sequence[Batch]) -> list[Context]:
         """The microbatches' contexts with each sequence's log-probability, on the last stage, by the model without adapters."""
-        contexts = [self.contexts.make(batch, step=None, index=index) for index, batch in enumerate(batches)]
+        contexts = [
+            self.contexts.make(batch, step=None, index=index) for index, batch in enumerate(batches)
+        ]
         self._forward_without_adapters(contexts)
         return contexts
 
@@ -176,7 +207,10 @@ class Trainer:
         if self.reference is not None:
             self.reference.attach(contexts)
         elif wants_reference(self.config) == "adapters-off":
-            records, self.executor.records = self.executor.records, None  # a traced step is its schedule's actions
+            records, self.executor.records = (
+                self.executor.records,
+                None,
+            )  # a traced step is its schedule's actions
             self._forward_without_adapters(contexts)
             self.executor.records = records
             for context in contexts:
@@ -194,7 +228,9 @@ class Trainer:
         self.stage.eval()
         return self.executor.run(self.forward_instructions, contexts, backward=None)
 
-    def _totals(self, losses: list[Tensor], contexts: list[Context], count: int, *, bad: bool = False) -> list[float]:
+    def _totals(
+        self, losses: list[Tensor], contexts: list[Context], count: int, *, bad: bool = False
+    ) -> list[float]:
         """Whether any rank has something bad (more than 0), loss and measures, summed over microbatches, replicas and stages, by `count`.
 
         The last stage's first tensor rank speaks for its copies. All ranks get the same numbers, and so decide alike.
@@ -211,5 +247,7 @@ class Trainer:
 
     def _count(self, batches: Sequence[Batch]) -> int:
         """Tokens with a loss, or pairs, in the global batch."""
-        count = torch.tensor(sum(self.objective.count(batch.labels) for batch in batches), device=self.device)
+        count = torch.tensor(
+            sum(self.objective.count(batch.labels) for batch in batches), device=self.device
+        )
         return int(collectives.all_reduce(count, self.grid.data))

@@ -10,19 +10,47 @@ from megatrain.config import Config, read
 from megatrain.errors import UserError
 from megatrain.mend import Findings
 
-GPUS = {"H100": 80, "H200": 141, "B200": 180, "MI300X": 192, "L40S": 48, "A40": 48, "L4": 24, "A10G": 24, "T4": 16}
+GPUS = {
+    "H100": 80,
+    "H200": 141,
+    "B200": 180,
+    "MI300X": 192,
+    "L40S": 48,
+    "A40": 48,
+    "L4": 24,
+    "A10G": 24,
+    "T4": 16,
+}
 """GiB: what makers' data sheets call GB is nearly what their drivers show."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
     parser.add_argument("config", metavar="CONFIG", help="the run's YAML")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the YAML")
-    parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="machines (default: 1)")
-    parser.add_argument("--gpus-per-node", type=_positive, metavar="G", help="ranks on each, one for a GPU (default: one replica's ranks)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the YAML"
+    )
+    parser.add_argument(
+        "--nodes", type=_positive, default=1, metavar="N", help="machines (default: 1)"
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        type=_positive,
+        metavar="G",
+        help="ranks on each, one for a GPU (default: one replica's ranks)",
+    )
     parser.add_argument("--cpu", action="store_true", help="the ranks train on CPUs")
-    parser.add_argument("--gpu-memory", type=_memory, metavar="GIB", help=f"of a GPU, in GiB or by its name: {', '.join(GPUS)}")
-    parser.add_argument("--verb", choices=["pretrain", "finetune"], help="what is to be done with the config (default: finetune where its data or task are finetuning's)")
+    parser.add_argument(
+        "--gpu-memory",
+        type=_memory,
+        metavar="GIB",
+        help=f"of a GPU, in GiB or by its name: {', '.join(GPUS)}",
+    )
+    parser.add_argument(
+        "--verb",
+        choices=["pretrain", "finetune"],
+        help="what is to be done with the config (default: finetune where its data or task are finetuning's)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,14 +62,19 @@ def run(args: argparse.Namespace) -> int:
     if args.nodes > 1 and args.gpus_per_node is None:
         raise UserError("--nodes needs --gpus-per-node: how many ranks each machine has")
     ranks = args.gpus_per_node or config.model_ranks * (config.parallel.data or 1)
-    on_gpu = not args.cpu and (args.gpus_per_node is not None or args.gpu_memory is not None or machine.has_gpu())
+    on_gpu = not args.cpu and (
+        args.gpus_per_node is not None or args.gpu_memory is not None or machine.has_gpu()
+    )
     machine.set_environment(1)
     # Imports torch, so it comes after the environment is set.
     from megatrain.train.lighter import Place
     from megatrain.train.preflight import preflight
     from megatrain.train.run import task_of, verb_of
 
-    place, verb = Place(args.nodes, ranks, "cuda" if on_gpu else "cpu", args.gpu_memory), args.verb or verb_of(config)
+    place, verb = (
+        Place(args.nodes, ranks, "cuda" if on_gpu else "cpu", args.gpu_memory),
+        args.verb or verb_of(config),
+    )
     print(f"megatrain {verb} {args.config}")
     for line in preflight(config, task_of(config, verb), place, findings):
         print(line)
@@ -53,7 +86,10 @@ def _say(findings: Findings, config: Config) -> int:
     for warning in findings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for finding in findings.errors:
-        print(f"error: {finding.text}" + (f"\n  paste: {finding.paste}" if finding.paste else ""), file=sys.stderr)
+        print(
+            f"error: {finding.text}" + (f"\n  paste: {finding.paste}" if finding.paste else ""),
+            file=sys.stderr,
+        )
     count = len(findings.errors)
     if not count:
         print(f"{config.run_name}: nothing is wrong")
@@ -76,5 +112,7 @@ def _memory(text: str) -> float:
     except ValueError:
         size = 0.0
     if not 0 < size < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of GiB nor one of {', '.join(GPUS)}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of GiB nor one of {', '.join(GPUS)}"
+        )
     return size

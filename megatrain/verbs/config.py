@@ -9,11 +9,20 @@ from megatrain import config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a run's YAML; every default when left out")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings laid over the YAML")
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a run's YAML; every default when left out"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the YAML"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print valid YAML."""
-    print(config.to_yaml(config.load(args.config, args.overrides)) if args.config else config.describe(), end="")
+    print(
+        config.to_yaml(config.load(args.config, args.overrides))
+        if args.config
+        else config.describe(),
+        end="",
+    )
     return 0

@@ -12,15 +12,28 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs of JSONL, text or parquet")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of the tokenizer")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one for each core)")
-    parser.add_argument("--field", default="text", help="field or column that holds the text (default: %(default)s)")
     parser.add_argument(
-        "--on-error", choices=["stop", "skip"], default="stop",
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="files, folders or globs of JSONL, text or parquet",
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of the tokenizer")
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx"
+    )
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes (default: one for each core)"
+    )
+    parser.add_argument(
+        "--field", default="text", help="field or column that holds the text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
         help="at a record that is no document: stop, or skip and count it (default: %(default)s)",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,9 +41,14 @@ def run(args: argparse.Namespace) -> int:
     from megatrain.data.preprocess import preprocess
 
     result = preprocess(
-        args.inputs, tokenizer=args.tokenizer, output=args.output, workers=args.workers, field=args.field,
-        on_error=args.on_error, progress=sys.stderr,
-    )  # fmt: skip
+        args.inputs,
+        tokenizer=args.tokenizer,
+        output=args.output,
+        workers=args.workers,
+        field=args.field,
+        on_error=args.on_error,
+        progress=sys.stderr,
+    )
     print("\n".join(describe(result)))
     return 0
 
@@ -43,7 +61,9 @@ def describe(result: Preprocessed) -> list[str]:
     ]
     lines += [f"skipped {count}: {reason}" for reason, count in result.skipped.most_common()]
     if result.ignored:
-        lines.append(f"ignored {len(result.ignored)} files of other kinds or links to folders, such as {result.ignored[0]}")
+        lines.append(
+            f"ignored {len(result.ignored)} files of other kinds or links to folders, such as {result.ignored[0]}"
+        )
     return lines
 
 

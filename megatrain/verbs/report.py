@@ -12,8 +12,15 @@ from megatrain.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, whether it goes on, has ended or was killed; several are laid over each other")
-    parser.add_argument("--output", metavar="FILE", help="the page (default: report.html in the first run's folder)")
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="a run's folder, whether it goes on, has ended or was killed; several are laid over each other",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="the page (default: report.html in the first run's folder)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,8 +15,14 @@ from megatrain.pipeline.xray_page import PARTS, chrome_trace, draw_page, numbers
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
-    parser.add_argument("run", metavar="RUN", help="a run's folder; the run had train.trace_steps set")
-    parser.add_argument("--output", metavar="FILE", help="the page (default: RUN/xray.html); the Chrome trace goes beside it as FILE's name with .trace.json")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's folder; the run had train.trace_steps set"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the page (default: RUN/xray.html); the Chrome trace goes beside it as FILE's name with .trace.json",
+    )
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON, no words")
 
 
@@ -34,8 +40,14 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(numbers(xray, advice)))
         return 0
     total = xray.total
-    print(f"{1e3 * xray.span:.1f} ms in the pipeline, bubble {total.waiting / xray.span:.1%}: "
-          + ", ".join(f"{PARTS[part][0]} {getattr(total, part) / xray.span:.1%}" for part in PARTS if part != "compute"))  # fmt: skip
+    print(
+        f"{1e3 * xray.span:.1f} ms in the pipeline, bubble {total.waiting / xray.span:.1%}: "
+        + ", ".join(
+            f"{PARTS[part][0]} {getattr(total, part) / xray.span:.1%}"
+            for part in PARTS
+            if part != "compute"
+        )
+    )
     for item in advice:
         print(f"- {item.text}")
     print(f"the page is {page}, the trace for chrome://tracing or ui.perfetto.dev {trace}")

@@ -25,12 +25,22 @@ class State(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         waits = self.waits_for
-        return {**self._asdict(), "waits_for": {"from": waits.start, "to": waits.stop} if isinstance(waits, range) else waits}
+        return {
+            **self._asdict(),
+            "waits_for": {"from": waits.start, "to": waits.stop}
+            if isinstance(waits, range)
+            else waits,
+        }
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> State:
         waits = raw["waits_for"]
-        return cls(raw["step"], raw["words"], range(waits["from"], waits["to"]) if isinstance(waits, dict) else tuple(waits), raw["age"])
+        return cls(
+            raw["step"],
+            raw["words"],
+            range(waits["from"], waits["to"]) if isinstance(waits, dict) else tuple(waits),
+            raw["age"],
+        )
 
 
 def compact(ranks: Sequence[int]) -> range | tuple[int, ...]:
@@ -54,6 +64,7 @@ def find_awaited(states: Mapping[int, State], silent: Iterable[int]) -> list[int
     waited_for = Counter(end for rank in states for end in _reached(rank, waits) & ends)
     if not ends:
         return []
+
     # Those that work before those whose collective is complete and still does not end; then those that most wait for; then
     # those that are furthest behind.
     def order(rank: int) -> tuple[bool, int, int]:
@@ -68,7 +79,9 @@ def _waits(states: Mapping[int, State]) -> dict[int, list[int]]:
     inside: dict[_Wait, set[int]] = defaultdict(set)
     for rank, state in states.items():
         inside[_wait(state)].add(rank)
-    missing = {wait: sorted(set(wait.waits_for) & states.keys() - ranks) for wait, ranks in inside.items()}
+    missing = {
+        wait: sorted(set(wait.waits_for) & states.keys() - ranks) for wait, ranks in inside.items()
+    }
     return {rank: missing[_wait(state)] for rank, state in states.items()}
 
 

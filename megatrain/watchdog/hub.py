@@ -46,7 +46,9 @@ class _Question:
 class Hub(WatchdogThread):
     """Listens on `listener` for ranks that know the token."""
 
-    def __init__(self, beat: Beat, voice: Voice, listener: socket.socket, *, token: str, stall_seconds: float) -> None:
+    def __init__(
+        self, beat: Beat, voice: Voice, listener: socket.socket, *, token: str, stall_seconds: float
+    ) -> None:
         super().__init__(beat, voice, stall_seconds=stall_seconds)
         self._token, self._listener = token, listener
         self._wires: dict[int, Wire] = {}
@@ -138,7 +140,13 @@ class Hub(WatchdogThread):
         """Say the cause: at once what a rank reports, a little later what is known only by its effect."""
         now, cause = time.time(), find_cause(self._failures)
         first = cause or min(self._failures, key=lambda failure: failure.time)
-        wait = SECONDS_FOR_CAUSES if cause is None else _SECONDS_FOR_DEATHS if isinstance(cause, Death) else 0.0
+        wait = (
+            SECONDS_FOR_CAUSES
+            if cause is None
+            else _SECONDS_FOR_DEATHS
+            if isinstance(cause, Death)
+            else 0.0
+        )
         if self._judge_at is None or now + wait < self._judge_at:
             self._judge_at = now + wait
         if now >= self._judge_at:
@@ -163,10 +171,14 @@ class Hub(WatchdogThread):
         expected = set(range(self.world_size)) - self._left
         answers = question.states if question.dumped is None else question.dumped
         answers[self.rank] = self.pulse.state()
-        if not late and not answers.keys() >= (expected if question.dumped is None else question.states.keys()):
+        if not late and not answers.keys() >= (
+            expected if question.dumped is None else question.states.keys()
+        ):
             return
         youngest = min(state.age for state in answers.values())
-        if youngest < self.stall_seconds - 2 * LOOK_SECONDS:  # somebody works, and the others wait for it
+        if (
+            youngest < self.stall_seconds - 2 * LOOK_SECONDS
+        ):  # somebody works, and the others wait for it
             self._question = None
             self._next_question = time.monotonic() + max(_ASK_AGAIN, self.stall_seconds - youngest)
         elif question.dumped is None:
@@ -177,6 +189,14 @@ class Hub(WatchdogThread):
             self._say_it_stands_still({**question.states, **question.dumped}, expected)
 
     def _say_it_stands_still(self, states: dict[int, State], expected: set[int]) -> None:
-        text = stall_words(states, self._who, sorted(expected - set(states)), self.voice.folder,
-                           seconds=min(state.age for state in states.values()))  # fmt: skip
-        self._end(Report(self.rank, "stall", text, time.time()), step=min(state.step for state in states.values()))
+        text = stall_words(
+            states,
+            self._who,
+            sorted(expected - set(states)),
+            self.voice.folder,
+            seconds=min(state.age for state in states.values()),
+        )
+        self._end(
+            Report(self.rank, "stall", text, time.time()),
+            step=min(state.step for state in states.values()),
+        )

@@ -20,7 +20,9 @@ _OTHERS_SECONDS = 3.0
 class Link(WatchdogThread):
     """Rank 0's process is `hub`."""
 
-    def __init__(self, beat: Beat, voice: Voice, wire: Wire, *, token: str, hub: Who, stall_seconds: float) -> None:
+    def __init__(
+        self, beat: Beat, voice: Voice, wire: Wire, *, token: str, hub: Who, stall_seconds: float
+    ) -> None:
         super().__init__(beat, voice, stall_seconds=stall_seconds)
         self._wire, self._hub, self._token = wire, hub, token
         self._called: float | None = None
@@ -79,7 +81,9 @@ class Link(WatchdogThread):
             return  # who sees it too, and why
         text = f"rank 0 ({self._hub}) ended without a word"
         if self._speaks():
-            text = self.voice.say(Death(0, None, time.time(), str(self._hub)), step=self.pulse.state().step)
+            text = self.voice.say(
+                Death(0, None, time.time(), str(self._hub)), step=self.pulse.state().step
+            )
         else:
             time.sleep(_OTHERS_SECONDS)
         self.voice.leave(text)
@@ -87,7 +91,9 @@ class Link(WatchdogThread):
     def _rank_0_is_frozen(self) -> None:
         state = self.pulse.state()
         self.voice.dump(state)
-        text = stall_words({self.rank: state}, {0: self._hub}, [0], self.voice.folder, seconds=state.age)
+        text = stall_words(
+            {self.rank: state}, {0: self._hub}, [0], self.voice.folder, seconds=state.age
+        )
         if self._speaks():
             time.sleep(_OTHERS_SECONDS)
             self.voice.say(Report(0, "stall", text, time.time()), step=state.step)

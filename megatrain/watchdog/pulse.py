@@ -27,7 +27,11 @@ class Pulse:
         now, (cpu, faults) = time.monotonic(), _work_done()
         passed = now - self._looked
         works = cpu - self._cpu > _BUSY * passed or faults > self._faults
-        if self.beat.count != self._count or passed > _BLIND or (self.beat.open_ended and not self.beat.waits_for and works):
+        if (
+            self.beat.count != self._count
+            or passed > _BLIND
+            or (self.beat.open_ended and not self.beat.waits_for and works)
+        ):
             self._since = now
         self._count, self._looked, self._cpu, self._faults = self.beat.count, now, cpu, faults
         return now - self._since
@@ -38,4 +42,6 @@ class Pulse:
 
 def _work_done() -> tuple[float, int]:
     """Seconds of CPU time of all threads but this one, and pages read in from files."""
-    return time.process_time() - time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    return time.process_time() - time.thread_time(), resource.getrusage(
+        resource.RUSAGE_SELF
+    ).ru_majflt

@@ -20,17 +20,28 @@ if TYPE_CHECKING:
 _KEY = "megatrain/watchdog"
 
 
-def start_watchdog(beat: Beat, voice: Voice, store: Store, *, stall_seconds: float) -> WatchdogThread:
+def start_watchdog(
+    beat: Beat, voice: Voice, store: Store, *, stall_seconds: float
+) -> WatchdogThread:
     """All ranks call it. The token keeps out whoever has not met at the store."""
-    watchdog = _hub(beat, voice, store, stall_seconds) if voice.place.rank == 0 else _link(beat, voice, store, stall_seconds)
+    watchdog = (
+        _hub(beat, voice, store, stall_seconds)
+        if voice.place.rank == 0
+        else _link(beat, voice, store, stall_seconds)
+    )
     watchdog.start()
     return watchdog
 
 
 def _hub(beat: Beat, voice: Voice, store: Store, stall_seconds: float) -> WatchdogThread:
     forget_claims(voice.folder)
-    listener, token = listen(voice.place.master_addr, peers=voice.place.world_size), secrets.token_hex(16)
-    store.set(_KEY, json.dumps({"port": listener.getsockname()[1], "token": token, "who": myself()}))
+    listener, token = (
+        listen(voice.place.master_addr, peers=voice.place.world_size),
+        secrets.token_hex(16),
+    )
+    store.set(
+        _KEY, json.dumps({"port": listener.getsockname()[1], "token": token, "who": myself()})
+    )
     return Hub(beat, voice, listener, token=token, stall_seconds=stall_seconds)
 
 
@@ -44,4 +55,6 @@ def _link(beat: Beat, voice: Voice, store: Store, stall_seconds: float) -> Watch
             f"rank {voice.place.rank} ({myself()}) cannot reach rank 0's watchdog at {address}:{at['port']} ({error}): ranks of a run must "
             "reach each other's machines on any port, as gloo and NCCL ask it too"
         ) from None
-    return Link(beat, voice, wire, token=at["token"], hub=Who(*at["who"]), stall_seconds=stall_seconds)
+    return Link(
+        beat, voice, wire, token=at["token"], hub=Who(*at["who"]), stall_seconds=stall_seconds
+    )

@@ -41,7 +41,9 @@ def myself() -> Who:
 class Voice:
     """One rank's. With a `report` a supervisor speaks for the run, and what is said goes to it."""
 
-    def __init__(self, config: Config, place: Place, *, console: TextIO, log: TextIO, report: Reporter | None) -> None:
+    def __init__(
+        self, config: Config, place: Place, *, console: TextIO, log: TextIO, report: Reporter | None
+    ) -> None:
         self.place, self.folder = place, Path(config.run.output_dir)
         self._config, self._console, self._log, self._report = config, console, log, report
         self._began = datetime.now().astimezone()
@@ -65,12 +67,22 @@ class Voice:
                 print(words_on, file=self._console, flush=True)
                 text = f"{text}\n{words_on}"
             of_user = isinstance(failure, Report) and failure.kind == "user"
-            write_failure(self.folder, sentence(failure), step=step - 1 if step else None, since=self._began, of_user=of_user)
+            write_failure(
+                self.folder,
+                sentence(failure),
+                step=step - 1 if step else None,
+                since=self._began,
+                of_user=of_user,
+            )
         return text
 
     def leave(self, text: str) -> NoReturn:
         """End this process, wherever its main thread is."""
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ended by the watchdog:\n{text}", file=self._log, flush=True)
+        print(
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')} ended by the watchdog:\n{text}",
+            file=self._log,
+            flush=True,
+        )
         leave_word(text)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -83,8 +95,12 @@ class Voice:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
                 now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-                print(f"{now} rank {self.place.rank} of {self.place.world_size} on {myself()}\n{_in_step(state)}, for "
-                      f"{state.age:.0f} s\n", file=file, flush=True)  # fmt: skip
+                print(
+                    f"{now} rank {self.place.rank} of {self.place.world_size} on {myself()}\n{_in_step(state)}, for "
+                    f"{state.age:.0f} s\n",
+                    file=file,
+                    flush=True,
+                )
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             print(f"{path} cannot be written: {error.strerror}", file=self._log, flush=True)
@@ -118,7 +134,10 @@ def leave_word(text: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    about = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+    about = {
+        "message": text,
+        "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))},
+    }
     try:
         Path(path).write_text(json.dumps({"message": about}), encoding="utf-8")
     except OSError:
@@ -129,21 +148,38 @@ def stacks_folder(run_folder: Path) -> Path:
     return run_folder / "stacks"
 
 
-def stall_words(states: Mapping[int, State], who: Mapping[int, Who], silent: list[int], folder: Path, *, seconds: float) -> str:
+def stall_words(
+    states: Mapping[int, State],
+    who: Mapping[int, Who],
+    silent: list[int],
+    folder: Path,
+    *,
+    seconds: float,
+) -> str:
     """What is said of a run in which nothing has moved for so many seconds."""
     awaited = find_awaited(states, silent)
     lines = [f"the run stands still: nothing has moved for {seconds:.0f} s (run.stall_seconds)"]
     if awaited:
-        shown = [f"rank {rank} ({who[rank]}), which {_of(states.get(rank), who[rank])}" if rank in who else f"rank {rank}, which never came"
-                 for rank in awaited[:_MOST_SHOWN]]  # fmt: skip
+        shown = [
+            f"rank {rank} ({who[rank]}), which {_of(states.get(rank), who[rank])}"
+            if rank in who
+            else f"rank {rank}, which never came"
+            for rank in awaited[:_MOST_SHOWN]
+        ]
         lines[0] += f", and everyone waits for {'; and for '.join(shown)}{_more(len(awaited))}"
     else:
         lines[0] += ", and the ranks wait for each other in a circle"
     others = [rank for rank in sorted(states) if rank not in awaited]
-    lines += [f"  rank {rank}: {_in_step(states[rank])}, for {states[rank].age:.0f} s" for rank in others[:_MOST_SHOWN]]
+    lines += [
+        f"  rank {rank}: {_in_step(states[rank])}, for {states[rank].age:.0f} s"
+        for rank in others[:_MOST_SHOWN]
+    ]
     if more := _more(len(others)):
         lines.append(f" {more}")
-    lines.append(f"the ranks' Python stacks are in {stacks_folder(folder)}" + (", but for who does not answer" if silent else ""))
+    lines.append(
+        f"the ranks' Python stacks are in {stacks_folder(folder)}"
+        + (", but for who does not answer" if silent else "")
+    )
     return "\n".join(lines)
 
 
@@ -161,8 +197,12 @@ def _condition(who: Who) -> str:
             letter = Path(f"/proc/{who.pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return "it is gone"
-    known = {"T": "it is stopped (SIGSTOP)", "t": "it is stopped by a debugger", "D": "it waits for a disk or a file system",
-             "Z": "it is gone"}  # fmt: skip
+    known = {
+        "T": "it is stopped (SIGSTOP)",
+        "t": "it is stopped by a debugger",
+        "D": "it waits for a disk or a file system",
+        "Z": "it is gone",
+    }
     return known.get(letter, "it is frozen, or its machine is")
 
 

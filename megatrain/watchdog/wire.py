@@ -48,7 +48,11 @@ class Wire:
             messages = [json.loads(line) for line in lines]
         except (OSError, ValueError):
             return None
-        if not part or len(self._rest) > _LONGEST_LINE or not all(isinstance(message, dict) for message in messages):
+        if (
+            not part
+            or len(self._rest) > _LONGEST_LINE
+            or not all(isinstance(message, dict) for message in messages)
+        ):
             return None
         return messages
 
@@ -62,7 +66,9 @@ def listen(address: str, *, peers: int) -> socket.socket:
     if _is_loopback(address):
         return socket.create_server((address, 0), family=_family(address), backlog=peers)
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=peers, dualstack_ipv6=True)
+        return socket.create_server(
+            ("", 0), family=socket.AF_INET6, backlog=peers, dualstack_ipv6=True
+        )
     return socket.create_server(("", 0), backlog=peers)
 
 

@@ -32,24 +32,44 @@ from megatrain.parallel.sharding import parameters
 from megatrain.settings import Lora
 
 MODELS = {"llama": {**LLAMA, "tie_word_embeddings": True}, "gpt2": GPT2}
-LORAS = {"llama": {"rank": 4, "alpha": 6, "rslora": True}, "gpt2": {"rank": 3, "alpha": 6, "dora": True, "targets": ["c_attn", "c_proj"]}}
+LORAS = {
+    "llama": {"rank": 4, "alpha": 6, "rslora": True},
+    "gpt2": {"rank": 3, "alpha": 6, "dora": True, "targets": ["c_attn", "c_proj"]},
+}
 LENGTH, BATCH = 12, 4
 
 
 def make_config(model: str, **parallel):
-    raw = {"model": MODELS[model], "lora": LORAS[model], "run": {"seed": 5}, "parallel": parallel, "data": {"sequence_length": LENGTH},
-           "train": {"steps": 4, "global_batch_size": BATCH, "micro_batch_size": 1}, "optimizer": {"lr": 1e-2},
-           "lr_schedule": {"name": "constant"}}  # fmt: skip
+    raw = {
+        "model": MODELS[model],
+        "lora": LORAS[model],
+        "run": {"seed": 5},
+        "parallel": parallel,
+        "data": {"sequence_length": LENGTH},
+        "train": {"steps": 4, "global_batch_size": BATCH, "micro_batch_size": 1},
+        "optimizer": {"lr": 1e-2},
+        "lr_schedule": {"name": "constant"},
+    }
     return configuration.from_dict(raw)
 
 
 def batches(step: int, grid) -> list[Batch]:
-    return microbatches(torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step)), 1, grid.data)
+    return microbatches(
+        torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step)),
+        1,
+        grid.data,
+    )
 
 
 def save(folder: Path, progress: Progress, *, zero, config, architecture, grid) -> Path:
-    saver = Saver(folder, zero=zero, config=config, architecture=architecture, grid=grid,
-                  describe=lambda path: write_descriptions(path, config, architecture, None))  # fmt: skip
+    saver = Saver(
+        folder,
+        zero=zero,
+        config=config,
+        architecture=architecture,
+        grid=grid,
+        describe=lambda path: write_descriptions(path, config, architecture, None),
+    )
     saver.save(progress)
     return saver.finish().path
 
@@ -77,7 +97,10 @@ def resume_elsewhere(rank: int, world_size: int, config, path: Path):
     """Losses of steps 3 and 4 from step 2's checkpoint, on this layout."""
     from megatrain.train.trainer import Trainer
 
-    architecture, grid = read_architecture(load_config(config.model)), make_grid(rank, data=world_size)
+    architecture, grid = (
+        read_architecture(load_config(config.model)),
+        make_grid(rank, data=world_size),
+    )
     trainer = Trainer(config, architecture, grid, torch.device("cpu"))
     loading.load(path, zero=trainer.zero, config=config, grid=grid)
     return [trainer.step(step, batches(step, grid)).loss for step in (3, 4)]
@@ -94,16 +117,29 @@ def ours_with(model: str, folder: Path):
     return layers.eval(), architecture
 
 
-@pytest.mark.parametrize(("model", "world", "parallel"), [
-    ("llama", 4, {"tensor": 2, "pipeline": 2}), ("gpt2", 2, {"zero": 3}), ("gpt2", 2, {"tensor": 2}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "world", "parallel"),
+    [
+        ("llama", 4, {"tensor": 2, "pipeline": 2}),
+        ("gpt2", 2, {"zero": 3}),
+        ("gpt2", 2, {"tensor": 2}),
+    ],
+)
 def test_peft_loads_what_a_run_goes_on_from(model, world, parallel, tmp_path):
     from peft import PeftModel
 
     config = make_config(model, **parallel)
-    losses, again, evaluated = run_ranks(train_and_resume, world, config, tmp_path / "checkpoints", folder=tmp_path)[0]
+    losses, again, evaluated = run_ranks(
+        train_and_resume, world, config, tmp_path / "checkpoints", folder=tmp_path
+    )[0]
     assert again == losses
-    elsewhere = run_ranks(resume_elsewhere, 1, make_config(model), tmp_path / "checkpoints" / "step-00000002", folder=tmp_path)[0]
+    elsewhere = run_ranks(
+        resume_elsewhere,
+        1,
+        make_config(model),
+        tmp_path / "checkpoints" / "step-00000002",
+        folder=tmp_path,
+    )[0]
     assert elsewhere == pytest.approx(losses, rel=2e-6)
     base = tmp_path / "base"
     transformers_twin(MODELS[model], build(MODELS[model])).save_pretrained(base)
@@ -116,22 +152,34 @@ def test_peft_loads_what_a_run_goes_on_from(model, world, parallel, tmp_path):
 
     from transformers import AutoModelForCausalLM
 
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager"), saved).eval()
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager"), saved
+    ).eval()
     layers, architecture = ours_with(model, saved)
     given = some_tokens()
     with torch.no_grad():
         ours = logits(layers, context(architecture, given))
         torch.testing.assert_close(theirs(input_ids=given).logits, ours, rtol=0, atol=1e-5)
         held_out = batches(9, make_grid(0, connect=False))
-        loss = [torch.nn.functional.cross_entropy(theirs(input_ids=b.tokens).logits.flatten(0, 1), b.labels.flatten()) for b in held_out]
+        loss = [
+            torch.nn.functional.cross_entropy(
+                theirs(input_ids=b.tokens).logits.flatten(0, 1), b.labels.flatten()
+            )
+            for b in held_out
+        ]
         assert evaluated == pytest.approx(float(torch.stack(loss).mean()), rel=1e-6)
 
-        merged = AutoModelForCausalLM.from_pretrained(merge(saved, base, tmp_path / "merged"), attn_implementation="eager").eval()
+        merged = AutoModelForCausalLM.from_pretrained(
+            merge(saved, base, tmp_path / "merged"), attn_implementation="eager"
+        ).eval()
         torch.testing.assert_close(merged(given).logits, ours, rtol=0, atol=1e-5)
         plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
         assert (plain(given).logits - ours).abs().max() > 1e-3
     theirs.merge_and_unload().save_pretrained(tmp_path / "theirs")
-    mine, other = load_file(tmp_path / "merged" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors")
+    mine, other = (
+        load_file(tmp_path / "merged" / "model.safetensors"),
+        load_file(tmp_path / "theirs" / "model.safetensors"),
+    )
     assert mine.keys() == other.keys()
     for name, tensor in mine.items():
         torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-6)
@@ -148,7 +196,12 @@ def written(tmp_path):
 
     (tmp_path / "adapter").mkdir()
     save_file(tensors, tmp_path / "adapter" / "model.safetensors")
-    adapter.join(tmp_path / "adapter", [manifest.FileRecord("model.safetensors", 0, "")], make_config("llama"), architecture)
+    adapter.join(
+        tmp_path / "adapter",
+        [manifest.FileRecord("model.safetensors", 0, "")],
+        make_config("llama"),
+        architecture,
+    )
     return tmp_path
 
 
@@ -157,7 +210,10 @@ def test_merging_refuses_what_does_not_belong_together(written):
     whole = base.read_bytes()
     other = {**LLAMA, "intermediate_size": 40}
     transformers_twin(other, build(other)).save_pretrained(written / "other")
-    with pytest.raises(CheckpointError, match=r"has model.layers.0.mlp.* of shape \(\d+, \d+\), and .*adapter is for \[\d+, \d+\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"has model.layers.0.mlp.* of shape \(\d+, \d+\), and .*adapter is for \[\d+, \d+\]",
+    ):
         merge(written / "adapter", written / "other", written / "out")
     transformers_twin(GPT2, build(GPT2)).save_pretrained(written / "gpt2")
     with pytest.raises(CheckpointError, match=r"holds no model.layers.* is it the model"):
@@ -170,23 +226,36 @@ def test_merging_refuses_what_does_not_belong_together(written):
     assert not list(written.glob(".writing*"))
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"rank": 0}, "holds adapters and this run, with lora.rank=0, trains whole weights; set lora.rank=4"),
-    ({"alpha": 7.0}, "lora.alpha=6.0 and this run has lora.alpha=7.0"), ({"dora": True}, "lora.dora=false and this run has lora.dora=true"),
-    ({"quantize": "nf4"}, "lora.quantize=none and this run has lora.quantize=nf4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"rank": 0},
+            "holds adapters and this run, with lora.rank=0, trains whole weights; set lora.rank=4",
+        ),
+        ({"alpha": 7.0}, "lora.alpha=6.0 and this run has lora.alpha=7.0"),
+        ({"dora": True}, "lora.dora=false and this run has lora.dora=true"),
+        ({"quantize": "nf4"}, "lora.quantize=none and this run has lora.quantize=nf4"),
+    ],
+)
 def test_resuming_with_other_adapters_is_refused(change, words, tmp_path):
     config = make_config("llama")
     (tmp_path / "trainer.json").write_text(json.dumps({"config": configuration.to_dict(config)}))
     adapter.check(tmp_path, config)
     with pytest.raises(CheckpointError, match=words):
         adapter.check(tmp_path, replace(config, lora=replace(config.lora, **change)))
-    with pytest.raises(CheckpointError, match=r"was written with task=sft and this run has task=dpo; start a new run"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"was written with task=sft and this run has task=dpo; start a new run",
+    ):
         adapter.check(tmp_path, replace(config, task="dpo"))
 
 
 def test_a_converted_checkpoint_is_of_no_task(tmp_path):
     (tmp_path / "trainer.json").write_text(json.dumps({"config": {"train": {}}}))
     adapter.check(tmp_path, replace(Config(), task="dpo"))
-    with pytest.raises(CheckpointError, match=r"holds whole weights and this run, with lora.rank=4, trains adapters"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds whole weights and this run, with lora.rank=4, trains adapters",
+    ):
         adapter.check(tmp_path, make_config("llama"))

@@ -24,15 +24,42 @@ from megatrain.data.loader import Loader
 from megatrain.data.samples import open_samples
 
 VOCABULARY = 67
-MODEL = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
-         "tie_word_embeddings": True}  # fmt: skip
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
 
 
 def settings(folder, **sections):
-    train = {"steps": 3, "global_batch_size": 4, "micro_batch_size": 2, "save_every": 1, "eval_every": 3, "eval_batches": 2, **sections.pop("train", {})}
-    return {"run": {"output_dir": str(folder / "run")}, "model": MODEL, "train": train,
-            "data": {"train": str(folder / "tokens"), "valid": str(folder / "tokens"), "sequence_length": 16}, **sections}  # fmt: skip
+    train = {
+        "steps": 3,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "save_every": 1,
+        "eval_every": 3,
+        "eval_batches": 2,
+        **sections.pop("train", {}),
+    }
+    return {
+        "run": {"output_dir": str(folder / "run")},
+        "model": MODEL,
+        "train": train,
+        "data": {
+            "train": str(folder / "tokens"),
+            "valid": str(folder / "tokens"),
+            "sequence_length": 16,
+        },
+        **sections,
+    }
 
 
 def pretrain_in_shards(rank, world_size, raw, shard_bytes):
@@ -59,7 +86,9 @@ def run(finished, tmp_path):
     shutil.copytree(finished / "run", tmp_path / "run")
     for suffix in (".bin", ".idx"):
         shutil.copy(finished / f"tokens{suffix}", tmp_path)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(tmp_path, parallel={"tensor": 2, "pipeline": 2})))
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump(settings(tmp_path, parallel={"tensor": 2, "pipeline": 2}))
+    )
     return tmp_path
 
 
@@ -70,15 +99,24 @@ def newest(folder):
 def test_is_a_transformers_folder_whose_loss_is_the_runs(finished):
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(newest(finished), dtype=torch.float32, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        newest(finished), dtype=torch.float32, output_loading_info=True
+    )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     config = configuration.load(finished / "run" / "config.yaml")
-    samples = open_samples(config.data, which="valid", sequence_length=16, seed=config.run.seed, vocab_size=VOCABULARY)
+    samples = open_samples(
+        config.data, which="valid", sequence_length=16, seed=config.run.seed, vocab_size=VOCABULARY
+    )
     loader = Loader(samples, global_batch_size=4, micro_batch_size=2, data_rank=0, data_size=1)
     batches = [batch for number in range(2) for batch in loader.microbatches(number)]
     loader.close()
     with torch.inference_mode():
-        losses = [torch.nn.functional.cross_entropy(model.eval()(b.tokens).logits.flatten(0, 1), b.labels.flatten()) for b in batches]
+        losses = [
+            torch.nn.functional.cross_entropy(
+                model.eval()(b.tokens).logits.flatten(0, 1), b.labels.flatten()
+            )
+            for b in batches
+        ]
     last = json.loads((finished / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert float(torch.stack(losses).mean()) == pytest.approx(last["valid_loss"], rel=2e-6)
 
@@ -90,7 +128,9 @@ def test_shards_and_index_hold_each_tensor_once_and_no_padding(finished):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
     assert len(shards) > 3
-    assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    assert shards == [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]
     found = {}
     for shard in shards:
         with safe_open(folder / shard, framework="pt") as file:
@@ -106,7 +146,10 @@ def test_shards_and_index_hold_each_tensor_once_and_no_padding(finished):
 
 def test_manifest_lists_every_file_with_its_size_and_hash_and_nothing_is_pickled(finished):
     folder = newest(finished)
-    listed = {entry["path"]: entry for entry in json.loads((folder / "manifest.json").read_text())["files"]}
+    listed = {
+        entry["path"]: entry
+        for entry in json.loads((folder / "manifest.json").read_text())["files"]
+    }
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     assert set(files) - {"manifest.json"} == set(listed)
     for name, entry in listed.items():
@@ -125,11 +168,19 @@ def edit_manifest(change):
 
 
 DAMAGES = {
-    "is of format 99 and this version reads up to 2": edit_manifest(lambda content: content.update(format=99)),
-    "../config.json is outside the folder": edit_manifest(lambda content: content["files"][0].update(path="../config.json")),
-    "/etc/hostname is outside the folder": edit_manifest(lambda content: content["files"][0].update(path="/etc/hostname")),
+    "is of format 99 and this version reads up to 2": edit_manifest(
+        lambda content: content.update(format=99)
+    ),
+    "../config.json is outside the folder": edit_manifest(
+        lambda content: content["files"][0].update(path="../config.json")
+    ),
+    "/etc/hostname is outside the folder": edit_manifest(
+        lambda content: content["files"][0].update(path="/etc/hostname")
+    ),
     "lacks config.json": lambda folder: (folder / "config.json").unlink(),
-    "bytes in optimizer/rank-00001.safetensors instead of": lambda folder: os.truncate(folder / "optimizer" / "rank-00001.safetensors", 100),
+    "bytes in optimizer/rank-00001.safetensors instead of": lambda folder: os.truncate(
+        folder / "optimizer" / "rank-00001.safetensors", 100
+    ),
     "has no manifest.json": lambda folder: (folder / "manifest.json").unlink(),
     "has an unreadable manifest.json": lambda folder: (folder / "manifest.json").write_text("{"),
 }
@@ -149,7 +200,9 @@ def test_auto_takes_the_newest_whole_one_and_says_what_is_wrong_with_newer(run, 
 
 def refusal(run, capfd, monkeypatch, *words):
     """What the command says before it would start ranks."""
-    monkeypatch.setattr("megatrain.pretrain.run_local", lambda *args, **more: pytest.fail("ranks were started"))
+    monkeypatch.setattr(
+        "megatrain.pretrain.run_local", lambda *args, **more: pytest.fail("ranks were started")
+    )
     assert main(["pretrain", str(run / "run.yaml"), *words]) == 1
     err = capfd.readouterr().err
     assert err.count("\n") == 1
@@ -157,7 +210,9 @@ def refusal(run, capfd, monkeypatch, *words):
 
 
 def test_a_named_one_that_is_missing(run, capfd, monkeypatch):
-    assert "train.resume=/nowhere is not a folder; give a checkpoint's folder" in refusal(run, capfd, monkeypatch, "train.resume=/nowhere")
+    assert "train.resume=/nowhere is not a folder; give a checkpoint's folder" in refusal(
+        run, capfd, monkeypatch, "train.resume=/nowhere"
+    )
 
 
 def test_a_named_one_with_a_flipped_byte(run, capfd, monkeypatch):
@@ -177,12 +232,20 @@ def test_one_of_another_model(run, capfd, monkeypatch, words):
 
 
 def test_a_finished_run_started_again_does_nothing(run):
-    before = {path: path.read_bytes() for path in (run / "run" / "checkpoints").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes()
+        for path in (run / "run" / "checkpoints").rglob("*")
+        if path.is_file()
+    }
     metrics = (run / "run" / "metrics.jsonl").read_text()
     done = commands.run("pretrain", run / "run.yaml", folder=run)
     assert done.code == 0, done
     assert "resuming from" in done.out
-    assert {path: path.read_bytes() for path in (run / "run" / "checkpoints").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes()
+        for path in (run / "run" / "checkpoints").rglob("*")
+        if path.is_file()
+    } == before
     assert (run / "run" / "metrics.jsonl").read_text() == metrics
 
 
@@ -195,15 +258,25 @@ def test_no_steps_save_the_model_as_initialised(tmp_path):
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert folder.name == "step-00000000"
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 10_000
-    (line,) = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (line,) = [
+        json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert line["step"] == 0
     assert line["valid_loss"] == pytest.approx(np.log(VOCABULARY), rel=0.02)
 
 
 def test_keep_last_keeps_the_newest(tmp_path):
     write_tokens(tmp_path / "tokens")
-    run_ranks(pretrain, 1, settings(tmp_path, train={"steps": 5, "keep_last": 2, "eval_every": 0}), folder=tmp_path)
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000004", "step-00000005"]
+    run_ranks(
+        pretrain,
+        1,
+        settings(tmp_path, train={"steps": 5, "keep_last": 2, "eval_every": 0}),
+        folder=tmp_path,
+    )
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-00000004",
+        "step-00000005",
+    ]
 
 
 @pytest.fixture
@@ -211,7 +284,12 @@ def small_disk(tmp_path):
     """A folder on a file system that one checkpoint of this size fits on and two do not."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "none", folder], check=False).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=640k", "none", folder], check=False
+        ).returncode
+    ):
         pytest.skip("mounting a small file system takes root")
     yield folder
     subprocess.run(["umount", folder], check=True)

@@ -31,8 +31,18 @@ from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import parameters
 from megatrain.train.build import build_stage, whole_tensors
 
-MODEL = {"model_type": "llama", "vocab_size": 19, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "num_key_value_heads": 2, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 19,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 BLOCKS, CASES = 12, 60
 """720 cases."""
 
@@ -48,8 +58,12 @@ class Trap:
 
 
 def settings(folder):
-    return {"run": {"output_dir": str(folder / "run")}, "model": MODEL, "train": {"steps": 2, "global_batch_size": 2, "save_every": 1},
-            "data": {"train": str(folder / "tokens"), "sequence_length": 8}}  # fmt: skip
+    return {
+        "run": {"output_dir": str(folder / "run")},
+        "model": MODEL,
+        "train": {"steps": 2, "global_batch_size": 2, "save_every": 1},
+        "data": {"train": str(folder / "tokens"), "sequence_length": 8},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +73,11 @@ def bases(tmp_path_factory):
     for kind in KINDS:
         write(folder / kind, kind)
     write(folder / "trap", "bin")
-    torch.save({"a": torch.zeros(2), "b": Trap(folder / "it ran")}, folder / "trap" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"a": torch.zeros(2), "b": Trap(folder / "it ran")},
+        folder / "trap" / "pytorch_model.bin",
+        _use_new_zipfile_serialization=False,
+    )
     with IndexedWriter(folder / "tokens", vocab_size=19) as writer:
         writer.add(np.arange(100) % 19)
     run_ranks(pretrain, 1, settings(folder), folder=folder)
@@ -71,7 +89,29 @@ def bases(tmp_path_factory):
 # damage
 
 
-STRANGE = [None, True, -1, 0, 7, 2**63, 2**70, 1.5, 1e308, "", ".", "..", "../../outside", "/etc/hostname", "a\0b", "x" * 5000, [], {}, [[]], "F32", "rank-00001.safetensors"]
+STRANGE = [
+    None,
+    True,
+    -1,
+    0,
+    7,
+    2**63,
+    2**70,
+    1.5,
+    1e308,
+    "",
+    ".",
+    "..",
+    "../../outside",
+    "/etc/hostname",
+    "a\0b",
+    "x" * 5000,
+    [],
+    {},
+    [[]],
+    "F32",
+    "rank-00001.safetensors",
+]
 
 
 def damage_bytes(path, dice):
@@ -119,7 +159,11 @@ def damage_json(path, dice):
         del node[key]
     elif kind == "other":
         other, place = dice.choice(places)
-        node[key] = json.loads(json.dumps(other[place])) if (place in other if isinstance(other, dict) else place < len(other)) else None
+        node[key] = (
+            json.loads(json.dumps(other[place]))
+            if (place in other if isinstance(other, dict) else place < len(other))
+            else None
+        )
     elif isinstance(node, dict):
         node[str(dice.choice(STRANGE))] = node.pop(key)
     return path.write_text(json.dumps(value))
@@ -130,7 +174,14 @@ def damage_file(path, dice):
     kind = dice.choice(["gone", "swap", "folder", "fifo", "loop", "copy"])
     others = [other for other in path.parent.iterdir() if other.is_file() and other != path]
     if kind == "copy":
-        shutil.copy(path, path.with_name("model-00009-of-00009.safetensors" if path.suffix == ".safetensors" else "extra.json"))
+        shutil.copy(
+            path,
+            path.with_name(
+                "model-00009-of-00009.safetensors"
+                if path.suffix == ".safetensors"
+                else "extra.json"
+            ),
+        )
     elif kind == "swap" and others:
         path.write_bytes(dice.choice(others).read_bytes())
     else:
@@ -148,13 +199,21 @@ def damage(folder, dice):
     for _ in range(dice.choice([1, 1, 1, 2])):
         path = dice.choice(files)
         if path.is_file():
-            way = dice.choice([damage_json, damage_json, damage_bytes, damage_file] if path.suffix == ".json" else [damage_bytes, damage_bytes, damage_file])
+            way = dice.choice(
+                [damage_json, damage_json, damage_bytes, damage_file]
+                if path.suffix == ".json"
+                else [damage_bytes, damage_bytes, damage_file]
+            )
             way(path, dice)
 
 
 def agree(folder):
     """Have the manifest agree with the files, so that what reads them is reached."""
-    records = [manifest.record(folder, path) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != manifest.MANIFEST]
+    records = [
+        manifest.record(folder, path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != manifest.MANIFEST
+    ]
     text = json.dumps({"format": manifest.FORMAT, "files": [entry._asdict() for entry in records]})
     if (folder / manifest.MANIFEST).is_file():
         (folder / manifest.MANIFEST).write_text(text)
@@ -179,8 +238,13 @@ def read_run(folder):
         load.check(path, config, architecture)
         load.notes(path, config, make_grid(0, connect=False))
         optimizer = OptimizerFolder(path / "optimizer")
-        for declaration, parameter in parameters(build_stage(config, architecture, make_grid(0, connect=False), "cpu")):
-            states = {state: torch.zeros(parameter.numel()) for state in ("master", "exp_avg", "exp_avg_sq")}
+        for declaration, parameter in parameters(
+            build_stage(config, architecture, make_grid(0, connect=False), "cpu")
+        ):
+            states = {
+                state: torch.zeros(parameter.numel())
+                for state in ("master", "exp_avg", "exp_avg_sq")
+            }
             optimizer.fill(Fragment(declaration, parameter, tuple(parameter.shape), 0, states))
     for path in sorted((folder / "run" / "checkpoints").glob("step-*")):
         own = read_architecture(load_config(str(path)))
@@ -221,7 +285,11 @@ def test_a_damaged_folder_is_a_clear_error_or_is_read(block, bases, tmp_path):
             shutil.rmtree(folder)
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert CASES // 4 < refused < CASES, "some are refused, and some damage is not seen without hashes"
+    assert CASES // 4 < refused < CASES, (
+        "some are refused, and some damage is not seen without hashes"
+    )
     assert not (bases / "it ran").exists()
-    assert {path: path.read_bytes() for path in sorted(bases.rglob("*")) if path.is_file()} == outside
+    assert {
+        path: path.read_bytes() for path in sorted(bases.rglob("*")) if path.is_file()
+    } == outside
     assert list((tmp_path / "case").iterdir()) == []

@@ -20,7 +20,11 @@ ROWS, COLUMNS = 12, 10
 
 
 def whole(name, state):
-    return torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS) + 1000 * STATES.index(state) + 5000 * (name == "y")
+    return (
+        torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS)
+        + 1000 * STATES.index(state)
+        + 5000 * (name == "y")
+    )
 
 
 def fragments(tensor, replicas, *, empty=False, states=STATES):
@@ -30,7 +34,9 @@ def fragments(tensor, replicas, *, empty=False, states=STATES):
         rows = -(-ROWS // tensor) + 1
         start = min(rank * rows, ROWS)
         x = Sharding("x", (ROWS, COLUMNS), 0, start, min(rows, ROWS - start))
-        y = Sharding("y", (ROWS, COLUMNS), 1, rank * COLUMNS // tensor, COLUMNS // tensor, transposed=True)
+        y = Sharding(
+            "y", (ROWS, COLUMNS), 1, rank * COLUMNS // tensor, COLUMNS // tensor, transposed=True
+        )
         for replica in range(replicas):
             ranks.append([_fragment(s, rows, replica, replicas, empty, states) for s in (x, y)])
     return ranks
@@ -40,7 +46,11 @@ def _fragment(s, rows, replica, replicas, empty, states):
     held = {}
     for state in states:
         part = s.take(whole(s.name, state if state in STATES else "master"))
-        part = torch.cat([part, torch.zeros(rows - part.shape[0], COLUMNS)]) if s.dim == 0 else part.t()
+        part = (
+            torch.cat([part, torch.zeros(rows - part.shape[0], COLUMNS)])
+            if s.dim == 0
+            else part.t()
+        )
         flat = part.flatten()
         first, last = (flat.numel() * k // replicas for k in (replica, replica + 1))
         held[state] = torch.full_like(flat[first:last], -7) if empty else flat[first:last].clone()
@@ -90,7 +100,9 @@ def test_the_same_layout_is_one_copy_a_tensor(tmp_path, monkeypatch):
     from megatrain.checkpoint import optimizer_folder
 
     counts = []
-    monkeypatch.setattr(optimizer_folder, "_copy", lambda source, target, copies: counts.append(copies.length.size))
+    monkeypatch.setattr(
+        optimizer_folder, "_copy", lambda source, target, copies: counts.append(copies.length.size)
+    )
     opened = OptimizerFolder(folder)
     for held in fragments(2, 3):
         for fragment in held:
@@ -118,12 +130,25 @@ print(peak() - before)
 
 def test_memory_beside_a_ranks_own_share_is_that_of_one_tensor(tmp_path):
     """A quarter of 96 MiB is read out of the middle of every row, over the pages of all of it; the limit is 1.2 times the share and a tensor."""
-    held = [Fragment(Sharding(f"t{i}", (1024, 1024)), None, (1024, 1024), 0, {"master": (torch.arange(1 << 20) % 1024 + 512).float()}) for i in range(24)]
+    held = [
+        Fragment(
+            Sharding(f"t{i}", (1024, 1024)),
+            None,
+            (1024, 1024),
+            0,
+            {"master": (torch.arange(1 << 20) % 1024 + 512).float()},
+        )
+        for i in range(24)
+    ]
     folder = tmp_path / "optimizer"
     folder.mkdir()
     write_tensors(folder / "rank-00000.safetensors", snapshot(held).tensors)
-    write_index(folder, {"rank-00000.safetensors": [piece_of(fragment) for fragment in held]}, ["master"])
-    done = subprocess.run([sys.executable, "-c", MEMORY, folder], capture_output=True, text=True, check=False)
+    write_index(
+        folder, {"rank-00000.safetensors": [piece_of(fragment) for fragment in held]}, ["master"]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, folder], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     share, tensor = 24 << 20, 4 << 20
     assert int(done.stdout) < 0.2 * share + tensor, "the share itself was there before"
@@ -143,23 +168,39 @@ def piece(number, value):
 
 
 DAMAGES = {
-    "has no index.json: the checkpoint was written before": lambda folder: (folder / "index.json").unlink(),
-    "index.json is damaged .JSONDecodeError": lambda folder: (folder / "index.json").write_text("{"),
+    "has no index.json: the checkpoint was written before": lambda folder: (
+        folder / "index.json"
+    ).unlink(),
+    "index.json is damaged .JSONDecodeError": lambda folder: (folder / "index.json").write_text(
+        "{"
+    ),
     "index.json is damaged .KeyError": edit(lambda index: index.pop("files")),
-    r"index.json is damaged .* '\.\./x' is not the name of a file": edit(lambda index: index["files"].__setitem__(0, "../x")),
+    r"index.json is damaged .* '\.\./x' is not the name of a file": edit(
+        lambda index: index["files"].__setitem__(0, "../x")
+    ),
     "index.json is damaged .* a piece is in a file that is not listed": piece(0, 9),
     "index.json is damaged .* a piece is not inside its tensor": piece(3, 400),
     "index.json is damaged .* -1 is no natural number": piece(2, -1),
     "index.json is damaged .* 1.5 is no natural number": piece(7, 1.5),
     "index.json is damaged .* 2767011.* is no natural number": piece(6, 1 << 61),
     "holds nothing of x": edit(lambda index: index["tensors"].pop("x")),
-    "does not hold each element of x once": edit(lambda index: index["tensors"]["x"]["pieces"].pop()),
-    "does not hold each element of x once$": edit(lambda index: index["tensors"]["x"]["pieces"].append(index["tensors"]["x"]["pieces"][0])),
-    r"holds x as \(12, 11\) and the model has it as \(12, 10\)": edit(lambda index: index["tensors"]["x"].update(shape=[12, 11])),
+    "does not hold each element of x once": edit(
+        lambda index: index["tensors"]["x"]["pieces"].pop()
+    ),
+    "does not hold each element of x once$": edit(
+        lambda index: index["tensors"]["x"]["pieces"].append(index["tensors"]["x"]["pieces"][0])
+    ),
+    r"holds x as \(12, 11\) and the model has it as \(12, 10\)": edit(
+        lambda index: index["tensors"]["x"].update(shape=[12, 11])
+    ),
     r"rank-00001.safetensors does not hold x\[0:7\]/master, as index.json says": piece(0, 1),
-    "keeps master, momentum of each weight and this run keeps master, exp_avg": edit(lambda index: index.update(states=["master", "momentum"])),
-    "cut short": lambda folder: (folder / "rank-00000.safetensors").write_bytes((folder / "rank-00000.safetensors").read_bytes()[:-9]),
-}  # fmt: skip
+    "keeps master, momentum of each weight and this run keeps master, exp_avg": edit(
+        lambda index: index.update(states=["master", "momentum"])
+    ),
+    "cut short": lambda folder: (folder / "rank-00000.safetensors").write_bytes(
+        (folder / "rank-00000.safetensors").read_bytes()[:-9]
+    ),
+}
 
 
 @pytest.mark.parametrize("sentence", DAMAGES)
@@ -173,5 +214,8 @@ def test_says_what_is_wrong(sentence, tmp_path):
 def test_a_piece_that_is_not_of_the_size_in_the_index(tmp_path):
     folder = write(tmp_path / "optimizer", fragments(2, 1))
     edit(lambda index: index["tensors"]["x"]["pieces"][0].__setitem__(8, 71))(folder)
-    with pytest.raises(CheckpointError, match=r"holds x\[0:7\]/master as torch\.float32 \(70,\), not as index\.json says"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds x\[0:7\]/master as torch\.float32 \(70,\), not as index\.json says",
+    ):
         OptimizerFolder(folder).fill(fragments(2, 1, empty=True)[0][0])

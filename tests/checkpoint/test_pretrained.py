@@ -19,12 +19,27 @@ from megatrain.parallel.geometry import make_piece, runs_of
 from megatrain.train.build import whole_tensors
 
 SIZES = {"vocab_size": 67, "bos_token_id": 1, "eos_token_id": 2}
-LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, **SIZES}  # fmt: skip
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **SIZES,
+}
 MODELS = {
     "llama": LLAMA,
     "tied": {**LLAMA, "tie_word_embeddings": True},
-    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, **SIZES},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 64,
+        **SIZES,
+    },
 }
 
 
@@ -37,13 +52,23 @@ def folders(tmp_path_factory):
     for number, (name, fields) in enumerate(MODELS.items()):
         torch.manual_seed(number)
         made[name] = tmp_path_factory.mktemp(name)
-        AutoModelForCausalLM.from_config(load_config(fields)).save_pretrained(made[name], max_shard_size="30KB" if name == "llama" else "5GB")
+        AutoModelForCausalLM.from_config(load_config(fields)).save_pretrained(
+            made[name], max_shard_size="30KB" if name == "llama" else "5GB"
+        )
     return made
 
 
 def settings(folder, **sections):
-    raw = {"train": {"steps": 0, "global_batch_size": 8, "init_from": str(folder), **sections.pop("train", {})},
-           "data": {"sequence_length": 16}, **sections}  # fmt: skip
+    raw = {
+        "train": {
+            "steps": 0,
+            "global_batch_size": 8,
+            "init_from": str(folder),
+            **sections.pop("train", {}),
+        },
+        "data": {"sequence_length": 16},
+        **sections,
+    }
     config = configuration.from_dict(raw)
     configuration.check(config)
     return config
@@ -57,8 +82,12 @@ class Held:
         self.weights, self.masters = [], []
         for fragment in trainer.zero.fragments():
             s = fragment.sharding
-            piece = make_piece(s, fragment.shape, fragment.start, fragment.tensors["master"].numel())
-            self.masters.append((s.name, piece.transposed, runs_of(piece), fragment.tensors["master"].clone()))
+            piece = make_piece(
+                s, fragment.shape, fragment.start, fragment.tensors["master"].numel()
+            )
+            self.masters.append(
+                (s.name, piece.transposed, runs_of(piece), fragment.tensors["master"].clone())
+            )
         for parameter in trainer.stage.parameters():
             s, whole = parameter.sharding, trainer.zero.whole_weights(parameter).clone()
             piece = make_piece(s, tuple(whole.shape), 0, whole.numel())
@@ -76,7 +105,9 @@ def start(rank, world_size, rows):
     for config in rows:
         before, Init.param_id = Init.param_id, 0
         p = config.parallel
-        grid = make_grid(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+        grid = make_grid(
+            rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size)
+        )
         architecture = read_architecture(load_config(config.model))
         pretrained = Pretrained(config.train.init_from, architecture)
         trainer = Trainer(config, architecture, grid, torch.device("cpu"), pretrained=pretrained)
@@ -88,34 +119,60 @@ def start(rank, world_size, rows):
 def assemble(pieces, folder, dtype):
     """The whole tensors that pieces of ranks make, each element seen and the same wherever it is held twice."""
     tensors = Tensors(folder)
-    whole = {name: torch.full((torch.Size(tensors.shape(name)).numel(),), float("nan"), dtype=dtype) for name in tensors.names()}
+    whole = {
+        name: torch.full((torch.Size(tensors.shape(name)).numel(),), float("nan"), dtype=dtype)
+        for name in tensors.names()
+    }
     ways = {}
     for name, transposed, runs, elements in pieces:
         ways[name] = transposed
         for start, local, length in zip(*runs, strict=True):
             target = whole[name][start : start + length]
-            assert torch.equal(target[~target.isnan()], elements[local : local + length][~target.isnan()])
+            assert torch.equal(
+                target[~target.isnan()], elements[local : local + length][~target.isnan()]
+            )
             target.copy_(elements[local : local + length])
-    return {name: flat.view(tensors.shape(name)[::-1]).t() if ways[name] else flat.view(tensors.shape(name)) for name, flat in whole.items()}
+    return {
+        name: flat.view(tensors.shape(name)[::-1]).t()
+        if ways[name]
+        else flat.view(tensors.shape(name))
+        for name, flat in whole.items()
+    }
 
 
 ROWS = {
     1: [("llama", "bf16", {}), ("gpt2", "fp32", {}), ("tied", "bf16", {"zero": 3})],
-    2: [("llama", "fp32", {"tensor": 2, "sequence": True}), ("gpt2", "bf16", {"tensor": 2}), ("tied", "fp32", {"pipeline": 2, "schedule": "zb-v"}),
-        ("llama", "bf16", {"zero": 3}), ("gpt2", "bf16", {"zero": 1}), ("tied", "bf16", {"zero": 2, "offload": "cpu"})],
-    4: [("llama", "fp32", {"tensor": 4}), ("tied", "bf16", {"tensor": 2, "pipeline": 2}), ("gpt2", "fp32", {"pipeline": 2, "zero": 1}),
-        ("gpt2", "bf16", {"tensor": 2, "zero": 3}), ("llama", "bf16", {"tensor": 2, "zero": 0})],
-}  # fmt: skip
+    2: [
+        ("llama", "fp32", {"tensor": 2, "sequence": True}),
+        ("gpt2", "bf16", {"tensor": 2}),
+        ("tied", "fp32", {"pipeline": 2, "schedule": "zb-v"}),
+        ("llama", "bf16", {"zero": 3}),
+        ("gpt2", "bf16", {"zero": 1}),
+        ("tied", "bf16", {"zero": 2, "offload": "cpu"}),
+    ],
+    4: [
+        ("llama", "fp32", {"tensor": 4}),
+        ("tied", "bf16", {"tensor": 2, "pipeline": 2}),
+        ("gpt2", "fp32", {"pipeline": 2, "zero": 1}),
+        ("gpt2", "bf16", {"tensor": 2, "zero": 3}),
+        ("llama", "bf16", {"tensor": 2, "zero": 0}),
+    ],
+}
 
 
 @pytest.mark.parametrize("world", ROWS)
 def test_weights_and_masters_are_the_folders(world, folders, tmp_path):
-    rows = [settings(folders[model], parallel=parallel, train={"dtype": dtype}) for model, dtype, parallel in ROWS[world]]
+    rows = [
+        settings(folders[model], parallel=parallel, train={"dtype": dtype})
+        for model, dtype, parallel in ROWS[world]
+    ]
     by_rank = run_ranks(start, world, rows, folder=tmp_path)
     for number, (model, dtype, _) in enumerate(ROWS[world]):
         ranks, tensors = [found[number] for found in by_rank], Tensors(folders[model])
         run = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        masters = assemble([piece for rank in ranks for piece in rank.masters], folders[model], torch.float32)
+        masters = assemble(
+            [piece for rank in ranks for piece in rank.masters], folders[model], torch.float32
+        )
         weights = assemble([piece for rank in ranks for piece in rank.weights], folders[model], run)
         for name in tensors.names():
             assert torch.equal(masters[name], tensors.read(name))
@@ -126,13 +183,27 @@ def test_weights_and_masters_are_the_folders(world, folders, tmp_path):
             assert rank.read == held + again, "its slices, and no more"
 
 
-@pytest.mark.parametrize(("model", "world", "parallel"), [("llama", 4, {"tensor": 2, "pipeline": 2}), ("gpt2", 2, {"zero": 3}), ("tied", 2, {"pipeline": 2})])
+@pytest.mark.parametrize(
+    ("model", "world", "parallel"),
+    [
+        ("llama", 4, {"tensor": 2, "pipeline": 2}),
+        ("gpt2", 2, {"zero": 3}),
+        ("tied", 2, {"pipeline": 2}),
+    ],
+)
 def test_no_steps_write_the_same_bytes_again(model, world, parallel, folders, tmp_path):
     write_tokens(tmp_path / "tokens")
-    raw = {"run": {"output_dir": str(tmp_path / "run")}, "parallel": parallel, "data": {"train": str(tmp_path / "tokens"), "sequence_length": 16},
-           "train": {"steps": 0, "init_from": str(folders[model])}}  # fmt: skip
+    raw = {
+        "run": {"output_dir": str(tmp_path / "run")},
+        "parallel": parallel,
+        "data": {"train": str(tmp_path / "tokens"), "sequence_length": 16},
+        "train": {"steps": 0, "init_from": str(folders[model])},
+    }
     run_ranks(pretrain, world, raw, folder=tmp_path)
-    there, here = Tensors(folders[model]), Tensors(tmp_path / "run" / "checkpoints" / "step-00000000")
+    there, here = (
+        Tensors(folders[model]),
+        Tensors(tmp_path / "run" / "checkpoints" / "step-00000000"),
+    )
     assert set(there.names()) == set(here.names())
     for name in there.names():
         assert there.read(name).view(torch.uint8).equal(here.read(name).view(torch.uint8))
@@ -141,7 +212,14 @@ def test_no_steps_write_the_same_bytes_again(model, world, parallel, folders, tm
 
 
 def check(folder, **fields):
-    config = settings(folder, **({"model": {**json.loads((folder / "config.json").read_text()), **fields}} if fields else {}))
+    config = settings(
+        folder,
+        **(
+            {"model": {**json.loads((folder / "config.json").read_text()), **fields}}
+            if fields
+            else {}
+        ),
+    )
     architecture = read_architecture(load_config(config.model))
     pretrained = Pretrained(folder, architecture)
     pretrained.check(whole_tensors(architecture))
@@ -154,7 +232,9 @@ def resaved(folder, target, change):
     held = {name: tensors.read(name) for name in tensors.names()}
     change(held)
     target.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in held.items()}, target / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in held.items()}, target / "model.safetensors"
+    )
     (target / "config.json").write_text((folder / "config.json").read_text())
     return target
 
@@ -174,10 +254,16 @@ def test_names_without_the_base_models_prefix(model, folders, tmp_path):
     def change(held):
         rename("transformer." if model == "gpt2" else "model.")(held)
         if model == "gpt2":
-            held |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool) for layer in range(4)}
+            held |= {
+                f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool)
+                for layer in range(4)
+            }
 
     stripped = check(resaved(folders[model], tmp_path / "base", change))
-    assert all(stripped._home(name) for name in whole_tensors(read_architecture(load_config(str(folders[model])))))
+    assert all(
+        stripped._home(name)
+        for name in whole_tensors(read_architecture(load_config(str(folders[model]))))
+    )
 
 
 def test_a_tied_head_that_was_saved(folders, tmp_path):
@@ -192,8 +278,16 @@ def test_a_tied_head_that_was_saved(folders, tmp_path):
         held["lm_head.weight"][5, 3] += 1
 
     check(resaved(folders["tied"], tmp_path / "copied", copied))
-    assert check(resaved(folders["tied"], tmp_path / "moved", moved))._home("model.embed_tokens.weight") == "lm_head.weight"
-    with pytest.raises(CheckpointError, match=r"its lm_head\.weight is not its model\.embed_tokens\.weight, and the model ties them; set"):
+    assert (
+        check(resaved(folders["tied"], tmp_path / "moved", moved))._home(
+            "model.embed_tokens.weight"
+        )
+        == "lm_head.weight"
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"its lm_head\.weight is not its model\.embed_tokens\.weight, and the model ties them; set",
+    ):
         check(resaved(folders["tied"], tmp_path / "apart", trained_apart))
 
 
@@ -203,27 +297,43 @@ def put(name, tensor):
 
 REFUSALS = {
     "missing: model.norm.weight$": lambda held: held.pop("model.norm.weight"),
-    "missing: lm_head.weight; a head that is the embedding wants model.tie_word_embeddings=true": lambda held: held.pop("lm_head.weight"),
+    "missing: lm_head.weight; a head that is the embedding wants model.tie_word_embeddings=true": lambda held: (
+        held.pop("lm_head.weight")
+    ),
     "unexpected: model.layers.0.extra": put("model.layers.0.extra", torch.zeros(2)),
-    r"of another shape: model.norm.weight \(31 there, 32 by the config\)": put("model.norm.weight", torch.zeros(31)),
+    r"of another shape: model.norm.weight \(31 there, 32 by the config\)": put(
+        "model.norm.weight", torch.zeros(31)
+    ),
     "there twice, with the prefix and without: norm.weight$": put("norm.weight", torch.zeros(32)),
-    "not of floating point: model.norm.weight$": put("model.norm.weight", torch.zeros(32, dtype=torch.int32)),
-    "missing: .* and 1 more; unexpected: .* and 1 more$": lambda held: [held.update({f"{n}.old": held.pop(n)}) for n in list(held) if "layers.2" in n],
-}  # fmt: skip
+    "not of floating point: model.norm.weight$": put(
+        "model.norm.weight", torch.zeros(32, dtype=torch.int32)
+    ),
+    "missing: .* and 1 more; unexpected: .* and 1 more$": lambda held: [
+        held.update({f"{n}.old": held.pop(n)}) for n in list(held) if "layers.2" in n
+    ],
+}
 
 
 @pytest.mark.parametrize("sentence", REFUSALS)
 def test_a_folder_that_is_not_the_models_is_refused(sentence, folders, tmp_path):
-    with pytest.raises(CheckpointError, match=f"train.init_from={tmp_path}.* does not fit the model: {sentence}"):
+    with pytest.raises(
+        CheckpointError, match=f"train.init_from={tmp_path}.* does not fit the model: {sentence}"
+    ):
         check(resaved(folders["llama"], tmp_path / "other", REFUSALS[sentence]))
 
 
 def test_a_config_that_is_not_the_folders_is_refused(folders):
-    with pytest.raises(CheckpointError, match=r"mlp.down_proj.weight \(32 x 48 there, 32 x 40 by the config\)"):
+    with pytest.raises(
+        CheckpointError, match=r"mlp.down_proj.weight \(32 x 48 there, 32 x 40 by the config\)"
+    ):
         check(folders["llama"], intermediate_size=40)
-    with pytest.raises(CheckpointError, match=r"missing: model\.layers\.4\.input_layernorm\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"missing: model\.layers\.4\.input_layernorm\.weight"
+    ):
         check(folders["llama"], num_hidden_layers=5)
-    with pytest.raises(CheckpointError, match=r"unexpected: model\.layers\.3\.input_layernorm\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"unexpected: model\.layers\.3\.input_layernorm\.weight"
+    ):
         check(folders["llama"], num_hidden_layers=3)
 
 
@@ -231,10 +341,17 @@ def test_model_and_tokenizer_default_to_the_folders(folders, tmp_path):
     raw = {"train": {"steps": 1, "init_from": "pretrained"}}
     (tmp_path / "pretrained").mkdir()
     config = configuration.from_dict(raw, base=tmp_path)
-    assert (config.train.init_from, config.model, config.data.tokenizer) == (*[str(tmp_path / "pretrained")] * 2, None)
+    assert (config.train.init_from, config.model, config.data.tokenizer) == (
+        *[str(tmp_path / "pretrained")] * 2,
+        None,
+    )
     (tmp_path / "pretrained" / "tokenizer_config.json").write_text("{}")
-    assert configuration.from_dict(raw, base=tmp_path).data.tokenizer == str(tmp_path / "pretrained")
-    mine = configuration.from_dict({**raw, "model": LLAMA, "data": {"tokenizer": "mine"}}, base=tmp_path)
+    assert configuration.from_dict(raw, base=tmp_path).data.tokenizer == str(
+        tmp_path / "pretrained"
+    )
+    mine = configuration.from_dict(
+        {**raw, "model": LLAMA, "data": {"tokenizer": "mine"}}, base=tmp_path
+    )
     assert (mine.model, mine.data.tokenizer) == (LLAMA, "mine")
 
 

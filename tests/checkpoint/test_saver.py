@@ -18,8 +18,18 @@ from megatrain.errors import CheckpointError
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.parallel.grid import make_grid
 
-MODEL = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 class Run:
@@ -28,17 +38,32 @@ class Run:
     def __init__(self, rank, folder):
         from megatrain.train.trainer import Trainer
 
-        self.config = configuration.from_dict({"model": MODEL, "parallel": {"tensor": 2}, "train": {"steps": 9, "global_batch_size": 2, "keep_last": 2},
-                                               "data": {"sequence_length": 16}})  # fmt: skip
+        self.config = configuration.from_dict(
+            {
+                "model": MODEL,
+                "parallel": {"tensor": 2},
+                "train": {"steps": 9, "global_batch_size": 2, "keep_last": 2},
+                "data": {"sequence_length": 16},
+            }
+        )
         architecture, grid = read_architecture(load_config(MODEL)), make_grid(rank, tensor=2)
         self.trainer = Trainer(self.config, architecture, grid, torch.device("cpu"))
-        self.saver = Saver(folder, zero=self.trainer.zero, config=self.config, architecture=architecture, grid=grid, describe=lambda folder: None)
+        self.saver = Saver(
+            folder,
+            zero=self.trainer.zero,
+            config=self.config,
+            architecture=architecture,
+            grid=grid,
+            describe=lambda folder: None,
+        )
         self.folder, self.rank = folder, rank
 
     def step(self, number):
         tokens = torch.randint(0, 67, (1, 17), generator=torch.Generator().manual_seed(number))
         position = torch.arange(16)[None]
-        self.trainer.step(number, [Batch(tokens[:, :-1], tokens[:, 1:], position, torch.zeros_like(position))] * 2)
+        self.trainer.step(
+            number, [Batch(tokens[:, :-1], tokens[:, 1:], position, torch.zeros_like(position))] * 2
+        )
 
     def weights(self):
         return {name: p.detach().clone() for name, p in self.trainer.stage.named_parameters()}
@@ -78,12 +103,19 @@ def goes_on_while_it_is_written(rank, world_size, folder):
 
 
 def test_training_goes_on_and_what_was_there_at_the_start_is_written(tmp_path):
-    for path, stalled in run_ranks(goes_on_while_it_is_written, 2, tmp_path / "checkpoints", folder=tmp_path):
+    for path, stalled in run_ranks(
+        goes_on_while_it_is_written, 2, tmp_path / "checkpoints", folder=tmp_path
+    ):
         assert path == tmp_path / "checkpoints" / "step-00000010"
         assert stalled
     one, other = (tmp_path / "checkpoints" / name for name in ("step-00000001", "step-00000010"))
     assert manifest.problem(other, hashes=True) is None
-    for name in ("model.safetensors", "optimizer/rank-00000.safetensors", "optimizer/rank-00001.safetensors", "optimizer/index.json"):
+    for name in (
+        "model.safetensors",
+        "optimizer/rank-00000.safetensors",
+        "optimizer/rank-00001.safetensors",
+        "optimizer/index.json",
+    ):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     assert len(Tensors(one).names()) == 21
 
@@ -100,7 +132,11 @@ def fails_on_one_rank(rank, world_size, folder):
         run.saver.finish()
     errors.append(str(raised.value))
     patch.undo()
-    patch.setattr(saver.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000 if rank == 1 else 10**12}))
+    patch.setattr(
+        saver.shutil,
+        "disk_usage",
+        lambda path: type("Usage", (), {"free": 1000 if rank == 1 else 10**12}),
+    )
     with pytest.raises(CheckpointError) as raised:
         run.saver.save(Progress(3, 0, 0))
     patch.undo()
@@ -110,7 +146,10 @@ def fails_on_one_rank(rank, world_size, folder):
 def test_a_failure_on_one_rank_is_the_runs_and_spares_what_was_there(tmp_path):
     first, second = run_ranks(fails_on_one_rank, 2, tmp_path, folder=tmp_path)
     assert first == second
-    assert first[0] == "rank 1 could not write the checkpoint: [Errno 5] the disk is on fire; the checkpoints before it are as they were"
+    assert (
+        first[0]
+        == "rank 1 could not write the checkpoint: [Errno 5] the disk is on fire; the checkpoints before it are as they were"
+    )
     assert first[1].startswith("rank 1 could not write the checkpoint: it takes 0.3 MB and ")
     assert f"{tmp_path} has 0.0 MB free (No space left on device)" in first[1]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-00000001"]
@@ -151,10 +190,21 @@ def make(folder, steps, *, damaged=()):
             (folder / f"step-{step:08d}" / "x").write_text("longer")
 
 
-@pytest.mark.parametrize(("last", "every", "damaged", "gone"), [
-    (0, 0, (), []), (2, 0, (), [10, 20, 30]), (1, 0, (), [10, 20, 30, 40]), (9, 0, (), []), (1, 20, (), [10, 30]), (2, 30, (), [10, 20]),
-    (1, 0, (50,), []), (2, 0, (50,), [10, 20, 30]), (2, 0, (40, 50), []), (1, 20, (50,), [10, 30]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("last", "every", "damaged", "gone"),
+    [
+        (0, 0, (), []),
+        (2, 0, (), [10, 20, 30]),
+        (1, 0, (), [10, 20, 30, 40]),
+        (9, 0, (), []),
+        (1, 20, (), [10, 30]),
+        (2, 30, (), [10, 20]),
+        (1, 0, (50,), []),
+        (2, 0, (50,), [10, 20, 30]),
+        (2, 0, (40, 50), []),
+        (1, 20, (50,), [10, 30]),
+    ],
+)
 def test_what_goes_and_what_is_kept(last, every, damaged, gone, tmp_path):
     make(tmp_path, (10, 20, 30, 40, 50), damaged=damaged)
     old = keep.superseded(tmp_path, last=last, every=every)
@@ -167,13 +217,26 @@ def test_what_goes_and_what_is_kept(last, every, damaged, gone, tmp_path):
 
 def test_checkpoints_ahead_of_the_run_neither_go_nor_count(tmp_path):
     make(tmp_path, (10, 20, 30, 40, 50))
-    assert [path.name for path in keep.superseded(tmp_path, last=1, every=0, until=30)] == ["step-00000010", "step-00000020"]
+    assert [path.name for path in keep.superseded(tmp_path, last=1, every=0, until=30)] == [
+        "step-00000010",
+        "step-00000020",
+    ]
     assert keep.superseded(tmp_path, last=1, every=0, until=10) == []
 
 
-@pytest.mark.parametrize(("back_to", "damaged", "gone"), [
-    (45, (), [10, 20, 30]), (40, (), [10, 20, 30]), (35, (), [10, 20, 40]), (45, (40,), [10, 20, 40]), (5, (), [10, 20, 30, 40]), (60, (), [10, 20, 30, 40]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("back_to", "damaged", "gone"),
+    [
+        (45, (), [10, 20, 30]),
+        (40, (), [10, 20, 30]),
+        (35, (), [10, 20, 40]),
+        (45, (40,), [10, 20, 40]),
+        (5, (), [10, 20, 30, 40]),
+        (60, (), [10, 20, 30, 40]),
+    ],
+)
 def test_what_a_run_may_go_back_to_is_kept(back_to, damaged, gone, tmp_path):
     make(tmp_path, (10, 20, 30, 40, 50), damaged=damaged)
-    assert [path.name for path in keep.superseded(tmp_path, last=1, every=0, back_to=back_to)] == [f"step-{step:08d}" for step in gone]
+    assert [path.name for path in keep.superseded(tmp_path, last=1, every=0, back_to=back_to)] == [
+        f"step-{step:08d}" for step in gone
+    ]

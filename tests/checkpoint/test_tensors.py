@@ -65,8 +65,13 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path):
 
 
 def test_data_that_do_not_start_at_a_multiple_of_their_size(tmp_path):
-    content = raw({"x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "y": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]}},
-                  b"\1" + struct.pack("<ff", 1.5, 2.5))  # fmt: skip
+    content = raw(
+        {
+            "x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+            "y": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+        },
+        b"\1" + struct.pack("<ff", 1.5, 2.5),
+    )
     (tmp_path / "model.safetensors").write_bytes(content)
     assert Tensors(tmp_path).read("y").tolist() == [1.5, 2.5]
 
@@ -94,34 +99,61 @@ ONE, TWO = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 DAMAGES = {
     "is missing or no file": lambda folder: (folder / TWO).unlink(),
-    "00002-of-00003.safetensors is missing or": lambda folder: ((folder / TWO).unlink(), os.mkfifo(folder / TWO)),
+    "00002-of-00003.safetensors is missing or": lambda folder: (
+        (folder / TWO).unlink(),
+        os.mkfifo(folder / TWO),
+    ),
     "it is cut short$": lambda folder: os.truncate(folder / ONE, (folder / ONE).stat().st_size - 1),
     "cut short or damaged": lambda folder: os.truncate(folder / ONE, 50),
     "cut short before its header": lambda folder: os.truncate(folder / ONE, 3),
-    "longer than it should be": lambda folder: (folder / ONE).write_bytes((folder / ONE).read_bytes() + b"\0"),
-    "tells of a header of": lambda folder: (folder / ONE).write_bytes(b"\xff" * 8 + (folder / ONE).read_bytes()[8:]),
-    "in '../other.safetensors', which is not the name of a file": edit_index(lambda m: m.update({"a.bias": "../other.safetensors"})),
-    "in '/etc/passwd', which is not the name of a file": edit_index(lambda m: m.update({"a.bias": "/etc/passwd"})),
+    "longer than it should be": lambda folder: (folder / ONE).write_bytes(
+        (folder / ONE).read_bytes() + b"\0"
+    ),
+    "tells of a header of": lambda folder: (folder / ONE).write_bytes(
+        b"\xff" * 8 + (folder / ONE).read_bytes()[8:]
+    ),
+    "in '../other.safetensors', which is not the name of a file": edit_index(
+        lambda m: m.update({"a.bias": "../other.safetensors"})
+    ),
+    "in '/etc/passwd', which is not the name of a file": edit_index(
+        lambda m: m.update({"a.bias": "/etc/passwd"})
+    ),
     r"in '\.\.', which": edit_index(lambda m: m.update({"a.bias": ".."})),
     "in '5', which": edit_index(lambda m: m.update({"a.bias": 5})),
-    r"00001-of-00003\.safetensors holds a\.bias, of which model\.safetensors\.index\.json does not tell": edit_index(lambda m: m.pop("a.bias")),
+    r"00001-of-00003\.safetensors holds a\.bias, of which model\.safetensors\.index\.json does not tell": edit_index(
+        lambda m: m.pop("a.bias")
+    ),
     "does not hold d.weight, as": edit_index(lambda m: m.update({"d.weight": ONE})),
-    "holds model-00003-of-00003.safetensors, of which": edit_index(lambda m: [m.pop(name) for name in SHARDS[2]]),
+    "holds model-00003-of-00003.safetensors, of which": edit_index(
+        lambda m: [m.pop(name) for name in SHARDS[2]]
+    ),
     "its weight_map is not a mapping": edit_index(lambda m: m.clear()),
-    "holds a.weight twice": lambda folder: save_file({**SHARDS[1], "a.weight": WANTED["a.weight"]}, folder / TWO),
-    "no readable index": lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": '),
-    "a.bias is there twice": lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a.bias": "x", "a.bias": "y"}}'),
+    "holds a.weight twice": lambda folder: save_file(
+        {**SHARDS[1], "a.weight": WANTED["a.weight"]}, folder / TWO
+    ),
+    "no readable index": lambda folder: (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": '
+    ),
+    "a.bias is there twice": lambda folder: (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a.bias": "x", "a.bias": "y"}}'
+    ),
     "may be of different models": lambda folder: save_file(WANTED, folder / "model.safetensors"),
     "holds no model: neither": lambda folder: (folder / "model.safetensors.index.json").unlink(),
-    r"x is there twice": replace(ONE, '{"x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}, "x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}}', b"1234"),
+    r"x is there twice": replace(
+        ONE,
+        '{"x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}, "x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}}',
+        b"1234",
+    ),
     "does not take 8 bytes": replace(ONE, {"x": {**F32, "shape": [3]}}, b"12345678"),
     "no natural number": replace(ONE, {"x": {**F32, "shape": [-2]}}, b"12345678"),
     "a gap or an overlap before y": replace(ONE, {"x": F32, "y": F32}, b"12345678"),
-    "a gap or an overlap before x": replace(ONE, {"x": {**F32, "data_offsets": [4, 12]}}, b"123456789012"),
+    "a gap or an overlap before x": replace(
+        ONE, {"x": {**F32, "data_offsets": [4, 12]}}, b"123456789012"
+    ),
     "KeyError: 'F4'": replace(ONE, {"x": {**F32, "dtype": "F4"}}, b"12345678"),
     "RecursionError": replace(ONE, "[" * 100_000),
     r"TypeError: .* is damaged|has a header that is damaged \(": replace(ONE, "5"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("sentence", DAMAGES)
@@ -146,7 +178,11 @@ class Trap:
 def test_a_bin_with_code_is_refused_and_the_code_not_run(zipped, tmp_path):
     proof = tmp_path / "it ran"
     folder = write(tmp_path / "model", "bin")
-    torch.save({"a": torch.zeros(2), "b": Trap(proof)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"a": torch.zeros(2), "b": Trap(proof)},
+        folder / "pytorch_model.bin",
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(CheckpointError, match="holds more than tensors, which could run code"):
         Tensors(folder)
     assert not proof.exists()
@@ -156,9 +192,13 @@ def test_a_bin_with_code_is_refused_and_the_code_not_run(zipped, tmp_path):
 
 def test_bins_that_hold_other_things_than_plain_tensors(tmp_path):
     folder = write(tmp_path / "model", "bin")
-    cases = {"holds a list and no state dict": [torch.zeros(2)], "holds n, which is not a plain tensor": {"n": {"x": torch.zeros(2)}},
-             "holds s, which is not": {"s": torch.zeros(3, 3).to_sparse()}, "holds 5, which is not": {5: torch.zeros(2)},
-             "holds e, which is not": {"e": torch.zeros(1).expand(10**12)}}  # fmt: skip
+    cases = {
+        "holds a list and no state dict": [torch.zeros(2)],
+        "holds n, which is not a plain tensor": {"n": {"x": torch.zeros(2)}},
+        "holds s, which is not": {"s": torch.zeros(3, 3).to_sparse()},
+        "holds 5, which is not": {5: torch.zeros(2)},
+        "holds e, which is not": {"e": torch.zeros(1).expand(10**12)},
+    }
     for sentence, content in cases.items():
         torch.save(content, folder / "pytorch_model.bin")
         with pytest.raises(CheckpointError, match=sentence):
@@ -168,7 +208,10 @@ def test_bins_that_hold_other_things_than_plain_tensors(tmp_path):
 def test_a_bin_that_would_unpack_to_more_is_refused(tmp_path):
     folder = write(tmp_path / "model", "bin")
     plain = folder / "pytorch_model.bin"
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(plain) as source,
+        zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for entry in source.infolist():
             target.writestr(entry.filename, source.read(entry))
     shutil.move(tmp_path / "packed", plain)

@@ -33,7 +33,14 @@ class State(NamedTuple):
     @property
     def phase(self) -> str:
         """The one that counts: a save goes on beside steps and evaluations."""
-        return next((name for name in ("saving", "evaluating", "loading", "stepping") if name in self.active), "between")
+        return next(
+            (
+                name
+                for name in ("saving", "evaluating", "loading", "stepping")
+                if name in self.active
+            ),
+            "between",
+        )
 
 
 def read(folder: Path, job: str, attempt: int, rank: int) -> State | None:
@@ -43,7 +50,11 @@ def read(folder: Path, job: str, attempt: int, rank: int) -> State | None:
     except FileNotFoundError:
         return None
     counts, active = words[2::2], words[3::2]
-    return State(words[0], dict(zip(PHASES, counts, strict=True)), frozenset(name for name, on in zip(PHASES, active, strict=True) if on))
+    return State(
+        words[0],
+        dict(zip(PHASES, counts, strict=True)),
+        frozenset(name for name, on in zip(PHASES, active, strict=True) if on),
+    )
 
 
 def install(environ: Mapping[str, str]) -> None:
@@ -54,7 +65,11 @@ def install(environ: Mapping[str, str]) -> None:
     if node and node == environ.get("SLURMD_NODENAME"):
         real = time.time
         time.time = lambda: real() + float(ahead)
-    if "MARKS" in environ and "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdigit():
+    if (
+        "MARKS" in environ
+        and "SLURM_PROCID" in environ
+        and environ.get("SLURM_STEP_ID", "").isdigit()
+    ):
         name = f"{environ['SLURM_JOB_ID']}-{environ.get('SLURM_RESTART_COUNT', 0)}-{environ['SLURM_PROCID']}"
         _mark_phases(_Marks(Path(environ["MARKS"]) / name))
 

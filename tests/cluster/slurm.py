@@ -21,9 +21,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "libmunge2", "libhwloc15", "liblua5.1-0")
+_PACKAGES = (
+    "slurmctld",
+    "slurmd",
+    "slurm-client",
+    "slurm-wlm-basic-plugins",
+    "munge",
+    "libmunge2",
+    "libhwloc15",
+    "liblua5.1-0",
+)
 _SUBNET = "10.77.0"
-_RUNNING = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "SIGNALING", "STAGE_OUT")
+_RUNNING = (
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "SUSPENDED",
+    "COMPLETING",
+    "REQUEUED",
+    "SIGNALING",
+    "STAGE_OUT",
+)
 
 
 class Missing(Exception):
@@ -71,8 +89,12 @@ def _unpacked(folder: Path) -> dict[str, str]:
         ready.write_text("")
     root = folder / "root"
     (plugins,) = root.glob("usr/lib/*/slurm-wlm")
-    return {"PATH": f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}", "LD_LIBRARY_PATH": f"{plugins}:{plugins.parent}",
-            "SLURM_PREFIX": str(root), "SLURM_PLUGINS": str(plugins)}  # fmt: skip
+    return {
+        "PATH": f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}",
+        "LD_LIBRARY_PATH": f"{plugins}:{plugins.parent}",
+        "SLURM_PREFIX": str(root),
+        "SLURM_PLUGINS": str(plugins),
+    }
 
 
 def _succeeds(command: list[str], folder: Path) -> bool:
@@ -88,9 +110,24 @@ class Cluster:
     A node calls itself by its name and `domain`. Those in `unknown` have no address under their name: Slurm knows them by number.
     """
 
-    def __init__(self, folder: Path, *, programs: dict[str, str], names: Sequence[str] = ("node1", "node2"), domain: str = "",
-                 unknown: Sequence[str] = (), cpus: int = 16) -> None:  # fmt: skip
-        self.folder, self.names, self.domain, self.unknown, self.cpus, self.programs = folder, names, domain, unknown, cpus, programs
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        programs: dict[str, str],
+        names: Sequence[str] = ("node1", "node2"),
+        domain: str = "",
+        unknown: Sequence[str] = (),
+        cpus: int = 16,
+    ) -> None:
+        self.folder, self.names, self.domain, self.unknown, self.cpus, self.programs = (
+            folder,
+            names,
+            domain,
+            unknown,
+            cpus,
+            programs,
+        )
         self.name = f"mt{os.urandom(3).hex()}"
         self.disk = folder / "disk"
         """A file system of its own, of 4 MB, that jobs may fill."""
@@ -100,10 +137,19 @@ class Cluster:
 
     # -- the user's side ---------------------------------------------------------------------------------------------
 
-    def run(self, *command: object, check: bool = True, cwd: Path | None = None, **more: str) -> str:
+    def run(
+        self, *command: object, check: bool = True, cwd: Path | None = None, **more: str
+    ) -> str:
         """Run a command where the user sits, with more environment; returns what it prints."""
-        done = subprocess.run(self._within("ctl", command), env={**self.environment, **more}, cwd=cwd, text=True, capture_output=True,
-                              timeout=120, check=False)  # fmt: skip
+        done = subprocess.run(
+            self._within("ctl", command),
+            env={**self.environment, **more},
+            cwd=cwd,
+            text=True,
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -128,11 +174,24 @@ class Cluster:
         key.chmod(0o600)
         self._write_configuration()
         self.disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", self.disk], check=True)  # before daemons have mounts of their own
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", self.disk], check=True
+        )  # before daemons have mounts of their own
         self._connect()
         m = self.folder / "munge"
-        self._daemon("munged", None, "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.folder}/munge.sock",
-                     f"--pid-file={m}/pid", f"--log-file={m}/log", f"--seed-file={m}/seed", "--num-threads=4")  # fmt: skip
+        self._daemon(
+            "munged",
+            None,
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={self.folder}/munge.sock",
+            f"--pid-file={m}/pid",
+            f"--log-file={m}/log",
+            f"--seed-file={m}/seed",
+            "--num-threads=4",
+        )
         self._until(lambda: (self.folder / "munge.sock").exists(), "munged's socket")
         self._daemon("slurmctld", "ctl", "slurmctld", "-D", "-c")
         prefix = self.programs.get("SLURM_PREFIX")
@@ -144,7 +203,10 @@ class Cluster:
     def stop(self) -> None:
         with contextlib.suppress(Exception):
             self.run("scancel", "--full", "--user=root", check=False)
-            self._until(lambda: not self.run("squeue", "-h", "-t", "R,CG,S,PD", "-o", "%i", check=False), "the end of all jobs")
+            self._until(
+                lambda: not self.run("squeue", "-h", "-t", "R,CG,S,PD", "-o", "%i", check=False),
+                "the end of all jobs",
+            )
         for name in [*self.names, "slurmctld", "munged"]:
             self._end(name)
         for name in ("ctl", *(str(i) for i, _ in self._numbered())):
@@ -154,8 +216,14 @@ class Cluster:
 
     def _daemon(self, name: str, place: str | None, *command: str) -> None:
         with (self.folder / f"log/{name}.out").open("wb") as log:
-            self.daemons[name] = subprocess.Popen(command if place is None else self._within(place, command), env=self.environment,
-                                                  stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+            self.daemons[name] = subprocess.Popen(
+                command if place is None else self._within(place, command),
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def _end(self, name: str) -> None:
         if (daemon := self.daemons.pop(name, None)) is None:
@@ -168,13 +236,18 @@ class Cluster:
             daemon.wait()
 
     def _all_idle(self) -> bool:
-        return self.run("sinfo", "-h", "-N", "-o", "%t", check=False).split() == ["idle"] * len(self.names)
+        return self.run("sinfo", "-h", "-N", "-o", "%t", check=False).split() == ["idle"] * len(
+            self.names
+        )
 
     def _until(self, condition: object, what: str) -> None:
         until = time.monotonic() + 60
         while not condition():  # type: ignore[operator]
             if time.monotonic() > until:
-                logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in (self.folder / "log").iterdir())
+                logs = "\n".join(
+                    path.read_text(errors="replace")[-2000:]
+                    for path in (self.folder / "log").iterdir()
+                )
                 raise AssertionError(f"no {what} after 60 s:\n{logs}")
             time.sleep(0.1)
 
@@ -187,21 +260,41 @@ class Cluster:
         """The command inside a namespace; on a node under the node's host name."""
         words = [str(word) for word in command]
         if place != "ctl":
-            words = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.names[int(place) - 1] + self.domain, *words]
+            words = [
+                "unshare",
+                "--uts",
+                "sh",
+                "-c",
+                'hostname "$0" && exec "$@"',
+                self.names[int(place) - 1] + self.domain,
+                *words,
+            ]
         return ["ip", "netns", "exec", self.name + place, *words]
 
     def _connect(self) -> None:
         control = f"{self.name}ctl"
         known = [(i, name) for i, name in self._numbered() if name not in self.unknown]
-        hosts = [f"127.0.0.1 localhost\n{_SUBNET}.1 {self.host}", *(f"{_SUBNET}.{10 + i} {name}{self.domain} {name}" for i, name in known)]
-        commands = [f"ip netns add {control}", f"ip -n {control} link set lo up", f"ip -n {control} link add br0 type bridge",
-                    f"ip -n {control} addr add {_SUBNET}.1/24 dev br0", f"ip -n {control} link set br0 up"]  # fmt: skip
+        hosts = [
+            f"127.0.0.1 localhost\n{_SUBNET}.1 {self.host}",
+            *(f"{_SUBNET}.{10 + i} {name}{self.domain} {name}" for i, name in known),
+        ]
+        commands = [
+            f"ip netns add {control}",
+            f"ip -n {control} link set lo up",
+            f"ip -n {control} link add br0 type bridge",
+            f"ip -n {control} addr add {_SUBNET}.1/24 dev br0",
+            f"ip -n {control} link set br0 up",
+        ]
         for i, _ in self._numbered():
             node = f"{self.name}{i}"
-            commands += [f"ip netns add {node}", f"ip -n {node} link set lo up",
-                         f"ip -n {node} link add eth0 type veth peer name v{i} netns {control}",
-                         f"ip -n {node} addr add {_SUBNET}.{10 + i}/24 dev eth0", f"ip -n {node} link set eth0 up",
-                         f"ip -n {control} link set v{i} master br0 up"]  # fmt: skip
+            commands += [
+                f"ip netns add {node}",
+                f"ip -n {node} link set lo up",
+                f"ip -n {node} link add eth0 type veth peer name v{i} netns {control}",
+                f"ip -n {node} addr add {_SUBNET}.{10 + i}/24 dev eth0",
+                f"ip -n {node} link set eth0 up",
+                f"ip -n {control} link set v{i} master br0 up",
+            ]
         for name in (control, *(f"{self.name}{i}" for i, _ in self._numbered())):
             # `ip netns exec` lays what is here over /etc.
             folder = Path("/etc/netns") / name
@@ -214,9 +307,15 @@ class Cluster:
         f = self.folder
         # slurmd loads a cgroup plugin even if nothing uses it; v1 loads where no cgroups are mounted.
         (f / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        plugins = f"PluginDir={self.programs['SLURM_PLUGINS']}" if "SLURM_PLUGINS" in self.programs else ""
-        nodes = "\n".join(f"NodeName={name} NodeHostname={name}{self.domain} NodeAddr={_SUBNET}.{10 + i} CPUs={self.cpus} RealMemory=8000"
-                          for i, name in self._numbered())  # fmt: skip
+        plugins = (
+            f"PluginDir={self.programs['SLURM_PLUGINS']}"
+            if "SLURM_PLUGINS" in self.programs
+            else ""
+        )
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname={name}{self.domain} NodeAddr={_SUBNET}.{10 + i} CPUs={self.cpus} RealMemory=8000"
+            for i, name in self._numbered()
+        )
         (f / "slurm.conf").write_text(f"""\
 ClusterName=test
 SlurmctldHost={self.host}({_SUBNET}.1)
@@ -254,5 +353,5 @@ MinJobAge=3600
 JobRequeue=1
 PropagateResourceLimits=NONE
 {nodes}
-PartitionName=test Nodes={','.join(self.names)} Default=YES DefaultTime=10 MaxTime=UNLIMITED State=UP
+PartitionName=test Nodes={",".join(self.names)} Default=YES DefaultTime=10 MaxTime=UNLIMITED State=UP
 """)

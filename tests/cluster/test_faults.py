@@ -18,7 +18,17 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from jobs import ENDED, Job, assert_same, is_alive, last_step, metrics, rank_processes, whole, write_run
+from jobs import (
+    ENDED,
+    Job,
+    assert_same,
+    is_alive,
+    last_step,
+    metrics,
+    rank_processes,
+    whole,
+    write_run,
+)
 
 from megatrain.place import hosts
 from slurm import Cluster
@@ -29,7 +39,16 @@ STEPS = 60
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("run"), train={"steps": STEPS, "save_every": 5, "keep_last": 3, "eval_every": 20, "eval_batches": 2})
+    return write_run(
+        tmp_path_factory.mktemp("run"),
+        train={
+            "steps": STEPS,
+            "save_every": 5,
+            "keep_last": 3,
+            "eval_every": 20,
+            "eval_batches": 2,
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +64,16 @@ def submit(cluster, warm, run_file, tmp_path):
 
     def submit(*words, output=tmp_path / "run", **more):
         (tmp_path / "marks").mkdir(exist_ok=True)
-        return Job(cluster, run_file, output, python=warm, words=words, log_folder=tmp_path, MARKS=str(tmp_path / "marks"), **more)
+        return Job(
+            cluster,
+            run_file,
+            output,
+            python=warm,
+            words=words,
+            log_folder=tmp_path,
+            MARKS=str(tmp_path / "marks"),
+            **more,
+        )
 
     return submit
 
@@ -74,7 +102,9 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(cluster, submit, undi
     assert "Traceback" not in job.words(), job.words()
     assert set(there[-2:]) <= set(whole(output))
 
-    for half_written in (output / "checkpoints").glob(".writing-*"):  # a start would make room by that
+    for half_written in (output / "checkpoints").glob(
+        ".writing-*"
+    ):  # a start would make room by that
         shutil.rmtree(half_written)
     fill(cluster.disk)
     job.requeue()  # a new job's `megatrain check` would see it
@@ -99,7 +129,10 @@ def test_damaged_checkpoints_are_passed_over(submit, undisturbed):
     os.truncate(file, file.stat().st_size - 1)
     job = submit()
     job.until(lambda: "passed over" in job.words(), "passed over")
-    assert f"resuming from {older}, the newest whole checkpoint; passed over: {newer.name} has {file.stat().st_size} bytes in optimizer/rank" in job.words()
+    assert (
+        f"resuming from {older}, the newest whole checkpoint; passed over: {newer.name} has {file.stat().st_size} bytes in optimizer/rank"
+        in job.words()
+    )
 
     job.until(lambda: newer.name[5:] < f"{max(whole(job.output), default=0):08d}", "newer ones")
     kill(job, 2)
@@ -110,7 +143,10 @@ def test_damaged_checkpoints_are_passed_over(submit, undisturbed):
     file.write_bytes(content)
     job = submit("train.verify=full")
     assert job.wait() == "COMPLETED", job.words()
-    assert f"resuming from {older}, the newest whole checkpoint; passed over: {newer.name} has other content in optimizer/rank" in job.words()
+    assert (
+        f"resuming from {older}, the newest whole checkpoint; passed over: {newer.name} has other content in optimizer/rank"
+        in job.words()
+    )
     assert_same(job.output, undisturbed, STEPS)
 
 
@@ -167,19 +203,35 @@ def test_clocks_that_are_off(cluster, submit, undisturbed):
 
 
 def test_node_lists_mean_what_slurm_says(cluster):
-    for text in ("node[1-2]", "gpu-a-[007,009-011],gpu-b-7", "x[098-101]", "rack[1-2]-[3-4],login", "a[08-10],b,c1-2"):
-        assert " ".join(hosts(text)) == " ".join(cluster.run("scontrol", "show", "hostnames", text).split()), text
+    for text in (
+        "node[1-2]",
+        "gpu-a-[007,009-011],gpu-b-7",
+        "x[098-101]",
+        "rack[1-2]-[3-4],login",
+        "a[08-10],b,c1-2",
+    ):
+        assert " ".join(hosts(text)) == " ".join(
+            cluster.run("scontrol", "show", "hostnames", text).split()
+        ), text
 
 
 def test_nodes_of_other_names(programs, warm, run_file, undisturbed, tmp_path):
     """Hyphens, digits and a domain; then a first node that only Slurm knows."""
-    cluster = Cluster(tmp_path / "named", programs=programs, names=("gpu-a-007", "gpu-a-010"), domain=".cluster.example")
+    cluster = Cluster(
+        tmp_path / "named",
+        programs=programs,
+        names=("gpu-a-007", "gpu-a-010"),
+        domain=".cluster.example",
+    )
     try:
         cluster.start()
         job = Job(cluster, run_file, tmp_path / "run", python=warm)
         assert job.wait() == "COMPLETED", job.words()
         assert "on gpu-a-[007,010], attempt 1" in job.words()
-        assert " on gpu-a-010.cluster.example, process" in (job.output / "logs/rank-00003.log").read_text()
+        assert (
+            " on gpu-a-010.cluster.example, process"
+            in (job.output / "logs/rank-00003.log").read_text()
+        )
         assert_same(job.output, undisturbed, STEPS)
     finally:
         cluster.stop()
@@ -188,7 +240,10 @@ def test_nodes_of_other_names(programs, warm, run_file, undisturbed, tmp_path):
         cluster.start()
         job = Job(cluster, run_file, tmp_path / "nowhere", python=warm)
         assert job.wait() == "FAILED"
-        assert "error: the ranks are to meet on n1, and n2 knows no address of that name" in job.words(), job.words()
+        assert (
+            "error: the ranks are to meet on n1, and n2 knows no address of that name"
+            in job.words()
+        ), job.words()
         assert "Traceback" not in job.words(), job.words()
     finally:
         cluster.stop()
@@ -209,7 +264,10 @@ def test_signals_while_a_checkpoint_is_written(cluster, submit, undisturbed):
     assert "stopped by a signal after step" in job.words()
     assert whole(job.output)[-1] == last_step(job.output)
     job.attempt = 1
-    job.until(lambda: last_step(job.output) > whole(job.output)[-1] and "saving" in job.mark(0).active, "saving")
+    job.until(
+        lambda: last_step(job.output) > whole(job.output)[-1] and "saving" in job.mark(0).active,
+        "saving",
+    )
     for rank in rank_processes(job.output):
         os.kill(rank, signal.SIGTERM)
         os.kill(rank, signal.SIGUSR1)
@@ -232,11 +290,21 @@ def test_a_signal_before_the_ranks_are_there(cluster, submit, undisturbed):
 
 def test_time_that_runs_out(submit, undisturbed):
     """Slurm itself sends the signal before a job's time is over, and the job goes on from there as its next attempt."""
-    job = submit("train.steps=100000", "train.save_every=1", MARKS_SLOW="0.1", options=("--time=2", "--signal=B:USR1@70"))
+    job = submit(
+        "train.steps=100000",
+        "train.save_every=1",
+        MARKS_SLOW="0.1",
+        options=("--time=2", "--signal=B:USR1@70"),
+    )
     job.until(lambda: "attempt 2" in job.words(), "queued again")
     assert f"job {job.id} goes back into the queue" in job.words()
-    stopped_at = max(whole(job.output), default=0)  # Slurm signals up to half a minute early: on a busy machine before there is a step
-    assert "stopped by a signal" not in job.words() or f"stopped by a signal after step {stopped_at};" in job.words()
+    stopped_at = max(
+        whole(job.output), default=0
+    )  # Slurm signals up to half a minute early: on a busy machine before there is a step
+    assert (
+        "stopped by a signal" not in job.words()
+        or f"stopped by a signal after step {stopped_at};" in job.words()
+    )
     job.until(lambda: last_step(job.output) > stopped_at, "beyond it")
     assert not stopped_at or f"step-{stopped_at:08d}, the newest whole checkpoint" in job.words()
     job.cluster.run("scancel", job.id)

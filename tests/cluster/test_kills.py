@@ -20,7 +20,17 @@ from typing import NamedTuple
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from jobs import ENDED, TIMEOUT, Job, assert_same, last_step, metrics, rank_processes, whole, write_run
+from jobs import (
+    ENDED,
+    TIMEOUT,
+    Job,
+    assert_same,
+    last_step,
+    metrics,
+    rank_processes,
+    whole,
+    write_run,
+)
 from marks import PHASES, State
 
 pytestmark = pytest.mark.chaos
@@ -50,7 +60,9 @@ def test_killed_in_each_phase_and_started_again(layout, cluster, warm, tmp_path)
     parallel, train = LAYOUTS[layout]
     trials = Trials(cluster, warm, tmp_path, seed=layout, parallel=parallel, train=train)
     while missing := trials.missing(2):
-        assert len(trials.hits) < 20, f"after 20 kills these were not hit as often as asked: {missing}"
+        assert len(trials.hits) < 20, (
+            f"after 20 kills these were not hit as often as asked: {missing}"
+        )
         trials.go_on(trials.in_phase)
     trials.finish()
 
@@ -68,10 +80,27 @@ class Trials:
     def __init__(self, cluster, python, folder, *, seed, parallel=None, train=None) -> None:
         self.folder, self.hits, self.again = folder, [], []
         self._random, self._runs, self._killed_at = random.Random(seed), 0, None
-        run_file = write_run(folder, parallel=parallel, train={"steps": STEPS, "save_every": 6, "keep_last": KEEP, "eval_every": 5,
-                                                               "eval_batches": 4, **(train or {})})  # fmt: skip
+        run_file = write_run(
+            folder,
+            parallel=parallel,
+            train={
+                "steps": STEPS,
+                "save_every": 6,
+                "keep_last": KEEP,
+                "eval_every": 5,
+                "eval_batches": 4,
+                **(train or {}),
+            },
+        )
         (folder / "marks").mkdir()
-        self._submit = lambda name: Job(cluster, run_file, folder / name, python=python, MARKS=str(folder / "marks"), MARKS_SLOW="0.02")
+        self._submit = lambda name: Job(
+            cluster,
+            run_file,
+            folder / name,
+            python=python,
+            MARKS=str(folder / "marks"),
+            MARKS_SLOW="0.02",
+        )
         undisturbed = self._submit("undisturbed")
         assert undisturbed.wait() == "COMPLETED", undisturbed.words()
         self._new_run()
@@ -101,7 +130,11 @@ class Trials:
             self.job.requeue()
         else:
             self.job = self._submit(self.output.name)
-        from_there = "starting afresh" if newest is None else f"resuming from {self.output}/checkpoints/step-{newest:08d}"
+        from_there = (
+            "starting afresh"
+            if newest is None
+            else f"resuming from {self.output}/checkpoints/step-{newest:08d}"
+        )
         self.job.until(lambda: from_there in self.job.words(), from_there)
 
     def missing(self, times):
@@ -116,7 +149,9 @@ class Trials:
         # Rank 0 publishes: of a checkpoint that others wrote, all may be there when one of them is killed.
         rank = 0 if phase == "saving" and self._random.random() < 0.6 else self._random.randrange(4)
         times, pause = self._random.randint(1, OFTEN[phase]), self._random.random() * LONGEST[phase]
-        state = self._once(job, rank, lambda state: phase in state.active and state.entered[phase] >= times)
+        state = self._once(
+            job, rank, lambda state: phase in state.active and state.entered[phase] >= times
+        )
         time.sleep(pause)
         return state and (rank, state)
 
@@ -157,13 +192,25 @@ class Trials:
         self._killed_at = killed_at
         left = self.job.mark(rank)
         assert left is not None
-        return Hit(left.phase, rank, time.monotonic() - killed_at, re.search(rf"^rank {rank} .*(ended|was killed)", self.job.words(), re.MULTILINE) is not None)
+        return Hit(
+            left.phase,
+            rank,
+            time.monotonic() - killed_at,
+            re.search(rf"^rank {rank} .*(ended|was killed)", self.job.words(), re.MULTILINE)
+            is not None,
+        )
 
     # -- what must hold ----------------------------------------------------------------------------------------------
 
     def _look(self, before):
         """Nothing that was whole, or said to be, is lost; nobody is left; what is written of steps is in order."""
-        now, said = whole(self.output), [int(step) for step in re.findall(r"^saved \S+/step-(\d+) ", self.job.words(), re.MULTILINE)]
+        now, said = (
+            whole(self.output),
+            [
+                int(step)
+                for step in re.findall(r"^saved \S+/step-(\d+) ", self.job.words(), re.MULTILINE)
+            ],
+        )
         assert max([0, *before, *said]) <= max([0, *now]), (before, said, now)
         assert len(now) >= min(len(before), KEEP)
         assert rank_processes(self.output) == []
@@ -178,9 +225,18 @@ class Trials:
         """Let the last job go through."""
         assert self.job.wait() == "COMPLETED", self.job.words()
         self._compare()
-        hits = ", ".join(f"{count} {phase}" for phase, count in sorted(Counter(hit.phase for hit in self.hits).items()))
+        hits = ", ".join(
+            f"{count} {phase}"
+            for phase, count in sorted(Counter(hit.phase for hit in self.hits).items())
+        )
         named = sum(hit.is_named for hit in self.hits)
         ends = sorted(hit.seconds for hit in self.hits)
-        again = f"; training again {statistics.median(self.again):.1f} s after it, {max(self.again):.1f} s at most" if self.again else ""
-        print(f"\n{len(self.hits)} kills ({hits}) in {self._runs} runs, {named} with the rank named; the job's end {statistics.median(ends):.1f} s "
-              f"after a kill, {ends[-1]:.1f} s at most{again}")  # fmt: skip
+        again = (
+            f"; training again {statistics.median(self.again):.1f} s after it, {max(self.again):.1f} s at most"
+            if self.again
+            else ""
+        )
+        print(
+            f"\n{len(self.hits)} kills ({hits}) in {self._runs} runs, {named} with the rank named; the job's end {statistics.median(ends):.1f} s "
+            f"after a kill, {ends[-1]:.1f} s at most{again}"
+        )

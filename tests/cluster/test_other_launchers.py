@@ -39,12 +39,30 @@ def undisturbed(cluster, warm, run_file):
     return job.output
 
 
-@pytest.mark.parametrize("commands", [TORCHRUN, DEEPSPEED, DEEPSPEED_PER_NODE], ids=["torchrun", "deepspeed", "deepspeed-per-node"])
+@pytest.mark.parametrize(
+    "commands",
+    [TORCHRUN, DEEPSPEED, DEEPSPEED_PER_NODE],
+    ids=["torchrun", "deepspeed", "deepspeed-per-node"],
+)
 def test_two_nodes(commands, cluster, run_file, undisturbed, tmp_path):
     output, log = tmp_path / "run", tmp_path / "out"
     script = tmp_path / "job.sh"
-    script.write_text(f"#!/bin/bash\n{commands.format(folder=tmp_path)} {run_file} run.output_dir={shlex.quote(str(output))}\n")
-    job = cluster.run("sbatch", "--parsable", "-N2", "--cpus-per-task=1", f"--chdir={ROOT}", f"--output={log}", script, cwd=ROOT,
-                      PATH=f"{BIN}:{cluster.environment['PATH']}", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # fmt: skip
+    script.write_text(
+        f"#!/bin/bash\n{commands.format(folder=tmp_path)} {run_file} run.output_dir={shlex.quote(str(output))}\n"
+    )
+    job = cluster.run(
+        "sbatch",
+        "--parsable",
+        "-N2",
+        "--cpus-per-task=1",
+        f"--chdir={ROOT}",
+        f"--output={log}",
+        script,
+        cwd=ROOT,
+        PATH=f"{BIN}:{cluster.environment['PATH']}",
+        PYTHONPATH=str(ROOT),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+    )
     assert cluster.wait(job, timeout=TIMEOUT) == "COMPLETED", log.read_text()[-6000:]
     assert_same(output, undisturbed, STEPS)

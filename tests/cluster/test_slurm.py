@@ -18,14 +18,20 @@ STEPS = 80
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("run"), train={"steps": STEPS, "save_every": 10, "keep_last": 3})
+    return write_run(
+        tmp_path_factory.mktemp("run"), train={"steps": STEPS, "save_every": 10, "keep_last": 3}
+    )
 
 
-def test_a_run_through_preemption_a_killed_rank_and_a_lost_node_ends_as_an_undisturbed_one(cluster, warm, run_file, tmp_path):
+def test_a_run_through_preemption_a_killed_rank_and_a_lost_node_ends_as_an_undisturbed_one(
+    cluster, warm, run_file, tmp_path
+):
     output = tmp_path / "disturbed"
     job = Job(cluster, run_file, output, python=warm)
     job.until_beyond(5)
-    cluster.run("scancel", "--batch", "--signal=USR1", job.id)  # as --signal does before the time is over
+    cluster.run(
+        "scancel", "--batch", "--signal=USR1", job.id
+    )  # as --signal does before the time is over
     job.until(lambda: "attempt 2" in job.words(), "queued again")
     stopped_at = last_step(output)
     assert f"stopped by a signal after step {stopped_at}" in job.words()
@@ -40,10 +46,14 @@ def test_a_run_through_preemption_a_killed_rank_and_a_lost_node_ends_as_an_undis
     job.until_beyond(last_step(output) + 3)
     cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     job.until(lambda: job.state == "PENDING", "back in the queue")
-    cluster.run("scontrol", "update", "nodename=node2", "state=resume", check=False)  # where it has not come back by itself
+    cluster.run(
+        "scontrol", "update", "nodename=node2", "state=resume", check=False
+    )  # where it has not come back by itself
     assert job.wait() == "COMPLETED", job.words()
 
-    undisturbed = Job(cluster, run_file, tmp_path / "undisturbed", python=warm, words=("train.save_every=0",))
+    undisturbed = Job(
+        cluster, run_file, tmp_path / "undisturbed", python=warm, words=("train.save_every=0",)
+    )
     assert undisturbed.wait() == "COMPLETED", undisturbed.words()
     assert_same(output, undisturbed.output, STEPS)
 
@@ -53,5 +63,8 @@ def test_a_mistake_in_the_config_ends_the_job_before_a_rank_starts(cluster, run_
     bad.write_text(run_file.read_text().replace("micro_batch_size: 1", "micro_batch_size: 3"))
     job = Job(cluster, bad, tmp_path / "never")
     assert job.wait() == "FAILED"
-    assert "error: train.global_batch_size=4 is not a multiple of train.micro_batch_size=3" in job.words()
+    assert (
+        "error: train.global_batch_size=4 is not a multiple of train.micro_batch_size=3"
+        in job.words()
+    )
     assert "rank" not in job.words()

@@ -33,13 +33,26 @@ class WarmPython:
         self._server: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        words = " ".join(f'"{word}"' for word in (sys.executable, "-IS", __file__, "run", self._socket))
+        words = " ".join(
+            f'"{word}"' for word in (sys.executable, "-IS", __file__, "run", self._socket)
+        )
         self.program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         self.program.chmod(0o755)
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        environment = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
         with self._log.open("wb") as log:
-            self._server = subprocess.Popen([sys.executable, __file__, "serve", self._socket], stdin=subprocess.DEVNULL, env=environment,
-                                            stdout=subprocess.PIPE, stderr=log, start_new_session=True)  # fmt: skip
+            self._server = subprocess.Popen(
+                [sys.executable, __file__, "serve", self._socket],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == b"ready\n", self._log.read_text()
 
@@ -62,9 +75,18 @@ def run(path: str, words: list[str]) -> None:
         server.send(bytes([number]))
 
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
-    order = json.dumps({"words": words, "environment": dict(os.environ), "folder": os.getcwd(), "like": os.getpid()}).encode()
+    order = json.dumps(
+        {
+            "words": words,
+            "environment": dict(os.environ),
+            "folder": os.getcwd(),
+            "like": os.getpid(),
+        }
+    ).encode()
     streams = array.array("i", [1, 2])
-    server.sendmsg([len(order).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+    server.sendmsg(
+        [len(order).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
+    )
     server.sendall(order)
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
@@ -187,7 +209,9 @@ def _enter(process: int) -> None:
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    for handle in [os.open(f"/proc/{process}/ns/{kind}", os.O_RDONLY) for kind in ("net", "uts", "mnt")]:
+    for handle in [
+        os.open(f"/proc/{process}/ns/{kind}", os.O_RDONLY) for kind in ("net", "uts", "mnt")
+    ]:
         if libc.setns(handle, 0):
             raise OSError(ctypes.get_errno(), "setns")
 

@@ -28,7 +28,10 @@ TIED = {**LLAMA, "tie_word_embeddings": True}
 def folders(tmp_path_factory):
     """A folder of each, in several shards."""
     root = tmp_path_factory.mktemp("sources")
-    return {name: (make_folder(root / name, fields), root / name)[1] for name, fields in {"llama": LLAMA, "tied": TIED, "gpt2": GPT2}.items()}
+    return {
+        name: (make_folder(root / name, fields), root / name)[1]
+        for name, fields in {"llama": LLAMA, "tied": TIED, "gpt2": GPT2}.items()
+    }
 
 
 @pytest.fixture
@@ -57,7 +60,9 @@ def refused(capfd, *words):
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
 def test_consolidates_to_one_file_with_the_same_bytes(name, folders, tmp_path, capfd):
     assert to_hf(folders[name], tmp_path / "out", "--max-shard-size", "1TB") == 0
-    assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == [
+        "model.safetensors"
+    ]
     assert tensors_of(tmp_path / "out") == tensors_of(folders[name])
     said = capfd.readouterr().out
     assert "a Hugging Face folder of a" in said
@@ -65,8 +70,15 @@ def test_consolidates_to_one_file_with_the_same_bytes(name, folders, tmp_path, c
     assert "(100%)" in said
     figures = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert figures["proof"]["max_logit_difference"] <= 1e-5
-    assert figures["proof"]["tensors"] == len(tensors_of(folders[name])) == len(figures["sha256_of_tensors"])
-    assert (figures["proof"]["source_computed_by"], figures["proof"]["target_computed_by"]) == ("our layers", "transformers")
+    assert (
+        figures["proof"]["tensors"]
+        == len(tensors_of(folders[name]))
+        == len(figures["sha256_of_tensors"])
+    )
+    assert (figures["proof"]["source_computed_by"], figures["proof"]["target_computed_by"]) == (
+        "our layers",
+        "transformers",
+    )
 
 
 def test_is_loaded_by_transformers_with_the_same_logits_and_nothing_missing(folders, tmp_path):
@@ -89,28 +101,44 @@ def test_shards_are_as_small_as_asked_and_the_index_is_theirs(folders, tmp_path)
     assert {name: path.name for path in shards for name in load_file(path)} == index["weight_map"]
     for path in shards:
         assert sum(tensor.nbytes for tensor in load_file(path).values()) <= 25_000
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for path in shards for tensor in load_file(path).values())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for path in shards for tensor in load_file(path).values()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_a_lower_dtype_rounds_to_nearest_and_says_what_that_changes(dtype, folders, tmp_path, capfd):
+def test_a_lower_dtype_rounds_to_nearest_and_says_what_that_changes(
+    dtype, folders, tmp_path, capfd
+):
     assert to_hf(folders["gpt2"], tmp_path / "out", "--dtype", dtype) == 0
     said = capfd.readouterr().out
-    assert f"rounding changes a weight by at most {'0.002' if dtype == 'bf16' else '0.00024'} of itself" in said
+    assert (
+        f"rounding changes a weight by at most {'0.002' if dtype == 'bf16' else '0.00024'} of itself"
+        in said
+    )
     assert f"rounding to {dtype} changed logits by at most" in said
     to = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    before = {name: tensor for path in folders["gpt2"].glob("*.safetensors") for name, tensor in load_file(path).items()}
+    before = {
+        name: tensor
+        for path in folders["gpt2"].glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, before[name].to(to))
     figures = json.loads((tmp_path / "out" / "conversion.json").read_text())["proof"]
     assert figures["max_logit_difference"] <= 1e-5 < figures["rounding_difference"] < 0.1
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
+        == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    )
 
 
 def test_what_fp16_cannot_hold_is_refused(source, tmp_path, capfd):
     edit(source, lambda tensors: tensors["model.norm.weight"].fill_(7e4))
-    assert "model.norm.weight holds 7e+04, which is beyond what fp16 can hold; use bf16 or fp32" in refused(
-        capfd, source, tmp_path / "out", "--to", "hf", "--dtype", "fp16")  # fmt: skip
+    assert (
+        "model.norm.weight holds 7e+04, which is beyond what fp16 can hold; use bf16 or fp32"
+        in refused(capfd, source, tmp_path / "out", "--to", "hf", "--dtype", "fp16")
+    )
 
 
 def test_old_files_without_the_base_models_prefix_and_with_buffers(folders, tmp_path):
@@ -118,9 +146,16 @@ def test_old_files_without_the_base_models_prefix_and_with_buffers(folders, tmp_
     old = tmp_path / "old"
     old.mkdir()
     shutil.copy(folders["gpt2"] / "config.json", old)
-    whole = {name: tensor for path in folders["gpt2"].glob("*.safetensors") for name, tensor in load_file(path).items()}
+    whole = {
+        name: tensor
+        for path in folders["gpt2"].glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
     state = {name.removeprefix("transformer."): tensor for name, tensor in whole.items()}
-    state |= {"h.0.attn.bias": torch.ones(1, 1, 64, 64).tril(), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    state |= {
+        "h.0.attn.bias": torch.ones(1, 1, 64, 64).tril(),
+        "h.1.attn.masked_bias": torch.tensor(-1e4),
+    }
     torch.save({**state, "lm_head.weight": state["wte.weight"]}, old / "pytorch_model.bin")
     assert to_hf(old, tmp_path / "out") == 0
     assert tensors_of(tmp_path / "out") == tensors_of(folders["gpt2"])
@@ -133,7 +168,9 @@ def test_the_tokenizer_goes_along(source, tmp_path):
     (source / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}')
     assert to_hf(source, tmp_path / "out") == 0
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"a": 1}'
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.3
+    assert (
+        json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.3
+    )
     assert not (tmp_path / "out" / "notes.bin").exists()
     other = tmp_path / "other"
     other.mkdir()
@@ -170,17 +207,27 @@ def test_a_bit_that_flips_on_its_way_to_the_disk_is_found(source, tmp_path, capf
 
     monkeypatch.setattr(writer, "_write_all", flip)
     monkeypatch.setattr(writer, "_copies_files", lambda *args: False)
-    assert "with other bytes than were written" in refused(capfd, source, tmp_path / "out", "--to", "hf")
+    assert "with other bytes than were written" in refused(
+        capfd, source, tmp_path / "out", "--to", "hf"
+    )
 
 
 def test_a_copy_from_the_wrong_place_is_found(source, tmp_path, capfd, monkeypatch):
     copy = writer._copy_span
-    monkeypatch.setattr(writer, "_copy_span", lambda span, handle: copy(span._replace(start=span.start - 4, stop=span.stop - 4), handle))
-    assert "with other bytes than were written" in refused(capfd, source, tmp_path / "out", "--to", "hf")
+    monkeypatch.setattr(
+        writer,
+        "_copy_span",
+        lambda span, handle: copy(span._replace(start=span.start - 4, stop=span.stop - 4), handle),
+    )
+    assert "with other bytes than were written" in refused(
+        capfd, source, tmp_path / "out", "--to", "hf"
+    )
 
 
 @pytest.mark.parametrize("how", ["other disks", "refused"])
-def test_where_the_system_copies_no_files_the_bytes_are_the_same(how, source, tmp_path, monkeypatch):
+def test_where_the_system_copies_no_files_the_bytes_are_the_same(
+    how, source, tmp_path, monkeypatch
+):
     def refuse(*args):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
@@ -197,14 +244,23 @@ def test_a_tensor_read_wrongly_shows_in_the_logits(source, tmp_path, capfd, monk
     from megatrain.convert import logits
 
     read = logits.read_declared
-    monkeypatch.setattr(logits, "read_declared", lambda tensors, declaration, rows=None: read(tensors, declaration, rows).flip(0)
-                        if declaration.name.endswith("0.self_attn.q_proj.weight") else read(tensors, declaration, rows))  # fmt: skip
+    monkeypatch.setattr(
+        logits,
+        "read_declared",
+        lambda tensors, declaration, rows=None: (
+            read(tensors, declaration, rows).flip(0)
+            if declaration.name.endswith("0.self_attn.q_proj.weight")
+            else read(tensors, declaration, rows)
+        ),
+    )
     assert "their logits by" in refused(capfd, source, tmp_path / "out", "--to", "hf")
 
 
 def test_a_model_without_finite_logits(source, tmp_path, capfd):
     edit(source, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
-    assert "its own logits are not finite; --no-verify converts it as it is" in refused(capfd, source, tmp_path / "out", "--to", "hf")
+    assert "its own logits are not finite; --no-verify converts it as it is" in refused(
+        capfd, source, tmp_path / "out", "--to", "hf"
+    )
     assert to_hf(source, tmp_path / "out", "--no-verify") == 0
 
 
@@ -220,7 +276,13 @@ def test_killed_in_the_middle_leaves_no_half_folder_and_the_next_run_clears_up(s
         "writer._write_all, writer._copies_files = die, lambda *args: False\nmain(['convert', *sys.argv[1:]])"
     )
     words = [str(source), str(tmp_path / "out"), "--to", "hf"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out").exists()
     left = tmp_path / ".converting-out"
@@ -257,20 +319,28 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(writer, "_write_all", full)
     monkeypatch.setattr(writer, "_copies_files", lambda *args: False)
-    assert "cannot be written: No space left on device; nothing was published" in refused(capfd, source, tmp_path / "out", "--to", "hf")
+    assert "cannot be written: No space left on device; nothing was published" in refused(
+        capfd, source, tmp_path / "out", "--to", "hf"
+    )
 
 
 def test_free_space_is_looked_at_first(source, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5000})())
-    monkeypatch.setattr(conversion, "write_model", lambda *args, **more: pytest.fail("something was written"))
-    assert "needs 0.000 GB and its disk has 0.000 GB free; nothing was written" in refused(capfd, source, tmp_path / "out", "--to", "hf")
+    monkeypatch.setattr(
+        conversion, "write_model", lambda *args, **more: pytest.fail("something was written")
+    )
+    assert "needs 0.000 GB and its disk has 0.000 GB free; nothing was written" in refused(
+        capfd, source, tmp_path / "out", "--to", "hf"
+    )
 
 
 def test_a_target_that_holds_something_is_left_alone(source, tmp_path, capfd):
     target = tmp_path / "out"
     target.mkdir()
     (target / "mine").write_text("x")
-    assert f"{target} is not empty; give a new folder" in refused(capfd, source, target, "--to", "hf")
+    assert f"{target} is not empty; give a new folder" in refused(
+        capfd, source, target, "--to", "hf"
+    )
     (target / "mine").unlink()
     assert to_hf(source, target) == 0
     file = tmp_path / "file"
@@ -284,7 +354,11 @@ def test_a_target_that_holds_something_is_left_alone(source, tmp_path, capfd):
 
 def edit(folder, change):
     """Change tensors of the folder, all in one file afterwards."""
-    tensors = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    tensors = {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     change(tensors)
@@ -301,15 +375,24 @@ def untie(folder):
 
 
 DAMAGES = {
-    "lacks model.layers.1.mlp.up_proj.weight": lambda folder: edit(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
-    "holds model.extra, for which a llama of its config has no place": lambda folder: edit(folder, lambda t: t.update({"model.extra": torch.ones(2)})),
-    "of shape (48, 32), and its config makes it (64, 32)": lambda folder: set_config(folder, intermediate_size=64),
+    "lacks model.layers.1.mlp.up_proj.weight": lambda folder: edit(
+        folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")
+    ),
+    "holds model.extra, for which a llama of its config has no place": lambda folder: edit(
+        folder, lambda t: t.update({"model.extra": torch.ones(2)})
+    ),
+    "of shape (48, 32), and its config makes it (64, 32)": lambda folder: set_config(
+        folder, intermediate_size=64
+    ),
     "lacks model.layers.2.": lambda folder: set_config(folder, num_hidden_layers=3),
     "holds model.layers.1.": lambda folder: set_config(folder, num_hidden_layers=1),
     "holds lm_head.weight with other values than the embedding, and its config ties them": untie,
-    "model.quantization_config": lambda folder: set_config(folder, quantization_config={"quant_method": "fp8"}),
+    "model.quantization_config": lambda folder: set_config(
+        folder, quantization_config={"quant_method": "fp8"}
+    ),
     "is a classifier, and language models are converted": lambda folder: set_config(
-        folder, architectures=["LlamaForSequenceClassification"], pad_token_id=0),
+        folder, architectures=["LlamaForSequenceClassification"], pad_token_id=0
+    ),
     "model.model_type=": lambda folder: set_config(folder, model_type="opt"),
     "is of no kind that is read": lambda folder: (folder / "config.json").unlink(),
     "holds no model": lambda folder: [path.unlink() for path in folder.glob("*.safetensors*")],
@@ -330,7 +413,14 @@ def test_a_source_that_is_not_there(tmp_path, capfd):
 
 
 def test_sizes():
-    assert [parse_size(text) for text in ("5GB", "500MB", "1.5gb", "20K", "7", "1TB")] == [5 * 10**9, 5 * 10**8, 1_500_000_000, 20_000, 7, 10**12]
+    assert [parse_size(text) for text in ("5GB", "500MB", "1.5gb", "20K", "7", "1TB")] == [
+        5 * 10**9,
+        5 * 10**8,
+        1_500_000_000,
+        20_000,
+        7,
+        10**12,
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "5 apples", "nan"])
@@ -341,5 +431,13 @@ def test_no_sizes(text, capsys):
 
 
 def test_the_tool_is_the_verb(source, tmp_path):
-    done = subprocess.run([sys.executable, TOOLS / "convert_checkpoint.py", source, source], capture_output=True, text=True, timeout=200)
-    assert (done.returncode, done.stderr) == (1, f"error: {source} is not empty; give a new folder\n")
+    done = subprocess.run(
+        [sys.executable, TOOLS / "convert_checkpoint.py", source, source],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: {source} is not empty; give a new folder\n",
+    )

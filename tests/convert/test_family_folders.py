@@ -12,7 +12,13 @@ from variants import VARIANTS
 
 from megatrain import config as configuration
 
-PAIRS = [{"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "sequence": True}, {"data": 2, "zero": 3}, {"data": 2, "zero": 2}]
+PAIRS = [
+    {"tensor": 2},
+    {"pipeline": 2},
+    {"tensor": 2, "sequence": True},
+    {"data": 2, "zero": 3},
+    {"data": 2, "zero": 2},
+]
 NAMES = sorted(VARIANTS)
 FORMER = {"embed_out.weight": "lm_head.weight"}
 """transformers saves a GPT-NeoX's head by the name that it had once, and loads it by either."""
@@ -36,17 +42,34 @@ def import_and_save(rank, world_size, root):
 
     for name in NAMES:
         parallel = layouts(name)[world_size]
-        config = configuration.from_dict({
-            "model": str(root / name / "hf"), "data": {"sequence_length": 16}, "parallel": parallel,
-            "train": {"steps": 0, "global_batch_size": 4, "init_from": str(root / name / "hf")},
-        })  # fmt: skip
+        config = configuration.from_dict(
+            {
+                "model": str(root / name / "hf"),
+                "data": {"sequence_length": 16},
+                "parallel": parallel,
+                "train": {"steps": 0, "global_batch_size": 4, "init_from": str(root / name / "hf")},
+            }
+        )
         architecture = read_architecture(load_config(config.model))
-        grid = make_grid(rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=config.data_size(world_size))
+        grid = make_grid(
+            rank,
+            tensor=config.parallel.tensor,
+            pipeline=config.parallel.pipeline,
+            data=config.data_size(world_size),
+        )
         pretrained = Pretrained(root / name / "hf", architecture)
         pretrained.check(whole_tensors(architecture))
         trainer = Trainer(config, architecture, grid, torch.device("cpu"), pretrained=pretrained)
-        saver = Saver(root / name / f"ours-{world_size}", zero=trainer.zero, config=config, architecture=architecture, grid=grid,
-                      describe=lambda path, config=config, architecture=architecture: write_descriptions(path, config, architecture, None))  # fmt: skip
+        saver = Saver(
+            root / name / f"ours-{world_size}",
+            zero=trainer.zero,
+            config=config,
+            architecture=architecture,
+            grid=grid,
+            describe=lambda path, config=config, architecture=architecture: write_descriptions(
+                path, config, architecture, None
+            ),
+        )
         saver.save(Progress(0, 0, 0))
         saver.finish()
 
@@ -64,15 +87,30 @@ def imported(tmp_path_factory):
 @pytest.mark.parametrize("world_size", [4, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_comes_back_with_the_same_bytes_and_logits(name, world_size, imported, tmp_path, capfd):
-    assert convert(imported / name / f"ours-{world_size}", tmp_path / "out", "--to", "hf") == 0, capfd.readouterr().err
-    assert tensors_of(tmp_path / "out") == {FORMER.get(theirs, theirs): held for theirs, held in tensors_of(imported / name / "hf").items()}
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.name in ("trainer.json", "manifest.json", "optimizer")]
+    assert convert(imported / name / f"ours-{world_size}", tmp_path / "out", "--to", "hf") == 0, (
+        capfd.readouterr().err
+    )
+    assert tensors_of(tmp_path / "out") == {
+        FORMER.get(theirs, theirs): held
+        for theirs, held in tensors_of(imported / name / "hf").items()
+    }
+    assert not [
+        path
+        for path in (tmp_path / "out").rglob("*")
+        if path.name in ("trainer.json", "manifest.json", "optimizer")
+    ]
     proof = json.loads((tmp_path / "out" / "conversion.json").read_text())["proof"]
-    assert (proof["source_computed_by"], proof["target_computed_by"]) == ("our layers", "transformers")
+    assert (proof["source_computed_by"], proof["target_computed_by"]) == (
+        "our layers",
+        "transformers",
+    )
     assert proof["max_logit_difference"] <= 1e-5
     from transformers import AutoModelForCausalLM
 
-    one, two = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (imported / name / "hf", tmp_path / "out"))
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(folder).eval()
+        for folder in (imported / name / "hf", tmp_path / "out")
+    )
     tokens = torch.arange(40).view(2, 20)
     with torch.inference_mode():
         assert torch.equal(one(tokens).logits, two(tokens).logits)

@@ -18,7 +18,14 @@ from megatrain.errors import UserError
 from megatrain.models.architecture import read_architecture
 from megatrain.train.build import whole_tensors
 
-SMALL = {**LLAMA, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 12}
+SMALL = {
+    **LLAMA,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 12,
+}
 CASES = 60
 
 
@@ -66,7 +73,10 @@ def mutated(content, chance):
         del content[at:]
     elif kind == "move":
         other = chance.randrange(len(content))
-        content[at : at + 8], content[other : other + 8] = content[other : other + 8], content[at : at + 8]
+        content[at : at + 8], content[other : other + 8] = (
+            content[other : other + 8],
+            content[at : at + 8],
+        )
     else:
         content[at:at] = content[at : at + 32]
     return bytes(content)
@@ -75,10 +85,16 @@ def mutated(content, chance):
 def mutate_pickle(content, chance):
     """The same inside a sound archive, where the description of the tensors is."""
     packed = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as before, zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as after:
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as before,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as after,
+    ):
         for entry in before.infolist():
             held = before.read(entry)
-            after.writestr(entry.filename, mutated(held, chance) if entry.filename.endswith("data.pkl") else held)
+            after.writestr(
+                entry.filename,
+                mutated(held, chance) if entry.filename.endswith("data.pkl") else held,
+            )
     return packed.getvalue()
 
 

@@ -20,8 +20,12 @@ from tiny_folders import GPT2, LLAMA, convert, make_folder, tensors_of
 from megatrain.convert.megatron_distributed import DistributedPart
 from megatrain.errors import CheckpointError
 
-CASES = {"llama": (LLAMA, False), "llama stacked": ({**LLAMA, "tie_word_embeddings": True}, True), "gpt2": (GPT2, True),
-         "qwen3": ({**LLAMA, "model_type": "qwen3", "head_dim": 16}, False)}  # fmt: skip
+CASES = {
+    "llama": (LLAMA, False),
+    "llama stacked": ({**LLAMA, "tie_word_embeddings": True}, True),
+    "gpt2": (GPT2, True),
+    "qwen3": ({**LLAMA, "model_type": "qwen3", "head_dim": 16}, False),
+}
 
 
 def save_in_chunks(rank, world_size, states):
@@ -35,7 +39,9 @@ def save_in_chunks(rank, world_size, states):
         held = {}
         for number, (name, tensor) in enumerate(state.items()):
             dim = number % 3 if tensor.dim() > 1 else 0
-            held[name] = distribute_tensor(tensor, mesh, [Replicate() if dim >= tensor.dim() else Shard(dim)])
+            held[name] = distribute_tensor(
+                tensor, mesh, [Replicate() if dim >= tensor.dim() else Shard(dim)]
+            )
         held["optimizer.state.exp_avg.decoder.x"] = torch.zeros(3)
         held["decoder.layers.self_attention._extra_state/shard_0_2"] = {"scale": 1}
         dcp.save(held, checkpoint_id=folder)
@@ -50,7 +56,10 @@ def written(tmp_path_factory):
         states[str(root / name / "run" / "iter_0000007")] = whole_tensors(model, stacked=stacked)
         (root / name / "run" / "iter_0000007").mkdir(parents=True)
         with mock.patch.dict(sys.modules, MODULES):
-            torch.save({"args": arguments(model.config, 2, 1), "checkpoint_version": 3.0}, root / name / "run" / "iter_0000007" / "common.pt")
+            torch.save(
+                {"args": arguments(model.config, 2, 1), "checkpoint_version": 3.0},
+                root / name / "run" / "iter_0000007" / "common.pt",
+            )
         (root / name / "run" / "latest_checkpointed_iteration.txt").write_text("7")
     run_ranks(save_in_chunks, 2, states, folder=root)
     return root
@@ -83,7 +92,9 @@ def test_no_code_of_the_metadata_runs(written, tmp_path):
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     metadata.planner_data = Runs(tmp_path / "ran")
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"is refused: .*touch is not of a checkpoint's metadata"):
+    with pytest.raises(
+        CheckpointError, match=r"is refused: .*touch is not of a checkpoint's metadata"
+    ):
         DistributedPart(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -103,14 +114,24 @@ def largest(folder):
 
 
 DAMAGES = {
-    "which is not the name of a file in the folder": lambda folder: change_metadata(folder, lead_out),
-    "each element once": lambda folder: change_metadata(folder, lambda m: m.state_dict_metadata["output_layer.weight"].chunks.pop()),
-    "is not inside it": lambda folder: change_metadata(folder, lambda m: setattr(
-        m.state_dict_metadata["output_layer.weight"].chunks[0], "sizes", torch.Size((99, 99)))),
-    "is damaged": lambda folder: (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes()[:-40]),
+    "which is not the name of a file in the folder": lambda folder: change_metadata(
+        folder, lead_out
+    ),
+    "each element once": lambda folder: change_metadata(
+        folder, lambda m: m.state_dict_metadata["output_layer.weight"].chunks.pop()
+    ),
+    "is not inside it": lambda folder: change_metadata(
+        folder,
+        lambda m: setattr(
+            m.state_dict_metadata["output_layer.weight"].chunks[0], "sizes", torch.Size((99, 99))
+        ),
+    ),
+    "is damaged": lambda folder: (folder / ".metadata").write_bytes(
+        (folder / ".metadata").read_bytes()[:-40]
+    ),
     "cannot be read": lambda folder: largest(folder).unlink(),
     "is cut short": lambda folder: os.truncate(largest(folder), 100),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("sentence", DAMAGES)

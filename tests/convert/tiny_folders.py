@@ -6,8 +6,16 @@ import torch
 
 VOCABULARY = 67
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
-LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, **SIZES}  # fmt: skip
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **SIZES,
+}
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SIZES}
 
 
@@ -16,7 +24,9 @@ def random_model(fields, seed=0):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = dict(fields)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(fields.pop("model_type"), **fields)
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -39,7 +49,11 @@ def tensors_of(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(name)
-                found[name] = (tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                found[name] = (
+                    tensor.dtype,
+                    tuple(tensor.shape),
+                    tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+                )
     return found
 
 

@@ -111,7 +111,15 @@ WITH_MARKS = """\
 {%- endfor %}
 """
 
-TEMPLATES = {"llama3": LLAMA3, "qwen": QWEN, "mistral": MISTRAL, "chatml": CHATML, "gemma": GEMMA, "zephyr": ZEPHYR, "marks": WITH_MARKS}
+TEMPLATES = {
+    "llama3": LLAMA3,
+    "qwen": QWEN,
+    "mistral": MISTRAL,
+    "chatml": CHATML,
+    "gemma": GEMMA,
+    "zephyr": ZEPHYR,
+    "marks": WITH_MARKS,
+}
 
 _CHATML_TURNS = (
     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello you<|im_end|>»\n"
@@ -119,16 +127,25 @@ _CHATML_TURNS = (
 )
 MARKED = {
     "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-              "«Hello you<|eot_id|>»<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n«See\nyou<|eot_id|>»",
+    "«Hello you<|eot_id|>»<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n«See\nyou<|eot_id|>»",
     "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + _CHATML_TURNS,
     "mistral": "<s>[INST] Hi [/INST]« Hello you</s>»[INST] Bye [/INST]« See\nyou</s>»",
     "chatml": _CHATML_TURNS,
     "gemma": "<s><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n«Hello you<end_of_turn>»\n"
-             "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n«See\nyou<end_of_turn>»\n",
+    "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n«See\nyou<end_of_turn>»\n",
     "zephyr": "<|user|>\nHi</s>\n<|assistant|>\n«Hello you</s>»\n<|user|>\nBye</s>\n<|assistant|>\n«See\nyou</s>»\n",
     "marks": _CHATML_TURNS,
-}  # fmt: skip
+}
 
-SPECIAL = ["<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<start_of_turn>",
-           "<end_of_turn>"]  # fmt: skip
+SPECIAL = [
+    "<s>",
+    "</s>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+]

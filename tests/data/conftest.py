@@ -8,7 +8,12 @@ import pytest
 
 from megatrain.data.tokenizer import train_tokenizer
 
-TEXTS = ["the quick brown fox", "jumps over the lazy dog\n\n", "naïve café 你好 🙂", "a <|endoftext|> inside"] * 4
+TEXTS = [
+    "the quick brown fox",
+    "jumps over the lazy dog\n\n",
+    "naïve café 你好 🙂",
+    "a <|endoftext|> inside",
+] * 4
 
 
 @pytest.fixture(scope="session")

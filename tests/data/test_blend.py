@@ -30,13 +30,17 @@ def test_each_source_is_walked_without_gap_or_double():
     blend = Blend(weights, seed=3)
     places = [blend.place(position) for position in range(3 * BLOCK)]
     for source, count in enumerate(blend.counts(3 * BLOCK)):
-        assert sorted(place.position for place in places if place.source == source) == list(range(count))
+        assert sorted(place.position for place in places if place.source == source) == list(
+            range(count)
+        )
 
 
 def test_sources_are_mixed_within_a_block():
     blend = Blend([3, 1], seed=5)
     for first in range(0, BLOCK, 512):
-        share = Counter(blend.place(position).source for position in range(first, first + 512))[1] / 512
+        share = (
+            Counter(blend.place(position).source for position in range(first, first + 512))[1] / 512
+        )
         assert 0.17 < share < 0.33
 
 

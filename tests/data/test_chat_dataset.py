@@ -22,7 +22,12 @@ from megatrain.errors import DataError
 
 RECORDS = [
     {"prompt": "the quick", "completion": "brown fox"},
-    {"messages": [{"role": "user", "content": "over"}, {"role": "assistant", "content": "the lazy dog " * 10}]},
+    {
+        "messages": [
+            {"role": "user", "content": "over"},
+            {"role": "assistant", "content": "the lazy dog " * 10},
+        ]
+    },
     {"instruction": "jumps " * 40, "output": "over"},
 ]
 
@@ -30,7 +35,9 @@ RECORDS = [
 @pytest.fixture
 def recipe(tokenizer_folder, tmp_path):
     (tmp_path / "chatml.jinja").write_text(CHATML)
-    return Recipe(str(tokenizer_folder), str(tmp_path / "chatml.jinja"), "assistant", "truncate", 512)
+    return Recipe(
+        str(tokenizer_folder), str(tmp_path / "chatml.jinja"), "assistant", "truncate", 512
+    )
 
 
 @pytest.fixture
@@ -55,9 +62,15 @@ def test_tokens_and_what_is_learnt_of_them_are_prepared(recipe, chats, tmp_path)
     second = contents(prefix)[1]
     assert [code >> 1 for code in second] == expected
     answer = [code >> 1 for code in second if code & 1]
-    assert template.tokenizer.decode(answer) == "the lazy dog " * 10 + "<|im_end|>\n"  # no special token: the newline belongs to it
+    assert (
+        template.tokenizer.decode(answer) == "the lazy dog " * 10 + "<|im_end|>\n"
+    )  # no special token: the newline belongs to it
     counts = read_counts(prefix)
-    assert counts == Counts(3, sum(map(len, contents(prefix))), sum(code & 1 for some in contents(prefix) for code in some))
+    assert counts == Counts(
+        3,
+        sum(map(len, contents(prefix))),
+        sum(code & 1 for some in contents(prefix) for code in some),
+    )
 
 
 def test_files_of_all_kinds_hold_the_same(recipe, chats, tmp_path):
@@ -65,28 +78,63 @@ def test_files_of_all_kinds_hold_the_same(recipe, chats, tmp_path):
         file.write(chats.read_bytes())
     with pa.CompressedOutputStream(str(tmp_path / "z.jsonl.zst"), "zstd") as file:
         file.write(chats.read_bytes())
-    pq.write_table(pa.Table.from_pylist([{"prompt": None, "completion": None, "messages": None, "instruction": None, "output": None, **record}
-                                         for record in RECORDS]), tmp_path / "z.parquet")  # fmt: skip
+    pq.write_table(
+        pa.Table.from_pylist(
+            [
+                {
+                    "prompt": None,
+                    "completion": None,
+                    "messages": None,
+                    "instruction": None,
+                    "output": None,
+                    **record,
+                }
+                for record in RECORDS
+            ]
+        ),
+        tmp_path / "z.parquet",
+    )
     whole = contents(prepare(str(chats), recipe, folder=tmp_path / "data", name="train0"))
     for name in ("z.jsonl.gz", "z.jsonl.zst", "z.parquet"):
-        assert contents(prepare(str(tmp_path / name), recipe, folder=tmp_path / "data", name="train1")) == whole, name
+        assert (
+            contents(prepare(str(tmp_path / name), recipe, folder=tmp_path / "data", name="train1"))
+            == whole
+        ), name
 
 
 def test_what_is_too_long_is_cut_left_out_or_refused(recipe, chats, tmp_path):
     def make(too_long):
-        prefix = prepare(str(chats), recipe._replace(sequence_length=96, too_long=too_long), folder=tmp_path / too_long, name="train0")
+        prefix = prepare(
+            str(chats),
+            recipe._replace(sequence_length=96, too_long=too_long),
+            folder=tmp_path / too_long,
+            name="train0",
+        )
         return read_counts(prefix), [len(some) for some in contents(prefix)]
 
     counts, lengths = make("truncate")
-    assert (counts.samples, counts.cut, counts.emptied, counts.skipped) == (2, 1, 1, 0)  # the third's answer lies beyond the cut
+    assert (counts.samples, counts.cut, counts.emptied, counts.skipped) == (
+        2,
+        1,
+        1,
+        0,
+    )  # the third's answer lies beyond the cut
     assert lengths[1] == 97
     counts, lengths = make("skip")
     assert (counts.samples, counts.cut, counts.emptied, counts.skipped) == (1, 0, 0, 2)
     assert len(lengths) == 1
-    with pytest.raises(DataError, match=r"chats.jsonl, line 2: takes \d+ places and data.sequence_length=96; data.too_long=truncate or skip"):
+    with pytest.raises(
+        DataError,
+        match=r"chats.jsonl, line 2: takes \d+ places and data.sequence_length=96; data.too_long=truncate or skip",
+    ):
         make("error")
-    with pytest.raises(DataError, match=r"all 3 samples are longer than data.sequence_length=8 and nothing is left to learn"):
-        prepare(str(chats), recipe._replace(sequence_length=8), folder=tmp_path / "none", name="train0")
+    with pytest.raises(
+        DataError,
+        match=r"all 3 samples are longer than data.sequence_length=8 and nothing is left to learn",
+    ):
+        prepare(
+            str(chats), recipe._replace(sequence_length=8), folder=tmp_path / "none", name="train0"
+        )
 
 
 def test_made_once_until_something_changes(recipe, chats, tmp_path, monkeypatch):
@@ -106,7 +154,9 @@ def test_made_once_until_something_changes(recipe, chats, tmp_path, monkeypatch)
     Path(recipe.chat_template).write_text(CHATML.replace("\\n", "\\n\\n"))
     newest = prepare(str(chats), recipe, folder=folder, name="train0")
     assert newest != new
-    assert sorted(path.name for path in folder.iterdir()) == [f"{newest.name}{suffix}" for suffix in (".bin", ".idx", ".json")]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"{newest.name}{suffix}" for suffix in (".bin", ".idx", ".json")
+    ]
 
 
 def test_what_goes_to_a_process_and_back_is_whole(recipe, chats):
@@ -114,7 +164,11 @@ def test_what_goes_to_a_process_and_back_is_whole(recipe, chats):
     (block,) = read_blocks([chats], field=None)
     encoded = encode(pickle.loads(pickle.dumps(block)))
     back = pickle.loads(pickle.dumps(encoded))
-    assert (back.codes.tolist(), back.lengths, back.counts) == (encoded.codes.tolist(), encoded.lengths, encoded.counts)
+    assert (back.codes.tolist(), back.lengths, back.counts) == (
+        encoded.codes.tolist(),
+        encoded.lengths,
+        encoded.counts,
+    )
 
 
 BAD = {
@@ -140,11 +194,17 @@ def test_a_bad_record_by_file_and_line(reason, recipe, tmp_path):
     assert str(error.value).startswith(f"{path}, line 2: {reason}")
 
 
-@pytest.mark.parametrize(("template", "reason"), [
-    (GEMMA, "the chat template fails on it: System role not supported"),
-    (MISTRAL, "the chat template fails on it: Conversation roles must alternate"),
-    ("{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}", "no token of it would be learnt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (GEMMA, "the chat template fails on it: System role not supported"),
+        (MISTRAL, "the chat template fails on it: Conversation roles must alternate"),
+        (
+            "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
+            "no token of it would be learnt",
+        ),
+    ],
+)
 def test_a_sample_that_the_template_makes_nothing_of(template, reason, recipe, tmp_path):
     Path(recipe.chat_template).write_text(template)
     path = write(tmp_path / "bad.jsonl", [{"system": "Be kind", **RECORDS[0]}])
@@ -154,7 +214,9 @@ def test_a_sample_that_the_template_makes_nothing_of(template, reason, recipe, t
 
 
 def test_samples_are_shown_with_what_is_learnt_marked(recipe, chats):
-    first, second = list(show_samples(str(chats), recipe._replace(sequence_length=60), count=2, colour=False))
+    first, second = list(
+        show_samples(str(chats), recipe._replace(sequence_length=60), count=2, colour=False)
+    )
     assert first == (
         f"{chats}, line 1: 60 tokens, 13 of them learnt\n"
         "<|im_start|>user\nthe quick<|im_end|>\n<|im_start|>assistant\n«brown fox<|im_end|>\n»\n"

@@ -25,7 +25,9 @@ def lists(sample):
 
 
 def samples(dataset, **settings):
-    return ChatSamples(dataset, **{"sequence_length": 8, "packing": True, "seed": 0, "padding": 0} | settings)
+    return ChatSamples(
+        dataset, **{"sequence_length": 8, "packing": True, "seed": 0, "padding": 0} | settings
+    )
 
 
 def test_packed(dataset):
@@ -34,20 +36,30 @@ def test_packed(dataset):
     assert (packed.per_epoch, packed.num_chats, packed.fill) == (1, 3, 7 / 8)
     x = IGNORED
     assert lists(packed.fetch(0)) == [
-        [1, 2, 3, 4, 6, 7, 9, 0], [x, 3, x, 5, 7, 8, 10, x], [0, 1, 2, 3, 0, 1, 0, 0], [0, 0, 0, 0, 1, 1, 2, 3],
-    ]  # fmt: skip
+        [1, 2, 3, 4, 6, 7, 9, 0],
+        [x, 3, x, 5, 7, 8, 10, x],
+        [0, 1, 2, 3, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 1, 2, 3],
+    ]
 
 
 def test_alone(dataset):
     alone = samples(dataset, packing=False, first=1, last=2)
     x = IGNORED
-    assert lists(alone.fetch(0)) == [[6, 7, 0, 0, 0, 0, 0, 0], [7, 8, x, x, x, x, x, x], list(range(8)), [0] * 8]
+    assert lists(alone.fetch(0)) == [
+        [6, 7, 0, 0, 0, 0, 0, 0],
+        [7, 8, x, x, x, x, x, x],
+        list(range(8)),
+        [0] * 8,
+    ]
     assert (alone.per_epoch, alone.fill) == (1, 2 / 8)
 
 
 def test_every_epoch_has_every_chat_in_an_order_of_its_own(dataset):
     alone = samples(dataset, packing=False)
-    orders = [[int(alone.fetch(epoch * 3 + index).tokens[0]) for index in range(3)] for epoch in range(12)]
+    orders = [
+        [int(alone.fetch(epoch * 3 + index).tokens[0]) for index in range(3)] for epoch in range(12)
+    ]
     assert all(sorted(order) == [1, 6, 9] for order in orders)
     assert len({tuple(order) for order in orders}) > 2
     again = samples(dataset, packing=False)

@@ -19,7 +19,9 @@ def bare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     text = "user assistant system model Hello you See Bye [INST] [/INST] You are a helpful assistant. tool_call "
     (folder / "text.jsonl").write_text(json.dumps({"text": text * 4}))
-    train_tokenizer([folder / "text.jsonl"], vocab_size=340, output=folder / "made", special_tokens=SPECIAL)
+    train_tokenizer(
+        [folder / "text.jsonl"], vocab_size=340, output=folder / "made", special_tokens=SPECIAL
+    )
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "made")
@@ -59,7 +61,10 @@ def test_the_assistants_tokens_are_learnt(family, templates):
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_the_last_turn_alone(family, templates):
     first, second = MARKED[family].split("»", 1)
-    assert marked(templates[family], Conversation(CHAT), "completion") == first.replace("«", "") + second
+    assert (
+        marked(templates[family], Conversation(CHAT), "completion")
+        == first.replace("«", "") + second
+    )
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
@@ -73,9 +78,14 @@ def test_tokens_are_those_of_transformers(family, templates):
 
 def test_marks_give_the_mask_that_transformers_gives(templates):
     template = templates["marks"]
-    theirs = template.tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True, return_dict=True)
+    theirs = template.tokenizer.apply_chat_template(
+        CHAT, return_assistant_tokens_mask=True, return_dict=True
+    )
     tokens, trained = template.encode(Conversation(CHAT), train_on="assistant")
-    assert (tokens.tolist(), trained.astype(int).tolist()) == (theirs["input_ids"], theirs["assistant_masks"])
+    assert (tokens.tolist(), trained.astype(int).tolist()) == (
+        theirs["input_ids"],
+        theirs["assistant_masks"],
+    )
 
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -83,12 +93,21 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 
 def test_tool_calls_are_learnt_and_what_tools_say_is_not(templates):
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    record = {"tools": [TOOL], "messages": [
-        {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "content": "2"}, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "2"},
-    ]}  # fmt: skip
+    record = {
+        "tools": [TOOL],
+        "messages": [
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "2"},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "2"},
+        ],
+    }
     text = marked(templates["qwen"], read_conversation(record), "assistant")
-    assert '\n{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}\n</tools>' in text
+    assert (
+        '\n{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}\n</tools>'
+        in text
+    )
     assert text.endswith(
         "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
         '«<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>»\n'
@@ -99,15 +118,35 @@ def test_tool_calls_are_learnt_and_what_tools_say_is_not(templates):
 
 @pytest.mark.parametrize(
     ("family", "token"),
-    [("llama3", "<|eot_id|>"), ("qwen", "<|im_end|>"), ("mistral", "</s>"), ("gemma", "<end_of_turn>"), ("zephyr", "</s>")],
+    [
+        ("llama3", "<|eot_id|>"),
+        ("qwen", "<|im_end|>"),
+        ("mistral", "</s>"),
+        ("gemma", "<end_of_turn>"),
+        ("zephyr", "</s>"),
+    ],
 )
 def test_what_ends_a_turn(family, token, templates):
-    assert templates[family].stop_token() == templates[family].tokenizer.convert_tokens_to_ids(token)
+    assert templates[family].stop_token() == templates[family].tokenizer.convert_tokens_to_ids(
+        token
+    )
 
 
 def test_what_ends_a_turn_may_not_be_told(bare, tmp_path):
-    assert template_of(bare, tmp_path, "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}").stop_token() is None
-    assert template_of(bare, tmp_path, "{{ raise_exception('no system') if messages[0].role != 'system' }}").stop_token() is None
+    assert (
+        template_of(
+            bare,
+            tmp_path,
+            "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}",
+        ).stop_token()
+        is None
+    )
+    assert (
+        template_of(
+            bare, tmp_path, "{{ raise_exception('no system') if messages[0].role != 'system' }}"
+        ).stop_token()
+        is None
+    )
 
 
 def template_of(bare, tmp_path, text):
@@ -122,42 +161,71 @@ def test_a_prompt_that_ends_in_a_space_and_tokenizers_that_cut_spaces_off(cut, b
     text = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     template = template_of(bare, tmp_path, text)
     template.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=cut)
-    chat = Conversation([{"role": "user", "content": "é 🙂 "}, {"role": "assistant", "content": "🙂 Zq é "}])
-    assert marked(template, chat, "assistant").replace("\ufffd", "") == "user:   </s>assistant: « Zq  </s>»"
+    chat = Conversation(
+        [{"role": "user", "content": "é 🙂 "}, {"role": "assistant", "content": "🙂 Zq é "}]
+    )
+    assert (
+        marked(template, chat, "assistant").replace("\ufffd", "")
+        == "user:   </s>assistant: « Zq  </s>»"
+    )
     tokens, trained = template.encode(chat, train_on="assistant")
     assert template.tokenizer.decode(tokens[trained]) == "🙂 Zq é </s>"
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(bare, tmp_path):
     """As those do that drop what a model thought in all turns but the last."""
-    text = TEMPLATES["chatml"].replace("message['content'] +", "('' if loop.last else '(old) ') + message['content'] +")
+    text = TEMPLATES["chatml"].replace(
+        "message['content'] +", "('' if loop.last else '(old) ') + message['content'] +"
+    )
     template = template_of(bare, tmp_path, text)
-    with pytest.raises(BadSample, match=r"writes message 2 or what stands before it otherwise when more follows; learn the last turn alone"):
+    with pytest.raises(
+        BadSample,
+        match=r"writes message 2 or what stands before it otherwise when more follows; learn the last turn alone",
+    ):
         template.encode(Conversation(CHAT), train_on="assistant")
     short = Conversation(CHAT[:2])
-    with pytest.raises(BadSample, match=r"writes message 2 .*; give a template with \{% generation %\} marks"):
+    with pytest.raises(
+        BadSample, match=r"writes message 2 .*; give a template with \{% generation %\} marks"
+    ):
         template.encode(short, train_on="assistant")
 
 
 def test_marks_around_nothing_leave_nothing_to_learn(bare, tmp_path):
-    template = template_of(bare, tmp_path, TEMPLATES["marks"].replace("== 'assistant'", "== 'nobody'"))
+    template = template_of(
+        bare, tmp_path, TEMPLATES["marks"].replace("== 'assistant'", "== 'nobody'")
+    )
     with pytest.raises(BadSample, match="no token of it would be learnt"):
         template.encode(Conversation(CHAT), train_on="assistant")
 
 
-@pytest.mark.parametrize(("family", "roles", "reason"), [
-    ("gemma", ["system", "user", "assistant"], "the chat template fails on it: System role not supported"),
-    ("mistral", ["system", "user", "assistant"], "the chat template fails on it: Conversation roles must alternate user/assistant"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "roles", "reason"),
+    [
+        (
+            "gemma",
+            ["system", "user", "assistant"],
+            "the chat template fails on it: System role not supported",
+        ),
+        (
+            "mistral",
+            ["system", "user", "assistant"],
+            "the chat template fails on it: Conversation roles must alternate user/assistant",
+        ),
+    ],
+)
 def test_a_template_that_fails_says_why(family, roles, reason, templates):
     with pytest.raises(BadSample, match=reason):
-        templates[family].encode(Conversation([{"role": role, "content": "x"} for role in roles]), train_on="assistant")
+        templates[family].encode(
+            Conversation([{"role": role, "content": "x"} for role in roles]), train_on="assistant"
+        )
 
 
 def test_broken_templates(bare, tmp_path):
     with pytest.raises(BadSample, match="the chat template fails on it: Expected an expression"):
         template_of(bare, tmp_path, "{% for %}").encode(Conversation(CHAT), train_on="assistant")
-    with pytest.raises(ConfigError, match=r"has no chat template; give one as data\.chat_template=FILE"):
+    with pytest.raises(
+        ConfigError, match=r"has no chat template; give one as data\.chat_template=FILE"
+    ):
         ChatTemplate(bare)
     with pytest.raises(ConfigError, match=r"data.chat_template=.*nowhere.jinja cannot be read"):
         ChatTemplate(bare, file=tmp_path / "nowhere.jinja")

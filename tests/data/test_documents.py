@@ -58,7 +58,9 @@ def test_a_text_file_is_one_document(tmp_path, name):
     assert read(tmp_path / name) == ([text], [])
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_a_row_is_a_document(tmp_path, kind):
     table = pa.table({"id": [1, 2, 3], "body": pa.array(TEXTS).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
@@ -68,7 +70,10 @@ def test_a_row_is_a_document(tmp_path, kind):
 def test_rows_without_a_value_and_wrong_columns(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["x", None, ""], "n": [1, 2, 3]}), path)
-    assert read(path) == (["x"], [f'{path}, row 2: column "text" is null', f"{path}, row 3: empty text"])
+    assert read(path) == (
+        ["x"],
+        [f'{path}, row 2: column "text" is null', f"{path}, row 3: empty text"],
+    )
     with pytest.raises(DataError, match='has no column "body"; it has text, n'):
         read(path, field="body")
     with pytest.raises(DataError, match='column "n" holds int64, not strings'):
@@ -114,8 +119,10 @@ def test_a_document_too_long_for_memory(tmp_path, monkeypatch):
     texts, problems = read(tmp_path)
     assert texts == ["a", "b", "c"]
     assert [problem.split(str(tmp_path))[1].split(": longer")[0] for problem in problems] == [
-        "/a.jsonl, line 2", "/b.txt", "/c.parquet, row 2",
-    ]  # fmt: skip
+        "/a.jsonl, line 2",
+        "/b.txt",
+        "/c.parquet, row 2",
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
@@ -154,8 +161,14 @@ def test_folders_and_globs_are_read_in_order(tmp_path):
     found = find_inputs([tmp_path])
     assert [path.name for path in found.files] == ["a.txt", "b.txt", "c.txt"]
     assert [path.name for path in found.ignored] == ["README.md"]
-    assert [path.name for path in find_inputs([str(tmp_path / "*.txt")]).files] == ["a.txt", "b.txt"]
-    assert [path.name for path in find_inputs([tmp_path / "b.txt", tmp_path / "a.txt"]).files] == ["b.txt", "a.txt"]
+    assert [path.name for path in find_inputs([str(tmp_path / "*.txt")]).files] == [
+        "a.txt",
+        "b.txt",
+    ]
+    assert [path.name for path in find_inputs([tmp_path / "b.txt", tmp_path / "a.txt"]).files] == [
+        "b.txt",
+        "a.txt",
+    ]
 
 
 def test_links_in_folders(tmp_path):
@@ -187,7 +200,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         for _ in range(64):
             file.write((b'{"text": "' + b"word " * 200 + b'"}\n') * 1024)  # 1 MB
     tracemalloc.start()
-    size = sum(len(record) for block in read_blocks([path], field="text") for record in block.records)
+    size = sum(
+        len(record) for block in read_blocks([path], field="text") for record in block.records
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert size > 64e6

@@ -24,7 +24,9 @@ def write_files(prefix, tokens, lengths, documents, *, dtype="<u2", code=8, magi
     head = magic + struct.pack("<QBQQ", version, code, len(lengths), len(documents))
     body = struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(lengths)}q", *pointers)
     (prefix.parent / f"{prefix.name}.bin").write_bytes(data)
-    (prefix.parent / f"{prefix.name}.idx").write_bytes(head + body + struct.pack(f"<{len(documents)}q", *documents))
+    (prefix.parent / f"{prefix.name}.idx").write_bytes(
+        head + body + struct.pack(f"<{len(documents)}q", *documents)
+    )
     return prefix
 
 
@@ -50,7 +52,9 @@ def test_an_index_built_in_pieces_is_the_same(tmp_path, monkeypatch):
     assert read(tmp_path / "ours.idx") == read(tmp_path / "golden.idx")
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(257, "uint16"), (65499, "uint16"), (65500, "int32")])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(257, "uint16"), (65499, "uint16"), (65500, "int32")]
+)
 def test_dtype_follows_the_vocabulary_as_in_megatron(vocab_size, dtype):
     assert token_dtype(vocab_size) == dtype
 
@@ -80,9 +84,13 @@ def test_empty_documents_among_others(tmp_path):
     assert data.document_at(2) == 2
 
 
-@pytest.mark.parametrize(("code", "dtype"), enumerate(["u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"], start=1))
+@pytest.mark.parametrize(
+    ("code", "dtype"), enumerate(["u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"], start=1)
+)
 def test_every_dtype_code_is_read(tmp_path, code, dtype):
-    data = IndexedDataset(write_files(tmp_path / "m", [1, 2, 3], [3], [0, 1], dtype=dtype, code=code))
+    data = IndexedDataset(
+        write_files(tmp_path / "m", [1, 2, 3], [3], [0, 1], dtype=dtype, code=code)
+    )
     assert data.dtype == np.dtype(dtype)
     assert data.tokens(1, 2).tolist() == [2, 3]
 
@@ -101,16 +109,31 @@ def cut(path, by):
 DAMAGES = {
     "no .idx": (lambda p: p.with_name("m.idx").unlink(), "there is no file .*m.idx"),
     "no .bin": (lambda p: p.with_name("m.bin").unlink(), "there is no file .*m.bin"),
-    "header cut": (lambda p: p.with_name("m.idx").write_bytes(MAGIC), "m.idx is 9 bytes long, shorter than the 34"),
+    "header cut": (
+        lambda p: p.with_name("m.idx").write_bytes(MAGIC),
+        "m.idx is 9 bytes long, shorter than the 34",
+    ),
     "empty .idx": (lambda p: p.with_name("m.idx").write_bytes(b""), "m.idx is 0 bytes long"),
-    "magic": (lambda p: write_files(p, [1], [1], [0, 1], magic=b"MMIDIDX\x00\x01"), "no Megatron index"),
+    "magic": (
+        lambda p: write_files(p, [1], [1], [0, 1], magic=b"MMIDIDX\x00\x01"),
+        "no Megatron index",
+    ),
     "version": (lambda p: write_files(p, [1], [1], [0, 1], version=2), "version 2; only version 1"),
     "dtype": (lambda p: write_files(p, [1], [1], [0, 1], code=9), "dtype code 9"),
-    "index cut": (lambda p: cut(p.with_name("m.idx"), 5), "m.idx is 77 bytes long, but its header .* makes 82"),
-    "tokens cut": (lambda p: cut(p.with_name("m.bin"), 2), "m.bin is 8 bytes long, but .*m.idx describes 10 bytes"),
+    "index cut": (
+        lambda p: cut(p.with_name("m.idx"), 5),
+        "m.idx is 77 bytes long, but its header .* makes 82",
+    ),
+    "tokens cut": (
+        lambda p: cut(p.with_name("m.bin"), 2),
+        "m.bin is 8 bytes long, but .*m.idx describes 10 bytes",
+    ),
     "no documents": (lambda p: write_files(p, [], [], [0]), "m.idx holds no documents"),
     "no tokens": (lambda p: write_files(p, [], [0], [0, 1]), "m.bin holds no tokens"),
-    "wrong last document": (lambda p: write_files(p, [1], [1], [0, 2]), "m.idx is damaged: its documents run"),
+    "wrong last document": (
+        lambda p: write_files(p, [1], [1], [0, 2]),
+        "m.idx is damaged: its documents run",
+    ),
 }
 
 
@@ -135,7 +158,9 @@ def test_a_bit_that_flips_in_the_index_is_refused_or_harms_nothing(tmp_path):
     prefix = write_files(tmp_path / "m", range(7), [2, 3, 1, 1], [0, 1, 3, 4])
     whole, refused = read(tmp_path / "m.idx"), 0
     for at, bit in ((at, bit) for at in range(len(whole)) for bit in (0, 3, 7)):
-        (tmp_path / "m.idx").write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+        (tmp_path / "m.idx").write_bytes(
+            whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :]
+        )
         try:
             data = IndexedDataset(prefix)
             assert all(data.document(i).max(initial=0) < 7 for i in range(data.num_documents))
@@ -159,7 +184,9 @@ def test_a_name_that_the_system_does_not_take_is_a_sentence():
 
 def test_starts_that_do_not_rise_are_refused_where_they_are_read(tmp_path):
     data = IndexedDataset(write_files(tmp_path / "m", range(6), [2, 3, 1], [0, 2, 1, 3]))
-    with pytest.raises(DataError, match=r"m.idx is damaged: the starts of documents 0 to 3 do not rise"):
+    with pytest.raises(
+        DataError, match=r"m.idx is damaged: the starts of documents 0 to 3 do not rise"
+    ):
         data.document_offsets()
 
 
@@ -199,7 +226,10 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path, wrong):
 
 
 def test_writing_nothing_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no documents"), IndexedWriter(tmp_path / "a", vocab_size=300):
+    with (
+        pytest.raises(DataError, match="no documents"),
+        IndexedWriter(tmp_path / "a", vocab_size=300),
+    ):
         pass
     assert list(tmp_path.iterdir()) == []
 

@@ -29,7 +29,11 @@ class Counting:
 
 def make_loader(samples=None, *, batch=8, micro=2, rank=0, size=1):
     return Loader(
-        samples or Counting(), global_batch_size=batch, micro_batch_size=micro, data_rank=rank, data_size=size
+        samples or Counting(),
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        data_rank=rank,
+        data_size=size,
     )
 
 
@@ -43,7 +47,9 @@ def test_the_drawing():
     assert [list(some) for some in make_loader(rank=1, size=2).positions(3)] == [[26, 27], [30, 31]]
 
 
-@pytest.mark.parametrize(("micro", "size"), [(1, 1), (2, 1), (8, 1), (1, 8), (2, 2), (4, 2), (2, 4), (1, 3)])
+@pytest.mark.parametrize(
+    ("micro", "size"), [(1, 1), (2, 1), (8, 1), (1, 8), (2, 2), (4, 2), (2, 4), (1, 3)]
+)
 def test_every_layout_takes_the_same_samples_in_a_step(micro, size):
     batch = 24
     for step in (0, 5):
@@ -93,5 +99,7 @@ def test_an_error_is_raised_by_the_step_that_needs_the_data():
 
 
 def test_a_batch_that_cannot_be_dealt_evenly():
-    with pytest.raises(ConfigError, match=r"train\.global_batch_size=10 must be a multiple of .*micro_batch_size=2"):
+    with pytest.raises(
+        ConfigError, match=r"train\.global_batch_size=10 must be a multiple of .*micro_batch_size=2"
+    ):
         make_loader(batch=10, size=2)

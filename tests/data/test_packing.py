@@ -11,7 +11,10 @@ from megatrain.data.packing import one_each, pack
 
 def contents(lengths, sequences):
     """The lengths in each sequence."""
-    return [[int(lengths[i]) for i in sequences.order[a:b]] for a, b in zip(sequences.starts[:-1], sequences.starts[1:], strict=True)]
+    return [
+        [int(lengths[i]) for i in sequences.order[a:b]]
+        for a, b in zip(sequences.starts[:-1], sequences.starts[1:], strict=True)
+    ]
 
 
 def test_the_drawing():
@@ -51,8 +54,15 @@ def test_a_function_of_the_seed():
 def test_a_realistic_mix_fills_97_percent():
     """Lengths of instruction data are about log-normal: most short, a long tail cut at the sequence's length."""
     for median, spread in ((300, 0.8), (120, 1.0), (700, 1.1)):
-        lengths = np.random.default_rng(7).lognormal(np.log(median), spread, 20_000).astype(np.int64).clip(8, 2048)
+        lengths = (
+            np.random.default_rng(7)
+            .lognormal(np.log(median), spread, 20_000)
+            .astype(np.int64)
+            .clip(8, 2048)
+        )
         packed = pack(lengths, room=2048, seed=0)
         fill = lengths.sum() / ((len(packed.starts) - 1) * 2048)
         assert fill >= 0.97, (median, spread, fill)
-        assert lengths.sum() / (len(one_each(20_000).starts) - 1) / 2048 < 0.6, "what packing is for"
+        assert lengths.sum() / (len(one_each(20_000).starts) - 1) / 2048 < 0.6, (
+            "what packing is for"
+        )

@@ -29,8 +29,13 @@ from megatrain.data.workers import map_in_processes
 from megatrain.errors import DataError
 from megatrain.verbs import preprocess as preprocess_verb
 
-TEXTS = ["the quick brown fox", "naïve 你好 🙂", "a <|endoftext|> inside", " ", "lines\n\n\nof  text\t"]
-
+TEXTS = [
+    "the quick brown fox",
+    "naïve 你好 🙂",
+    "a <|endoftext|> inside",
+    " ",
+    "lines\n\n\nof  text\t",
+]
 
 
 def write_jsonl(path, texts=TEXTS):
@@ -47,7 +52,10 @@ def test_each_document_is_what_transformers_makes_of_it_and_its_end(tmp_path, to
     result = preprocess([source], tokenizer=tokenizer_folder, output=tmp_path / "o", workers=1)
     tokenizer = load_tokenizer(tokenizer_folder)
     data = IndexedDataset(tmp_path / "o")
-    expected = [[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in TEXTS]
+    expected = [
+        [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        for text in TEXTS
+    ]
     assert [data.document(i).tolist() for i in range(data.num_documents)] == expected
     assert (result.documents, result.tokens) == (len(TEXTS), sum(map(len, expected)))
     assert result.bytes == sum(len(text.encode()) for text in TEXTS)
@@ -63,8 +71,15 @@ def test_a_tokenizers_own_special_tokens_are_left_out(tmp_path, tokenizer_folder
     )
     tokenizer.save_pretrained(tmp_path / "adds_start")
     assert load_tokenizer(tmp_path / "adds_start")("x").input_ids[0] == tokenizer.eos_token_id
-    preprocess([write_jsonl(tmp_path / "a.jsonl")], tokenizer=tmp_path / "adds_start", output=tmp_path / "o", workers=1)
-    preprocess([tmp_path / "a.jsonl"], tokenizer=tokenizer_folder, output=tmp_path / "plain", workers=1)
+    preprocess(
+        [write_jsonl(tmp_path / "a.jsonl")],
+        tokenizer=tmp_path / "adds_start",
+        output=tmp_path / "o",
+        workers=1,
+    )
+    preprocess(
+        [tmp_path / "a.jsonl"], tokenizer=tokenizer_folder, output=tmp_path / "plain", workers=1
+    )
     assert contents(tmp_path / "o") == contents(tmp_path / "plain")
 
 
@@ -74,7 +89,9 @@ def test_several_processes_write_the_same_files(tmp_path, tokenizer_folder, monk
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(source.read_bytes()))
     for workers in (1, 2):
-        preprocess([tmp_path], tokenizer=tokenizer_folder, output=tmp_path / f"o{workers}", workers=workers)
+        preprocess(
+            [tmp_path], tokenizer=tokenizer_folder, output=tmp_path / f"o{workers}", workers=workers
+        )
     assert contents(tmp_path / "o1") == contents(tmp_path / "o2")
     assert IndexedDataset(tmp_path / "o1").num_documents == 600
 
@@ -90,7 +107,9 @@ def test_a_bad_line_stops_and_leaves_nothing(tmp_path, tokenizer_folder):
 def test_skipped_lines_are_counted_by_reason(tmp_path, tokenizer_folder):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\nbad\n\nworse\n{"text": "y"}\n')
-    result = preprocess([path], tokenizer=tokenizer_folder, output=tmp_path / "o", workers=1, on_error="skip")
+    result = preprocess(
+        [path], tokenizer=tokenizer_folder, output=tmp_path / "o", workers=1, on_error="skip"
+    )
     assert result.documents == 2
     assert result.skipped == {"not valid JSON": 2, "empty line": 1}
 
@@ -100,12 +119,23 @@ def test_nothing_to_write_is_an_error(tmp_path, tokenizer_folder):
     with pytest.raises(DataError, match=r"o: there are no documents to write$"):
         preprocess([tmp_path], tokenizer=tokenizer_folder, output=tmp_path / "o", workers=1)
     (tmp_path / "a.jsonl").write_text("bad\n\nbad\n")
-    with pytest.raises(DataError, match="no documents to write, every record was skipped: 2 not valid JSON, 1 empty line"):
-        preprocess([tmp_path], tokenizer=tokenizer_folder, output=tmp_path / "o", workers=1, on_error="skip")
+    with pytest.raises(
+        DataError,
+        match="no documents to write, every record was skipped: 2 not valid JSON, 1 empty line",
+    ):
+        preprocess(
+            [tmp_path],
+            tokenizer=tokenizer_folder,
+            output=tmp_path / "o",
+            workers=1,
+            on_error="skip",
+        )
 
 
 def test_few_blocks_are_under_way_at_a_time(tokenizer_folder):
-    recipe = Recipe((tokenizer_folder / "tokenizer.json").read_text(), 0, np.dtype(np.uint16), "text")
+    recipe = Recipe(
+        (tokenizer_folder / "tokenizer.json").read_text(), 0, np.dtype(np.uint16), "text"
+    )
     drawn = 0
 
     def blocks():
@@ -113,7 +143,12 @@ def test_few_blocks_are_under_way_at_a_time(tokenizer_folder):
         for drawn in range(1, 31):
             yield Block("a", "row", drawn, [b"text"])
 
-    ahead = [drawn - done for done, _ in enumerate(map_in_processes(blocks(), make_encoder, recipe, workers=2), start=1)]
+    ahead = [
+        drawn - done
+        for done, _ in enumerate(
+            map_in_processes(blocks(), make_encoder, recipe, workers=2), start=1
+        )
+    ]
     assert len(ahead) == 30
     assert max(ahead) <= 4
 
@@ -137,11 +172,25 @@ def running(pid):
         return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for child processes in /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="looks for child processes in /proc"
+)
 def test_a_killed_run_leaves_no_files_and_no_workers(tmp_path, tokenizer_folder):
-    source = write_jsonl(tmp_path / "a.jsonl", ["some text of a few words " * 4000] * 400)  # 40 MB: it will not finish
-    arguments = [str(source), "--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / "o"), "--workers", "2"]
-    process = subprocess.Popen([sys.executable, TOOLS / "preprocess_data.py", *arguments], stderr=subprocess.DEVNULL)
+    source = write_jsonl(
+        tmp_path / "a.jsonl", ["some text of a few words " * 4000] * 400
+    )  # 40 MB: it will not finish
+    arguments = [
+        str(source),
+        "--tokenizer",
+        str(tokenizer_folder),
+        "--output",
+        str(tmp_path / "o"),
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, TOOLS / "preprocess_data.py", *arguments], stderr=subprocess.DEVNULL
+    )
     partial = tmp_path / "o.bin.partial"
     wait_until(lambda: partial.exists() and partial.stat().st_size)
     children = children_of(process)
@@ -164,11 +213,16 @@ def test_the_verb_prints_what_was_written_skipped_and_ignored(tmp_path, tokenize
     parser = argparse.ArgumentParser()
     preprocess_verb.add_arguments(parser)
     arguments = [str(folder), "--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / "o")]
-    assert preprocess_verb.run(parser.parse_args([*arguments, "--workers", "1", "--on-error", "skip"])) == 0
+    assert (
+        preprocess_verb.run(parser.parse_args([*arguments, "--workers", "1", "--on-error", "skip"]))
+        == 0
+    )
     first, skipped, ignored = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{tmp_path}/o: 5 documents, ")
     assert skipped == "skipped 1: not valid JSON"
-    assert ignored == f"ignored 1 files of other kinds or links to folders, such as {folder}/README.md"
+    assert (
+        ignored == f"ignored 1 files of other kinds or links to folders, such as {folder}/README.md"
+    )
 
 
 class Terminal(io.StringIO):
@@ -179,7 +233,9 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(("stream", "control"), [(io.StringIO(), 0), (Terminal(), 1)])
 def test_progress_is_plain_in_a_log_and_one_line_on_a_terminal(stream, control, monkeypatch):
     times = iter([0.0, 20.0, 20.01])
-    monkeypatch.setattr("megatrain.data.progress.time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(
+        "megatrain.data.progress.time", SimpleNamespace(monotonic=lambda: next(times))
+    )
     with Progress(stream) as line:
         line.show(num_bytes=40_000_000, num_tokens=10_000_000)
         line.show(num_bytes=40_000_001, num_tokens=10_000_000)  # too soon

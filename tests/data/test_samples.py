@@ -20,12 +20,16 @@ VOCAB = 1000
 def write(prefix, lengths, *, first_token=0):
     """Write documents whose tokens count up, so that a token tells where it stood."""
     with IndexedWriter(prefix, vocab_size=VOCAB) as writer:
-        writer.add_documents(np.arange(first_token, first_token + sum(lengths)), lengths=list(lengths))
+        writer.add_documents(
+            np.arange(first_token, first_token + sum(lengths)), lengths=list(lengths)
+        )
     return IndexedDataset(prefix)
 
 
 def make_source(data, *, sequence_length=4, seed=1, vocab_size=VOCAB, **rest):
-    return SampleSource(data, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size, **rest)
+    return SampleSource(
+        data, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size, **rest
+    )
 
 
 def epoch_of(source, number=0):
@@ -40,7 +44,9 @@ def test_an_epoch_predicts_every_token_once(tmp_path_factory, num_tokens, seed, 
     samples = epoch_of(source, number)
     predicted = Counter(np.concatenate([sample.labels for sample in samples]).tolist())
     assert set(predicted.values()) == {1}
-    assert len(predicted) == num_tokens - num_tokens % 4  # less than one sample's tokens are left out
+    assert (
+        len(predicted) == num_tokens - num_tokens % 4
+    )  # less than one sample's tokens are left out
     for sample in samples:  # each is followed by its neighbour in the ring
         np.testing.assert_array_equal(sample.labels, (sample.tokens + 1) % num_tokens)
 
@@ -48,16 +54,29 @@ def test_an_epoch_predicts_every_token_once(tmp_path_factory, num_tokens, seed, 
 def test_the_drawing(tmp_path, monkeypatch):
     # tokens  0 1 2 3 4 5 6 7 8 9 10 11 12, sequence_length 4, offset 2
     source = make_source(write(tmp_path / "a", [13]))
-    monkeypatch.setattr(source, "_epoch", lambda number: SimpleNamespace(offset=2, order=lambda index: index))
-    assert [source.fetch(i).tokens.tolist() for i in range(3)] == [[2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 0]]
-    assert [source.fetch(i).labels.tolist() for i in range(3)] == [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 0, 1]]
+    monkeypatch.setattr(
+        source, "_epoch", lambda number: SimpleNamespace(offset=2, order=lambda index: index)
+    )
+    assert [source.fetch(i).tokens.tolist() for i in range(3)] == [
+        [2, 3, 4, 5],
+        [6, 7, 8, 9],
+        [10, 11, 12, 0],
+    ]
+    assert [source.fetch(i).labels.tolist() for i in range(3)] == [
+        [3, 4, 5, 6],
+        [7, 8, 9, 10],
+        [11, 12, 0, 1],
+    ]
 
 
 def test_a_samples_documents_can_be_told(tmp_path):
     """Tokens tell where they stood; the documents are of 5, 7, 3 and 9 tokens."""
     lengths, first = [5, 7, 3, 9], 500
     ends = np.cumsum(lengths)
-    sources = [make_source(write(tmp_path / "a", lengths)), make_source(write(tmp_path / "b", lengths, first_token=first), seed=2)]
+    sources = [
+        make_source(write(tmp_path / "a", lengths)),
+        make_source(write(tmp_path / "b", lengths, first_token=first), seed=2),
+    ]
     blended = BlendedSamples(sources, weights=[0.5, 0.5], seed=1)
     for position in range(40):
         sample = blended.fetch(position)
@@ -65,7 +84,9 @@ def test_a_samples_documents_can_be_told(tmp_path):
         name = "a" if sample.tokens[0] < first else "b"
         path, documents = blended.origin(position)
         assert path == str(tmp_path / name)
-        assert set(documents) == {int(np.searchsorted(ends, place, side="right")) for place in places}
+        assert set(documents) == {
+            int(np.searchsorted(ends, place, side="right")) for place in places
+        }
 
 
 def test_epochs_have_their_own_cuts_and_order(tmp_path):
@@ -79,8 +100,12 @@ def test_a_sample_is_a_function_of_seed_and_position(tmp_path):
     data = write(tmp_path / "a", [30] * 20)
     forward = [make_source(data).fetch(position).tokens.tolist() for position in range(400)]
     source = make_source(data)
-    assert [source.fetch(position).tokens.tolist() for position in reversed(range(400))] == forward[::-1]
-    assert [make_source(data, seed=2).fetch(position).tokens.tolist() for position in range(400)] != forward
+    assert [source.fetch(position).tokens.tolist() for position in reversed(range(400))] == forward[
+        ::-1
+    ]
+    assert [
+        make_source(data, seed=2).fetch(position).tokens.tolist() for position in range(400)
+    ] != forward
 
 
 def test_without_a_mask_a_sample_is_one_stretch(tmp_path):
@@ -99,7 +124,12 @@ def test_the_document_mask(tmp_path, monkeypatch):
         0: ([0, 1, 2, 3, 4, 5], [-100, 2, -100, 4, 5, 6], [0, 0, 1, 0, 1, 2], [0, 1, 1, 2, 2, 2]),
         1: ([1, 2, 3, 4, 5, 6], [2, -100, 4, 5, 6, -100], [0, 1, 0, 1, 2, 3], [0, 0, 1, 1, 1, 1]),
         # 7 ends the ring: the document at its other end is another one
-        5: ([5, 6, 7, 0, 1, 2], [6, -100, -100, -100, 2, -100], [0, 1, 0, 0, 0, 1], [0, 0, 1, 2, 3, 3]),
+        5: (
+            [5, 6, 7, 0, 1, 2],
+            [6, -100, -100, -100, 2, -100],
+            [0, 1, 0, 0, 0, 1],
+            [0, 0, 1, 2, 3, 3],
+        ),
     }
     for offset, fields in expected.items():
         epoch = SimpleNamespace(offset=offset, order=lambda index: index)
@@ -122,7 +152,11 @@ def test_the_document_mask_follows_the_documents(tmp_path_factory, lengths, seed
     data = write(tmp_path_factory.mktemp("d") / "a", lengths)
     owner = np.repeat(np.arange(len(lengths)), lengths)
     for sample in epoch_of(make_source(data, sequence_length=5, seed=seed, document_mask=True)):
-        owners, token, document = owner[sample.tokens], sample.tokens.tolist(), sample.documents.tolist()
+        owners, token, document = (
+            owner[sample.tokens],
+            sample.tokens.tolist(),
+            sample.documents.tolist(),
+        )
         for i in range(1, 5):
             same = owners[i] == owners[i - 1] and token[i] == token[i - 1] + 1
             assert document[i] == document[i - 1] + (not same)
@@ -136,7 +170,9 @@ def test_the_document_mask_follows_the_documents(tmp_path_factory, lengths, seed
 def test_a_range_of_documents_is_all_that_is_seen(tmp_path):
     data = write(tmp_path / "a", [10, 20, 30, 40])
     source = make_source(data, first=1, last=3)
-    seen = {int(token) for sample in epoch_of(source) + epoch_of(source, 1) for token in sample.tokens}
+    seen = {
+        int(token) for sample in epoch_of(source) + epoch_of(source, 1) for token in sample.tokens
+    }
     assert seen <= set(range(10, 60))
     assert source.num_tokens == 50
 
@@ -144,7 +180,9 @@ def test_a_range_of_documents_is_all_that_is_seen(tmp_path):
 def test_data_too_short_for_a_sample(tmp_path):
     data = write(tmp_path / "a", [2, 2])
     assert make_source(data, sequence_length=3).samples_per_epoch == 1
-    with pytest.raises(DataError, match=r"a.bin has 4 tokens to draw from, but .* data.sequence_length=4"):
+    with pytest.raises(
+        DataError, match=r"a.bin has 4 tokens to draw from, but .* data.sequence_length=4"
+    ):
         make_source(data)
 
 
@@ -154,7 +192,9 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path, vocab_size):
     with IndexedWriter(tmp_path / "a", vocab_size=400 if vocab_size == 300 else 80_000) as writer:
         writer.add_documents(np.array([1, 2, 3, 4, wrong, 5]), lengths=[3, 3])
     source = make_source(IndexedDataset(tmp_path / "a"), sequence_length=5, vocab_size=vocab_size)
-    with pytest.raises(DataError, match=rf"a.bin: document 1 holds token id {wrong}, outside .* {vocab_size}"):
+    with pytest.raises(
+        DataError, match=rf"a.bin: document 1 holds token id {wrong}, outside .* {vocab_size}"
+    ):
         source.fetch(0)
 
 
@@ -167,11 +207,15 @@ def test_negative_ids_are_outside_too(tmp_path):
 
 
 def section(**settings_):
-    return SimpleNamespace(**{"train": None, "valid": None, "split": None, "document_mask": False, **settings_})
+    return SimpleNamespace(
+        **{"train": None, "valid": None, "split": None, "document_mask": False, **settings_}
+    )
 
 
 def open_part(which="train", **settings_):
-    return open_samples(section(**settings_), which=which, sequence_length=4, seed=1, vocab_size=VOCAB)
+    return open_samples(
+        section(**settings_), which=which, sequence_length=4, seed=1, vocab_size=VOCAB
+    )
 
 
 def seen_by(samples, count=200):
@@ -196,7 +240,10 @@ def test_own_validation_data(tmp_path):
 def test_a_blend_takes_its_share_of_each_source(tmp_path):
     write(tmp_path / "a", [50])
     write(tmp_path / "b", [50], first_token=500)
-    blend = [{"path": str(tmp_path / "a"), "weight": 0.75}, {"path": str(tmp_path / "b"), "weight": 0.25}]
+    blend = [
+        {"path": str(tmp_path / "a"), "weight": 0.75},
+        {"path": str(tmp_path / "b"), "weight": 0.25},
+    ]
     samples = open_part(train=blend)
     assert sum(int(samples.fetch(position).tokens[0]) >= 500 for position in range(4096)) == 1024
 
@@ -206,10 +253,18 @@ def test_a_blend_takes_its_share_of_each_source(tmp_path):
     [
         ("train", {}, r"data\.train=null names no data"),
         ("valid", {"train": "a"}, r"data\.valid=null names no data"),
-        ("train", {"train": "a", "valid": "b", "split": "1,1"}, r"data\.split=1,1 cannot be used with data\.valid"),
+        (
+            "train",
+            {"train": "a", "valid": "b", "split": "1,1"},
+            r"data\.split=1,1 cannot be used with data\.valid",
+        ),
         ("train", {"train": []}, r"data\.train=\[\] names no data"),
         ("train", {"train": [{"path": "a"}]}, r"data\.train=.* must have a path and a weight"),
-        ("train", {"train": [{"path": "a", "weight": 1}, {"path": "b", "weight": 0}]}, "must be a number above 0"),
+        (
+            "train",
+            {"train": [{"path": "a", "weight": 1}, {"path": "b", "weight": 0}]},
+            "must be a number above 0",
+        ),
     ],
 )
 def test_settings_that_cannot_work(which, settings_, message):

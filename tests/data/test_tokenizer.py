@@ -7,7 +7,12 @@ import json
 
 import pytest
 
-from megatrain.data.tokenizer import END_OF_TEXT, end_of_document_id, load_tokenizer, train_tokenizer
+from megatrain.data.tokenizer import (
+    END_OF_TEXT,
+    end_of_document_id,
+    load_tokenizer,
+    train_tokenizer,
+)
 from megatrain.errors import ConfigError, DataError
 from megatrain.verbs import tokenizer as tokenizer_verb
 
@@ -15,11 +20,15 @@ from megatrain.verbs import tokenizer as tokenizer_verb
 @pytest.fixture
 def corpus(tmp_path):
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": f"some words and number {i} " * 5}) + "\n" for i in range(50)))
+    path.write_text(
+        "".join(json.dumps({"text": f"some words and number {i} " * 5}) + "\n" for i in range(50))
+    )
     return path
 
 
-@pytest.mark.parametrize("text", ["tab\t and\r\n\n  spaces ", "naïve café 你好 🙂", "\x00\x7f", " 'quoted' , . !"])
+@pytest.mark.parametrize(
+    "text", ["tab\t and\r\n\n  spaces ", "naïve café 你好 🙂", "\x00\x7f", " 'quoted' , . !"]
+)
 def test_any_text_comes_back_as_it_was(tokenizer_folder, text):
     from transformers import AutoTokenizer
 
@@ -35,7 +44,9 @@ def test_the_end_of_a_document_is_one_token_and_nothing_pads(tokenizer_folder):
 
 
 def test_further_special_tokens_are_never_split(corpus, tmp_path):
-    made = train_tokenizer([corpus], vocab_size=300, output=tmp_path / "t", special_tokens=["<|im_start|>"])
+    made = train_tokenizer(
+        [corpus], vocab_size=300, output=tmp_path / "t", special_tokens=["<|im_start|>"]
+    )
     assert made.documents == 50
     assert len(load_tokenizer(made.folder)("<|im_start|>").input_ids) == 1
 
@@ -43,7 +54,9 @@ def test_further_special_tokens_are_never_split(corpus, tmp_path):
 def test_the_vocabulary_has_the_size_asked_for_where_the_text_allows(corpus, tmp_path):
     assert train_tokenizer([corpus], vocab_size=257, output=tmp_path / "bytes").vocab_size == 257
     assert len(load_tokenizer(tmp_path / "bytes")) == 257
-    assert 257 < train_tokenizer([corpus], vocab_size=5000, output=tmp_path / "all").vocab_size < 5000
+    assert (
+        257 < train_tokenizer([corpus], vocab_size=5000, output=tmp_path / "all").vocab_size < 5000
+    )
 
 
 def test_a_vocabulary_too_small_for_bytes(corpus, tmp_path):
@@ -51,7 +64,13 @@ def test_a_vocabulary_too_small_for_bytes(corpus, tmp_path):
         train_tokenizer([corpus], vocab_size=256, output=tmp_path / "t")
 
 
-@pytest.mark.parametrize(("more", "words"), [({"vocab_size": 2**31}, "--vocab-size=2147483648 is more than"), ({"special_tokens": [""]}, "--special-token='' is no token")])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"vocab_size": 2**31}, "--vocab-size=2147483648 is more than"),
+        ({"special_tokens": [""]}, "--special-token='' is no token"),
+    ],
+)
 def test_what_no_tokenizer_can_have(corpus, tmp_path, more, words):
     with pytest.raises(ConfigError, match=words):
         train_tokenizer([corpus], output=tmp_path / "t", **{"vocab_size": 300, **more})
@@ -84,7 +103,9 @@ def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
         load_tokenizer(tmp_path)
     for damaged in ("{", "[]", '{"model": 5}'):
         (tmp_path / "tokenizer.json").write_text(damaged)
-        with pytest.raises(DataError, match=r"holds no tokenizer that transformers can load \([^\n]+\)$"):
+        with pytest.raises(
+            DataError, match=r"holds no tokenizer that transformers can load \([^\n]+\)$"
+        ):
             load_tokenizer(tmp_path)
 
 

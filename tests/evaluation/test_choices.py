@@ -7,7 +7,13 @@ import json
 import pytest
 
 from megatrain.errors import DataError
-from megatrain.evaluation.choices import looks_like_choices, read_questions, request, token_request, with_delimiter
+from megatrain.evaluation.choices import (
+    looks_like_choices,
+    read_questions,
+    request,
+    token_request,
+    with_delimiter,
+)
 from megatrain.evaluation.figures import Choices, Perplexity
 from megatrain.evaluation.windows import IGNORED
 
@@ -35,7 +41,10 @@ def test_an_answer_is_a_number_a_letter_or_the_choice(tmp_path, answer):
 
 
 def test_the_context_may_be_called_context(tmp_path):
-    assert read(tmp_path, {"context": "Who?", "choices": ["a", "b"], "answer": "a"})[0].context == "Who?"
+    assert (
+        read(tmp_path, {"context": "Who?", "choices": ["a", "b"], "answer": "a"})[0].context
+        == "Who?"
+    )
 
 
 BAD = {
@@ -45,10 +54,13 @@ BAD = {
     "true for an answer": ({**GOOD, "answer": True}, "`answer` is True"),
     "another word": ({**GOOD, "answer": "him"}, "`answer` is 'him'"),
     "no question": ({"choices": ["a", "b"], "answer": 0}, "no text in `question` or `context`"),
-    "one choice": ({**GOOD, "choices": ["me"], "answer": 0}, "`choices` is not a list of two texts or more"),
+    "one choice": (
+        {**GOOD, "choices": ["me"], "answer": 0},
+        "`choices` is not a list of two texts or more",
+    ),
     "an empty choice": ({**GOOD, "choices": ["me", ""]}, "`choices` is not"),
     "no object": ([1, 2], "not a JSON object"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -60,8 +72,12 @@ def test_a_bad_question_is_named_by_file_and_line(tmp_path, name):
 
 
 def test_files_of_questions_are_told_from_texts(tmp_path):
-    for name, text, expected in (("q.jsonl", json.dumps(GOOD), True), ("t.jsonl", '{"text": "choices"}', False), ("t.txt", json.dumps(GOOD), False),
-                                 ("bad.jsonl", "choices", False)):  # fmt: skip
+    for name, text, expected in (
+        ("q.jsonl", json.dumps(GOOD), True),
+        ("t.jsonl", '{"text": "choices"}', False),
+        ("t.txt", json.dumps(GOOD), False),
+        ("bad.jsonl", "choices", False),
+    ):
         (tmp_path / name).write_text(text + "\n")
         assert looks_like_choices(str(tmp_path / name)) is expected
 
@@ -75,7 +91,11 @@ def asked(context, continuation, *, window=10):
 def test_what_is_scored_of_a_choice():
     assert asked("xy", " z") == ("xy ", " z", False)
     assert asked("xy ", "z") == ("xy ", " z", False)  # the space goes to the choice
-    assert asked("xa", "bz") == ("xa", "z", False)  # a token on both sides of the border is left out, as the harness does
+    assert asked("xa", "bz") == (
+        "xa",
+        "z",
+        False,
+    )  # a token on both sides of the border is left out, as the harness does
     assert asked("xa", "b") == ("xa", "b", False)  # but not where nothing else is there
     assert asked("", "zz") == ("\0z", "zz", False)  # nothing before: the prefix token
     assert asked("uvwxy", "z", window=3) == ("wxy", "z", True)
@@ -84,7 +104,11 @@ def test_what_is_scored_of_a_choice():
 
 
 def test_a_space_stands_between_context_and_choice():
-    assert [with_delimiter("Who?", "me"), with_delimiter("Who? ", "me"), with_delimiter("Who?", "\nme")] == [" me", "me", "\nme"]
+    assert [
+        with_delimiter("Who?", "me"),
+        with_delimiter("Who? ", "me"),
+        with_delimiter("Who?", "\nme"),
+    ] == [" me", "me", "\nme"]
 
 
 def test_accuracies():

@@ -22,16 +22,42 @@ from megatrain.place import Place
 WINDOW, STRIDE = 24, 10
 TEXTS = [
     "Ranks fill a box of pipeline x data x tensor, tensor fastest, so that tensor ranks, which talk most, are neighbours.",
-    "A stage\n\n takes a slice; — one rank takes all of it.", "x", " leading and trailing ",
+    "A stage\n\n takes a slice; — one rank takes all of it.",
+    "x",
+    " leading and trailing ",
     "Shapes: S sequence, B micro-batch, H hidden, F features, V vocabulary. " * 3,
-]  # fmt: skip
-QUESTIONS = [{"question": f"Which rank is number {i}?", "choices": ["a tensor rank", "the last stage of all", "none"], "answer": i % 3} for i in range(7)]
+]
+QUESTIONS = [
+    {
+        "question": f"Which rank is number {i}?",
+        "choices": ["a tensor rank", "the last stage of all", "none"],
+        "answer": i % 3,
+    }
+    for i in range(7)
+]
 VOCABULARY = 301  # padded on two ranks
 MODELS = {
-    "llama": {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3},
-    "gpt2": {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.3},
-}  # fmt: skip
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+        "initializer_range": 0.3,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +66,12 @@ def folder(tmp_path_factory):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("evaluate")
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    (folder / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    )
+    (folder / "questions.jsonl").write_text(
+        "".join(json.dumps(question) + "\n" for question in QUESTIONS)
+    )
     train_tokenizer([folder / "texts.jsonl"], vocab_size=290, output=folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
     for number, (name, fields) in enumerate(MODELS.items()):
@@ -65,12 +95,22 @@ def evaluate_on_rank(rank, world_size, config, subjects):
 def evaluated(folder, model, world, words, *, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
-    config = make_config(folder / model, [f"run.output_dir={output}", "train.micro_batch_size=2", *words])
-    subjects = [Subject(str(folder / model), (str(folder / data),), kind, WINDOW, STRIDE, "text")
-                for kind, data in (("perplexity", "texts.jsonl"), ("perplexity", "indexed"), ("choices", "questions.jsonl"))]  # fmt: skip
+    config = make_config(
+        folder / model, [f"run.output_dir={output}", "train.micro_batch_size=2", *words]
+    )
+    subjects = [
+        Subject(str(folder / model), (str(folder / data),), kind, WINDOW, STRIDE, "text")
+        for kind, data in (
+            ("perplexity", "texts.jsonl"),
+            ("perplexity", "indexed"),
+            ("choices", "questions.jsonl"),
+        )
+    ]
     results = run_ranks(evaluate_on_rank, world, config, subjects, folder=tmp_path)
     for theirs in results:
-        assert [result["figures"] for result in theirs] == [result["figures"] for result in results[0]]
+        assert [result["figures"] for result in theirs] == [
+            result["figures"] for result in results[0]
+        ]
     return results[0], output
 
 
@@ -85,7 +125,9 @@ def reference(folder):
     @torch.inference_mode()
     def of(name):
         if name not in cache:
-            network = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
+            network = AutoModelForCausalLM.from_pretrained(
+                folder / name, dtype=torch.float32
+            ).eval()
             loss = tokens = 0
             for text in TEXTS:
                 row = [0, *tokenizer(text)["input_ids"]]
@@ -111,17 +153,26 @@ def _accuracies(network, tokenizer):
             row = torch.tensor([tokenizer(f"{question['question']} {choice}")["input_ids"]])
             logprobs = network(row).logits[0, before - 1 : -1].log_softmax(-1)
             likely.append(float(logprobs.gather(1, row[0, before:, None]).sum()))
-        by_byte = [value / len(choice) for value, choice in zip(likely, question["choices"], strict=True)]
-        right.append([int(values.index(max(values)) == question["answer"]) for values in (likely, by_byte)])
+        by_byte = [
+            value / len(choice) for value, choice in zip(likely, question["choices"], strict=True)
+        ]
+        right.append(
+            [int(values.index(max(values)) == question["answer"]) for values in (likely, by_byte)]
+        )
     return [sum(column) / len(right) for column in zip(*right, strict=True)]
 
 
 LAYOUTS = [
-    ("llama", 1, []), ("gpt2", 1, []),
-    ("llama", 2, ["parallel.tensor=2"]), ("llama", 2, ["parallel.tensor=2", "parallel.sequence=true"]), ("llama", 2, ["parallel.pipeline=2"]),
-    ("gpt2", 2, ["parallel.pipeline=2"]), ("llama", 2, ["parallel.data=2"]),
-    ("gpt2", 4, ["parallel.tensor=2", "parallel.pipeline=2"]), ("llama", 4, ["parallel.pipeline=2"]),
-]  # fmt: skip
+    ("llama", 1, []),
+    ("gpt2", 1, []),
+    ("llama", 2, ["parallel.tensor=2"]),
+    ("llama", 2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    ("llama", 2, ["parallel.pipeline=2"]),
+    ("gpt2", 2, ["parallel.pipeline=2"]),
+    ("llama", 2, ["parallel.data=2"]),
+    ("gpt2", 4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    ("llama", 4, ["parallel.pipeline=2"]),
+]
 
 
 def only_file(folder, pattern):
@@ -129,7 +180,11 @@ def only_file(folder, pattern):
     return found
 
 
-@pytest.mark.parametrize(("model", "world", "words"), LAYOUTS, ids=lambda value: "-".join(value) if isinstance(value, list) else str(value))
+@pytest.mark.parametrize(
+    ("model", "world", "words"),
+    LAYOUTS,
+    ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
+)
 def test_equals_transformers(folder, reference, tmp_path, model, world, words):
     (texts, indexed, questions), output = evaluated(folder, model, world, words, tmp_path=tmp_path)
     loss, tokens, accuracies = reference(model)
@@ -137,8 +192,15 @@ def test_equals_transformers(folder, reference, tmp_path, model, world, words):
     assert figures["loss"] == pytest.approx(loss, rel=1e-6)
     assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     sizes = (figures["documents"], figures["tokens"], figures["bytes"], figures["words"])
-    assert sizes == (len(TEXTS), tokens, sum(len(t.encode()) for t in TEXTS), sum(len(t.replace("\n\n ", " ").split(" ")) for t in TEXTS))
-    assert figures["bits_per_byte"] == pytest.approx(loss * tokens / math.log(2) / sizes[2], rel=1e-6)
+    assert sizes == (
+        len(TEXTS),
+        tokens,
+        sum(len(t.encode()) for t in TEXTS),
+        sum(len(t.replace("\n\n ", " ").split(" ")) for t in TEXTS),
+    )
+    assert figures["bits_per_byte"] == pytest.approx(
+        loss * tokens / math.log(2) / sizes[2], rel=1e-6
+    )
     assert indexed["figures"] == figures  # the same documents
     assert [questions["figures"]["acc"], questions["figures"]["acc_norm"]] == accuracies
     written = json.loads(only_file(output, "perplexity-texts.jsonl-*.json").read_text())
@@ -168,23 +230,37 @@ def test_scores_of_single_rows(folder, tmp_path, words):
 
     generator = torch.Generator().manual_seed(3)
     network = AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
-    sequences = [torch.randint(0, VOCABULARY, (int(length),), generator=generator).tolist() for length in (3, 30, 12, 7, 31, 2, 15)]
+    sequences = [
+        torch.randint(0, VOCABULARY, (int(length),), generator=generator).tolist()
+        for length in (3, 30, 12, 7, 31, 2, 15)
+    ]
     with torch.inference_mode():
         for number, sequence in enumerate(sequences):
-            for _ in range(3):  # what the model itself would say, or what it would of the first half of its vocabulary
-                part = network(torch.tensor([sequence])).logits[0, -1, : None if number % 2 == 0 else VOCABULARY // 2]
+            for _ in range(
+                3
+            ):  # what the model itself would say, or what it would of the first half of its vocabulary
+                part = network(torch.tensor([sequence])).logits[
+                    0, -1, : None if number % 2 == 0 else VOCABULARY // 2
+                ]
                 sequence.append(int(part.argmax()))
         expected = []
         for sequence in sequences:
             logprobs = network(torch.tensor([sequence])).logits[0, -4:-1].log_softmax(-1)
             last = torch.tensor(sequence[-3:])[-len(logprobs) :]
-            expected.append((float(logprobs[-len(last) :].gather(1, last[:, None]).sum()), bool((logprobs.argmax(-1) == last).all())))
+            expected.append(
+                (
+                    float(logprobs[-len(last) :].gather(1, last[:, None]).sum()),
+                    bool((logprobs.argmax(-1) == last).all()),
+                )
+            )
     rows = [row(sequence, scored=min(3, len(sequence) - 1)) for sequence in sequences]
     config = make_config(folder / "llama", ["train.micro_batch_size=2", *words])
     for scores in run_ranks(scores_on_rank, 2, config, folder / "llama", rows, folder=tmp_path):
         assert [score.greedy for score in scores] == [greedy for _, greedy in expected]
         assert [score.greedy for score in scores[::2]] == [True] * 4
-        assert [score.loglikelihood for score in scores] == pytest.approx([value for value, _ in expected], rel=2e-6)
+        assert [score.loglikelihood for score in scores] == pytest.approx(
+            [value for value, _ in expected], rel=2e-6
+        )
 
 
 def test_hashes_tell_what_was_evaluated(folder, tmp_path):
@@ -201,12 +277,27 @@ def test_hashes_tell_what_was_evaluated(folder, tmp_path):
 
 def test_as_a_command_on_two_ranks(folder, tmp_path):
     """One JSON on standard output and nothing else."""
-    command = [sys.executable, "-m", "megatrain", "evaluate", str(folder / "llama"), str(folder / "texts.jsonl"), "--json", "--window", "24",
-               "--stride", "10", "parallel.tensor=2", f"run.output_dir={tmp_path / 'run'}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "megatrain",
+        "evaluate",
+        str(folder / "llama"),
+        str(folder / "texts.jsonl"),
+        "--json",
+        "--window",
+        "24",
+        "--stride",
+        "10",
+        "parallel.tensor=2",
+        f"run.output_dir={tmp_path / 'run'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
-    assert printed == json.loads(only_file(tmp_path / "run", "perplexity-texts.jsonl-*.json").read_text())
+    assert printed == json.loads(
+        only_file(tmp_path / "run", "perplexity-texts.jsonl-*.json").read_text()
+    )
     assert printed["settings"]["tensor"] == 2
 
 
@@ -225,15 +316,22 @@ REFUSED = {
     "{model} {texts} --window 8 --stride 9": "--stride=9 must be from 1 to --window=8",
     "{model} {texts} --limit 3": "--limit=3 is of lm-evaluation-harness; give --tasks too",
     "{model} {texts} --tasks arc_easy": "--tasks=arc_easy brings its own data",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_cannot_be_evaluated(folder, capsys, monkeypatch, words):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr("megatrain.evaluate.run_local", lambda *args, **more: pytest.fail("ranks were started"))
-    names = {"model": folder / "llama", "texts": folder / "texts.jsonl", "adapters": folder / "adapters", "empty": folder / "empty"}
+    monkeypatch.setattr(
+        "megatrain.evaluate.run_local", lambda *args, **more: pytest.fail("ranks were started")
+    )
+    names = {
+        "model": folder / "llama",
+        "texts": folder / "texts.jsonl",
+        "adapters": folder / "adapters",
+        "empty": folder / "empty",
+    }
     names["empty"].mkdir(exist_ok=True)
     names["adapters"].mkdir(exist_ok=True)
     (names["adapters"] / "adapter_config.json").write_text("{}")

@@ -21,7 +21,9 @@ def test_a_full_disk_under_any_file_is_a_sentence():
         full()
     report = describe(raised.value, 3)
     assert report.kind == "user"
-    assert report.text.startswith("rank 3 cannot write to run/config.yaml (No space left on device); checkpoints are as they were: make room")
+    assert report.text.startswith(
+        "rank 3 cannot write to run/config.yaml (No space left on device); checkpoints are as they were: make room"
+    )
     assert describe(PermissionError(errno.EACCES, "Permission denied"), 3).kind == "error"
 
 
@@ -35,6 +37,9 @@ def test_a_log_gives_up_what_its_disk_does_not_take():
 def test_a_run_does_not_go_on_without_its_metrics(tmp_path, monkeypatch):
     log = metrics.MetricsLog(tmp_path, after_step=0)
     monkeypatch.setattr(metrics.LineFile, "write", full)
-    with pytest.raises(UserError, match=r"metrics\.jsonl or tensorboard/ beside it cannot be written \(No space left on device\)"):
+    with pytest.raises(
+        UserError,
+        match=r"metrics\.jsonl or tensorboard/ beside it cannot be written \(No space left on device\)",
+    ):
         log.write(1, {"loss": 4.2})
     log.close()

@@ -28,7 +28,14 @@ def test_ranks_meet_and_only_rank_0_speaks(launch, extensions):
         assert "noise of a child process" in lines
         start, met = run.lines(rank)  # and no noise
         assert (start["message"], start["world_size"]) == ("start", 4)
-        assert {**met, "time": None} == {"time": None, "level": "INFO", "rank": rank, "host": socket.gethostname(), "step": 0, "message": "4 ranks met"}
+        assert {**met, "time": None} == {
+            "time": None,
+            "level": "INFO",
+            "rank": rank,
+            "host": socket.gethostname(),
+            "step": 0,
+            "message": "4 ranks met",
+        }
         assert datetime.fromisoformat(met["time"]).tzinfo is not None
     # Nothing was compiled, although deepspeed has set up its collectives.
     assert list(extensions.iterdir()) == []
@@ -45,7 +52,9 @@ def test_the_traceback_of_the_rank_that_raised_is_shown_and_the_others_are_ended
     run = launch("raise_on_one")
     began = time.monotonic()
     assert run.wait() == 1
-    assert time.monotonic() - began < LONG, "the others would wait for it in a collective for half an hour"
+    assert time.monotonic() - began < LONG, (
+        "the others would wait for it in a collective for half an hour"
+    )
     assert run.text("err").startswith("rank 1 failed:\nTraceback")
     assert "ValueError: the cause\n" in run.text("err")
     assert run.text("err").count("Traceback") == 1
@@ -81,10 +90,14 @@ def test_a_killed_rank_is_named_with_its_last_words(launch):
     run = launch("die")
     began = time.monotonic()
     assert run.wait() == 1
-    assert time.monotonic() - began < LONG, "the others would wait for it in a collective for half an hour"
+    assert time.monotonic() - began < LONG, (
+        "the others would wait for it in a collective for half an hour"
+    )
     assert run.text("err").startswith("rank 1 was killed by SIGKILL (often: out of memory)")
     assert run.text("err").count("last words of rank 1") == 1
-    assert [(event.step, event.fields["cause"]) for event in run.events("fail")] == [(None, "rank 1 was killed by SIGKILL (often: out of memory)")] * 2
+    assert [(event.step, event.fields["cause"]) for event in run.events("fail")] == [
+        (None, "rank 1 was killed by SIGKILL (often: out of memory)")
+    ] * 2
 
 
 def test_a_rank_that_just_leaves_is_named(launch):
@@ -119,7 +132,9 @@ def test_a_second_signal_kills(launch):
     os.kill(run.pid, signal.SIGTERM)
     time.sleep(0.3)
     assert all(runs(pid) for pid in ranks)
-    until(lambda: signalled(run.pid))  # again where the first had not been taken in yet: two at once count as one
+    until(
+        lambda: signalled(run.pid)
+    )  # again where the first had not been taken in yet: two at once count as one
     assert run.wait() == 143
     assert not any(runs(pid) for pid in ranks)
 
@@ -148,16 +163,31 @@ def test_under_a_launcher_a_failing_rank_says_why_and_leaves(launch):
 def test_a_port_in_use_is_refused_before_ranks_start(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        run = config.load(None, ["train.steps=1", f"run.output_dir={tmp_path}", f"run.master_port={port}"])
-        with pytest.raises(ConfigError, match=rf"run.master_port={port} cannot be used .*0 takes a free port"):
+        run = config.load(
+            None, ["train.steps=1", f"run.output_dir={tmp_path}", f"run.master_port={port}"]
+        )
+        with pytest.raises(
+            ConfigError, match=rf"run.master_port={port} cannot be used .*0 takes a free port"
+        ):
             run_local(print, run, world_size=2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_beyond_all_measure_are_not_started_here(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    run = config.load(None, ["train.steps=1", f"run.output_dir={tmp_path}", "parallel.data=1000000", "train.global_batch_size=1000000"])
-    with pytest.raises(UserError, match=r"asks for 1000000 ranks, .* choose a smaller layout, or start the run on several machines"):
+    run = config.load(
+        None,
+        [
+            "train.steps=1",
+            f"run.output_dir={tmp_path}",
+            "parallel.data=1000000",
+            "train.global_batch_size=1000000",
+        ],
+    )
+    with pytest.raises(
+        UserError,
+        match=r"asks for 1000000 ranks, .* choose a smaller layout, or start the run on several machines",
+    ):
         run_local(print, run, world_size=1_000_000)
 
 
@@ -165,4 +195,6 @@ def test_a_folder_that_cannot_be_made_is_the_users_error(launch, tmp_path):
     (tmp_path / "file").touch()
     run = launch("work", world_size=2, overrides=[f"run.output_dir={tmp_path}/file/run"])
     assert run.wait() == 1
-    assert run.text("err").startswith(f"error: run.output_dir={tmp_path}/file/run cannot be written")
+    assert run.text("err").startswith(
+        f"error: run.output_dir={tmp_path}/file/run cannot be written"
+    )

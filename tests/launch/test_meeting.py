@@ -31,7 +31,11 @@ def meet(rank, store, *, come, word=None, world_size=8, patience=LONG):
         store.set(f"megatrain/come/{other}", "a machine")
     if word is not None:
         store.set("megatrain/all", word)
-    return meeting.meet(Place(rank, world_size, rank, world_size, "127.0.0.1", store.port), supervised=True, patience=patience)
+    return meeting.meet(
+        Place(rank, world_size, rank, world_size, "127.0.0.1", store.port),
+        supervised=True,
+        patience=patience,
+    )
 
 
 def test_all_meet(store):
@@ -43,7 +47,10 @@ def test_all_meet(store):
 
 
 def test_rank_0_names_those_that_never_came(store):
-    with pytest.raises(UserError, match=rf"^ranks 2, 4-6 of 8 did not come to 127.0.0.1:{store.port}, where ranks meet, in 0 s \(run.stall_seconds") as error:
+    with pytest.raises(
+        UserError,
+        match=rf"^ranks 2, 4-6 of 8 did not come to 127.0.0.1:{store.port}, where ranks meet, in 0 s \(run.stall_seconds",
+    ) as error:
         meet(0, store, come=(1, 3, 7), patience=SOON)
     assert store.get("megatrain/all").decode() == str(error.value)
 
@@ -56,7 +63,10 @@ def test_the_others_leave_it_to_rank_0(store):
 @pytest.mark.parametrize("come", [(), (0,)])
 def test_a_rank_0_that_does_not_come_or_go_on(store, come):
     """It may have come and died before it could say anything."""
-    with pytest.raises(UserError, match=r"^rank 3 \(.*\) waited for rank 0 at 127.0.0.1:.*, where ranks meet, and it never came"):
+    with pytest.raises(
+        UserError,
+        match=r"^rank 3 \(.*\) waited for rank 0 at 127.0.0.1:.*, where ranks meet, and it never came",
+    ):
         meet(3, store, come=come, patience=SOON)
 
 
@@ -64,7 +74,10 @@ def test_a_rank_0_that_is_not_there(store, monkeypatch):
     monkeypatch.setattr(meeting, "_LEAST", 0.0)
     port = store.port
     del store
-    with pytest.raises(UserError, match=r"^rank 1 \(.*\) waited for rank 0 at 127.0.0.1:.* and it (never came|is gone) "):
+    with pytest.raises(
+        UserError,
+        match=r"^rank 1 \(.*\) waited for rank 0 at 127.0.0.1:.* and it (never came|is gone) ",
+    ):
         meeting.meet(Place(1, 2, 1, 2, "127.0.0.1", port), supervised=True, patience=SOON)
 
 

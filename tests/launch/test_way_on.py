@@ -19,7 +19,11 @@ def run(tmp_path):
             writing = tmp_path / "checkpoints" / f".writing-{step}"
             writing.mkdir(parents=True)
             (writing / "x").write_text("x")
-            manifest.commit(writing, tmp_path / "checkpoints" / f"step-{step:08d}", [manifest.record(writing, writing / "x")])
+            manifest.commit(
+                writing,
+                tmp_path / "checkpoints" / f"step-{step:08d}",
+                [manifest.record(writing, writing / "x")],
+            )
         if torn is not None:
             (tmp_path / "checkpoints" / f"step-{torn:08d}").mkdir(parents=True)
         return configuration.load(None, ["train.steps=90", f"run.output_dir={tmp_path}", *words])
@@ -28,20 +32,34 @@ def run(tmp_path):
 
 
 def test_where_the_same_command_goes_on(run):
-    assert way_on(run(saved=(20, 40), torn=60), KILLED, step=73) == "started again, the same command goes on from step 40"
-    assert way_on(run(), KILLED, step=None) == "started again, the same command goes on from step 40", "also of a run that had not begun"
+    assert (
+        way_on(run(saved=(20, 40), torn=60), KILLED, step=73)
+        == "started again, the same command goes on from step 40"
+    )
+    assert (
+        way_on(run(), KILLED, step=None) == "started again, the same command goes on from step 40"
+    ), "also of a run that had not begun"
 
 
 def test_where_it_does_not(run, tmp_path):
     assert way_on(run("train.resume=never", saved=(40,)), KILLED, step=73) == (
-        "started again, the same command begins afresh (train.resume=never); with train.resume=auto it goes on from step 40")
-    assert way_on(run("train.resume=start"), KILLED, step=73).startswith("started again, the same command begins again from start (train.resume=start); ")
+        "started again, the same command begins afresh (train.resume=never); with train.resume=auto it goes on from step 40"
+    )
+    assert way_on(run("train.resume=start"), KILLED, step=73).startswith(
+        "started again, the same command begins again from start (train.resume=start); "
+    )
 
 
 def test_what_is_lost(run):
     begins = "started again, the same command begins afresh"
-    assert way_on(run(), KILLED, step=73) == f"there is no whole checkpoint (train.save_every=0 saves at the end only): {begins}, and the steps done are lost"
-    assert way_on(run("train.save_every=80", torn=80), KILLED, step=83) == f"there is no whole checkpoint (train.save_every=80): {begins}, and the steps done are lost"
+    assert (
+        way_on(run(), KILLED, step=73)
+        == f"there is no whole checkpoint (train.save_every=0 saves at the end only): {begins}, and the steps done are lost"
+    )
+    assert (
+        way_on(run("train.save_every=80", torn=80), KILLED, step=83)
+        == f"there is no whole checkpoint (train.save_every=80): {begins}, and the steps done are lost"
+    )
     assert way_on(run(), KILLED, step=1) == f"no step was done: {begins}"
     assert way_on(run(), KILLED, step=0) == f"no step was done: {begins}"
 

@@ -17,10 +17,15 @@ from megatrain.models.rotary import rotations
 from megatrain.parallel.sharding import parameters
 
 
-def inputs(batch: int, heads: int, groups: int, length: int, dim: int, *, size: float = 1.0) -> list[torch.Tensor]:
+def inputs(
+    batch: int, heads: int, groups: int, length: int, dim: int, *, size: float = 1.0
+) -> list[torch.Tensor]:
     """Query, key and value [B, heads, S, d] as views of [S, B, heads, d], and the output's gradient."""
     generator = torch.Generator().manual_seed(length + heads)
-    made = [torch.randn(length, batch, count, dim, generator=generator) for count in (heads, groups, groups, heads)]
+    made = [
+        torch.randn(length, batch, count, dim, generator=generator)
+        for count in (heads, groups, groups, heads)
+    ]
     made[0] *= size
     return [x.bfloat16().permute(1, 2, 0, 3) for x in made]
 
@@ -33,10 +38,14 @@ def gradients(attend, tensors: list[torch.Tensor], dtype: torch.dtype) -> list[t
 
 
 def torchs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
-def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compile: bool = False) -> torch.Tensor:
+def ours(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compile: bool = False
+) -> torch.Tensor:
     return causal_attention(q, k, v, q.shape[-1] ** -0.5, compile=compile)
 
 
@@ -46,10 +55,14 @@ def test_gradients_are_as_near_as_rounding_allows(heads, groups, dim, size):
     tensors = inputs(2, heads, groups, 512, dim, size=size)
     exact = gradients(torchs, tensors, torch.float64)
     errors = {}
-    contenders = {"torch": torchs, "ours": ours} | ({"compiled": partial(ours, compile=True)} if shutil.which("g++") else {})
+    contenders = {"torch": torchs, "ours": ours} | (
+        {"compiled": partial(ours, compile=True)} if shutil.which("g++") else {}
+    )
     for name, attend in contenders.items():
         found = gradients(attend, tensors, torch.bfloat16)
-        errors[name] = [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
+        errors[name] = [
+            float((x.double() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)
+        ]
     for name in contenders:
         assert errors[name][0] == errors["torch"][0]
         assert max(errors[name]) < 0.012, errors
@@ -75,10 +88,19 @@ def test_other_inputs_are_left_to_torch():
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_a_model_trains_through_it_where_nothing_but_causality_masks(recompute, masked, monkeypatch):
+def test_a_model_trains_through_it_where_nothing_but_causality_masks(
+    recompute, masked, monkeypatch
+):
     monkeypatch.setattr(causal, "slow_half_precision", lambda device: False)
     backwards = []
-    monkeypatch.setattr(causal, "_backward", lambda *tensors, real=causal._backward, **more: (backwards.append(1), real(*tensors, **more))[1])
+    monkeypatch.setattr(
+        causal,
+        "_backward",
+        lambda *tensors, real=causal._backward, **more: (
+            backwards.append(1),
+            real(*tensors, **more),
+        )[1],
+    )
     model = {**LLAMA, "max_position_embeddings": 256}
     architecture, given = read_architecture(load_config(model)), tokens(rows=2, length=256)
     documents = (torch.arange(256) >= 100).long().expand_as(given) if masked else None
@@ -90,7 +112,12 @@ def test_a_model_trains_through_it_where_nothing_but_causality_masks(recompute, 
         microbatch = context(architecture, given, documents=documents)
         microbatch.rotations = rotations(microbatch.positions, architecture, dtype)
         loss(layers, microbatch).backward()
-        found.append({declaration.name: parameter.grad.float() for declaration, parameter in parameters(layers)})
+        found.append(
+            {
+                declaration.name: parameter.grad.float()
+                for declaration, parameter in parameters(layers)
+            }
+        )
     assert bool(backwards) != masked
     for name, exact in found[0].items():
         assert float((found[1][name] - exact).norm() / exact.norm()) < 0.05, name

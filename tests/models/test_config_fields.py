@@ -20,29 +20,80 @@ MODELS = BASES | {name: BASES[name] | WINDOWED for name in ("qwen2", "qwen3")}
 
 FLIPS = {
     # sizes
-    "vocab_size": 71, "hidden_size": 64, "n_embd": 64, "intermediate_size": 40, "n_inner": 40, "num_hidden_layers": 2, "n_layer": 2,
-    "num_attention_heads": 2, "n_head": 2, "num_key_value_heads": 1, "head_dim": 12, "max_position_embeddings": 32, "n_positions": 32,
+    "vocab_size": 71,
+    "hidden_size": 64,
+    "n_embd": 64,
+    "intermediate_size": 40,
+    "n_inner": 40,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "num_attention_heads": 2,
+    "n_head": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "max_position_embeddings": 32,
+    "n_positions": 32,
     # the maths
-    "hidden_act": "relu", "hidden_activation": "relu", "activation_function": "relu", "rms_norm_eps": 0.3, "layer_norm_eps": 0.3,
-    "norm_epsilon": 0.3, "layer_norm_epsilon": 0.3, "mlp_bias": True, "use_bias": False,
-    "pretraining_tp": 2, "use_parallel_residual": False, "query_pre_attn_scalar": 7, "final_logit_softcapping": 0.7,
-    "attn_logit_softcapping": 0.7, "use_bidirectional_attention": True, "scale_attn_weights": False,
-    "scale_attn_by_inverse_layer_idx": True, "add_cross_attention": True, "is_encoder_decoder": True,
+    "hidden_act": "relu",
+    "hidden_activation": "relu",
+    "activation_function": "relu",
+    "rms_norm_eps": 0.3,
+    "layer_norm_eps": 0.3,
+    "norm_epsilon": 0.3,
+    "layer_norm_epsilon": 0.3,
+    "mlp_bias": True,
+    "use_bias": False,
+    "pretraining_tp": 2,
+    "use_parallel_residual": False,
+    "query_pre_attn_scalar": 7,
+    "final_logit_softcapping": 0.7,
+    "attn_logit_softcapping": 0.7,
+    "use_bidirectional_attention": True,
+    "scale_attn_weights": False,
+    "scale_attn_by_inverse_layer_idx": True,
+    "add_cross_attention": True,
+    "is_encoder_decoder": True,
     # windows and positions
-    "sliding_window": 3, "use_sliding_window": False, "max_window_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention", "full_attention"], "original_max_position_embeddings": 8,
+    "sliding_window": 3,
+    "use_sliding_window": False,
+    "max_window_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "original_max_position_embeddings": 8,
     # what only training sees
-    "attention_dropout": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5, "hidden_dropout": 0.5,
-    "residual_dropout": 0.5, "embedding_dropout": 0.5, "initializer_range": 0.3, "pad_token_id": 3,
+    "attention_dropout": 0.5,
+    "attn_pdrop": 0.5,
+    "embd_pdrop": 0.5,
+    "resid_pdrop": 0.5,
+    "hidden_dropout": 0.5,
+    "residual_dropout": 0.5,
+    "embedding_dropout": 0.5,
+    "initializer_range": 0.3,
+    "pad_token_id": 3,
     # other heads, and what is returned
-    "classifier_dropout": 0.9, "is_decoder": True, "summary_type": "mean", "summary_use_proj": False, "summary_activation": "tanh",
-    "summary_proj_to_labels": False, "summary_first_dropout": 0.9, "reorder_and_upcast_attn": True, "use_cache": False,
-    "bos_token_id": 5, "eos_token_id": 6, "architectures": ["Nonsense"], "transformers_version": "4.0",
-    "output_hidden_states": True, "output_attentions": True, "problem_type": "regression",
-    "id2label": {0: "a"}, "label2id": {"a": 0}, "chunk_size_feed_forward": 2,
-}  # fmt: skip
+    "classifier_dropout": 0.9,
+    "is_decoder": True,
+    "summary_type": "mean",
+    "summary_use_proj": False,
+    "summary_activation": "tanh",
+    "summary_proj_to_labels": False,
+    "summary_first_dropout": 0.9,
+    "reorder_and_upcast_attn": True,
+    "use_cache": False,
+    "bos_token_id": 5,
+    "eos_token_id": 6,
+    "architectures": ["Nonsense"],
+    "transformers_version": "4.0",
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "problem_type": "regression",
+    "id2label": {0: "a"},
+    "label2id": {"a": 0},
+    "chunk_size_feed_forward": 2,
+}
 NOT_FLIPPED = {
-    "model_type": "another family", "dtype": "train.dtype says it", "return_dict": "transformers' own models break without",
+    "model_type": "another family",
+    "dtype": "train.dtype says it",
+    "return_dict": "transformers' own models break without",
 }
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0}
 ROPES = {
@@ -99,19 +150,38 @@ def follows_transformers(model, given):
     return torch.allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
-TRAINING_ONLY = {"initializer_range", "pad_token_id", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout",
-                 "residual_dropout", "embedding_dropout"}  # fmt: skip
+TRAINING_ONLY = {
+    "initializer_range",
+    "pad_token_id",
+    "attention_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "hidden_dropout",
+    "residual_dropout",
+    "embedding_dropout",
+}
 """Leave the logits alone and are in the architecture."""
 NO_PADDING = {("gpt2", "pad_token_id"), ("gpt_neox", "pad_token_id")}
 """Their embeddings have no padding row."""
 QUIET = {
     "max_position_embeddings": "an upper bound where positions are rotations",
     "original_max_position_embeddings": "read by longrope alone: tests/models/variants.py",
-    **dict.fromkeys(("classifier_dropout", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-                     "summary_first_dropout"), "of other heads"),
-    "is_decoder": "which decoders are anyway", "reorder_and_upcast_attn": "the order of a scaling in half precision",
+    **dict.fromkeys(
+        (
+            "classifier_dropout",
+            "summary_type",
+            "summary_use_proj",
+            "summary_activation",
+            "summary_proj_to_labels",
+            "summary_first_dropout",
+        ),
+        "of other heads",
+    ),
+    "is_decoder": "which decoders are anyway",
+    "reorder_and_upcast_attn": "the order of a scaling in half precision",
     "max_window_layers": "layer_types are made of it when the config is made",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -128,20 +198,39 @@ def test_each_field_is_honoured_or_refused(family):
         if differ(before, parameters_and_logits(load_config(model), given)):
             assert name not in WITHOUT_EFFECT, f"{name} changes the maths"
             continue
-        honoured = read_architecture(load_config(model)) != read_architecture(load_config(MODELS[family]))
+        honoured = read_architecture(load_config(model)) != read_architecture(
+            load_config(MODELS[family])
+        )
         expected = name in TRAINING_ONLY and (family, name) not in NO_PADDING
-        assert honoured if expected else name in WITHOUT_EFFECT or name in QUIET, f"{name}={value} changes nothing"
+        assert honoured if expected else name in WITHOUT_EFFECT or name in QUIET, (
+            f"{name}={value} changes nothing"
+        )
 
 
-OLD = {"rope_theta": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 3.0}, "rotary_emb_base": 50.0, "rotary_pct": 1.0,
-       "rope_local_base_freq": 50.0, "sliding_window_pattern": 3, "partial_rotary_factor": 0.5}  # fmt: skip
-LONG = {"rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [1.0, 3.0, 5.0, 7.0]}
+OLD = {
+    "rope_theta": 50.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+    "rotary_emb_base": 50.0,
+    "rotary_pct": 1.0,
+    "rope_local_base_freq": 50.0,
+    "sliding_window_pattern": 3,
+    "partial_rotary_factor": 0.5,
+}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 2.0, 3.0, 4.0],
+    "long_factor": [1.0, 3.0, 5.0, 7.0],
+}
 OLD_FLIPS = [(family, name) for family in FAMILIES for name in sorted(_family(family).OLD_FIELDS)]
 
 
 @pytest.mark.parametrize(("family", "name"), OLD_FLIPS)
 def test_a_field_by_its_old_name_is_honoured(family, name):
     given = tokens()
-    model = copy.deepcopy(MODELS[family]) | {name: LONG if (family, name) == ("phi3", "rope_scaling") else OLD[name]}
+    model = copy.deepcopy(MODELS[family]) | {
+        name: LONG if (family, name) == ("phi3", "rope_scaling") else OLD[name]
+    }
     assert follows_transformers(model, given)
-    assert differ(*(parameters_and_logits(load_config(fields), given) for fields in (MODELS[family], model)))
+    assert differ(
+        *(parameters_and_logits(load_config(fields), given) for fields in (MODELS[family], model))
+    )

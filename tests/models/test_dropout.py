@@ -17,7 +17,9 @@ ONES = torch.ones(64, 64)
 
 def test_a_mask_follows_from_its_key():
     assert torch.equal(dropout(ONES, 0.5, 7, training=True), dropout(ONES, 0.5, 7, training=True))
-    assert not torch.equal(dropout(ONES, 0.5, 7, training=True), dropout(ONES, 0.5, 8, training=True))
+    assert not torch.equal(
+        dropout(ONES, 0.5, 7, training=True), dropout(ONES, 0.5, 8, training=True)
+    )
     assert dropout(ONES, 0.5, 7, training=False) is ONES
     assert dropout(ONES, 0.0, 7, training=True) is ONES
 
@@ -32,8 +34,15 @@ def test_what_is_kept_is_scaled_and_its_share_is_right(probability):
 
 
 def test_keys_are_of_everything_that_a_mask_is_for():
-    places = [(seed, step, microbatch, place, layer, rank) for seed in (1, 2) for step in (1, 11) for microbatch in (1, 12)
-              for place in ("attention", "feedforward") for layer in (0, 1) for rank in (None, 0, 1)]  # fmt: skip
+    places = [
+        (seed, step, microbatch, place, layer, rank)
+        for seed in (1, 2)
+        for step in (1, 11)
+        for microbatch in (1, 12)
+        for place in ("attention", "feedforward")
+        for layer in (0, 1)
+        for rank in (None, 0, 1)
+    ]
     keys = [key("dropout", key(*place[:3]), *place[3:]) for place in places]
     assert len(set(keys)) == len(places)
     assert key(1, 11) != key(11, 1)
@@ -46,8 +55,18 @@ def residuals(sequence):
     architecture = read_architecture(load_config(DROPPING))
     outputs = []
     for rank in (0, 1):
-        parts = Parts(architecture, make_grid(rank, tensor=2, connect=False), sequence=sequence, dtype=torch.float32, device="cpu")
-        outputs.append(Residual(parts, 0.5, "attention", 0).train()(ONES, context(architecture, tokens(), dropout_key=9)))
+        parts = Parts(
+            architecture,
+            make_grid(rank, tensor=2, connect=False),
+            sequence=sequence,
+            dtype=torch.float32,
+            device="cpu",
+        )
+        outputs.append(
+            Residual(parts, 0.5, "attention", 0).train()(
+                ONES, context(architecture, tokens(), dropout_key=9)
+            )
+        )
     return outputs
 
 
@@ -62,12 +81,16 @@ def test_copies_drop_the_same_and_parts_on_their_own():
 def run(model, recompute="none", *, dropout_key=9, training=True):
     layers = build(model, recompute=recompute).train(training)
     scramble(layers)
-    total = loss(layers, context(read_architecture(load_config(model)), tokens(), dropout_key=dropout_key))
+    total = loss(
+        layers, context(read_architecture(load_config(model)), tokens(), dropout_key=dropout_key)
+    )
     total.backward()
     return float(total.detach()), [parameter.grad for _, parameter in parameters(layers)]
 
 
-@pytest.mark.parametrize("model", [DROPPING, {**LLAMA, "attention_dropout": 0.2}], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "model", [DROPPING, {**LLAMA, "attention_dropout": 0.2}], ids=["gpt2", "llama"]
+)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_a_recomputed_forward_drops_the_same(model, recompute):
     plain, gradients = run(model)

@@ -28,7 +28,10 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name, record_proper
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
     worst = worst_gradient(layers, dict(twin.named_parameters()))
     assert worst < 1e-5
-    record_property("figures", f"max logit difference {off:.1e} of {float(expected.abs().max()):.1f}, worst gradient {worst:.1e}")
+    record_property(
+        "figures",
+        f"max logit difference {off:.1e} of {float(expected.abs().max()):.1f}, worst gradient {worst:.1e}",
+    )
 
 
 def worst_gradient(layers, theirs) -> float:

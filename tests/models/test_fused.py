@@ -23,7 +23,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 8}
 
 
-def gradients(model, dtype: torch.dtype, *, compile: bool, recompute: str) -> dict[str, torch.Tensor]:
+def gradients(
+    model, dtype: torch.dtype, *, compile: bool, recompute: str
+) -> dict[str, torch.Tensor]:
     config = configuration.from_dict({"train": {"recompute": recompute, "compile": compile}})
     architecture = read_architecture(load_config(model))
     stage = build_stage(config, architecture, make_grid(0, connect=False), "cpu").chunks[0]
@@ -33,7 +35,9 @@ def gradients(model, dtype: torch.dtype, *, compile: bool, recompute: str) -> di
     microbatch.rotations = rotations(microbatch.positions, architecture, dtype)
     value = loss(stage, microbatch)
     value.backward()
-    return {"loss": value.detach()} | {declaration.name: parameter.grad.float() for declaration, parameter in parameters(stage)}
+    return {"loss": value.detach()} | {
+        declaration.name: parameter.grad.float() for declaration, parameter in parameters(stage)
+    }
 
 
 @needs_compiler
@@ -43,17 +47,37 @@ def test_a_compiled_model_has_the_same_gradients(dtype, recompute, monkeypatch):
     """In bf16 as near to fp32 as when nothing is compiled. With norms of queries and keys; with RMSNorm that adds one and tanh-gelu gates."""
     calls = []
     for module in (fused, layers):
-        monkeypatch.setattr(module, "compiled", lambda function: (calls.append(function.__name__), compiled(function))[1])
-    gemma = {**LLAMA, "model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+        monkeypatch.setattr(
+            module,
+            "compiled",
+            lambda function: (calls.append(function.__name__), compiled(function))[1],
+        )
+    gemma = {
+        **LLAMA,
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 8,
+    }
     for model in (QWEN3, gemma):
         exact = gradients(model, torch.float32, compile=False, recompute=recompute)
         plain = gradients(model, dtype, compile=False, recompute=recompute)
         assert not calls
         found = gradients(model, dtype, compile=True, recompute=recompute)
-        assert set(calls) == {"_normalise", "_normalise_back", "_gate", "_gate_back", "_turn", "_turn_back", "_cross_entropy"}
+        assert set(calls) == {
+            "_normalise",
+            "_normalise_back",
+            "_gate",
+            "_gate_back",
+            "_turn",
+            "_turn_back",
+            "_cross_entropy",
+        }
         calls.clear()
         for name, gradient in exact.items():
-            error, usual = (float((those[name] - gradient).norm() / gradient.norm()) for those in (found, plain))
+            error, usual = (
+                float((those[name] - gradient).norm() / gradient.norm()) for those in (found, plain)
+            )
             assert error < (1e-5 if dtype == torch.float32 else max(2 * usual, 0.04)), name
 
 
@@ -71,7 +95,10 @@ def test_derivatives_of_gates(activation):
 
 def test_it_is_refused_without_a_compiler_and_where_nothing_is_compiled(monkeypatch, tmp_path):
     llama, gpt2 = (read_architecture(load_config(model)) for model in (LLAMA, GPT2))
-    with pytest.raises(ConfigError, match=r"train\.compile=true has nothing to compile in a gpt2 model on tensor ranks"):
+    with pytest.raises(
+        ConfigError,
+        match=r"train\.compile=true has nothing to compile in a gpt2 model on tensor ranks",
+    ):
         fused.check_compile(gpt2, tensor=2, on_gpu=False)
     monkeypatch.setenv("CXX", str(tmp_path / "c++"))
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler on CPUs.*CXX"):

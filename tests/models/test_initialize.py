@@ -17,9 +17,13 @@ from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import parameters, sharding
 from megatrain.train.build import build_stage
 
-MODELS = {"llama": {**LLAMA, "pad_token_id": 66}, "tied": {**LLAMA, "tie_word_embeddings": True, "num_hidden_layers": 4}, "gpt2": {**GPT2, "n_layer": 4},
-          "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16},
-          **{name: BASES[name] for name in ("gemma2", "phi3", "olmo2", "gpt_neox")}}  # fmt: skip
+MODELS = {
+    "llama": {**LLAMA, "pad_token_id": 66},
+    "tied": {**LLAMA, "tie_word_embeddings": True, "num_hidden_layers": 4},
+    "gpt2": {**GPT2, "n_layer": 4},
+    "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16},
+    **{name: BASES[name] for name in ("gemma2", "phi3", "olmo2", "gpt_neox")},
+}
 
 
 def pieces(model, *, tensor, pipeline, seed=3):
@@ -27,7 +31,12 @@ def pieces(model, *, tensor, pipeline, seed=3):
     words = ["train.steps=1", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
     config = configuration.load(None, words)
     for rank in range(tensor * pipeline):
-        stage = build_stage(config, read_architecture(load_config(model)), make_grid(rank, tensor=tensor, pipeline=pipeline, connect=False), "cpu")
+        stage = build_stage(
+            config,
+            read_architecture(load_config(model)),
+            make_grid(rank, tensor=tensor, pipeline=pipeline, connect=False),
+            "cpu",
+        )
         initialize(stage, seed)
         yield from parameters(stage)
 
@@ -35,7 +44,10 @@ def pieces(model, *, tensor, pipeline, seed=3):
 def whole(model, seed=3):
     tensors = {}
     for declaration, parameter in pieces(model, tensor=1, pipeline=1, seed=seed):
-        declaration.put(declaration.part_of(parameter.detach()), tensors.setdefault(declaration.name, torch.full(declaration.shape, float("nan"))))
+        declaration.put(
+            declaration.part_of(parameter.detach()),
+            tensors.setdefault(declaration.name, torch.full(declaration.shape, float("nan"))),
+        )
     return tensors
 
 
@@ -47,9 +59,16 @@ def test_parts_are_slices_of_the_whole(name, tensor, pipeline):
     for declaration, parameter in pieces(MODELS[name], tensor=tensor, pipeline=pipeline):
         part = declaration.part_of(parameter.detach())
         assert torch.equal(part, declaration.take(tensors[declaration.name])), declaration.name
-        declaration.put(declaration.take(counted[declaration.name]) + declaration.counted, counted[declaration.name])
-        assert parameter.numel() == part.numel() or (parameter[declaration.length :] == 0).all(), "padding is zero"
-    assert all((count == 1).all() for count in counted.values()), "one rank of a replica counts each element"
+        declaration.put(
+            declaration.take(counted[declaration.name]) + declaration.counted,
+            counted[declaration.name],
+        )
+        assert parameter.numel() == part.numel() or (parameter[declaration.length :] == 0).all(), (
+            "padding is zero"
+        )
+    assert all((count == 1).all() for count in counted.values()), (
+        "one rank of a replica counts each element"
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -59,7 +78,9 @@ def test_values_are_those_of_the_architecture(name):
     residual = 0.02 / (2 * model["n_layer"]) ** 0.5 if name == "gpt2" else 0.02
     for key, tensor in whole(model).items():
         if tensor.dim() == 1:
-            assert (tensor == (0.0 if key.endswith("bias") or name == "gemma2" else 1.0)).all()  # Gemma's norms add one to theirs
+            assert (
+                tensor == (0.0 if key.endswith("bias") or name == "gemma2" else 1.0)
+            ).all()  # Gemma's norms add one to theirs
             continue
         padding = model.get("pad_token_id", 1 if name == "olmo2" else None)
         if padding is not None and "embed" in key:
@@ -75,16 +96,30 @@ def test_roles_that_alternate_by_key_value_head_are_the_whole_tensor(tensor):
     """Two queries, a key and a value for each of 2 heads, as Megatron-LM stores them; 4 ranks hold half of a group each."""
     roles = ("query", "key", "value")
     plain = read_architecture(load_config(LLAMA))
-    fused = replace(plain, names=plain.names | {role: Source("layers.{}.qkv", roles, by_head=True) for role in roles})
+    fused = replace(
+        plain,
+        names=plain.names | {role: Source("layers.{}.qkv", roles, by_head=True) for role in roles},
+    )
     places = torch.full((fused.head_dim * 8, 32), -1)
     for rank in range(tensor):
-        parts = Parts(fused, make_grid(rank, tensor=tensor, connect=False), sequence=False, dtype=torch.float32, device="meta")
+        parts = Parts(
+            fused,
+            make_grid(rank, tensor=tensor, connect=False),
+            sequence=False,
+            dtype=torch.float32,
+            device="meta",
+        )
         for number, role in enumerate(roles):
             declaration = sharding(parts.columns(role, 0, bias=False)[0])
             there = declaration.take(places)
-            assert ((there == -1) | ((there == number) & (role != "query"))).all(), "only keys and values have copies"
+            assert ((there == -1) | ((there == number) & (role != "query"))).all(), (
+                "only keys and values have copies"
+            )
             declaration.put(torch.full_like(there, number), places)
-    assert places[:, 0].view(2, 4, fused.head_dim).tolist() == [[[0] * fused.head_dim] * 2 + [[1] * fused.head_dim, [2] * fused.head_dim]] * 2
+    assert (
+        places[:, 0].view(2, 4, fused.head_dim).tolist()
+        == [[[0] * fused.head_dim] * 2 + [[1] * fused.head_dim, [2] * fused.head_dim]] * 2
+    )
 
 
 def test_seeds_and_names_give_other_values():
@@ -98,13 +133,23 @@ def test_seeds_and_names_give_other_values():
 def test_any_part_of_a_tensor_can_be_made_alone():
     shape = (37, 21)
     all_of_it = normal_slice(1, "name", shape, (slice(0, 37), slice(0, 21)), std=2.0)
-    for rows, columns in [(slice(5, 9), slice(0, 21)), (slice(0, 37), slice(3, 4)), (slice(36, 37), slice(20, 21))]:
-        assert torch.equal(normal_slice(1, "name", shape, (rows, columns), std=2.0), all_of_it[rows, columns])
+    for rows, columns in [
+        (slice(5, 9), slice(0, 21)),
+        (slice(0, 37), slice(3, 4)),
+        (slice(36, 37), slice(20, 21)),
+    ]:
+        assert torch.equal(
+            normal_slice(1, "name", shape, (rows, columns), std=2.0), all_of_it[rows, columns]
+        )
     vector = normal_slice(1, "name", (37,), (slice(0, 37),), std=1.0)
     assert torch.equal(normal_slice(1, "name", (37,), (slice(30, 37),), std=1.0), vector[30:])
 
 
-@pytest.mark.parametrize("part", [(slice(10_000, 15_000), slice(0, 64)), (slice(0, 40_000), slice(8, 16))], ids=["rows", "columns"])
+@pytest.mark.parametrize(
+    "part",
+    [(slice(10_000, 15_000), slice(0, 64)), (slice(0, 40_000), slice(8, 16))],
+    ids=["rows", "columns"],
+)
 def test_a_part_takes_no_memory_of_the_whole(part, monkeypatch):
     """An eighth of 10 MB, and a block's working room."""
     monkeypatch.setattr("megatrain.models.random.ROWS_AT_ONCE", 1 << 12)
@@ -121,5 +166,12 @@ def test_a_part_takes_no_memory_of_the_whole(part, monkeypatch):
 
 def test_initial_values_are_the_same_for_ever():
     """A run that is started again years later starts from the same weights."""
-    found = normal_slice(1234, "model.embed_tokens.weight", (4, 8), (slice(0, 2), slice(0, 3)), std=1.0)
-    torch.testing.assert_close(found, torch.tensor([[0.67740685, -0.22582877, 1.34072912], [1.01881337, 1.23567104, 0.23988722]]), rtol=1e-6, atol=1e-6)
+    found = normal_slice(
+        1234, "model.embed_tokens.weight", (4, 8), (slice(0, 2), slice(0, 3)), std=1.0
+    )
+    torch.testing.assert_close(
+        found,
+        torch.tensor([[0.67740685, -0.22582877, 1.34072912], [1.01881337, 1.23567104, 0.23988722]]),
+        rtol=1e-6,
+        atol=1e-6,
+    )

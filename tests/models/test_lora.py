@@ -22,7 +22,9 @@ def architecture(model):
 def adapted(model, **settings):
     layers = build(model)
     scramble(layers)
-    add_adapters(layers, architecture(model), Lora(rank=4, **settings), make_grid(0, connect=False).tensor)
+    add_adapters(
+        layers, architecture(model), Lora(rank=4, **settings), make_grid(0, connect=False).tensor
+    )
     generator = torch.Generator().manual_seed(3)
     for parameter in layers.parameters():
         if parameter.requires_grad:
@@ -32,23 +34,40 @@ def adapted(model, **settings):
 
 def test_targets_are_ends_of_names():
     llama, gpt2 = architecture(LLAMA), architecture(GPT2)
-    assert target_names(llama, ["q_proj", "mlp.up_proj"]) == {f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")}
+    assert target_names(llama, ["q_proj", "mlp.up_proj"]) == {
+        f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")
+    }
     assert target_names(llama, ["layers.1.self_attn.o_proj"]) == {"model.layers.1.self_attn.o_proj"}
     assert len(target_names(llama, "all-linear")) == 14
-    assert target_names(gpt2, "c_proj") == {f"transformer.h.{i}.{name}.c_proj" for i in (0, 1) for name in ("attn", "mlp")}
+    assert target_names(gpt2, "c_proj") == {
+        f"transformer.h.{i}.{name}.c_proj" for i in (0, 1) for name in ("attn", "mlp")
+    }
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "w_proj"], "proj", ["lm_head"], ["embed_tokens"], ["input_layernorm"]])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "w_proj"], "proj", ["lm_head"], ["embed_tokens"], ["input_layernorm"]]
+)
 def test_a_target_that_matches_nothing_is_refused_with_those_there_are(targets):
-    with pytest.raises(ConfigError, match=r"matches no linear .* there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; or all-linear"):
+    with pytest.raises(
+        ConfigError,
+        match=r"matches no linear .* there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; or all-linear",
+    ):
         target_names(architecture(LLAMA), targets)
 
 
 def test_a_fused_module_has_one_pair():
-    trained = [(d.name, d.shape, p) for d, p in parameters(adapted(GPT2, targets=["c_attn"])) if p.requires_grad]
+    trained = [
+        (d.name, d.shape, p)
+        for d, p in parameters(adapted(GPT2, targets=["c_attn"]))
+        if p.requires_grad
+    ]
     first = "base_model.model.transformer.h.0.attn.c_attn"
-    assert [(shape, tuple(p.shape)) for name, shape, p in trained if name == f"{first}.lora_A.weight"] == [((4, 32), (4, 32))]
-    assert [(shape, tuple(p.shape)) for name, shape, p in trained if name == f"{first}.lora_B.weight"] == [((96, 4), (32, 4))] * 3
+    assert [
+        (shape, tuple(p.shape)) for name, shape, p in trained if name == f"{first}.lora_A.weight"
+    ] == [((4, 32), (4, 32))]
+    assert [
+        (shape, tuple(p.shape)) for name, shape, p in trained if name == f"{first}.lora_B.weight"
+    ] == [((96, 4), (32, 4))] * 3
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
@@ -60,7 +79,9 @@ def test_without_adapters_the_model_is_what_it_was(model, dora):
     given = context(architecture(model), tokens())
     with_adapters = loss(layers, given)
     given.adapters = False
-    torch.testing.assert_close(loss(layers, given), loss(plain, context(architecture(model), tokens())), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        loss(layers, given), loss(plain, context(architecture(model), tokens())), rtol=1e-6, atol=0
+    )
     assert abs(with_adapters - loss(layers, given)) > 1e-2
 
 
@@ -69,12 +90,16 @@ def test_at_the_start_adapters_change_nothing(dora):
     layers = build(LLAMA)
     scramble(layers)
     before = loss(layers, context(architecture(LLAMA), tokens()))
-    add_adapters(layers, architecture(LLAMA), Lora(rank=4, dora=dora), make_grid(0, connect=False).tensor)
+    add_adapters(
+        layers, architecture(LLAMA), Lora(rank=4, dora=dora), make_grid(0, connect=False).tensor
+    )
     for declaration, parameter in parameters(layers):
         if parameter.requires_grad:
             parameter.data.normal_() if "lora_A" in declaration.name else parameter.data.zero_()
     set_magnitudes(layers)
-    torch.testing.assert_close(loss(layers, context(architecture(LLAMA), tokens())), before, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        loss(layers, context(architecture(LLAMA), tokens())), before, rtol=1e-6, atol=0
+    )
 
 
 def test_dropout_is_of_the_key_and_only_while_training():
@@ -84,15 +109,32 @@ def test_dropout_is_of_the_key_and_only_while_training():
 
     assert once(1, train=True) == once(1, train=True)
     assert once(1, train=True) != once(2, train=True)
-    assert once(None, train=False) == loss(adapted(LLAMA).eval(), context(architecture(LLAMA), tokens())).item()
+    assert (
+        once(None, train=False)
+        == loss(adapted(LLAMA).eval(), context(architecture(LLAMA), tokens())).item()
+    )
 
 
-@pytest.mark.parametrize(("lora", "more", "words"), [
-    ({"rank": 4}, {"init_from": None}, "lora.rank=4 freezes the weights, and without train.init_from"),
-    ({"rank": -1}, {}, "lora.rank=-1 must not be negative"), ({"alpha": 8}, {}, "lora.rank=0 leaves lora.alpha without effect"),
-    ({"rank": 4, "alpha": 0}, {}, "lora.alpha=0.0 must be more"), ({"rank": 4, "dropout": 1.0}, {}, "lora.dropout=1.0 must be in"),
-    ({"rank": 4, "targets": []}, {}, "names nothing"), ({"rank": 4, "target": "q_proj"}, {}, "did you mean `targets`"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lora", "more", "words"),
+    [
+        (
+            {"rank": 4},
+            {"init_from": None},
+            "lora.rank=4 freezes the weights, and without train.init_from",
+        ),
+        ({"rank": -1}, {}, "lora.rank=-1 must not be negative"),
+        ({"alpha": 8}, {}, "lora.rank=0 leaves lora.alpha without effect"),
+        ({"rank": 4, "alpha": 0}, {}, "lora.alpha=0.0 must be more"),
+        ({"rank": 4, "dropout": 1.0}, {}, "lora.dropout=1.0 must be in"),
+        ({"rank": 4, "targets": []}, {}, "names nothing"),
+        ({"rank": 4, "target": "q_proj"}, {}, "did you mean `targets`"),
+    ],
+)
 def test_settings_are_used_or_refused(lora, more, words):
     with pytest.raises(ConfigError, match=words):
-        configuration.check(configuration.from_dict({"lora": lora, "train": {"steps": 1, "init_from": "folder"} | more}))
+        configuration.check(
+            configuration.from_dict(
+                {"lora": lora, "train": {"steps": 1, "init_from": "folder"} | more}
+            )
+        )

@@ -7,8 +7,16 @@ from networks import GPT2, LLAMA, build, context, logits, loss, scramble, tokens
 from megatrain.models.architecture import load_config, read_architecture
 
 MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 4}
-MODELS = pytest.mark.parametrize("model", [LLAMA, GPT2, MISTRAL, {**LLAMA, "attention_dropout": 0.0, "model_type": "qwen3", "head_dim": 8}],
-                                 ids=["llama", "gpt2", "mistral", "qwen3"])  # fmt: skip
+MODELS = pytest.mark.parametrize(
+    "model",
+    [
+        LLAMA,
+        GPT2,
+        MISTRAL,
+        {**LLAMA, "attention_dropout": 0.0, "model_type": "qwen3", "head_dim": 8},
+    ],
+    ids=["llama", "gpt2", "mistral", "qwen3"],
+)
 FIRST = 7
 
 
@@ -29,11 +37,23 @@ def test_two_documents_in_a_sample_are_as_each_alone(model):
     labels = given.roll(-1, 1)
     labels[:, [FIRST - 1, -1]] = -100
     both = context(architecture, given, labels, positions=positions, documents=documents)
-    parts = [context(architecture, given[:, part], labels[:, part]) for part in (slice(0, FIRST), slice(FIRST, 16))]
-    torch.testing.assert_close(logits(layers, both), torch.cat([logits(layers, part) for part in parts], dim=1), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(loss(layers, both), sum(loss(layers, part) for part in parts), rtol=1e-5, atol=0)
+    parts = [
+        context(architecture, given[:, part], labels[:, part])
+        for part in (slice(0, FIRST), slice(FIRST, 16))
+    ]
+    torch.testing.assert_close(
+        logits(layers, both),
+        torch.cat([logits(layers, part) for part in parts], dim=1),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    torch.testing.assert_close(
+        loss(layers, both), sum(loss(layers, part) for part in parts), rtol=1e-5, atol=0
+    )
     across = context(architecture, given, labels)
-    assert not torch.allclose(logits(layers, across)[:, FIRST:], logits(layers, both)[:, FIRST:], atol=1e-2)
+    assert not torch.allclose(
+        logits(layers, across)[:, FIRST:], logits(layers, both)[:, FIRST:], atol=1e-2
+    )
 
 
 @MODELS
@@ -55,7 +75,10 @@ def test_a_window_reaches_as_far_as_layers_carry_it():
     given = tokens()
     changed = given.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 67
-    moved = (logits(layers, context(architecture, given)) - logits(layers, context(architecture, changed))).abs().amax((0, 2)) > 1e-5
+    moved = (
+        logits(layers, context(architecture, given))
+        - logits(layers, context(architecture, changed))
+    ).abs().amax((0, 2)) > 1e-5
     assert moved.tolist() == [5 <= place <= 11 for place in range(16)]
 
 
@@ -64,9 +87,34 @@ def drawn(mask):
 
 
 def test_masks_as_drawn():
-    given = context(read_architecture(load_config(GPT2)), tokens(rows=1, length=6), documents=torch.tensor([[0, 0, 0, 1, 1, 1]]))
-    assert drawn(given.mask(None)[0, 0]) == ["x.....", "xx....", "xxx...", "...x..", "...xx.", "...xxx"]
-    assert drawn(given.mask(2)[0, 0]) == ["x.....", "xx....", ".xx...", "...x..", "...xx.", "....xx"]
+    given = context(
+        read_architecture(load_config(GPT2)),
+        tokens(rows=1, length=6),
+        documents=torch.tensor([[0, 0, 0, 1, 1, 1]]),
+    )
+    assert drawn(given.mask(None)[0, 0]) == [
+        "x.....",
+        "xx....",
+        "xxx...",
+        "...x..",
+        "...xx.",
+        "...xxx",
+    ]
+    assert drawn(given.mask(2)[0, 0]) == [
+        "x.....",
+        "xx....",
+        ".xx...",
+        "...x..",
+        "...xx.",
+        "....xx",
+    ]
     plain = context(read_architecture(load_config(GPT2)), tokens(rows=1, length=6))
-    assert drawn(plain.mask(3)[0, 0]) == ["x.....", "xx....", "xxx...", ".xxx..", "..xxx.", "...xxx"]
+    assert drawn(plain.mask(3)[0, 0]) == [
+        "x.....",
+        "xx....",
+        "xxx...",
+        ".xxx..",
+        "..xxx.",
+        "...xxx",
+    ]
     assert plain.mask(None) is plain.mask(6) is None

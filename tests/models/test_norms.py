@@ -13,7 +13,10 @@ from megatrain.parallel.slabs import slabs
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 def test_rms_norm_over_several_slabs(dtype, bound, plus_one):
     generator = torch.Generator().manual_seed(1)
-    x, weight, grad = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((57, 5, 512), (512,), (57, 5, 512)))
+    x, weight, grad = (
+        torch.randn(*shape, generator=generator).to(dtype)
+        for shape in ((57, 5, 512), (512,), (57, 5, 512))
+    )
     assert len(list(slabs(x.flatten(0, 1)))) > 1
     x.requires_grad_()
     norm = RmsNorm(torch.nn.Parameter(weight), 1e-6, plus_one=plus_one)

@@ -18,10 +18,19 @@ LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 
 def ranks(model, *, tensor, pipeline):
     """(declaration, parameter) of every rank, empty."""
-    config = configuration.load(None, ["train.steps=1", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"])
+    config = configuration.load(
+        None, ["train.steps=1", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
+    )
     architecture = read_architecture(load_config(model))
     for rank in range(tensor * pipeline):
-        yield from parameters(build_stage(config, architecture, make_grid(rank, tensor=tensor, pipeline=pipeline, connect=False), "cpu"))
+        yield from parameters(
+            build_stage(
+                config,
+                architecture,
+                make_grid(rank, tensor=tensor, pipeline=pipeline, connect=False),
+                "cpu",
+            )
+        )
 
 
 def theirs(model, folder):
@@ -34,7 +43,9 @@ def theirs(model, folder):
     network = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)  # also biases and norms, which start as constants
+            parameter.add_(
+                torch.randn_like(parameter) * 0.1
+            )  # also biases and norms, which start as constants
     network.save_pretrained(folder)
     return network, load_file(folder / "model.safetensors")
 
@@ -53,7 +64,9 @@ def test_tensors_go_into_ranks_and_back_unchanged(name, tmp_path):
             if declaration.counted:
                 declaration.put(declaration.part_of(parameter), whole)
         assert back.keys() == saved.keys()
-        assert all(torch.equal(back[key], saved[key]) for key in saved), f"tensor {tensor}, pipeline {pipeline}"
+        assert all(torch.equal(back[key], saved[key]) for key in saved), (
+            f"tensor {tensor}, pipeline {pipeline}"
+        )
     layers = build(VARIANTS[name]).eval()
     for declaration, parameter in parameters(layers):
         declaration.part_of(parameter).copy_(declaration.take(saved[declaration.name]))

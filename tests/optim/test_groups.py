@@ -12,27 +12,66 @@ from megatrain.parallel.sharding import sharding
 from megatrain.settings import Optimizer
 from megatrain.train.build import build_stage
 
-LLAMA = {"model_type": "qwen2", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-         "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {
+    "model_type": "qwen2",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 32,
+    "n_embd": 16,
+    "n_layer": 1,
+    "n_head": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 MATRICES = {
-    "qwen2": {f"model.layers.0.{name}.weight" for name in
-              ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")},
-    "gpt2": {f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
-}  # fmt: skip
-EMBEDDINGS = {"qwen2": {"model.embed_tokens.weight", "lm_head.weight"}, "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"}}
+    "qwen2": {
+        f"model.layers.0.{name}.weight"
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        )
+    },
+    "gpt2": {
+        f"transformer.h.0.{name}.weight"
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    },
+}
+EMBEDDINGS = {
+    "qwen2": {"model.embed_tokens.weight", "lm_head.weight"},
+    "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"},
+}
 
 
 def layers(model):
-    return build_stage(Config(), read_architecture(load_config(model)), make_grid(0, connect=False), "cpu")
+    return build_stage(
+        Config(), read_architecture(load_config(model)), make_grid(0, connect=False), "cpu"
+    )
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["qwen2", "gpt2"])
 @pytest.mark.parametrize("embeddings", [True, False])
 def test_matrices_decay_and_embeddings_if_asked(model, embeddings):
     module = layers(model)
-    groups = decay_groups(module.parameters(), Optimizer(weight_decay=0.3, decay_embeddings=embeddings))
-    by_decay = {group["weight_decay"]: {sharding(p).name for p in group["params"]} for group in groups}
+    groups = decay_groups(
+        module.parameters(), Optimizer(weight_decay=0.3, decay_embeddings=embeddings)
+    )
+    by_decay = {
+        group["weight_decay"]: {sharding(p).name for p in group["params"]} for group in groups
+    }
     name = model["model_type"]
     assert by_decay[0.3] == MATRICES[name] | (EMBEDDINGS[name] if embeddings else set())
     assert by_decay[0.3].isdisjoint(by_decay[0.0])
@@ -42,7 +81,9 @@ def test_matrices_decay_and_embeddings_if_asked(model, embeddings):
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lion"])
 def test_a_rule_takes_its_settings(name):
-    config = Optimizer(name=name, lr=0.5, betas=[0.7, 0.8], eps=0.01, momentum=0.6, weight_decay=0.3)
+    config = Optimizer(
+        name=name, lr=0.5, betas=[0.7, 0.8], eps=0.01, momentum=0.6, weight_decay=0.3
+    )
     optimizer = make_optimizer(decay_groups(layers(GPT2).parameters(), config), config)
     group = optimizer.param_groups[0]
     expected = {"lr": 0.5, "weight_decay": 0.3}
@@ -57,7 +98,9 @@ def test_what_fills_whole_registers_is_updated_alike_wherever_it_lies(name):
 
     def updated(size):
         parts = [torch.nn.Parameter(part.clone()) for part in weights.split(size)]
-        optimizer = make_optimizer([{"params": parts, "weight_decay": 0.1}], Optimizer(name=name, lr=0.01))
+        optimizer = make_optimizer(
+            [{"params": parts, "weight_decay": 0.1}], Optimizer(name=name, lr=0.01)
+        )
         for gradient in gradients:
             for part, grad in zip(parts, gradient.split(size), strict=True):
                 part.grad = grad.clone()
@@ -71,8 +114,12 @@ def test_what_fills_whole_registers_is_updated_alike_wherever_it_lies(name):
 @pytest.mark.parametrize(("tied", "pipeline"), [(True, 2), (True, 1), (False, 2)])
 def test_shares_of_a_matrix_at_both_ends_are_whole_registers(tied, pipeline):
     model = {**LLAMA, "hidden_size": 20, "tie_word_embeddings": tied}
-    module = build_stage(configuration.from_dict({"parallel": {"pipeline": pipeline}}), read_architecture(load_config({**model, "num_hidden_layers": 2})),
-                         make_grid(0, pipeline=pipeline, connect=False), "cpu")  # fmt: skip
+    module = build_stage(
+        configuration.from_dict({"parallel": {"pipeline": pipeline}}),
+        read_architecture(load_config({**model, "num_hidden_layers": 2})),
+        make_grid(0, pipeline=pipeline, connect=False),
+        "cpu",
+    )
     matrices, others = (group["params"] for group in decay_groups(module.parameters(), Optimizer()))
     assert lane_padding(others, shards=3) == 0
     padding = lane_padding(matrices, shards=3)

@@ -31,14 +31,18 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize(("name", "step"), [(name, step) for name, values in VALUES.items() for step in values])
+@pytest.mark.parametrize(
+    ("name", "step"), [(name, step) for name, values in VALUES.items() for step in values]
+)
 def test_after_it(name, step):
     assert rate(name, step) == pytest.approx(VALUES[name][step], rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
 def test_decay_ends_where_decay_steps_says_and_stays_there(name):
-    assert [rate(name, step, decay_steps=60) for step in (60, 61, 110)] == pytest.approx([LEAST] * 3)
+    assert [rate(name, step, decay_steps=60) for step in (60, 61, 110)] == pytest.approx(
+        [LEAST] * 3
+    )
     assert rate(name, 59, decay_steps=60) > LEAST
 
 

@@ -31,12 +31,19 @@ class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
         for kind, shape in SHAPES.items():
-            values = torch.randn(shape, generator=torch.Generator().manual_seed(len(kind))).bfloat16().float()
+            values = (
+                torch.randn(shape, generator=torch.Generator().manual_seed(len(kind)))
+                .bfloat16()
+                .float()
+            )
             declare(parameter := nn.Parameter(values), Sharding(kind, shape, kind=kind))
             self.register_parameter(kind, parameter)
 
     def forward(self, gradients):
-        return sum((parameter.float() * gradients[name]).sum() for name, parameter in self.named_parameters())
+        return sum(
+            (parameter.float() * gradients[name]).sum()
+            for name, parameter in self.named_parameters()
+        )
 
 
 class Case(NamedTuple):
@@ -47,8 +54,15 @@ class Case(NamedTuple):
     offload: str = "none"
 
     def config(self):
-        words = ["train.steps=5", f"parallel.zero={self.zero}", f"train.dtype={self.dtype}", f"optimizer.name={self.rule}",
-                 f"optimizer.grad_clip={CLIP}", f"optimizer.weight_decay={DECAY}", f"parallel.offload={self.offload}"]  # fmt: skip
+        words = [
+            "train.steps=5",
+            f"parallel.zero={self.zero}",
+            f"train.dtype={self.dtype}",
+            f"optimizer.name={self.rule}",
+            f"optimizer.grad_clip={CLIP}",
+            f"optimizer.weight_decay={DECAY}",
+            f"parallel.offload={self.offload}",
+        ]
         return configuration.load(None, words)
 
 
@@ -68,7 +82,10 @@ def gradients(step, microbatch, rank):
     """Exact in bf16; those of even steps are short enough not to be clipped."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * microbatch + rank)
     size = 0.25 if step % 2 == 0 else 4.0
-    return {name: (torch.randn(shape, generator=generator) * size).bfloat16().float() for name, shape in SHAPES.items()}
+    return {
+        name: (torch.randn(shape, generator=generator) * size).bfloat16().float()
+        for name, shape in SHAPES.items()
+    }
 
 
 def run_cases(rank, world_size, cases):
@@ -91,10 +108,15 @@ def run_case(rank, case):
             given = gradients(step, microbatch, rank)
             if step == OVERFLOWS and rank == case.world - 1:
                 given["matrix"][1, 2] = math.inf
-            zero.backward(zero.module(given), torch.tensor(1.0), last=microbatch == MICROBATCHES - 1)
+            zero.backward(
+                zero.module(given), torch.tensor(1.0), last=microbatch == MICROBATCHES - 1
+            )
 
     def weights():
-        return {name: zero.whole_weights(parameter).float().clone() for name, parameter in zero.stage.named_parameters()}
+        return {
+            name: zero.whole_weights(parameter).float().clone()
+            for name, parameter in zero.stage.named_parameters()
+        }
 
     norms, applied, after = [], [], []
     for step, lr in enumerate(LRS):
@@ -109,7 +131,10 @@ def run_case(rank, case):
         applied.append(result.applied)
         after.append(weights())
     updates = zero.updates
-    pieces = [(f.sharding.name, f.start, {name: t.clone() for name, t in f.tensors.items()}) for f in zero.fragments()]
+    pieces = [
+        (f.sharding.name, f.start, {name: t.clone() for name, t in f.tensors.items()})
+        for f in zero.fragments()
+    ]
     with torch.no_grad():
         for fragment in zero.fragments():
             fragment.tensors["master"].mul_(2.0)
@@ -120,14 +145,24 @@ def run_case(rank, case):
 def plain(case):
     """The same in one process, with nothing of ours but Lion: norms, masters after each step, states."""
     masters = {name: p.detach().clone().requires_grad_() for name, p in Tiny().named_parameters()}
-    groups = [{"params": [masters[n] for n in ("embedding", "matrix")], "weight_decay": DECAY},
-              {"params": [masters[n] for n in ("bias", "norm")], "weight_decay": 0.0}]  # fmt: skip
-    made = {"adamw": lambda: torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8), "sgd": lambda: torch.optim.SGD(groups, momentum=0.9),
-            "adam": lambda: torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-8), "lion": lambda: Lion(groups, lr=0.0, betas=(0.9, 0.95))}  # fmt: skip
+    groups = [
+        {"params": [masters[n] for n in ("embedding", "matrix")], "weight_decay": DECAY},
+        {"params": [masters[n] for n in ("bias", "norm")], "weight_decay": 0.0},
+    ]
+    made = {
+        "adamw": lambda: torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8),
+        "sgd": lambda: torch.optim.SGD(groups, momentum=0.9),
+        "adam": lambda: torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-8),
+        "lion": lambda: Lion(groups, lr=0.0, betas=(0.9, 0.95)),
+    }
     optimizer = made[case.rule]()
     norms, after = [], []
     for step, lr in enumerate(LRS):
-        given = [gradients(step, microbatch, rank) for rank in range(case.world) for microbatch in range(MICROBATCHES)]
+        given = [
+            gradients(step, microbatch, rank)
+            for rank in range(case.world)
+            for microbatch in range(MICROBATCHES)
+        ]
         for name, master in masters.items():
             master.grad = sum(part[name] for part in given) / case.world
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), CLIP)))
@@ -139,15 +174,25 @@ def plain(case):
         if step != OVERFLOWS:
             optimizer.step()
         after.append({name: master.detach().clone() for name, master in masters.items()})
-    states = {name: {key: optimizer.state[master][key] for key in STATES[case.rule]} for name, master in masters.items()}
+    states = {
+        name: {key: optimizer.state[master][key] for key in STATES[case.rule]}
+        for name, master in masters.items()
+    }
     return norms, after, states
 
 
 CASES = [
-    *[Case(world, zero, dtype) for world in (1, 2) for zero in (0, 1, 2, 3) for dtype in ("fp32", "bf16")],
+    *[
+        Case(world, zero, dtype)
+        for world in (1, 2)
+        for zero in (0, 1, 2, 3)
+        for dtype in ("fp32", "bf16")
+    ],
     *[Case(2, zero, rule=rule) for zero in (1, 3) for rule in ("adam", "sgd", "lion")],
-    Case(2, 1, offload="cpu"), Case(2, 2, offload="cpu"), Case(2, 1, "bf16", offload="cpu"),
-]  # fmt: skip
+    Case(2, 1, offload="cpu"),
+    Case(2, 2, offload="cpu"),
+    Case(2, 1, "bf16", offload="cpu"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +222,11 @@ def test_norm_clipping_and_update_equal_plain_torch(outcomes, case):
                 expected = after[step][name]
                 expected = expected if case.dtype == "fp32" else expected.bfloat16().float()
                 # Where torch's master lies between two bf16 numbers, an ulp of fp32 may decide.
-                tolerance = {"rtol": 1e-5, "atol": 1e-6} if case.dtype == "fp32" else {"rtol": 2**-7, "atol": 1e-6}
+                tolerance = (
+                    {"rtol": 1e-5, "atol": 1e-6}
+                    if case.dtype == "fp32"
+                    else {"rtol": 2**-7, "atol": 1e-6}
+                )
                 torch.testing.assert_close(ours, expected, **tolerance)
 
 
@@ -204,7 +253,9 @@ def test_gradients_that_are_not_finite_change_nothing(outcomes, case):
 
 def test_updates_can_be_read_and_set(outcomes, case):
     """Set to 10 before the last step; the equality above shows that the bias correction follows."""
-    assert [rank.updates for rank in outcomes[case]] == [11 if case.rule.startswith("adam") else 0] * case.world
+    assert [rank.updates for rank in outcomes[case]] == [
+        11 if case.rule.startswith("adam") else 0
+    ] * case.world
 
 
 def test_fragments_cover_every_element_once(outcomes, case):
@@ -240,4 +291,6 @@ def test_lion_is_algorithm_2_of_its_paper():
         w = w - lr * ((b1 * m + (1 - b1) * g).sign() + decay * w)
         m = b2 * m + (1 - b2) * g
     torch.testing.assert_close(parameter.detach().double(), w, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(optimizer.state[parameter]["exp_avg"].double(), m, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        optimizer.state[parameter]["exp_avg"].double(), m, rtol=1e-5, atol=1e-6
+    )

@@ -35,7 +35,12 @@ def call_all(rank, world_size):
         results[name] = y.detach(), x.grad
     x = torch.tensor([float(rank), 1.0])
     results["all_reduce"] = collectives.all_reduce(x, axis), x
-    results["maximum"] = collectives.all_reduce(torch.tensor([float(rank)]), axis, op=torch.distributed.ReduceOp.MAX), x
+    results["maximum"] = (
+        collectives.all_reduce(
+            torch.tensor([float(rank)]), axis, op=torch.distributed.ReduceOp.MAX
+        ),
+        x,
+    )
     return results
 
 
@@ -53,9 +58,13 @@ WAYS = {
     "own part": lambda a, b: (a[:PART], b[PART:]),
 }
 TABLE = {
-    "copy": ("identity", "all-reduce"), "reduce": ("all-reduce", "identity"), "gather": ("all-gather", "reduce-scatter"),
-    "scatter_sum": ("reduce-scatter", "all-gather"), "split": ("own part", "all-gather"), "collect": ("all-gather", "own part"),
-}  # fmt: skip
+    "copy": ("identity", "all-reduce"),
+    "reduce": ("all-reduce", "identity"),
+    "gather": ("all-gather", "reduce-scatter"),
+    "scatter_sum": ("reduce-scatter", "all-gather"),
+    "split": ("own part", "all-gather"),
+    "collect": ("all-gather", "own part"),
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

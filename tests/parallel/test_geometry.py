@@ -13,7 +13,11 @@ from megatrain.parallel.sharding import Sharding
 
 def test_the_drawing():
     piece = make_piece(Sharding("x", (4, 6), 1, 3, 3), (4, 3), 1, 6)
-    assert [tuple(run) for run in np.stack(runs_of(piece), 1).tolist()] == [(4, 0, 2), (9, 2, 3), (15, 5, 1)]
+    assert [tuple(run) for run in np.stack(runs_of(piece), 1).tolist()] == [
+        (4, 0, 2),
+        (9, 2, 3),
+        (15, 5, 1),
+    ]
 
 
 def local(s: Sharding, extent: int) -> torch.Tensor:
@@ -41,9 +45,18 @@ class Whole:
 
     def __init__(self, dice: random.Random) -> None:
         self.kind = dice.choice(["whole", "vocabulary", "plain", "fused", "interleaved"])
-        self.heads, self.width, self.other, self.dim = dice.choice([2, 4, 8]), dice.choice([1, 2, 3]), dice.randint(1, 5), dice.choice([0, 1])
+        self.heads, self.width, self.other, self.dim = (
+            dice.choice([2, 4, 8]),
+            dice.choice([1, 2, 3]),
+            dice.randint(1, 5),
+            dice.choice([0, 1]),
+        )
         self.transposed = self.kind != "vocabulary" and dice.random() < 0.5
-        size = {"whole": 5, "vocabulary": dice.randint(3, 11), "plain": self.heads * self.width}.get(self.kind, 3 * self.heads * self.width)
+        size = {
+            "whole": 5,
+            "vocabulary": dice.randint(3, 11),
+            "plain": self.heads * self.width,
+        }.get(self.kind, 3 * self.heads * self.width)
         if self.kind == "vocabulary":
             self.dim = 0
         self.shape = (size, self.other) if self.dim == 0 else (self.other, size)
@@ -56,15 +69,41 @@ class Whole:
             rows = self.shape[0]
             extent = -(-rows // tensor)
             starts = [min(rank * extent, rows) for rank in range(tensor)]
-            return [(Sharding("x", self.shape, 0, start, min(extent, rows - start)), extent) for start in starts]
+            return [
+                (Sharding("x", self.shape, 0, start, min(extent, rows - start)), extent)
+                for start in starts
+            ]
         if self.kind == "fused":  # three roles one after the other, as in GPT-2
-            cuts = [((role * self.heads + rank * own) * width, 0, 0) for role in range(3) for rank in range(tensor)]
+            cuts = [
+                ((role * self.heads + rank * own) * width, 0, 0)
+                for role in range(3)
+                for rank in range(tensor)
+            ]
         elif self.kind == "interleaved":  # head by head, as in GPT-NeoX
-            cuts = [((rank * own * 3 + role) * width, width, 3 * width) for role in range(3) for rank in range(tensor)]
+            cuts = [
+                ((rank * own * 3 + role) * width, width, 3 * width)
+                for role in range(3)
+                for rank in range(tensor)
+            ]
         else:
             cuts = [(rank * own * width, 0, 0) for rank in range(tensor)]
         length = own * width
-        return [(Sharding("x", self.shape, self.dim, start, length, self.transposed, run=run, stride=stride), length) for start, run, stride in cuts]
+        return [
+            (
+                Sharding(
+                    "x",
+                    self.shape,
+                    self.dim,
+                    start,
+                    length,
+                    self.transposed,
+                    run=run,
+                    stride=stride,
+                ),
+                length,
+            )
+            for start, run, stride in cuts
+        ]
 
 
 def test_any_layout_is_made_of_any_other():
@@ -74,8 +113,14 @@ def test_any_layout_is_made_of_any_other():
         whole = Whole(dice)
         sizes = [tensor for tensor in (1, 2, 4, 8) if whole.heads % tensor == 0]
         source, target = whole.parts(dice.choice(sizes)), whole.parts(dice.choice(sizes))
-        held = [piece for s, extent in source for piece in cut(local(s, extent), s, dice.choice([1, 2, 3]), dice)]
-        assert sum(runs_of(piece).total for piece, _ in held) == torch.Size(whole.shape).numel(), "each element is in one piece"
+        held = [
+            piece
+            for s, extent in source
+            for piece in cut(local(s, extent), s, dice.choice([1, 2, 3]), dice)
+        ]
+        assert sum(runs_of(piece).total for piece, _ in held) == torch.Size(whole.shape).numel(), (
+            "each element is in one piece"
+        )
         for s, extent in target:
             for piece, wanted in cut(local(s, extent), s, dice.choice([1, 2, 3]), dice):
                 made = torch.full_like(wanted, -1)
@@ -89,7 +134,11 @@ def test_any_layout_is_made_of_any_other():
 
 
 def test_the_same_cut_is_one_copy():
-    for s in (Sharding("x", (50, 60), 1, 20, 20), Sharding("x", (60, 50), 0, 20, 20, transposed=True), Sharding("x", (64, 3), 0, 4, 16, run=4, stride=12)):
+    for s in (
+        Sharding("x", (50, 60), 1, 20, 20),
+        Sharding("x", (60, 50), 0, 20, 20, transposed=True),
+        Sharding("x", (64, 3), 0, 4, 16, run=4, stride=12),
+    ):
         shape = s.part_shape()[::-1] if s.transposed else s.part_shape()
         runs = runs_of(make_piece(s, shape, 3, 40))
         assert [part.tolist() for part in meet(runs, runs)] == [[0], [0], [40]]

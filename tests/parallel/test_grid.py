@@ -14,22 +14,33 @@ def grids(**sizes):
 
 def test_tensor_ranks_are_neighbours_and_stages_are_far_apart():
     """[pipeline, data, tensor]"""
-    assert box(tensor=2, pipeline=2, data=3).tolist() == [[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]]]
+    assert box(tensor=2, pipeline=2, data=3).tolist() == [
+        [[0, 1], [2, 3], [4, 5]],
+        [[6, 7], [8, 9], [10, 11]],
+    ]
 
 
 def test_the_axes_of_one_rank():
     grid = make_grid(8, tensor=2, pipeline=2, data=3, connect=False)
     assert (grid.rank, grid.world_size) == (8, 12)
-    lines = {name: (getattr(grid, name).rank, getattr(grid, name).size, getattr(grid, name).ranks)
-             for name in ("tensor", "pipeline", "data", "model", "ends")}  # fmt: skip
+    lines = {
+        name: (getattr(grid, name).rank, getattr(grid, name).size, getattr(grid, name).ranks)
+        for name in ("tensor", "pipeline", "data", "model", "ends")
+    }
     assert lines == {
-        "tensor": (0, 2, (8, 9)), "pipeline": (1, 2, (2, 8)), "data": (1, 3, (6, 8, 10)), "model": (2, 4, (2, 3, 8, 9)), "ends": (1, 2, (2, 8)),
-    }  # fmt: skip
+        "tensor": (0, 2, (8, 9)),
+        "pipeline": (1, 2, (2, 8)),
+        "data": (1, 3, (6, 8, 10)),
+        "model": (2, 4, (2, 3, 8, 9)),
+        "ends": (1, 2, (2, 8)),
+    }
     assert grid.is_last_stage
     assert not grid.is_first_stage
 
 
-SIZES = [{"tensor": t, "pipeline": p, "data": d} for t in (1, 2, 4) for p in (1, 2, 3) for d in (1, 2, 3)]
+SIZES = [
+    {"tensor": t, "pipeline": p, "data": d} for t in (1, 2, 4) for p in (1, 2, 3) for d in (1, 2, 3)
+]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s.values())))
@@ -51,10 +62,15 @@ def test_only_first_and_last_stage_share_ends(pipeline):
         inner = 0 < grid.pipeline.rank < pipeline - 1
         expected = (rank,) if inner else (rank % 2, rank % 2 + 2 * (pipeline - 1))
         assert grid.ends.ranks == expected
-        assert (grid.is_first_stage, grid.is_last_stage) == (grid.pipeline.rank == 0, grid.pipeline.rank == pipeline - 1)
+        assert (grid.is_first_stage, grid.is_last_stage) == (
+            grid.pipeline.rank == 0,
+            grid.pipeline.rank == pipeline - 1,
+        )
 
 
 def test_part_of_an_axis():
     parts = [part_of(grid.tensor, 2) for grid in grids(tensor=4, data=2)]
-    assert [part.ranks for part in parts] == [(0, 1)] * 2 + [(2, 3)] * 2 + [(4, 5)] * 2 + [(6, 7)] * 2
+    assert [part.ranks for part in parts] == [(0, 1)] * 2 + [(2, 3)] * 2 + [(4, 5)] * 2 + [
+        (6, 7)
+    ] * 2
     assert [part.rank for part in parts] == [0, 1] * 4

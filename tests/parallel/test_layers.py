@@ -7,7 +7,13 @@ from ranks import run_ranks
 from torch import nn
 
 from megatrain.parallel.grid import Axis, make_grid
-from megatrain.parallel.layers import Linear, RowLinear, VocabEmbedding, _VocabCrossEntropy, vocab_cross_entropy
+from megatrain.parallel.layers import (
+    Linear,
+    RowLinear,
+    VocabEmbedding,
+    _VocabCrossEntropy,
+    vocab_cross_entropy,
+)
 
 ALONE = Axis(0, 1, (0,))
 VOCABULARY, HIDDEN, PADDING = 67, 6, 40
@@ -30,7 +36,6 @@ def logits():
     return randn(ROWS, VOCABULARY, seed=2) * 50
 
 
-
 def tokens():
     found = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(3))
     found[0, :4] = torch.tensor([PADDING, 0, 33, 66])
@@ -42,20 +47,32 @@ def on_ranks(rank, world_size):
     half = 34
     results = {}
     # Columns behind the vocabulary hold anything.
-    mine = torch.cat([logits(), torch.full((ROWS, 1), 1e4)], dim=1)[:, rank * half : (rank + 1) * half].contiguous().requires_grad_()
-    losses = vocab_cross_entropy(mine.clone(), labels(), start=rank * half, vocab_size=VOCABULARY, axis=axis)
+    mine = (
+        torch.cat([logits(), torch.full((ROWS, 1), 1e4)], dim=1)[:, rank * half : (rank + 1) * half]
+        .contiguous()
+        .requires_grad_()
+    )
+    losses = vocab_cross_entropy(
+        mine.clone(), labels(), start=rank * half, vocab_size=VOCABULARY, axis=axis
+    )
     losses.backward(randn(ROWS, seed=4))
     results["cross entropy"] = losses.detach(), mine.grad
-    table = torch.cat([randn(VOCABULARY, HIDDEN, seed=5), torch.zeros(1, HIDDEN)])[rank * half : (rank + 1) * half]
+    table = torch.cat([randn(VOCABULARY, HIDDEN, seed=5), torch.zeros(1, HIDDEN)])[
+        rank * half : (rank + 1) * half
+    ]
     for sequence in (False, True):
         weight = nn.Parameter(table.clone())
-        rows = VocabEmbedding(weight, start=rank * half, axis=axis, sequence=sequence, padding_token=PADDING)(tokens())
+        rows = VocabEmbedding(
+            weight, start=rank * half, axis=axis, sequence=sequence, padding_token=PADDING
+        )(tokens())
         gradient = randn(8, 2, HIDDEN, seed=6)
         rows.backward(gradient.chunk(2)[rank] if sequence else gradient)
         results[f"embedding, sequence={sequence}"] = rows.detach(), weight.grad
         part = nn.Parameter(randn(5, 8, seed=7).chunk(2, dim=1)[rank].contiguous())
         bias = nn.Parameter(randn(5, seed=8))
-        y = RowLinear(part, bias, axis=axis, sequence=sequence)(randn(4, 2, 8, seed=9).chunk(2, dim=-1)[rank])
+        y = RowLinear(part, bias, axis=axis, sequence=sequence)(
+            randn(4, 2, 8, seed=9).chunk(2, dim=-1)[rank]
+        )
         results[f"rows, sequence={sequence}"] = y.detach(), None
     return results
 
@@ -99,10 +116,14 @@ def test_cross_entropy_of_bf16_is_computed_in_fp32():
     wide = x.float().requires_grad_()
     F.cross_entropy(wide, labels(), reduction="sum").backward()
     given = x.clone().requires_grad_()
-    losses = vocab_cross_entropy(given.clone(), labels(), start=0, vocab_size=VOCABULARY, axis=ALONE)
+    losses = vocab_cross_entropy(
+        given.clone(), labels(), start=0, vocab_size=VOCABULARY, axis=ALONE
+    )
     losses.sum().backward()
     assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, F.cross_entropy(x.float(), labels(), reduction="none"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        losses, F.cross_entropy(x.float(), labels(), reduction="none"), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(given.grad.float(), wide.grad, rtol=2**-7, atol=1e-4)
 
 
@@ -123,7 +144,9 @@ def test_a_split_embedding_and_its_padding_token(results, sequence):
 @pytest.mark.parametrize("padding", [None, PADDING])
 def test_an_embedding_on_one_rank(padding):
     weight = nn.Parameter(randn(VOCABULARY, HIDDEN, seed=5))
-    VocabEmbedding(weight, start=0, axis=ALONE, sequence=False, padding_token=padding)(tokens()).sum().backward()
+    VocabEmbedding(weight, start=0, axis=ALONE, sequence=False, padding_token=padding)(
+        tokens()
+    ).sum().backward()
     assert (weight.grad[PADDING] == 0).all() == (padding is not None)
 
 
@@ -147,7 +170,10 @@ def test_a_linear_adds_its_weight_gradient_into_main_grad(dtype, elements, monke
     layer = Linear(weight, bias)
     total, rounding = torch.full((5, 8), 1000.0), torch.zeros(5, 8)
     for seed in range(3):
-        x, gradient = randn(7, 8, seed=10 + seed).to(dtype).requires_grad_(), randn(7, 5, seed=20 + seed).to(dtype)
+        x, gradient = (
+            randn(7, 8, seed=10 + seed).to(dtype).requires_grad_(),
+            randn(7, 5, seed=20 + seed).to(dtype),
+        )
         y = layer(x)
         y.backward(gradient)
         product = gradient.float().t() @ x.detach().float()
@@ -161,7 +187,11 @@ def test_a_linear_adds_its_weight_gradient_into_main_grad(dtype, elements, monke
 
 
 def test_a_linear_without_main_grad_is_torchs():
-    weight, bias, x = nn.Parameter(randn(5, 8)), nn.Parameter(randn(5, seed=1)), randn(2, 3, 8, seed=2).requires_grad_()
+    weight, bias, x = (
+        nn.Parameter(randn(5, 8)),
+        nn.Parameter(randn(5, seed=1)),
+        randn(2, 3, 8, seed=2).requires_grad_(),
+    )
     Linear(weight, bias)(x).square().sum().backward()
     ours = weight.grad.clone(), bias.grad.clone(), x.grad.clone()
     for tensor in (weight, bias, x):
@@ -172,7 +202,10 @@ def test_a_linear_without_main_grad_is_torchs():
 
 
 def test_a_frozen_linear_keeps_nothing_and_hands_its_gradient_on():
-    weight, bias = nn.Parameter(randn(5, HIDDEN), requires_grad=False), nn.Parameter(randn(5, seed=4), requires_grad=False)
+    weight, bias = (
+        nn.Parameter(randn(5, HIDDEN), requires_grad=False),
+        nn.Parameter(randn(5, seed=4), requires_grad=False),
+    )
     x = randn(3, 2, HIDDEN, seed=5).requires_grad_()
     y = Linear(weight, bias)(x)
     assert y.grad_fn.saved_tensors == (None,)

@@ -13,7 +13,10 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def timeline(name, ranks=4, microbatches=8, send=0.0):
     schedule = make_schedule(name, ranks, microbatches)
-    return simulate(schedule, even_times(schedule.placement, forward=1, input_gradient=1, weight_gradient=1, send=send))
+    return simulate(
+        schedule,
+        even_times(schedule.placement, forward=1, input_gradient=1, weight_gradient=1, send=send),
+    )
 
 
 def test_text_to_scale():
@@ -62,7 +65,12 @@ def test_the_picture_holds_each_action_where_it_is(name):
     kinds = {(action.kind, action.chunk) for actions in made.schedule.actions for action in actions}
     assert len(colours) == len(kinds)
     texts = [text.text for text in root.iter(f"{SVG}text")]
-    numbers = [text for line in "".join(f"\n{t}" for t in texts).split("\nrank ")[1:] for text in line.split("\n")[1:] if text.isdecimal()]
+    numbers = [
+        text
+        for line in "".join(f"\n{t}" for t in texts).split("\nrank ")[1:]
+        for text in line.split("\n")[1:]
+        if text.isdecimal()
+    ]
     assert numbers[: len(spans)] == [str(span.action.microbatch) for span in spans]
     assert {"warm-up", "cool-down", "bubble (idle)"} <= set(texts)
     width = float(root.get("width"))
@@ -72,6 +80,10 @@ def test_the_picture_holds_each_action_where_it_is(name):
 def test_evaluation_can_be_drawn_and_names_are_escaped():
     schedule = forward_only(make_schedule("zb-v", 2, 3))
     named = type(schedule)("a<b>&.csv", schedule.placement, schedule.actions, schedule.peaks)
-    made = simulate(named, even_times(named.placement, forward=1, input_gradient=1, weight_gradient=1))
-    assert "a<b>&.csv: 2 ranks" in next(ElementTree.fromstring(draw_svg(made)).iter(f"{SVG}text")).text
+    made = simulate(
+        named, even_times(named.placement, forward=1, input_gradient=1, weight_gradient=1)
+    )
+    assert (
+        "a<b>&.csv: 2 ranks" in next(ElementTree.fromstring(draw_svg(made)).iter(f"{SVG}text")).text
+    )
     assert "forward" in draw_text(made, 80)

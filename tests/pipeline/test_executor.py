@@ -38,15 +38,30 @@ class Case(NamedTuple):
     """A schedule written as CSV, in place of the named one."""
 
     def schedule(self):
-        return read_schedule(self.file, self.ranks) if self.file else make_schedule(self.name, self.ranks, self.microbatches, self.chunks)
+        return (
+            read_schedule(self.file, self.ranks)
+            if self.file
+            else make_schedule(self.name, self.ranks, self.microbatches, self.chunks)
+        )
 
 
 CASES = [
-    *[Case(name, ranks, microbatches) for ranks, microbatches in ((2, 5), (4, 9)) for name in SCHEDULES],
-    Case("1f1b", 1, 3), Case("zb-h1", 1, 3), Case("zb-v", 1, 3),
-    Case("interleaved", 2, 5, 3), Case("interleaved", 4, 6, 3), Case("zb-h1", 4, 2), Case("1f1b", 2, 40),
-    Case("zb-v", 2, 3, shape=(1, 1, WIDTH)), Case("1f1b", 2, 3, shape=(WIDTH,)), Case("interleaved", 2, 3, shape=(3, 1, 1, 2, WIDTH)),
-]  # fmt: skip
+    *[
+        Case(name, ranks, microbatches)
+        for ranks, microbatches in ((2, 5), (4, 9))
+        for name in SCHEDULES
+    ],
+    Case("1f1b", 1, 3),
+    Case("zb-h1", 1, 3),
+    Case("zb-v", 1, 3),
+    Case("interleaved", 2, 5, 3),
+    Case("interleaved", 4, 6, 3),
+    Case("zb-h1", 4, 2),
+    Case("1f1b", 2, 40),
+    Case("zb-v", 2, 3, shape=(1, 1, WIDTH)),
+    Case("1f1b", 2, 3, shape=(WIDTH,)),
+    Case("interleaved", 2, 3, shape=(3, 1, 1, 2, WIDTH)),
+]
 
 
 class Given(NamedTuple):
@@ -59,13 +74,20 @@ class Given(NamedTuple):
 def weights(stage):
     """[WIDTH, WIDTH] and [WIDTH], whole numbers; the identity keeps products from growing or vanishing."""
     generator = torch.Generator().manual_seed(stage)
-    signs = torch.randint(-1, 2, (WIDTH, WIDTH), generator=generator) * (torch.rand(WIDTH, WIDTH, generator=generator) < 0.3)
-    return (torch.eye(WIDTH) + signs).requires_grad_(), torch.randint(-2, 3, (WIDTH,), generator=generator).float().requires_grad_()
+    signs = torch.randint(-1, 2, (WIDTH, WIDTH), generator=generator) * (
+        torch.rand(WIDTH, WIDTH, generator=generator) < 0.3
+    )
+    return (torch.eye(WIDTH) + signs).requires_grad_(), torch.randint(
+        -2, 3, (WIDTH,), generator=generator
+    ).float().requires_grad_()
 
 
 def microbatches(case):
     generator = torch.Generator().manual_seed(case.microbatches)
-    return [Given(k, torch.randint(-3, 4, case.shape, generator=generator).float()) for k in range(case.microbatches)]
+    return [
+        Given(k, torch.randint(-3, 4, case.shape, generator=generator).float())
+        for k in range(case.microbatches)
+    ]
 
 
 class Layers:
@@ -125,14 +147,39 @@ def run_case(rank, channels, case, monkeypatch, *, train=True):
     layers = Layers(placement.stages_of(rank), end.chunk if end.rank == rank else None)
     steps = []
     whole = executor_file._Run
-    monkeypatch.setattr(executor_file, "_Run", lambda *args: steps.append(whole(*args)) or steps[-1])
-    executor = Executor(layers, channels=channels, flow_shape=case.shape, dtype=torch.float32, device=torch.device("cpu"))
+    monkeypatch.setattr(
+        executor_file, "_Run", lambda *args: steps.append(whole(*args)) or steps[-1]
+    )
+    executor = Executor(
+        layers,
+        channels=channels,
+        flow_shape=case.shape,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
     executor.records = watch = Watch(layers, channels)
-    losses = executor.run(add_transfers(schedule)[rank], microbatches(case), backward=autograd if train else None,
-                          loss_weight=torch.tensor(LOSS_WEIGHT))  # fmt: skip
+    losses = executor.run(
+        add_transfers(schedule)[rank],
+        microbatches(case),
+        backward=autograd if train else None,
+        loss_weight=torch.tensor(LOSS_WEIGHT),
+    )
     monkeypatch.undo()
-    left = sum(map(len, (steps[0].in_flight, steps[0].deferred, steps[0].arrived, channels._sending if channels else [])))
-    gradients = {stage: (w.main_grad, b.grad) for stage, (w, b) in zip(placement.stages_of(rank), layers.weights, strict=True)}
+    left = sum(
+        map(
+            len,
+            (
+                steps[0].in_flight,
+                steps[0].deferred,
+                steps[0].arrived,
+                channels._sending if channels else [],
+            ),
+        )
+    )
+    gradients = {
+        stage: (w.main_grad, b.grad)
+        for stage, (w, b) in zip(placement.stages_of(rank), layers.weights, strict=True)
+    }
     assert not any(loss.requires_grad for loss in losses)
     return Outcome(losses, gradients, list(watch), watch.alive, watch.held, left)
 
@@ -141,7 +188,13 @@ def run_cases(rank, world, cases):
     """Of each case, its outcome in training and in evaluation."""
     channels = Channels(Axis(rank, world, tuple(range(world))), ring=True) if world > 1 else None
     monkeypatch = pytest.MonkeyPatch()
-    return [(run_case(rank, channels, case, monkeypatch), run_case(rank, channels, case, monkeypatch, train=False)) for case in cases]
+    return [
+        (
+            run_case(rank, channels, case, monkeypatch),
+            run_case(rank, channels, case, monkeypatch, train=False),
+        )
+        for case in cases
+    ]
 
 
 def plain(case):
@@ -168,7 +221,13 @@ def outcomes(tmp_path_factory):
     found = {}
     for world in sorted({case.ranks for case in CASES}):
         cases = [case for case in CASES if case.ranks == world]
-        found |= dict(zip(cases, zip(*run_ranks(run_cases, world, cases, folder=folder), strict=True), strict=True))
+        found |= dict(
+            zip(
+                cases,
+                zip(*run_ranks(run_cases, world, cases, folder=folder), strict=True),
+                strict=True,
+            )
+        )
     return found
 
 
@@ -199,7 +258,9 @@ def test_losses_and_gradients_are_those_of_plain_torch(outcomes, case):
 def test_actions_are_done_in_the_schedules_order(outcomes, case):
     for actions, (train, evaluation) in zip(case.schedule().actions, outcomes[case], strict=True):
         assert [record.action for record in train.records] == actions
-        assert [record.action for record in evaluation.records] == [action for action in actions if action.kind == "F"]
+        assert [record.action for record in evaluation.records] == [
+            action for action in actions if action.kind == "F"
+        ]
         times = [moment for record in train.records for moment in record[1:]]
         assert times == sorted(times)
 
@@ -207,7 +268,9 @@ def test_actions_are_done_in_the_schedules_order(outcomes, case):
 def test_an_activation_lives_until_its_backward_or_its_weight_gradient_is_done(outcomes, case):
     """So never more than the schedule declares, and what W needs is let go by W."""
     schedule = case.schedule()
-    for actions, peak, (train, _) in zip(schedule.actions, schedule.peaks, outcomes[case], strict=True):
+    for actions, peak, (train, _) in zip(
+        schedule.actions, schedule.peaks, outcomes[case], strict=True
+    ):
         expected = set()
         for action, alive in zip(actions, train.alive, strict=True):
             place = (action.microbatch, action.chunk)
@@ -242,9 +305,15 @@ def test_a_schedule_from_a_file_runs(tmp_path):
     named_schedule = make_schedule("zb-h1", 2, 4)
     order = [Action(kind, k) for k in range(4) for kind in "FIW"]
     path = tmp_path / "mine.csv"
-    path.write_text(write_schedule(dataclasses.replace(named_schedule, actions=[named_schedule.actions[0], order])))
+    path.write_text(
+        write_schedule(
+            dataclasses.replace(named_schedule, actions=[named_schedule.actions[0], order])
+        )
+    )
     case = Case("file", 2, 4, file=str(path))
-    ranks = [train for train, _ in (rank[0] for rank in run_ranks(run_cases, 2, [case], folder=tmp_path))]
+    ranks = [
+        train for train, _ in (rank[0] for rank in run_ranks(run_cases, 2, [case], folder=tmp_path))
+    ]
     assert [record.action for record in ranks[1].records] == order
     assert_equals_plain(case, ranks)
 
@@ -275,9 +344,20 @@ def run_broken(rank, world, case, folder):
             raise RuntimeError("a broken layer")
         return layers(flow, given, chunk)
 
-    executor = Executor(stage, channels=channels, flow_shape=case.shape, dtype=torch.float32, device=torch.device("cpu"))
+    executor = Executor(
+        stage,
+        channels=channels,
+        flow_shape=case.shape,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
     try:
-        executor.run(add_transfers(case.schedule())[rank], microbatches(case), backward=autograd, loss_weight=torch.tensor(1.0))
+        executor.run(
+            add_transfers(case.schedule())[rank],
+            microbatches(case),
+            backward=autograd,
+            loss_weight=torch.tensor(1.0),
+        )
     except RuntimeError as error:
         (folder / f"rank-{rank}").write_text(str(error))
         raise
@@ -285,6 +365,8 @@ def run_broken(rank, world, case, folder):
 
 def test_a_stage_that_raises_ends_the_step_on_all_ranks(tmp_path):
     """Its error leaves the executor as it is; ranks that wait for it see the connection go, and none waits for ever."""
-    with pytest.raises(AssertionError, match=r"a broken layer|Connection closed by peer|Connection reset"):
+    with pytest.raises(
+        AssertionError, match=r"a broken layer|Connection closed by peer|Connection reset"
+    ):
         run_ranks(run_broken, 2, Case("1f1b", 2, 5), tmp_path, folder=tmp_path)
     assert (tmp_path / "rank-1").read_text() == "a broken layer"

@@ -9,7 +9,14 @@ import pytest
 
 from megatrain.pipeline.actions import Action, Placement, Schedule
 from megatrain.pipeline.costs import cut_model, cut_of
-from megatrain.pipeline.plans import EvenCosts, LayerBytes, MeasuredCosts, find_plans, most_held, plan_of
+from megatrain.pipeline.plans import (
+    EvenCosts,
+    LayerBytes,
+    MeasuredCosts,
+    find_plans,
+    most_held,
+    plan_of,
+)
 from megatrain.pipeline.schedules import SCHEDULES, make_schedule
 from megatrain.pipeline.simulator import Times, simulate
 from megatrain.pipeline.transfers import check_schedule
@@ -33,15 +40,29 @@ class Truth:
         cut = cut_of(counts)
 
         def of(layers, beside):
-            return [beside + self.slowness[placement.place(stage).rank] * sum(layers[layer] for layer in cut[stage]) for stage in range(len(cut))]
+            return [
+                beside
+                + self.slowness[placement.place(stage).rank]
+                * sum(layers[layer] for layer in cut[stage])
+                for stage in range(len(cut))
+            ]
 
-        return Times(of(self.forward, self.beside), of(self.input_gradient, self.beside), of(self.weight_gradient, 0.0), self.send)
+        return Times(
+            of(self.forward, self.beside),
+            of(self.input_gradient, self.beside),
+            of(self.weight_gradient, 0.0),
+            self.send,
+        )
 
     def measured(self, counts):
         """As the tracer would see it under 1F1B and ZB-H1: no mark for the embedding's backward, none within W."""
         placement, cut = Placement(len(counts)), cut_of(counts)
         times = self.times(placement, counts)
-        kinds = {(kind, stage): times.of(Action(kind, 0), stage) for kind in "FBIW" for stage in range(len(counts))}
+        kinds = {
+            (kind, stage): times.of(Action(kind, 0), stage)
+            for kind in "FBIW"
+            for stage in range(len(counts))
+        }
         layers = {}
         for stage, places in enumerate(cut):
             for layer in places:
@@ -49,9 +70,13 @@ class Truth:
                 layers["F", layer] = slow * self.forward[layer]
                 if layer:
                     layers["I", layer] = slow * self.input_gradient[layer]
-                    layers["B", layer] = slow * (self.input_gradient[layer] + self.weight_gradient[layer])
+                    layers["B", layer] = slow * (
+                        self.input_gradient[layer] + self.weight_gradient[layer]
+                    )
         titles = ["embedding", *(f"block {number}" for number in range(sum(counts))), "head"]
-        return Measured(make_schedule("1f1b", len(counts), 8), titles, cut, kinds, layers, 1.0, self.send)
+        return Measured(
+            make_schedule("1f1b", len(counts), 8), titles, cut, kinds, layers, 1.0, self.send
+        )
 
 
 def truth(seed, blocks, ranks):
@@ -62,12 +87,19 @@ def truth(seed, blocks, ranks):
         factors[slow] = numbers.uniform(2, 4)
     slowness = [1.0] * ranks
     slowness[numbers.randrange(ranks)] = 1.0 if seed % 2 else 1.3
-    return Truth([0.3, *factors, 1.2], [0.7, *factors, 1.5], [0.0, *(0.8 * factor for factor in factors), 0.5], slowness)
+    return Truth(
+        [0.3, *factors, 1.2],
+        [0.7, *factors, 1.5],
+        [0.0, *(0.8 * factor for factor in factors), 0.5],
+        slowness,
+    )
 
 
 def costs(model, counts, sizes=None):
     layers = sum(counts) + 2
-    return MeasuredCosts(cut_model(model.measured(counts)), sizes or LayerBytes([1.0] * layers, [1.0] * layers))
+    return MeasuredCosts(
+        cut_model(model.measured(counts)), sizes or LayerBytes([1.0] * layers, [1.0] * layers)
+    )
 
 
 # -- what is predicted -------------------------------------------------------------------------------------------------
@@ -77,10 +109,16 @@ def costs(model, counts, sizes=None):
 def test_from_one_cut_and_placement_all_others_are_predicted(seed):
     model = truth(seed, 12, 3)
     known = costs(model, (4, 4, 4))
-    for placement, counts in [(Placement(3), (2, 7, 3)), (Placement(3, 2, "v"), (1, 2, 3, 1, 4, 1)), (Placement(3, 2), (2, 2, 2, 2, 2, 2))]:
+    for placement, counts in [
+        (Placement(3), (2, 7, 3)),
+        (Placement(3, 2, "v"), (1, 2, 3, 1, 4, 1)),
+        (Placement(3, 2), (2, 2, 2, 2, 2, 2)),
+    ]:
         predicted, true = known.times(placement, counts), model.times(placement, counts)
         for stage, kind in itertools.product(range(placement.stages), "FBIW"):
-            assert predicted.of(Action(kind, 0), stage) == pytest.approx(true.of(Action(kind, 0), stage)), (kind, stage)
+            assert predicted.of(Action(kind, 0), stage) == pytest.approx(
+                true.of(Action(kind, 0), stage)
+            ), (kind, stage)
 
 
 def test_memory_by_hand():
@@ -88,8 +126,22 @@ def test_memory_by_hand():
     sizes = LayerBytes([100, 10, 10, 10, 10, 200], [1, 2, 2, 2, 2, 5])
     known = costs(truth(0, 4, 2), (2, 2), sizes)
     assert known.memory(make_schedule("1f1b", 2, 4), (3, 1)) == [130 + 2 * 7, 210 + 7]
-    v = Schedule("", Placement(2, 2, "v"), [[Action("F", 0), Action("F", 0, 1), Action("I", 0, 1), Action("I", 0), Action("W", 0, 1), Action("W", 0)],
-                                            [Action("F", 0), Action("F", 0, 1), Action("B", 0, 1), Action("B", 0)]], [2, 2])  # fmt: skip
+    v = Schedule(
+        "",
+        Placement(2, 2, "v"),
+        [
+            [
+                Action("F", 0),
+                Action("F", 0, 1),
+                Action("I", 0, 1),
+                Action("I", 0),
+                Action("W", 0, 1),
+                Action("W", 0),
+            ],
+            [Action("F", 0), Action("F", 0, 1), Action("B", 0, 1), Action("B", 0)],
+        ],
+        [2, 2],
+    )
     assert known.memory(v, (1, 1, 1, 1)) == [110 + 210 + 3 + 7, 20 + 4]
     assert most_held(make_schedule("gpipe", 2, 4), 0, [3.0, 1.0]) == 12
 
@@ -97,13 +149,19 @@ def test_memory_by_hand():
 # -- what is found -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "microbatches", "fastest"), [(2, 4, "zb-v"), (4, 8, "zb-v"), (4, 4, "list"), (1, 4, "1f1b")])
+@pytest.mark.parametrize(
+    ("ranks", "microbatches", "fastest"),
+    [(2, 4, "zb-v"), (4, 8, "zb-v"), (4, 4, "list"), (1, 4, "1f1b")],
+)
 def test_on_even_stages(ranks, microbatches, fastest):
     plans = find_plans(EVEN, ranks=ranks, microbatches=microbatches, limit=ranks + 1e-6)
     assert plans[0].schedule.name == fastest
     assert plans[0].seconds <= 1.01 * min(plan.seconds for plan in plans)
     if ranks > 1:
-        assert plans[0].seconds < 0.85 * plan_of(EVEN, make_schedule("1f1b", ranks, microbatches), (1,) * ranks).seconds
+        assert (
+            plans[0].seconds
+            < 0.85 * plan_of(EVEN, make_schedule("1f1b", ranks, microbatches), (1,) * ranks).seconds
+        )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -115,9 +173,14 @@ def test_on_uneven_stages_every_plan_is_legal_and_takes_what_it_says(seed):
     for plan in plans:
         check_schedule(plan.schedule, 6)
         assert sum(plan.counts) == 8
-        assert simulate(plan.schedule, model.times(plan.schedule.placement, plan.counts)).makespan == pytest.approx(plan.seconds)
+        assert simulate(
+            plan.schedule, model.times(plan.schedule.placement, plan.counts)
+        ).makespan == pytest.approx(plan.seconds)
     one_f_one_b = make_schedule("1f1b", 2, 6)
-    every = [simulate(one_f_one_b, model.times(Placement(2), (first, 8 - first))).makespan for first in range(1, 8)]
+    every = [
+        simulate(one_f_one_b, model.times(Placement(2), (first, 8 - first))).makespan
+        for first in range(1, 8)
+    ]
     best = next(plan for plan in plans if plan.schedule.name == "1f1b")
     assert best.seconds == pytest.approx(min(every), rel=0.01)
     assert plans[0].seconds < 0.95 * min(every)

@@ -45,7 +45,7 @@ DRAWINGS = {
         0  F0 F1 F2 f0 i0 w0 f1 F3 b1    f2 B0    F4 b2    f3 B1    b3    f4    B2    b4    I3 W3 I4 W4
         1     F0 f0 F1 f1 F2 b0    f2 B0    F3 b1    f3 B1    F4 b2    f4 B2    b3    B3    i4 I4 w4 W4
     """,
-}  # fmt: skip
+}
 
 
 def parsed(drawing):
@@ -53,13 +53,31 @@ def parsed(drawing):
     for line in drawing.strip("\n").rstrip().splitlines():
         cells = line[11:]
         columns = range(0, len(cells), 3)
-        yield [(c // 3, Action(cells[c].upper(), int(cells[c + 1]), int(cells[c].islower()))) for c in columns if cells[c] != " "]
+        yield [
+            (c // 3, Action(cells[c].upper(), int(cells[c + 1]), int(cells[c].islower())))
+            for c in columns
+            if cells[c] != " "
+        ]
 
 
-def timeline(name, ranks, microbatches, chunks=None, *, forward=1.0, input_gradient=1.0, weight_gradient=1.0, send=0.0):
+def timeline(
+    name,
+    ranks,
+    microbatches,
+    chunks=None,
+    *,
+    forward=1.0,
+    input_gradient=1.0,
+    weight_gradient=1.0,
+    send=0.0,
+):
     schedule = make_schedule(name, ranks, microbatches, chunks)
     times = even_times(
-        schedule.placement, forward=forward, input_gradient=input_gradient, weight_gradient=weight_gradient, send=send
+        schedule.placement,
+        forward=forward,
+        input_gradient=input_gradient,
+        weight_gradient=weight_gradient,
+        send=send,
     )
     return simulate(schedule, times)
 
@@ -68,7 +86,20 @@ def sizes(name):
     family = SCHEDULES[name]
     for ranks in range(1, 9):
         few = family.fewest_microbatches(ranks)
-        for microbatches in sorted({few, few + 1, few + 2, ranks - 1, ranks, ranks + 1, 2 * ranks - 1, 2 * ranks, 3 * ranks + 1, 24}):
+        for microbatches in sorted(
+            {
+                few,
+                few + 1,
+                few + 2,
+                ranks - 1,
+                ranks,
+                ranks + 1,
+                2 * ranks - 1,
+                2 * ranks,
+                3 * ranks + 1,
+                24,
+            }
+        ):
             for chunks in [2, 3, 4] if family.any_chunks else [family.chunks]:
                 if microbatches >= few:
                     yield ranks, microbatches, chunks
@@ -78,9 +109,15 @@ def sizes(name):
 def test_a_schedule_is_as_drawn(function, name, ranks, microbatches, chunks):
     drawing = DRAWINGS[function, name, ranks, microbatches, chunks]
     assert drawing.rstrip() in getattr(schedules, function).__doc__
-    work = {"forward": chunks, "input_gradient": chunks, "weight_gradient": chunks}  # So that an action takes a column.
+    work = {
+        "forward": chunks,
+        "input_gradient": chunks,
+        "weight_gradient": chunks,
+    }  # So that an action takes a column.
     spans = timeline(name, ranks, microbatches, chunks, **work).spans
-    assert [[(span.start, span.action) for span in of_rank] for of_rank in spans] == list(parsed(drawing))
+    assert [[(span.start, span.action) for span in of_rank] for of_rank in spans] == list(
+        parsed(drawing)
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -101,8 +138,14 @@ def test_the_sizes_are_hundreds():
 
 
 def test_placements():
-    assert [[Placement(4, 2, "loop").stage(r, c) for r in range(4)] for c in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert [[Placement(4, 2, "v").stage(r, c) for r in range(4)] for c in range(2)] == [[0, 1, 2, 3], [7, 6, 5, 4]]
+    assert [[Placement(4, 2, "loop").stage(r, c) for r in range(4)] for c in range(2)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+    ]
+    assert [[Placement(4, 2, "v").stage(r, c) for r in range(4)] for c in range(2)] == [
+        [0, 1, 2, 3],
+        [7, 6, 5, 4],
+    ]
     for shape, ranks, chunks in itertools.product(["loop", "v"], range(1, 6), range(1, 4)):
         placement = Placement(ranks, chunks, shape)
         places = [placement.place(stage) for stage in range(placement.stages)]
@@ -112,9 +155,21 @@ def test_placements():
 
 def test_a_result_goes_to_the_next_stage_and_a_gradient_to_the_one_before():
     v = Placement(2, 2, "v")
-    assert [v.given_to(0, Action("F", 0)), v.given_to(1, Action("F", 0)), v.given_to(0, Action("F", 0, 1))] == [(1, 0), (1, 1), None]
-    assert [v.given_to(1, Action("I", 0, 1)), v.given_to(0, Action("B", 0)), v.given_to(1, Action("W", 0))] == [(1, 0), None, None]
-    assert [v.taken_from(0, Action("F", 0)), v.taken_from(1, Action("F", 0, 1)), v.taken_from(0, Action("B", 0, 1))] == [None, (1, 0), None]
+    assert [
+        v.given_to(0, Action("F", 0)),
+        v.given_to(1, Action("F", 0)),
+        v.given_to(0, Action("F", 0, 1)),
+    ] == [(1, 0), (1, 1), None]
+    assert [
+        v.given_to(1, Action("I", 0, 1)),
+        v.given_to(0, Action("B", 0)),
+        v.given_to(1, Action("W", 0)),
+    ] == [(1, 0), None, None]
+    assert [
+        v.taken_from(0, Action("F", 0)),
+        v.taken_from(1, Action("F", 0, 1)),
+        v.taken_from(0, Action("B", 0, 1)),
+    ] == [None, (1, 0), None]
 
 
 # -- bubbles -----------------------------------------------------------------------------------------------------------
@@ -149,11 +204,15 @@ def test_bubble_of_zb_h1(p, m, f, i, w):
     assert made.makespan - m * (f + i + w) == pytest.approx((p - 1) * (f + i - w))
 
 
-@pytest.mark.parametrize(("p", "m"), [(p, 2 * p - 1 + extra) for p in range(1, 9) for extra in (0, 1, 9)])
+@pytest.mark.parametrize(
+    ("p", "m"), [(p, 2 * p - 1 + extra) for p in range(1, 9) for extra in (0, 1, 9)]
+)
 def test_zb_v_waits_for_nothing_but_the_first_microbatch(p, m):
     made = timeline("zb-v", p, m, forward=2, input_gradient=2, weight_gradient=2)
     assert [spans[0].start for spans in made.spans] == list(range(p))
-    assert all(span.end == after.start for spans in made.spans for span, after in itertools.pairwise(spans))
+    assert all(
+        span.end == after.start for spans in made.spans for span, after in itertools.pairwise(spans)
+    )
     assert max(made.peak_activations) <= 2 * p
 
 
@@ -164,7 +223,10 @@ def test_bubble_of_dualpipev(p, m):
     assert made.makespan - 6 * m <= (p - 1) * (3 + 2 - 3)
 
 
-@pytest.mark.parametrize(("name", "ratio"), [("interleaved", 33 / 28.5), ("zb-h1", 33 / 27), ("zb-v", 33 / 25.5), ("dualpipev", 33 / 25.5)])
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [("interleaved", 33 / 28.5), ("zb-h1", 33 / 27), ("zb-v", 33 / 25.5), ("dualpipev", 33 / 25.5)],
+)
 def test_throughput_beside_1f1b(name, ratio):
     assert timeline("1f1b", 4, 8).makespan / timeline(name, 4, 8).makespan == pytest.approx(ratio)
 
@@ -178,7 +240,12 @@ class FakeStage:
     device, has_backward, is_first, is_last = "cpu", True, False, False
 
     def __init__(self, ranks, stages, index):
-        self.group_size, self.num_stages, self.group_rank, self.stage_index = ranks, stages, 0, index
+        self.group_size, self.num_stages, self.group_rank, self.stage_index = (
+            ranks,
+            stages,
+            0,
+            index,
+        )
         self.submod = None
 
 
@@ -186,23 +253,40 @@ def torch_schedule(cls, ranks, microbatches, chunks, shape):
     from torch.distributed.pipelining import schedules as theirs
 
     placement = Placement(ranks, chunks, shape)
-    stages = [FakeStage(ranks, placement.stages, placement.stage(0, chunk)) for chunk in range(chunks)]
+    stages = [
+        FakeStage(ranks, placement.stages, placement.stage(0, chunk)) for chunk in range(chunks)
+    ]
     made = getattr(theirs, cls)(stages, microbatches)
     kinds = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 
     def ours(action):
         parts = action.sub_actions if getattr(action, "sub_actions", None) else [action]
-        return [Action(kinds[part.computation_type.name], part.microbatch_index, placement.place(part.stage_index).chunk) for part in parts]
+        return [
+            Action(
+                kinds[part.computation_type.name],
+                part.microbatch_index,
+                placement.place(part.stage_index).chunk,
+            )
+            for part in parts
+        ]
 
-    actions = [[a for step in made.pipeline_order[rank] if step is not None for a in ours(step)] for rank in range(ranks)]
+    actions = [
+        [a for step in made.pipeline_order[rank] if step is not None for a in ours(step)]
+        for rank in range(ranks)
+    ]
     return schedules.Schedule(cls, placement, actions, [10**9] * ranks)
 
 
-@pytest.mark.parametrize(("name", "cls", "chunks", "shape"), [
-    ("interleaved", "ScheduleInterleaved1F1B", 2, "loop"), ("interleaved", "ScheduleInterleaved1F1B", 3, "loop"),
-    ("zb-h1", "ScheduleInterleavedZeroBubble", 1, "loop"),
-    ("zb-v", "ScheduleZBVZeroBubble", 2, "v"), ("dualpipev", "ScheduleDualPipeV", 2, "v"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "cls", "chunks", "shape"),
+    [
+        ("interleaved", "ScheduleInterleaved1F1B", 2, "loop"),
+        ("interleaved", "ScheduleInterleaved1F1B", 3, "loop"),
+        ("zb-h1", "ScheduleInterleavedZeroBubble", 1, "loop"),
+        ("zb-v", "ScheduleZBVZeroBubble", 2, "v"),
+        ("dualpipev", "ScheduleDualPipeV", 2, "v"),
+    ],
+)
 @pytest.mark.parametrize(("ranks", "microbatches"), [(2, 4), (3, 6), (4, 8), (4, 16), (8, 16)])
 @pytest.mark.parametrize("times", [(1, 1, 1, 0), (1, 1.2, 0.8, 0), (1, 1, 1, 0.05)])
 def test_no_slower_than_torch(name, cls, chunks, shape, ranks, microbatches, times):

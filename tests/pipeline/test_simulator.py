@@ -9,7 +9,9 @@ from megatrain.pipeline.transfers import ScheduleError
 
 
 def starts(timeline):
-    return [[(str(span.action), span.start, span.end) for span in spans] for spans in timeline.spans]
+    return [
+        [(str(span.action), span.start, span.end) for span in spans] for spans in timeline.spans
+    ]
 
 
 def test_messages_take_their_time_between_ranks():
@@ -24,7 +26,10 @@ def test_messages_take_their_time_between_ranks():
 
 
 def test_messages_on_one_rank_take_none():
-    made = simulate(make_schedule("zb-v", 1, 1), even_times(Placement(1, 2, "v"), forward=2, input_gradient=2, weight_gradient=2, send=9))
+    made = simulate(
+        make_schedule("zb-v", 1, 1),
+        even_times(Placement(1, 2, "v"), forward=2, input_gradient=2, weight_gradient=2, send=9),
+    )
     assert starts(made) == [
         [("F0", 0, 1), ("F0.1", 1, 2), ("I0.1", 2, 3), ("W0.1", 3, 4), ("I0", 4, 5), ("W0", 5, 6)],
     ]
@@ -36,8 +41,22 @@ def test_stages_may_differ():
     times = Times([1, 4, 1, 0.5], [2, 2, 2, 1], [3, 1, 1, 1])
     made = simulate(make_schedule("zb-v", 2, 1), times)
     assert starts(made) == [
-        [("F0", 0, 1), ("F0.1", 6, 6.5), ("I0.1", 6.5, 7.5), ("W0.1", 7.5, 8.5), ("I0", 12.5, 14.5), ("W0", 14.5, 17.5)],
-        [("F0", 1, 5), ("F0.1", 5, 6), ("I0.1", 7.5, 9.5), ("W0.1", 9.5, 10.5), ("I0", 10.5, 12.5), ("W0", 12.5, 13.5)],
+        [
+            ("F0", 0, 1),
+            ("F0.1", 6, 6.5),
+            ("I0.1", 6.5, 7.5),
+            ("W0.1", 7.5, 8.5),
+            ("I0", 12.5, 14.5),
+            ("W0", 14.5, 17.5),
+        ],
+        [
+            ("F0", 1, 5),
+            ("F0.1", 5, 6),
+            ("I0.1", 7.5, 9.5),
+            ("W0.1", 9.5, 10.5),
+            ("I0", 10.5, 12.5),
+            ("W0", 12.5, 13.5),
+        ],
     ]
 
 
@@ -47,7 +66,9 @@ def test_a_whole_backward_takes_both_parts():
 
 
 def test_chunks_share_a_ranks_time():
-    assert even_times(Placement(2, 4), forward=1, input_gradient=2, weight_gradient=4, send=3) == Times([0.25] * 8, [0.5] * 8, [1] * 8, 3)
+    assert even_times(
+        Placement(2, 4), forward=1, input_gradient=2, weight_gradient=4, send=3
+    ) == Times([0.25] * 8, [0.5] * 8, [1] * 8, 3)
 
 
 def test_ranks_that_wait_for_ever():

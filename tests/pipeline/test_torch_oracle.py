@@ -27,11 +27,29 @@ from megatrain.train.build import build_stage
 
 BATCH, LENGTH, VOCABULARY, LOSS_WEIGHT = 2, 12, 67, 0.5
 MODELS = {
-    "llama": {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH},
-    "gpt2": {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 8, "n_head": 4, "n_positions": LENGTH,
-             "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": False},
-}  # fmt: skip
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": LENGTH,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": 8,
+        "n_head": 4,
+        "n_positions": LENGTH,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "tie_word_embeddings": False,
+    },
+}
 
 
 class Case(NamedTuple):
@@ -47,14 +65,20 @@ class Case(NamedTuple):
 
 
 PAIRS = [
-    ("ScheduleGPipe", "gpipe"), ("Schedule1F1B", "1f1b"), ("ScheduleLoopedBFS", "interleaved"),
-    ("ScheduleInterleaved1F1B", "interleaved"), ("ScheduleInterleavedZeroBubble", "zb-h1"),
-    ("ScheduleInterleavedZeroBubble", "interleaved"), ("ScheduleZBVZeroBubble", "zb-v"), ("ScheduleDualPipeV", "dualpipev"),
-]  # fmt: skip
+    ("ScheduleGPipe", "gpipe"),
+    ("Schedule1F1B", "1f1b"),
+    ("ScheduleLoopedBFS", "interleaved"),
+    ("ScheduleInterleaved1F1B", "interleaved"),
+    ("ScheduleInterleavedZeroBubble", "zb-h1"),
+    ("ScheduleInterleavedZeroBubble", "interleaved"),
+    ("ScheduleZBVZeroBubble", "zb-v"),
+    ("ScheduleDualPipeV", "dualpipev"),
+]
 CASES = [
     *[Case(theirs, ours, world) for world in (2, 4) for theirs, ours in PAIRS],
-    Case("ScheduleInterleavedZeroBubble", "zb-h1", 2, "gpt2"), Case("ScheduleZBVZeroBubble", "zb-v", 2, "gpt2"),
-]  # fmt: skip
+    Case("ScheduleInterleavedZeroBubble", "zb-h1", 2, "gpt2"),
+    Case("ScheduleZBVZeroBubble", "zb-v", 2, "gpt2"),
+]
 
 
 class Outcome(NamedTuple):
@@ -65,17 +89,28 @@ class Outcome(NamedTuple):
 
 
 def make_config(case):
-    return configuration.from_dict({
-        "model": MODELS[case.model], "parallel": {"pipeline": case.world, "schedule": case.ours}, "data": {"sequence_length": LENGTH},
-        "train": {"steps": 10, "micro_batch_size": BATCH, "global_batch_size": BATCH * case.microbatches},
-        "lr_schedule": {"name": "constant"}, "run": {"seed": 3},
-    })  # fmt: skip
+    return configuration.from_dict(
+        {
+            "model": MODELS[case.model],
+            "parallel": {"pipeline": case.world, "schedule": case.ours},
+            "data": {"sequence_length": LENGTH},
+            "train": {
+                "steps": 10,
+                "micro_batch_size": BATCH,
+                "global_batch_size": BATCH * case.microbatches,
+            },
+            "lr_schedule": {"name": "constant"},
+            "run": {"seed": 3},
+        }
+    )
 
 
 def tokens(case):
     """[microbatches x B, S + 1]"""
     generator = torch.Generator().manual_seed(case.microbatches)
-    return torch.randint(0, VOCABULARY, (case.microbatches * BATCH, LENGTH + 1), generator=generator)
+    return torch.randint(
+        0, VOCABULARY, (case.microbatches * BATCH, LENGTH + 1), generator=generator
+    )
 
 
 def make_context(architecture, inputs, labels):
@@ -89,9 +124,19 @@ def run_ours(config, architecture, grid, case):
     from megatrain.train.trainer import Trainer
 
     trainer = Trainer(config, architecture, grid, torch.device("cpu"))
-    contexts = [make_context(architecture, rows[:, :-1], rows[:, 1:]) for rows in tokens(case).split(BATCH)]
-    losses = trainer.executor.run(trainer.instructions, contexts, backward=trainer.zero.backward, loss_weight=torch.tensor(LOSS_WEIGHT))
-    gradients = {declaration.name: parameter.main_grad for declaration, parameter in parameters(trainer.stage)}
+    contexts = [
+        make_context(architecture, rows[:, :-1], rows[:, 1:]) for rows in tokens(case).split(BATCH)
+    ]
+    losses = trainer.executor.run(
+        trainer.instructions,
+        contexts,
+        backward=trainer.zero.backward,
+        loss_weight=torch.tensor(LOSS_WEIGHT),
+    )
+    gradients = {
+        declaration.name: parameter.main_grad
+        for declaration, parameter in parameters(trainer.stage)
+    }
     return Outcome([loss * LOSS_WEIGHT for loss in losses], gradients), trainer.schedule.placement
 
 
@@ -113,7 +158,9 @@ class TheirStage(torch.nn.Module):
 
 def their_loss(logits, labels):
     """Logits [S, B, V], labels [B, S]."""
-    return F.cross_entropy(logits.flatten(0, 1), labels.t().reshape(-1), reduction="sum") * LOSS_WEIGHT
+    return (
+        F.cross_entropy(logits.flatten(0, 1), labels.t().reshape(-1), reduction="sum") * LOSS_WEIGHT
+    )
 
 
 def run_theirs(config, architecture, grid, case, placement):
@@ -123,15 +170,24 @@ def run_theirs(config, architecture, grid, case, placement):
     initialize(stage, config.run.seed)
     rank = grid.pipeline.rank
     stages = [
-        PipelineStage(TheirStage(layers, architecture), index, placement.stages, torch.device("cpu"))
+        PipelineStage(
+            TheirStage(layers, architecture), index, placement.stages, torch.device("cpu")
+        )
         for layers, index in zip(stage.chunks, placement.stages_of(rank), strict=True)
     ]
     cls = getattr(schedules, case.theirs)
     single = issubclass(cls, schedules.PipelineScheduleSingle)
-    schedule = cls(stages[0] if single else stages, case.microbatches, loss_fn=their_loss, scale_grads=False)
+    schedule = cls(
+        stages[0] if single else stages, case.microbatches, loss_fn=their_loss, scale_grads=False
+    )
     rows, losses = tokens(case), []
     inputs = [rows[:, :-1]] if any(each.is_first for each in stages) else []
-    schedule.step(*inputs, target=rows[:, 1:] if any(each.is_last for each in stages) else None, losses=losses, return_outputs=False)
+    schedule.step(
+        *inputs,
+        target=rows[:, 1:] if any(each.is_last for each in stages) else None,
+        losses=losses,
+        return_outputs=False,
+    )
     gradients = {declaration.name: parameter.grad for declaration, parameter in parameters(stage)}
     return Outcome([loss.detach() for loss in losses], gradients)
 
@@ -170,7 +226,9 @@ def test_losses_and_gradients_equal_torchs(outcomes, case):
     with_loss = [rank for rank in outcomes[case] if rank[0].losses]
     ((ours, theirs),) = with_loss
     assert len(ours.losses) == case.microbatches
-    torch.testing.assert_close(torch.stack(ours.losses), torch.stack(theirs.losses), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.stack(ours.losses), torch.stack(theirs.losses), rtol=1e-6, atol=0
+    )
     names = set()
     for ours, theirs in outcomes[case]:
         assert ours.gradients.keys() == theirs.gradients.keys()
@@ -178,4 +236,6 @@ def test_losses_and_gradients_equal_torchs(outcomes, case):
         for name, expected in theirs.gradients.items():
             assert expected.norm() > 0.01
             assert float((ours.gradients[name] - expected).norm() / expected.norm()) < 1e-6, name
-    assert len(names) == sum(len(ours.gradients) for ours, _ in outcomes[case]), "each parameter is on one rank"
+    assert len(names) == sum(len(ours.gradients) for ours, _ in outcomes[case]), (
+        "each parameter is on one rank"
+    )

@@ -19,7 +19,10 @@ def drawn(html):
     for name, path in re.findall(r'data-line="([^"]*)".*?d="([^"]*)"', text):
         pairs = [pair.split() for pair in re.findall(r"[ML]([\d.]+ [\d.]+)", path)]
         values = [high - float(y) / HEIGHT * (high - low) for _, y in pairs]
-        lines[name] = [(first + float(x) / WIDTH * (last - first), 10**value if is_log else value) for (x, _), value in zip(pairs, values, strict=True)]
+        lines[name] = [
+            (first + float(x) / WIDTH * (last - first), 10**value if is_log else value)
+            for (x, _), value in zip(pairs, values, strict=True)
+        ]
     return lines
 
 
@@ -40,10 +43,17 @@ def test_values_of_very_different_size_are_drawn_in_decades():
     assert line[-1][1] == pytest.approx(4000.0, rel=0.01)
 
 
-@pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [-2.0, -2.0], [0.0, 1e-7], [1e12, 1.0], [-5.0, 5.0]])
+@pytest.mark.parametrize(
+    "values", [[0.0], [3.0, 3.0], [-2.0, -2.0], [0.0, 1e-7], [1e12, 1.0], [-5.0, 5.0]]
+)
 @pytest.mark.parametrize("from_zero", [False, True])
 def test_any_values_have_an_axis_within_which_they_lie(values, from_zero):
-    html = chart("x", [Line("a", [Point(step, value) for step, value in enumerate(values)])], steps=Span(0, 1), from_zero=from_zero)
+    html = chart(
+        "x",
+        [Line("a", [Point(step, value) for step, value in enumerate(values)])],
+        steps=Span(0, 1),
+        from_zero=from_zero,
+    )
     (line,) = drawn(html).values()
     assert len(line) == len(values)
     tops = [float(top) for top in re.findall(r'class="y" style="top:([\d.-]+)%', "\n".join(html))]
@@ -57,20 +67,35 @@ def test_a_line_without_points_is_no_chart():
 
 def test_marks_are_vertical_lines_at_their_steps_and_those_elsewhere_are_left_out():
     marks = [Mark(25, "restart"), Mark(25, "restart"), Mark(75, "rollback"), Mark(101, "restart")]
-    text = "\n".join(chart("x", [Line("a", [Point(0, 1.0), Point(100, 2.0)])], steps=Span(0, 100), marks=marks))
-    assert re.findall(r'class="mark (\w+)".*?d="([^"]*)"', text) == [("restart", f"M250 0V{HEIGHT}"), ("rollback", f"M750 0V{HEIGHT}")]
+    text = "\n".join(
+        chart("x", [Line("a", [Point(0, 1.0), Point(100, 2.0)])], steps=Span(0, 100), marks=marks)
+    )
+    assert re.findall(r'class="mark (\w+)".*?d="([^"]*)"', text) == [
+        ("restart", f"M250 0V{HEIGHT}"),
+        ("rollback", f"M750 0V{HEIGHT}"),
+    ]
 
 
 def test_names_are_text():
-    text = "\n".join(chart("a<b", [Line('c"d', [Point(0, 1.0)]), Line("<i>", [Point(0, 1.0)])], steps=Span(0, 1)))
+    text = "\n".join(
+        chart("a<b", [Line('c"d', [Point(0, 1.0)]), Line("<i>", [Point(0, 1.0)])], steps=Span(0, 1))
+    )
     assert "<i>" not in text
     assert "a&lt;b" in text
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 1), (0, 160), (1, 1_000_000), (0.001, 0.0011), (-3, 7), (159, 160)])
+@pytest.mark.parametrize(
+    ("first", "last"), [(0, 1), (0, 160), (1, 1_000_000), (0.001, 0.0011), (-3, 7), (159, 160)]
+)
 def test_ticks_are_round_and_some(first, last):
     ticks = nice_ticks(first, last, 5)
     assert 3 <= len(ticks) <= 7
     assert all(first - 1e-9 <= tick <= last + 1e-9 for tick in ticks)
     step = ticks[1] - ticks[0]
-    assert min(abs(step / 10 ** math.floor(math.log10(step * 1.0001)) - factor) for factor in (1, 2, 5, 10)) < 1e-6
+    assert (
+        min(
+            abs(step / 10 ** math.floor(math.log10(step * 1.0001)) - factor)
+            for factor in (1, 2, 5, 10)
+        )
+        < 1e-6
+    )

@@ -45,11 +45,17 @@ def measuring(seconds, counts):
     def only(costs, *, ranks, microbatches, limit):
         numbers = random.Random(0)
         placement = Placement(ranks, 2, "v")
-        times = Times(*([numbers.uniform(0.5, 2) for _ in range(placement.stages)] for _ in range(3)), send=0.1)
+        times = Times(
+            *([numbers.uniform(0.5, 2) for _ in range(placement.stages)] for _ in range(3)),
+            send=0.1,
+        )
         return [plan_of(costs, list_schedule(placement, microbatches, times, Rules(ranks)), counts)]
 
-    with (patch("megatrain.train.auto.find_plans", only), patch("megatrain.train.auto._promising", lambda base, plans, seconds: plans),
-          patch("megatrain.train.calibrate.Calibration.seconds", lambda *args: seconds)):  # fmt: skip
+    with (
+        patch("megatrain.train.auto.find_plans", only),
+        patch("megatrain.train.auto._promising", lambda base, plans, seconds: plans),
+        patch("megatrain.train.calibrate.Calibration.seconds", lambda *args: seconds),
+    ):
         yield
 
 
@@ -65,43 +71,73 @@ def train_measuring(rank, world_size, config, seconds, counts):
         return run_layout(rank, world_size, config)
 
 
-@pytest.mark.parametrize(("model", "settings", "counts"), [
-    ("llama", {"pipeline": 2}, (2, 1, 1, 1)), ("tied", {"pipeline": 2, "tensor": 2}, (1, 1, 1, 2)),
-    ("deep", {"pipeline": 4, "micro_batch_size": 1}, (1, 1, 1, 2, 1, 1, 1, 1)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "settings", "counts"),
+    [
+        ("llama", {"pipeline": 2}, (2, 1, 1, 1)),
+        ("tied", {"pipeline": 2, "tensor": 2}, (1, 1, 1, 2)),
+        ("deep", {"pipeline": 4, "micro_batch_size": 1}, (1, 1, 1, 2, 1, 1, 1, 1)),
+    ],
+    ids=str,
+)
 def test_a_schedule_made_for_the_run_trains_the_same(model, settings, counts, tmp_path):
     world = settings["pipeline"] * settings.get("tensor", 1)
     config = layout(model, {"schedule": "auto", **settings}, **{"run.output_dir": str(tmp_path)})
-    assert_equal(run_ranks(train_measuring, world, config, 0.0, counts, folder=tmp_path), reference(model), losses=2e-6)
-    assert (choice(tmp_path)["layers_per_stage"], choice(tmp_path)["schedule"]) == ([*counts], str(tmp_path / "schedule.csv"))
+    assert_equal(
+        run_ranks(train_measuring, world, config, 0.0, counts, folder=tmp_path),
+        reference(model),
+        losses=2e-6,
+    )
+    assert (choice(tmp_path)["layers_per_stage"], choice(tmp_path)["schedule"]) == (
+        [*counts],
+        str(tmp_path / "schedule.csv"),
+    )
     assert "a schedule made for these times with" in choice(tmp_path)["words"]
 
 
 def test_what_measures_slower_than_1f1b_is_not_taken(tmp_path):
     """Whatever it promised: the model is cut as without auto, and the line says what was tried."""
-    config = layout("llama", {"schedule": "auto", "pipeline": 2}, **{"run.output_dir": str(tmp_path)})
-    assert_equal(run_ranks(train_measuring, 2, config, 1e6, (1, 2, 1, 1), folder=tmp_path), reference("llama"), losses=2e-6)
+    config = layout(
+        "llama", {"schedule": "auto", "pipeline": 2}, **{"run.output_dir": str(tmp_path)}
+    )
+    assert_equal(
+        run_ranks(train_measuring, 2, config, 1e6, (1, 2, 1, 1), folder=tmp_path),
+        reference("llama"),
+        losses=2e-6,
+    )
     kept = choice(tmp_path)
     assert (kept["schedule"], kept["layers_per_stage"]) == ("1f1b", [3, 2])
     assert kept["words"].startswith("1f1b with [3, 2] blocks by stage: a step takes ")
-    assert "; a schedule made for these times with [1, 2, 1, 1] blocks by stage in a V took 1,000,000,000 ms (" in kept["words"]
+    assert (
+        "; a schedule made for these times with [1, 2, 1, 1] blocks by stage in a V took 1,000,000,000 ms ("
+        in kept["words"]
+    )
 
 
 def train_sleeping(rank, world_size, config):
     """What is predicted to be fastest is taken: whole steps are measured, but their times are no test's business."""
-    with sleeping(SLEEP, SLOW), patch("megatrain.train.calibrate.Calibration.seconds", lambda *args: 0.0):
+    with (
+        sleeping(SLEEP, SLOW),
+        patch("megatrain.train.calibrate.Calibration.seconds", lambda *args: 0.0),
+    ):
         return run_layout(rank, world_size, config)
 
 
 @pytest.mark.parametrize(("model", "ranks"), [("llama", 2), ("deep", 4)])
 def test_a_slow_layer_is_cut_around(model, ranks, tmp_path):
     """By the sleeps alone, what was settled on beats 1F1B on the cut by cost. Noise can only hide that, so it may be asked again."""
-    config = layout(model, {"schedule": "auto", "pipeline": ranks}, **{"run.output_dir": str(tmp_path)})
+    config = layout(
+        model, {"schedule": "auto", "pipeline": ranks}, **{"run.output_dir": str(tmp_path)}
+    )
     ratios = []
     for _ in range(10):
-        assert_equal(run_ranks(train_sleeping, ranks, config, folder=tmp_path), reference(model), losses=2e-6)
+        assert_equal(
+            run_ranks(train_sleeping, ranks, config, folder=tmp_path), reference(model), losses=2e-6
+        )
         kept = choice(tmp_path)
-        schedule = choose_schedule(kept["schedule"], ranks=ranks, microbatches=4, virtual=kept["virtual"])
+        schedule = choose_schedule(
+            kept["schedule"], ranks=ranks, microbatches=4, virtual=kept["virtual"]
+        )
         base = make_schedule("1f1b", ranks, 4)
         ratios.append(asleep(schedule, kept["layers_per_stage"]) / asleep(base, BY_COST[ranks]))
         if ratios[-1] < 0.9:
@@ -128,9 +164,18 @@ def data(tmp_path_factory):
 
 
 def settings(data, output, *, stop_after=None, **parallel):
-    return {"run": {"output_dir": str(output)}, "model": LLAMA, "data": {"train": str(data), "sequence_length": 16},
-            "parallel": {"pipeline": 2, "schedule": "auto", **parallel},
-            "train": {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2, "stop_after": stop_after}}  # fmt: skip
+    return {
+        "run": {"output_dir": str(output)},
+        "model": LLAMA,
+        "data": {"train": str(data), "sequence_length": 16},
+        "parallel": {"pipeline": 2, "schedule": "auto", **parallel},
+        "train": {
+            "steps": 4,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "stop_after": stop_after,
+        },
+    }
 
 
 def pretrain_measuring(rank, world_size, raw, counts=None):
@@ -140,11 +185,22 @@ def pretrain_measuring(rank, world_size, raw, counts=None):
 
 
 def test_a_run_goes_on_with_what_it_chose_and_its_config_says_what_that_is(data, tmp_path):
-    run_ranks(pretrain_measuring, 2, settings(data, tmp_path / "auto", stop_after=2), (2, 1, 1, 1), folder=tmp_path)
+    run_ranks(
+        pretrain_measuring,
+        2,
+        settings(data, tmp_path / "auto", stop_after=2),
+        (2, 1, 1, 1),
+        folder=tmp_path,
+    )
     run_ranks(pretrain_measuring, 2, settings(data, tmp_path / "auto"), folder=tmp_path)
     resolved = yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())
-    assert {key: resolved["parallel"][key] for key in ("schedule", "virtual", "layers_per_stage")} == {
-        "schedule": str(tmp_path / "auto" / "schedule.csv"), "virtual": None, "layers_per_stage": [2, 1, 1, 1]}  # fmt: skip
+    assert {
+        key: resolved["parallel"][key] for key in ("schedule", "virtual", "layers_per_stage")
+    } == {
+        "schedule": str(tmp_path / "auto" / "schedule.csv"),
+        "virtual": None,
+        "layers_per_stage": [2, 1, 1, 1],
+    }
     resolved["run"]["output_dir"] = str(tmp_path / "named")
     run_ranks(pretrain_measuring, 2, resolved, folder=tmp_path)
     assert losses(tmp_path / "auto") == losses(tmp_path / "named")
@@ -153,11 +209,22 @@ def test_a_run_goes_on_with_what_it_chose_and_its_config_says_what_that_is(data,
 
 def test_a_choice_for_something_else_does_not_count(tmp_path):
     config = configuration.from_dict(settings("none", tmp_path))
-    kept = {"schedule": "zb-v", "virtual": None, "layers_per_stage": [1, 1, 1, 2], "asked": {"data": 1, "micro_batch_size": 2}}
+    kept = {
+        "schedule": "zb-v",
+        "virtual": None,
+        "layers_per_stage": [1, 1, 1, 2],
+        "asked": {"data": 1, "micro_batch_size": 2},
+    }
     (tmp_path / "schedule.json").write_text(json.dumps(kept))
     assert _read(config, kept["asked"]).schedule == make_schedule("zb-v", 2, 4)
     assert _read(config, {"data": 1, "micro_batch_size": 4}) is None
-    for damaged in ("", "[]", "{}", json.dumps(kept | {"schedule": "none"}), json.dumps(kept | {"layers_per_stage": ["x"]})):
+    for damaged in (
+        "",
+        "[]",
+        "{}",
+        json.dumps(kept | {"schedule": "none"}),
+        json.dumps(kept | {"layers_per_stage": ["x"]}),
+    ):
         (tmp_path / "schedule.json").write_text(damaged)
         assert _read(config, kept["asked"]) is None
 
@@ -171,7 +238,13 @@ def measure_bytes(rank, world_size, config):
     from megatrain.train.trace import own_layers
     from megatrain.train.trainer import Trainer
 
-    trainer = Trainer(config, read_architecture(load_config(config.model)), make_grid(rank), torch.device("cpu"), optimizer=Discard)
+    trainer = Trainer(
+        config,
+        read_architecture(load_config(config.model)),
+        make_grid(rank),
+        torch.device("cpu"),
+        optimizer=Discard,
+    )
     with layer_bytes(own_layers(trainer), 10.0) as sizes:
         trainer.step(1, microbatches(tokens(1), 2, trainer.grid.data))
     return [(*size,) for size in sizes]
@@ -184,11 +257,19 @@ def test_bytes_of_layers_by_hand(tmp_path):
         config = layout("llama", {"recompute": "full"}, **{"train.dtype": dtype})
         (sizes,) = run_ranks(measure_bytes, 1, config, folder=tmp_path)
         assert sizes[0] == (0, (10.0 + width) * 67 * 32, 16 * 2 * 8), "the tokens, int64"
-        assert sizes[1:6] == [(place, (10.0 + width) * block, 16 * 2 * 32 * width) for place in range(1, 6)]
+        assert sizes[1:6] == [
+            (place, (10.0 + width) * block, 16 * 2 * 32 * width) for place in range(1, 6)
+        ]
         assert sizes[6][1] == (10.0 + width) * (67 * 32 + 32)
-        assert sizes[6][2] == 16 * 2 * ((67 + 2 * 32) * width + 4), "the norm's input, output and, in fp32, its scale; the logits; no weight"
-        (kept,) = run_ranks(measure_bytes, 1, layout("llama", {}, **{"train.dtype": dtype}), folder=tmp_path)
-        assert [kept[1][2] - size[2] for size in kept[2:6]] == [2 * 16 * 8 * width] * 4, "the rotations that all blocks share count once"
+        assert sizes[6][2] == 16 * 2 * ((67 + 2 * 32) * width + 4), (
+            "the norm's input, output and, in fp32, its scale; the logits; no weight"
+        )
+        (kept,) = run_ranks(
+            measure_bytes, 1, layout("llama", {}, **{"train.dtype": dtype}), folder=tmp_path
+        )
+        assert [kept[1][2] - size[2] for size in kept[2:6]] == [2 * 16 * 8 * width] * 4, (
+            "the rotations that all blocks share count once"
+        )
 
 
 def settle(rank, world_size, config):
@@ -206,25 +287,44 @@ def settle(rank, world_size, config):
 
 def test_memory_is_a_limit(tmp_path):
     def config(**parallel):
-        return layout("llama", {"pipeline": 2, "schedule": "auto", **parallel}, **{"run.output_dir": str(tmp_path)})
+        return layout(
+            "llama",
+            {"pipeline": 2, "schedule": "auto", **parallel},
+            **{"run.output_dir": str(tmp_path)},
+        )
 
     assert run_ranks(settle, 2, config(memory_gib=0.5), folder=tmp_path) == [[2**29], []]
     (own,), _ = run_ranks(settle, 2, config(), folder=tmp_path)
     assert 2**20 < own < 2**50
-    with pytest.raises(AssertionError, match=r"parallel.memory_gib=1e-06 is less than any schedule takes on its fullest rank; 1f1b takes 0\.00"):
+    with pytest.raises(
+        AssertionError,
+        match=r"parallel.memory_gib=1e-06 is less than any schedule takes on its fullest rank; 1f1b takes 0\.00",
+    ):
         run_ranks(run_layout, 2, config(memory_gib=1e-6), folder=tmp_path)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["parallel.virtual=2"], "parallel.virtual=2 is given and parallel.schedule=auto chooses it; leave parallel.virtual out, or name a schedule"),
-    (["parallel.layers_per_stage=[1,2]"], "parallel.layers_per_stage=[1, 2] is given and parallel.schedule=auto chooses it; "
-     "leave parallel.layers_per_stage out, or name a schedule"),
-    (["parallel.schedule=zb-v", "parallel.memory_gib=3"], "parallel.memory_gib=3.0 limits what parallel.schedule=auto may choose, and it is zb-v; "
-     "use parallel.schedule=auto or leave parallel.memory_gib out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["parallel.virtual=2"],
+            "parallel.virtual=2 is given and parallel.schedule=auto chooses it; leave parallel.virtual out, or name a schedule",
+        ),
+        (
+            ["parallel.layers_per_stage=[1,2]"],
+            "parallel.layers_per_stage=[1, 2] is given and parallel.schedule=auto chooses it; "
+            "leave parallel.layers_per_stage out, or name a schedule",
+        ),
+        (
+            ["parallel.schedule=zb-v", "parallel.memory_gib=3"],
+            "parallel.memory_gib=3.0 limits what parallel.schedule=auto may choose, and it is zb-v; "
+            "use parallel.schedule=auto or leave parallel.memory_gib out",
+        ),
+    ],
+)
 def test_what_auto_does_not_go_with(words, message):
     with pytest.raises(ConfigError) as error:
         configuration.load(None, ["train.steps=1", "parallel.schedule=auto", *words])
@@ -233,6 +333,11 @@ def test_what_auto_does_not_go_with(words, message):
 
 def test_a_dry_run_says_that_it_will_be_measured(data, tmp_path):
     text = dry_run(configuration.from_dict(settings(data, tmp_path)), Pretraining())
-    assert "  schedule auto is settled by measuring before the first step; shown is 1f1b's cut, which it starts from" in text
+    assert (
+        "  schedule auto is settled by measuring before the first step; shown is 1f1b's cut, which it starts from"
+        in text
+    )
     assert "            0  4: embedding ... block 2" in text
-    assert "settled" not in dry_run(configuration.from_dict(settings(data, tmp_path, pipeline=1)), Pretraining())
+    assert "settled" not in dry_run(
+        configuration.from_dict(settings(data, tmp_path, pipeline=1)), Pretraining()
+    )

@@ -19,8 +19,18 @@ from megatrain.parallel.grid import make_grid
 from megatrain.parallel.sharding import sharding
 
 STEPS, BAD, BATCH, LENGTH = 4, 2, 8, 8
-MODEL = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 NORM, MLP = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_proj.weight"
 
 
@@ -39,11 +49,17 @@ class Case(NamedTuple):
 
 CASES = [
     # A norm that this rank holds a copy of, and that the gradient's norm is not taken over: only the flag tells.
-    Case({"tensor": 2, "pipeline": 2}, 3, NORM), Case({"tensor": 2, "pipeline": 2}, 3, NORM, "bf16"), Case({"tensor": 2, "data": 2, "zero": 3}, 3, NORM),
-    Case({"tensor": 2, "pipeline": 2, "sequence": True}, 2, NORM), Case({"tensor": 2, "pipeline": 2}, 1, "model.layers.0.mlp.up_proj.weight"),
-    Case({"pipeline": 2, "data": 2}, 3, "loss"), Case({"tensor": 2, "pipeline": 2}, 3, "loss"),
-    *[Case({"data": 2, "zero": zero}, 1, MLP) for zero in (0, 1, 2, 3)], Case({"data": 2, "zero": 1}, 1, MLP, "bf16"), Case({"data": 2, "zero": 2}, 1, "loss"),
-]  # fmt: skip
+    Case({"tensor": 2, "pipeline": 2}, 3, NORM),
+    Case({"tensor": 2, "pipeline": 2}, 3, NORM, "bf16"),
+    Case({"tensor": 2, "data": 2, "zero": 3}, 3, NORM),
+    Case({"tensor": 2, "pipeline": 2, "sequence": True}, 2, NORM),
+    Case({"tensor": 2, "pipeline": 2}, 1, "model.layers.0.mlp.up_proj.weight"),
+    Case({"pipeline": 2, "data": 2}, 3, "loss"),
+    Case({"tensor": 2, "pipeline": 2}, 3, "loss"),
+    *[Case({"data": 2, "zero": zero}, 1, MLP) for zero in (0, 1, 2, 3)],
+    Case({"data": 2, "zero": 1}, 1, MLP, "bf16"),
+    Case({"data": 2, "zero": 2}, 1, "loss"),
+]
 ALONE = [Case({}, 0, MLP), Case({}, 0, MLP, "bf16"), Case({}, 0, "weight")]
 
 
@@ -67,20 +83,28 @@ class Scaled(NamedTuple):
 
 
 def batches(step, config, grid):
-    tokens = torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    tokens = torch.randint(
+        0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step)
+    )
     return microbatches(tokens, config.train.micro_batch_size, grid.data)
 
 
 def spoil(trainer, what):
     """Make this rank's loss, or its gradient of a parameter, bad in the next step; returns what takes that back."""
     if what == "loss":
-        return trainer.stage.layers[-1].register_forward_hook(lambda module, inputs, output: output * math.nan).remove
+        return (
+            trainer.stage.layers[-1]
+            .register_forward_hook(lambda module, inputs, output: output * math.nan)
+            .remove
+        )
     parameter = next(p for p in trainer.stage.parameters() if sharding(p).name == what)
     if trainer.zero.partitioned:
         handle = parameter.register_hook(lambda grad: torch.full_like(grad, math.nan))
         hooks = dict(parameter._backward_hooks)
         parameter._backward_hooks.clear()
-        parameter._backward_hooks.update({handle.id: hooks.pop(handle.id), **hooks})  # before the hooks of ours
+        parameter._backward_hooks.update(
+            {handle.id: hooks.pop(handle.id), **hooks}
+        )  # before the hooks of ours
         return handle.remove
     backward = trainer.zero.backward
 
@@ -99,12 +123,27 @@ def train(rank, world_size, cases):
 def make_trainer(rank, world_size, case):
     from megatrain.train.trainer import Trainer
 
-    raw = {"model": MODEL, "parallel": dict(case.layout), "data": {"sequence_length": LENGTH},
-           "train": {"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "dtype": case.dtype},
-           "optimizer": {"lr": 1e-2}, "lr_schedule": {"name": "constant"}}  # fmt: skip
+    raw = {
+        "model": MODEL,
+        "parallel": dict(case.layout),
+        "data": {"sequence_length": LENGTH},
+        "train": {
+            "steps": STEPS,
+            "global_batch_size": BATCH,
+            "micro_batch_size": 2,
+            "dtype": case.dtype,
+        },
+        "optimizer": {"lr": 1e-2},
+        "lr_schedule": {"name": "constant"},
+    }
     config = configuration.from_dict(raw)
     configuration.check(config)
-    grid = make_grid(rank, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, data=config.data_size(world_size))
+    grid = make_grid(
+        rank,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        data=config.data_size(world_size),
+    )
     return Trainer(config, read_architecture(load_config(config.model)), grid, torch.device("cpu"))
 
 
@@ -113,15 +152,26 @@ def train_case(rank, world_size, case):
     config, grid = trainer.config, trainer.grid
     losses, applied, why, culprit = [], [], "", ""
     for step in range(1, STEPS + 1):
-        restore = spoil(trainer, case.what) if step == BAD and rank == case.rank and case.what != "weight" else lambda: None
+        restore = (
+            spoil(trainer, case.what)
+            if step == BAD and rank == case.rank and case.what != "weight"
+            else lambda: None
+        )
         report = trainer.step(step, batches(step, config, grid))
         restore()
         losses.append(report.loss)
         applied.append(report.applied)
         why = why or report.why
     shape_of = lambda parameter: tuple(getattr(parameter, "ds_shape", parameter.shape))  # noqa: E731
-    pieces = [(replace(f.sharding, summed=(), counted=True), shape_of(f.parameter), f.start, {name: t.clone() for name, t in f.tensors.items()})
-              for f in trainer.zero.fragments()]  # fmt: skip
+    pieces = [
+        (
+            replace(f.sharding, summed=(), counted=True),
+            shape_of(f.parameter),
+            f.start,
+            {name: t.clone() for name, t in f.tensors.items()},
+        )
+        for f in trainer.zero.fragments()
+    ]
     if case.what == "weight":
         with torch.no_grad():
             next(p for p in trainer.stage.parameters() if sharding(p).name == NORM)[5] = math.inf
@@ -131,7 +181,10 @@ def train_case(rank, world_size, case):
 
 
 def scale(rank, world_size, layouts):
-    return [scale_case(rank, world_size, Case(layout, 0, "model.layers.0.mlp.up_proj.weight", "fp16")) for layout in layouts]
+    return [
+        scale_case(rank, world_size, Case(layout, 0, "model.layers.0.mlp.up_proj.weight", "fp16"))
+        for layout in layouts
+    ]
 
 
 def scale_case(rank, world_size, case):
@@ -148,7 +201,13 @@ def scale_case(rank, world_size, case):
         reports.append(trainer.step(step, batches(step, trainer.config, trainer.grid)))
         restore()
         scales.append(trainer.zero.loss_scaling.scale)
-    return Scaled([r.grad_norm for r in reports], [r.applied for r in reports], [r.rescaled for r in reports], scales, trainer.zero.loss_scaling)
+    return Scaled(
+        [r.grad_norm for r in reports],
+        [r.applied for r in reports],
+        [r.rescaled for r in reports],
+        scales,
+        trainer.zero.loss_scaling,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,26 +224,46 @@ def outcomes(tmp_path_factory):
 def whole(outcomes):
     """Masters and moments of the whole model from the pieces of all ranks."""
     found: dict = {}
-    for declaration, shape, start, tensors in (piece for outcome in outcomes for piece in outcome.pieces):
+    for declaration, shape, start, tensors in (
+        piece for outcome in outcomes for piece in outcome.pieces
+    ):
         for state, tensor in tensors.items():
-            flat = found.setdefault((declaration, shape, state), torch.full((torch.Size(shape).numel(),), math.nan))
+            flat = found.setdefault(
+                (declaration, shape, state), torch.full((torch.Size(shape).numel(),), math.nan)
+            )
             flat[start : start + tensor.numel()] = tensor
     tensors: dict = {}
     for (declaration, shape, state), flat in found.items():
-        tensor = tensors.setdefault(f"{declaration.name} {state}", torch.full(declaration.shape, math.nan))
+        tensor = tensors.setdefault(
+            f"{declaration.name} {state}", torch.full(declaration.shape, math.nan)
+        )
         declaration.put(declaration.part_of(flat.view(shape)), tensor)
     return tensors
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([*(f"{k}{v}" for k, v in case.layout.items()), case.dtype, case.what]))
+@pytest.mark.parametrize(
+    "case",
+    CASES,
+    ids=lambda case: "-".join(
+        [*(f"{k}{v}" for k, v in case.layout.items()), case.dtype, case.what]
+    ),
+)
 def test_one_ranks_bad_number_costs_all_ranks_that_step_and_nothing_else(case, outcomes):
     ranks = outcomes(case)
-    assert all(outcome.applied == [step != BAD for step in range(1, STEPS + 1)] for outcome in ranks)
-    assert len({tuple(repr(loss) for loss in outcome.losses) for outcome in ranks}) == 1, "the same on all ranks to the last bit"
+    assert all(
+        outcome.applied == [step != BAD for step in range(1, STEPS + 1)] for outcome in ranks
+    )
+    assert len({tuple(repr(loss) for loss in outcome.losses) for outcome in ranks}) == 1, (
+        "the same on all ranks to the last bit"
+    )
     (alone,) = outcomes(Case({}, 0, MLP, case.dtype))
     tolerance = 2e-5 if case.dtype == "fp32" else 2e-2
-    for step, (ours, expected) in enumerate(zip(ranks[0].losses, alone.losses, strict=True), start=1):
-        assert ours == pytest.approx(expected, rel=tolerance) or (step == BAD and math.isnan(ours) and case.what == "loss")
+    for step, (ours, expected) in enumerate(
+        zip(ranks[0].losses, alone.losses, strict=True), start=1
+    ):
+        assert ours == pytest.approx(expected, rel=tolerance) or (
+            step == BAD and math.isnan(ours) and case.what == "loss"
+        )
     tensors, expected = whole(ranks), whole([alone])
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
@@ -194,7 +273,13 @@ def test_one_ranks_bad_number_costs_all_ranks_that_step_and_nothing_else(case, o
         assert torch.isfinite(tensor).all(), name
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([*(f"{k}{v}" for k, v in case.layout.items()), case.dtype, case.what]))
+@pytest.mark.parametrize(
+    "case",
+    CASES,
+    ids=lambda case: "-".join(
+        [*(f"{k}{v}" for k, v in case.layout.items()), case.dtype, case.what]
+    ),
+)
 def test_what_was_bad_is_named_with_its_rank(case, outcomes):
     ranks = outcomes(case)
     assert len({outcome.why for outcome in ranks}) == 1
@@ -241,11 +326,26 @@ def test_a_resume_goes_on_with_the_loss_scale(tmp_path):
     write_tokens(tmp_path / "tokens", documents=20)
 
     def raw(run, **train):
-        return {"run": {"output_dir": str(tmp_path / run)}, "model": MODEL, "data": {"train": str(tmp_path / "tokens"), "sequence_length": LENGTH},
-                "train": {"steps": 4, "global_batch_size": BATCH, "micro_batch_size": 4, "dtype": "fp16", **train}}  # fmt: skip
+        return {
+            "run": {"output_dir": str(tmp_path / run)},
+            "model": MODEL,
+            "data": {"train": str(tmp_path / "tokens"), "sequence_length": LENGTH},
+            "train": {
+                "steps": 4,
+                "global_batch_size": BATCH,
+                "micro_batch_size": 4,
+                "dtype": "fp16",
+                **train,
+            },
+        }
 
-    run_ranks(go_on_in_fp16, 1, [raw("parts", stop_after=2), raw("parts"), raw("whole")], folder=tmp_path)
-    states = [read_trainer(tmp_path / run / "checkpoints" / "step-00000004").progress.loss_scaling for run in ("parts", "whole")]
+    run_ranks(
+        go_on_in_fp16, 1, [raw("parts", stop_after=2), raw("parts"), raw("whole")], folder=tmp_path
+    )
+    states = [
+        read_trainer(tmp_path / run / "checkpoints" / "step-00000004").progress.loss_scaling
+        for run in ("parts", "whole")
+    ]
     assert states == [LossScale(65536.0, 2, -1, 4)] * 2, "all four steps are counted"
     losses = [[line["loss"] for line in lines(tmp_path / run)] for run in ("parts", "whole")]
     assert losses[0] == losses[1]

@@ -30,11 +30,29 @@ from megatrain.train.classifying import Classification
 VOCABULARY, LENGTH, TEXTS, STEPS, LR = 290, 24, 22, 4, 1e-3
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
 MODELS = {
-    "llama": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True, **SIZES},
-    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
-             "resid_pdrop": 0.0, **SIZES},
-}  # fmt: skip
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        **SIZES,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 64,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        **SIZES,
+    },
+}
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 LABELS = ["red", "green", "blue"]
 
@@ -50,13 +68,29 @@ def make_files(folder):
     (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 5)}))
     train_tokenizer([folder / "text.jsonl"], vocab_size=VOCABULARY, output=folder / "tokenizer")
     texts = [" ".join(random.choice(WORDS, random.integers(1, 9))) for _ in range(TEXTS)]
-    some = [sorted({LABELS[i] for i in random.integers(0, 3, 2)})[: int(random.integers(0, 3))] for _ in texts]
+    some = [
+        sorted({LABELS[i] for i in random.integers(0, 3, 2)})[: int(random.integers(0, 3))]
+        for _ in texts
+    ]
     records = {
-        "single-label": [{"text": text, "label": LABELS[i % 3] if i % 2 else i % 3} for i, text in enumerate(texts)],
-        "multi-label": [{"text": text, "labels": labels} for text, labels in zip(texts, some, strict=True)],
+        "single-label": [
+            {"text": text, "label": LABELS[i % 3] if i % 2 else i % 3}
+            for i, text in enumerate(texts)
+        ],
+        "multi-label": [
+            {"text": text, "labels": labels} for text, labels in zip(texts, some, strict=True)
+        ],
         "regression": [{"text": text, "label": round(float(random.normal()), 3)} for text in texts],
-        "tokens": [{"tokens": text.split(), "labels": [None if len(word) == 1 else LABELS[len(word) % 3] for word in text.split()]} for text in texts],
-    }  # fmt: skip
+        "tokens": [
+            {
+                "tokens": text.split(),
+                "labels": [
+                    None if len(word) == 1 else LABELS[len(word) % 3] for word in text.split()
+                ],
+            }
+            for text in texts
+        ],
+    }
     for name, lines in records.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -67,11 +101,20 @@ def settings(files, problem, model="llama", **sections):
     classification = {} if of_tokens else {"problem": problem}
     if problem != "regression":
         classification["labels"] = LABELS
-    raw = {"task": "token-classification" if of_tokens else "classification", "model": MODELS[model], "classification": classification,
-           "run": {"output_dir": str(files / "run"), "seed": 7},
-           "data": {"train": str(files / f"{problem}.jsonl"), "tokenizer": str(files / "tokenizer"), "sequence_length": LENGTH},
-           "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2},
-           "optimizer": {"lr": LR, "grad_clip": 0.5}, "lr_schedule": {"name": "constant"}}  # fmt: skip
+    raw = {
+        "task": "token-classification" if of_tokens else "classification",
+        "model": MODELS[model],
+        "classification": classification,
+        "run": {"output_dir": str(files / "run"), "seed": 7},
+        "data": {
+            "train": str(files / f"{problem}.jsonl"),
+            "tokenizer": str(files / "tokenizer"),
+            "sequence_length": LENGTH,
+        },
+        "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2},
+        "optimizer": {"lr": LR, "grad_clip": 0.5},
+        "lr_schedule": {"name": "constant"},
+    }
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section}
     return raw
@@ -83,26 +126,46 @@ def settings(files, problem, model="llama", **sections):
 
 def of_position(position, seed=7):
     epoch, index = divmod(position, TEXTS)
-    return Permutation(TEXTS, key=("labelled", keyed_integers("source", seed, "train")[0], epoch))(index)
+    return Permutation(TEXTS, key=("labelled", keyed_integers("source", seed, "train")[0], epoch))(
+        index
+    )
 
 
 def plain_loss(network, tokenizer, record, problem, smoothing):
     """Of one text, and how many labels it has."""
     if problem == "tokens":
         encoded = tokenizer(" ".join(record["tokens"]), return_offsets_mapping=True)
-        starts = [sum(len(word) + 1 for word in record["tokens"][:i]) for i in range(len(record["tokens"]))]
-        firsts = [next(i for i, (_, stop) in enumerate(encoded["offset_mapping"]) if stop > start) for start in starts]
+        starts = [
+            sum(len(word) + 1 for word in record["tokens"][:i])
+            for i in range(len(record["tokens"]))
+        ]
+        firsts = [
+            next(i for i, (_, stop) in enumerate(encoded["offset_mapping"]) if stop > start)
+            for start in starts
+        ]
         logits = network(torch.tensor([encoded["input_ids"]])).logits[0]
-        pairs = [(logits[first], LABELS.index(label)) for first, label in zip(firsts, record["labels"], strict=True) if label is not None]
+        pairs = [
+            (logits[first], LABELS.index(label))
+            for first, label in zip(firsts, record["labels"], strict=True)
+            if label is not None
+        ]
         if not pairs:
             return logits.sum() * 0, 0
-        return torch.nn.functional.cross_entropy(torch.stack([a for a, _ in pairs]), torch.tensor([b for _, b in pairs]), reduction="sum"), len(pairs)
+        return torch.nn.functional.cross_entropy(
+            torch.stack([a for a, _ in pairs]), torch.tensor([b for _, b in pairs]), reduction="sum"
+        ), len(pairs)
     tokens = torch.tensor([tokenizer(record["text"])["input_ids"]])
     if smoothing:
-        target = torch.tensor([LABELS.index(record["label"]) if isinstance(record["label"], str) else record["label"]])
-        return torch.nn.functional.cross_entropy(network(tokens).logits, target, label_smoothing=smoothing), 1
+        target = torch.tensor(
+            [LABELS.index(record["label"]) if isinstance(record["label"], str) else record["label"]]
+        )
+        return torch.nn.functional.cross_entropy(
+            network(tokens).logits, target, label_smoothing=smoothing
+        ), 1
     if problem == "single-label":
-        right = torch.tensor([record["label"] if isinstance(record["label"], int) else LABELS.index(record["label"])])
+        right = torch.tensor(
+            [record["label"] if isinstance(record["label"], int) else LABELS.index(record["label"])]
+        )
     elif problem == "multi-label":
         right = torch.tensor([[float(label in record["labels"]) for label in LABELS]])
     else:
@@ -116,13 +179,22 @@ def reference(files, problem, model, smoothing):
     architecture = Classification().architecture(config)
     network = class_of(problem).from_config(architecture.config, attn_implementation="eager")
     assert give_weights(make_stage(config, architecture), network) == {}
-    return train_plainly(dict(network.named_parameters()), step_loss(network, files, problem, smoothing), steps=STEPS, lr=LR)
+    return train_plainly(
+        dict(network.named_parameters()),
+        step_loss(network, files, problem, smoothing),
+        steps=STEPS,
+        lr=LR,
+    )
 
 
 def class_of(problem):
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    return AutoModelForTokenClassification if problem == "tokens" else AutoModelForSequenceClassification
+    return (
+        AutoModelForTokenClassification
+        if problem == "tokens"
+        else AutoModelForSequenceClassification
+    )
 
 
 def read(files, problem):
@@ -139,7 +211,13 @@ def step_loss(network, files, problem, smoothing=0.0):
     tokenizer, records = load_tokenizer(files / "tokenizer"), read(files, problem)
 
     def of(step):
-        return mean_loss(network, tokenizer, [records[of_position(position)] for position in range(8 * step - 8, 8 * step)], problem, smoothing)
+        return mean_loss(
+            network,
+            tokenizer,
+            [records[of_position(position)] for position in range(8 * step - 8, 8 * step)],
+            problem,
+            smoothing,
+        )
 
     return of
 
@@ -155,8 +233,13 @@ def run_layout(rank, world_size, raw, prepare=None):
     trainer = Trainer(config, architecture, grid, torch.device("cpu"))
     if prepare is not None:
         prepare(trainer.zero)
-    loader = Loader(task.open(config, architecture, "train").samples, global_batch_size=8, micro_batch_size=2, data_rank=grid.data.rank,
-                    data_size=grid.data.size)  # fmt: skip
+    loader = Loader(
+        task.open(config, architecture, "train").samples,
+        global_batch_size=8,
+        micro_batch_size=2,
+        data_rank=grid.data.rank,
+        data_size=grid.data.size,
+    )
     ran = run_steps(trainer, lambda step: loader.microbatches(step - 1), steps=STEPS)
     loader.close()
     return ran
@@ -175,34 +258,55 @@ def references(files):
 
 
 ROWS = [
-    ("single-label", "llama", 1, {}, 0.0), ("single-label", "llama", 2, {"tensor": 2, "sequence": True}, 0.0), ("single-label", "llama", 2, {"pipeline": 2}, 0.0),
-    ("single-label", "llama", 2, {"zero": 3}, 0.0), ("single-label", "llama", 4, {"tensor": 2, "pipeline": 2, "schedule": "zb-v"}, 0.0),
-    ("single-label", "gpt2", 2, {"tensor": 2}, 0.1), ("multi-label", "gpt2", 4, {"tensor": 2, "pipeline": 2}, 0.0), ("regression", "llama", 2, {}, 0.0),
-    ("tokens", "llama", 4, {"tensor": 2, "sequence": True}, 0.0), ("tokens", "gpt2", 2, {"pipeline": 2}, 0.0),
-]  # fmt: skip
+    ("single-label", "llama", 1, {}, 0.0),
+    ("single-label", "llama", 2, {"tensor": 2, "sequence": True}, 0.0),
+    ("single-label", "llama", 2, {"pipeline": 2}, 0.0),
+    ("single-label", "llama", 2, {"zero": 3}, 0.0),
+    ("single-label", "llama", 4, {"tensor": 2, "pipeline": 2, "schedule": "zb-v"}, 0.0),
+    ("single-label", "gpt2", 2, {"tensor": 2}, 0.1),
+    ("multi-label", "gpt2", 4, {"tensor": 2, "pipeline": 2}, 0.0),
+    ("regression", "llama", 2, {}, 0.0),
+    ("tokens", "llama", 4, {"tensor": 2, "sequence": True}, 0.0),
+    ("tokens", "gpt2", 2, {"pipeline": 2}, 0.0),
+]
 
 
 @pytest.mark.parametrize(("problem", "model", "world", "parallel", "smoothing"), ROWS, ids=str)
-def test_equals_plain_torch(problem, model, world, parallel, smoothing, files, references, tmp_path):
+def test_equals_plain_torch(
+    problem, model, world, parallel, smoothing, files, references, tmp_path
+):
     raw = settings(files, problem, model, parallel=parallel)
     raw["classification"]["label_smoothing"] = smoothing
-    assert_equal(run_ranks(run_layout, world, raw, folder=tmp_path), references(problem, model, smoothing), losses=1e-5)
+    assert_equal(
+        run_ranks(run_layout, world, raw, folder=tmp_path),
+        references(problem, model, smoothing),
+        losses=1e-5,
+    )
 
 
 @pytest.mark.parametrize("of_tokens", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_are_those_of_transformers_own_classifier(family, of_tokens):
     """Names and shapes, whatever the family calls its head."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+    from transformers import (
+        AutoConfig,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     kind = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
     hf = AutoConfig.for_model(family, num_hidden_layers=1, num_labels=3, pad_token_id=0)
     if type(hf) not in kind._model_mapping:
-        with pytest.raises(ConfigError, match=f"task=token-classification is not offered by transformers for {family} models"):
+        with pytest.raises(
+            ConfigError,
+            match=f"task=token-classification is not offered by transformers for {family} models",
+        ):
             with_classifier(hf, of_tokens=of_tokens)
         return
     with torch.device("meta"):
-        theirs = {name: tuple(tensor.shape) for name, tensor in kind.from_config(hf).named_parameters()}
+        theirs = {
+            name: tuple(tensor.shape) for name, tensor in kind.from_config(hf).named_parameters()
+        }
     assert whole_tensors(with_classifier(hf, of_tokens=of_tokens)) == theirs
 
 
@@ -227,24 +331,61 @@ def evaluate(rank, world_size, config, subject):
 def evaluated(folder, data, tmp_path, parallel, *, window=None):
     """What `megatrain evaluate` says of the folder on two ranks."""
     words = [f"parallel.{name}={size}" for name, size in parallel.items()]
-    config = make_evaluation(folder, [f"run.output_dir={tmp_path / 'evaluation'}", "train.micro_batch_size=3", *words])
+    config = make_evaluation(
+        folder, [f"run.output_dir={tmp_path / 'evaluation'}", "train.micro_batch_size=3", *words]
+    )
     (tmp_path / "evaluation").mkdir()
     architecture = check_model(config)
-    window, stride = make_windows(architecture, window=window, stride=None, trained=trained_length(folder))
+    window, stride = make_windows(
+        architecture, window=window, stride=None, trained=trained_length(folder)
+    )
     assert window == LENGTH, "what the run saw of a text"
-    subject = Subject(str(folder), (str(data),), choose_kind(None, [str(data)], architecture), window, stride, "text")
+    subject = Subject(
+        str(folder),
+        (str(data),),
+        choose_kind(None, [str(data)], architecture),
+        window,
+        stride,
+        "text",
+    )
     return run_ranks(evaluate, 2, config, subject, folder=tmp_path)[0]
 
 
 # In training alone: evaluations have neither.
-AGAINST_OVERFITTING = {"single-label": {"label_smoothing": 0.2, "dropout": 0.3}, "tokens": {"dropout": 0.3, "augment": "swap"}}
+AGAINST_OVERFITTING = {
+    "single-label": {"label_smoothing": 0.2, "dropout": 0.3},
+    "tokens": {"dropout": 0.3, "augment": "swap"},
+}
 
 
-@pytest.mark.parametrize(("problem", "world", "parallel"), [("single-label", 4, {"tensor": 2, "pipeline": 2}), ("tokens", 2, {}),
-                                                            ("multi-label", 2, {"zero": 3}), ("regression", 1, {})])  # fmt: skip
-def test_a_folder_is_a_classifier_of_transformers_with_the_figures_of_the_run(problem, world, parallel, files, tmp_path):
-    run = train(files, tmp_path, problem, run="run", world=world, parallel=parallel, classification=AGAINST_OVERFITTING.get(problem, {}),
-                train={"steps": None, "epochs": 2, "eval_every": 100, "eval_batches": 50, "global_batch_size": 4})  # fmt: skip
+@pytest.mark.parametrize(
+    ("problem", "world", "parallel"),
+    [
+        ("single-label", 4, {"tensor": 2, "pipeline": 2}),
+        ("tokens", 2, {}),
+        ("multi-label", 2, {"zero": 3}),
+        ("regression", 1, {}),
+    ],
+)
+def test_a_folder_is_a_classifier_of_transformers_with_the_figures_of_the_run(
+    problem, world, parallel, files, tmp_path
+):
+    run = train(
+        files,
+        tmp_path,
+        problem,
+        run="run",
+        world=world,
+        parallel=parallel,
+        classification=AGAINST_OVERFITTING.get(problem, {}),
+        train={
+            "steps": None,
+            "epochs": 2,
+            "eval_every": 100,
+            "eval_batches": 50,
+            "global_batch_size": 4,
+        },
+    )
     written = metrics(run)[-1]
     folder = run / "checkpoints" / f"step-{written['step']:08d}"
     assert written["step"] == 2 * TEXTS // 4
@@ -254,22 +395,43 @@ def test_a_folder_is_a_classifier_of_transformers_with_the_figures_of_the_run(pr
         assert network.config.label2id == {label: number for number, label in enumerate(LABELS)}
     records, tokenizer = read(files, problem), load_tokenizer(folder)
     with torch.inference_mode():
-        assert written["valid_loss"] == pytest.approx(float(mean_loss(network, tokenizer, records, problem)), rel=1e-5)
+        assert written["valid_loss"] == pytest.approx(
+            float(mean_loss(network, tokenizer, records, problem)), rel=1e-5
+        )
     assert (run / "confusion.png").exists() == (problem in ("single-label", "tokens"))
-    measured = evaluated(folder, files / f"{problem}.jsonl", tmp_path, {"pipeline": 2} if problem in ("tokens", "regression") else {"tensor": 2})
-    assert {name: measured["figures"][name.removeprefix("valid_")] for name in written if name.startswith("valid_") and name != "valid_loss"} == {
-        name: pytest.approx(value, abs=1e-6) for name, value in written.items() if name.startswith("valid_") and name != "valid_loss"}  # fmt: skip
+    measured = evaluated(
+        folder,
+        files / f"{problem}.jsonl",
+        tmp_path,
+        {"pipeline": 2} if problem in ("tokens", "regression") else {"tensor": 2},
+    )
+    assert {
+        name: measured["figures"][name.removeprefix("valid_")]
+        for name in written
+        if name.startswith("valid_") and name != "valid_loss"
+    } == {
+        name: pytest.approx(value, abs=1e-6)
+        for name, value in written.items()
+        if name.startswith("valid_") and name != "valid_loss"
+    }
     pictures = list((tmp_path / "evaluation").glob(f"classification-{problem}.jsonl-*.png"))
     assert len(pictures) == (problem in ("single-label", "tokens"))
     if problem == "single-label":
         assert sum(figures["support"] for figures in measured["classes"].values()) == TEXTS
         assert inspect(folder, Hints(), hashes=True).whole
         texts = [record["text"] for record in records]
-        batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)  # their own padding and pooling
+        batch = tokenizer(
+            texts, padding=True, return_tensors="pt", return_token_type_ids=False
+        )  # their own padding and pooling
         with torch.inference_mode():
             told = network(**batch).logits.argmax(-1)
-        right = [LABELS.index(label) if isinstance(label, str) else label for label in (record["label"] for record in records)]
-        assert written["valid_accuracy"] == pytest.approx(float((told == torch.tensor(right)).float().mean()))
+        right = [
+            LABELS.index(label) if isinstance(label, str) else label
+            for label in (record["label"] for record in records)
+        ]
+        assert written["valid_accuracy"] == pytest.approx(
+            float((told == torch.tensor(right)).float().mean())
+        )
 
 
 def test_from_a_language_model_with_a_new_head_and_on(files, tmp_path):
@@ -279,15 +441,38 @@ def test_from_a_language_model_with_a_new_head_and_on(files, tmp_path):
     torch.manual_seed(0)
     language_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS["gpt2"]))
     language_model.save_pretrained(tmp_path / "lm")
-    run = train(files, tmp_path, "single-label", model="gpt2", run="first", world=2, parallel={"pipeline": 2}, train={"steps": 0, "init_from": str(tmp_path / "lm")})
-    first = AutoModelForSequenceClassification.from_pretrained(run / "checkpoints" / "step-00000000")
-    torch.testing.assert_close(first.transformer.wte.weight, language_model.transformer.wte.weight, rtol=0, atol=0)
+    run = train(
+        files,
+        tmp_path,
+        "single-label",
+        model="gpt2",
+        run="first",
+        world=2,
+        parallel={"pipeline": 2},
+        train={"steps": 0, "init_from": str(tmp_path / "lm")},
+    )
+    first = AutoModelForSequenceClassification.from_pretrained(
+        run / "checkpoints" / "step-00000000"
+    )
+    torch.testing.assert_close(
+        first.transformer.wte.weight, language_model.transformer.wte.weight, rtol=0, atol=0
+    )
     assert float(first.score.weight.detach().std()) == pytest.approx(0.02, rel=0.5)
-    raw = settings(files, "single-label", run={"output_dir": str(tmp_path / "second")}, train={"steps": 0, "init_from": str(run / "checkpoints" / "step-00000000")})
+    raw = settings(
+        files,
+        "single-label",
+        run={"output_dir": str(tmp_path / "second")},
+        train={"steps": 0, "init_from": str(run / "checkpoints" / "step-00000000")},
+    )
     del raw["model"], raw["classification"]["labels"]
     run_ranks(finetune, 2, raw, folder=tmp_path)
-    second = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second" / "checkpoints" / "step-00000000")
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    second = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "second" / "checkpoints" / "step-00000000"
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
     assert second.config.id2label == first.config.id2label
 
 
@@ -295,38 +480,75 @@ def test_from_a_language_model_with_a_new_head_and_on(files, tmp_path):
 def test_an_epoch_ends_with_microbatches_of_no_text(problem, files, tmp_path):
     """22 texts in steps of 16: the last step's microbatches hold 4, 2, 0 and 0."""
     steps = {"steps": None, "epochs": 1, "global_batch_size": 16, "micro_batch_size": 4}
-    lines = metrics(train(files, tmp_path, problem, run="epoch", world=2, train=steps, parallel={"pipeline": 2}))
+    lines = metrics(
+        train(files, tmp_path, problem, run="epoch", world=2, train=steps, parallel={"pipeline": 2})
+    )
     assert [line["step"] for line in lines if line["step"]] == [1, 2]
     assert all(np.isfinite(line["loss"]) for line in lines if line["step"])
 
 
 def test_validation_texts_split_off_the_training_texts(files):
     task, config = Classification(), checked(settings(files, "single-label", data={"split": "3,1"}))
-    parts = {which: task.open(config, task.architecture(config), which) for which in ("train", "valid")}
+    parts = {
+        which: task.open(config, task.architecture(config), which) for which in ("train", "valid")
+    }
     assert [source.per_epoch for source in parts.values()] == [16, 6]
-    seen = [{tuple(source.samples.fetch(position).tokens) for position in range(source.per_epoch)} for source in parts.values()]
-    everything = task.open(checked(settings(files, "single-label")), task.architecture(config), "train").samples
-    assert seen[0] | seen[1] == {tuple(everything.fetch(position).tokens) for position in range(TEXTS)}
+    seen = [
+        {tuple(source.samples.fetch(position).tokens) for position in range(source.per_epoch)}
+        for source in parts.values()
+    ]
+    everything = task.open(
+        checked(settings(files, "single-label")), task.architecture(config), "train"
+    ).samples
+    assert seen[0] | seen[1] == {
+        tuple(everything.fetch(position).tokens) for position in range(TEXTS)
+    }
 
 
 def test_stops_early_and_a_resumed_run_stops_at_the_same_step(files, tmp_path):
     """With dropout, augmentation and a learning rate that lets the loss jump."""
-    sections = {"classification": {"dropout": 0.3, "augment": "mix", "augment_share": 0.3, "labels": LABELS},
-                "optimizer": {"lr": 3e-2, "grad_clip": 0.0}}  # fmt: skip
+    sections = {
+        "classification": {
+            "dropout": 0.3,
+            "augment": "mix",
+            "augment_share": 0.3,
+            "labels": LABELS,
+        },
+        "optimizer": {"lr": 3e-2, "grad_clip": 0.0},
+    }
 
     def run(name, **more):
-        steps = {"steps": 60, "eval_every": 2, "eval_batches": 50, "early_stop": 2, "early_stop_metric": "valid_f1_macro", "save_every": 2,
-                 "keep_last": 1, **more}
+        steps = {
+            "steps": 60,
+            "eval_every": 2,
+            "eval_batches": 50,
+            "early_stop": 2,
+            "early_stop_metric": "valid_f1_macro",
+            "save_every": 2,
+            "keep_last": 1,
+            **more,
+        }
         return train(files, tmp_path, "single-label", run=name, world=2, train=steps, **sections)
 
     whole = metrics(run("whole"))
     last = whole[-1]["step"]
-    figures = {line["step"]: line["valid_f1_macro"] for line in whole if line["step"] and "valid_f1_macro" in line}
+    figures = {
+        line["step"]: line["valid_f1_macro"]
+        for line in whole
+        if line["step"] and "valid_f1_macro" in line
+    }
     best = max(figures.values())
     first_best = min(step for step, value in figures.items() if value == best)
     assert last == first_best + 4 < 60
-    assert json.loads((tmp_path / "whole" / "best.json").read_text()) == {"step": first_best, "metric": "valid_f1_macro", "value": best}
-    assert model_folder(str(tmp_path / "whole")) == tmp_path / "whole" / "checkpoints" / f"step-{first_best:08d}"
+    assert json.loads((tmp_path / "whole" / "best.json").read_text()) == {
+        "step": first_best,
+        "metric": "valid_f1_macro",
+        "value": best,
+    }
+    assert (
+        model_folder(str(tmp_path / "whole"))
+        == tmp_path / "whole" / "checkpoints" / f"step-{first_best:08d}"
+    )
     assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 2, "the newest and the best"
     run("parts", stop_after=last - 2)
     run("parts")
@@ -335,27 +557,54 @@ def test_stops_early_and_a_resumed_run_stops_at_the_same_step(files, tmp_path):
 
 
 WRONG = {
-    "no labels": ({"classification": {"labels": None}}, r"classification.labels=\(nothing\) is missing.*of data.train it would be "
-                                                        r"classification.labels=\[0, 1, 2, blue, green, red\]"),
-    "one label": ({"classification": {"labels": ["red"]}}, "has 1 names; a classifier tells 2 classes or more"),
+    "no labels": (
+        {"classification": {"labels": None}},
+        r"classification.labels=\(nothing\) is missing.*of data.train it would be "
+        r"classification.labels=\[0, 1, 2, blue, green, red\]",
+    ),
+    "one label": (
+        {"classification": {"labels": ["red"]}},
+        "has 1 names; a classifier tells 2 classes or more",
+    ),
     "a label twice": ({"classification": {"labels": ["red", "red"]}}, "names a class twice"),
-    "chat settings": ({"data": {"packing": True}}, "data.packing=true has no effect with task=classification"),
-    "smoothed numbers": ({"classification": {"problem": "regression", "labels": None, "label_smoothing": 0.1}}, "has no meaning for classification.problem=regression"),
-    "early stop without evaluations": ({"train": {"early_stop": 3}}, "train.early_stop=3 goes by evaluations, and train.eval_every=0 makes none"),
-    "settings of another task": ({"task": "sft"}, "classification.labels=.* has no effect with task=sft"),
-    "a metric that is not there": ({"train": {"eval_every": 1, "early_stop": 1, "early_stop_metric": "valid_f1"}},
-                                   "train.early_stop_metric=valid_f1 is not what this run measures; use one of valid_accuracy, valid_f1_macro"),
-}  # fmt: skip
+    "chat settings": (
+        {"data": {"packing": True}},
+        "data.packing=true has no effect with task=classification",
+    ),
+    "smoothed numbers": (
+        {"classification": {"problem": "regression", "labels": None, "label_smoothing": 0.1}},
+        "has no meaning for classification.problem=regression",
+    ),
+    "early stop without evaluations": (
+        {"train": {"early_stop": 3}},
+        "train.early_stop=3 goes by evaluations, and train.eval_every=0 makes none",
+    ),
+    "settings of another task": (
+        {"task": "sft"},
+        "classification.labels=.* has no effect with task=sft",
+    ),
+    "a metric that is not there": (
+        {"train": {"eval_every": 1, "early_stop": 1, "early_stop_metric": "valid_f1"}},
+        "train.early_stop_metric=valid_f1 is not what this run measures; use one of valid_accuracy, valid_f1_macro",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_cannot_work(name, files, tmp_path):
     sections, sentence = WRONG[name]
-    raw = settings(files, "single-label", run={"output_dir": str(tmp_path / "run")}, **{key: value for key, value in sections.items() if key != "task"})
+    raw = settings(
+        files,
+        "single-label",
+        run={"output_dir": str(tmp_path / "run")},
+        **{key: value for key, value in sections.items() if key != "task"},
+    )
     raw["data"]["valid"] = raw["data"]["train"]
     raw["task"] = sections.get("task", raw["task"])
     with pytest.raises((ConfigError, AssertionError), match=sentence):
-        run_ranks(finetune, 1, raw, folder=tmp_path) if name.startswith("a metric") else Classification().architecture(with_the_task_checked(raw))
+        run_ranks(finetune, 1, raw, folder=tmp_path) if name.startswith(
+            "a metric"
+        ) else Classification().architecture(with_the_task_checked(raw))
 
 
 def with_the_task_checked(raw):

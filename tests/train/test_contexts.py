@@ -18,7 +18,9 @@ ARCHITECTURE = read_architecture(load_config(BASES["gemma3_text"]))
 
 
 def contexts(**data):
-    config = configuration.from_dict({"data": {"sequence_length": LENGTH, **data}, "train": {"steps": 1}})
+    config = configuration.from_dict(
+        {"data": {"sequence_length": LENGTH, **data}, "train": {"steps": 1}}
+    )
     return Contexts(config, ARCHITECTURE, make_grid(0, connect=False), torch.device("cpu"))
 
 
@@ -43,7 +45,9 @@ def test_microbatches_share_one_mask_a_window():
 
 def test_another_length_has_its_own():
     maker = contexts()
-    long, short, again = (maker.make(batch(length), step=1, index=0) for length in (LENGTH, 8, LENGTH))
+    long, short, again = (
+        maker.make(batch(length), step=1, index=0) for length in (LENGTH, 8, LENGTH)
+    )
     assert [context.mask(5).shape[-1] for context in (long, short, again)] == [LENGTH, 8, LENGTH]
 
 
@@ -62,8 +66,17 @@ def test_a_ranks_memory_has_a_shared_mask_once():
         raw = {"model": BASES["mistral"], "data": {"sequence_length": 64, **data}}
         sizes = []
         for count in (4, 8):
-            config = configuration.from_dict({**raw, "train": {"steps": 1, "global_batch_size": 2 * count, "micro_batch_size": 2}})
-            sizes.append(predict(config, read_architecture(load_config(config.model)), data_size=1, device="cpu")[0].working)
+            config = configuration.from_dict(
+                {
+                    **raw,
+                    "train": {"steps": 1, "global_batch_size": 2 * count, "micro_batch_size": 2},
+                }
+            )
+            sizes.append(
+                predict(
+                    config, read_architecture(load_config(config.model)), data_size=1, device="cpu"
+                )[0].working
+            )
         return (sizes[1] - sizes[0]) / 4
 
     fields, rotations = 2 * 64 * 8, 2 * 64 * 8 * 4

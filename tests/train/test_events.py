@@ -22,12 +22,23 @@ def names_of(folder):
 
 def test_a_line_says_when_what_and_after_which_step_and_is_there_at_once(tmp_path):
     log = EventLog(tmp_path / "run")
-    log.write("save", step=7, path=Path("run/checkpoints/step-00000007"), seconds=1.5, stalled=float("nan"))
+    log.write(
+        "save",
+        step=7,
+        path=Path("run/checkpoints/step-00000007"),
+        seconds=1.5,
+        stalled=float("nan"),
+    )
     (line,) = (tmp_path / "run" / FILE_NAME).read_text().splitlines()
     raw = json.loads(line, parse_constant=lambda word: pytest.fail(word))
     assert list(raw)[:3] == ["time", "event", "step"]
     (event,) = read(tmp_path / "run")
-    assert event == Event(event.time, "save", 7, {"path": "run/checkpoints/step-00000007", "seconds": 1.5, "stalled": None})
+    assert event == Event(
+        event.time,
+        "save",
+        7,
+        {"path": "run/checkpoints/step-00000007", "seconds": 1.5, "stalled": None},
+    )
     assert isinstance(event.time.utcoffset(), timedelta)
     log.close()
 
@@ -59,7 +70,9 @@ for step in range(10**9):
 
 
 def test_after_kill_9_the_lines_before_are_there_and_another_start_adds_to_them(tmp_path):
-    writer = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE
+    )
     assert writer.stdout.readline() == b"going\n"
     os.kill(writer.pid, signal.SIGKILL)
     writer.wait()
@@ -68,7 +81,7 @@ def test_after_kill_9_the_lines_before_are_there_and_another_start_adds_to_them(
     assert len(before) > 50
     with EventLog(tmp_path) as log:
         log.write("start", ranks=2)
-    assert names_of(tmp_path)[len(before):] == ["start"]  # fmt: skip
+    assert names_of(tmp_path)[len(before) :] == ["start"]
 
 
 def test_a_torn_line_is_read_over_and_costs_no_other(tmp_path):
@@ -83,8 +96,19 @@ def test_a_torn_line_is_read_over_and_costs_no_other(tmp_path):
     assert names_of(tmp_path) == ["start", "resume", "finish"]
 
 
-@pytest.mark.parametrize("line", ["", "[]", "null", "7", '{"event": "save"}', '{"time": "2026-11-24T23:31:02", "event": "save"}',
-                                  '{"time": "2026-11-24T23:31:02+00:00", "event": "save", "step": "7"}', '{"time": 7, "event": "save"}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "[]",
+        "null",
+        "7",
+        '{"event": "save"}',
+        '{"time": "2026-11-24T23:31:02", "event": "save"}',
+        '{"time": "2026-11-24T23:31:02+00:00", "event": "save", "step": "7"}',
+        '{"time": 7, "event": "save"}',
+    ],
+)
 def test_what_is_no_event_is_left_out(tmp_path, line):
     (tmp_path / FILE_NAME).write_text(line + "\n")
     assert not list(read(tmp_path))
@@ -119,11 +143,22 @@ def test_a_rank_tells_of_its_own_failure_and_not_of_a_rank_that_is_gone(tmp_path
     journal.events = EventLog(tmp_path)
     journal.failed(ValueError("no such thing"), Progress(3, 0, 0))
     journal.failed(RuntimeError("Connection reset by peer"), Progress(4, 0, 0))
-    assert [(event.event, event.step, event.fields["error"]) for event in read(tmp_path)] == [("fail", 3, "ValueError: no such thing")]
+    assert [(event.event, event.step, event.fields["error"]) for event in read(tmp_path)] == [
+        ("fail", 3, "ValueError: no such thing")
+    ]
 
 
-@pytest.mark.parametrize(("told", "of_user", "written"), [([], False, 1), (["start"], False, 1), (["start", "fail"], False, 0), (["start", "stall"], False, 0),
-                                                          ([], True, 0), (["start"], True, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("told", "of_user", "written"),
+    [
+        ([], False, 1),
+        (["start"], False, 1),
+        (["start", "fail"], False, 0),
+        (["start", "stall"], False, 0),
+        ([], True, 0),
+        (["start"], True, 1),
+    ],
+)
 def test_a_failure_that_no_rank_told_of_is_written_once(tmp_path, told, of_user, written):
     began = datetime.now().astimezone() - timedelta(minutes=1)
     with EventLog(tmp_path) as log:
@@ -132,6 +167,12 @@ def test_a_failure_that_no_rank_told_of_is_written_once(tmp_path, told, of_user,
     before = len(list(read(tmp_path)))
     for _ in range(2):
         write_failure(tmp_path, "rank 1 was killed", step=7, since=began, of_user=of_user)
-    assert [(event.event, event.step, event.fields["cause"]) for event in list(read(tmp_path))[before:]] == [("fail", 7, "rank 1 was killed")] * written
-    write_failure(tmp_path, "again", step=7, since=datetime.now().astimezone() + timedelta(minutes=1))
-    assert next(reversed(list(read(tmp_path)))).fields["cause"] == "again", "what an earlier start told does not count"
+    assert [
+        (event.event, event.step, event.fields["cause"]) for event in list(read(tmp_path))[before:]
+    ] == [("fail", 7, "rank 1 was killed")] * written
+    write_failure(
+        tmp_path, "again", step=7, since=datetime.now().astimezone() + timedelta(minutes=1)
+    )
+    assert next(reversed(list(read(tmp_path)))).fields["cause"] == "again", (
+        "what an earlier start told does not count"
+    )

@@ -23,10 +23,31 @@ from megatrain.parallel.grid import make_grid
 from megatrain.train.finetuning import Finetuning
 
 VOCABULARY, LENGTH, CHATS, STEPS, LR = 290, 96, 20, 4, 1e-3
-MODEL = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
-GPT2 = {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 128,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 
 
@@ -38,14 +59,24 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
     random = np.random.default_rng(0)
     (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 5)}))
-    train_tokenizer([folder / "text.jsonl"], vocab_size=VOCABULARY, output=folder / "tokenizer", special_tokens=["<|im_start|>", "<|im_end|>"])
+    train_tokenizer(
+        [folder / "text.jsonl"],
+        vocab_size=VOCABULARY,
+        output=folder / "tokenizer",
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
 
     def turn(role, most):
         return {"role": role, "content": " ".join(random.choice(WORDS, random.integers(1, most)))}
 
     for name in ("train", "valid"):
-        chats = [[turn("user", 8), turn("assistant", 12)] * int(random.integers(1, 3)) for _ in range(CHATS)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+        chats = [
+            [turn("user", 8), turn("assistant", 12)] * int(random.integers(1, 3))
+            for _ in range(CHATS)
+        ]
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+        )
     AutoModelForCausalLM.from_config(load_config(GPT2)).save_pretrained(folder / "gpt2")
     (folder / "marks.jinja").write_text(WITH_MARKS)
     (folder / "chatml.jinja").write_text(CHATML)
@@ -53,11 +84,21 @@ def files(tmp_path_factory):
 
 
 def settings(files, **sections):
-    raw = {"run": {"output_dir": str(files / "run"), "seed": 7}, "model": MODEL,
-           "data": {"train": str(files / "train.jsonl"), "valid": str(files / "valid.jsonl"), "tokenizer": str(files / "tokenizer"),
-                    "chat_template": str(files / "chatml.jinja"), "sequence_length": LENGTH, "too_long": "error"},
-           "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 1},
-           "optimizer": {"lr": LR, "grad_clip": 0.5}, "lr_schedule": {"name": "constant"}}  # fmt: skip
+    raw = {
+        "run": {"output_dir": str(files / "run"), "seed": 7},
+        "model": MODEL,
+        "data": {
+            "train": str(files / "train.jsonl"),
+            "valid": str(files / "valid.jsonl"),
+            "tokenizer": str(files / "tokenizer"),
+            "chat_template": str(files / "chatml.jinja"),
+            "sequence_length": LENGTH,
+            "too_long": "error",
+        },
+        "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 1},
+        "optimizer": {"lr": LR, "grad_clip": 0.5},
+        "lr_schedule": {"name": "constant"},
+    }
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section}
     return raw
@@ -75,7 +116,9 @@ def read_chats(files):
     tokenizer.chat_template = WITH_MARKS
     chats = []
     for line in (files / "train.jsonl").read_text().splitlines():
-        made = tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        made = tokenizer.apply_chat_template(
+            json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
         chats.append((torch.tensor(made["input_ids"]), torch.tensor(made["assistant_masks"])))
     return chats
 
@@ -83,13 +126,17 @@ def read_chats(files):
 def alone_order(position):
     """The chat at a position when each has a sequence to itself."""
     epoch, index = divmod(position, CHATS)
-    return [Permutation(CHATS, key=("chats", keyed_integers("source", 7, "train", 0)[0], epoch))(index)]
+    return [
+        Permutation(CHATS, key=("chats", keyed_integers("source", 7, "train", 0)[0], epoch))(index)
+    ]
 
 
 def reference(files, chats_of_step, *, steps=STEPS, model=MODEL):
     """No code of ours but the initial weights; `chats_of_step` counts from 0."""
     architecture = read_architecture(load_config(model))
-    network = transformers_twin(model, make_stage(checked({**settings(files), "model": model}), architecture)).train()
+    network = transformers_twin(
+        model, make_stage(checked({**settings(files), "model": model}), architecture)
+    ).train()
     chats = read_chats(files)
 
     def loss(step):
@@ -98,7 +145,9 @@ def reference(files, chats_of_step, *, steps=STEPS, model=MODEL):
             tokens, mask = chats[number]
             logits = network(tokens[None, :-1]).logits[0]
             wanted = mask[1:] == 1
-            total = total + torch.nn.functional.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="sum")
+            total = total + torch.nn.functional.cross_entropy(
+                logits[wanted], tokens[1:][wanted], reduction="sum"
+            )
             count += int(wanted.sum())
         return total / count
 
@@ -116,8 +165,13 @@ def run_layout(rank, world_size, raw):
     p = config.parallel
     grid = make_grid(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
     trainer = Trainer(config, architecture, grid, torch.device("cpu"))
-    loader = Loader(source.samples, global_batch_size=config.train.global_batch_size,
-                    micro_batch_size=config.train.micro_batch_size, data_rank=grid.data.rank, data_size=grid.data.size)  # fmt: skip
+    loader = Loader(
+        source.samples,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_rank=grid.data.rank,
+        data_size=grid.data.size,
+    )
     learnt = []
 
     def batches(step):
@@ -141,30 +195,60 @@ def assert_same(results, expected):
 
 
 LAYOUTS = [
-    (1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (2, {}), (4, {"tensor": 2, "pipeline": 2}), (4, {"tensor": 2, "zero": 2}), (4, {"pipeline": 2}),
+    (1, {}),
+    (2, {"tensor": 2}),
+    (2, {"pipeline": 2}),
+    (2, {}),
+    (4, {"tensor": 2, "pipeline": 2}),
+    (4, {"tensor": 2, "zero": 2}),
+    (4, {"pipeline": 2}),
     (8, {"tensor": 2, "pipeline": 2, "sequence": True}),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
 def alone(files):
-    return reference(files, lambda step: [chat for position in range(8 * step, 8 * step + 8) for chat in alone_order(position)])
+    return reference(
+        files,
+        lambda step: [
+            chat for position in range(8 * step, 8 * step + 8) for chat in alone_order(position)
+        ],
+    )
 
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
 def test_equals_plain_torch(world, parallel, files, alone, tmp_path):
-    assert_same(run_ranks(run_layout, world, prepared(settings(files, parallel=parallel)), folder=tmp_path), alone)
+    assert_same(
+        run_ranks(run_layout, world, prepared(settings(files, parallel=parallel)), folder=tmp_path),
+        alone,
+    )
 
 
-PACKED = [(1, {}, 2, MODEL), (1, {}, 1, GPT2), (2, {}, 1, MODEL), (4, {"tensor": 2, "pipeline": 2}, 2, MODEL), (8, {"tensor": 2, "pipeline": 2}, 1, MODEL)]
+PACKED = [
+    (1, {}, 2, MODEL),
+    (1, {}, 1, GPT2),
+    (2, {}, 1, MODEL),
+    (4, {"tensor": 2, "pipeline": 2}, 2, MODEL),
+    (8, {"tensor": 2, "pipeline": 2}, 1, MODEL),
+]
 
 
-@pytest.mark.parametrize(("world", "parallel", "micro", "model"), PACKED, ids=lambda value: value["model_type"] if "model_type" in str(value) else str(value))
-def test_packed_equals_plain_torch_on_each_chat_alone(world, parallel, micro, model, files, tmp_path):
+@pytest.mark.parametrize(
+    ("world", "parallel", "micro", "model"),
+    PACKED,
+    ids=lambda value: value["model_type"] if "model_type" in str(value) else str(value),
+)
+def test_packed_equals_plain_torch_on_each_chat_alone(
+    world, parallel, micro, model, files, tmp_path
+):
     """GPT-2's learned positions would show that they do not restart; rotated ones, which are relative, would not."""
     train = {"global_batch_size": 4, "micro_batch_size": micro}
-    raw = prepared({**settings(files, parallel=parallel, data={"packing": True}, train=train), "model": model})
-    samples = Finetuning().open(checked(raw), read_architecture(load_config(model)), "train").samples
+    raw = prepared(
+        {**settings(files, parallel=parallel, data={"packing": True}, train=train), "model": model}
+    )
+    samples = (
+        Finetuning().open(checked(raw), read_architecture(load_config(model)), "train").samples
+    )
     assert samples.per_epoch < 0.8 * CHATS, "most share a sequence"
     chats = {tuple(tokens.tolist()): number for number, (tokens, _) in enumerate(read_chats(files))}
 
@@ -175,10 +259,16 @@ def test_packed_equals_plain_torch_on_each_chat_alone(world, parallel, micro, mo
             sample = samples.fetch(position)
             for document in range(sample.documents.max() + 1):
                 here = sample.tokens[sample.documents == document]
-                found += [number for tokens, number in chats.items() if tokens[:-1] == tuple(here.tolist())][:1]
+                found += [
+                    number
+                    for tokens, number in chats.items()
+                    if tokens[:-1] == tuple(here.tolist())
+                ][:1]
         return found
 
-    assert_same(run_ranks(run_layout, world, raw, folder=tmp_path), reference(files, chats_of, model=model))
+    assert_same(
+        run_ranks(run_layout, world, raw, folder=tmp_path), reference(files, chats_of, model=model)
+    )
 
 
 def test_packed_and_alone_have_the_same_loss_and_gradient(files, tmp_path):
@@ -186,7 +276,11 @@ def test_packed_and_alone_have_the_same_loss_and_gradient(files, tmp_path):
     results = []
     for packing in (False, True):
         raw = prepared(settings(files, data={"packing": packing}, train={"steps": 1}))
-        count = Finetuning().open(checked(raw), read_architecture(load_config(MODEL)), "train").per_epoch
+        count = (
+            Finetuning()
+            .open(checked(raw), read_architecture(load_config(MODEL)), "train")
+            .per_epoch
+        )
         raw["train"]["global_batch_size"] = count
         results += run_ranks(run_layout, 1, raw, folder=tmp_path)
     (alone, learnt), (packed, packed_learnt) = results
@@ -197,14 +291,28 @@ def test_packed_and_alone_have_the_same_loss_and_gradient(files, tmp_path):
         torch.testing.assert_close(one.values, other.values, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("world", "parallel", "micro"), [(2, {}, 8), (4, {"pipeline": 2}, 2), (1, {}, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("world", "parallel", "micro"), [(2, {}, 8), (4, {"pipeline": 2}, 2), (1, {}, 1)], ids=str
+)
 def test_microbatches_and_ranks_without_anything_to_learn(world, parallel, micro, files, tmp_path):
     """One epoch of 20 chats at 16 a step: the last step is filled with empty sequences, some of them a rank's all."""
     train = {"steps": None, "epochs": 1, "global_batch_size": 16, "micro_batch_size": micro}
-    results = run_ranks(run_layout, world, prepared(settings(files, parallel=parallel, train=train)), folder=tmp_path)
+    results = run_ranks(
+        run_layout,
+        world,
+        prepared(settings(files, parallel=parallel, train=train)),
+        folder=tmp_path,
+    )
     learnt = [sum(second) if micro == 8 else min(second) for _, (_, second) in results]
     assert 0 in learnt
-    assert_same(results, reference(files, lambda step: [alone_order(p)[0] for p in range(16 * step, min(16 * step + 16, CHATS))], steps=2))
+    assert_same(
+        results,
+        reference(
+            files,
+            lambda step: [alone_order(p)[0] for p in range(16 * step, min(16 * step + 16, CHATS))],
+            steps=2,
+        ),
+    )
 
 
 def chats_of(samples, count):
@@ -225,7 +333,13 @@ def test_a_split_and_a_blend(files, tmp_path):
     everything = set(chats_of(opened("train").samples, CHATS))
     assert set(chats_of(train.samples, 16)) | set(chats_of(valid.samples, 4)) == everything
     assert len(everything) == CHATS
-    blend = opened("train", train=[{"path": str(files / f"{name}.jsonl"), "weight": weight} for name, weight in (("train", 3), ("valid", 1))])
+    blend = opened(
+        "train",
+        train=[
+            {"path": str(files / f"{name}.jsonl"), "weight": weight}
+            for name, weight in (("train", 3), ("valid", 1))
+        ],
+    )
     assert blend.per_epoch is None
     assert abs(sum(chat in everything for chat in chats_of(blend.samples, 40)) - 30) <= 1
 
@@ -234,8 +348,12 @@ def test_a_check_tells_how_many_steps_its_epochs_are(files, tmp_path, capfd, mon
     """It prepares few data for that alone, many it does not, unless they are there already."""
     for name, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, value)
-    raw = settings(files, run={"output_dir": str(tmp_path / "run")}, data={"packing": True},
-                   train={"steps": None, "epochs": 3, "global_batch_size": 4, "save_every": 2})  # fmt: skip
+    raw = settings(
+        files,
+        run={"output_dir": str(tmp_path / "run")},
+        data={"packing": True},
+        train={"steps": None, "epochs": 3, "global_batch_size": 4, "save_every": 2},
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
 
     def said(*words):
@@ -250,7 +368,9 @@ def test_a_check_tells_how_many_steps_its_epochs_are(files, tmp_path, capfd, mon
     assert "only the data say" in many.err
     Finetuning().prepare(checked(raw), "train")
     assert said().out.rpartition("checkpoints: ")[0] == few.out.rpartition("checkpoints: ")[0]
-    sequences = Finetuning().open(checked(raw), read_architecture(load_config(MODEL)), "train").per_epoch
+    sequences = (
+        Finetuning().open(checked(raw), read_architecture(load_config(MODEL)), "train").per_epoch
+    )
     steps = -(-3 * sequences // 4)
     assert f"  work    {steps} steps x 384 tokens = " in few.out
     assert f"  epochs  3 x {sequences} samples" in few.out
@@ -265,8 +385,20 @@ def test_a_resumed_run_is_bit_identical_and_its_folder_speaks_in_chats(files, tm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     def run(folder, **train):
-        raw = settings(files, run={"output_dir": str(tmp_path / folder)}, data={"packing": True}, parallel={"pipeline": 2},
-                       train={"steps": None, "epochs": 3, "global_batch_size": 4, "eval_every": 3, "eval_batches": 50, **train})  # fmt: skip
+        raw = settings(
+            files,
+            run={"output_dir": str(tmp_path / folder)},
+            data={"packing": True},
+            parallel={"pipeline": 2},
+            train={
+                "steps": None,
+                "epochs": 3,
+                "global_batch_size": 4,
+                "eval_every": 3,
+                "eval_batches": 50,
+                **train,
+            },
+        )
         run_ranks(finetune, 2, raw, folder=tmp_path)
 
     run("whole")
@@ -280,16 +412,26 @@ def test_a_resumed_run_is_bit_identical_and_its_folder_speaks_in_chats(files, tm
     tokenizer = AutoTokenizer.from_pretrained(saved)
     assert tokenizer.chat_template == CHATML
     model = AutoModelForCausalLM.from_pretrained(saved)
-    assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>"), 0]
+    assert model.generation_config.eos_token_id == [
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        0,
+    ]
     # every validation chat once, though more batches were asked for
     total, count = 0.0, 0
     for line in (files / "valid.jsonl").read_text().splitlines():
-        made = tokenizer.apply_chat_template(json.loads(line)["messages"], chat_template=WITH_MARKS, return_dict=True, return_assistant_tokens_mask=True)
+        made = tokenizer.apply_chat_template(
+            json.loads(line)["messages"],
+            chat_template=WITH_MARKS,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
         wanted = torch.tensor(made["assistant_masks"][1:]) == 1
         tokens = torch.tensor(made["input_ids"])
         with torch.no_grad():
             logits = model(tokens[None, :-1]).logits[0]
-        total += float(torch.nn.functional.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="sum"))
+        total += float(
+            torch.nn.functional.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="sum")
+        )
         count += int(wanted.sum())
     assert abs(metrics(tmp_path / "whole")[-1]["valid_loss"] - total / count) < 1e-5
 
@@ -301,15 +443,33 @@ def test_how_to_generate_is_kept_and_ends_where_answers_do(tmp_path):
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     for folder in (theirs, ours):
         folder.mkdir()
-    (theirs / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false, "eos_token_id": 5}')
-    for name in ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "model.safetensors", "trainer.json", "modeling.py"):
+    (theirs / "generation_config.json").write_text(
+        '{"temperature": 0.6, "do_sample": false, "eos_token_id": 5}'
+    )
+    for name in (
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "model.safetensors",
+        "trainer.json",
+        "modeling.py",
+    ):
         (theirs / name).write_text("{}")
     config = checked({"model": MODEL, "data": {"tokenizer": str(theirs)}, "train": {"steps": 1}})
     write_descriptions(ours, config, read_architecture(load_config(MODEL)), Chat("mine", [7, 5]))
-    assert json.loads((ours / "generation_config.json").read_text()) == {"temperature": 0.6, "do_sample": False, "eos_token_id": [7, 5]}
+    assert json.loads((ours / "generation_config.json").read_text()) == {
+        "temperature": 0.6,
+        "do_sample": False,
+        "eos_token_id": [7, 5],
+    }
     assert (ours / "chat_template.jinja").read_text() == "mine"
-    assert {path.name for path in ours.iterdir()} == {"config.json", "generation_config.json", "tokenizer.json", "special_tokens_map.json",
-                                                      "chat_template.jinja"}  # fmt: skip
+    assert {path.name for path in ours.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    }
 
 
 SENTENCES = {
@@ -329,9 +489,8 @@ SENTENCES = {
     "train.steps=null train.epochs=0": "train.epochs=0 must be at least 1",
     "train.steps=5 train.epochs=1": "train.steps, train.tokens and train.epochs=5, null, 1 are given together; give one of them",
     "train.steps=null train.epochs=1 lr_schedule.warmup_steps=50": "lr_schedule.warmup_steps=50 is more than the 3 steps of the schedule",
-    'train.steps=null train.epochs=1 data.train=[{{"path":"{folder}/train.jsonl","weight":1}},{{"path":"{folder}/valid.jsonl","weight":1}}]':
-        "train.epochs=1 has no meaning for a blend of data; give train.steps",
-}  # fmt: skip
+    'train.steps=null train.epochs=1 data.train=[{{"path":"{folder}/train.jsonl","weight":1}},{{"path":"{folder}/valid.jsonl","weight":1}}]': "train.epochs=1 has no meaning for a blend of data; give train.steps",
+}
 
 
 @pytest.mark.parametrize("words", SENTENCES)
@@ -350,7 +509,16 @@ def test_what_cannot_work_is_one_sentence(words, files, tmp_path, capfd, monkeyp
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("word", ["data.packing=true", "data.chat_template=x", "data.train_on=all", "data.too_long=skip", "train.epochs=1 train.steps=null"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.packing=true",
+        "data.chat_template=x",
+        "data.train_on=all",
+        "data.too_long=skip",
+        "train.epochs=1 train.steps=null",
+    ],
+)
 def test_pretraining_refuses_what_only_finetuning_uses(word, files, tmp_path, capfd):
     file = tmp_path / "run.yaml"
     raw = settings(files, run={"output_dir": str(tmp_path / "run")})

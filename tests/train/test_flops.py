@@ -9,12 +9,29 @@ from megatrain.train.flops import flops_per_token, matrix_weights, peak_flops
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96}
 FAMILIES = {
     "llama": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160},
-    "llama tied": {**SMALL, "num_key_value_heads": 4, "intermediate_size": 160, "tie_word_embeddings": True},
+    "llama tied": {
+        **SMALL,
+        "num_key_value_heads": 4,
+        "intermediate_size": 160,
+        "tie_word_embeddings": True,
+    },
     "mistral": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160, "head_dim": 32},
     "qwen2": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160},
     "qwen3": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160, "head_dim": 32},
-    "gemma2": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160, "head_dim": 32, "pad_token_id": None},
-    "gemma3_text": {**SMALL, "num_key_value_heads": 1, "intermediate_size": 160, "head_dim": 32, "pad_token_id": None},
+    "gemma2": {
+        **SMALL,
+        "num_key_value_heads": 2,
+        "intermediate_size": 160,
+        "head_dim": 32,
+        "pad_token_id": None,
+    },
+    "gemma3_text": {
+        **SMALL,
+        "num_key_value_heads": 1,
+        "intermediate_size": 160,
+        "head_dim": 32,
+        "pad_token_id": None,
+    },
     "phi3": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160, "pad_token_id": None},
     "olmo2": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 160},
     "gpt_neox": {**SMALL, "intermediate_size": 160},
@@ -39,7 +56,9 @@ def test_matrix_weights_are_those_of_transformers_modules(name):
 
 def test_frozen_weights_have_no_gradient_to_compute():
     config = config_of("llama")
-    saved = flops_per_token(config, sequence_length=32) - flops_per_token(config, sequence_length=32, frozen=True)
+    saved = flops_per_token(config, sequence_length=32) - flops_per_token(
+        config, sequence_length=32, frozen=True
+    )
     assert saved == 2 * matrix_weights(config)
 
 

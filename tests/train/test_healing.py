@@ -15,14 +15,37 @@ from megatrain import config as configuration
 from megatrain.checkpoint import load, manifest
 from megatrain.errors import UserError
 
-MODEL = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def settings(folder, **sections):
-    train = {"steps": 20, "stop_after": 10, "global_batch_size": 4, "micro_batch_size": 4, "save_every": 4, **sections.pop("train", {})}
-    return {"run": {"output_dir": str(folder / "run")}, "model": MODEL, "train": train, "optimizer": {"name": "adamw", "lr": 1e-3},
-            "data": {"train": str(folder / "tokens"), "sequence_length": 16}, **sections}  # fmt: skip
+    train = {
+        "steps": 20,
+        "stop_after": 10,
+        "global_batch_size": 4,
+        "micro_batch_size": 4,
+        "save_every": 4,
+        **sections.pop("train", {}),
+    }
+    return {
+        "run": {"output_dir": str(folder / "run")},
+        "model": MODEL,
+        "train": train,
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "data": {"train": str(folder / "tokens"), "sequence_length": 16},
+        **sections,
+    }
 
 
 def what_stopped(rank, world_size, raw):
@@ -55,7 +78,9 @@ def checkpoint(folder, step=10):
 
 
 def resume(folder, **train):
-    (outcome,) = run_ranks(what_stopped, 1, settings(folder, train={"stop_after": 14, **train}), folder=folder)
+    (outcome,) = run_ranks(
+        what_stopped, 1, settings(folder, train={"stop_after": 14, **train}), folder=folder
+    )
     return outcome
 
 
@@ -66,15 +91,22 @@ def change(folder, what):
     for name, tensor in tensors.items():
         what(name.rpartition("/")[2], tensor)
     save_file(tensors, file)
-    records = [manifest.FileRecord(**entry) for entry in json.loads((folder / manifest.MANIFEST).read_text())["files"]]
+    records = [
+        manifest.FileRecord(**entry)
+        for entry in json.loads((folder / manifest.MANIFEST).read_text())["files"]
+    ]
     records = [manifest.record(folder, folder / entry.path) for entry in records]
-    (folder / manifest.MANIFEST).write_text(json.dumps({"format": manifest.FORMAT, "files": [entry._asdict() for entry in records]}))
+    (folder / manifest.MANIFEST).write_text(
+        json.dumps({"format": manifest.FORMAT, "files": [entry._asdict() for entry in records]})
+    )
     assert manifest.problem(folder, hashes=True) is None
 
 
 def test_the_last_losses_are_kept(finished):
     told = lines(finished / "run")
-    assert list(load.read_trainer(checkpoint(finished)).progress.losses) == [line["loss"] for line in told]
+    assert list(load.read_trainer(checkpoint(finished)).progress.losses) == [
+        line["loss"] for line in told
+    ]
     assert sum("save_stall_seconds" in line for line in told) >= 2
 
 
@@ -85,12 +117,18 @@ def test_an_honest_resume_goes_on(run):
 
 def random_weights(state, tensor):
     if state == "master":
-        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())))
+        tensor.copy_(
+            torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
+        )
 
 
 def random_moments(state, tensor):
     if state != "master":
-        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())) if state == "exp_avg" else torch.zeros_like(tensor))
+        tensor.copy_(
+            torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
+            if state == "exp_avg"
+            else torch.zeros_like(tensor)
+        )
 
 
 @pytest.mark.parametrize(("what", "step"), [(random_weights, 11), (random_moments, 12)])
@@ -99,7 +137,9 @@ def test_wrong_weights_or_moments_do_not_go_on(what, step, run):
     words = resume(run, keep_last=1, save_every=1)
     assert f"step-00000010 is not to be trusted: step {step} has a loss of" in words
     assert "Take an older one with train.resume=FOLDER" in words
-    assert manifest.problem(checkpoint(run), hashes=True) is None, "what it began from is still there"
+    assert manifest.problem(checkpoint(run), hashes=True) is None, (
+        "what it began from is still there"
+    )
     assert resume(run, resume=str(checkpoint(run, 8))) is None, "the way out"
 
 
@@ -122,7 +162,10 @@ def test_content_is_compared_where_asked(run):
     assert load.choose(config)[0] == checkpoint(run)
     path, words = load.choose(config, hashes=True)
     assert path == checkpoint(run, 4)
-    assert "passed over: step-00000010 has other content in optimizer/rank-00000.safetensors than was written" in words
+    assert (
+        "passed over: step-00000010 has other content in optimizer/rank-00000.safetensors than was written"
+        in words
+    )
     assert "passed over: step-00000008 lacks config.json" in words
     assert resume(run, verify="full") is None
     assert [line["step"] for line in lines(run / "run")] == list(range(1, 15))
@@ -131,8 +174,15 @@ def test_content_is_compared_where_asked(run):
 def test_checkpoints_ahead_of_where_a_run_begins_are_said(run):
     ahead = f"; {checkpoint(run)} lies ahead, and train.resume=auto would go on from there"
     for wish in ("never", str(checkpoint(run, 4))):
-        assert ahead in load.choose(configuration.from_dict(settings(run, train={"resume": wish})))[1]
-    assert "lies ahead" not in load.choose(configuration.from_dict(settings(run, train={"resume": str(checkpoint(run))})))[1]
+        assert (
+            ahead in load.choose(configuration.from_dict(settings(run, train={"resume": wish})))[1]
+        )
+    assert (
+        "lies ahead"
+        not in load.choose(
+            configuration.from_dict(settings(run, train={"resume": str(checkpoint(run))}))
+        )[1]
+    )
     assert resume(run, resume="never", stop_after=9, keep_last=1) is None
     assert checkpoint(run).exists()
     assert checkpoint(run, 9).exists(), "what lies ahead has not pushed it out"
@@ -140,11 +190,15 @@ def test_checkpoints_ahead_of_where_a_run_begins_are_said(run):
 
 
 CHANGES = {
-    "was written with optimizer.name=adamw and this run has lion: one rule's states mean nothing": {"optimizer": {"name": "lion", "lr": 1e-3}},
-    "was written with train.global_batch_size=4 and this run has 8: which samples come next": {"train": {"global_batch_size": 8}},
+    "was written with optimizer.name=adamw and this run has lion: one rule's states mean nothing": {
+        "optimizer": {"name": "lion", "lr": 1e-3}
+    },
+    "was written with train.global_batch_size=4 and this run has 8: which samples come next": {
+        "train": {"global_batch_size": 8}
+    },
     "was written with data.sequence_length=16 and this run has 8": {"data": {"sequence_length": 8}},
     "was written with run.seed=1234 and this run has 5": {"run": {"seed": 5}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("sentence", CHANGES)
@@ -154,15 +208,23 @@ def test_what_a_resume_must_not_change(sentence, finished):
         raw[section] = {**raw[section], **values}
     (words,) = run_ranks(what_stopped, 1, raw, folder=finished)
     assert sentence in words
-    assert f"or start a new run from its weights with train.init_from={checkpoint(finished)}" in words
+    assert (
+        f"or start a new run from its weights with train.init_from={checkpoint(finished)}" in words
+    )
 
 
 def test_what_changed_is_said(finished):
     from megatrain.parallel.grid import make_grid
 
-    raw = settings(finished, parallel={"tensor": 2, "pipeline": 2, "zero": 0}, train={"dtype": "bf16"})
+    raw = settings(
+        finished, parallel={"tensor": 2, "pipeline": 2, "zero": 0}, train={"dtype": "bf16"}
+    )
     raw["data"]["train"] = "elsewhere"
-    words = load.notes(checkpoint(finished), configuration.from_dict(raw), make_grid(0, tensor=2, pipeline=2, connect=False))
+    words = load.notes(
+        checkpoint(finished),
+        configuration.from_dict(raw),
+        make_grid(0, tensor=2, pipeline=2, connect=False),
+    )
     assert words == [
         "resuming on another layout, equal up to rounding: tensor 1 -> 2, pipeline 1 -> 2, zero 1 -> 0",
         "train.dtype was fp32 and is bf16: fp32 masters and moments go on exactly, weights are rounded anew",

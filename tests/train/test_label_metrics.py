@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatrain.train.label_metrics import confusion_matrix, multi_label, named_classes, regression, single_label
+from megatrain.train.label_metrics import (
+    confusion_matrix,
+    multi_label,
+    named_classes,
+    regression,
+    single_label,
+)
 
 RIGHT, SAID = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2]), np.array([0, 0, 1, 1, 2, 2, 2, 0, 2])
 
@@ -20,7 +26,12 @@ def test_one_class_a_sample():
     assert figures["precision_macro"] == pytest.approx((2 / 3 + 1 / 2 + 3 / 4) / 3)
     assert figures["recall_macro"] == pytest.approx((2 / 3 + 1 / 2 + 3 / 4) / 3)
     assert figures["f1_macro"] == pytest.approx((2 / 3 + 1 / 2 + 3 / 4) / 3)
-    assert named_classes(matrix, ["a", "b", "c"])["c"] == {"precision": 0.75, "recall": 0.75, "f1": 0.75, "support": 4}
+    assert named_classes(matrix, ["a", "b", "c"])["c"] == {
+        "precision": 0.75,
+        "recall": 0.75,
+        "f1": 0.75,
+        "support": 4,
+    }
 
 
 def test_classes_that_never_occur():
@@ -45,7 +56,11 @@ def test_any_number_of_classes_a_sample():
 
 def test_numbers():
     figures = regression(np.array([1.0, 2.0, 4.0]), np.array([1.5, 2.0, 3.0]))
-    assert figures == {"mse": pytest.approx(1.25 / 3), "mae": pytest.approx(0.5), "r2": pytest.approx(1 - 1.25 / (14 / 3))}
+    assert figures == {
+        "mse": pytest.approx(1.25 / 3),
+        "mae": pytest.approx(0.5),
+        "r2": pytest.approx(1 - 1.25 / (14 / 3)),
+    }
     assert regression(np.array([2.0, 2.0]), np.array([2.0, 2.0]))["r2"] == 0.0
 
 

@@ -52,29 +52,53 @@ def reference(files, problem, model, lora):
     architecture = Classification().architecture(config)
     network = class_of(problem).from_config(architecture.config, attn_implementation="eager")
     ours = give_weights(make_stage(config, architecture), network)
-    network = get_peft_model(network, LoraConfig(task_type="TOKEN_CLS" if problem == "tokens" else "SEQ_CLS", r=lora["rank"], lora_alpha=lora["alpha"],
-                                                 use_dora=lora.get("dora", False), target_modules=["c_attn", "c_proj", "c_fc"] if model == "gpt2" else "all-linear",
-                                                 exclude_modules=["score", "classifier"], fan_in_fan_out=model == "gpt2"))  # fmt: skip
-    missed = set_peft_model_state_dict(network, {name: scrambled(name, value.shape, value) for name, value in ours.items()})
+    network = get_peft_model(
+        network,
+        LoraConfig(
+            task_type="TOKEN_CLS" if problem == "tokens" else "SEQ_CLS",
+            r=lora["rank"],
+            lora_alpha=lora["alpha"],
+            use_dora=lora.get("dora", False),
+            target_modules=["c_attn", "c_proj", "c_fc"] if model == "gpt2" else "all-linear",
+            exclude_modules=["score", "classifier"],
+            fan_in_fan_out=model == "gpt2",
+        ),
+    )
+    missed = set_peft_model_state_dict(
+        network, {name: scrambled(name, value.shape, value) for name, value in ours.items()}
+    )
     assert not missed.unexpected_keys
     trained = trained_by_name(network)
     assert set(trained) == set(ours)
-    return train_plainly(trained, step_loss(network.base_model.model, files, problem), steps=STEPS, lr=LR)
+    return train_plainly(
+        trained, step_loss(network.base_model.model, files, problem), steps=STEPS, lr=LR
+    )
 
 
 ROWS = [
-    ("single-label", "llama", 4, {"tensor": 2, "pipeline": 2, "sequence": True}, LORA), ("single-label", "gpt2", 2, {}, LORA),
-    ("tokens", "gpt2", 4, {"tensor": 2, "pipeline": 2, "schedule": "zb-v"}, LORA | {"dora": True}), ("tokens", "llama", 2, {"zero": 3}, LORA),
-]  # fmt: skip
+    ("single-label", "llama", 4, {"tensor": 2, "pipeline": 2, "sequence": True}, LORA),
+    ("single-label", "gpt2", 2, {}, LORA),
+    ("tokens", "gpt2", 4, {"tensor": 2, "pipeline": 2, "schedule": "zb-v"}, LORA | {"dora": True}),
+    ("tokens", "llama", 2, {"zero": 3}, LORA),
+]
 
 
 @pytest.mark.parametrize(("problem", "model", "world", "parallel", "lora"), ROWS, ids=str)
 def test_equals_peft(problem, model, world, parallel, lora, files, tmp_path):
-    raw = settings(files, problem, model, parallel=parallel, lora=lora, train={"init_from": str(tmp_path)})  # named, and in this test not read
-    assert_equal(run_ranks(run_layout, world, raw, scramble, folder=tmp_path), reference(files, problem, model, lora), losses=1e-5)
+    raw = settings(
+        files, problem, model, parallel=parallel, lora=lora, train={"init_from": str(tmp_path)}
+    )  # named, and in this test not read
+    assert_equal(
+        run_ranks(run_layout, world, raw, scramble, folder=tmp_path),
+        reference(files, problem, model, lora),
+        losses=1e-5,
+    )
 
 
-@pytest.mark.parametrize(("problem", "model", "parallel"), [("single-label", "llama", {"tensor": 2}), ("tokens", "gpt2", {"pipeline": 2})])
+@pytest.mark.parametrize(
+    ("problem", "model", "parallel"),
+    [("single-label", "llama", {"tensor": 2}), ("tokens", "gpt2", {"pipeline": 2})],
+)
 def test_a_run_is_peft_s_and_merges_into_a_classifier(problem, model, parallel, files, tmp_path):
     """From a language model in many files, or GPT-2 as its own folder has it, without head and prefix; resumed bit for bit; the figures are those of the run."""
     import peft
@@ -83,13 +107,30 @@ def test_a_run_is_peft_s_and_merges_into_a_classifier(problem, model, parallel, 
     kind = class_of(problem)
     base = tmp_path / "base"
     torch.manual_seed(0)
-    language_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**MODELS[model], "tie_word_embeddings": False}))
-    (language_model.base_model if model == "gpt2" else language_model).save_pretrained(base, max_shard_size="40KB")
-    assert ("lm_head.weight" in json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]) == (model == "llama")
+    language_model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**{**MODELS[model], "tie_word_embeddings": False})
+    )
+    (language_model.base_model if model == "gpt2" else language_model).save_pretrained(
+        base, max_shard_size="40KB"
+    )
+    assert (
+        "lm_head.weight"
+        in json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    ) == (model == "llama")
 
     def run(name, **more):
-        sections = {"parallel": parallel, "lora": LORA, "optimizer": {"lr": 1e-2},
-                    "train": {"init_from": str(base), "steps": 4, "eval_every": 2, "eval_batches": 50, **more}}  # fmt: skip
+        sections = {
+            "parallel": parallel,
+            "lora": LORA,
+            "optimizer": {"lr": 1e-2},
+            "train": {
+                "init_from": str(base),
+                "steps": 4,
+                "eval_every": 2,
+                "eval_batches": 50,
+                **more,
+            },
+        }
         return train(files, tmp_path, problem, model=model, run=name, world=4, **sections)
 
     run("parts", stop_after=2)
@@ -100,7 +141,11 @@ def test_a_run_is_peft_s_and_merges_into_a_classifier(problem, model, parallel, 
     labels = AutoConfig.from_pretrained(saved)
     theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(base, config=labels), saved).eval()
     assert loss_of(theirs.base_model.model) == pytest.approx(written["valid_loss"], rel=1e-5)
-    auto = peft.AutoPeftModelForTokenClassification if problem == "tokens" else peft.AutoPeftModelForSequenceClassification
+    auto = (
+        peft.AutoPeftModelForTokenClassification
+        if problem == "tokens"
+        else peft.AutoPeftModelForSequenceClassification
+    )
     direct = auto.from_pretrained(saved, num_labels=3, pad_token_id=labels.pad_token_id).eval()
     given = torch.arange(1, 12)[None]
     with torch.no_grad():
@@ -112,10 +157,16 @@ def test_a_run_is_peft_s_and_merges_into_a_classifier(problem, model, parallel, 
     assert not found["unexpected_keys"]
     assert network.config.id2label == dict(enumerate(LABELS))
     assert loss_of(network.eval()) == pytest.approx(written["valid_loss"], rel=1e-5)
-    names = [name for file in merged.glob("*.safetensors") for name in safe_open(file, framework="pt").keys()]  # noqa: SIM118
+    names = [
+        name
+        for file in merged.glob("*.safetensors")
+        for name in safe_open(file, framework="pt").keys()
+    ]  # noqa: SIM118
     assert not any("lm_head" in name for name in names)
     assert not (merged / "generation_config.json").exists()
-    measured = evaluated(merged, files / f"{problem}.jsonl", tmp_path, parallel, window=LENGTH)["figures"]
+    measured = evaluated(merged, files / f"{problem}.jsonl", tmp_path, parallel, window=LENGTH)[
+        "figures"
+    ]
     assert measured["accuracy"] == pytest.approx(written["valid_accuracy"], abs=1e-6)
 
 

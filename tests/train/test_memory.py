@@ -25,22 +25,51 @@ LENGTH, MICRO, BUCKET = 64, 2, 20_000
 
 
 def settings(model, *, dtype="fp32", recompute="none", sequences=8, name="adamw", **parallel):
-    return {"model": {**MODELS[model], "num_hidden_layers": 5}, "parallel": parallel, "data": {"sequence_length": LENGTH}, "optimizer": {"name": name},
-            "train": {"steps": 3, "global_batch_size": sequences, "micro_batch_size": MICRO, "dtype": dtype, "recompute": recompute}}  # fmt: skip
+    return {
+        "model": {**MODELS[model], "num_hidden_layers": 5},
+        "parallel": parallel,
+        "data": {"sequence_length": LENGTH},
+        "optimizer": {"name": name},
+        "train": {
+            "steps": 3,
+            "global_batch_size": sequences,
+            "micro_batch_size": MICRO,
+            "dtype": dtype,
+            "recompute": recompute,
+        },
+    }
 
 
 def storages():
     """All that live in this process, by address; whoever holds them keeps addresses from being used again."""
     gc.collect()
     # Not those that torch.compile has left, which have no memory.
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor) and thing.device.type == "cpu"]
-    return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    tensors = [
+        thing
+        for thing in gc.get_objects()
+        if isinstance(thing, torch.Tensor)
+        and not isinstance(thing, FakeTensor)
+        and thing.device.type == "cpu"
+    ]
+    return {
+        storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)
+    }
 
 
 def batches(config, count, seed):
-    tokens = torch.randint(0, 67, (count * MICRO, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        0, 67, (count * MICRO, LENGTH + 1), generator=torch.Generator().manual_seed(seed)
+    )
     position = torch.arange(LENGTH).expand(MICRO, LENGTH)
-    return [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), position.clone(), torch.zeros_like(position)) for rows in tokens.split(MICRO)]
+    return [
+        Batch(
+            rows[:, :-1].contiguous(),
+            rows[:, 1:].contiguous(),
+            position.clone(),
+            torch.zeros_like(position),
+        )
+        for rows in tokens.split(MICRO)
+    ]
 
 
 def real_memory(rank, world_size, rows):
@@ -53,11 +82,19 @@ def real_memory(rank, world_size, rows):
             config = configuration.from_dict(raw)
             p = config.parallel
             before = storages()
-            grid = make_grid(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
-            trainer = Trainer(config, read_architecture(load_config(config.model)), grid, torch.device("cpu"))
-            stays = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
+            grid = make_grid(
+                rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size)
+            )
+            trainer = Trainer(
+                config, read_architecture(load_config(config.model)), grid, torch.device("cpu")
+            )
+            stays = sum(
+                storage.nbytes() for address, storage in storages().items() if address not in before
+            )
             added = 0
-            for step in range(1, 3 if p.zero == 3 else 2):  # ZeRO 3 gathers ahead once it has seen a step
+            for step in range(
+                1, 3 if p.zero == 3 else 2
+            ):  # ZeRO 3 gathers ahead once it has seen a step
                 with Live() as live:
                     trainer.step(step, batches(config, config.microbatches(grid.data.size), step))
                 added = max(added, live.peak)
@@ -71,7 +108,12 @@ def check_rows(rows, world_size, folder, *, low, high, exact=True):
     for number, raw in enumerate(rows):
         config = configuration.from_dict(raw)
         with patch("megatrain.optim.zero.BUCKET", BUCKET):
-            predicted = predict(config, read_architecture(load_config(config.model)), data_size=config.data_size(world_size), device="cpu")
+            predicted = predict(
+                config,
+                read_architecture(load_config(config.model)),
+                data_size=config.data_size(world_size),
+                device="cpu",
+            )
         for of_rank in results:
             pipeline_rank, stays, added = of_rank[number]
             memory = predicted[pipeline_rank]
@@ -82,16 +124,32 @@ def check_rows(rows, world_size, folder, *, low, high, exact=True):
 
 
 def test_zero_0_and_1_with_offload_and_rules(tmp_path):
-    rows = [settings("llama", zero=0), settings("llama", zero=1, dtype="bf16"), settings("gpt2", zero=0, dtype="bf16"), settings("qwen3", zero=1, name="lion"),
-            settings("tied", zero=1, name="sgd"), settings("llama", tensor=2, sequence=True), settings("phi3", tensor=2, recompute="full"),
-            settings("gemma2", tensor=2, recompute="selective")]  # fmt: skip
+    rows = [
+        settings("llama", zero=0),
+        settings("llama", zero=1, dtype="bf16"),
+        settings("gpt2", zero=0, dtype="bf16"),
+        settings("qwen3", zero=1, name="lion"),
+        settings("tied", zero=1, name="sgd"),
+        settings("llama", tensor=2, sequence=True),
+        settings("phi3", tensor=2, recompute="full"),
+        settings("gemma2", tensor=2, recompute="selective"),
+    ]
     check_rows(rows, 2, tmp_path, low=0.99, high=1.05)
-    check_rows([settings("llama", offload="cpu"), settings("llama", offload="cpu", dtype="bf16")], 2, tmp_path, low=0.95, high=1.06, exact=False)
+    check_rows(
+        [settings("llama", offload="cpu"), settings("llama", offload="cpu", dtype="bf16")],
+        2,
+        tmp_path,
+        low=0.95,
+        high=1.06,
+        exact=False,
+    )
 
 
 def test_zero_2_and_3(tmp_path):
     """Estimates: gradients wait for their bucket, and weights are gathered ahead."""
-    rows = [settings("llama", zero=zero, dtype=dtype) for zero in (2, 3) for dtype in ("fp32", "bf16")]
+    rows = [
+        settings("llama", zero=zero, dtype=dtype) for zero in (2, 3) for dtype in ("fp32", "bf16")
+    ]
     check_rows(rows, 2, tmp_path, low=0.95, high=1.15, exact=False)
 
 
@@ -99,14 +157,22 @@ def test_schedules(tmp_path):
     """Ranks hold as many microbatches as their schedule says, and messages that have come or not yet gone."""
     names = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipev")
     rows = [settings("llama", sequences=16, pipeline=2, schedule=name) for name in names]
-    rows += [settings("gpt2", pipeline=2, recompute="full", schedule="zb-v"), settings("mistral", pipeline=2), settings("tied", pipeline=2, dtype="bf16")]
+    rows += [
+        settings("gpt2", pipeline=2, recompute="full", schedule="zb-v"),
+        settings("mistral", pipeline=2),
+        settings("tied", pipeline=2, dtype="bf16"),
+    ]
     check_rows(rows, 2, tmp_path, low=0.99, high=1.08)
 
 
 def test_three_axes(tmp_path):
     odd = settings("tied", pipeline=2)  # whose optimizer has a few elements more than the model
     odd["model"] |= {"hidden_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1}
-    rows = [settings("tied", tensor=2, pipeline=2, sequence=True, dtype="bf16"), settings("llama", pipeline=2, sequences=16), odd]
+    rows = [
+        settings("tied", tensor=2, pipeline=2, sequence=True, dtype="bf16"),
+        settings("llama", pipeline=2, sequences=16),
+        odd,
+    ]
     check_rows(rows, 4, tmp_path, low=0.97, high=1.08)
 
 
@@ -117,7 +183,9 @@ def test_adapters_and_weights_in_four_bits():
 
     def of(**lora):
         config = configuration.from_dict({**raw, "lora": lora})
-        (memory,) = predict(config, read_architecture(load_config(config.model)), data_size=1, device="cpu")
+        (memory,) = predict(
+            config, read_architecture(load_config(config.model)), data_size=1, device="cpu"
+        )
         return memory
 
     whole, adapters, quantized = of(), of(rank=4), of(rank=4, quantize="nf4")
@@ -131,11 +199,16 @@ def test_adapters_and_weights_in_four_bits():
 
 @pytest.mark.parametrize("name", [name for name, family in SCHEDULES.items() if family.settles])
 def test_many_microbatches_hold_no_more_than_two_a_rank(name):
-    chunks = [Footprint(100 + 7 * chunk, 140, 90, 30 + chunk, 60, 20, 0) for chunk in range(SCHEDULES[name].chunks)]
+    chunks = [
+        Footprint(100 + 7 * chunk, 140, 90, 30 + chunk, 60, 20, 0)
+        for chunk in range(SCHEDULES[name].chunks)
+    ]
     for ranks in (1, 2, 3, 5, 8):
         few, many = (make_schedule(name, ranks, count) for count in (2 * ranks, 9 * ranks + 1))
         for rank in range(ranks):
-            assert sum(most(few, rank, chunks, flow=3, on_cpu=False)) == sum(most(many, rank, chunks, flow=3, on_cpu=False))
+            assert sum(most(few, rank, chunks, flow=3, on_cpu=False)) == sum(
+                most(many, rank, chunks, flow=3, on_cpu=False)
+            )
 
 
 @pytest.mark.parametrize("task", ["classification", "token-classification"])
@@ -143,21 +216,32 @@ def test_classifiers_and_pairs(task, tmp_path):
     """Without memory there are no labels to look at, and every head is measured all the same."""
     raw = {**settings("llama", pipeline=2), "task": "dpo"}
     config = configuration.from_dict(raw)
-    pairs = predict(config, read_architecture(load_config(config.model)), data_size=1, device="cuda")
+    pairs = predict(
+        config, read_architecture(load_config(config.model)), data_size=1, device="cuda"
+    )
     from megatrain.models.labels import with_classifier
 
     hf = load_config(config.model)
     hf.id2label, hf.pad_token_id = {number: str(number) for number in range(5)}, 0
-    classifier = with_classifier(hf, of_tokens=task == "token-classification", dropout=0.1, label_smoothing=0.0)
+    classifier = with_classifier(
+        hf, of_tokens=task == "token-classification", dropout=0.1, label_smoothing=0.0
+    )
     labels = predict(config, classifier, data_size=1, device="cuda")
     assert pairs[0].total == labels[0].total
     assert 0 < labels[1].total < pairs[1].total  # no logits of a vocabulary
 
 
-@pytest.mark.parametrize(("device", "dtype", "masked", "grouped", "fused"), [
-    ("cpu", torch.float32, True, True, True), ("cuda", torch.bfloat16, False, True, True), ("cuda", torch.bfloat16, True, True, False),
-    ("cuda", torch.bfloat16, True, False, True), ("cuda", torch.float32, False, True, False), ("cuda", torch.float32, False, False, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "dtype", "masked", "grouped", "fused"),
+    [
+        ("cpu", torch.float32, True, True, True),
+        ("cuda", torch.bfloat16, False, True, True),
+        ("cuda", torch.bfloat16, True, True, False),
+        ("cuda", torch.bfloat16, True, False, True),
+        ("cuda", torch.float32, False, True, False),
+        ("cuda", torch.float32, False, False, True),
+    ],
+)
 def test_where_attention_keeps_no_scores(device, dtype, masked, grouped, fused):
     assert is_fused(device, dtype=dtype, head_dim=64, masked=masked, grouped=grouped) is fused
 

@@ -60,7 +60,12 @@ def test_what_is_not_finite_is_null_and_every_line_is_strict_json(tmp_path):
         raise AssertionError(word)
 
     (line,) = (tmp_path / FILE_NAME).read_text().splitlines()
-    assert json.loads(line, parse_constant=refuse) == {"step": 1, "loss": None, "grad_norm": None, "mfu": None}
+    assert json.loads(line, parse_constant=refuse) == {
+        "step": 1,
+        "loss": None,
+        "grad_norm": None,
+        "mfu": None,
+    }
 
 
 def test_tensorboard_shows_the_resumed_steps_once(tmp_path):

@@ -15,7 +15,9 @@ TRAIN = [{"step": step, "tokens": step * 100, "loss": 5.0 - step} for step in (1
 VALID = [{"step": 3, "tokens": 300, "valid_loss": 2.1}]
 
 
-@pytest.mark.parametrize("lines", [TRAIN + VALID, TRAIN, [], [{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}]])
+@pytest.mark.parametrize(
+    "lines", [TRAIN + VALID, TRAIN, [], [{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}]]
+)
 def test_a_picture_is_drawn(tmp_path, lines):
     (tmp_path / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
     path = picture.draw_loss(tmp_path)
@@ -33,12 +35,31 @@ def test_evaluations_are_no_training_points(tmp_path):
 def test_the_axis_names_the_loss_of_the_task(tmp_path, monkeypatch):
     (tmp_path / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in TRAIN))
     named = []
-    monkeypatch.setattr(picture, "_label", lambda axes, title, x_label, y_label: named.append(y_label))
-    for task, problem in (("sft", "single-label"), ("dpo", "single-label"), ("classification", "regression")):
+    monkeypatch.setattr(
+        picture, "_label", lambda axes, title, x_label, y_label: named.append(y_label)
+    )
+    for task, problem in (
+        ("sft", "single-label"),
+        ("dpo", "single-label"),
+        ("classification", "regression"),
+    ):
         picture.draw_loss(tmp_path, loss=picture.loss_name(task, problem))
-    assert named == ["cross-entropy loss (nats per token)", "DPO loss (per pair)", "mean squared error"]
+    assert named == [
+        "cross-entropy loss (nats per token)",
+        "DPO loss (per pair)",
+        "mean squared error",
+    ]
 
 
 def test_every_task_and_problem_has_a_name():
     hints = typing.get_type_hints(Config)
-    assert len({picture.loss_name(task, problem) for task in typing.get_args(hints["task"]) for problem in typing.get_args(Problem)}) == 8
+    assert (
+        len(
+            {
+                picture.loss_name(task, problem)
+                for task in typing.get_args(hints["task"])
+                for problem in typing.get_args(Problem)
+            }
+        )
+        == 8
+    )

@@ -33,7 +33,9 @@ from megatrain.models.architecture import load_config, read_architecture
 from megatrain.models.quantize import check_bitsandbytes, check_blocks, quantized_bytes
 from megatrain.parallel.grid import make_grid
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'megatrain[qlora]'")
+pytest.importorskip(
+    "bitsandbytes", reason="bitsandbytes is not installed: pip install 'megatrain[qlora]'"
+)
 
 NF4 = {"lora.quantize": "nf4"}
 
@@ -46,10 +48,15 @@ def base(tmp_path_factory):
 
 
 ROWS = [
-    row("wide"), row("wide", "dora", 2, **TP), row("wide", "lora", 2, schedule="zb-v", **PP), row("wide", "dora", 4, sequence=True, **TP_PP),
-    row("wide-gpt2", "lora", 2, **TP), row("wide-gpt2", "lora", 2, zero=3), row("wide", "lora", 2, zero=0, recompute="full"),
+    row("wide"),
+    row("wide", "dora", 2, **TP),
+    row("wide", "lora", 2, schedule="zb-v", **PP),
+    row("wide", "dora", 4, sequence=True, **TP_PP),
+    row("wide-gpt2", "lora", 2, **TP),
+    row("wide-gpt2", "lora", 2, zero=3),
+    row("wide", "lora", 2, zero=0, recompute="full"),
     row("wide-gpt2", "lora", 8, schedule="zb-h1", **TP_PP),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("model", "kind", "world", "settings"), ROWS)
@@ -60,8 +67,16 @@ def test_equals_peft_with_bitsandbytes(model, kind, world, settings, base, tmp_p
 
 def test_bf16_stays_near_fp32(base, tmp_path):
     """Codes are made from the weights as they were read, and become bf16 when they are multiplied."""
-    results = run_ranks(run_layout, 2, layout("wide", "lora", TP, **NF4, **{"train.dtype": "bf16"}), folder=tmp_path)
-    assert_equal(results, reference("wide", "lora", quantized_in=base("wide", "lora")), losses=1e-3, norms=3e-2, gradient=0.1)
+    results = run_ranks(
+        run_layout, 2, layout("wide", "lora", TP, **NF4, **{"train.dtype": "bf16"}), folder=tmp_path
+    )
+    assert_equal(
+        results,
+        reference("wide", "lora", quantized_in=base("wide", "lora")),
+        losses=1e-3,
+        norms=3e-2,
+        gradient=0.1,
+    )
 
 
 def evaluate_folder(rank, world_size, config, folder):
@@ -80,14 +95,27 @@ def evaluate_folder(rank, world_size, config, folder):
 
     training.quantize_linears = watched
     try:
-        grid = make_grid(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+        grid = make_grid(
+            rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size)
+        )
         architecture = read_architecture(load_config(config.model))
-        trainer = training.Trainer(config, architecture, grid, torch.device("cpu"), pretrained=Pretrained(folder, architecture))
+        trainer = training.Trainer(
+            config,
+            architecture,
+            grid,
+            torch.device("cpu"),
+            pretrained=Pretrained(folder, architecture),
+        )
     finally:
         training.quantize_linears = quantize
     gc.collect()
     alive = sum(parameter() is not None for parameter, _ in made)
-    return trainer.evaluate(batches_of, 1).loss, quantized_bytes(trainer.stage), sum(count for _, count in made), alive
+    return (
+        trainer.evaluate(batches_of, 1).loss,
+        quantized_bytes(trainer.stage),
+        sum(count for _, count in made),
+        alive,
+    )
 
 
 def batches_of(number):
@@ -99,28 +127,56 @@ def test_a_folder_is_read_into_4_bits_and_held_in_no_more(model, dtype, tmp_path
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    network = in_4_bits(AutoModelForCausalLM.from_config(load_config({**MODELS[model], "initializer_range": 0.2})), tmp_path / "base")
+    network = in_4_bits(
+        AutoModelForCausalLM.from_config(load_config({**MODELS[model], "initializer_range": 0.2})),
+        tmp_path / "base",
+    )
     batch = tokens(1)
-    logits = network.train()(input_ids=batch[:, :-1]).logits  # bitsandbytes' forward for inference on CPUs multiplies in bf16
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).detach()
-    results = run_ranks(evaluate_folder, 4, layout(model, "lora", TP_PP, **NF4, **{"train.dtype": dtype}), tmp_path / "base", folder=tmp_path)
-    assert [loss for loss, *_ in results] == [pytest.approx(float(expected), rel=2e-6 if dtype == "fp32" else 5e-3)] * 4
+    logits = network.train()(
+        input_ids=batch[:, :-1]
+    ).logits  # bitsandbytes' forward for inference on CPUs multiplies in bf16
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch[:, 1:].flatten()
+    ).detach()
+    results = run_ranks(
+        evaluate_folder,
+        4,
+        layout(model, "lora", TP_PP, **NF4, **{"train.dtype": dtype}),
+        tmp_path / "base",
+        folder=tmp_path,
+    )
+    assert [loss for loss, *_ in results] == [
+        pytest.approx(float(expected), rel=2e-6 if dtype == "fp32" else 5e-3)
+    ] * 4
     for _, held, weights, alive in results:
         assert held == weights * 4.5 / 8
         assert alive == 0, "matrices that were quantized"
-    whole = sum(p.numel() for name, p in AutoModelForCausalLM.from_pretrained(tmp_path / "base").named_parameters() if is_linear(name, p))
+    whole = sum(
+        p.numel()
+        for name, p in AutoModelForCausalLM.from_pretrained(tmp_path / "base").named_parameters()
+        if is_linear(name, p)
+    )
     assert sum(weights for _, _, weights, _ in results) == whole
 
 
 def is_linear(name, parameter):
-    return parameter.dim() == 2 and not any(word in name for word in ("embed", "wte", "wpe", "lm_head"))
+    return parameter.dim() == 2 and not any(
+        word in name for word in ("embed", "wte", "wpe", "lm_head")
+    )
 
 
-@pytest.mark.parametrize(("changes", "tensor", "words"), [
-    ({}, 4, r"lora.quantize=nf4 scales 64 neighbours .* with parallel.tensor=4 .*\(hidden_size=64, heads x head_dim=128, "
-            r"intermediate_size=128\) is not whole blocks; use parallel.tensor=1 or 2, or lora.quantize=none"),
-    ({"hidden_size": 96}, 1, "hidden_size=96, .* leave it out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "tensor", "words"),
+    [
+        (
+            {},
+            4,
+            r"lora.quantize=nf4 scales 64 neighbours .* with parallel.tensor=4 .*\(hidden_size=64, heads x head_dim=128, "
+            r"intermediate_size=128\) is not whole blocks; use parallel.tensor=1 or 2, or lora.quantize=none",
+        ),
+        ({"hidden_size": 96}, 1, "hidden_size=96, .* leave it out"),
+    ],
+)
 def test_rows_that_are_not_whole_blocks(changes, tensor, words):
     config = make_config("wide", {"quantize": "nf4"})
     architecture = read_architecture(load_config({**MODELS["wide"], **changes}))
@@ -140,7 +196,10 @@ def test_without_bitsandbytes(there, monkeypatch):
     config = make_config("wide", {"quantize": "nf4"})
     check_bitsandbytes(config.lora)
     monkeypatch.setattr(metadata, "version", version)
-    with pytest.raises(ConfigError, match=rf"needs bitsandbytes 0.50 or newer, and {there or 'none'} is installed; pip install 'megatrain\[qlora\]'"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"needs bitsandbytes 0.50 or newer, and {there or 'none'} is installed; pip install 'megatrain\[qlora\]'",
+    ):
         check_bitsandbytes(config.lora)
     check_bitsandbytes(replace(config.lora, quantize="none"))
 
@@ -149,7 +208,9 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
     """The base is quantized anew, to the same codes; what is saved are adapters alone."""
     settings = {"train.steps": 4, "train.global_batch_size": 4, "train.micro_batch_size": 1}
     config = layout("wide", "lora", TP, **NF4, **settings)
-    losses, again, _ = run_ranks(train_and_resume, 2, config, tmp_path / "checkpoints", folder=tmp_path)[0]
+    losses, again, _ = run_ranks(
+        train_and_resume, 2, config, tmp_path / "checkpoints", folder=tmp_path
+    )[0]
     assert again == losses
     names = load_file(tmp_path / "checkpoints" / "step-00000004" / "adapter_model.safetensors")
     assert all("lora_" in name for name in names)

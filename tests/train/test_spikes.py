@@ -39,7 +39,9 @@ def test_the_limit_is_the_median_and_some_robust_deviations():
     assert limit.loss == pytest.approx(3.0 + 7 * 1.4826 * 0.1)
     assert limit_of(losses[:7], train) is None, "too few to judge by"
     assert limit_of(losses, Train(spike="off", spike_window=8)) is None
-    assert limit_of((2.0,) * 8, train).loss == pytest.approx(2.0 + 7 * 0.02), "losses that do not vary"
+    assert limit_of((2.0,) * 8, train).loss == pytest.approx(2.0 + 7 * 0.02), (
+        "losses that do not vary"
+    )
 
 
 def follow(losses, train):
@@ -47,7 +49,11 @@ def follow(losses, train):
     progress, noticed = Progress(0, 0, 0), []
     for loss in losses:
         since = spike_since(progress, loss, limit_of(progress.losses, train))
-        kept = (*progress.losses, loss)[-train.spike_window :] if math.isfinite(loss) else progress.losses
+        kept = (
+            (*progress.losses, loss)[-train.spike_window :]
+            if math.isfinite(loss)
+            else progress.losses
+        )
         progress = progress._replace(step=progress.step + 1, losses=kept, spike_since=since)
         noticed += [(progress.step, since)] if is_noticed(progress, train) else []
     return noticed
@@ -57,16 +63,26 @@ def test_a_spike_is_noticed_once_after_some_steps_and_odd_losses_are_none():
     train, calm = Train(spike_window=8, spike_steps=3), [3.0, 3.1, 2.9] * 10
     assert follow([*calm, 9.0, 9.0, 9.0, 9.0, *calm], train) == [(33, 31)]
     assert follow([*calm, 9.0, 9.0, *calm, 9.0, *calm], train) == []
-    assert follow([*calm, 9.0, math.nan, 9.0, *calm], train) == [(33, 31)], "a loss that is no number goes on with it"
+    assert follow([*calm, 9.0, math.nan, 9.0, *calm], train) == [(33, 31)], (
+        "a loss that is no number goes on with it"
+    )
     assert follow([*calm, math.nan, 9.0, 9.0, *calm], train) == [], "and begins none"
 
 
 def test_honest_runs_have_none_and_a_real_one_is_found():
     dice, train = random.Random(5), Train()
     for _ in range(60):
-        start, floor, scale, noise = dice.uniform(4, 12), dice.uniform(0.5, 3), dice.choice([50, 500, 5000]), dice.uniform(0.01, 0.5)
+        start, floor, scale, noise = (
+            dice.uniform(4, 12),
+            dice.uniform(0.5, 3),
+            dice.choice([50, 500, 5000]),
+            dice.uniform(0.01, 0.5),
+        )
         at = dice.randint(100, 3000)
-        losses = [floor + (start - floor) * math.exp(-(at + step) / scale) + dice.gauss(0, noise) for step in range(250)]
+        losses = [
+            floor + (start - floor) * math.exp(-(at + step) / scale) + dice.gauss(0, noise)
+            for step in range(250)
+        ]
         assert follow(losses, train) == []
         losses[200:230] = [loss + 4 + 10 * noise for loss in losses[200:230]]
         assert follow(losses, train)[:1] == [(203, 201)]
@@ -94,11 +110,15 @@ def test_which_checkpoint_is_gone_back_to(tmp_path):
         return target.path and keep.step_of(target.path), target.times, target.passed
 
     assert found(12) == (10, 0, ())
-    assert found(11) == (6, 0, ("step-00000008 has 6 bytes in x instead of 1",)), "that of 10 shows in 11"
+    assert found(11) == (6, 0, ("step-00000008 has 6 bytes in x instead of 1",)), (
+        "that of 10 shows in 11"
+    )
     assert found(7) == (4, 0, ())
     assert found(3) == (None, 0, ())
     assert found(12, lambda step: step <= 4) == (4, 0, ()), "later ones are of another run"
-    (tmp_path / rollback.FILE_NAME).write_text('{"step": 6, "first": 48, "last": 79}\n{"step": 6, "first": 80, "last": 87}\n')
+    (tmp_path / rollback.FILE_NAME).write_text(
+        '{"step": 6, "first": 48, "last": 79}\n{"step": 6, "first": 80, "last": 87}\n'
+    )
     assert found(7) == (6, 2, ()), "one that was gone back to is good"
 
 
@@ -109,16 +129,45 @@ STEPS, BATCH, LENGTH = 28, 8, 16
 BEGAN, NOTICED, BACK = 15, 16, 12
 """First bad step, the one at which it is noticed, and the checkpoint gone back to. That of step 14 shows in step 15, and is not trusted."""
 FIRST, LAST = BACK * BATCH, NOTICED * BATCH - 1
-MODEL = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-LAYOUTS = {"alone": (1, "fp32", {}), "tensor2-pipeline2": (4, "fp32", {"tensor": 2, "pipeline": 2}), "data2-zero3": (2, "bf16", {"zero": 3})}
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LAYOUTS = {
+    "alone": (1, "fp32", {}),
+    "tensor2-pipeline2": (4, "fp32", {"tensor": 2, "pipeline": 2}),
+    "data2-zero3": (2, "bf16", {"zero": 3}),
+}
 
 
 def settings(folder, run, **sections):
-    train = {"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "save_every": 2, "spike": "rollback", "spike_window": 8,
-             "spike_steps": 2, **sections.pop("train", {})}  # fmt: skip
-    return {"run": {"output_dir": str(folder / run)}, "model": MODEL, "train": train, "optimizer": {"name": "adamw", "lr": 1e-2},
-            "lr_schedule": {"name": "constant"}, "data": {"train": str(folder / "tokens"), "sequence_length": LENGTH}, **sections}  # fmt: skip
+    train = {
+        "steps": STEPS,
+        "global_batch_size": BATCH,
+        "micro_batch_size": 2,
+        "save_every": 2,
+        "spike": "rollback",
+        "spike_window": 8,
+        "spike_steps": 2,
+        **sections.pop("train", {}),
+    }
+    return {
+        "run": {"output_dir": str(folder / run)},
+        "model": MODEL,
+        "train": train,
+        "optimizer": {"name": "adamw", "lr": 1e-2},
+        "lr_schedule": {"name": "constant"},
+        "data": {"train": str(folder / "tokens"), "sequence_length": LENGTH},
+        **sections,
+    }
 
 
 def pretrain(rank, world_size, raw, shift=False, fails=None):
@@ -140,7 +189,13 @@ def pretrain(rank, world_size, raw, shift=False, fails=None):
 
     patch.setattr(Trainer, "step", recorded)
     if shift:
-        patch.setattr(SampleSource, "fetch", lambda self, position: fetch(self, position if position < FIRST else position + LAST - FIRST + 1))
+        patch.setattr(
+            SampleSource,
+            "fetch",
+            lambda self, position: fetch(
+                self, position if position < FIRST else position + LAST - FIRST + 1
+            ),
+        )
     if fails is not None:
         function = getattr(*fails)
 
@@ -164,7 +219,12 @@ def killed_in(rank, world_size, raw, where):
     """`where`: which function of a rollback is the last that is done."""
     from megatrain.train.metrics import MetricsLog
 
-    places = {"loaded": (load, "load"), "newer deleted": (keep, "delete"), "written down": (manifest, "sync"), "undone": (MetricsLog, "go_back")}
+    places = {
+        "loaded": (load, "load"),
+        "newer deleted": (keep, "delete"),
+        "written down": (manifest, "sync"),
+        "undone": (MetricsLog, "go_back"),
+    }
     return pretrain(rank, world_size, raw, fails=places[where])
 
 
@@ -179,7 +239,9 @@ def data(tmp_path_factory):
 
 def poison(folder, positions):
     config = configuration.from_dict(settings(folder, "any"))
-    source = open_samples(config.data, which="train", sequence_length=LENGTH, seed=config.run.seed, vocab_size=67)
+    source = open_samples(
+        config.data, which="train", sequence_length=LENGTH, seed=config.run.seed, vocab_size=67
+    )
     tokens = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r+")
     for position in positions:
         start = source.start(position)
@@ -216,7 +278,9 @@ layouts = pytest.mark.parametrize("name", LAYOUTS)
 
 @layouts
 def test_it_ends_as_a_run_without_those_samples_would(name, data, runs):
-    assert tensors(checkpoint(data / name, STEPS)) == tensors(checkpoint(data / f"{name}-without", STEPS))
+    assert tensors(checkpoint(data / name, STEPS)) == tensors(
+        checkpoint(data / f"{name}-without", STEPS)
+    )
     without = dict(losses(data / f"{name}-without"))
     assert [pair for pair in losses(data / name) if pair[0] > BACK] == sorted(without.items())
 
@@ -224,7 +288,10 @@ def test_it_ends_as_a_run_without_those_samples_would(name, data, runs):
 @layouts
 def test_all_ranks_see_the_same_loss_and_decide_alike(name, data, runs):
     assert all(repr(rank) == repr(runs[name][0]) for rank in runs[name])
-    assert [step for step, _ in runs[name][0]] == [*range(1, NOTICED + 1), *range(BACK + 1, STEPS + 1)]
+    assert [step for step, _ in runs[name][0]] == [
+        *range(1, NOTICED + 1),
+        *range(BACK + 1, STEPS + 1),
+    ]
 
 
 @layouts
@@ -236,18 +303,33 @@ def test_what_is_written_about_it(name, data, runs):
     assert all(line["undone_at"] == NOTICED for line in undone)
     assert [step for step, loss in losses(run, "undone.jsonl") if loss > 4] == [BEGAN, NOTICED]
     (line,) = lines(run, rollback.FILE_NAME)
-    assert (line["step"], line["spike_began"], line["noticed"], line["first"], line["last"]) == (BACK, BEGAN, NOTICED, FIRST, LAST)
-    told = {event.event: (event.step, event.fields) for event in events.read(run) if event.event in ("spike", "rollback")}
+    assert (line["step"], line["spike_began"], line["noticed"], line["first"], line["last"]) == (
+        BACK,
+        BEGAN,
+        NOTICED,
+        FIRST,
+        LAST,
+    )
+    told = {
+        event.event: (event.step, event.fields)
+        for event in events.read(run)
+        if event.event in ("spike", "rollback")
+    }
     assert told["spike"][0] == NOTICED
     assert told["spike"][1]["began"] == BEGAN
-    assert told["rollback"] == (NOTICED, {"to": BACK, "path": str(checkpoint(run, BACK)), "first": FIRST, "last": LAST})
+    assert told["rollback"] == (
+        NOTICED,
+        {"to": BACK, "path": str(checkpoint(run, BACK)), "first": FIRST, "last": LAST},
+    )
     progress = load.read_trainer(checkpoint(run, STEPS)).progress
     assert progress.samples == STEPS * BATCH + LAST - FIRST + 1
 
 
 def test_the_documents_passed_over_are_those_that_the_samples_have_tokens_of(data, runs):
     config = configuration.from_dict(settings(data, "any"))
-    source = open_samples(config.data, which="train", sequence_length=LENGTH, seed=config.run.seed, vocab_size=67)
+    source = open_samples(
+        config.data, which="train", sequence_length=LENGTH, seed=config.run.seed, vocab_size=67
+    )
     dataset, expected = IndexedDataset(data / "tokens"), set()
     for position in range(FIRST, LAST + 1):
         places = [(source.start(position) + i) % source.num_tokens for i in range(LENGTH + 1)]
@@ -259,7 +341,13 @@ def test_the_documents_passed_over_are_those_that_the_samples_have_tokens_of(dat
 
 @pytest.mark.parametrize("where", ["loaded", "newer deleted", "written down", "undone"])
 def test_killed_within_the_rollback_and_started_again(where, data, runs, tmp_path):
-    shutil.copytree(data, tmp_path / "data", ignore=lambda folder, names: [n for n in names if not n.startswith("tokens") and folder == str(data)])
+    shutil.copytree(
+        data,
+        tmp_path / "data",
+        ignore=lambda folder, names: [
+            n for n in names if not n.startswith("tokens") and folder == str(data)
+        ],
+    )
     raw = settings(tmp_path / "data", "run", train={"async_save": False})
     ((_, stopped),) = run_ranks(killed_in, 1, raw, where, folder=tmp_path)
     assert stopped == "killed"
@@ -268,15 +356,21 @@ def test_killed_within_the_rollback_and_started_again(where, data, runs, tmp_pat
     run = tmp_path / "data" / "run"
     assert losses(run) == losses(data / "alone")
     assert tensors(checkpoint(run, STEPS)) == tensors(checkpoint(data / "alone", STEPS))
-    assert [(line["first"], line["last"]) for line in lines(run, rollback.FILE_NAME)] == [(FIRST, LAST)]
+    assert [(line["first"], line["last"]) for line in lines(run, rollback.FILE_NAME)] == [
+        (FIRST, LAST)
+    ]
 
 
 def test_it_goes_on_with_its_samples_on_another_layout(data, runs):
     shutil.copytree(data / "alone", data / "moved")
     for step in range(18, STEPS + 1, 2):
         shutil.rmtree(checkpoint(data / "moved", step))
-    run_ranks(pretrain, 4, settings(data, "moved", parallel={"tensor": 2, "pipeline": 2}), folder=data)
-    for (step, moved), (_, loss) in zip(losses(data / "moved"), losses(data / "alone"), strict=True):
+    run_ranks(
+        pretrain, 4, settings(data, "moved", parallel={"tensor": 2, "pipeline": 2}), folder=data
+    )
+    for (step, moved), (_, loss) in zip(
+        losses(data / "moved"), losses(data / "alone"), strict=True
+    ):
         assert moved == pytest.approx(loss, rel=1e-4), step
 
 
@@ -288,19 +382,30 @@ def test_a_checkpoint_that_knows_no_position_goes_on_at_its_steps(data, runs):
     assert trainer.pop("spike_since") == 0
     file.write_text(json.dumps(trainer))
     path = checkpoint(data / "old", 8)
-    records = [manifest.record(path, path / entry["path"]) for entry in json.loads((path / manifest.MANIFEST).read_text())["files"]]
+    records = [
+        manifest.record(path, path / entry["path"])
+        for entry in json.loads((path / manifest.MANIFEST).read_text())["files"]
+    ]
     manifest.write(path, records)
-    ((found, _),) = run_ranks(pretrain, 1, settings(data, "old", train={"stop_after": 10}), folder=data)
+    ((found, _),) = run_ranks(
+        pretrain, 1, settings(data, "old", train={"stop_after": 10}), folder=data
+    )
     assert found == losses(data / "alone")[8:10]
 
 
 def test_only_a_warning_where_there_is_nothing_to_go_back_to_and_where_none_is_wanted(data, runs):
     for run, train in {"nothing": {"save_every": 100}, "warned": {"spike": "warn"}}.items():
-        ((found, stopped),) = run_ranks(pretrain, 1, settings(data, run, train={"stop_after": 18, **train}), folder=data)
+        ((found, stopped),) = run_ranks(
+            pretrain, 1, settings(data, run, train={"stop_after": 18, **train}), folder=data
+        )
         assert stopped is None
         assert [step for step, _ in found] == list(range(1, 19))
         assert found[:NOTICED] == runs["alone"][0][:NOTICED]
-        assert [(event.step, event.event) for event in events.read(data / run) if event.event in ("spike", "rollback")] == [(NOTICED, "spike")]
+        assert [
+            (event.step, event.event)
+            for event in events.read(data / run)
+            if event.event in ("spike", "rollback")
+        ] == [(NOTICED, "spike")]
         assert not (data / run / rollback.FILE_NAME).exists()
 
 
@@ -309,8 +414,13 @@ def test_the_checkpoint_to_go_back_to_is_kept(data, runs):
     raw = settings(data, "pruned", train={"keep_last": 1, "save_every": 1, "stop_after": 20})
     ((found, stopped),) = run_ranks(pretrain, 1, raw, folder=data)
     assert stopped is None
-    assert [step for step, _ in found] == [*range(1, NOTICED + 1), *range(BEGAN - 1, 21)], "from 13: the loss of step 14 has shown its weights"
-    assert sorted(path.name for path in (data / "pruned" / "checkpoints").iterdir()) == ["step-00000019", "step-00000020"]
+    assert [step for step, _ in found] == [*range(1, NOTICED + 1), *range(BEGAN - 1, 21)], (
+        "from 13: the loss of step 14 has shown its weights"
+    )
+    assert sorted(path.name for path in (data / "pruned" / "checkpoints").iterdir()) == [
+        "step-00000019",
+        "step-00000020",
+    ]
 
 
 def test_a_run_that_does_not_get_past_it_stops(data, tmp_path):
@@ -320,8 +430,13 @@ def test_a_run_that_does_not_get_past_it_stops(data, tmp_path):
     raw = settings(tmp_path, "run", train={"max_rollbacks": 2})
     ((found, stopped),) = run_ranks(pretrain, 1, raw, folder=tmp_path)
     assert [step for step, _ in found] == [*range(1, NOTICED + 1), *[BACK + 1, BACK + 2] * 2]
-    assert f"the run went back to {checkpoint(tmp_path / 'run', BACK)} 2 times (train.max_rollbacks) and has trouble again at step {BACK + 1}" in stopped
-    windows = [(line["first"], line["last"]) for line in lines(tmp_path / "run", rollback.FILE_NAME)]
+    assert (
+        f"the run went back to {checkpoint(tmp_path / 'run', BACK)} 2 times (train.max_rollbacks) and has trouble again at step {BACK + 1}"
+        in stopped
+    )
+    windows = [
+        (line["first"], line["last"]) for line in lines(tmp_path / "run", rollback.FILE_NAME)
+    ]
     assert windows == [(FIRST, LAST), (LAST + 1, LAST + 2 * BATCH)]
     assert manifest.problem(checkpoint(tmp_path / "run", BACK), hashes=True) is None
 
@@ -334,7 +449,11 @@ def test_early_stopping_forgets_the_evaluations_that_were_undone(data, runs):
     evaluated = [line["step"] for line in lines(data / "early") if "valid_loss" in line]
     assert evaluated == [0, *range(5, STEPS, 5), STEPS][: len(evaluated)]
     best = json.loads((data / "early" / "best.json").read_text())
-    valid = {line["step"]: line["valid_loss"] for line in lines(data / "early") if "valid_loss" in line and line["step"]}
+    valid = {
+        line["step"]: line["valid_loss"]
+        for line in lines(data / "early")
+        if "valid_loss" in line and line["step"]
+    }
     assert best["step"] == min((step for step in valid if step % 5 == 0), key=valid.__getitem__)
     assert checkpoint(data / "early", best["step"]).is_dir()
 
@@ -345,18 +464,34 @@ def test_killed_after_a_rollback_and_started_again(data, tmp_path):
         (tmp_path / name).mkdir()
         for part in ("tokens.bin", "tokens.idx"):
             shutil.copy(data / part, tmp_path / name / part)
-        (tmp_path / name / "run.yaml").write_text(yaml.safe_dump(settings(tmp_path / name, "run", train={"steps": 60, "save_every": 6, "keep_last": 2})))
+        (tmp_path / name / "run.yaml").write_text(
+            yaml.safe_dump(
+                settings(
+                    tmp_path / name, "run", train={"steps": 60, "save_every": 6, "keep_last": 2}
+                )
+            )
+        )
     ended = commands.run("pretrain", tmp_path / "whole" / "run.yaml", folder=tmp_path / "whole")
     assert ended.code == 0, ended
     assert "the loss has spiked since step 15" in ended.out
-    assert f"went back to {checkpoint(tmp_path / 'whole' / 'run', BACK)}; step 13 comes again with other samples: 32 are passed over" in ended.out
-    command = commands.start("pretrain", tmp_path / "killed" / "run.yaml", folder=tmp_path / "killed")
+    assert (
+        f"went back to {checkpoint(tmp_path / 'whole' / 'run', BACK)}; step 13 comes again with other samples: 32 are passed over"
+        in ended.out
+    )
+    command = commands.start(
+        "pretrain", tmp_path / "killed" / "run.yaml", folder=tmp_path / "killed"
+    )
     while not command.has_ended(0.01):
         if (tmp_path / "killed" / "run" / rollback.FILE_NAME).exists():
             os.kill(command.pid, signal.SIGKILL)
             break
-    assert command.wait().code in (-signal.SIGKILL, 0)  # 0: on a very busy machine it was through before
+    assert command.wait().code in (
+        -signal.SIGKILL,
+        0,
+    )  # 0: on a very busy machine it was through before
     ended = commands.run("pretrain", tmp_path / "killed" / "run.yaml", folder=tmp_path / "killed")
     assert ended.code == 0, ended
     assert losses(tmp_path / "killed" / "run") == losses(tmp_path / "whole" / "run")
-    assert tensors(checkpoint(tmp_path / "killed" / "run", 60)) == tensors(checkpoint(tmp_path / "whole" / "run", 60))
+    assert tensors(checkpoint(tmp_path / "killed" / "run", 60)) == tensors(
+        checkpoint(tmp_path / "whole" / "run", 60)
+    )

@@ -6,12 +6,28 @@ from megatrain.pipeline.executor import Executor, no_lap
 from megatrain.train import stopwatch
 from megatrain.train.stopwatch import timed
 
-LAPS = [("other", 0), ("arrival", 3), ("F", 4), ("other", 10), ("arrival", 11), ("I", 20), ("other", 50), ("arrival", 50), ("W", 100)]
+LAPS = [
+    ("other", 0),
+    ("arrival", 3),
+    ("F", 4),
+    ("other", 10),
+    ("arrival", 11),
+    ("I", 20),
+    ("other", 50),
+    ("arrival", 50),
+    ("W", 100),
+]
 """What ended when."""
 
 
 def executor():
-    return Executor(lambda *arguments: None, channels=None, flow_shape=(1,), dtype=torch.float32, device=torch.device("cpu"))
+    return Executor(
+        lambda *arguments: None,
+        channels=None,
+        flow_shape=(1,),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
 
 
 def test_a_lap_is_the_time_before_its_end_and_what_is_not_the_pipelines_is_left_out(monkeypatch):

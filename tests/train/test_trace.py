@@ -27,8 +27,18 @@ from megatrain.pipeline.xray import examine
 from megatrain.train.build import rank_specs
 from megatrain.train.trace import Mark, Offset, SharedClock, traced_actions
 
-LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +48,40 @@ def data(tmp_path_factory):
 
 def settings(data, output, *, train=(), **parallel):
     """A run's config as nested mappings."""
-    return {"run": {"output_dir": str(output)}, "model": LLAMA, "data": {"train": str(data), "sequence_length": 16}, "parallel": parallel,
-            "train": {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2, **dict(train)}}  # fmt: skip
+    return {
+        "run": {"output_dir": str(output)},
+        "model": LLAMA,
+        "data": {"train": str(data), "sequence_length": 16},
+        "parallel": parallel,
+        "train": {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2, **dict(train)},
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is recorded
 
 
-@pytest.mark.parametrize(("world", "parallel"), [
-    (1, {}), (2, {"pipeline": 2}), (2, {"pipeline": 2, "schedule": "zb-v"}), (4, {"tensor": 2, "pipeline": 2, "schedule": "interleaved"}),
-    (2, {"zero": 3}),
-], ids=str)  # fmt: skip
-def test_a_traced_run_records_every_action_and_layer_and_stays_itself(world, parallel, data, tmp_path):
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (1, {}),
+        (2, {"pipeline": 2}),
+        (2, {"pipeline": 2, "schedule": "zb-v"}),
+        (4, {"tensor": 2, "pipeline": 2, "schedule": "interleaved"}),
+        (2, {"zero": 3}),
+    ],
+    ids=str,
+)
+def test_a_traced_run_records_every_action_and_layer_and_stays_itself(
+    world, parallel, data, tmp_path
+):
     for name, trace in (("plain", None), ("traced", [2, 3])):
-        run_ranks(pretrain, world, settings(data, tmp_path / name, train={"trace_steps": trace}, **parallel), folder=tmp_path)
+        run_ranks(
+            pretrain,
+            world,
+            settings(data, tmp_path / name, train={"trace_steps": trace}, **parallel),
+            folder=tmp_path,
+        )
     assert losses(tmp_path / "plain") == losses(tmp_path / "traced")
     assert not (tmp_path / "plain" / "trace").exists()
     steps = read_traces(tmp_path / "traced")
@@ -67,7 +96,11 @@ def test_a_traced_run_records_every_action_and_layer_and_stays_itself(world, par
             assert schedule_of(pipeline).actions == expected.actions
             for trace in pipeline:
                 check_rank(trace)
-    assert examine(steps).measured.titles == ["embedding", *(f"block {number}" for number in range(6)), "head"]
+    assert examine(steps).measured.titles == [
+        "embedding",
+        *(f"block {number}" for number in range(6)),
+        "head",
+    ]
 
 
 def check_rank(trace):
@@ -81,7 +114,9 @@ def check_rank(trace):
     for a in trace.actions:
         stage = trace.placement.stage(trace.pipeline, a.action.chunk)
         mine = set(range(sizes[stage], sizes[stage + 1]))
-        assert set(a.layers) == (set() if a.action.kind == "W" else mine if a.action.kind == "F" else mine - {0})
+        assert set(a.layers) == (
+            set() if a.action.kind == "W" else mine if a.action.kind == "F" else mine - {0}
+        )
         assert all(seconds > 0 for seconds in a.layers.values())
         assert sum(a.layers.values()) <= a.end - a.ready
 
@@ -91,25 +126,51 @@ def hooks_left(rank, world_size, raw, folder):
     from megatrain.train.trainer import Trainer
 
     config = configuration.from_dict(raw)
-    trainer = Trainer(config, read_architecture(load_config(config.model)), make_grid(rank), torch.device("cpu"))
+    trainer = Trainer(
+        config, read_architecture(load_config(config.model)), make_grid(rank), torch.device("cpu")
+    )
     tracer = Tracer(trainer, Path(folder))
     during = 0
     with tracer.watch(2):
         during = sum(len(layer._forward_hooks) for layer in trainer.stage.layers)
     with tracer.watch(4):
         outside = trainer.executor.records
-    return during, sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in trainer.stage.layers), outside, trainer.executor.records
+    return (
+        during,
+        sum(
+            len(layer._forward_hooks) + len(layer._forward_pre_hooks)
+            for layer in trainer.stage.layers
+        ),
+        outside,
+        trainer.executor.records,
+    )
 
 
 def test_steps_that_are_not_traced_have_no_hooks(data, tmp_path):
-    assert run_ranks(hooks_left, 1, settings(data, tmp_path, train={"trace_steps": [2, 3]}), str(tmp_path), folder=tmp_path) == [(8, 0, None, None)]
+    assert run_ranks(
+        hooks_left,
+        1,
+        settings(data, tmp_path, train={"trace_steps": [2, 3]}),
+        str(tmp_path),
+        folder=tmp_path,
+    ) == [(8, 0, None, None)]
 
 
 def test_on_a_stream_the_first_layer_says_when_the_message_was_there():
     """The host is ready at 1 and enqueues; the stream gets to the layers at 5, 6 and 8. All is 10 later on rank 0's clock."""
-    marks = [Mark("entered", 3, 1.1, 5.0), Mark("left", 3, 1.2, 6.0), Mark("left", 4, 1.3, 8.0),
-             Mark("gradient", 4, 9.2, 11.0), Mark("gradient", 3, 9.3, 12.0), Mark("gradient", 2, 9.4, 15.0)]  # fmt: skip
-    records = [Record(Action("F", 0), 0.5, 1.0, 8.5), Record(Action("B", 0), 8.5, 9.0, 16.0), Record(Action("W", 0), 16.0, 16.0, 17.0)]
+    marks = [
+        Mark("entered", 3, 1.1, 5.0),
+        Mark("left", 3, 1.2, 6.0),
+        Mark("left", 4, 1.3, 8.0),
+        Mark("gradient", 4, 9.2, 11.0),
+        Mark("gradient", 3, 9.3, 12.0),
+        Mark("gradient", 2, 9.4, 15.0),
+    ]
+    records = [
+        Record(Action("F", 0), 0.5, 1.0, 8.5),
+        Record(Action("B", 0), 8.5, 9.0, 16.0),
+        Record(Action("W", 0), 16.0, 16.0, 17.0),
+    ]
     forward, backward, weights = traced_actions(records, marks, Offset(10.0, 0.0), on_stream=True)
     assert (forward.start, forward.ready, forward.end) == (10.5, 15.0, 18.5)
     assert forward.layers == pytest.approx({3: 1.0, 4: 2.0})
@@ -170,10 +231,16 @@ def test_a_slow_layer_is_found_and_the_advice_gains_what_it_says(data, tmp_path)
         said.append(advice[0].text)
         if "block 4 alone takes" not in advice[0].text or advice[0].layers_per_stage != [4, 2]:
             continue
-        seconds, further = sleeping_run(data, tmp_path / f"after-{attempt}", layers_per_stage=[4, 2])
+        seconds, further = sleeping_run(
+            data, tmp_path / f"after-{attempt}", layers_per_stage=[4, 2]
+        )
         after += seconds
-        said.append(f"predicted {advice[0].gain:.3f}, measured {1 - min(after) / min(before):.3f}; then: {further[0].text}")
-        if 2 / 3 * advice[0].gain <= 1 - min(after) / min(before) <= 4 / 3 * advice[0].gain and not any(item.layers_per_stage for item in further):
+        said.append(
+            f"predicted {advice[0].gain:.3f}, measured {1 - min(after) / min(before):.3f}; then: {further[0].text}"
+        )
+        if 2 / 3 * advice[0].gain <= 1 - min(after) / min(before) <= 4 / 3 * advice[
+            0
+        ].gain and not any(item.layers_per_stage for item in further):
             return
     pytest.fail("\n".join(said))
 
@@ -181,7 +248,12 @@ def test_a_slow_layer_is_found_and_the_advice_gains_what_it_says(data, tmp_path)
 def sleeping_run(data, folder, **parallel):
     """Seconds of its steps but the first, and what its traces advise."""
     train = {"steps": 5, "trace_steps": [4, 5], "micro_batch_size": 1}
-    run_ranks(pretrain_sleeping, 2, settings(data, folder, train=train, pipeline=2, **parallel), folder=folder.parent)
+    run_ranks(
+        pretrain_sleeping,
+        2,
+        settings(data, folder, train=train, pipeline=2, **parallel),
+        folder=folder.parent,
+    )
     return [line["seconds"] for line in lines(folder)[1:]], advise(examine(read_traces(folder)))
 
 
@@ -189,38 +261,71 @@ def sleeping_run(data, folder, **parallel):
 # settings
 
 
-@pytest.mark.parametrize(("steps", "message"), [
-    ([20], "train.trace_steps=[20] must be two steps, the first from 1 and not after the last; for example [20, 22]"),
-    ([22, 20], "train.trace_steps=[22, 20] must be two steps, the first from 1 and not after the last; for example [20, 22]"),
-    ([0, 2], "train.trace_steps=[0, 2] must be two steps, the first from 1 and not after the last; for example [20, 22]"),
-    ([28, 31], "train.trace_steps=[28, 31] goes beyond the run's last step, 30; for example [28, 30]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (
+            [20],
+            "train.trace_steps=[20] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+        ),
+        (
+            [22, 20],
+            "train.trace_steps=[22, 20] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+        ),
+        (
+            [0, 2],
+            "train.trace_steps=[0, 2] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+        ),
+        (
+            [28, 31],
+            "train.trace_steps=[28, 31] goes beyond the run's last step, 30; for example [28, 30]",
+        ),
+    ],
+)
 def test_steps_to_trace(steps, message):
     with pytest.raises(ConfigError) as error:
         configuration.load(None, ["train.steps=30", f"train.trace_steps={steps}"])
     assert str(error.value) == message
-    assert configuration.load(None, ["train.steps=30", "train.trace_steps=[30, 30]"]).train.trace_steps == [30, 30]
+    assert configuration.load(
+        None, ["train.steps=30", "train.trace_steps=[30, 30]"]
+    ).train.trace_steps == [30, 30]
 
 
 def stages_of(counts, placement):
     """Each stage's layers by title, in the model's order."""
     config = configuration.from_dict({"model": LLAMA, "parallel": {"layers_per_stage": counts}})
     specs = rank_specs(config, read_architecture(load_config(LLAMA)), placement)
-    return [[spec.title for spec in specs[rank][chunk]] for rank, chunk in map(placement.place, range(placement.stages))]
+    return [
+        [spec.title for spec in specs[rank][chunk]]
+        for rank, chunk in map(placement.place, range(placement.stages))
+    ]
 
 
 def test_layers_of_each_stage_can_be_told():
     blocks = [f"block {number}" for number in range(6)]
     assert stages_of([5, 1], Placement(2)) == [["embedding", *blocks[:5]], [blocks[5], "head"]]
-    assert stages_of([1, 1, 3, 1], Placement(2, 2, "v")) == [["embedding", blocks[0]], [blocks[1]], blocks[2:5], [blocks[5], "head"]]
+    assert stages_of([1, 1, 3, 1], Placement(2, 2, "v")) == [
+        ["embedding", blocks[0]],
+        [blocks[1]],
+        blocks[2:5],
+        [blocks[5], "head"],
+    ]
     assert stages_of([6], Placement(1)) == [["embedding", *blocks, "head"]]
 
 
-@pytest.mark.parametrize(("counts", "rule"), [
-    ([6], "has 1 numbers and the model is cut into 2 stages"), ([6, 0], "leaves a stage without a block"),
-    ([-1, 7], "leaves a stage without a block"), ([3, 4], "adds up to 7 and num_hidden_layers=6"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("counts", "rule"),
+    [
+        ([6], "has 1 numbers and the model is cut into 2 stages"),
+        ([6, 0], "leaves a stage without a block"),
+        ([-1, 7], "leaves a stage without a block"),
+        ([3, 4], "adds up to 7 and num_hidden_layers=6"),
+    ],
+)
 def test_layers_that_are_no_cut(counts, rule):
     with pytest.raises(ConfigError) as error:
         stages_of(counts, Placement(2))
-    assert str(error.value) == f"parallel.layers_per_stage={counts} {rule}; for example [3, 3], or leave it out"
+    assert (
+        str(error.value)
+        == f"parallel.layers_per_stage={counts} {rule}; for example [3, 3], or leave it out"
+    )

@@ -21,20 +21,37 @@ from megatrain.data.indexed import IndexedWriter
 from megatrain.models.architecture import load_config, read_architecture
 from megatrain.train.memory import predict
 
-MODEL = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @pytest.fixture
 def run_file(tmp_path, monkeypatch):
     """A run that works, in the folder from which the command is given."""
-    for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):  # so that what the command sets there is taken back
+    for name in (
+        "DS_ACCELERATOR",
+        "OMP_NUM_THREADS",
+    ):  # so that what the command sets there is taken back
         monkeypatch.setenv(name, os.environ.get(name, "cpu" if name == "DS_ACCELERATOR" else "1"))
     with IndexedWriter(tmp_path / "data", vocab_size=67) as writer:
         for part in np.random.default_rng(0).integers(0, 67, (40, 20)):
             writer.add(part)
-    raw = {"model": MODEL, "run": {"output_dir": "run"}, "data": {"train": "data", "sequence_length": 16},
-           "train": {"steps": 12, "global_batch_size": 4, "micro_batch_size": 2}}  # fmt: skip
+    raw = {
+        "model": MODEL,
+        "run": {"output_dir": "run"},
+        "data": {"train": "data", "sequence_length": 16},
+        "train": {"steps": 12, "global_batch_size": 4, "micro_batch_size": 2},
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run.yaml"
@@ -63,7 +80,11 @@ def test_a_run_that_works(check, run_file):
     assert (said.code, said.errors, said.warnings, said.err) == (0, {}, [], "")
     assert said.out.splitlines()[-1] == "run: nothing is wrong"
     assert "heaviest: " in said.out
-    assert sorted(path.name for path in run_file.parent.iterdir()) == ["data.bin", "data.idx", "run.yaml"]
+    assert sorted(path.name for path in run_file.parent.iterdir()) == [
+        "data.bin",
+        "data.idx",
+        "run.yaml",
+    ]
 
 
 MISTAKES = {
@@ -97,7 +118,7 @@ MISTAKES = {
     "model.num_key_value_heads=3": "model.num_key_value_heads=3 does not divide num_attention_heads=4",
     "model.hidden_sise=16": "model.hidden_sise=16 is not a field of a llama config",
     "run.output_dir=/proc/run": "run.output_dir=/proc/run cannot be written",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("words", MISTAKES)
@@ -117,7 +138,11 @@ def test_a_mistake_is_mended_by_the_line_to_paste(check, run_file, words):
 def test_what_exporters_cannot_do_is_said_before(check, run_file):
     """Whether their libraries are there or not."""
     errors = check(run_file, "run.prometheus=x.txt").errors
-    assert [paste for text, paste in errors.items() if text.startswith("run.prometheus=x.txt must end in .prom")] == ["run.prometheus=x.txt.prom"]
+    assert [
+        paste
+        for text, paste in errors.items()
+        if text.startswith("run.prometheus=x.txt must end in .prom")
+    ] == ["run.prometheus=x.txt.prom"]
 
 
 MENDED_IN_TWO = ("lora.alpha=8", "train.eval_every=5")
@@ -126,14 +151,31 @@ MENDED_IN_TWO = ("lora.alpha=8", "train.eval_every=5")
 
 def test_all_mistakes_at_once(check, run_file):
     """Of settings, layout, data, tokenizer, weights and output alike."""
-    words = ["train.stepz=5", "optimizer.lr=-1", "optimizer.betas=[0.9]", "parallel.tensor=3", "train.dtype=fp17", "data.train=nowhere", "data.tokenizer=lost",
-             "train.init_from=gone", "data.sequence_length=100", "run.output_dir=/proc/run", "lr_schedule.min_lr=-1", "train.resume=lost",
-             "parallel.zero=2", "parallel.memory_gib=5"]  # fmt: skip
+    words = [
+        "train.stepz=5",
+        "optimizer.lr=-1",
+        "optimizer.betas=[0.9]",
+        "parallel.tensor=3",
+        "train.dtype=fp17",
+        "data.train=nowhere",
+        "data.tokenizer=lost",
+        "train.init_from=gone",
+        "data.sequence_length=100",
+        "run.output_dir=/proc/run",
+        "lr_schedule.min_lr=-1",
+        "train.resume=lost",
+        "parallel.zero=2",
+        "parallel.memory_gib=5",
+    ]
     said = check(run_file, *words, "parallel.pipeline=2")  # which ZeRO 2 does not go with
     assert said.code == 1
     assert len(said.errors) >= len(words)
     for word in words:
-        assert any(text.startswith(word) for text in said.errors) or "=lost" in word or word.rpartition("=")[0] in said.err, word
+        assert (
+            any(text.startswith(word) for text in said.errors)
+            or "=lost" in word
+            or word.rpartition("=")[0] in said.err
+        ), word
     assert all(said.errors.values())
     assert said.err.splitlines()[-1] == f"run: {len(said.errors)} errors"
 
@@ -150,15 +192,25 @@ def test_data_that_are_damaged_or_missing(check, run_file):
     (run_file.parent / "data.bin").write_bytes(b"")
     assert "data.bin is 0 bytes long" in next(iter(check(run_file).errors))
     said = check(run_file, "data.train=nowhere", "data.tokenizer=words")
-    assert said.errors["data.train=nowhere is not there"] == "megatrain preprocess TEXTS.jsonl --tokenizer words --output nowhere"
-    assert said.errors["data.tokenizer=words is not a folder"] == "megatrain tokenizer TEXTS.jsonl --vocab-size 67 --output words"
+    assert (
+        said.errors["data.train=nowhere is not there"]
+        == "megatrain preprocess TEXTS.jsonl --tokenizer words --output nowhere"
+    )
+    assert (
+        said.errors["data.tokenizer=words is not a folder"]
+        == "megatrain tokenizer TEXTS.jsonl --vocab-size 67 --output words"
+    )
 
 
 def test_texts_instead_of_their_tokens(check, run_file):
     """It is there, so that it is not said to be missing; and made under its own name it would be the same again."""
     (run_file.parent / "texts.jsonl.gz").write_bytes(b"")
-    said = check(run_file, "--verb", "pretrain", "data.train=texts.jsonl.gz", "data.tokenizer=words")
-    ((text, paste),) = [(text, paste) for text, paste in said.errors.items() if text.startswith("data.train=")]
+    said = check(
+        run_file, "--verb", "pretrain", "data.train=texts.jsonl.gz", "data.tokenizer=words"
+    )
+    ((text, paste),) = [
+        (text, paste) for text, paste in said.errors.items() if text.startswith("data.train=")
+    ]
     assert text.startswith("data.train=texts.jsonl.gz is a file of texts")
     assert text.endswith("and give data.train=texts")
     assert paste == "megatrain preprocess texts.jsonl.gz --tokenizer words --output texts"
@@ -172,8 +224,12 @@ def test_a_wrong_start_is_one_mistake(check, run_file):
     (run_file.parent / "base").mkdir()
     (run_file.parent / "chats.jsonl").write_text("{}")
     for words in (["--verb", "pretrain"], ["--verb", "finetune", "data.train=chats.jsonl"]):
-        assert check(run_file, *words, "train.init_from=bsae").errors == {"train.init_from=bsae does not exist; did you mean `base`?": "train.init_from=base"}
-    assert check(run_file, "train.init_from=other").errors == {"train.init_from=other does not exist": "megatrain convert SOURCE other"}
+        assert check(run_file, *words, "train.init_from=bsae").errors == {
+            "train.init_from=bsae does not exist; did you mean `base`?": "train.init_from=base"
+        }
+    assert check(run_file, "train.init_from=other").errors == {
+        "train.init_from=other does not exist": "megatrain convert SOURCE other"
+    }
 
 
 def test_what_could_not_be_read_is_not_also_missing(check, run_file):
@@ -190,11 +246,27 @@ def test_what_could_not_be_read_is_not_also_missing(check, run_file):
 
 
 def test_a_world_that_the_layout_does_not_divide(check, run_file):
-    said = check(run_file, "parallel.tensor=2", "parallel.pipeline=4", "--nodes", "3", "--gpus-per-node", "2")
+    said = check(
+        run_file, "parallel.tensor=2", "parallel.pipeline=4", "--nodes", "3", "--gpus-per-node", "2"
+    )
     text = "parallel=tensor 2 x pipeline 4 does not divide the 6 ranks of this run; start a multiple of 8 ranks"
     assert said.errors == {text: "parallel.pipeline=3"}
-    assert check(run_file, "parallel.tensor=2", "parallel.pipeline=3", "--nodes", "3", "--gpus-per-node", "2").code == 0
-    assert check(run_file, "--nodes", "2").err == "error: --nodes needs --gpus-per-node: how many ranks each machine has\n"
+    assert (
+        check(
+            run_file,
+            "parallel.tensor=2",
+            "parallel.pipeline=3",
+            "--nodes",
+            "3",
+            "--gpus-per-node",
+            "2",
+        ).code
+        == 0
+    )
+    assert (
+        check(run_file, "--nodes", "2").err
+        == "error: --nodes needs --gpus-per-node: how many ranks each machine has\n"
+    )
 
 
 def test_tensor_groups_that_leave_a_machine(check, run_file):
@@ -202,17 +274,34 @@ def test_tensor_groups_that_leave_a_machine(check, run_file):
     assert said.code == 0
     assert len(said.warnings) == 1
     assert "parallel.tensor=2 parallel.pipeline=2 stays inside" in said.warnings[0]
-    assert check(run_file, "parallel.tensor=2", "--nodes", "2", "--gpus-per-node", "2").warnings == []
-    (words,) = check(run_file, "parallel.tensor=4", "parallel.pipeline=4", "--nodes", "8", "--gpus-per-node", "2").warnings
+    assert (
+        check(run_file, "parallel.tensor=2", "--nodes", "2", "--gpus-per-node", "2").warnings == []
+    )
+    (words,) = check(
+        run_file, "parallel.tensor=4", "parallel.pipeline=4", "--nodes", "8", "--gpus-per-node", "2"
+    ).warnings
     assert words.endswith("; parallel.tensor=2 stays inside")  # there are no layers for 8 stages
 
 
 def test_a_gpu_that_is_too_small(check, run_file):
     """The line to paste makes it fit; a GPU by name has its memory."""
-    gib = re.search(r"heaviest: ([\d.]+) GiB", check(run_file, "--gpu-memory", "80", "data.sequence_length=64", "train.micro_batch_size=4").out)
+    gib = re.search(
+        r"heaviest: ([\d.]+) GiB",
+        check(
+            run_file, "--gpu-memory", "80", "data.sequence_length=64", "train.micro_batch_size=4"
+        ).out,
+    )
     assert gib is not None
-    large = ["model.hidden_size=256", "model.intermediate_size=1024", "train.global_batch_size=64", "train.micro_batch_size=16", "data.sequence_length=64",
-             "--gpus-per-node", "4", "--gpu-memory"]  # fmt: skip
+    large = [
+        "model.hidden_size=256",
+        "model.intermediate_size=1024",
+        "train.global_batch_size=64",
+        "train.micro_batch_size=16",
+        "data.sequence_length=64",
+        "--gpus-per-node",
+        "4",
+        "--gpu-memory",
+    ]
     said = check(run_file, *large, "0.1")
     ((text, paste),) = said.errors.items()
     assert text.startswith("the heaviest rank takes 0.")
@@ -228,27 +317,58 @@ def test_a_gpu_that_nothing_makes_fit(check, run_file):
     """By how much, and what was tried: which says as much as the same settings do by themselves."""
     words = ["model.hidden_size=512", "model.intermediate_size=2048", "--gpus-per-node", "2"]
     ((text, paste),) = check(run_file, *words, "--gpu-memory", "0.01GiB").errors.items()
-    best, least, lacks, tried = re.search(r"fits: with (.+) it takes least, ([\d.]+) GiB, which is ([\d.]+) too much \(tried: (.*)\); use larger GPUs", text).groups()
+    best, least, lacks, tried = re.search(
+        r"fits: with (.+) it takes least, ([\d.]+) GiB, which is ([\d.]+) too much \(tried: (.*)\); use larger GPUs",
+        text,
+    ).groups()
     assert paste == ""
     assert float(lacks) == pytest.approx(float(least) - 0.01, abs=1e-3)
     assert best in tried.split("; ")
-    assert {"train.micro_batch_size=1", "train.recompute=full", "parallel.tensor=2", "parallel.pipeline=2"} <= set(tried.split("; "))
-    assert heaviest(check(run_file, *words, *best.split())) == pytest.approx(float(least), abs=0.006)
+    assert {
+        "train.micro_batch_size=1",
+        "train.recompute=full",
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+    } <= set(tried.split("; "))
+    assert heaviest(check(run_file, *words, *best.split())) == pytest.approx(
+        float(least), abs=0.006
+    )
 
 
 def test_a_gpu_that_is_filled_or_not_enough(check, run_file):
     """What leaves a GPU no room is said with that, and where one machine does not do, more are."""
-    words = ["model.hidden_size=512", "model.intermediate_size=2048", "train.micro_batch_size=1", "train.recompute=full", "--gpus-per-node"]
-    alone, two, four = (heaviest(check(run_file, *words, str(ranks), f"parallel.pipeline={ranks}")) for ranks in (1, 2, 4))
-    ((text, paste),) = check(run_file, *words, "2", "parallel.pipeline=1", "parallel.data=2", "--gpu-memory", f"{two / 0.96}").errors.items()
+    words = [
+        "model.hidden_size=512",
+        "model.intermediate_size=2048",
+        "train.micro_batch_size=1",
+        "train.recompute=full",
+        "--gpus-per-node",
+    ]
+    alone, two, four = (
+        heaviest(check(run_file, *words, str(ranks), f"parallel.pipeline={ranks}"))
+        for ranks in (1, 2, 4)
+    )
+    ((text, paste),) = check(
+        run_file,
+        *words,
+        "2",
+        "parallel.pipeline=1",
+        "parallel.data=2",
+        "--gpu-memory",
+        f"{two / 0.96}",
+    ).errors.items()
     assert paste.split()[0] in ("parallel.tensor=2", "parallel.pipeline=2")
-    assert re.search(r"9\d% of a GPU, and driver, .* need some as well \(tried: .*parallel.pipeline=2", text)
+    assert re.search(
+        r"9\d% of a GPU, and driver, .* need some as well \(tried: .*parallel.pipeline=2", text
+    )
     said = check(run_file, *words, "2", *paste.split(), "--gpu-memory", f"{two / 0.96}")
     assert (said.code, len(said.warnings)) == (0, 1)
     assert four < two < alone
     ((text, paste),) = check(run_file, *words, "1", "--gpu-memory", f"{two * 0.99}").errors.items()
     assert paste == "parallel.pipeline=4 --nodes 4 --gpus-per-node 1"
-    assert check(run_file, *words, "1", "--gpu-memory", f"{two * 0.99}", *paste.split()).warnings == []
+    assert (
+        check(run_file, *words, "1", "--gpu-memory", f"{two * 0.99}", *paste.split()).warnings == []
+    )
 
 
 def test_checkpoints_of_another_model(check, run_file):
@@ -264,7 +384,9 @@ def test_checkpoints_of_another_model(check, run_file):
 
 def test_a_disk_that_is_too_small(check, run_file, monkeypatch):
     free = 14 * 39_584 * 5 // 2  # 14 bytes a parameter in bf16: two checkpoints and a half
-    monkeypatch.setattr("megatrain.train.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(
+        "megatrain.train.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=free)
+    )
     words = ["train.dtype=bf16", "train.save_every=2", "train.keep_last=3"]
     ((text, paste),) = check(run_file, *words).errors.items()
     assert "and 4 checkpoints of " in text
@@ -277,7 +399,10 @@ def test_epochs_whose_steps_the_data_say(check, run_file):
     words = ["--verb", "finetune", "train.steps=null", "train.epochs=2", "train.save_every=5"]
     said = check(run_file, *words)
     assert "  work    2 epochs, in steps of 64 tokens" in said.out
-    assert "one each 5 steps, of a number of steps that the data say; train.keep_last=0 keeps all" in said.out
+    assert (
+        "one each 5 steps, of a number of steps that the data say; train.keep_last=0 keeps all"
+        in said.out
+    )
     assert len(said.warnings) == 1
     assert said.warnings[0].endswith("; train.keep_last=3 keeps the newest three")
     said = check(run_file, *words, "train.keep_last=3")
@@ -292,30 +417,49 @@ def test_weights_that_are_there_keep_their_tokenizer(check, run_file):
     base.mkdir()
     (base / "tokenizer.json").write_text("{}")
     lost = "data.tokenizer=words is not a folder"
-    assert check(run_file, "data.tokenizer=words", "train.init_from=base").errors[lost] == "data.tokenizer=base"
-    assert check(run_file, "data.tokenizer=words", "lora.rank=4").errors[lost] == "data.tokenizer=FOLDER_OF_THE_MODEL"
+    assert (
+        check(run_file, "data.tokenizer=words", "train.init_from=base").errors[lost]
+        == "data.tokenizer=base"
+    )
+    assert (
+        check(run_file, "data.tokenizer=words", "lora.rank=4").errors[lost]
+        == "data.tokenizer=FOLDER_OF_THE_MODEL"
+    )
 
 
 def test_what_finetuning_lacks_is_yours_to_fill(check, run_file):
     """The line to paste does not take it away once more."""
     lacks = check(run_file, "--verb", "finetune", "data.train=null").errors
-    assert [paste for text, paste in lacks.items() if text.startswith("data.train=(nothing)")] == ["data.train=YOURS.jsonl"]
+    assert [paste for text, paste in lacks.items() if text.startswith("data.train=(nothing)")] == [
+        "data.train=YOURS.jsonl"
+    ]
     lacks = check(run_file, "--verb", "finetune", "data.train=chats.jsonl").errors
-    assert [paste for text, paste in lacks.items() if text.startswith("data.tokenizer=(nothing)")] == ["data.tokenizer=FOLDER_OF_THE_MODEL"]
+    assert [
+        paste for text, paste in lacks.items() if text.startswith("data.tokenizer=(nothing)")
+    ] == ["data.tokenizer=FOLDER_OF_THE_MODEL"]
 
 
 def test_a_run_takes_what_was_said(tmp_path, run_file, check):
     """The checkpoint's size; and the metrics have the predicted memory beside what is measured."""
 
     said = check(run_file)
-    ended = run_command("pretrain", run_file, "train.steps=1", f"run.output_dir={tmp_path / 'run'}", folder=tmp_path)
+    ended = run_command(
+        "pretrain", run_file, "train.steps=1", f"run.output_dir={tmp_path / 'run'}", folder=tmp_path
+    )
     assert ended.code == 0, ended.err
-    real = sum(path.stat().st_size for path in (tmp_path / "run/checkpoints/step-00000001").rglob("*.safetensors"))
+    real = sum(
+        path.stat().st_size
+        for path in (tmp_path / "run/checkpoints/step-00000001").rglob("*.safetensors")
+    )
     told = float(re.search(r"checkpoints: ([\d.]+) kB each", said.out)[1]) * 1e3
     assert told == pytest.approx(real, rel=0.05)
-    (line,) = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    (line,) = (
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    )
     config = configuration.load(run_file)
-    (memory,) = predict(config, read_architecture(load_config(config.model)), data_size=1, device="cpu")
+    (memory,) = predict(
+        config, read_architecture(load_config(config.model)), data_size=1, device="cpu"
+    )
     assert line["memory_predicted_gib"] == memory.total / 2**30
     assert line["memory_gib"] is None or line["memory_gib"] > 0
 
@@ -325,30 +469,55 @@ def test_each_config_lacks_nothing_but_its_files(name, check, monkeypatch, tmp_p
     """And a command or setting stands by each of them; on the GPUs that it is written for it fits."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("megatrain.models.quantize.metadata.version", lambda package: "99.0")
-    monkeypatch.setattr("megatrain.train.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=10**15))
+    monkeypatch.setattr(
+        "megatrain.train.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=10**15)
+    )
     for variable in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(variable, os.environ.get(variable, "cpu" if variable == "DS_ACCELERATOR" else "1"))
+        monkeypatch.setenv(
+            variable, os.environ.get(variable, "cpu" if variable == "DS_ACCELERATOR" else "1")
+        )
     verb, ranks = "finetune" if name.startswith("finetune") else "pretrain", WRITTEN_FOR[name][0]
     nodes = max(1, ranks // 8)
     file = CONFIGS / f"{name}.yaml"
-    said = check(file, "--nodes", str(nodes), "--gpus-per-node", str(ranks // nodes), "--gpu-memory", "H100")
+    said = check(
+        file, "--nodes", str(nodes), "--gpus-per-node", str(ranks // nodes), "--gpu-memory", "H100"
+    )
     assert said.out.startswith(f"megatrain {verb} ")
     loaded = configuration.load(file)
-    wanted = {f"data.train={loaded.data.train} is not there", f"data.tokenizer={loaded.data.tokenizer} is not a folder"}
+    wanted = {
+        f"data.train={loaded.data.train} is not there",
+        f"data.tokenizer={loaded.data.tokenizer} is not a folder",
+    }
     wanted |= {f"data.valid={loaded.data.valid} is not there"} if loaded.train.eval_every else set()
-    wanted |= {f"train.init_from={loaded.train.init_from} does not exist"} if loaded.train.init_from else set()
+    wanted |= (
+        {f"train.init_from={loaded.train.init_from} does not exist"}
+        if loaded.train.init_from
+        else set()
+    )
     assert set(said.errors) == wanted
     assert all(said.errors.values())
     assert said.warnings == []
-    rows = [line.split() for line in said.out.splitlines() if re.match(r" +\d+(-\d+)? +\d+  ", line)]
+    rows = [
+        line.split() for line in said.out.splitlines() if re.match(r" +\d+(-\d+)? +\d+  ", line)
+    ]
     assert sum(int(row[1]) for row in rows) == ranks
     assert list(tmp_path.iterdir()) == []
 
 
 def test_4096_ranks(check, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    said = check(CONFIGS / "gpt_1t.yaml", "parallel.data=null", "train.global_batch_size=4096", "--nodes", "512", "--gpus-per-node", "8")
-    rows = [line.split() for line in said.out.splitlines() if re.match(r" +\d+(-\d+)? +\d+  ", line)]
+    said = check(
+        CONFIGS / "gpt_1t.yaml",
+        "parallel.data=null",
+        "train.global_batch_size=4096",
+        "--nodes",
+        "512",
+        "--gpus-per-node",
+        "8",
+    )
+    rows = [
+        line.split() for line in said.out.splitlines() if re.match(r" +\d+(-\d+)? +\d+  ", line)
+    ]
     assert [int(row[1]) for row in rows] == [64, 3968, 64]
     assert "on 4096 ranks, 512 x 8 GPUs" in said.out
 

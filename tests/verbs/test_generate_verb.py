@@ -15,12 +15,19 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("generating")
     (root / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 3)
     tokenizer = train_tokenizer([root / "text.txt"], vocab_size=270, output=root / "model")
-    make_folder(root / "model", {**LLAMA, "vocab_size": tokenizer.vocab_size, "eos_token_id": None, "bos_token_id": None}, shard="1GB")
+    make_folder(
+        root / "model",
+        {**LLAMA, "vocab_size": tokenizer.vocab_size, "eos_token_id": None, "bos_token_id": None},
+        shard="1GB",
+    )
     return root / "model"
 
 
 def generate(capsys, folder, *words):
-    assert main(["generate", str(folder), "--prompt", "one two", "--max-new-tokens", "12", *words]) == 0
+    assert (
+        main(["generate", str(folder), "--prompt", "one two", "--max-new-tokens", "12", *words])
+        == 0
+    )
     return capsys.readouterr().out
 
 
@@ -28,7 +35,10 @@ def test_the_likeliest_tokens_are_those_of_transformers(folder, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     said = generate(capsys, folder, "--temperature", "0")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     tokens = tokenizer("one two", return_tensors="pt", return_token_type_ids=False)["input_ids"]
     prompt = tokens.shape[1]
     with torch.inference_mode():
@@ -43,13 +53,19 @@ def test_a_seed_draws_the_same_text_and_another_one_another(folder, capsys):
     one = generate(capsys, folder, "--seed", "1")
     assert generate(capsys, folder, "--seed", "1") == one
     assert generate(capsys, folder, "--seed", "2") != one
-    assert generate(capsys, folder, "--seed", "2", "--top-k", "1") == generate(capsys, folder, "--temperature", "0")
+    assert generate(capsys, folder, "--seed", "2", "--top-k", "1") == generate(
+        capsys, folder, "--temperature", "0"
+    )
 
 
 def test_a_model_larger_than_memory_is_read_from_disk(folder, capsys, monkeypatch):
     plain = generate(capsys, folder, "--temperature", "0")
     loaded, load = [], generate_verb.load_model
-    monkeypatch.setattr(generate_verb, "load_model", lambda *args, **more: loaded.append(load(*args, **more)) or loaded[-1])
+    monkeypatch.setattr(
+        generate_verb,
+        "load_model",
+        lambda *args, **more: loaded.append(load(*args, **more)) or loaded[-1],
+    )
     assert generate(capsys, folder, "--temperature", "0", "--memory", "60KB") == plain
     assert "disk" in loaded[0].hf_device_map.values()
     assert generate(capsys, folder, "--temperature", "0", "--memory", "1GB") == plain
@@ -69,7 +85,10 @@ def test_what_cannot_work_is_said(sentence, folder, capsys):
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--temperature", "-1"], ["--top-p", "2"], ["--top-k", "0"], ["--max-new-tokens", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--temperature", "-1"], ["--top-p", "2"], ["--top-k", "0"], ["--max-new-tokens", "x"]],
+)
 def test_flags_out_of_range(words, folder, capsys):
     with pytest.raises(SystemExit):
         main(["generate", str(folder), "--prompt", "one", *words])

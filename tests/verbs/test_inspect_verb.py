@@ -19,7 +19,9 @@ def run(tmp_path_factory):
     """A run of two steps at tensor 2 x pipeline 2, its model in several shards."""
     folder = tmp_path_factory.mktemp("inspected")
     write_tokens(folder / "tokens")
-    raw = settings(folder, parallel={"tensor": 2, "pipeline": 2}, train={"steps": 2, "eval_every": 0})
+    raw = settings(
+        folder, parallel={"tensor": 2, "pipeline": 2}, train={"steps": 2, "eval_every": 0}
+    )
     run_ranks(pretrain_in_shards, 4, raw, 10_000, folder=folder)
     return folder / "run"
 
@@ -33,7 +35,11 @@ def test_a_checkpoint_of_ours(run, capsys):
     assert "tensor 2, pipeline 2, data 1" in said
     assert "num_hidden_layers 3" in said
     assert "every file's size is as written" in said
-    line = next(line for line in said.splitlines() if line.startswith("model.layers.0-2.self_attn.q_proj.weight"))
+    line = next(
+        line
+        for line in said.splitlines()
+        if line.startswith("model.layers.0-2.self_attn.q_proj.weight")
+    )
     assert line.split()[1:6] == ["32", "x", "32", "float32", "3"]
     assert "optimizer/rank-00003.safetensors" in said or "optimizer/" in said
     assert main(["inspect", str(run), "--hashes"]) == 0
@@ -58,7 +64,9 @@ def test_damage_is_said_and_is_a_failure(run, tmp_path, capsys):
     shard.write_bytes(content)
     assert main(["inspect", str(copy)]) == 0
     assert main(["inspect", str(copy), "--hashes"]) == 1
-    assert f"integrity  has other content in {shard.name} than was written" in capsys.readouterr().out
+    assert (
+        f"integrity  has other content in {shard.name} than was written" in capsys.readouterr().out
+    )
     os.truncate(shard, 1000)
     assert main(["inspect", str(copy)]) == 1
     assert "it is cut short" in capsys.readouterr().err
@@ -67,7 +75,9 @@ def test_damage_is_said_and_is_a_failure(run, tmp_path, capsys):
 def test_a_hugging_face_folder_that_lacks_a_layer(tmp_path, capsys):
     make_folder(tmp_path / "model", LLAMA)
     assert main(["inspect", str(tmp_path / "model")]) == 0
-    assert "every tensor of the model is there in its shape, and no other" in capsys.readouterr().out
+    assert (
+        "every tensor of the model is there in its shape, and no other" in capsys.readouterr().out
+    )
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     assert main(["inspect", str(tmp_path / "model")]) == 1
@@ -87,11 +97,17 @@ def test_a_converted_checkpoint_has_no_layout(tmp_path, capsys):
     make_folder(tmp_path / "model", LLAMA)
     assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--no-verify"]) == 0
     assert main(["inspect", str(tmp_path / "out")]) == 0
-    assert "\n  layout     none: it was converted, no run has written it\n" in capsys.readouterr().out
+    assert (
+        "\n  layout     none: it was converted, no run has written it\n" in capsys.readouterr().out
+    )
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):
-    for words in (["inspect", "nowhere"], ["convert", "nowhere", "out"], ["generate", "nowhere", "--prompt", "x"]):
+    for words in (
+        ["inspect", "nowhere"],
+        ["convert", "nowhere", "out"],
+        ["generate", "nowhere", "--prompt", "x"],
+    ):
         assert main(words) == 1
         assert capsys.readouterr().err == "error: nowhere does not exist\n"
 

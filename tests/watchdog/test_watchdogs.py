@@ -43,7 +43,9 @@ def clock(monkeypatch):
     monkeypatch.setattr(thread, "LOOK_SECONDS", 0.0)
     for module in (hub, link, pulse):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(pulse.resource, "getrusage", lambda who: type("Usage", (), {"ru_majflt": 0}))
+    monkeypatch.setattr(
+        pulse.resource, "getrusage", lambda who: type("Usage", (), {"ru_majflt": 0})
+    )
     return clock
 
 
@@ -77,10 +79,21 @@ class Ranks:
         self.clock, self.beats = clock, [Beat() for _ in range(size)]
         self.voices = [Voice(rank, size, folder) for rank in range(size)]
         listener = listen("127.0.0.1", peers=size)
-        self.members = [Hub(self.beats[0], self.voices[0], listener, token="token", stall_seconds=stall_seconds)]
+        self.members = [
+            Hub(self.beats[0], self.voices[0], listener, token="token", stall_seconds=stall_seconds)
+        ]
         for rank in range(1, size):
             wire = connect("127.0.0.1", listener.getsockname()[1])
-            self.members.append(Link(self.beats[rank], self.voices[rank], wire, token=token, hub=myself(), stall_seconds=stall_seconds))
+            self.members.append(
+                Link(
+                    self.beats[rank],
+                    self.voices[rank],
+                    wire,
+                    token=token,
+                    hub=myself(),
+                    stall_seconds=stall_seconds,
+                )
+            )
         self.frozen = set()
         self.look()
 
@@ -109,8 +122,11 @@ class Ranks:
                 member.turn()
 
     def _awake(self):
-        return [member for rank, member in enumerate(self.members)
-                if rank not in self.frozen and self.voices[rank].left is None and not member.closing]  # fmt: skip
+        return [
+            member
+            for rank, member in enumerate(self.members)
+            if rank not in self.frozen and self.voices[rank].left is None and not member.closing
+        ]
 
     @property
     def said(self):
@@ -162,8 +178,13 @@ def test_the_rank_that_all_wait_for_is_named_once_and_all_leave(ranks):
     assert (stall.kind, stall.rank) == ("stall", 0)
     first, *others, last = stall.text.splitlines()
     assert first.startswith("the run stands still: nothing has moved for 10")
-    assert f"everyone waits for rank 1 ({myself()}), which has been in step 4, loading data for 10" in first
-    assert [line.rpartition(" for ")[0] for line in others] == [f"  rank {rank}: step 4, all-reduce data (beginning the step)," for rank in (0, 2)]
+    assert (
+        f"everyone waits for rank 1 ({myself()}), which has been in step 4, loading data for 10"
+        in first
+    )
+    assert [line.rpartition(" for ")[0] for line in others] == [
+        f"  rank {rank}: step 4, all-reduce data (beginning the step)," for rank in (0, 2)
+    ]
     assert last == f"the ranks' Python stacks are in {run.voices[0].folder / 'stacks'}"
     assert [voice.left for voice in run.voices] == [stall.text] * 3
     assert [len(voice.dumped) for voice in run.voices] == [1, 1, 1]
@@ -181,7 +202,9 @@ def test_a_rank_that_does_not_answer_is_named(ranks, frozen):
     (stall,) = run.said
     assert f"everyone waits for rank {frozen} ({myself()}), which does not answer" in stall.text
     assert stall.text.endswith(", but for who does not answer")
-    assert "rank 0: step 4, beginning the step, for 11" in stall.text  # as it is now, not as it was when it was asked
+    assert (
+        "rank 0: step 4, beginning the step, for 11" in stall.text
+    )  # as it is now, not as it was when it was asked
 
 
 def test_a_rank_that_was_stopped_for_a_while_ends_nothing(ranks):
@@ -233,11 +256,18 @@ def test_of_two_machines_one_rank_speaks_for_a_lost_rank_0(ranks, trouble):
 
 
 def test_who_speaks_is_settled_once_for_each_start_of_a_run(tmp_path):
-    assert [claim_the_word(tmp_path, token) for token in ("a", "a", "b", "a")] == [True, False, True, False]
+    assert [claim_the_word(tmp_path, token) for token in ("a", "a", "b", "a")] == [
+        True,
+        False,
+        True,
+        False,
+    ]
     forget_claims(tmp_path)
     assert list((tmp_path / "logs").iterdir()) == []
     (tmp_path / "file").touch()
-    assert claim_the_word(tmp_path / "file", "a"), "there is no such folder: better twice than not at all"
+    assert claim_the_word(tmp_path / "file", "a"), (
+        "there is no such folder: better twice than not at all"
+    )
 
 
 def test_work_of_unknown_length_is_progress_and_waiting_is_not(clock):

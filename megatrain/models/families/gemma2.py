@@ -21,10 +21,16 @@ def gemma_like(fields: Fields, **switches: Any) -> Architecture:
     fields.only("use_bidirectional_attention", None, False)
     bias = bool(fields.attention_bias)
     shared: dict[str, Any] = {
-        "names": NAMES, "norm_plus_one": True, "norm_after": True, "embedding_scale": fields.hidden_size**0.5,
-        "qkv_bias": bias, "out_bias": bias, "attention_scale": fields.query_pre_attn_scalar**-0.5,
-        "logit_cap": fields.final_logit_softcapping, "windows": fields.layer_windows(),
-    }  # fmt: skip
+        "names": NAMES,
+        "norm_plus_one": True,
+        "norm_after": True,
+        "embedding_scale": fields.hidden_size**0.5,
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "attention_scale": fields.query_pre_attn_scalar**-0.5,
+        "logit_cap": fields.final_logit_softcapping,
+        "windows": fields.layer_windows(),
+    }
     return llama.llama_like(fields, activation="hidden_activation", **(shared | switches))
 
 

@@ -27,8 +27,14 @@ def read(fields: Fields) -> Architecture:
     fields.only("scale_attn_by_inverse_layer_idx", False)
     fields.only("add_cross_attention", False)
     # Of other heads; and the order of a scaling in half precision, which ours does in fp32 anyway.
-    fields.without_effect("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-                          "summary_first_dropout", "reorder_and_upcast_attn")  # fmt: skip
+    fields.without_effect(
+        "summary_type",
+        "summary_use_proj",
+        "summary_activation",
+        "summary_proj_to_labels",
+        "summary_first_dropout",
+        "reorder_and_upcast_attn",
+    )
     if fields.n_embd % fields.n_head:
         raise ConfigError("model.n_head", fields.n_head, f"does not divide n_embd={fields.n_embd}")
     return Architecture(

@@ -11,7 +11,10 @@ _QKV = ("query", "key", "value")
 NAMES = {
     "embedding": Source("gpt_neox.embed_in"),
     "attention_norm": Source("gpt_neox.layers.{}.input_layernorm"),
-    **{role: Source("gpt_neox.layers.{}.attention.query_key_value", _QKV, by_head=True) for role in _QKV},
+    **{
+        role: Source("gpt_neox.layers.{}.attention.query_key_value", _QKV, by_head=True)
+        for role in _QKV
+    },
     "out": Source("gpt_neox.layers.{}.attention.dense"),
     "feedforward_norm": Source("gpt_neox.layers.{}.post_attention_layernorm"),
     "up": Source("gpt_neox.layers.{}.mlp.dense_h_to_4h"),

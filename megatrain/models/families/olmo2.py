@@ -15,4 +15,12 @@ NAMES = llama.NAMES | {
 
 def read(fields: Fields) -> Architecture:
     bias = bool(fields.attention_bias)
-    return llama.llama_like(fields, names=NAMES, qkv_bias=bias, out_bias=bias, qk_norm="all", norm_before=False, norm_after=True)
+    return llama.llama_like(
+        fields,
+        names=NAMES,
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm="all",
+        norm_before=False,
+        norm_after=True,
+    )

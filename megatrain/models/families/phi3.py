@@ -16,8 +16,14 @@ NAMES = llama.NAMES | {
 
 def read(fields: Fields) -> Architecture:
     fields.only("embd_pdrop", 0.0)  # transformers' own model does not read it either
-    fields.without_effect("original_max_position_embeddings")  # transformers has put it into rope_parameters
+    fields.without_effect(
+        "original_max_position_embeddings"
+    )  # transformers has put it into rope_parameters
     head_dim = fields.hidden_size // fields.num_attention_heads
-    return llama.llama_like(fields, names=NAMES, rotary_dim=int(head_dim * fields.check_rope(partial=True)),
-                            windows=(fields.sliding_window,) * fields.num_hidden_layers,
-                            residual_dropout=fields.resid_pdrop)  # fmt: skip
+    return llama.llama_like(
+        fields,
+        names=NAMES,
+        rotary_dim=int(head_dim * fields.check_rope(partial=True)),
+        windows=(fields.sliding_window,) * fields.num_hidden_layers,
+        residual_dropout=fields.resid_pdrop,
+    )

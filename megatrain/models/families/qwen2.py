@@ -10,5 +10,7 @@ OLD_FIELDS = OLD_ROPE_FIELDS
 
 
 def read(fields: Fields) -> Architecture:
-    fields.without_effect("use_sliding_window", "max_window_layers")  # transformers has made layer_types of them
+    fields.without_effect(
+        "use_sliding_window", "max_window_layers"
+    )  # transformers has made layer_types of them
     return llama_like(fields, qkv_bias=True, windows=fields.layer_windows())

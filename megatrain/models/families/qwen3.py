@@ -10,6 +10,10 @@ OLD_FIELDS = OLD_ROPE_FIELDS
 
 
 def read(fields: Fields) -> Architecture:
-    fields.without_effect("use_sliding_window", "max_window_layers")  # transformers has made layer_types of them
+    fields.without_effect(
+        "use_sliding_window", "max_window_layers"
+    )  # transformers has made layer_types of them
     bias = bool(fields.attention_bias)
-    return llama_like(fields, qkv_bias=bias, out_bias=bias, qk_norm="head", windows=fields.layer_windows())
+    return llama_like(
+        fields, qkv_bias=bias, out_bias=bias, qk_norm="head", windows=fields.layer_windows()
+    )
