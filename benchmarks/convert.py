@@ -25,11 +25,11 @@ from typing import NamedTuple
 
 import torch
 
-from megatrain.convert import writer
-from megatrain.convert.conversion import Request, convert
-from megatrain.convert.writer import plan_shards, write_model
-from megatrain.models.architecture import load_config, read_architecture
-from megatrain.train.build import whole_tensors
+from megatrain.conversion import writer
+from megatrain.conversion.convert import ConversionRequest, convert
+from megatrain.conversion.writer import plan_shards, write_model
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.pipeline.stage_builder import whole_tensors
 
 MODEL = {
     "model_type": "llama",
@@ -69,10 +69,10 @@ class RandomModel:
 def make_model(folder, fields=MODEL):
     """A folder of the model, as transformers writes one; returns its bytes of tensors."""
     folder.mkdir(parents=True)
-    config = load_config(fields)
+    config = load_hf_config(fields)
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
-    shapes = whole_tensors(read_architecture(config))
+    shapes = whole_tensors(read_config(config))
     tensors = RandomModel(shapes)
     write_model(folder, plan_shards(shapes, tensors, 5 * 10**9), tensors, wrote=lambda count: None)
     return sum(writer.nbytes(tensors, name) for name in shapes)
@@ -133,9 +133,11 @@ def main() -> int:
                 f"cp -r {source} {target} && sync {target}/*", shell=True, check=True
             ),
             "convert, no proof": lambda: convert(
-                Request(source, target, to="hf", verify=False), say=lambda line: None
+                ConversionRequest(source, target, to="hf", verify=False), say=lambda line: None
             ),
-            "convert": lambda: convert(Request(source, target, to="hf"), say=lambda line: None),
+            "convert": lambda: convert(
+                ConversionRequest(source, target, to="hf"), say=lambda line: None
+            ),
         }
         seconds: dict[str, list[Cost]] = {name: [] for name in contestants}
         warm_up(root / "small")
@@ -160,7 +162,7 @@ def warm_up(root):
     make_model(
         root / "model", {**MODEL, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 100}
     )
-    convert(Request(root / "model", root / "target", to="hf"), say=lambda line: None)
+    convert(ConversionRequest(root / "model", root / "target", to="hf"), say=lambda line: None)
 
 
 def report(seconds: dict[str, list[Cost]], size: int) -> None:

@@ -69,7 +69,7 @@ def write_dataset(prefix: Path, *, num_tokens: int) -> None:
     """Write random tokens in documents of lognormal length, 500 on average, much faster than a writer would."""
     import numpy as np
 
-    from megatrain.data.indexed import write_index
+    from megatrain.data.indexed_dataset import write_index
 
     rng = np.random.default_rng(0)
     lengths = np.maximum(rng.lognormal(5.7, 1.0, size=max(num_tokens // 500, 10)), 1).astype(
@@ -87,10 +87,10 @@ def write_dataset(prefix: Path, *, num_tokens: int) -> None:
 
 def open_ours(prefix: Path, *, document_mask: bool = False) -> Any:
     """Open a data set, ready to give samples."""
-    from megatrain.data.indexed import IndexedDataset
-    from megatrain.data.samples import SampleSource
+    from megatrain.data.gpt_dataset import GPTDataset
+    from megatrain.data.indexed_dataset import IndexedDataset
 
-    return SampleSource(
+    return GPTDataset(
         IndexedDataset(prefix),
         sequence_length=SEQUENCE_LENGTH,
         seed=1234,
@@ -152,14 +152,14 @@ def compare_fetching(prefix: Path, cache: Path | None, *, laps: int, count: int)
     import torch
     from torch.utils.data import default_collate
 
-    from megatrain.data.loader import Loader
+    from megatrain.data.dataloader import DataLoader
 
     ours, masked = open_ours(prefix), open_ours(prefix, document_mask=True)
     theirs = open_theirs(prefix, cache) if cache else None
     num_samples = (
         min(ours.samples_per_epoch, len(theirs) if theirs else ours.samples_per_epoch) - MICROBATCH
     )
-    loader = Loader(
+    loader = DataLoader(
         ours, global_batch_size=MICROBATCH, micro_batch_size=MICROBATCH, data_rank=0, data_size=1
     )
     torch.set_num_threads(1)

@@ -24,9 +24,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from megatrain.pipeline.actions import Action, Schedule
-    from megatrain.pipeline.channels import Channels
-    from megatrain.pipeline.executor import Record
+    from megatrain.pipeline.executor import ActionTiming
+    from megatrain.pipeline.p2p import P2PCommunicator
+    from megatrain.pipeline.schedule import Action, Schedule
     from megatrain.pipeline.simulator import Timeline, Times
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipev")
@@ -117,10 +117,10 @@ def serve(
         import torch
         import torch.distributed as dist
 
-        from megatrain.machine import forbid_builds
+        from megatrain.distributed.device import disable_jit_extensions
 
         torch.set_num_threads(1)
-        forbid_builds()
+        disable_jit_extensions()
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks
         )
@@ -151,18 +151,18 @@ def race(ranks: Ranks, names: list[str], laps: int) -> dict[str, list[list[Any]]
 # bubbles
 
 
-def makespan(lap: list[list[Record]]) -> float:
+def makespan(lap: list[list[ActionTiming]]) -> float:
     """Seconds from the first rank's first start to the last rank's end: the ranks share the machine's clock."""
     return max(records[-1].end for records in lap) - min(records[0].start for records in lap)
 
 
-def bubble(lap: list[list[Record]]) -> float:
+def bubble(lap: list[list[ActionTiming]]) -> float:
     """Idle share of ranks x makespan."""
     busy = sum(record.end - record.ready for records in lap for record in records)
     return 1 - busy / (len(lap) * makespan(lap))
 
 
-def measured_times(schedule: Schedule, lap: list[list[Record]]) -> Times:
+def measured_times(schedule: Schedule, lap: list[list[ActionTiming]]) -> Times:
     """Mean seconds of each stage's actions in this lap; a whole backward counts as an input gradient where none is split."""
     from megatrain.pipeline.simulator import Times
 
@@ -179,7 +179,7 @@ def measured_times(schedule: Schedule, lap: list[list[Record]]) -> Times:
     )
 
 
-def own_times(schedule: Schedule, lap: list[list[Record]]) -> Times:
+def own_times(schedule: Schedule, lap: list[list[ActionTiming]]) -> Times:
     """Each action's own seconds in this lap: what is then off the simulation is waiting that the executor adds."""
     from megatrain.pipeline.simulator import Times
 
@@ -236,8 +236,8 @@ def sleeping_stage(seconds: float) -> Any:
     """A stage whose forward, input gradient and weight gradient sleep `seconds` each, the last one where W says."""
     import torch
 
-    from megatrain.models.decoder import Flow
-    from megatrain.parallel.layers import linear
+    from megatrain.distributed.tensor_parallel import linear
+    from megatrain.models.transformer import HiddenStates
 
     class Sleep(torch.autograd.Function):
         @staticmethod
@@ -264,10 +264,12 @@ def sleeping_stage(seconds: float) -> Any:
             self.weight = torch.nn.Parameter(torch.eye(WIDTH))
             self.weight.main_grad = Buffer()  # type: ignore[attr-defined]
 
-        def __call__(self, flow: Flow | None, context: Any, chunk: int) -> Flow | torch.Tensor:
+        def __call__(
+            self, flow: HiddenStates | None, context: Any, chunk: int
+        ) -> HiddenStates | torch.Tensor:
             x = torch.ones(1, WIDTH, requires_grad=True) if flow is None else flow.hidden
             y = linear(Sleep.apply(x), self.weight)
-            return y.sum() if chunk == self.last else Flow(y)
+            return y.sum() if chunk == self.last else HiddenStates(y)
 
     return Stage
 
@@ -279,17 +281,17 @@ def chunk_with_loss(schedule: Schedule, rank: int) -> int | None:
 
 
 def executor_lap(
-    schedule: Schedule, rank: int, stage: Any, channels: Channels
-) -> Callable[[list[Record] | None], None]:
+    schedule: Schedule, rank: int, stage: Any, channels: P2PCommunicator
+) -> Callable[[list[ActionTiming] | None], None]:
     """A step of the schedule with tensors [1, WIDTH] and nothing but autograd; records go into the list."""
     import torch
 
+    from megatrain.pipeline.communication import add_communication, check_schedule
     from megatrain.pipeline.executor import Executor
-    from megatrain.pipeline.transfers import add_transfers, check_schedule
 
     microbatches = 1 + max(action.microbatch for action in schedule.actions[rank])
     check_schedule(schedule, microbatches)
-    instructions = add_transfers(schedule)[rank]
+    instructions = add_communication(schedule)[rank]
     executor = Executor(
         stage,
         channels=channels,
@@ -301,7 +303,7 @@ def executor_lap(
     def backward(output: torch.Tensor, grad: torch.Tensor, *, last: bool) -> None:
         torch.autograd.backward(output, grad)
 
-    def lap(records: list[Record] | None) -> None:
+    def lap(records: list[ActionTiming] | None) -> None:
         executor.records = records
         executor.run(
             instructions, [None] * microbatches, backward=backward, loss_weight=torch.ones(())
@@ -310,18 +312,18 @@ def executor_lap(
     return lap
 
 
-def recorded(lap: Callable[[list[Record]], None]) -> list[Record]:
-    records: list[Record] = []
+def recorded(lap: Callable[[list[ActionTiming]], None]) -> list[ActionTiming]:
+    records: list[ActionTiming] = []
     lap(records)
     return records
 
 
 def make_sleepers(rank: int, ranks: int, part: float, microbatches: int) -> dict[str, Lap]:
-    from megatrain.parallel.grid import Axis
-    from megatrain.pipeline.channels import Channels
+    from megatrain.distributed.mesh import MeshAxis
+    from megatrain.pipeline.p2p import P2PCommunicator
     from megatrain.pipeline.schedules import make_schedule
 
-    channels = Channels(Axis(rank, ranks, tuple(range(ranks))), ring=True)
+    channels = P2PCommunicator(MeshAxis(rank, ranks, tuple(range(ranks))), ring=True)
     laps: dict[str, Lap] = {}
     for name in SCHEDULES:
         schedule = make_schedule(name, ranks, microbatches)
@@ -378,14 +380,14 @@ def real_config(name: str, microbatches: int) -> dict[str, Any]:
 def make_trainers(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
     import torch
 
-    from megatrain import config as configuration
-    from megatrain.data.loader import Batch
-    from megatrain.models.architecture import load_config, read_architecture
-    from megatrain.parallel.grid import make_grid
-    from megatrain.train.trainer import Trainer
+    from megatrain.config import loader as configuration
+    from megatrain.data.dataloader import Batch
+    from megatrain.distributed.mesh import make_mesh
+    from megatrain.models.config import load_hf_config, read_config
+    from megatrain.training.trainer import Trainer
 
     length: int = MODEL["max_position_embeddings"]  # type: ignore[assignment]
-    architecture = read_architecture(load_config(MODEL))
+    architecture = read_config(load_hf_config(MODEL))
     positions = torch.arange(length).expand(2, -1)
     rows = torch.randint(
         0, 1024, (microbatches, 2, length + 1), generator=torch.Generator().manual_seed(0)
@@ -397,11 +399,11 @@ def make_trainers(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
     def contender(name: str) -> Lap:
         config = configuration.from_dict(real_config(name, microbatches))
         trainer = Trainer(
-            config, architecture, make_grid(rank, pipeline=ranks), torch.device("cpu")
+            config, architecture, make_mesh(rank, pipeline=ranks), torch.device("cpu")
         )
         steps = iter(range(1, 10**6))
 
-        def lap(records: list[Record]) -> None:
+        def lap(records: list[ActionTiming]) -> None:
             trainer.executor.records = records
             trainer.step(next(steps), batches)
 
@@ -447,8 +449,8 @@ def sleeping_blocks(seconds: list[float]) -> Any:
 
     import torch
 
-    from megatrain.models.decoder import Block
-    from megatrain.parallel import layers
+    from megatrain.distributed import tensor_parallel
+    from megatrain.models.transformer import Block
 
     class Sleep(torch.autograd.Function):
         @staticmethod
@@ -462,7 +464,7 @@ def sleeping_blocks(seconds: list[float]) -> Any:
             time.sleep(ctx.seconds)
             return grad, None
 
-    make, compute, weight_gradient = Block.__init__, Block._compute, layers.weight_gradient
+    make, compute, weight_gradient = Block.__init__, Block._compute, tensor_parallel.weight_gradient
 
     def numbered(block: Any, parts: Any, layer: int, **arguments: Any) -> None:
         make(block, parts, layer, **arguments)
@@ -480,7 +482,7 @@ def sleeping_blocks(seconds: list[float]) -> Any:
     for target, name, new in (
         (Block, "__init__", numbered),
         (Block, "_compute", slowly),
-        (layers, "weight_gradient", slow_gradient),
+        (tensor_parallel, "weight_gradient", slow_gradient),
     ):
         stack.enter_context(patch.object(target, name, new))
     return stack
@@ -494,12 +496,12 @@ def make_settled(
 
     import torch
 
-    from megatrain import config as configuration
-    from megatrain.data.loader import Batch
-    from megatrain.models.architecture import load_config, read_architecture
-    from megatrain.parallel.grid import make_grid
-    from megatrain.train.auto import settle_schedule
-    from megatrain.train.trainer import Trainer
+    from megatrain.config import loader as configuration
+    from megatrain.data.dataloader import Batch
+    from megatrain.distributed.mesh import make_mesh
+    from megatrain.models.config import load_hf_config, read_config
+    from megatrain.training.autotune import resolve_schedule
+    from megatrain.training.trainer import Trainer
 
     sleeping_blocks(seconds)
     model = {
@@ -512,7 +514,7 @@ def make_settled(
         "num_key_value_heads": 1,
         "max_position_embeddings": 8,
     }
-    architecture, grid = read_architecture(load_config(model)), make_grid(rank, pipeline=ranks)
+    architecture, grid = read_config(load_hf_config(model)), make_mesh(rank, pipeline=ranks)
     rows = torch.randint(0, 64, (microbatches, 1, 9), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(8).expand(1, -1)
     batches = [
@@ -527,7 +529,7 @@ def make_settled(
         }
         raw["parallel"]["pipeline"] = ranks
         raw["train"] |= {"micro_batch_size": 1, "global_batch_size": microbatches}
-        settled = settle_schedule(
+        settled = resolve_schedule(
             configuration.from_dict(raw),
             architecture,
             grid,
@@ -544,7 +546,7 @@ def make_settled(
         )
         steps = iter(range(1, 10**6))
 
-        def lap(records: list[Record]) -> None:
+        def lap(records: list[ActionTiming]) -> None:
             trainer.executor.records = records
             trainer.step(next(steps), batches)
 
@@ -596,9 +598,9 @@ def make_tiny(rank: int, ranks: int, microbatches: int, steps: int) -> dict[str,
     import torch
     import torch.distributed as dist
 
-    from megatrain.models.decoder import Flow
-    from megatrain.parallel.grid import Axis
-    from megatrain.pipeline.channels import Channels
+    from megatrain.distributed.mesh import MeshAxis
+    from megatrain.models.transformer import HiddenStates
+    from megatrain.pipeline.p2p import P2PCommunicator
     from megatrain.pipeline.schedules import make_schedule
 
     def timed(step: Callable[[], None]) -> Lap:
@@ -611,16 +613,18 @@ def make_tiny(rank: int, ranks: int, microbatches: int, steps: int) -> dict[str,
 
         return lap
 
-    channels = Channels(Axis(rank, ranks, tuple(range(ranks))), ring=True)
+    channels = P2PCommunicator(MeshAxis(rank, ranks, tuple(range(ranks))), ring=True)
     layer = torch.nn.Linear(WIDTH, WIDTH)
 
     def ours(name: str) -> Lap:
         schedule = make_schedule(name, ranks, microbatches)
         loss_chunk = chunk_with_loss(schedule, rank)
 
-        def stage(flow: Flow | None, context: Any, chunk: int) -> Flow | torch.Tensor:
+        def stage(
+            flow: HiddenStates | None, context: Any, chunk: int
+        ) -> HiddenStates | torch.Tensor:
             y = layer(given if flow is None else flow.hidden)
-            return y.sum() if chunk == loss_chunk else Flow(y)
+            return y.sum() if chunk == loss_chunk else HiddenStates(y)
 
         step = executor_lap(schedule, rank, stage, channels)
         return timed(lambda: step(None))

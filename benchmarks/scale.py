@@ -105,7 +105,7 @@ def write(folder: Path, documents: int) -> None:
     """Two datasets whose documents are all of one length: an index as preprocessing writes it, and a .bin of nothing."""
     import numpy as np
 
-    from megatrain.data.indexed import write_index
+    from megatrain.data.indexed_dataset import write_index
 
     for name in ("a", "b"):
         with (folder / f"{name}.idx").open("wb") as file:
@@ -120,20 +120,20 @@ def write(folder: Path, documents: int) -> None:
 
 def read(folder: Path, *, masked: bool) -> None:
     """What the last data rank does: open, then steps from anywhere in the run; memory of its own beside pages of the files."""
-    from megatrain.config import Data
-    from megatrain.data.loader import Loader
-    from megatrain.data.samples import open_samples
+    from megatrain.config.loader import Data
+    from megatrain.data.dataloader import DataLoader
+    from megatrain.data.gpt_dataset import open_dataset
 
     before, started = own_memory(), time.perf_counter()
     blend = [{"path": str(folder / "a"), "weight": 0.5}, {"path": str(folder / "b"), "weight": 0.5}]
-    samples = open_samples(
+    samples = open_dataset(
         Data(train=blend, document_mask=masked),
         which="train",
         sequence_length=LENGTH,
         seed=1,
         vocab_size=60_000,
     )
-    loader = Loader(
+    loader = DataLoader(
         samples,
         global_batch_size=2 * RANKS,
         micro_batch_size=1,

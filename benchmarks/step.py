@@ -64,11 +64,11 @@ def random_tokens(model, count, seed):
 def ours(model, dtype, accumulations, rank=0, world_size=1, compiled=False, **parallel):
     import torch
 
-    from megatrain import config as configuration
-    from megatrain.data.loader import Batch
-    from megatrain.models.architecture import load_config, read_architecture
-    from megatrain.parallel.grid import make_grid
-    from megatrain.train.trainer import Trainer
+    from megatrain.config import loader as configuration
+    from megatrain.data.dataloader import Batch
+    from megatrain.distributed.mesh import make_mesh
+    from megatrain.models.config import load_hf_config, read_config
+    from megatrain.training.trainer import Trainer
 
     config = configuration.from_dict(
         {
@@ -87,13 +87,13 @@ def ours(model, dtype, accumulations, rank=0, world_size=1, compiled=False, **pa
         }
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    grid = make_grid(
+    grid = make_mesh(
         rank,
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
         data=config.data_size(world_size),
     )
-    trainer = Trainer(config, read_architecture(load_config(model)), grid, device)
+    trainer = Trainer(config, read_config(load_hf_config(model)), grid, device)
     rows = random_tokens(model, accumulations, 0)[grid.data.rank :: grid.data.size]
     positions = torch.arange(length(model)).expand(MICRO_BATCH, -1)
     batches = [Batch(r[:, :-1], r[:, 1:], positions, torch.zeros_like(positions)) for r in rows]
@@ -106,10 +106,10 @@ def bare(model, dtype, accumulations, compiled=False):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from megatrain.models.architecture import load_config
+    from megatrain.models.config import load_hf_config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = AutoModelForCausalLM.from_config(load_config(model)).to(
+    network = AutoModelForCausalLM.from_config(load_hf_config(model)).to(
         device, torch.bfloat16 if dtype == "bf16" else torch.float32
     )
     network.train()
@@ -199,15 +199,15 @@ def serve(pipe, store, threads, rank, world_size, make, arguments):
             "MASTER_PORT": "29500",
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        from megatrain.heap import keep_memory
-        from megatrain.machine import forbid_builds, free_memory, has_gpu
+        from megatrain.distributed.device import disable_jit_extensions, free_memory, has_gpu
+        from megatrain.distributed.huge_pages import use_huge_pages
 
         if not has_gpu():
             os.environ["DS_ACCELERATOR"] = "cpu"
-        forbid_builds()
+        disable_jit_extensions()
         if make is ours:
             if not has_gpu():  # as in every rank of a run
-                keep_memory(free_memory(torch.device("cpu"), world_size))
+                use_huge_pages(free_memory(torch.device("cpu"), world_size))
             dist.init_process_group(
                 "nccl" if has_gpu() else "gloo",
                 store=dist.FileStore(store, world_size),
@@ -227,7 +227,7 @@ def laps(pipe, lap):
     """One at each word from the parent, until it is gone."""
     import torch
 
-    from megatrain.machine import has_gpu
+    from megatrain.distributed.device import has_gpu
 
     while pipe.recv():
         wall, cpu = time.perf_counter(), time.process_time()
@@ -305,10 +305,10 @@ def ratio(a, b, index=0):
 
 
 def table(contenders, base, gemm=None, model=None):
-    from megatrain.models.architecture import load_config
-    from megatrain.train.flops import flops_per_token
+    from megatrain.models.config import load_hf_config
+    from megatrain.models.counts import flops_per_token
 
-    per_token = flops_per_token(load_config(model), sequence_length=length(model))
+    per_token = flops_per_token(load_hf_config(model), sequence_length=length(model))
     print(
         f"\n{'':24}{'tokens/s':>10}{'ratio':>8}{'ratio per CPU-s':>17}{'CPU-ms/token':>14}{'share of GEMM':>15}{'peak GB':>9}"
     )

@@ -15,11 +15,11 @@ import time
 from typing import NamedTuple
 
 from megatrain import __version__
+from megatrain.distributed.env import is_local_rank_zero
 from megatrain.errors import UserError
-from megatrain.place import speaks_for_its_machine
 
 
-class Verb(NamedTuple):
+class Command(NamedTuple):
     """A verb's module and what it does."""
 
     module: str
@@ -27,29 +27,29 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "tokenizer": Verb("megatrain.verbs.tokenizer", "train a tokenizer on text files"),
-    "preprocess": Verb("megatrain.verbs.preprocess", "turn text files into an indexed dataset"),
-    "check": Verb(
-        "megatrain.verbs.check", "see whether a run can start on its machines, before the queue"
+    "tokenizer": Command("megatrain.cli.train_tokenizer", "train a tokenizer on text files"),
+    "preprocess": Command("megatrain.cli.preprocess", "turn text files into an indexed dataset"),
+    "check": Command(
+        "megatrain.cli.check", "see whether a run can start on its machines, before the queue"
     ),
-    "pretrain": Verb("megatrain.pretrain", "train a model from a config"),
-    "finetune": Verb("megatrain.finetune", "finetune a model on chats, preferences or labels"),
-    "schedule": Verb("megatrain.verbs.schedule", "simulate and draw a pipeline schedule"),
-    "xray": Verb("megatrain.verbs.xray", "see where a run's time went, with advice"),
-    "report": Verb(
-        "megatrain.verbs.report", "a run's curves, events and times as one page, on any device"
+    "pretrain": Command("megatrain.pretrain", "train a model from a config"),
+    "finetune": Command("megatrain.finetune", "finetune a model on chats, preferences or labels"),
+    "schedule": Command("megatrain.cli.schedule", "simulate and draw a pipeline schedule"),
+    "xray": Command("megatrain.cli.profile", "see where a run's time went, with advice"),
+    "report": Command(
+        "megatrain.cli.report", "a run's curves, events and times as one page, on any device"
     ),
-    "convert": Verb("megatrain.verbs.convert", "turn a checkpoint into another kind, proven"),
-    "evaluate": Verb(
+    "convert": Command("megatrain.cli.convert", "turn a checkpoint into another kind, proven"),
+    "evaluate": Command(
         "megatrain.evaluate",
         "measure a model: perplexity, multiple choice, labels, lm-evaluation-harness",
     ),
-    "inspect": Verb(
-        "megatrain.verbs.inspect", "see what a checkpoint holds, and whether it is whole"
+    "inspect": Command(
+        "megatrain.cli.inspect", "see what a checkpoint holds, and whether it is whole"
     ),
-    "generate": Verb("megatrain.verbs.generate", "let a model go on with a text"),
-    "config": Verb(
-        "megatrain.verbs.config", "show every setting and its meaning, or a config as it resolves"
+    "generate": Command("megatrain.cli.generate", "let a model go on with a text"),
+    "config": Command(
+        "megatrain.cli.config", "show every setting and its meaning, or a config as it resolves"
     ),
 }
 
@@ -92,10 +92,10 @@ def _without_reader() -> list[int]:
 def _run(words: list[str]) -> int:
     try:
         if not words or words[0].startswith("-"):
-            return _without_verb(words)
-        return _run_verb(words[0], words[1:])
+            return _without_command(words)
+        return _run_command(words[0], words[1:])
     except UserError as error:
-        if speaks_for_its_machine(os.environ):
+        if is_local_rank_zero(os.environ):
             print(f"error: {error}", file=sys.stderr)
         else:
             time.sleep(_SECONDS_FOR_WORDS)
@@ -111,7 +111,7 @@ def _run(words: list[str]) -> int:
         return 130
 
 
-def _without_verb(words: list[str]) -> int:
+def _without_command(words: list[str]) -> int:
     verbs = "\n".join(f"  {name:12}{verb.help}" for name, verb in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="megatrain",
@@ -127,7 +127,7 @@ def _without_verb(words: list[str]) -> int:
     return 2
 
 
-def _run_verb(name: str, words: list[str]) -> int:
+def _run_command(name: str, words: list[str]) -> int:
     if name not in VERBS:
         close = difflib.get_close_matches(name, VERBS, n=1)
         hint = f"did you mean `{close[0]}`?" if close else "known are " + ", ".join(VERBS)

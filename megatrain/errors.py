@@ -11,15 +11,15 @@ class UserError(Exception):
     """Something the user wrote, or gave us, that cannot work."""
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A setting's value as YAML has it, where Python has another word for it."""
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def shortened(value: object) -> str:
+def truncate(value: object) -> str:
     """The same, of a value that may be long."""
-    text = shown(value)
+    text = format_value(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -39,7 +39,9 @@ class ConfigError(UserError):
             way_out,
             paste,
         )
-        super().__init__(f"{setting}={shown(value)} {rule}" + (f"; {way_out}" if way_out else ""))
+        super().__init__(
+            f"{setting}={format_value(value)} {rule}" + (f"; {way_out}" if way_out else "")
+        )
 
 
 class DataError(UserError):

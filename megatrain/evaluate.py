@@ -21,13 +21,14 @@ if __name__ == "__main__":
     if str(_folder.parent) not in sys.path:
         sys.path.insert(0, str(_folder.parent))
 
-from megatrain import machine, pretrain
-from megatrain.config import Config
+from megatrain import pretrain
+from megatrain.config.loader import Config
+from megatrain.distributed import device
+from megatrain.distributed.env import from_environment
 from megatrain.errors import ConfigError, UserError
-from megatrain.evaluation import subject as subjects
+from megatrain.evaluation import spec as subjects
 from megatrain.launch.local import run_local
-from megatrain.launch.rank import enter_rank
-from megatrain.place import from_environment
+from megatrain.launch.worker import start_rank
 
 _SETTING = re.compile(r"[a-z_]+\.[a-z_.]+=")
 
@@ -96,32 +97,32 @@ def run(args: argparse.Namespace) -> int:
     config = subjects.make_config(folder, settings)
     place = from_environment(os.environ)
     world_size = place.world_size if place else pretrain.local_world_size(config)
-    machine.set_environment(place.local_size if place else world_size)
+    device.set_environment(place.local_size if place else world_size)
     # Imports torch, so it comes after the environment is set.
     from megatrain.evaluation.run import evaluate
 
     work = functools.partial(evaluate, subject=_subject(args, folder, data, config))
     if place is not None:
-        return enter_rank(work, config, place)
+        return start_rank(work, config, place)
     return run_local(work, config, world_size=world_size)
 
 
 def _subject(
     args: argparse.Namespace, folder: Path, data: list[str], config: Config
-) -> subjects.Subject:
+) -> subjects.EvalSpec:
     """What is evaluated, checked as far as that needs no ranks."""
-    from megatrain.evaluation import check
+    from megatrain.evaluation import checks
 
-    architecture = check.check_model(config)
-    window, stride = check.make_windows(
+    architecture = checks.check_model(config)
+    window, stride = checks.make_windows(
         architecture,
         window=args.window,
         stride=args.stride,
         trained=subjects.trained_length(folder),
     )
-    kind = "harness" if args.tasks else check.choose_kind(args.kind, data, architecture)
+    kind = "harness" if args.tasks else checks.choose_kind(args.kind, data, architecture)
     tasks = tuple(args.tasks.split(",")) if args.tasks else ()
-    return subjects.Subject(
+    return subjects.EvalSpec(
         str(folder),
         tuple(data),
         kind,

@@ -21,8 +21,8 @@ if __name__ == "__main__":
         sys.path.insert(0, str(_folder.parent))
 
 from megatrain import pretrain
-from megatrain.config import load
-from megatrain.place import from_environment
+from megatrain.config.loader import load
+from megatrain.distributed.env import from_environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def show_sample(args: argparse.Namespace, *, count: int = 3) -> int:
     """Print the first samples of the training data as they are learnt; returns the exit code."""
-    from megatrain.train.finetuning import show
+    from megatrain.training.task_sft import show
 
     for text in show(load(args.config, args.overrides), count=count, colour=sys.stdout.isatty()):
         print(text)
@@ -58,7 +58,7 @@ def show_sample(args: argparse.Namespace, *, count: int = 3) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """Write a LoRA run's model without adapters; returns the exit code."""
-    from megatrain.checkpoint.merge import merge_run
+    from megatrain.checkpoint.merge_adapter import merge_run
 
     place = from_environment(os.environ)
     if place is not None and place.rank != 0:

@@ -19,12 +19,12 @@ if __name__ == "__main__":
     if str(_folder.parent) not in sys.path:
         sys.path.insert(0, str(_folder.parent))
 
-from megatrain import machine
-from megatrain.config import Config, load
+from megatrain.config.loader import Config, load
+from megatrain.distributed import device
+from megatrain.distributed.env import from_environment
 from megatrain.errors import ConfigError
 from megatrain.launch.local import run_local
-from megatrain.launch.rank import enter_rank
-from megatrain.place import from_environment
+from megatrain.launch.worker import start_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +50,10 @@ def train(args: argparse.Namespace, *, verb: Literal["pretrain", "finetune"]) ->
     config = load(args.config, args.overrides)
     place = from_environment(os.environ)
     world_size = place.world_size if place else local_world_size(config)
-    machine.set_environment(place.local_size if place else world_size)
+    device.set_environment(place.local_size if place else world_size)
     # Imports torch, so it comes after the environment is set.
-    from megatrain.train.checks import check_without_ranks, dry_run
-    from megatrain.train.run import VERBS, task_of
+    from megatrain.training.checks import check_without_ranks, dry_run
+    from megatrain.training.loop import VERBS, task_of
 
     work, task = VERBS[verb], task_of(config, verb)
     if args.dry_run:
@@ -67,7 +67,7 @@ def train(args: argparse.Namespace, *, verb: Literal["pretrain", "finetune"]) ->
             "set it to 0, and use the launcher's own: torchrun --max-restarts, #SBATCH --requeue",
         )
     if place is not None:
-        return enter_rank(work, config, place)
+        return start_rank(work, config, place)
     check_without_ranks(config, world_size, task)
     return run_local(work, config, world_size=world_size)
 

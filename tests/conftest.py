@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from launches import extensions, launch, server  # noqa: F401  (fixtures)
+from helpers.launches import extensions, launch, server  # noqa: F401  (fixtures)
 
 # Their tensors are tiny, and threads that wait for each other cost more than they help, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

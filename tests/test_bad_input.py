@@ -9,14 +9,14 @@ import struct
 import numpy as np
 import pytest
 import yaml
-from commands import run as run_command
+from helpers.readme_commands import run as run_command
 
 from megatrain.__main__ import main
-from megatrain.config import load
-from megatrain.data.indexed import IndexedWriter
+from megatrain.config.loader import load
+from megatrain.data.indexed_dataset import IndexedWriter
 from megatrain.errors import ConfigError
-from megatrain.train.checks import check_without_ranks
-from megatrain.train.tasks import Pretraining
+from megatrain.training.checks import check_without_ranks
+from megatrain.training.task import PretrainingTask
 
 VOCABULARY, LENGTH = 67, 16
 CONFIG = {
@@ -290,12 +290,12 @@ def test_a_layout_that_does_not_fit_a_launchers_ranks(run_file):
         match="tensor 2 x pipeline 2 does not divide the 6 ranks of this run; start a multiple of 4 ranks",
     ):
         check_without_ranks(
-            load(run_file, ["parallel.tensor=2", "parallel.pipeline=2"]), 6, Pretraining()
+            load(run_file, ["parallel.tensor=2", "parallel.pipeline=2"]), 6, PretrainingTask()
         )
     with pytest.raises(
         ConfigError, match="x data 2 needs 2 ranks and there are 4; start 2 ranks or leave"
     ):
-        check_without_ranks(load(run_file, ["parallel.data=2"]), 4, Pretraining())
+        check_without_ranks(load(run_file, ["parallel.data=2"]), 4, PretrainingTask())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

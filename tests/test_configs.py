@@ -3,12 +3,12 @@
 from importlib.util import find_spec
 
 import pytest
-from checkout import CONFIGS
+from helpers.checkout_paths import CONFIGS
 
-from megatrain import config
 from megatrain.__main__ import main
-from megatrain.models.architecture import load_config, read_architecture
-from megatrain.train.flops import matrix_weights
+from megatrain.config import loader
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.models.counts import matrix_weights
 
 # Ranks that each is written for, and billions of weights in its matrices (all but an input embedding and vectors).
 WRITTEN_FOR = {
@@ -38,7 +38,7 @@ def test_a_config_runs_dry(name, capsys, monkeypatch, tmp_path):
     verb = "finetune" if name.startswith("finetune") else "pretrain"
     assert main([verb, str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    loaded = config.load(CONFIGS / f"{name}.yaml")
+    loaded = loader.load(CONFIGS / f"{name}.yaml")
     notes = (
         ["there is no file"] * 2
         if verb == "pretrain"
@@ -53,7 +53,7 @@ def test_a_config_runs_dry(name, capsys, monkeypatch, tmp_path):
     )
     assert all(f"\nnote: {note}" in shown for note in notes)
     assert shown.count("\nnote: ") == len(notes)
-    stages = config.load(CONFIGS / f"{name}.yaml").parallel.pipeline
+    stages = loader.load(CONFIGS / f"{name}.yaml").parallel.pipeline
     assert (
         sum(
             line.split()[0].isdigit()
@@ -68,8 +68,8 @@ def test_a_config_runs_dry(name, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", WRITTEN_FOR)
 def test_a_config_loads_and_its_layout_fits(name):
     ranks, billions = WRITTEN_FOR[name]
-    loaded = config.load(CONFIGS / f"{name}.yaml")
-    architecture = read_architecture(load_config(loaded.model))
+    loaded = loader.load(CONFIGS / f"{name}.yaml")
+    architecture = read_config(load_hf_config(loaded.model))
     tensor, pipeline = loaded.parallel.tensor, loaded.parallel.pipeline
     assert loaded.microbatches(loaded.data_size(ranks)) >= pipeline
     assert architecture.num_heads % tensor == 0

@@ -5,10 +5,10 @@ import typing
 from dataclasses import fields
 
 import pytest
-from checkout import ROOT
+from helpers.checkout_paths import ROOT
 
 from megatrain.__main__ import VERBS
-from megatrain.settings import Config
+from megatrain.config.schema import Config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = {

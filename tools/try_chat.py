@@ -18,12 +18,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from try_model import RELATIVE_TOLERANCE, trainers_loss
 
-from megatrain import config as configuration
-from megatrain.checkpoint.keep import step_of
 from megatrain.checkpoint.manifest import find_newest
-from megatrain.data.chat import Conversation, read_conversation
+from megatrain.checkpoint.retention import step_of
+from megatrain.config import loader as configuration
+from megatrain.data.chat_format import Conversation, read_conversation
 from megatrain.data.chat_template import ChatTemplate, Encoded
-from megatrain.data.documents import find_inputs, parse_objects, read_blocks
+from megatrain.data.text_files import find_inputs, parse_objects, read_blocks
 from megatrain.errors import UserError
 
 

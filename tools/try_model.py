@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from megatrain import config as configuration
-from megatrain.checkpoint.keep import step_of
 from megatrain.checkpoint.manifest import find_newest
-from megatrain.config import Config
-from megatrain.data.loader import Batch, Loader
-from megatrain.data.samples import open_samples
+from megatrain.checkpoint.retention import step_of
+from megatrain.config import loader as configuration
+from megatrain.config.loader import Config
+from megatrain.data.dataloader import Batch, DataLoader
+from megatrain.data.gpt_dataset import open_dataset
 from megatrain.errors import UserError
-from megatrain.train.metrics import FILE_NAME
+from megatrain.telemetry.metrics import FILE_NAME
 
 RELATIVE_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 
@@ -91,14 +91,14 @@ def trainers_loss(run: Path, *, step: int) -> float:
 @torch.inference_mode()
 def validation_loss(model: torch.nn.Module, config: Config) -> float:
     """Mean loss a token over the validation batches that the run itself took."""
-    samples = open_samples(
+    samples = open_dataset(
         config.data,
         which="valid",
         sequence_length=config.data.sequence_length,
         seed=config.run.seed,
         vocab_size=model.config.vocab_size,
     )
-    loader = Loader(
+    loader = DataLoader(
         samples,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from megatrain.errors import CheckpointError
 
 if TYPE_CHECKING:  # it brings torch, and whether a checkpoint is whole is asked without
-    from megatrain.checkpoint.tensor_file import Written
+    from megatrain.checkpoint.tensor_io import WrittenFile
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -38,7 +38,7 @@ def record(folder: Path, path: Path) -> FileRecord:
     return FileRecord(str(path.relative_to(folder)), path.stat().st_size, digest.hexdigest())
 
 
-def written(folder: Path, file: Written) -> FileRecord:
+def record_written(folder: Path, file: WrittenFile) -> FileRecord:
     """The record of a file that was hashed as it was written."""
     return FileRecord(str(file.path.relative_to(folder)), file.size, file.sha256)
 
@@ -56,7 +56,7 @@ def commit(temporary: Path, final: Path, records: list[FileRecord]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         temporary.rename(final)
-    sync(final.parent)
+    fsync_folder(final.parent)
 
 
 def write(folder: Path, records: list[FileRecord]) -> None:
@@ -66,10 +66,10 @@ def write(folder: Path, records: list[FileRecord]) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    sync(folder)
+    fsync_folder(folder)
 
 
-def sync(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
     """See a file, or a folder's list of names, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -78,7 +78,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def problem(folder: Path, *, hashes: bool = False) -> str | None:
+def find_problem(folder: Path, *, hashes: bool = False) -> str | None:
     """What is wrong with a checkpoint's files, None when it is whole. Sizes always, hashes on request."""
     if not (folder / MANIFEST).is_file():
         return f"has no {MANIFEST}"
@@ -120,7 +120,7 @@ def find_newest(folder: Path, *, hashes: bool = False) -> tuple[Path | None, lis
     """The newest whole checkpoint in a run's folder of them, and a sentence on each newer one that was passed over."""
     passed: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        wrong = problem(candidate, hashes=hashes)
+        wrong = find_problem(candidate, hashes=hashes)
         if wrong is None:
             return candidate, passed
         passed.append(f"{candidate.name} {wrong}")

@@ -20,13 +20,13 @@ from itertools import accumulate
 from math import floor, isfinite
 from typing import NamedTuple
 
-from megatrain.data.permutation import Permutation
+from megatrain.data.shuffle import Shuffle
 from megatrain.errors import ConfigError
 
 BLOCK = 4096
 
 
-class Place(NamedTuple):
+class BlendIndex(NamedTuple):
     """Where a position of the blend is found: which source, and which position within it."""
 
     source: int
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 
 class _Block(NamedTuple):
-    deal: Permutation
+    deal: Shuffle
     slots: list[int]  # first slot of each source
     before: list[int]  # positions each source gave in all earlier blocks
 
@@ -77,16 +77,16 @@ class Blend:
             left, weight_left = left - count, weight_left - weight
         return counts
 
-    def place(self, position: int) -> Place:
+    def place(self, position: int) -> BlendIndex:
         """Return which source `position` takes, and which of that source's positions."""
         block = self._block(position // BLOCK)
         slot = block.deal(position % BLOCK)
         source = bisect_right(block.slots, slot) - 1
-        return Place(source, block.before[source] + slot - block.slots[source])
+        return BlendIndex(source, block.before[source] + slot - block.slots[source])
 
     def _make_block(self, number: int) -> _Block:
         before, after = self.counts(number * BLOCK), self.counts((number + 1) * BLOCK)
         slots = list(accumulate((b - a for a, b in zip(before, after, strict=True)), initial=0))[
             :-1
         ]
-        return _Block(Permutation(BLOCK, key=("blend", self._seed, number)), slots, before)
+        return _Block(Shuffle(BLOCK, key=("blend", self._seed, number)), slots, before)

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from megatrain.data.chat import BadSample, Conversation, Message
+from megatrain.data.chat_format import BadSample, Conversation, Message
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.errors import ConfigError
 

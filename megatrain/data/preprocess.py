@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 
-from megatrain.data.documents import Block, Problem, find_inputs, parse_block, read_blocks
-from megatrain.data.indexed import IndexedWriter, Tokens, token_dtype
-from megatrain.data.progress import Progress
+from megatrain.data.indexed_dataset import IndexedWriter, Tokens, token_dtype
+from megatrain.data.progress import ProgressBar
+from megatrain.data.text_files import FileProblem, TextBlock, find_inputs, parse_block, read_blocks
 from megatrain.data.tokenizer import end_of_document_id, load_tokenizer
-from megatrain.data.workers import map_blocks
+from megatrain.data.worker_processes import map_blocks
 from megatrain.errors import DataError
 
 
@@ -41,7 +41,7 @@ class Preprocessed:
     )  # in the folders given: files of kinds that are not read, links to folders
 
 
-class Recipe(NamedTuple):
+class PreprocessSpec(NamedTuple):
     """What a worker needs to encode blocks."""
 
     tokenizer: str  # tokenizer.json, whole
@@ -56,7 +56,7 @@ class EncodedBlock(NamedTuple):
     tokens: Tokens
     lengths: list[int]
     text_bytes: int
-    problems: list[Problem]
+    problems: list[FileProblem]
 
 
 def preprocess(
@@ -78,7 +78,7 @@ def preprocess(
     found = find_inputs(inputs)
     loaded = load_tokenizer(tokenizer)
     vocab_size = len(loaded)
-    recipe = Recipe(
+    recipe = PreprocessSpec(
         loaded.backend_tokenizer.to_str(),
         end_of_document_id(loaded),
         token_dtype(vocab_size),
@@ -87,7 +87,7 @@ def preprocess(
     result = Preprocessed(Path(output), ignored=found.ignored)
     started = time.monotonic()
     blocks = read_blocks(found.files, field=field)
-    with Progress(progress) as line, IndexedWriter(output, vocab_size=vocab_size) as writer:
+    with ProgressBar(progress) as line, IndexedWriter(output, vocab_size=vocab_size) as writer:
         for encoded in map_blocks(
             blocks, make_encoder, recipe, workers=workers or len(os.sched_getaffinity(0))
         ):
@@ -111,7 +111,7 @@ def preprocess(
     return result
 
 
-def make_encoder(recipe: Recipe) -> Callable[[Block], EncodedBlock]:
+def make_encoder(recipe: PreprocessSpec) -> Callable[[TextBlock], EncodedBlock]:
     """Return a function that encodes blocks in this process, on one core."""
     from tokenizers import Tokenizer
 
@@ -119,7 +119,7 @@ def make_encoder(recipe: Recipe) -> Callable[[Block], EncodedBlock]:
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
-    def encode(block: Block) -> EncodedBlock:
+    def encode(block: TextBlock) -> EncodedBlock:
         texts, problems = parse_block(block, field=recipe.field)
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]

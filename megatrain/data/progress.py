@@ -9,7 +9,7 @@ from typing import TextIO
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.5, 10.0
 
 
-class Progress:
+class ProgressBar:
     """Write MB/s and tokens/s to a stream; to nowhere when it is None."""
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -34,7 +34,7 @@ class Progress:
         self._stream.flush()
         self._open_line = self._terminal
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatrain.data.documents import Inputs, find_inputs, parse_block, read_blocks
+from megatrain.data.text_files import InputFiles, find_inputs, parse_block, read_blocks
 from megatrain.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -82,7 +82,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # of a damaged file the tokenizers library raises no other kind
-        raise DataError(f"{folder} {why_none(folder, error)}") from error
+        raise DataError(f"{folder} {explain_missing(folder, error)}") from error
     if not tokenizer.is_fast:
         raise DataError(
             f"the tokenizer in {folder} has no tokenizer.json; only fast tokenizers are used"
@@ -90,7 +90,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def why_none(folder: str | Path, error: Exception) -> str:
+def explain_missing(folder: str | Path, error: Exception) -> str:
     """What is wrong with a folder that transformers could load no tokenizer from."""
     if not any(
         any(Path(folder).glob(pattern)) for pattern in ("tokenizer*.json", "vocab.*", "*.model")
@@ -111,7 +111,7 @@ def end_of_document_id(tokenizer: Any) -> int:
 class _Counted:
     """The texts of all inputs; the trainer takes an iterator and does not say how many it saw."""
 
-    def __init__(self, inputs: Inputs, field: str) -> None:
+    def __init__(self, inputs: InputFiles, field: str) -> None:
         self._inputs, self._field, self.documents = inputs, field, 0
 
     def texts(self) -> Iterator[list[str]]:

@@ -8,41 +8,46 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatrain.data.labelled import encode, read_labelled
+from megatrain.data.classification_dataset import encode, read_labelled
 from megatrain.errors import DataError
-from megatrain.evaluation.choices import Question, read_questions, request, with_delimiter
-from megatrain.evaluation.figures import Choices, Perplexity
-from megatrain.evaluation.progress import Progress
-from megatrain.evaluation.scorer import Scorer
-from megatrain.evaluation.subject import Subject
+from megatrain.evaluation import classification_metrics
+from megatrain.evaluation.loglikelihood import Scorer
+from megatrain.evaluation.multiple_choice import (
+    Question,
+    make_request,
+    read_questions,
+    with_delimiter,
+)
+from megatrain.evaluation.progress import ProgressBar
+from megatrain.evaluation.results import ChoiceResults, PerplexityResult
+from megatrain.evaluation.spec import EvalSpec
 from megatrain.evaluation.texts import Text, read_texts
 from megatrain.evaluation.windows import Row, rows, windows
-from megatrain.models.architecture import Architecture
-from megatrain.train import label_metrics
-from megatrain.train.classifying import figures_of, reading
+from megatrain.models.config import TransformerConfig
+from megatrain.training.task_classification import figures_of, reading
 
 
-class Told(NamedTuple):
+class EvalResult(NamedTuple):
     """What was measured: figures, and where labels were told, those of each class and how often one was taken for another."""
 
     figures: dict[str, Any]
     classes: dict[str, dict[str, float]]
-    confusion: label_metrics.Matrix | None
+    confusion: classification_metrics.Matrix | None
 
 
 def perplexity(
-    subject: Subject,
+    subject: EvalSpec,
     scorer: Scorer,
     tokenizer: Any,
     prefix: int | None,
     vocab_size: int,
-    progress: Progress,
-) -> Perplexity:
+    progress: ProgressBar,
+) -> PerplexityResult:
     """Over all documents, each on its own."""
     texts = read_texts(
         subject.data, tokenizer=tokenizer, prefix=prefix, field=subject.field, vocab_size=vocab_size
     )
-    found = Perplexity()
+    found = PerplexityResult()
     waiting: deque[tuple[Text, int]] = deque()
     """Documents whose rows are on their way, and how many."""
 
@@ -72,21 +77,21 @@ def perplexity(
 
 
 def choices(
-    subject: Subject, scorer: Scorer, tokenizer: Any, prefix: int | None, progress: Progress
-) -> Choices:
+    subject: EvalSpec, scorer: Scorer, tokenizer: Any, prefix: int | None, progress: ProgressBar
+) -> ChoiceResults:
     """Over all questions."""
     if tokenizer is None:
         raise DataError(
             f"there is no tokenizer beside {subject.model}, and questions are text; give data.tokenizer=FOLDER"
         )
-    found = Choices()
+    found = ChoiceResults()
     waiting: deque[Question] = deque()
 
     def all_rows(questions: Iterable[Question]) -> Iterator[Row]:
         for question in questions:
             waiting.append(question)
             for choice in question.choices:
-                asked = request(
+                asked = make_request(
                     question.context,
                     with_delimiter(question.context, choice),
                     tokenizer=tokenizer,
@@ -107,8 +112,12 @@ def choices(
 
 
 def classification(
-    subject: Subject, scorer: Scorer, tokenizer: Any, architecture: Architecture, progress: Progress
-) -> Told:
+    subject: EvalSpec,
+    scorer: Scorer,
+    tokenizer: Any,
+    architecture: TransformerConfig,
+    progress: ProgressBar,
+) -> EvalResult:
     """Over all texts with labels."""
     if tokenizer is None:
         raise DataError(f"there is no tokenizer beside {subject.model}; give data.tokenizer=FOLDER")
@@ -137,7 +146,7 @@ def classification(
             ]
         )
         figures: dict[str, Any] = dict(
-            label_metrics.single_label(numbers, said, classifier.num_labels)
+            classification_metrics.single_label(numbers, said, classifier.num_labels)
         )
     else:
         scores = np.array(told)
@@ -148,6 +157,6 @@ def classification(
         "cut": sum(some.cut for some in encoded),
     }
     if classifier.problem != "single-label":
-        return Told(figures, {}, None)
-    matrix = label_metrics.confusion_matrix(numbers, said, classifier.num_labels)
-    return Told(figures, label_metrics.named_classes(matrix, as_read.labels), matrix)
+        return EvalResult(figures, {}, None)
+    matrix = classification_metrics.confusion_matrix(numbers, said, classifier.num_labels)
+    return EvalResult(figures, classification_metrics.named_classes(matrix, as_read.labels), matrix)

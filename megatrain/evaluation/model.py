@@ -7,19 +7,23 @@ from typing import Any
 
 import torch
 
-from megatrain.checkpoint.pretrained import Pretrained
-from megatrain.config import Config
+from megatrain.checkpoint.init_from_hf import Pretrained
+from megatrain.config.loader import Config
 from megatrain.data.tokenizer import load_tokenizer
+from megatrain.distributed.mesh import ProcessMesh
 from megatrain.errors import ConfigError
-from megatrain.evaluation.scorer import Scorer
-from megatrain.models.architecture import Architecture
+from megatrain.evaluation.loglikelihood import Scorer
+from megatrain.models.config import TransformerConfig
 from megatrain.optim.zero import DTYPES
-from megatrain.parallel.grid import Grid
-from megatrain.train.build import build_stage
+from megatrain.pipeline.stage_builder import build_stage
 
 
 def open_scorer(
-    folder: Path, config: Config, architecture: Architecture, grid: Grid, device: torch.device
+    folder: Path,
+    config: Config,
+    architecture: TransformerConfig,
+    grid: ProcessMesh,
+    device: torch.device,
 ) -> Scorer:
     """Build this rank's stage in the settings' dtype and fill it from the folder, which was checked to hold all of it."""
     stage = build_stage(config, architecture, grid, str(device), dtype=DTYPES[config.train.dtype])
@@ -27,7 +31,7 @@ def open_scorer(
     return Scorer(stage, config, architecture, grid, device)
 
 
-def open_tokenizer(config: Config, architecture: Architecture) -> Any:
+def open_tokenizer(config: Config, architecture: TransformerConfig) -> Any:
     """The settings' tokenizer, None where they name none; refuses one that the model has no embeddings for."""
     if config.data.tokenizer is None:
         return None
@@ -42,7 +46,7 @@ def open_tokenizer(config: Config, architecture: Architecture) -> Any:
     return tokenizer
 
 
-def prefix_token(tokenizer: Any, architecture: Architecture) -> int | None:
+def prefix_token(tokenizer: Any, architecture: TransformerConfig) -> int | None:
     """What stands before a text: the tokenizer's beginning of a text, or else its end; the model's where there is no tokenizer."""
     for source in (tokenizer, architecture.config):
         for name in ("bos_token_id", "eos_token_id"):

@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterable, Iterator
 
 from megatrain.evaluation.windows import Row
-from megatrain.train.console import short_number
+from megatrain.telemetry.console import short_number
 
 logger = logging.getLogger("megatrain")
 
 _SECONDS = 5.0
 
 
-class Progress:
+class ProgressBar:
     """Counts what goes to the model; silent where told so."""
 
     def __init__(self, *, silent: bool) -> None:

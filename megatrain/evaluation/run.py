@@ -13,21 +13,22 @@ from typing import Any
 
 import torch
 
-from megatrain import __version__, machine
-from megatrain.beat import Beat
-from megatrain.config import Config
-from megatrain.evaluation import hashes, measure
-from megatrain.evaluation.measure import Told
+from megatrain import __version__
+from megatrain.config.loader import Config
+from megatrain.distributed import device as device_module
+from megatrain.distributed.activity import RankActivity
+from megatrain.distributed.env import RankEnv
+from megatrain.distributed.mesh import make_mesh
+from megatrain.evaluation import fingerprint, measure
+from megatrain.evaluation.loglikelihood import Scorer
+from megatrain.evaluation.measure import EvalResult
 from megatrain.evaluation.model import open_scorer, open_tokenizer, prefix_token
-from megatrain.evaluation.progress import Progress
-from megatrain.evaluation.scorer import Scorer
-from megatrain.evaluation.subject import Subject, describe_settings
-from megatrain.models.architecture import Architecture, load_config
-from megatrain.models.labels import any_architecture
-from megatrain.parallel.grid import make_grid
-from megatrain.place import Place
-from megatrain.train.console import duration
-from megatrain.train.picture import draw_confusion
+from megatrain.evaluation.progress import ProgressBar
+from megatrain.evaluation.spec import EvalSpec, describe_settings
+from megatrain.models.classification_config import any_architecture
+from megatrain.models.config import TransformerConfig, load_hf_config
+from megatrain.telemetry.console import duration
+from megatrain.telemetry.plots import plot_confusion_matrix
 
 logger = logging.getLogger("megatrain")
 
@@ -36,13 +37,13 @@ Results = dict[str, Any]
 
 
 def evaluate(
-    config: Config, place: Place, beat: Beat | None = None, *, subject: Subject
+    config: Config, place: RankEnv, beat: RankActivity | None = None, *, subject: EvalSpec
 ) -> Results:
     """Measure on this rank together with all others; rank 0 writes and prints. All return the same figures, but for the harness's."""
-    architecture = any_architecture(load_config(config.model))
+    architecture = any_architecture(load_hf_config(config.model))
     data_size = config.data_size(place.world_size)
-    device = machine.device_of(place)
-    grid = make_grid(
+    device = device_module.select_device(place)
+    grid = make_mesh(
         place.rank,
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
@@ -54,7 +55,7 @@ def evaluate(
     tokenizer = open_tokenizer(config, architecture)
     prefix = prefix_token(tokenizer, architecture)
     scorer = open_scorer(folder, config, architecture, grid, device)
-    progress = Progress(silent=subject.as_json)
+    progress = ProgressBar(silent=subject.as_json)
     with ThreadPoolExecutor(max_workers=1) as thread:
         # Beside the evaluation, on the rank that writes them down.
         hashing = (
@@ -82,7 +83,9 @@ def evaluate(
     if place.rank == 0:
         path = write(results, Path(config.run.output_dir), subject)
         if measured.confusion is not None:
-            draw_confusion(path.with_suffix(".png"), measured.confusion, list(measured.classes))
+            plot_confusion_matrix(
+                path.with_suffix(".png"), measured.confusion, list(measured.classes)
+            )
         logger.info(
             json.dumps(results, indent=1)
             if subject.as_json
@@ -92,24 +95,24 @@ def evaluate(
 
 
 def _measure(
-    subject: Subject,
+    subject: EvalSpec,
     scorer: Scorer,
     tokenizer: Any,
     prefix: int | None,
-    architecture: Architecture,
-    progress: Progress,
-) -> Told:
+    architecture: TransformerConfig,
+    progress: ProgressBar,
+) -> EvalResult:
     if subject.kind == "harness":
-        from megatrain.evaluation.harness import run_tasks
+        from megatrain.evaluation.lm_eval import run_tasks
 
-        return Told(run_tasks(subject, scorer, tokenizer, prefix, progress), {}, None)
+        return EvalResult(run_tasks(subject, scorer, tokenizer, prefix, progress), {}, None)
     if subject.kind == "choices":
-        return Told(
+        return EvalResult(
             measure.choices(subject, scorer, tokenizer, prefix, progress).figures(), {}, None
         )
     if subject.kind == "classification":
         return measure.classification(subject, scorer, tokenizer, architecture, progress)
-    return Told(
+    return EvalResult(
         measure.perplexity(
             subject, scorer, tokenizer, prefix, architecture.vocab_size, progress
         ).figures(),
@@ -118,21 +121,21 @@ def _measure(
     )
 
 
-def _hashes(subject: Subject, tokenizer: str | None) -> dict[str, str | None]:
+def _hashes(subject: EvalSpec, tokenizer: str | None) -> dict[str, str | None]:
     return {
-        "model": hashes.model_hash(Path(subject.model)),
-        "tokenizer": hashes.tokenizer_hash(tokenizer),
-        "data": hashes.data_hash(subject.data) if subject.data else None,
+        "model": fingerprint.model_hash(Path(subject.model)),
+        "tokenizer": fingerprint.tokenizer_hash(tokenizer),
+        "data": fingerprint.data_hash(subject.data) if subject.data else None,
     }
 
 
-def write(results: Results, folder: Path, subject: Subject) -> Path:
+def write(results: Results, folder: Path, subject: EvalSpec) -> Path:
     """Write the results file, named after what was measured on what, whole or not at all.
 
     The same evaluation, made again, replaces its own file; one of another model, other data or other settings has another name.
     """
     name = re.sub(r"[^\w.-]+", "_", Path((*subject.tasks, *subject.data)[0]).name)
-    path = folder / f"{subject.kind}-{name}-{hashes.identity(results)}.json"
+    path = folder / f"{subject.kind}-{name}-{fingerprint.identity(results)}.json"
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return new.replace(path)

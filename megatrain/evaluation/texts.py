@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatrain.data.documents import (
-    Block,
-    Problem,
+from megatrain.data.indexed_dataset import IndexedDataset
+from megatrain.data.text_files import (
+    FileProblem,
+    TextBlock,
     find_inputs,
     parse_block,
     parse_objects,
     read_blocks,
 )
-from megatrain.data.indexed import IndexedDataset
 from megatrain.errors import DataError
 
 
@@ -62,7 +62,7 @@ def _file_texts(path: str, tokenizer: Any, prefix: int | None, field: str) -> It
             yield _sized(text, tokens, prefix)
 
 
-def _other_fields(block: Block, problem: Problem, field: str) -> str:
+def _other_fields(block: TextBlock, problem: FileProblem, field: str) -> str:
     """Where a line lacks the field, those that it has; nothing for other problems."""
     if block.form != "line":
         return ""

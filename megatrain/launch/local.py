@@ -20,15 +20,15 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkContext, SpawnContext
 from typing import Any
 
-from megatrain import machine
-from megatrain.beat import Beat
-from megatrain.config import Config
+from megatrain.config.loader import Config
+from megatrain.distributed import device
+from megatrain.distributed.activity import RankActivity
+from megatrain.distributed.env import RankEnv
 from megatrain.errors import ConfigError, UserError
-from megatrain.launch.meeting import GROUP_TIMEOUT
-from megatrain.launch.rank import Target, enter_rank
-from megatrain.launch.restarts import Restarts
-from megatrain.launch.supervisor import STOP_SIGNALS, Ended, RankProcess, Supervisor
-from megatrain.place import Place
+from megatrain.launch.rendezvous import GROUP_TIMEOUT
+from megatrain.launch.restarts import RestartPolicy
+from megatrain.launch.supervisor import STOP_SIGNALS, RankProcess, RunOutcome, Supervisor
+from megatrain.launch.worker import Target, start_rank
 
 _HERE = "127.0.0.1"
 
@@ -42,7 +42,7 @@ def run_local(target: Target, config: Config, *, world_size: int) -> int:
     """
     _refuse_a_crowd(world_size)
     with _environment(world_size):
-        context, restarts = _context(world_size), Restarts(config)
+        context, restarts = _context(world_size), RestartPolicy(config)
         while True:
             ended = _attempt(context, target, config, world_size)
             if ended.failure is None or not restarts.again_after(ended):
@@ -52,22 +52,24 @@ def run_local(target: Target, config: Config, *, world_size: int) -> int:
 
 def _refuse_a_crowd(world_size: int) -> None:
     """So many processes that the machine would only swap: a layout for a cluster, or a slip of the keys."""
-    most = max(64, 16 * machine.cores())
-    if world_size > most and not machine.has_gpu():  # those are counted
+    most = max(64, 16 * device.cpu_cores())
+    if world_size > most and not device.has_gpu():  # those are counted
         raise UserError(
-            f"the layout asks for {world_size} ranks, and without a launcher all would start on this machine's {machine.cores()} cores, "
+            f"the layout asks for {world_size} ranks, and without a launcher all would start on this machine's {device.cpu_cores()} cores, "
             f"which are good for {most} at most: choose a smaller layout, or start the run on several machines with torchrun or srun"
         )
 
 
 def _attempt(
     context: ForkContext | SpawnContext, target: Target, config: Config, world_size: int
-) -> Ended:
+) -> RunOutcome:
     with _listening(config.run.master_port) as listener:
         supervisor = Supervisor(config)
         with supervisor.passing_signals_on():
             for rank in range(world_size):
-                place = Place(rank, world_size, rank, world_size, _HERE, listener.getsockname()[1])
+                place = RankEnv(
+                    rank, world_size, rank, world_size, _HERE, listener.getsockname()[1]
+                )
                 supervisor.ranks.append(_start(context, target, config, place))
             # Served from here, after the last fork: a rank that dies takes no store with it.
             with _store(listener):
@@ -77,7 +79,7 @@ def _attempt(
 @contextlib.contextmanager
 def _environment(world_size: int) -> Iterator[None]:
     before = dict(os.environ)
-    machine.set_environment(world_size)
+    device.set_environment(world_size)
     try:
         yield
     finally:
@@ -115,7 +117,7 @@ def _store(listener: socket.socket) -> Iterator[None]:
 
 
 def _context(world_size: int) -> ForkContext | SpawnContext:
-    if not machine.has_gpu():
+    if not device.has_gpu():
         import_before_fork()
         return multiprocessing.get_context("fork")
     import torch
@@ -144,7 +146,7 @@ _IMPORTED_LATE = (
 
 def import_before_fork() -> None:
     """Import what every rank needs, in the parent that they are forked from."""
-    machine.forbid_builds()
+    device.disable_jit_extensions()
     for name in _IMPORTED_LATE:
         # Inner modules of libraries: where another version has none of that name, each rank imports what it needs.
         with contextlib.suppress(ImportError):
@@ -154,7 +156,7 @@ def import_before_fork() -> None:
 
 
 def _start(
-    context: ForkContext | SpawnContext, target: Target, config: Config, place: Place
+    context: ForkContext | SpawnContext, target: Target, config: Config, place: RankEnv
 ) -> RankProcess:
     reader, writer = context.Pipe(duplex=False)
     step = context.RawValue("q", 0)
@@ -174,7 +176,7 @@ def _start(
 
 
 def _rank_main(
-    target: Target, config: Config, place: Place, writer: Connection, step: Any, parent: int
+    target: Target, config: Config, place: RankEnv, writer: Connection, step: Any, parent: int
 ) -> None:
     # A process group of its own: Ctrl-C in a terminal reaches the supervisor alone, and from there each rank once.
     os.setpgid(0, 0)
@@ -182,7 +184,7 @@ def _rank_main(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    sys.exit(enter_rank(target, config, place, report=writer.send, beat=Beat(step)))
+    sys.exit(start_rank(target, config, place, report=writer.send, beat=RankActivity(step)))
 
 
 def _die_with(parent: int) -> None:

@@ -11,15 +11,15 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from megatrain.checkpoint import keep, manifest
-from megatrain.config import Config
-from megatrain.launch.failure import Death, Report, sentence
-from megatrain.launch.supervisor import Ended
-from megatrain.launch.way_on import way_on
-from megatrain.train.events import EventLog, Name, write_failure
+from megatrain.checkpoint import manifest, retention
+from megatrain.config.loader import Config
+from megatrain.launch.failures import FailureReport, RankExit, format_sentence
+from megatrain.launch.recovery_hint import recovery_hint
+from megatrain.launch.supervisor import RunOutcome
+from megatrain.telemetry.events import EventLog, Name, write_failure
 
 
-class Restarts:
+class RestartPolicy:
     """Counts them, from before the first start on."""
 
     def __init__(self, config: Config) -> None:
@@ -28,21 +28,21 @@ class Restarts:
         self._failed_steps: set[int] = set()
         self._before = self._checkpoints() if config.run.max_restarts else set()
 
-    def again_after(self, ended: Ended) -> bool:
+    def again_after(self, ended: RunOutcome) -> bool:
         """Whether to start the ranks again; says so, or why not and what the user can do."""
         assert ended.failure is not None
         again = self._decide(ended, ended.failure)
-        if not again and (words := way_on(self._config, ended.failure, step=ended.step)):
+        if not again and (words := recovery_hint(self._config, ended.failure, step=ended.step)):
             print(words, file=sys.stderr, flush=True)
         return again
 
-    def _decide(self, ended: Ended, failure: Report | Death) -> bool:
+    def _decide(self, ended: RunOutcome, failure: FailureReport | RankExit) -> bool:
         most = self._config.run.max_restarts
-        of_user = isinstance(failure, Report) and failure.kind == "user"
+        of_user = isinstance(failure, FailureReport) and failure.kind == "user"
         if not most or of_user:
             write_failure(
                 self._folder,
-                sentence(failure),
+                format_sentence(failure),
                 step=_last_done(ended),
                 since=self._began,
                 of_user=of_user,
@@ -79,7 +79,7 @@ class Restarts:
         made = [
             path
             for path, *_ in sorted(self._checkpoints() - self._before, reverse=True)
-            if manifest.problem(path) is None
+            if manifest.find_problem(path) is None
         ]
         if not made:
             return self._config
@@ -89,14 +89,18 @@ class Restarts:
 
     def _checkpoints(self) -> set[tuple[Path, int, int]]:
         """Those of the run's folder, each with numbers that another of the same name does not have."""
-        folders = [(path, path.stat()) for path in keep.checkpoints(self._folder / "checkpoints")]
+        folders = [
+            (path, path.stat()) for path in retention.checkpoints(self._folder / "checkpoints")
+        ]
         return {(path, about.st_ino, about.st_mtime_ns) for path, about in folders}
 
-    def _write(self, event: Name, ended: Ended, **fields: object) -> None:
+    def _write(self, event: Name, ended: RunOutcome, **fields: object) -> None:
         assert ended.failure is not None
         with EventLog(self._folder) as events:
-            events.write(event, step=_last_done(ended), cause=sentence(ended.failure), **fields)
+            events.write(
+                event, step=_last_done(ended), cause=format_sentence(ended.failure), **fields
+            )
 
 
-def _last_done(ended: Ended) -> int | None:
+def _last_done(ended: RunOutcome) -> int | None:
     return ended.step - 1 if ended.step else None

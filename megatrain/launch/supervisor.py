@@ -16,10 +16,16 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, NamedTuple
 
-from megatrain.config import Config
-from megatrain.launch.failure import SECONDS_FOR_CAUSES, Death, Report, find_cause, words
-from megatrain.launch.rank import INTERRUPTED
-from megatrain.log import log_path
+from megatrain.config.loader import Config
+from megatrain.launch.failures import (
+    SECONDS_FOR_CAUSES,
+    FailureReport,
+    RankExit,
+    find_cause,
+    format_failure,
+)
+from megatrain.launch.worker import INTERRUPTED
+from megatrain.telemetry.rank_log import log_path
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -36,11 +42,11 @@ class RankProcess(NamedTuple):
     step: Any
 
 
-class Ended(NamedTuple):
+class RunOutcome(NamedTuple):
     """How a run ended: its exit code; what failed, None where nothing did or it was asked to stop; and in which step."""
 
     code: int
-    failure: Report | Death | None = None
+    failure: FailureReport | RankExit | None = None
     step: int = 0
 
 
@@ -50,8 +56,8 @@ class Supervisor:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.ranks: list[RankProcess] = []
-        self.reports: list[Report] = []
-        self.deaths: list[Death] = []
+        self.reports: list[FailureReport] = []
+        self.deaths: list[RankExit] = []
         self.ended: set[int] = set()
         self.silent: set[int] = set()
         self.stop_signal: int | None = None
@@ -67,12 +73,12 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def watch(self) -> Ended:
+    def watch(self) -> RunOutcome:
         """Wait until all ranks have ended, or end them when one has failed, and say why."""
         while len(self.ended) < len(self.ranks) and not self._failed():
             self._look(timeout=None)
         if not self._failed():
-            return Ended(0)
+            return RunOutcome(0)
         self._wait_for_causes()
         self._kill()
         return self._explain()
@@ -113,7 +119,7 @@ class Supervisor:
             self._read(rank)
         code = rank.process.exitcode
         if code and all(report.rank != rank.rank for report in self.reports):
-            self.deaths.append(Death(rank.rank, code, time.time()))
+            self.deaths.append(RankExit(rank.rank, code, time.time()))
 
     def _wait_for_causes(self) -> None:
         seconds = SECONDS_FOR_CAUSES if self.stop_signal is None else _SECONDS_TO_STOP
@@ -123,7 +129,7 @@ class Supervisor:
         ):
             self._look(timeout=until - time.monotonic())
 
-    def _cause(self) -> Report | Death | None:
+    def _cause(self) -> FailureReport | RankExit | None:
         """The earliest failure that is not the consequence of another, or of a signal that was passed on."""
         return find_cause([*self.reports, *(self.deaths if self.stop_signal is None else [])])
 
@@ -137,12 +143,16 @@ class Supervisor:
         for rank in self.ranks:
             rank.process.join()
 
-    def _explain(self) -> Ended:
+    def _explain(self) -> RunOutcome:
         cause = self._cause()
         if cause is None and self.stop_signal is not None:
-            return Ended(128 + self.stop_signal)
+            return RunOutcome(128 + self.stop_signal)
         failure = cause or min(self.reports, key=lambda report: report.time)
-        if isinstance(failure, Death) and failure.code == INTERRUPTED:
-            return Ended(INTERRUPTED)
-        print(words(failure, log_path(self.config, failure.rank)), file=sys.stderr, flush=True)
-        return Ended(1, failure, max(rank.step.value for rank in self.ranks))
+        if isinstance(failure, RankExit) and failure.code == INTERRUPTED:
+            return RunOutcome(INTERRUPTED)
+        print(
+            format_failure(failure, log_path(self.config, failure.rank)),
+            file=sys.stderr,
+            flush=True,
+        )
+        return RunOutcome(1, failure, max(rank.step.value for rank in self.ranks))

@@ -12,18 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatrain.models.causal import causal_attention, takes
-from megatrain.models.context import Context
-from megatrain.models.norms import query_key_norms
-from megatrain.models.parts import Parts
-from megatrain.models.random import dropout
-from megatrain.models.rotary import rotate
-from megatrain.parallel import collectives
-from megatrain.parallel.layers import Linear, RowLinear, widen
+from megatrain.distributed import collectives
+from megatrain.distributed.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    to_matmul_dtype,
+)
+from megatrain.models.microbatch import Microbatch
+from megatrain.models.norm import query_key_norms
+from megatrain.models.params import ParamFactory
+from megatrain.models.rope import rotate
+from megatrain.ops.cpu_attention import causal_attention, supports
+from megatrain.ops.random import dropout
 
 
 class Attention(nn.Module):
-    def __init__(self, parts: Parts, layer: int, *, recompute: bool) -> None:
+    def __init__(self, parts: ParamFactory, layer: int, *, recompute: bool) -> None:
         super().__init__()
         a = parts.architecture
         self.layer, self.heads, self.kv_heads, self.head_dim = (
@@ -47,16 +51,16 @@ class Attention(nn.Module):
             a.rope_kind(layer),
             a.attention_dropout,
         )
-        self.query = Linear(*parts.columns("query", layer, bias=a.qkv_bias))
-        self.key = Linear(*parts.columns("key", layer, bias=a.qkv_bias))
-        self.value = Linear(*parts.columns("value", layer, bias=a.qkv_bias))
+        self.query = ColumnParallelLinear(*parts.columns("query", layer, bias=a.qkv_bias))
+        self.key = ColumnParallelLinear(*parts.columns("key", layer, bias=a.qkv_bias))
+        self.value = ColumnParallelLinear(*parts.columns("value", layer, bias=a.qkv_bias))
         self.query_norm, self.key_norm = query_key_norms(parts, layer)
-        self.out = RowLinear(
+        self.out = RowParallelLinear(
             *parts.rows("out", layer, bias=a.out_bias), axis=self.axis, sequence=self.sequence
         )
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = collectives.enter(x, self.axis, sequence=self.sequence)
+    def forward(self, x: Tensor, context: Microbatch) -> Tensor:
+        x = collectives.enter_tensor_parallel(x, self.axis, sequence=self.sequence)
         q, k, v = self.query(x, context), self.key(x, context), self.value(x, context)
         if self.recompute and self.training:
             y = checkpoint(
@@ -66,7 +70,7 @@ class Attention(nn.Module):
             y = self._core(q, k, v, context)
         return self.out(y, context)
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Microbatch) -> Tensor:
         """Query [S, B, h*d], key and value [S, B, g*d] -> [S, B, h*d]."""
         q = q.unflatten(-1, (self.heads, self.head_dim))
         k = k.unflatten(-1, (self.kv_heads, self.head_dim))
@@ -80,15 +84,15 @@ class Attention(nn.Module):
         )
         return y.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Microbatch) -> Tensor:
         """Scaled dot products, q [B, h, S, d], k and v [B, g, S, d] -> [B, h, S, d]."""
         mask = context.mask(self.window)
         dtype = q.dtype
-        q, k, v = widen(q), widen(k), widen(v)
+        q, k, v = to_matmul_dtype(q), to_matmul_dtype(k), to_matmul_dtype(v)
         probability = self.dropout if self.training else 0.0
         if probability > 0.0 or self.cap is not None:
             return self._attend_written_out(q, k, v, mask, probability, context).to(dtype)
-        if mask is None and torch.is_grad_enabled() and takes(q, k):
+        if mask is None and torch.is_grad_enabled() and supports(q, k):
             return causal_attention(q, k, v, self.scale, compile=self.compiled)
         y = F.scaled_dot_product_attention(
             q,
@@ -108,7 +112,7 @@ class Attention(nn.Module):
         v: Tensor,
         mask: Tensor | None,
         probability: float,
-        context: Context,
+        context: Microbatch,
     ) -> Tensor:
         """Because torch's kernels cap no scores, and the dropout inside them cannot be given a mask of ours."""
         if mask is None:

@@ -21,17 +21,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from megatrain.config.schema import LoraConfig
+from megatrain.distributed import collectives
+from megatrain.distributed.mesh import MeshAxis
+from megatrain.distributed.sharding import Init, ShardSpec, declare, shard_spec
+from megatrain.distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear, linear
 from megatrain.errors import ConfigError
-from megatrain.models.architecture import Architecture
-from megatrain.models.classifier import ClassifierHead
-from megatrain.models.context import Context
-from megatrain.models.random import dropout
-from megatrain.parallel import collectives
-from megatrain.parallel.grid import Axis
-from megatrain.parallel.layers import Linear, RowLinear, linear
-from megatrain.parallel.quantized import dense
-from megatrain.parallel.sharding import Init, Sharding, declare, sharding
-from megatrain.settings import Lora
+from megatrain.models.classification_head import ClassificationHead
+from megatrain.models.config import TransformerConfig
+from megatrain.models.microbatch import Microbatch
+from megatrain.ops.nf4 import dequantize
+from megatrain.ops.random import dropout
 
 PREFIX = "base_model.model."
 Split = Literal["rows", "columns"]
@@ -39,7 +39,7 @@ Split = Literal["rows", "columns"]
 LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
-def linear_names(architecture: Architecture) -> list[str]:
+def linear_names(architecture: TransformerConfig) -> list[str]:
     """The linear modules of all blocks, in the Hugging Face model's names."""
     sources = [architecture.names[role] for role in LINEARS if role != "gate" or architecture.gated]
     names = [
@@ -48,7 +48,7 @@ def linear_names(architecture: Architecture) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def target_names(architecture: Architecture, targets: str | list[str]) -> set[str]:
+def target_names(architecture: TransformerConfig, targets: str | list[str]) -> set[str]:
     """The modules that `lora.targets` means: a target is the end of a module's name, from a dot on, as PEFT reads it."""
     names = linear_names(architecture)
     if targets == "all-linear":
@@ -68,7 +68,7 @@ def target_names(architecture: Architecture, targets: str | list[str]) -> set[st
     return wanted
 
 
-class LoraLinear(Linear):
+class LoraLinear(ColumnParallelLinear):
     """A frozen linear and its adapter, in the linear's place.
 
     `part` is the tensor rank where the input is split among tensor ranks, so that their dropout differs.
@@ -76,29 +76,29 @@ class LoraLinear(Linear):
 
     def __init__(
         self,
-        base: Linear,
+        base: ColumnParallelLinear,
         a: nn.Parameter,
         b: nn.Parameter,
         magnitude: nn.Parameter | None,
-        settings: Lora,
+        settings: LoraConfig,
     ) -> None:
         super().__init__(base.weight, base.bias)
         self.lora_a, self.lora_b, self.magnitude = a, b, magnitude
         self.scale = scale(settings)
-        self.dropout, self.name = settings.dropout, module_name(sharding(base.weight))
-        self.rows = (base.axis, base.sequence) if isinstance(base, RowLinear) else None
-        self.part = base.axis.rank if isinstance(base, RowLinear) else None
+        self.dropout, self.name = settings.dropout, module_name(shard_spec(base.weight))
+        self.rows = (base.axis, base.sequence) if isinstance(base, RowParallelLinear) else None
+        self.part = base.axis.rank if isinstance(base, RowParallelLinear) else None
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, context: Microbatch) -> Tensor:  # type: ignore[override]
         y = linear(x, self.weight)
         if context.adapters:
             y = self._adapted(x, y, context)
         if self.rows is not None:
             axis, sequence = self.rows
-            y = collectives.leave(y, axis, sequence=sequence)
+            y = collectives.leave_tensor_parallel(y, axis, sequence=sequence)
         return y if self.bias is None else y + self.bias
 
-    def _adapted(self, x: Tensor, y: Tensor, context: Context) -> Tensor:
+    def _adapted(self, x: Tensor, y: Tensor, context: Microbatch) -> Tensor:
         """y = W x becomes W x + s B A x, or DoRA's multiple of it; partial sums where the weight is split by rows."""
         dropped = x
         if self.dropout > 0.0 and self.training:
@@ -118,7 +118,7 @@ class LoraLinear(Linear):
     def norms(self) -> Tensor:
         """Norm of each row of W + s B A, fp32 [out]; of parts of rows the squares are summed over tensor ranks."""
         whole = torch.addmm(
-            dense(self.weight, torch.float32).float(),
+            dequantize(self.weight, torch.float32).float(),
             self.lora_b.float(),
             self.lora_a.float(),
             alpha=self.scale,
@@ -129,15 +129,17 @@ class LoraLinear(Linear):
         return squares.sqrt_()
 
 
-def scale(settings: Lora) -> float:
+def scale(settings: LoraConfig) -> float:
     return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
 
 
-def module_name(weight: Sharding) -> str:
+def module_name(weight: ShardSpec) -> str:
     return weight.name.removesuffix(".weight")
 
 
-def add_adapters(stage: nn.Module, architecture: Architecture, settings: Lora, axis: Axis) -> None:
+def add_adapters(
+    stage: nn.Module, architecture: TransformerConfig, settings: LoraConfig, axis: MeshAxis
+) -> None:
     """Freeze every weight of the stage and put adapters, uninitialised, beside the linears that are targets.
 
     A classifier's own matrix is trained itself, under the name that PEFT saves it by (`modules_to_save`).
@@ -145,22 +147,31 @@ def add_adapters(stage: nn.Module, architecture: Architecture, settings: Lora, a
     targets = target_names(architecture, settings.targets)
     for parameter in stage.parameters():
         parameter.requires_grad_(False)
-    for head in (module for module in stage.modules() if isinstance(module, ClassifierHead)):
+    for head in (module for module in stage.modules() if isinstance(module, ClassificationHead)):
         for parameter in (head.weight, head.bias):
             if parameter is not None:
                 declare(
-                    parameter, replace(sharding(parameter), name=PREFIX + sharding(parameter).name)
+                    parameter,
+                    replace(shard_spec(parameter), name=PREFIX + shard_spec(parameter).name),
                 ).requires_grad_(True)
     shared: dict[str, nn.Parameter] = {}
     for module in list(stage.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, Linear) and module_name(sharding(child.weight)) in targets:
+            if (
+                isinstance(child, ColumnParallelLinear)
+                and module_name(shard_spec(child.weight)) in targets
+            ):
                 setattr(module, name, _adapt(child, settings, axis, shared))
 
 
-def _adapt(base: Linear, settings: Lora, axis: Axis, shared: dict[str, nn.Parameter]) -> LoraLinear:
-    weight = sharding(base.weight)
-    split: Split = "rows" if isinstance(base, RowLinear) else "columns"
+def _adapt(
+    base: ColumnParallelLinear,
+    settings: LoraConfig,
+    axis: MeshAxis,
+    shared: dict[str, nn.Parameter],
+) -> LoraLinear:
+    weight = shard_spec(base.weight)
+    split: Split = "rows" if isinstance(base, RowParallelLinear) else "columns"
     name = module_name(weight)
     if name not in shared:
         shared[name] = _make_a(base, settings, axis, split)
@@ -179,11 +190,13 @@ def _adapt(base: Linear, settings: Lora, axis: Axis, shared: dict[str, nn.Parame
     return LoraLinear(base, shared[name], b, magnitude, settings)
 
 
-def _make_a(base: Linear, settings: Lora, axis: Axis, split: Split) -> nn.Parameter:
-    weight = sharding(base.weight)
+def _make_a(
+    base: ColumnParallelLinear, settings: LoraConfig, axis: MeshAxis, split: Split
+) -> nn.Parameter:
+    weight = shard_spec(base.weight)
     inputs = weight.shape[0 if weight.transposed else 1]
     # torch's initial weights of a linear, as PEFT takes them: kaiming-uniform with a = sqrt(5).
-    declaration = Sharding(
+    declaration = ShardSpec(
         f"{PREFIX}{module_name(weight)}.lora_A.weight",
         (settings.rank, inputs),
         init=Init(bound=inputs**-0.5),
@@ -198,12 +211,12 @@ def _make_a(base: Linear, settings: Lora, axis: Axis, split: Split) -> nn.Parame
 
 
 def _output_part(
-    weight: Sharding, name: str, more: tuple[int, ...], split: Split, axis: Axis
-) -> Sharding:
+    weight: ShardSpec, name: str, more: tuple[int, ...], split: Split, axis: MeshAxis
+) -> ShardSpec:
     """Of a tensor with the weight's outputs as its first dim: the part that goes with this rank's outputs."""
     shape = (weight.shape[1 if weight.transposed else 0], *more)
     if split == "rows":
-        return Sharding(
+        return ShardSpec(
             name, shape, counted=axis.rank == 0, summed=(axis,) if axis.size > 1 else ()
         )
     return replace(
@@ -217,7 +230,9 @@ def _output_part(
     )
 
 
-def _make(base: Linear, declaration: Sharding, shape: tuple[int, ...]) -> nn.Parameter:
+def _make(
+    base: ColumnParallelLinear, declaration: ShardSpec, shape: tuple[int, ...]
+) -> nn.Parameter:
     return declare(
         nn.Parameter(torch.empty(shape, dtype=base.weight.dtype, device=base.weight.device)),
         declaration,

@@ -11,13 +11,13 @@ from importlib import metadata
 import torch
 from torch import nn
 
+from megatrain.config.schema import LoraConfig
+from megatrain.distributed.sharding import ShardSpec, declare, shard_spec
+from megatrain.distributed.tensor_parallel import ColumnParallelLinear
 from megatrain.errors import ConfigError
-from megatrain.models.architecture import Architecture
-from megatrain.models.parts import check_tensor_split, in_features
-from megatrain.parallel.layers import Linear
-from megatrain.parallel.quantized import BLOCK, Quantized
-from megatrain.parallel.sharding import Sharding, declare, sharding
-from megatrain.settings import Lora
+from megatrain.models.config import TransformerConfig
+from megatrain.models.params import check_tensor_split, in_features
+from megatrain.ops.nf4 import BLOCK, NF4Weight
 
 OLDEST = (0, 50)
 """Of bitsandbytes: what came before was not tried here, and its kernels for CPUs are another implementation."""
@@ -27,12 +27,12 @@ _BY_ROWS = ("out", "down")
 
 @torch.no_grad()
 def quantize_linears(
-    stage: nn.Module, *, device: torch.device, fill: Callable[[Sharding, nn.Parameter], None]
+    stage: nn.Module, *, device: torch.device, fill: Callable[[ShardSpec, nn.Parameter], None]
 ) -> None:
     """Replace the weights of the stage's linears, which were made without memory, by NF4 of what `fill` writes into each."""
     for module in stage.modules():
-        if isinstance(module, Linear):
-            empty, declaration = module.weight, sharding(module.weight)
+        if isinstance(module, ColumnParallelLinear):
+            empty, declaration = module.weight, shard_spec(module.weight)
             whole = declare(
                 nn.Parameter(
                     torch.empty(empty.shape, dtype=empty.dtype, device=device), requires_grad=False
@@ -41,13 +41,15 @@ def quantize_linears(
             )
             fill(declaration, whole)
             del module.weight
-            module.weight = Quantized(whole.detach(), declaration)
+            module.weight = NF4Weight(whole.detach(), declaration)
 
 
-def quantized_weights(module: nn.Module) -> list[Quantized]:
+def quantized_weights(module: nn.Module) -> list[NF4Weight]:
     """The module's weights that are no parameters."""
-    weights = (child.weight for child in module.modules() if isinstance(child, Linear))
-    return [weight for weight in weights if isinstance(weight, Quantized)]
+    weights = (
+        child.weight for child in module.modules() if isinstance(child, ColumnParallelLinear)
+    )
+    return [weight for weight in weights if isinstance(weight, NF4Weight)]
 
 
 def quantized_bytes(module: nn.Module) -> int:
@@ -55,7 +57,7 @@ def quantized_bytes(module: nn.Module) -> int:
     return sum(weight.nbytes for weight in quantized_weights(module))
 
 
-def check_blocks(architecture: Architecture, settings: Lora, tensor: int) -> None:
+def check_blocks(architecture: TransformerConfig, settings: LoraConfig, tensor: int) -> None:
     """Refuse rows that are not whole blocks on every tensor rank: their values would depend on the layout."""
     if settings.quantize != "none" and not _fits(architecture, tensor):
         widths = ", ".join(f"{name}={size}" for name, size in _widths(architecture).items())
@@ -78,7 +80,7 @@ def check_blocks(architecture: Architecture, settings: Lora, tensor: int) -> Non
         )
 
 
-def check_bitsandbytes(settings: Lora) -> None:
+def check_bitsandbytes(settings: LoraConfig) -> None:
     """Refuse 4 bits without bitsandbytes. Looks at what is installed and imports nothing: the import takes hold of the GPUs."""
     if settings.quantize == "none":
         return
@@ -97,7 +99,7 @@ def check_bitsandbytes(settings: Lora) -> None:
         )
 
 
-def _widths(a: Architecture) -> dict[str, int]:
+def _widths(a: TransformerConfig) -> dict[str, int]:
     return {
         "hidden_size": a.hidden_size,
         "heads x head_dim": in_features(a, "out"),
@@ -105,13 +107,13 @@ def _widths(a: Architecture) -> dict[str, int]:
     }
 
 
-def _fits(a: Architecture, tensor: int) -> bool:
+def _fits(a: TransformerConfig, tensor: int) -> bool:
     return a.hidden_size % BLOCK == 0 and all(
         in_features(a, role) % (BLOCK * tensor) == 0 for role in _BY_ROWS
     )
 
 
-def _splits(a: Architecture, tensor: int) -> bool:
+def _splits(a: TransformerConfig, tensor: int) -> bool:
     try:
         check_tensor_split(a, tensor)
     except ConfigError:

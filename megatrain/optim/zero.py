@@ -19,8 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatrain.config import Config
-from megatrain.optim.groups import (
+from megatrain.config.loader import Config
+from megatrain.distributed import collectives
+from megatrain.distributed.mesh import MeshAxis, ProcessMesh
+from megatrain.distributed.sharding import ShardSpec, declare, parameters, shard_spec
+from megatrain.optim.param_groups import (
     STATES,
     decay_groups,
     decays,
@@ -28,9 +31,6 @@ from megatrain.optim.groups import (
     lane_padding,
     make_optimizer,
 )
-from megatrain.parallel import collectives
-from megatrain.parallel.grid import Axis, Grid
-from megatrain.parallel.sharding import Sharding, declare, parameters, sharding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUCKET = 50_000_000
@@ -63,14 +63,14 @@ class Fragment(NamedTuple):
         tensors: by name: `master` and the states of the update rule, each fp32 [n].
     """
 
-    sharding: Sharding
+    sharding: ShardSpec
     parameter: nn.Parameter
     shape: tuple[int, ...]
     start: int
     tensors: dict[str, Tensor]
 
 
-class Zero:
+class ZeroOptimizer:
     """A stage's optimizer.
 
     Attributes:
@@ -78,7 +78,9 @@ class Zero:
         trained: parameters that are trained; the frozen ones have neither gradients nor masters nor states.
     """
 
-    def __init__(self, stage: nn.Module, *, config: Config, grid: Grid, microbatches: int) -> None:
+    def __init__(
+        self, stage: nn.Module, *, config: Config, grid: ProcessMesh, microbatches: int
+    ) -> None:
         import deepspeed
 
         self.config, self.grid, self.stage = config, grid, stage
@@ -196,7 +198,7 @@ class Zero:
     def _sum_in_hooks(self) -> None:
         """ZeRO 2 and 3 reduce a gradient as soon as it is there, so what must be summed first is summed in its hook."""
 
-        def summed(axes: tuple[Axis, ...]) -> Callable[[Tensor], Tensor]:
+        def summed(axes: tuple[MeshAxis, ...]) -> Callable[[Tensor], Tensor]:
             def hook(grad: Tensor) -> Tensor:
                 grad = grad.clone()
                 for axis in axes:
@@ -206,8 +208,8 @@ class Zero:
             return hook
 
         for parameter in self.trained:
-            if sharding(parameter).summed:
-                parameter.register_hook(summed(sharding(parameter).summed))
+            if shard_spec(parameter).summed:
+                parameter.register_hook(summed(shard_spec(parameter).summed))
 
     def backward(self, output: Tensor, grad: Tensor, *, last: bool) -> None:
         """Autograd from a stage's output; gradients are accumulated in fp32 afterwards."""
@@ -243,9 +245,9 @@ class Zero:
 
     def _sum_declared(self, *, ends: bool) -> None:
         """All-reduce main_grads over the axes their parameters declare, one message an axis; those at both ends of the pipeline, or all others."""
-        by_axis: dict[tuple[int, ...], tuple[Axis, list[Tensor]]] = {}
+        by_axis: dict[tuple[int, ...], tuple[MeshAxis, list[Tensor]]] = {}
         for parameter in self.trained:
-            for axis in sharding(parameter).summed if is_at_both_ends(parameter) == ends else ():
+            for axis in shard_spec(parameter).summed if is_at_both_ends(parameter) == ends else ():
                 by_axis.setdefault(axis.ranks, (axis, []))[1].append(parameter.main_grad)  # type: ignore[attr-defined]
         for axis, grads in by_axis.values():
             _all_reduce_together(grads, axis)
@@ -375,7 +377,7 @@ class Zero:
             state = self.optimizer.optimizer.state[flat]
             for parameter in lp_group:
                 mapping = parameter._hp_mapping
-                if mapping is None or not sharding(parameter).name:
+                if mapping is None or not shard_spec(parameter).name:
                     continue
                 place = mapping.hp_fragment_address
                 held = {"master": flat.detach()} | {
@@ -388,7 +390,7 @@ class Zero:
                     for name, tensor in held.items()
                 }
                 yield Fragment(
-                    sharding(parameter),
+                    shard_spec(parameter),
                     parameter,
                     tuple(parameter.shape),
                     mapping.lp_fragment_address.start,
@@ -408,7 +410,7 @@ class Zero:
                     for name, key in keys.items()
                 }
                 yield Fragment(
-                    sharding(parameter), parameter, tuple(parameter.ds_shape), start, tensors
+                    shard_spec(parameter), parameter, tuple(parameter.ds_shape), start, tensors
                 )  # type: ignore[attr-defined]
 
     def masters_to_weights(self) -> None:
@@ -429,7 +431,7 @@ class Zero:
             return parameter.detach().clone()
 
 
-def _with_stand_ins(stage: nn.Module, config: Config, grid: Grid) -> nn.Module:
+def _with_stand_ins(stage: nn.Module, config: Config, grid: ProcessMesh) -> nn.Module:
     """The stage, and numbers that are no part of the model: one for each of the optimizer's groups that another stage has and this one has
     not, and what `lane_padding` asks for.
 
@@ -460,7 +462,7 @@ def _with_stand_ins(stage: nn.Module, config: Config, grid: Grid) -> nn.Module:
     stand_ins = [
         declare(
             nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device)),
-            Sharding("", (size,), kind=kind, counted=False),
+            ShardSpec("", (size,), kind=kind, counted=False),
         )
         for kind, size in zip(kinds, sizes, strict=True)
         if size
@@ -483,7 +485,7 @@ def _largest_of(grads: list[Tensor]) -> Tensor:
     )
 
 
-def _all_reduce_together(grads: list[Tensor], axis: Axis) -> None:
+def _all_reduce_together(grads: list[Tensor], axis: MeshAxis) -> None:
     """Sum over the axis in messages of at most BUCKET elements, in place."""
     bucket: list[Tensor] = []
     for grad in [*grads, None]:
@@ -531,12 +533,12 @@ def _engine_config(config: Config, microbatches: int) -> dict[str, Any]:
 class _Mpu:
     """Our grid in the words DeepSpeed asks for; without `shard` its data-parallel group is this rank alone."""
 
-    def __init__(self, grid: Grid, *, shard: bool) -> None:
+    def __init__(self, grid: ProcessMesh, *, shard: bool) -> None:
         self.grid = grid
-        alone = Axis(0, 1, (grid.rank,))
+        alone = MeshAxis(0, 1, (grid.rank,))
         self.data = grid.data if shard else alone
 
-    def _group(self, axis: Axis) -> Any:
+    def _group(self, axis: MeshAxis) -> Any:
         return axis.group if axis.group is not None else self.grid.singleton
 
     def get_data_parallel_group(self) -> Any:

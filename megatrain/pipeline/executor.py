@@ -14,12 +14,16 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatrain.beat import Beat
-from megatrain.models.context import Context
-from megatrain.models.decoder import Flow
-from megatrain.parallel.layers import Deferred, compute_deferred, deferring
-from megatrain.pipeline.actions import Action, Instruction, Transfer, message
-from megatrain.pipeline.channels import Arrival, Channels
+from megatrain.distributed.activity import RankActivity
+from megatrain.distributed.tensor_parallel import (
+    DeferredWeightGrad,
+    compute_deferred_weight_grads,
+    defer_weight_grads,
+)
+from megatrain.models.microbatch import Microbatch
+from megatrain.models.transformer import HiddenStates
+from megatrain.pipeline.p2p import P2PCommunicator, PendingRecv
+from megatrain.pipeline.schedule import Action, Instruction, Transfer, message
 
 
 class Stage(nn.Module):
@@ -34,7 +38,9 @@ class Stage(nn.Module):
         """Of all chunks in turn."""
         return [layer for chunk in self.chunks for layer in chunk]  # type: ignore[attr-defined]
 
-    def forward(self, flow: Flow | None, context: Context, chunk: int = 0) -> Flow | Tensor:
+    def forward(
+        self, flow: HiddenStates | None, context: Microbatch, chunk: int = 0
+    ) -> HiddenStates | Tensor:
         for layer in self.chunks[chunk]:  # type: ignore[attr-defined]
             flow = layer(flow, context)
         assert flow is not None
@@ -47,7 +53,7 @@ class Backward(Protocol):
     def __call__(self, output: Tensor, grad: Tensor, *, last: bool) -> None: ...
 
 
-class Record(NamedTuple):
+class ActionTiming(NamedTuple):
     """When an action ran, in seconds of time.perf_counter; from `start` to `ready` it waited for what it takes in."""
 
     action: Action
@@ -60,7 +66,7 @@ Lap = Literal["other", "arrival", "F", "B", "I", "W"]
 """What a rank has just ended: waiting for what an action takes in, an action, or anything else."""
 
 
-def no_lap(ended: Lap) -> None:
+def no_timing(ended: Lap) -> None:
     """Where nobody wants to know."""
 
 
@@ -76,25 +82,25 @@ class Executor:
 
     def __init__(
         self,
-        stage: Callable[[Flow | None, Context, int], Flow | Tensor],
+        stage: Callable[[HiddenStates | None, Microbatch, int], HiddenStates | Tensor],
         *,
-        channels: Channels | None,
+        channels: P2PCommunicator | None,
         flow_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        beat: Beat | None = None,
+        beat: RankActivity | None = None,
     ) -> None:
-        self.stage, self.channels, self.beat = stage, channels, beat or Beat()
+        self.stage, self.channels, self.beat = stage, channels, beat or RankActivity()
         self.flow_shape, self.dtype, self.device = flow_shape, dtype, device
-        self.records: list[Record] | None = None
+        self.records: list[ActionTiming] | None = None
         """While it is a list, each action adds its entry."""
-        self.lap: Callable[[Lap], None] = no_lap
+        self.lap: Callable[[Lap], None] = no_timing
         """Told of each end, at once."""
 
     def run(
         self,
         instructions: Sequence[Instruction],
-        contexts: Sequence[Context],
+        contexts: Sequence[Microbatch],
         *,
         backward: Backward | None,
         loss_weight: Tensor | None = None,
@@ -148,7 +154,7 @@ class _Run:
     def __init__(
         self,
         executor: Executor,
-        contexts: Sequence[Context],
+        contexts: Sequence[Microbatch],
         backward: Backward | None,
         loss_weight: Tensor | None,
         backwards: int,
@@ -163,9 +169,9 @@ class _Run:
         self.losses: list[Tensor] = []
         self.made: Tensor | None = None
         """By the last action, for the transfer that stands behind it."""
-        self.arrived: dict[tuple[str, int, int], Arrival | Tensor] = {}
+        self.arrived: dict[tuple[str, int, int], PendingRecv | Tensor] = {}
         self.in_flight: dict[tuple[int, int], _InFlight] = {}
-        self.deferred: dict[tuple[int, int], list[Deferred]] = {}
+        self.deferred: dict[tuple[int, int], list[DeferredWeightGrad]] = {}
 
     def move(self, transfer: Transfer) -> None:
         executor, key = self.executor, (transfer.kind, transfer.microbatch, transfer.chunk)
@@ -193,21 +199,21 @@ class _Run:
         if action.kind == "F":
             self.made = self._forward(action, arrived)
         elif action.kind == "W":
-            compute_deferred(self.deferred.pop((action.microbatch, action.chunk)))
+            compute_deferred_weight_grads(self.deferred.pop((action.microbatch, action.chunk)))
         else:
             self.made = self._backward(action, arrived)
         lap(action.kind)
         if self.executor.records is not None:
             if self.executor.device.type == "cuda":
                 torch.cuda.synchronize()
-            self.executor.records.append(Record(action, start, ready, time.perf_counter()))
+            self.executor.records.append(ActionTiming(action, start, ready, time.perf_counter()))
 
     def _take(self, action: Action) -> Tensor | None:
         """What has come for the action, once it is here; nothing at the model's ends."""
         if action.kind == "W":
             return None
         arrival = self.arrived.pop((message(action.kind), action.microbatch, action.chunk), None)
-        if not isinstance(arrival, Arrival):
+        if not isinstance(arrival, PendingRecv):
             return arrival
         self.executor.beat.receive(
             action if action.kind != "I" else action._replace(kind="B"), arrival.source
@@ -220,7 +226,7 @@ class _Run:
         if entered is not None and keep:
             entered.requires_grad_()
         with torch.set_grad_enabled(keep):
-            flow = None if entered is None else Flow(entered)
+            flow = None if entered is None else HiddenStates(entered)
             result = self.executor.stage(flow, self.contexts[action.microbatch], action.chunk)
         output = result if isinstance(result, Tensor) else result.hidden
         if keep:
@@ -242,6 +248,6 @@ class _Run:
         deferred = self.deferred.setdefault(key, []) if action.kind == "I" else None
         if not moved.output.requires_grad:
             return None  # the first stage, all of it frozen
-        with deferring(deferred) if deferred is not None else contextlib.nullcontext():
+        with defer_weight_grads(deferred) if deferred is not None else contextlib.nullcontext():
             self.backward(moved.output, gradient, last=last)
         return None if moved.entered is None else moved.entered.grad

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from itertools import chain, pairwise
 from typing import Literal, NamedTuple, TypeVar
 
-from megatrain.pipeline.actions import Action, Kind, Placement, Schedule
+from megatrain.pipeline.schedule import Action, Kind, Placement, Schedule
 
 T = TypeVar("T")
 
@@ -202,7 +202,7 @@ def _by_group(ranks: int, microbatches: int, kind: Kind, chunks: range) -> list[
 # -- by name -----------------------------------------------------------------------------------------------------------
 
 
-class Family(NamedTuple):
+class ScheduleSpec(NamedTuple):
     """A named schedule: its actions, what it promises, and what it asks for."""
 
     actions: Callable[[int, int, int, int], list[Action]]
@@ -223,17 +223,23 @@ class Family(NamedTuple):
         return max(1, self.microbatches_a_rank * ranks)
 
 
-SCHEDULES: dict[str, Family] = {
-    "gpipe": Family(gpipe, lambda rank, ranks, microbatches, chunks: microbatches, settles=False),
-    "1f1b": Family(
+SCHEDULES: dict[str, ScheduleSpec] = {
+    "gpipe": ScheduleSpec(
+        gpipe, lambda rank, ranks, microbatches, chunks: microbatches, settles=False
+    ),
+    "1f1b": ScheduleSpec(
         one_f_one_b, lambda rank, ranks, microbatches, chunks: min(ranks - rank, microbatches)
     ),
-    "interleaved": Family(interleaved, _interleaved_peak, chunks=2, any_chunks=True, settles=False),
-    "zb-h1": Family(zb_h1, lambda rank, ranks, microbatches, chunks: min(ranks, microbatches)),
-    "zb-v": Family(
+    "interleaved": ScheduleSpec(
+        interleaved, _interleaved_peak, chunks=2, any_chunks=True, settles=False
+    ),
+    "zb-h1": ScheduleSpec(
+        zb_h1, lambda rank, ranks, microbatches, chunks: min(ranks, microbatches)
+    ),
+    "zb-v": ScheduleSpec(
         zb_v, lambda rank, ranks, microbatches, chunks: 2 * min(ranks, microbatches), "v", chunks=2
     ),
-    "dualpipev": Family(
+    "dualpipev": ScheduleSpec(
         dualpipev,
         lambda rank, ranks, microbatches, chunks: 2 * ranks + 1,
         "v",

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatrain.pipeline.actions import (
+from megatrain.pipeline.communication import ScheduleError
+from megatrain.pipeline.schedule import (
     Action,
     Message,
     Placement,
@@ -17,7 +18,6 @@ from megatrain.pipeline.actions import (
     message,
     peak_activations,
 )
-from megatrain.pipeline.transfers import ScheduleError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Literal, NamedTuple
 
-from megatrain.train.curves import Point
+from megatrain.telemetry.curves import Point
 
 WIDTH, HEIGHT = 1000, 300
 """Of the SVG, in units of its own."""

@@ -9,19 +9,19 @@ import shutil
 import subprocess
 from unittest.mock import patch
 
-import commands
 import numpy as np
 import pytest
 import torch
 import yaml
-from ranks import run_ranks
-from runs import pretrain, write_tokens
+from helpers import readme_commands
+from helpers.rank_pool import run_ranks
+from helpers.training_runs import pretrain, write_tokens
 
-from megatrain import config as configuration
 from megatrain.__main__ import main
 from megatrain.checkpoint import manifest
-from megatrain.data.loader import Loader
-from megatrain.data.samples import open_samples
+from megatrain.config import loader as configuration
+from megatrain.data.dataloader import DataLoader
+from megatrain.data.gpt_dataset import open_dataset
 
 VOCABULARY = 67
 MODEL = {
@@ -63,9 +63,9 @@ def settings(folder, **sections):
 
 
 def pretrain_in_shards(rank, world_size, raw, shard_bytes):
-    from megatrain.checkpoint import save
+    from megatrain.checkpoint import writer
 
-    with patch.object(save, "MAX_SHARD_BYTES", shard_bytes):
+    with patch.object(writer, "MAX_SHARD_BYTES", shard_bytes):
         pretrain(rank, world_size, raw)
 
 
@@ -104,10 +104,10 @@ def test_is_a_transformers_folder_whose_loss_is_the_runs(finished):
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     config = configuration.load(finished / "run" / "config.yaml")
-    samples = open_samples(
+    samples = open_dataset(
         config.data, which="valid", sequence_length=16, seed=config.run.seed, vocab_size=VOCABULARY
     )
-    loader = Loader(samples, global_batch_size=4, micro_batch_size=2, data_rank=0, data_size=1)
+    loader = DataLoader(samples, global_batch_size=4, micro_batch_size=2, data_rank=0, data_size=1)
     batches = [batch for number in range(2) for batch in loader.microbatches(number)]
     loader.close()
     with torch.inference_mode():
@@ -238,7 +238,7 @@ def test_a_finished_run_started_again_does_nothing(run):
         if path.is_file()
     }
     metrics = (run / "run" / "metrics.jsonl").read_text()
-    done = commands.run("pretrain", run / "run.yaml", folder=run)
+    done = readme_commands.run("pretrain", run / "run.yaml", folder=run)
     assert done.code == 0, done
     assert "resuming from" in done.out
     assert {
@@ -299,11 +299,11 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(small_disk, t
     write_tokens(tmp_path / "tokens")
     raw = settings(tmp_path, train={"eval_every": 0}, run={"output_dir": str(small_disk / "run")})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
-    ended = commands.run("pretrain", tmp_path / "run.yaml", folder=tmp_path)
+    ended = readme_commands.run("pretrain", tmp_path / "run.yaml", folder=tmp_path)
     assert ended.code == 1
     assert "could not write the checkpoint" in ended.err
     assert "No space left on device" in ended.err
     assert "Traceback" not in ended.err
     (kept,) = (small_disk / "run" / "checkpoints").iterdir()
     assert kept.name == "step-00000001"
-    assert manifest.problem(kept, hashes=True) is None
+    assert manifest.find_problem(kept, hashes=True) is None

@@ -14,22 +14,22 @@ import signal
 import numpy as np
 import pytest
 import torch
-from model_folders import KINDS, write
-from ranks import run_ranks
-from runs import pretrain
+from helpers.model_folders import KINDS, write
+from helpers.rank_pool import run_ranks
+from helpers.training_runs import pretrain
 
-from megatrain import config as configuration
-from megatrain.checkpoint import load, manifest
-from megatrain.checkpoint.optimizer_folder import OptimizerFolder
-from megatrain.checkpoint.pretrained import Pretrained
-from megatrain.checkpoint.tensors import Tensors
-from megatrain.data.indexed import IndexedWriter
+from megatrain.checkpoint import manifest, resume
+from megatrain.checkpoint.hf_folder import HFFolder
+from megatrain.checkpoint.init_from_hf import Pretrained
+from megatrain.checkpoint.optimizer_state import OptimizerState
+from megatrain.config import loader as configuration
+from megatrain.data.indexed_dataset import IndexedWriter
+from megatrain.distributed.mesh import make_mesh
+from megatrain.distributed.sharding import parameters
 from megatrain.errors import CheckpointError, ConfigError
-from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.config import load_hf_config, read_config
 from megatrain.optim.zero import Fragment
-from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import parameters
-from megatrain.train.build import build_stage, whole_tensors
+from megatrain.pipeline.stage_builder import build_stage, whole_tensors
 
 MODEL = {
     "model_type": "llama",
@@ -224,7 +224,7 @@ def agree(folder):
 
 
 def read_model(folder):
-    tensors = Tensors(folder)
+    tensors = HFFolder(folder)
     for name in tensors.names():
         tensors.read(name)
 
@@ -232,14 +232,14 @@ def read_model(folder):
 def read_run(folder):
     """What a resume and a start from its folder do, without ranks."""
     config = configuration.from_dict(settings(folder))
-    architecture = read_architecture(load_config(MODEL))
-    path, _ = load.choose(config, hashes=True)
+    architecture = read_config(load_hf_config(MODEL))
+    path, _ = resume.choose_start(config, hashes=True)
     if path is not None:
-        load.check(path, config, architecture)
-        load.notes(path, config, make_grid(0, connect=False))
-        optimizer = OptimizerFolder(path / "optimizer")
+        resume.check(path, config, architecture)
+        resume.describe_differences(path, config, make_mesh(0, connect=False))
+        optimizer = OptimizerState(path / "optimizer")
         for declaration, parameter in parameters(
-            build_stage(config, architecture, make_grid(0, connect=False), "cpu")
+            build_stage(config, architecture, make_mesh(0, connect=False), "cpu")
         ):
             states = {
                 state: torch.zeros(parameter.numel())
@@ -247,10 +247,10 @@ def read_run(folder):
             }
             optimizer.fill(Fragment(declaration, parameter, tuple(parameter.shape), 0, states))
     for path in sorted((folder / "run" / "checkpoints").glob("step-*")):
-        own = read_architecture(load_config(str(path)))
+        own = read_config(load_hf_config(str(path)))
         pretrained = Pretrained(path, own)
         pretrained.check(whole_tensors(own))
-        pretrained.fill(build_stage(config, own, make_grid(0, connect=False), "cpu"), 0)
+        pretrained.fill(build_stage(config, own, make_mesh(0, connect=False), "cpu"), 0)
 
 
 def too_long(number, frame):

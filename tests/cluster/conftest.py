@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from warm import WarmPython
-
-from slurm import Cluster, Missing, find_programs
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers.netns_slurm import Cluster, Missing, find_programs
+from helpers.warm_ranks import WarmPython
 
 
 @pytest.fixture(scope="session")

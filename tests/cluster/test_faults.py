@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from jobs import (
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers.netns_slurm import Cluster
+from helpers.slurm_jobs import (
     ENDED,
     Job,
     assert_same,
@@ -30,8 +31,7 @@ from jobs import (
     write_run,
 )
 
-from megatrain.place import hosts
-from slurm import Cluster
+from megatrain.distributed.env import expand_hosts
 
 pytestmark = pytest.mark.chaos
 STEPS = 60
@@ -210,7 +210,7 @@ def test_node_lists_mean_what_slurm_says(cluster):
         "rack[1-2]-[3-4],login",
         "a[08-10],b,c1-2",
     ):
-        assert " ".join(hosts(text)) == " ".join(
+        assert " ".join(expand_hosts(text)) == " ".join(
             cluster.run("scontrol", "show", "hostnames", text).split()
         ), text
 

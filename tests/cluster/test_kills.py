@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from jobs import (
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers.fault_marks import PHASES, State
+from helpers.slurm_jobs import (
     ENDED,
     TIMEOUT,
     Job,
@@ -31,7 +32,6 @@ from jobs import (
     whole,
     write_run,
 )
-from marks import PHASES, State
 
 pytestmark = pytest.mark.chaos
 STEPS, KEEP = 120, 3

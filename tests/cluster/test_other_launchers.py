@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from jobs import ROOT, TIMEOUT, Job, assert_same, write_run
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers.slurm_jobs import ROOT, TIMEOUT, Job, assert_same, write_run
 
 pytestmark = pytest.mark.chaos
 STEPS = 4

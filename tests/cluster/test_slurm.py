@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from jobs import Job, assert_same, last_step, rank_processes, write_run
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers.slurm_jobs import Job, assert_same, last_step, rank_processes, write_run
 
 pytestmark = pytest.mark.slow
 STEPS = 80

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from chat_templates import CHAT, MARKED, SPECIAL, TEMPLATES
+from helpers.chat_templates import CHAT, MARKED, SPECIAL, TEMPLATES
 
-from megatrain.data.chat import BadSample, Conversation, read_conversation
+from megatrain.data.chat_format import BadSample, Conversation, read_conversation
 from megatrain.data.chat_template import ChatTemplate
 from megatrain.data.tokenizer import train_tokenizer
 from megatrain.errors import ConfigError

@@ -17,17 +17,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from checkout import TOOLS
+from helpers.checkout_paths import TOOLS
 
-from megatrain.data import documents
-from megatrain.data.documents import Block
-from megatrain.data.indexed import IndexedDataset
-from megatrain.data.preprocess import Recipe, make_encoder, preprocess
-from megatrain.data.progress import Progress
+from megatrain.cli import preprocess as preprocess_verb
+from megatrain.data import text_files
+from megatrain.data.indexed_dataset import IndexedDataset
+from megatrain.data.preprocess import PreprocessSpec, make_encoder, preprocess
+from megatrain.data.progress import ProgressBar
+from megatrain.data.text_files import TextBlock
 from megatrain.data.tokenizer import load_tokenizer
-from megatrain.data.workers import map_in_processes
+from megatrain.data.worker_processes import map_in_processes
 from megatrain.errors import DataError
-from megatrain.verbs import preprocess as preprocess_verb
 
 TEXTS = [
     "the quick brown fox",
@@ -84,7 +84,7 @@ def test_a_tokenizers_own_special_tokens_are_left_out(tmp_path, tokenizer_folder
 
 
 def test_several_processes_write_the_same_files(tmp_path, tokenizer_folder, monkeypatch):
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 500)
     texts = [f"document {i} " * (1 + i * 7919 % 50) for i in range(300)]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(source.read_bytes()))
@@ -133,7 +133,7 @@ def test_nothing_to_write_is_an_error(tmp_path, tokenizer_folder):
 
 
 def test_few_blocks_are_under_way_at_a_time(tokenizer_folder):
-    recipe = Recipe(
+    recipe = PreprocessSpec(
         (tokenizer_folder / "tokenizer.json").read_text(), 0, np.dtype(np.uint16), "text"
     )
     drawn = 0
@@ -141,7 +141,7 @@ def test_few_blocks_are_under_way_at_a_time(tokenizer_folder):
     def blocks():
         nonlocal drawn
         for drawn in range(1, 31):
-            yield Block("a", "row", drawn, [b"text"])
+            yield TextBlock("a", "row", drawn, [b"text"])
 
     ahead = [
         drawn - done
@@ -236,7 +236,7 @@ def test_progress_is_plain_in_a_log_and_one_line_on_a_terminal(stream, control, 
     monkeypatch.setattr(
         "megatrain.data.progress.time", SimpleNamespace(monotonic=lambda: next(times))
     )
-    with Progress(stream) as line:
+    with ProgressBar(stream) as line:
         line.show(num_bytes=40_000_000, num_tokens=10_000_000)
         line.show(num_bytes=40_000_001, num_tokens=10_000_000)  # too soon
     text = stream.getvalue()

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from megatrain.cli import train_tokenizer as tokenizer_verb
 from megatrain.data.tokenizer import (
     END_OF_TEXT,
     end_of_document_id,
@@ -14,7 +15,6 @@ from megatrain.data.tokenizer import (
     train_tokenizer,
 )
 from megatrain.errors import ConfigError, DataError
-from megatrain.verbs import tokenizer as tokenizer_verb
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import time
 from datetime import datetime
 
 import pytest
-from launches import LONG, runs, signalled, until
+from helpers.launches import LONG, runs, signalled, until
 
-from megatrain import config
+from megatrain.config import loader
 from megatrain.errors import ConfigError, UserError
 from megatrain.launch.local import run_local
 
@@ -163,7 +163,7 @@ def test_under_a_launcher_a_failing_rank_says_why_and_leaves(launch):
 def test_a_port_in_use_is_refused_before_ranks_start(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        run = config.load(
+        run = loader.load(
             None, ["train.steps=1", f"run.output_dir={tmp_path}", f"run.master_port={port}"]
         )
         with pytest.raises(
@@ -175,7 +175,7 @@ def test_a_port_in_use_is_refused_before_ranks_start(tmp_path):
 
 def test_ranks_beyond_all_measure_are_not_started_here(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    run = config.load(
+    run = loader.load(
         None,
         [
             "train.steps=1",

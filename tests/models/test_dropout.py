@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from networks import GPT2, LLAMA, build, context, loss, scramble, tokens
+from helpers.networks import GPT2, LLAMA, build, context, loss, scramble, tokens
 
-from megatrain.models.architecture import load_config, read_architecture
-from megatrain.models.decoder import Residual
-from megatrain.models.parts import Parts
-from megatrain.models.random import dropout, key
-from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import parameters
+from megatrain.distributed.mesh import make_mesh
+from megatrain.distributed.sharding import parameters
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.models.params import ParamFactory
+from megatrain.models.transformer import ResidualDropout
+from megatrain.ops.random import dropout, random_key
 
 DROPPING = {**GPT2, "attn_pdrop": 0.1, "embd_pdrop": 0.2, "resid_pdrop": 0.3}
 ONES = torch.ones(64, 64)
@@ -43,27 +43,27 @@ def test_keys_are_of_everything_that_a_mask_is_for():
         for layer in (0, 1)
         for rank in (None, 0, 1)
     ]
-    keys = [key("dropout", key(*place[:3]), *place[3:]) for place in places]
+    keys = [random_key("dropout", random_key(*place[:3]), *place[3:]) for place in places]
     assert len(set(keys)) == len(places)
-    assert key(1, 11) != key(11, 1)
-    assert key("1", "12") != key("11", "2")
+    assert random_key(1, 11) != random_key(11, 1)
+    assert random_key("1", "12") != random_key("11", "2")
     assert all(0 <= k < 2**63 for k in keys)
 
 
 def residuals(sequence):
     """What a residual branch's dropout makes of ones on each of two tensor ranks."""
-    architecture = read_architecture(load_config(DROPPING))
+    architecture = read_config(load_hf_config(DROPPING))
     outputs = []
     for rank in (0, 1):
-        parts = Parts(
+        parts = ParamFactory(
             architecture,
-            make_grid(rank, tensor=2, connect=False),
+            make_mesh(rank, tensor=2, connect=False),
             sequence=sequence,
             dtype=torch.float32,
             device="cpu",
         )
         outputs.append(
-            Residual(parts, 0.5, "attention", 0).train()(
+            ResidualDropout(parts, 0.5, "attention", 0).train()(
                 ONES, context(architecture, tokens(), dropout_key=9)
             )
         )
@@ -82,7 +82,7 @@ def run(model, recompute="none", *, dropout_key=9, training=True):
     layers = build(model, recompute=recompute).train(training)
     scramble(layers)
     total = loss(
-        layers, context(read_architecture(load_config(model)), tokens(), dropout_key=dropout_key)
+        layers, context(read_config(load_hf_config(model)), tokens(), dropout_key=dropout_key)
     )
     total.backward()
     return float(total.detach()), [parameter.grad for _, parameter in parameters(layers)]

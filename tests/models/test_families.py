@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from networks import build, context, logits, loss, scramble, tokens, transformers_twin
-from variants import VARIANTS
+from helpers.model_variants import VARIANTS
+from helpers.networks import build, context, logits, loss, scramble, tokens, transformers_twin
 
-from megatrain.models.architecture import load_config, read_architecture
-from megatrain.parallel.sharding import parameters
+from megatrain.distributed.sharding import parameters
+from megatrain.models.config import load_hf_config, read_config
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_loss_and_gradients_are_those_of_transformers(name, record_property):
     model = VARIANTS[name]
-    architecture = read_architecture(load_config(model))
+    architecture = read_config(load_hf_config(model))
     layers = build(model)
     scramble(layers)
     twin = transformers_twin(model, layers)

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import GPT2, LLAMA, build, context, loss, scramble, tokens
+from helpers.networks import GPT2, LLAMA, build, context, loss, scramble, tokens
 
-from megatrain import config as configuration
+from megatrain.config import loader as configuration
+from megatrain.config.schema import LoraConfig
+from megatrain.distributed.mesh import make_mesh
+from megatrain.distributed.sharding import parameters
 from megatrain.errors import ConfigError
-from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.config import load_hf_config, read_config
 from megatrain.models.lora import add_adapters, set_magnitudes, target_names
-from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import parameters
-from megatrain.settings import Lora
 
 
 def architecture(model):
-    return read_architecture(load_config(model))
+    return read_config(load_hf_config(model))
 
 
 def adapted(model, **settings):
     layers = build(model)
     scramble(layers)
     add_adapters(
-        layers, architecture(model), Lora(rank=4, **settings), make_grid(0, connect=False).tensor
+        layers,
+        architecture(model),
+        LoraConfig(rank=4, **settings),
+        make_mesh(0, connect=False).tensor,
     )
     generator = torch.Generator().manual_seed(3)
     for parameter in layers.parameters():
@@ -91,7 +94,10 @@ def test_at_the_start_adapters_change_nothing(dora):
     scramble(layers)
     before = loss(layers, context(architecture(LLAMA), tokens()))
     add_adapters(
-        layers, architecture(LLAMA), Lora(rank=4, dora=dora), make_grid(0, connect=False).tensor
+        layers,
+        architecture(LLAMA),
+        LoraConfig(rank=4, dora=dora),
+        make_mesh(0, connect=False).tensor,
     )
     for declaration, parameter in parameters(layers):
         if parameter.requires_grad:

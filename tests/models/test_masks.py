@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from networks import GPT2, LLAMA, build, context, logits, loss, scramble, tokens
+from helpers.networks import GPT2, LLAMA, build, context, logits, loss, scramble, tokens
 
-from megatrain.models.architecture import load_config, read_architecture
+from megatrain.models.config import load_hf_config, read_config
 
 MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 4}
 MODELS = pytest.mark.parametrize(
@@ -23,7 +23,7 @@ FIRST = 7
 def made(model):
     layers = build(model)
     scramble(layers)
-    return layers.eval(), read_architecture(load_config(model))
+    return layers.eval(), read_config(load_hf_config(model))
 
 
 @MODELS
@@ -88,7 +88,7 @@ def drawn(mask):
 
 def test_masks_as_drawn():
     given = context(
-        read_architecture(load_config(GPT2)),
+        read_config(load_hf_config(GPT2)),
         tokens(rows=1, length=6),
         documents=torch.tensor([[0, 0, 0, 1, 1, 1]]),
     )
@@ -108,7 +108,7 @@ def test_masks_as_drawn():
         "...xx.",
         "....xx",
     ]
-    plain = context(read_architecture(load_config(GPT2)), tokens(rows=1, length=6))
+    plain = context(read_config(load_hf_config(GPT2)), tokens(rows=1, length=6))
     assert drawn(plain.mask(3)[0, 0]) == [
         "x.....",
         "xx....",

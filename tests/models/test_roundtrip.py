@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from networks import build, context, logits, tokens
+from helpers.model_variants import VARIANTS
+from helpers.networks import build, context, logits, tokens
 from safetensors.torch import load_file
-from variants import VARIANTS
 
-from megatrain import config as configuration
-from megatrain.models.architecture import load_config, read_architecture
-from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import parameters
-from megatrain.train.build import build_stage
+from megatrain.config import loader as configuration
+from megatrain.distributed.mesh import make_mesh
+from megatrain.distributed.sharding import parameters
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.pipeline.stage_builder import build_stage
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 """Tensor and pipeline ranks; 4 tensor ranks hold copies of 2 key-value heads."""
@@ -21,13 +21,13 @@ def ranks(model, *, tensor, pipeline):
     config = configuration.load(
         None, ["train.steps=1", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
     )
-    architecture = read_architecture(load_config(model))
+    architecture = read_config(load_hf_config(model))
     for rank in range(tensor * pipeline):
         yield from parameters(
             build_stage(
                 config,
                 architecture,
-                make_grid(rank, tensor=tensor, pipeline=pipeline, connect=False),
+                make_mesh(rank, tensor=tensor, pipeline=pipeline, connect=False),
                 "cpu",
             )
         )
@@ -38,7 +38,7 @@ def theirs(model, folder):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
-    config = load_config(model)
+    config = load_hf_config(model)
     config._attn_implementation = "eager"
     network = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def theirs(model, folder):
 @torch.no_grad()
 def test_tensors_go_into_ranks_and_back_unchanged(name, tmp_path):
     network, saved = theirs(VARIANTS[name], tmp_path)
-    former = read_architecture(load_config(VARIANTS[name])).former_names
+    former = read_config(load_hf_config(VARIANTS[name])).former_names
     saved = {former.get(key, key): tensor for key, tensor in saved.items()}
     for tensor, pipeline in LAYOUTS:
         back = {}
@@ -70,5 +70,5 @@ def test_tensors_go_into_ranks_and_back_unchanged(name, tmp_path):
     layers = build(VARIANTS[name]).eval()
     for declaration, parameter in parameters(layers):
         declaration.part_of(parameter).copy_(declaration.take(saved[declaration.name]))
-    found = logits(layers, context(read_architecture(load_config(VARIANTS[name])), tokens()))
+    found = logits(layers, context(read_config(load_hf_config(VARIANTS[name])), tokens()))
     torch.testing.assert_close(found, network(tokens()).logits, rtol=0, atol=1e-5)

@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ranks import run_ranks
+from helpers.rank_pool import run_ranks
 from torch import nn
 
-from megatrain import config as configuration
-from megatrain.optim.groups import STATES
+from megatrain.config import loader as configuration
+from megatrain.distributed.mesh import make_mesh
+from megatrain.distributed.sharding import ShardSpec, declare
 from megatrain.optim.lion import Lion
-from megatrain.optim.zero import Zero
-from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import Sharding, declare
+from megatrain.optim.param_groups import STATES
+from megatrain.optim.zero import ZeroOptimizer
 
 # Odd sizes: the shares of two ranks end inside a parameter, and need padding.
 SHAPES = {"embedding": (11, 5), "matrix": (7, 5), "bias": (7,), "norm": (5,)}
@@ -36,7 +36,7 @@ class Tiny(nn.Module):
                 .bfloat16()
                 .float()
             )
-            declare(parameter := nn.Parameter(values), Sharding(kind, shape, kind=kind))
+            declare(parameter := nn.Parameter(values), ShardSpec(kind, shape, kind=kind))
             self.register_parameter(kind, parameter)
 
     def forward(self, gradients):
@@ -100,8 +100,8 @@ def run_cases(rank, world_size, cases):
 
 
 def run_case(rank, case):
-    grid = make_grid(rank, data=case.world)
-    zero = Zero(Tiny(), config=case.config(), grid=grid, microbatches=MICROBATCHES)
+    grid = make_mesh(rank, data=case.world)
+    zero = ZeroOptimizer(Tiny(), config=case.config(), grid=grid, microbatches=MICROBATCHES)
 
     def backward(step):
         for microbatch in range(MICROBATCHES):

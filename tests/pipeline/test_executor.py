@@ -12,18 +12,18 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ranks import run_ranks
+from helpers.rank_pool import run_ranks
 
-from megatrain.models.decoder import Flow
-from megatrain.parallel.grid import Axis
-from megatrain.parallel.layers import linear
+from megatrain.distributed.mesh import MeshAxis
+from megatrain.distributed.tensor_parallel import linear
+from megatrain.models.transformer import HiddenStates
 from megatrain.pipeline import executor as executor_file
-from megatrain.pipeline.actions import Action, Transfer
-from megatrain.pipeline.channels import Channels
-from megatrain.pipeline.csv_schedule import read_schedule, write_schedule
+from megatrain.pipeline.communication import add_communication, check_instructions
+from megatrain.pipeline.csv import read_schedule, write_schedule
 from megatrain.pipeline.executor import Executor, receives_first
+from megatrain.pipeline.p2p import P2PCommunicator
+from megatrain.pipeline.schedule import Action, Transfer
 from megatrain.pipeline.schedules import SCHEDULES, forward_only, make_schedule
-from megatrain.pipeline.transfers import add_transfers, check_instructions
 
 WIDTH, LOSS_WEIGHT = 4, 3.0
 
@@ -106,7 +106,11 @@ class Layers:
         self._kept[given.index, chunk] = weakref.ref(x)
         y = linear(x, *self.weights[chunk]).abs()
         # Not contiguous where there are dimensions to turn.
-        return y.sum() if chunk == self.last else Flow(y.movedim(0, -1).contiguous().movedim(-1, 0))
+        return (
+            y.sum()
+            if chunk == self.last
+            else HiddenStates(y.movedim(0, -1).contiguous().movedim(-1, 0))
+        )
 
     def alive(self):
         return {place for place, kept in self._kept.items() if kept() is not None}
@@ -159,7 +163,7 @@ def run_case(rank, channels, case, monkeypatch, *, train=True):
     )
     executor.records = watch = Watch(layers, channels)
     losses = executor.run(
-        add_transfers(schedule)[rank],
+        add_communication(schedule)[rank],
         microbatches(case),
         backward=autograd if train else None,
         loss_weight=torch.tensor(LOSS_WEIGHT),
@@ -186,7 +190,11 @@ def run_case(rank, channels, case, monkeypatch, *, train=True):
 
 def run_cases(rank, world, cases):
     """Of each case, its outcome in training and in evaluation."""
-    channels = Channels(Axis(rank, world, tuple(range(world))), ring=True) if world > 1 else None
+    channels = (
+        P2PCommunicator(MeshAxis(rank, world, tuple(range(world))), ring=True)
+        if world > 1
+        else None
+    )
     monkeypatch = pytest.MonkeyPatch()
     return [
         (
@@ -288,7 +296,7 @@ def test_nothing_is_left_after_a_step(outcomes, case):
 
 
 def test_messages_are_let_go_while_the_step_runs(outcomes, case):
-    assert all(held <= Channels.HELD for train, _ in outcomes[case] for held in train.held)
+    assert all(held <= P2PCommunicator.HELD for train, _ in outcomes[case] for held in train.held)
 
 
 def test_evaluation_keeps_nothing_and_has_the_same_losses(outcomes, case):
@@ -324,7 +332,7 @@ def test_a_schedule_from_a_file_runs(tmp_path):
 @pytest.mark.parametrize("case", [case for case in CASES if case.ranks > 1], ids=named)
 def test_receives_first_is_legal_and_changes_nothing_else(case):
     schedule = case.schedule()
-    lists = add_transfers(schedule)
+    lists = add_communication(schedule)
     first = [receives_first(instructions) for instructions in lists]
     check_instructions(first, schedule.placement)
     for before, after in zip(lists, first, strict=True):
@@ -336,7 +344,7 @@ def test_receives_first_is_legal_and_changes_nothing_else(case):
 
 
 def run_broken(rank, world, case, folder):
-    channels = Channels(Axis(rank, world, tuple(range(world))), ring=True)
+    channels = P2PCommunicator(MeshAxis(rank, world, tuple(range(world))), ring=True)
     layers = Layers([rank], 0 if rank == world - 1 else None)
 
     def stage(flow, given, chunk):
@@ -353,7 +361,7 @@ def run_broken(rank, world, case, folder):
     )
     try:
         executor.run(
-            add_transfers(case.schedule())[rank],
+            add_communication(case.schedule())[rank],
             microbatches(case),
             backward=autograd,
             loss_weight=torch.tensor(1.0),

@@ -5,10 +5,10 @@ import itertools
 import pytest
 
 from megatrain.pipeline import schedules
-from megatrain.pipeline.actions import Action, Placement
+from megatrain.pipeline.communication import check_schedule
+from megatrain.pipeline.schedule import Action, Placement
 from megatrain.pipeline.schedules import SCHEDULES, forward_only, make_schedule
 from megatrain.pipeline.simulator import even_times, simulate
-from megatrain.pipeline.transfers import check_schedule
 
 # (function, name, ranks, microbatches, chunks): one column of three characters a unit of time; small letters: second chunk.
 DRAWINGS = {

@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatrain.pipeline.actions import Action, Placement, Schedule
+from megatrain.pipeline.communication import ScheduleError
+from megatrain.pipeline.schedule import Action, Placement, Schedule
 from megatrain.pipeline.schedules import make_schedule
 from megatrain.pipeline.simulator import Times, even_times, simulate
-from megatrain.pipeline.transfers import ScheduleError
 
 
 def starts(timeline):

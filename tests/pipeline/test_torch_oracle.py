@@ -13,17 +13,17 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
+from helpers.rank_pool import run_ranks
 
-from megatrain import config as configuration
-from megatrain.models.architecture import load_config, read_architecture
-from megatrain.models.context import Context
-from megatrain.models.decoder import Flow, Head
-from megatrain.models.initialize import initialize
-from megatrain.models.rotary import rotations
-from megatrain.parallel.grid import make_grid
-from megatrain.parallel.sharding import parameters
-from megatrain.train.build import build_stage
+from megatrain.config import loader as configuration
+from megatrain.distributed.mesh import make_mesh
+from megatrain.distributed.sharding import parameters
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.models.init import initialize
+from megatrain.models.microbatch import Microbatch
+from megatrain.models.rope import rotations
+from megatrain.models.transformer import Head, HiddenStates
+from megatrain.pipeline.stage_builder import build_stage
 
 BATCH, LENGTH, VOCABULARY, LOSS_WEIGHT = 2, 12, 67, 0.5
 MODELS = {
@@ -116,12 +116,12 @@ def tokens(case):
 def make_context(architecture, inputs, labels):
     positions = torch.arange(LENGTH).expand(BATCH, -1)
     turns = rotations(positions[:1], architecture, torch.float32)
-    return Context(inputs, labels, positions, rotations=turns)
+    return Microbatch(inputs, labels, positions, rotations=turns)
 
 
 def run_ours(config, architecture, grid, case):
     """Also the placement."""
-    from megatrain.train.trainer import Trainer
+    from megatrain.training.trainer import Trainer
 
     trainer = Trainer(config, architecture, grid, torch.device("cpu"))
     contexts = [
@@ -150,10 +150,13 @@ class TheirStage(torch.nn.Module):
     def forward(self, x):
         first = not x.is_floating_point()
         inputs = x if first else torch.zeros(BATCH, LENGTH, dtype=torch.int64)
-        context, flow = make_context(self.architecture, inputs, inputs), None if first else Flow(x)
+        context, flow = (
+            make_context(self.architecture, inputs, inputs),
+            None if first else HiddenStates(x),
+        )
         for layer in self.layers:
             flow = layer.logits(flow) if isinstance(layer, Head) else layer(flow, context)
-        return flow.hidden if isinstance(flow, Flow) else flow
+        return flow.hidden if isinstance(flow, HiddenStates) else flow
 
 
 def their_loss(logits, labels):
@@ -193,10 +196,10 @@ def run_theirs(config, architecture, grid, case, placement):
 
 
 def run_cases(rank, world, cases):
-    grid = make_grid(rank, pipeline=world)
+    grid = make_mesh(rank, pipeline=world)
     found = []
     for case in cases:
-        config, architecture = make_config(case), read_architecture(load_config(MODELS[case.model]))
+        config, architecture = make_config(case), read_config(load_hf_config(MODELS[case.model]))
         ours, placement = run_ours(config, architecture, grid, case)
         found.append((ours, run_theirs(config, architecture, grid, case, placement)))
     return found

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from megatrain.report.chart import HEIGHT, WIDTH, Line, Mark, Span, chart, nice_ticks
-from megatrain.train.curves import Point
+from megatrain.telemetry.curves import Point
 
 
 def drawn(html):

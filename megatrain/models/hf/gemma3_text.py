@@ -1,0 +1,17 @@
+"""Gemma 3, its text model: Gemma 2 with norms on queries and keys instead of the scores' cap, and rotations by layer type."""
+
+from __future__ import annotations
+
+from megatrain.models.config import TransformerConfig
+from megatrain.models.hf.gemma2 import gemma_like
+from megatrain.models.hf_reader import OLD_ROPE_FIELDS, HFConfigReader
+
+OLD_FIELDS = OLD_ROPE_FIELDS | {"rope_local_base_freq", "sliding_window_pattern"}
+
+
+def read(fields: HFConfigReader) -> TransformerConfig:
+    fields.only("attn_logit_softcapping", None)  # transformers' own model does not read it either
+    kinds = tuple(fields.layer_types)
+    for kind in dict.fromkeys(kinds):
+        fields.check_rope(kind)
+    return gemma_like(fields, qk_norm="head", rope_kinds=kinds)

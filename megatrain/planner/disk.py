@@ -1,0 +1,139 @@
+"""How large a run's checkpoints are, how many lie on the disk at once, and whether they have room."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from megatrain.checkpoint import retention
+from megatrain.config.loader import Config
+from megatrain.errors import ConfigError
+from megatrain.models.config import TransformerConfig
+from megatrain.optim.param_groups import STATES
+from megatrain.optim.zero import DTYPES
+from megatrain.pipeline.stage_builder import adapter_parameters, total_parameters
+
+
+class DiskEstimate(NamedTuple):
+    """Bytes of one checkpoint, how many there are at once at most, how many are there already, and what is free at `place`."""
+
+    each: int
+    most: int
+    there: int
+    place: Path
+    free: int
+
+    @property
+    def needed(self) -> int:
+        return self.each * max(1, self.most - self.there)
+
+
+def estimate_disk(config: Config, architecture: TransformerConfig) -> DiskEstimate:
+    """One more checkpoint than is kept: the oldest goes once the newest is whole."""
+    folder = Path(config.run.output_dir)
+    place = existing(folder)
+    there = len(retention.checkpoints(folder / "checkpoints"))
+    return DiskEstimate(
+        checkpoint_bytes(config, architecture),
+        _most(config),
+        there,
+        place,
+        shutil.disk_usage(place).free,
+    )
+
+
+def checkpoint_bytes(config: Config, architecture: TransformerConfig) -> int:
+    """Weights in the run's dtype, masters and states in fp32: of the adapters alone where there are any."""
+    trained = (
+        adapter_parameters(config, architecture)
+        if config.lora.rank
+        else total_parameters(architecture)
+    )
+    return trained * (
+        DTYPES[config.train.dtype].itemsize + 4 * (1 + len(STATES[config.optimizer.name]))
+    )
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.exists())
+
+
+def _most(config: Config) -> int:
+    train = config.train
+    if train.epochs is not None:  # only the data say how many steps that is
+        return train.keep_last + 1 if train.keep_last and train.save_every else 1
+    saves = max(1, -(-config.steps // train.save_every)) if train.save_every else 1
+    kept = (
+        train.keep_last
+        + (train.spike == "rollback")
+        + (config.steps // train.keep_every if train.keep_every else 0)
+    )
+    return min(saves, kept + 1) if train.keep_last else saves
+
+
+def is_open(config: Config) -> bool:
+    """Whether only the data say how many checkpoints are kept, since they say how many steps there are."""
+    train = config.train
+    return (
+        train.epochs is not None
+        and train.save_every > 0
+        and (not train.keep_last or train.keep_every > 0)
+    )
+
+
+def kept_in_words(config: Config, room: DiskEstimate) -> str:
+    """How many checkpoints there are to be at once."""
+    train = config.train
+    if is_open(config):
+        which = (
+            f"train.keep_every={train.keep_every} keeps those of its multiples"
+            if train.keep_last
+            else "train.keep_last=0 keeps all"
+        )
+        return f"one each {train.save_every} steps, of a number of steps that the data say; {which}"
+    return f"{room.most} at once" if room.most > 1 else "one"
+
+
+def open_warning(config: Config, room: DiskEstimate) -> str:
+    """What is said where nothing limits them."""
+    way_out = (
+        "leave train.keep_every out"
+        if config.train.keep_last
+        else "train.keep_last=3 keeps the newest three"
+    )
+    return (
+        f"how many checkpoints the run keeps follows from its epochs' steps, which only the data say: {in_bytes(room.free)} free hold "
+        f"{room.free // room.each:,} of {in_bytes(room.each)}; {way_out}"
+    )
+
+
+def check_free_space(config: Config, room: DiskEstimate) -> None:
+    """Refuse what does not fit, with as many checkpoints as do."""
+    if room.needed <= room.free:
+        return
+    fits = room.free // room.each + room.there - 1
+    way_out = f"keep {fits}, or write elsewhere" if 1 <= fits < room.most else "write elsewhere"
+    paste = f"train.keep_last={fits}" if 1 <= fits < room.most else "run.output_dir=/a/larger/disk"
+    raise ConfigError(
+        "run.output_dir",
+        config.run.output_dir,
+        f"has {in_bytes(room.free)} free at {room.place}, and {room.most} checkpoints of "
+        f"{in_bytes(room.each)} take {in_bytes(room.needed)} more",
+        way_out,
+        paste=paste,
+    )
+
+
+def in_bytes(count: float) -> str:
+    """As disks are sold: a GB is 1e9 bytes."""
+    unit, size = next(
+        (
+            (unit, size)
+            for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
+            if count >= 0.9995 * size
+        ),
+        ("kB", 1e3),
+    )
+    return f"{count / size:,.3g} {unit}" if count < 1e15 else f"{count / 1e12:,.0f} TB"

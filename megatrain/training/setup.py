@@ -1,0 +1,236 @@
+"""The parts of a run on one rank, made in order: data, checkpoint to go on from, schedule, trainer, saver."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatrain.checkpoint import resume as loading
+from megatrain.checkpoint.checkpointer import Checkpointer
+from megatrain.checkpoint.hf_metadata import write_hf_metadata
+from megatrain.checkpoint.init_from_hf import Pretrained
+from megatrain.checkpoint.writer import TrainState
+from megatrain.config.loader import Config
+from megatrain.data.dataloader import DataLoader
+from megatrain.distributed import device as device_module
+from megatrain.distributed.activity import RankActivity
+from megatrain.distributed.collectives import broadcast_object
+from megatrain.distributed.env import RankEnv
+from megatrain.distributed.mesh import ProcessMesh, make_mesh
+from megatrain.models.config import TransformerConfig
+from megatrain.telemetry.metrics import FILE_NAME, read
+from megatrain.training import rollback
+from megatrain.training.autotune import resolve_schedule
+from megatrain.training.checks import parts_of, with_steps
+from megatrain.training.early_stopping import EarlyStopping
+from megatrain.training.loss_spikes import guards
+from megatrain.training.memory_monitor import MemoryMonitor
+from megatrain.training.ref_logprobs import BatchesOf, make_ref_logprobs
+from megatrain.training.resume_check import ResumeCheck
+from megatrain.training.run_logger import RunLogger
+from megatrain.training.task import DataSource, Task
+from megatrain.training.trace_recorder import Tracer
+from megatrain.training.trainer import Trainer, wants_reference
+
+
+class Validation(NamedTuple):
+    """Validation data, and how many global batches of them an evaluation takes."""
+
+    loader: DataLoader
+    batches: int
+
+
+class TrainComponents(NamedTuple):
+    """What the loop works with. `asked` is the config as the run's folder keeps it, `config` has its steps filled in."""
+
+    asked: Config
+    config: Config
+    task: Task
+    folder: Path
+    device: torch.device
+    trainer: Trainer
+    tracer: Tracer
+    gauge: MemoryMonitor
+    train: DataLoader
+    valid: Validation | None
+    progress: TrainState
+    watch: ResumeCheck
+    saver: Checkpointer
+    early: EarlyStopping | None
+    journal: RunLogger
+
+
+def set_up(asked: Config, place: RankEnv, task: Task, beat: RankActivity) -> TrainComponents:
+    """All ranks make theirs together."""
+    architecture = task.architecture(asked)
+    device, folder = device_module.select_device(place), Path(asked.run.output_dir)
+    sources = {which: task.open(asked, architecture, which) for which in parts_of(asked)}
+    config = with_steps(asked, sources["train"])
+    p = config.parallel
+    grid = make_mesh(
+        place.rank,
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        data=config.data_size(place.world_size),
+        beat=beat,
+    )
+    journal = RunLogger(config, architecture, place, device)
+    path, why = _choose(config, architecture, grid)
+    journal.open(
+        [words for source in sources.values() for words in source.words],
+        grid=grid,
+        path=path,
+        why=why,
+    )
+    pretrained = _pretrained(config, architecture, path, journal)
+    train = _loader(config, grid, sources["train"])
+    settled = resolve_schedule(
+        config,
+        architecture,
+        grid,
+        device,
+        batches=lambda: train.microbatches(0),
+        resumed=path is not None,
+        ranks_here=place.local_size,
+    )
+    config = settled.config
+    gauge = MemoryMonitor(config, architecture, grid, device, settled.schedule)
+    trainer = Trainer(
+        config,
+        architecture,
+        grid,
+        device,
+        pretrained=pretrained,
+        schedule=settled.schedule,
+        channels=settled.channels,
+    )
+    progress = TrainState(0, 0, 0, samples=0)
+    if path is not None:
+        beat.phase("loading the checkpoint")
+        journal.say(loading.describe_differences(path, config, grid))
+        progress = loading.load(path, zero=trainer.zero, config=config, grid=grid)
+    progress = rollback.resume(folder, progress, world=grid.world)
+    chat = task.chat(config) if grid.rank == 0 else None
+    saver = Checkpointer(
+        folder / "checkpoints",
+        zero=trainer.zero,
+        config=config,
+        architecture=architecture,
+        grid=grid,
+        describe=lambda folder: write_hf_metadata(folder, config, architecture, chat),
+    )
+    valid = (
+        Validation(_loader(config, grid, sources["valid"]), _eval_batches(config, sources["valid"]))
+        if "valid" in sources
+        else None
+    )
+    if wants_reference(config) == "beforehand":
+        batches = _all_batches(config, train, sources["train"], valid)
+        beat.phase("computing what answers are compared with")
+        trainer.reference = make_ref_logprobs(config, trainer, batches, resumed=path is not None)
+    return TrainComponents(
+        asked=dataclasses.replace(asked, parallel=config.parallel),
+        config=config,
+        task=task,
+        folder=folder,
+        device=device,
+        trainer=trainer,
+        tracer=Tracer(trainer, folder),
+        gauge=gauge,
+        train=train,
+        valid=valid,
+        progress=progress,
+        saver=saver,
+        journal=journal,
+        watch=ResumeCheck(
+            path,
+            progress,
+            margin=0 if guards(progress, config.train) else config.train.resume_margin,
+        ),
+        early=early_stop(config, folder, grid, progress),
+    )
+
+
+def _choose(
+    config: Config, architecture: TransformerConfig, grid: ProcessMesh
+) -> tuple[Path | None, str]:
+    """The checkpoint to go on from, and why. Rank 0 looks, for all: reading every file on every rank would take as many times as long."""
+    found: tuple[Path | None, str] = (None, "")
+    if grid.rank == 0:
+        grid.beat.phase("looking for a checkpoint")
+        path, why = loading.choose_start(config, hashes=config.train.verify == "full")
+        if path is not None:
+            loading.check(path, config, architecture)
+        found = path, why
+    found = broadcast_object(found, grid.world)
+    grid.beat.phase("building the model")
+    return found
+
+
+def _pretrained(
+    config: Config, architecture: TransformerConfig, path: Path | None, journal: RunLogger
+) -> Pretrained | None:
+    """Weights to start from; adapters' checkpoints hold none of the frozen ones, so those come from here at a resume too."""
+    if config.train.init_from is None or (path is not None and not config.lora.rank):
+        return None
+    pretrained = Pretrained(config.train.init_from, architecture)
+    journal.warn(pretrained.notes(architecture.config))
+    return pretrained
+
+
+def _loader(config: Config, grid: ProcessMesh, source: DataSource) -> DataLoader:
+    return DataLoader(
+        source.samples,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_rank=grid.data.rank,
+        data_size=grid.data.size,
+    )
+
+
+def _eval_batches(config: Config, source: DataSource) -> int:
+    """As many as asked for, but no sample twice where their number is known."""
+    asked = config.train.eval_batches
+    return (
+        asked
+        if source.per_epoch is None
+        else min(asked, -(-source.per_epoch // config.train.global_batch_size))
+    )
+
+
+def _all_batches(
+    config: Config, train: DataLoader, source: DataSource, valid: Validation | None
+) -> list[tuple[BatchesOf, int]]:
+    """What the run will see of training and validation data, each sequence at least once, as batches by number and how many."""
+    epoch = source.per_epoch
+    steps = (
+        config.steps
+        if epoch is None
+        else min(config.steps, -(-epoch // config.train.global_batch_size))
+    )
+    parts: list[tuple[BatchesOf, int]] = [(train.microbatches, steps)]
+    return parts if valid is None else [*parts, (valid.loader.microbatches, valid.batches)]
+
+
+def early_stop(
+    config: Config, folder: Path, grid: ProcessMesh, progress: TrainState
+) -> EarlyStopping | None:
+    """With the evaluations of the run so far, as rank 0 finds them in metrics.jsonl."""
+    train = config.train
+    if not train.early_stop:
+        return None
+    early = EarlyStopping(patience=train.early_stop, metric=train.early_stop_metric)
+    lines = []
+    if grid.rank == 0:
+        lines = [
+            line
+            for line in read(folder / FILE_NAME)
+            if "valid_loss" in line and 0 < line["step"] <= progress.step
+        ]
+    for line in broadcast_object(lines, grid.world):
+        if line["step"] % train.eval_every == 0:  # not the end of a part of the run
+            early.add(line["step"], line)
+    return early

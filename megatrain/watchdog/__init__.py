@@ -1,1 +1,0 @@
-"""Notices from outside the collectives that a run stands still or has lost a rank, says whom everyone waits for, and ends it."""

@@ -1,6 +1,0 @@
-"""Where the checkout's files lie, said once, so that a test may move from folder to folder."""
-
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
-CONFIGS, TOOLS, PACKAGE = ROOT / "configs", ROOT / "tools", ROOT / "megatrain"

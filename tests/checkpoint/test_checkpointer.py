@@ -1,0 +1,244 @@
+"""Saving goes on beside training: what is written is what was there when it began, all ranks agree, and failures are the run's."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from helpers.rank_pool import run_ranks
+
+from megatrain.checkpoint import checkpointer, manifest, retention
+from megatrain.checkpoint.checkpointer import Checkpointer
+from megatrain.checkpoint.hf_folder import HFFolder
+from megatrain.checkpoint.writer import TrainState
+from megatrain.config import loader as configuration
+from megatrain.data.dataloader import Batch
+from megatrain.distributed.mesh import make_mesh
+from megatrain.errors import CheckpointError
+from megatrain.models.config import load_hf_config, read_config
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+class Run:
+    """A trainer at tensor 2 with its saver, whose writing can be held up."""
+
+    def __init__(self, rank, folder):
+        from megatrain.training.trainer import Trainer
+
+        self.config = configuration.from_dict(
+            {
+                "model": MODEL,
+                "parallel": {"tensor": 2},
+                "train": {"steps": 9, "global_batch_size": 2, "keep_last": 2},
+                "data": {"sequence_length": 16},
+            }
+        )
+        architecture, grid = read_config(load_hf_config(MODEL)), make_mesh(rank, tensor=2)
+        self.trainer = Trainer(self.config, architecture, grid, torch.device("cpu"))
+        self.saver = Checkpointer(
+            folder,
+            zero=self.trainer.zero,
+            config=self.config,
+            architecture=architecture,
+            grid=grid,
+            describe=lambda folder: None,
+        )
+        self.folder, self.rank = folder, rank
+
+    def step(self, number):
+        tokens = torch.randint(0, 67, (1, 17), generator=torch.Generator().manual_seed(number))
+        position = torch.arange(16)[None]
+        self.trainer.step(
+            number, [Batch(tokens[:, :-1], tokens[:, 1:], position, torch.zeros_like(position))] * 2
+        )
+
+    def weights(self):
+        return {name: p.detach().clone() for name, p in self.trainer.stage.named_parameters()}
+
+
+def held_up(event, *, fail_on=None):
+    """write_share, once the event is set; on rank `fail_on` it fails."""
+    real = checkpointer.save.write_share
+
+    def write_share(temporary, content, *, rank, stage):
+        assert event.wait(120)
+        if rank == fail_on:
+            raise OSError(5, "the disk is on fire")
+        return real(temporary, content, rank=rank, stage=stage)
+
+    return write_share
+
+
+def goes_on_while_it_is_written(rank, world_size, folder):
+    run, event, patch = Run(rank, folder), threading.Event(), pytest.MonkeyPatch()
+    run.step(1)
+    run.saver.save(TrainState(1, 32, 1, losses=(4.0,)))
+    run.saver.finish()
+    patch.setattr(checkpointer.save, "write_share", held_up(event))
+    run.saver.save(TrainState(10, 32, 1, losses=(4.0,)))  # the same state again
+    before = run.weights()
+    for number in (2, 3):
+        run.step(number)
+        assert run.saver.is_writing
+        assert run.saver.proceed(anyone_writes=True) is None
+    assert any(not torch.equal(now, before[name]) for name, now in run.weights().items())
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000001"]
+    event.set()
+    saved = run.saver.finish()
+    patch.undo()
+    return saved.path, run.saver.stalled > 0
+
+
+def test_training_goes_on_and_what_was_there_at_the_start_is_written(tmp_path):
+    for path, stalled in run_ranks(
+        goes_on_while_it_is_written, 2, tmp_path / "checkpoints", folder=tmp_path
+    ):
+        assert path == tmp_path / "checkpoints" / "step-00000010"
+        assert stalled
+    one, other = (tmp_path / "checkpoints" / name for name in ("step-00000001", "step-00000010"))
+    assert manifest.find_problem(other, hashes=True) is None
+    for name in (
+        "model.safetensors",
+        "optimizer/rank-00000.safetensors",
+        "optimizer/rank-00001.safetensors",
+        "optimizer/index.json",
+    ):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert len(HFFolder(one).names()) == 21
+
+
+def fails_on_one_rank(rank, world_size, folder):
+    run, event, patch = Run(rank, folder), threading.Event(), pytest.MonkeyPatch()
+    event.set()
+    run.saver.save(TrainState(1, 0, 0))
+    run.saver.finish()
+    patch.setattr(checkpointer.save, "write_share", held_up(event, fail_on=1))
+    run.saver.save(TrainState(2, 0, 0))
+    errors = []
+    with pytest.raises(CheckpointError) as raised:
+        run.saver.finish()
+    errors.append(str(raised.value))
+    patch.undo()
+    patch.setattr(
+        checkpointer.shutil,
+        "disk_usage",
+        lambda path: type("Usage", (), {"free": 1000 if rank == 1 else 10**12}),
+    )
+    with pytest.raises(CheckpointError) as raised:
+        run.saver.save(TrainState(3, 0, 0))
+    patch.undo()
+    return [*errors, str(raised.value)]
+
+
+def test_a_failure_on_one_rank_is_the_runs_and_spares_what_was_there(tmp_path):
+    first, second = run_ranks(fails_on_one_rank, 2, tmp_path, folder=tmp_path)
+    assert first == second
+    assert (
+        first[0]
+        == "rank 1 could not write the checkpoint: [Errno 5] the disk is on fire; the checkpoints before it are as they were"
+    )
+    assert first[1].startswith("rank 1 could not write the checkpoint: it takes 0.3 MB and ")
+    assert f"{tmp_path} has 0.0 MB free (No space left on device)" in first[1]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-00000001"]
+    assert manifest.find_problem(tmp_path / "step-00000001", hashes=True) is None
+
+
+def one_after_the_other(rank, world_size, folder):
+    run, event, patch = Run(rank, folder), threading.Event(), pytest.MonkeyPatch()
+    patch.setattr(checkpointer.save, "write_share", held_up(event))
+    assert run.saver.save(TrainState(1, 0, 0)) is None
+    threading.Timer(0.2, event.set).start()
+    first = run.saver.save(TrainState(2, 0, 0))
+    paths = [first.path, run.saver.finish().path, run.saver.finish()]
+    for step in (3, 4):
+        run.saver.save(TrainState(step, 0, 0), prune=step == 4)
+        run.saver.finish()
+        paths.append(sorted(path.name for path in folder.glob("step-*")) if rank == 0 else None)
+    patch.undo()
+    return paths
+
+
+def test_one_save_at_a_time_and_old_ones_go(tmp_path):
+    (tmp_path / "c" / ".writing-step-00000007" / "optimizer").mkdir(parents=True)
+    (tmp_path / "c" / ".deleting-step-00000001").mkdir()
+    first, _ = run_ranks(one_after_the_other, 2, tmp_path / "c", folder=tmp_path)
+    assert first[:3] == [tmp_path / "c" / "step-00000001", tmp_path / "c" / "step-00000002", None]
+    assert first[3:] == [[f"step-{step:08d}" for step in steps] for steps in ([1, 2, 3], [3, 4])]
+    assert not list((tmp_path / "c").glob(".*")), "what a killed run left is cleared away"
+
+
+def make(folder, steps, *, damaged=()):
+    for step in steps:
+        path = folder / f".writing-step-{step:08d}"
+        path.mkdir(parents=True)
+        (path / "x").write_text(str(step))
+        manifest.commit(path, folder / f"step-{step:08d}", [manifest.record(path, path / "x")])
+        if step in damaged:
+            (folder / f"step-{step:08d}" / "x").write_text("longer")
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "damaged", "gone"),
+    [
+        (0, 0, (), []),
+        (2, 0, (), [10, 20, 30]),
+        (1, 0, (), [10, 20, 30, 40]),
+        (9, 0, (), []),
+        (1, 20, (), [10, 30]),
+        (2, 30, (), [10, 20]),
+        (1, 0, (50,), []),
+        (2, 0, (50,), [10, 20, 30]),
+        (2, 0, (40, 50), []),
+        (1, 20, (50,), [10, 30]),
+    ],
+)
+def test_what_goes_and_what_is_kept(last, every, damaged, gone, tmp_path):
+    make(tmp_path, (10, 20, 30, 40, 50), damaged=damaged)
+    old = retention.find_deletable(tmp_path, last=last, every=every)
+    assert [path.name for path in old] == [f"step-{step:08d}" for step in gone]
+    retention.delete(old)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"step-{step:08d}" for step in (10, 20, 30, 40, 50) if step not in gone}
+    assert any(manifest.find_problem(tmp_path / name) is None for name in left)
+
+
+def test_checkpoints_ahead_of_the_run_neither_go_nor_count(tmp_path):
+    make(tmp_path, (10, 20, 30, 40, 50))
+    assert [
+        path.name for path in retention.find_deletable(tmp_path, last=1, every=0, until=30)
+    ] == [
+        "step-00000010",
+        "step-00000020",
+    ]
+    assert retention.find_deletable(tmp_path, last=1, every=0, until=10) == []
+
+
+@pytest.mark.parametrize(
+    ("back_to", "damaged", "gone"),
+    [
+        (45, (), [10, 20, 30]),
+        (40, (), [10, 20, 30]),
+        (35, (), [10, 20, 40]),
+        (45, (40,), [10, 20, 40]),
+        (5, (), [10, 20, 30, 40]),
+        (60, (), [10, 20, 30, 40]),
+    ],
+)
+def test_what_a_run_may_go_back_to_is_kept(back_to, damaged, gone, tmp_path):
+    make(tmp_path, (10, 20, 30, 40, 50), damaged=damaged)
+    assert [
+        path.name for path in retention.find_deletable(tmp_path, last=1, every=0, back_to=back_to)
+    ] == [f"step-{step:08d}" for step in gone]

@@ -1,0 +1,234 @@
+"""A folder of tensors is read by name and slice; whatever is wrong with one is a CheckpointError that says what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.model_folders import KINDS, SHARDS, WANTED, write
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatrain.checkpoint.hf_folder import HFFolder
+from megatrain.checkpoint.tensor_io import SafetensorsFile, write_tensors
+from megatrain.errors import CheckpointError
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reads_whole_tensors_and_slices(kind, tmp_path):
+    tensors = HFFolder(write(tmp_path / "model", kind))
+    assert set(tensors.names()) == set(WANTED)
+    for name, wanted in WANTED.items():
+        read = tensors.read(name)
+        assert (tensors.shape(name), tensors.dtype(name)) == (tuple(wanted.shape), wanted.dtype)
+        assert read.dtype == wanted.dtype
+        assert torch.equal(read, wanted)
+    before = tensors.bytes_read
+    part = tensors.read("b.weight", (slice(1, 3), slice(0, 3), slice(2, 4)))
+    assert torch.equal(part, WANTED["b.weight"][1:3, :, 2:4])
+    assert part.is_contiguous()
+    assert tensors.bytes_read - before == 2 * 3 * 2 * 2
+    target = torch.empty(2, 3, 2, dtype=torch.float64)
+    tensors.copy("b.weight", (slice(1, 3), slice(0, 3), slice(2, 4)), to=target)
+    assert torch.equal(target, part.double())
+    assert tensors.bytes_read - before == 2 * 2 * 3 * 2 * 2
+    part.zero_()
+    assert torch.equal(tensors.read("b.weight"), WANTED["b.weight"])
+    with pytest.raises(CheckpointError, match=r"holds no tensor nobody\.weight"):
+        tensors.read("nobody.weight")
+
+
+def test_what_safetensors_itself_reads_is_read_alike(tmp_path):
+    folder = write(tmp_path / "model", "safetensors")
+    ours = SafetensorsFile(folder / "model.safetensors")
+    with safe_open(folder / "model.safetensors", framework="pt") as theirs:
+        assert set(ours.names()) == set(theirs.keys())
+        assert ours.metadata == theirs.metadata()
+        assert all(torch.equal(ours.view(name), theirs.get_tensor(name)) for name in ours.names())
+
+
+def test_what_is_written_is_what_safetensors_reads(tmp_path):
+    done = write_tensors(tmp_path / "file", WANTED, metadata={"format": "pt"})
+    content = (tmp_path / "file").read_bytes()
+    assert (done.size, done.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    with safe_open(tmp_path / "file", framework="pt") as theirs:
+        assert theirs.metadata() == {"format": "pt"}
+        assert set(theirs.keys()) == set(WANTED)
+        assert all(torch.equal(theirs.get_tensor(name), tensor) for name, tensor in WANTED.items())
+
+
+def test_data_that_do_not_start_at_a_multiple_of_their_size(tmp_path):
+    content = raw(
+        {
+            "x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+            "y": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+        },
+        b"\1" + struct.pack("<ff", 1.5, 2.5),
+    )
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert HFFolder(tmp_path).read("y").tolist() == [1.5, 2.5]
+
+
+def raw(header, data):
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def edit_index(change):
+    def damage(folder):
+        (path,) = folder.glob("*.index.json")
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    return damage
+
+
+def replace(name, header, data=b""):
+    return lambda folder: (folder / name).write_bytes(raw(header, data))
+
+
+ONE, TWO = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+DAMAGES = {
+    "is missing or no file": lambda folder: (folder / TWO).unlink(),
+    "00002-of-00003.safetensors is missing or": lambda folder: (
+        (folder / TWO).unlink(),
+        os.mkfifo(folder / TWO),
+    ),
+    "it is cut short$": lambda folder: os.truncate(folder / ONE, (folder / ONE).stat().st_size - 1),
+    "cut short or damaged": lambda folder: os.truncate(folder / ONE, 50),
+    "cut short before its header": lambda folder: os.truncate(folder / ONE, 3),
+    "longer than it should be": lambda folder: (folder / ONE).write_bytes(
+        (folder / ONE).read_bytes() + b"\0"
+    ),
+    "tells of a header of": lambda folder: (folder / ONE).write_bytes(
+        b"\xff" * 8 + (folder / ONE).read_bytes()[8:]
+    ),
+    "in '../other.safetensors', which is not the name of a file": edit_index(
+        lambda m: m.update({"a.bias": "../other.safetensors"})
+    ),
+    "in '/etc/passwd', which is not the name of a file": edit_index(
+        lambda m: m.update({"a.bias": "/etc/passwd"})
+    ),
+    r"in '\.\.', which": edit_index(lambda m: m.update({"a.bias": ".."})),
+    "in '5', which": edit_index(lambda m: m.update({"a.bias": 5})),
+    r"00001-of-00003\.safetensors holds a\.bias, of which model\.safetensors\.index\.json does not tell": edit_index(
+        lambda m: m.pop("a.bias")
+    ),
+    "does not hold d.weight, as": edit_index(lambda m: m.update({"d.weight": ONE})),
+    "holds model-00003-of-00003.safetensors, of which": edit_index(
+        lambda m: [m.pop(name) for name in SHARDS[2]]
+    ),
+    "its weight_map is not a mapping": edit_index(lambda m: m.clear()),
+    "holds a.weight twice": lambda folder: save_file(
+        {**SHARDS[1], "a.weight": WANTED["a.weight"]}, folder / TWO
+    ),
+    "no readable index": lambda folder: (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": '
+    ),
+    "a.bias is there twice": lambda folder: (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a.bias": "x", "a.bias": "y"}}'
+    ),
+    "may be of different models": lambda folder: save_file(WANTED, folder / "model.safetensors"),
+    "holds no model: neither": lambda folder: (folder / "model.safetensors.index.json").unlink(),
+    r"x is there twice": replace(
+        ONE,
+        '{"x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}, "x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}}',
+        b"1234",
+    ),
+    "does not take 8 bytes": replace(ONE, {"x": {**F32, "shape": [3]}}, b"12345678"),
+    "no natural number": replace(ONE, {"x": {**F32, "shape": [-2]}}, b"12345678"),
+    "a gap or an overlap before y": replace(ONE, {"x": F32, "y": F32}, b"12345678"),
+    "a gap or an overlap before x": replace(
+        ONE, {"x": {**F32, "data_offsets": [4, 12]}}, b"123456789012"
+    ),
+    "KeyError: 'F4'": replace(ONE, {"x": {**F32, "dtype": "F4"}}, b"12345678"),
+    "RecursionError": replace(ONE, "[" * 100_000),
+    r"TypeError: .* is damaged|has a header that is damaged \(": replace(ONE, "5"),
+}
+
+
+@pytest.mark.parametrize("sentence", DAMAGES)
+def test_says_what_is_wrong_with_a_folder(sentence, tmp_path):
+    folder = write(tmp_path / "model", "safetensors shards")
+    DAMAGES[sentence](folder)
+    with pytest.raises(CheckpointError, match=sentence):
+        HFFolder(folder)
+
+
+class Trap:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.target),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_bin_with_code_is_refused_and_the_code_not_run(zipped, tmp_path):
+    proof = tmp_path / "it ran"
+    folder = write(tmp_path / "model", "bin")
+    torch.save(
+        {"a": torch.zeros(2), "b": Trap(proof)},
+        folder / "pytorch_model.bin",
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(CheckpointError, match="holds more than tensors, which could run code"):
+        HFFolder(folder)
+    assert not proof.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert proof.exists(), "the trap would have worked"
+
+
+def test_bins_that_hold_other_things_than_plain_tensors(tmp_path):
+    folder = write(tmp_path / "model", "bin")
+    cases = {
+        "holds a list and no state dict": [torch.zeros(2)],
+        "holds n, which is not a plain tensor": {"n": {"x": torch.zeros(2)}},
+        "holds s, which is not": {"s": torch.zeros(3, 3).to_sparse()},
+        "holds 5, which is not": {5: torch.zeros(2)},
+        "holds e, which is not": {"e": torch.zeros(1).expand(10**12)},
+    }
+    for sentence, content in cases.items():
+        torch.save(content, folder / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match=sentence):
+            HFFolder(folder)
+
+
+def test_a_bin_that_would_unpack_to_more_is_refused(tmp_path):
+    folder = write(tmp_path / "model", "bin")
+    plain = folder / "pytorch_model.bin"
+    with (
+        zipfile.ZipFile(plain) as source,
+        zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    shutil.move(tmp_path / "packed", plain)
+    with pytest.raises(CheckpointError, match=r"packed in a way that torch\.save does not use"):
+        HFFolder(folder)
+
+
+def test_a_link_to_the_file_is_followed(tmp_path):
+    """As a hub's cache keeps them."""
+    folder = write(tmp_path / "model", "safetensors")
+    shutil.move(folder / "model.safetensors", tmp_path / "blob")
+    (folder / "model.safetensors").symlink_to(tmp_path / "blob")
+    assert torch.equal(HFFolder(folder).read("a.weight"), WANTED["a.weight"])
+
+
+def test_a_file_that_shrinks_under_the_reader_is_an_error_and_no_crash(tmp_path):
+    tensors = HFFolder(write(tmp_path / "model", "safetensors"))
+    os.truncate(tmp_path / "model" / "model.safetensors", 500)
+    with pytest.raises(CheckpointError, match="has become shorter"):
+        [tensors.read(name) for name in tensors.names()]

@@ -1,0 +1,117 @@
+"""`megatrain inspect` tells what a folder holds, and whether it is whole."""
+
+import json
+import os
+import shutil
+
+import pytest
+from helpers.megatron_layout import write_megatron
+from helpers.rank_pool import run_ranks
+from helpers.tiny_folders import LLAMA, make_folder, random_model
+from helpers.training_runs import write_tokens
+from test_checkpoint import pretrain_in_shards, settings
+
+from megatrain.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps at tensor 2 x pipeline 2, its model in several shards."""
+    folder = tmp_path_factory.mktemp("inspected")
+    write_tokens(folder / "tokens")
+    raw = settings(
+        folder, parallel={"tensor": 2, "pipeline": 2}, train={"steps": 2, "eval_every": 0}
+    )
+    run_ranks(pretrain_in_shards, 4, raw, 10_000, folder=folder)
+    return folder / "run"
+
+
+def test_a_checkpoint_of_ours(run, capsys):
+    assert main(["inspect", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f"{run / 'checkpoints' / 'step-00000002'}: a megatrain checkpoint" in said
+    assert "model      llama, 25,408 parameters, 0.000 GB in 29 tensors" in said
+    assert "step 2, 128 tokens, 2 updates" in said
+    assert "tensor 2, pipeline 2, data 1" in said
+    assert "num_hidden_layers 3" in said
+    assert "every file's size is as written" in said
+    line = next(
+        line
+        for line in said.splitlines()
+        if line.startswith("model.layers.0-2.self_attn.q_proj.weight")
+    )
+    assert line.split()[1:6] == ["32", "x", "32", "float32", "3"]
+    assert "optimizer/rank-00003.safetensors" in said or "optimizer/" in said
+    assert main(["inspect", str(run), "--hashes"]) == 0
+    assert "every file's hash is as written" in capsys.readouterr().out
+
+
+def test_as_json(run, capsys):
+    assert main(["inspect", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["whole"]
+    assert len(found["tensors"]) == 29
+    assert found["parameters"] == sum(row["num_bytes"] for row in found["tensors"]) / 4 == 25_408
+    assert found["trainer"]["step"] == 2
+    assert found["config"]["hidden_size"] == 32
+
+
+def test_damage_is_said_and_is_a_failure(run, tmp_path, capsys):
+    copy = shutil.copytree(run / "checkpoints" / "step-00000002", tmp_path / "copy")
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(["inspect", str(copy)]) == 0
+    assert main(["inspect", str(copy), "--hashes"]) == 1
+    assert (
+        f"integrity  has other content in {shard.name} than was written" in capsys.readouterr().out
+    )
+    os.truncate(shard, 1000)
+    assert main(["inspect", str(copy)]) == 1
+    assert "it is cut short" in capsys.readouterr().err
+
+
+def test_a_hugging_face_folder_that_lacks_a_layer(tmp_path, capsys):
+    make_folder(tmp_path / "model", LLAMA)
+    assert main(["inspect", str(tmp_path / "model")]) == 0
+    assert (
+        "every tensor of the model is there in its shape, and no other" in capsys.readouterr().out
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    assert main(["inspect", str(tmp_path / "model")]) == 1
+    assert "integrity" in (said := capsys.readouterr().out)
+    assert "lacks model.layers.2." in said
+
+
+def test_a_checkpoint_of_megatron_lm(tmp_path, capsys):
+    write_megatron(tmp_path / "run", random_model(LLAMA), tensor=2, pipeline=2)
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "a Megatron-LM checkpoint of tensor 2 x pipeline 2 ranks" in said
+    assert "mp_rank_01_001/model_optim_rng.pt" in said
+
+
+def test_a_converted_checkpoint_has_no_layout(tmp_path, capsys):
+    make_folder(tmp_path / "model", LLAMA)
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--no-verify"]) == 0
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert (
+        "\n  layout     none: it was converted, no run has written it\n" in capsys.readouterr().out
+    )
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    for words in (
+        ["inspect", "nowhere"],
+        ["convert", "nowhere", "out"],
+        ["generate", "nowhere", "--prompt", "x"],
+    ):
+        assert main(words) == 1
+        assert capsys.readouterr().err == "error: nowhere does not exist\n"
+
+
+def test_a_folder_of_nothing(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "is of no kind that is read" in capsys.readouterr().err

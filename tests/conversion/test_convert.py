@@ -1,0 +1,444 @@
+"""A conversion writes what its source holds, proves it, and appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.checkout_paths import TOOLS
+from helpers.tiny_folders import GPT2, LLAMA, convert, make_folder, tensors_of
+from safetensors.torch import load_file, save_file
+
+from megatrain.cli.convert import parse_size
+from megatrain.conversion import convert as convert_module
+from megatrain.conversion import hf_metadata, writer
+
+TIED = {**LLAMA, "tie_word_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of each, in several shards."""
+    root = tmp_path_factory.mktemp("sources")
+    return {
+        name: (make_folder(root / name, fields), root / name)[1]
+        for name, fields in {"llama": LLAMA, "tied": TIED, "gpt2": GPT2}.items()
+    }
+
+
+@pytest.fixture
+def source(folders, tmp_path):
+    """A copy of the Llama that a test may damage."""
+    return Path(shutil.copytree(folders["llama"], tmp_path / "source"))
+
+
+def to_hf(source, target, *words):
+    return convert(source, target, "--to", "hf", *words)
+
+
+def refused(capfd, *words):
+    """What is said when nothing is written."""
+    target = Path(words[1])
+    before = sorted(target.iterdir()) if target.is_dir() else None
+    assert convert(*words) == 1
+    assert (sorted(target.iterdir()) if target.is_dir() else None) == before
+    assert not [path for path in target.parent.iterdir() if path.name.startswith(".converting")]
+    err = capfd.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
+def test_consolidates_to_one_file_with_the_same_bytes(name, folders, tmp_path, capfd):
+    assert to_hf(folders[name], tmp_path / "out", "--max-shard-size", "1TB") == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == [
+        "model.safetensors"
+    ]
+    assert tensors_of(tmp_path / "out") == tensors_of(folders[name])
+    said = capfd.readouterr().out
+    assert "a Hugging Face folder of a" in said
+    assert "memory  at most 1.00 GiB; the largest tensor is" in said
+    assert "(100%)" in said
+    figures = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert figures["proof"]["max_logit_difference"] <= 1e-5
+    assert (
+        figures["proof"]["tensors"]
+        == len(tensors_of(folders[name]))
+        == len(figures["sha256_of_tensors"])
+    )
+    assert (figures["proof"]["source_computed_by"], figures["proof"]["target_computed_by"]) == (
+        "our layers",
+        "transformers",
+    )
+
+
+def test_is_loaded_by_transformers_with_the_same_logits_and_nothing_missing(folders, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    assert to_hf(folders["tied"], tmp_path / "out", "--max-shard-size", "30KB") == 0
+    one = AutoModelForCausalLM.from_pretrained(folders["tied"]).eval()
+    two, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = torch.arange(40).view(2, 20)
+    with torch.inference_mode():
+        assert torch.equal(one(tokens).logits, two.eval()(tokens).logits)
+
+
+def test_shards_are_as_small_as_asked_and_the_index_is_theirs(folders, tmp_path):
+    assert to_hf(folders["llama"], tmp_path / "out", "--max-shard-size", "25KB") == 0
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert {name: path.name for path in shards for name in load_file(path)} == index["weight_map"]
+    for path in shards:
+        assert sum(tensor.nbytes for tensor in load_file(path).values()) <= 25_000
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for path in shards for tensor in load_file(path).values()
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_lower_dtype_rounds_to_nearest_and_says_what_that_changes(
+    dtype, folders, tmp_path, capfd
+):
+    assert to_hf(folders["gpt2"], tmp_path / "out", "--dtype", dtype) == 0
+    said = capfd.readouterr().out
+    assert (
+        f"rounding changes a weight by at most {'0.002' if dtype == 'bf16' else '0.00024'} of itself"
+        in said
+    )
+    assert f"rounding to {dtype} changed logits by at most" in said
+    to = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    before = {
+        name: tensor
+        for path in folders["gpt2"].glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, before[name].to(to))
+    figures = json.loads((tmp_path / "out" / "conversion.json").read_text())["proof"]
+    assert figures["max_logit_difference"] <= 1e-5 < figures["rounding_difference"] < 0.1
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
+        == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    )
+
+
+def test_what_fp16_cannot_hold_is_refused(source, tmp_path, capfd):
+    edit(source, lambda tensors: tensors["model.norm.weight"].fill_(7e4))
+    assert (
+        "model.norm.weight holds 7e+04, which is beyond what fp16 can hold; use bf16 or fp32"
+        in refused(capfd, source, tmp_path / "out", "--to", "hf", "--dtype", "fp16")
+    )
+
+
+def test_old_files_without_the_base_models_prefix_and_with_buffers(folders, tmp_path):
+    """As the hub's own GPT-2 is."""
+    old = tmp_path / "old"
+    old.mkdir()
+    shutil.copy(folders["gpt2"] / "config.json", old)
+    whole = {
+        name: tensor
+        for path in folders["gpt2"].glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+    state = {name.removeprefix("transformer."): tensor for name, tensor in whole.items()}
+    state |= {
+        "h.0.attn.bias": torch.ones(1, 1, 64, 64).tril(),
+        "h.1.attn.masked_bias": torch.tensor(-1e4),
+    }
+    torch.save({**state, "lm_head.weight": state["wte.weight"]}, old / "pytorch_model.bin")
+    assert to_hf(old, tmp_path / "out") == 0
+    assert tensors_of(tmp_path / "out") == tensors_of(folders["gpt2"])
+
+
+def test_the_tokenizer_goes_along(source, tmp_path):
+    (source / "tokenizer.json").write_text('{"a": 1}')
+    (source / "notes.bin").write_text("no")
+    (source / "vocab.txt").write_text("x")
+    (source / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}')
+    assert to_hf(source, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"a": 1}'
+    assert (
+        json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.3
+    )
+    assert not (tmp_path / "out" / "notes.bin").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_text('{"b": 1}')
+    assert to_hf(source, tmp_path / "again", "--tokenizer", other) == 0
+    assert (tmp_path / "again" / "tokenizer.json").read_text() == '{"b": 1}'
+    assert not (tmp_path / "again" / "vocab.txt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a mismatch is never published
+
+
+def test_a_config_that_computes_otherwise_is_not_published(source, tmp_path, capfd, monkeypatch):
+    def write(folder, *args, **more):
+        hf_metadata.write_descriptions(folder, *args, **more)
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"]["rope_theta"] = 100.0
+        (folder / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(convert_module, "write_descriptions", write)
+    assert "their logits by" in refused(capfd, source, tmp_path / "out", "--to", "hf")
+    assert to_hf(source, tmp_path / "out", "--no-verify") == 0
+
+
+def test_a_bit_that_flips_on_its_way_to_the_disk_is_found(source, tmp_path, capfd, monkeypatch):
+    write_all, count = writer._write_all, []
+
+    def flip(handle, view):
+        count.append(1)
+        content = bytearray(view)
+        content[len(content) // 2] ^= len(count) == 5
+        write_all(handle, memoryview(content))
+
+    monkeypatch.setattr(writer, "_write_all", flip)
+    monkeypatch.setattr(writer, "_copies_files", lambda *args: False)
+    assert "with other bytes than were written" in refused(
+        capfd, source, tmp_path / "out", "--to", "hf"
+    )
+
+
+def test_a_copy_from_the_wrong_place_is_found(source, tmp_path, capfd, monkeypatch):
+    copy = writer._copy_span
+    monkeypatch.setattr(
+        writer,
+        "_copy_span",
+        lambda span, handle: copy(span._replace(start=span.start - 4, stop=span.stop - 4), handle),
+    )
+    assert "with other bytes than were written" in refused(
+        capfd, source, tmp_path / "out", "--to", "hf"
+    )
+
+
+@pytest.mark.parametrize("how", ["other disks", "refused"])
+def test_where_the_system_copies_no_files_the_bytes_are_the_same(
+    how, source, tmp_path, monkeypatch
+):
+    def refuse(*args):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if how == "refused":
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    else:
+        monkeypatch.setattr(writer, "_copies_files", lambda *args: False)
+    assert to_hf(source, tmp_path / "out") == 0
+    assert tensors_of(tmp_path / "out") == tensors_of(source)
+
+
+def test_a_tensor_read_wrongly_shows_in_the_logits(source, tmp_path, capfd, monkeypatch):
+    """What is written is then hashed as it was read: only a second implementation can tell."""
+    from megatrain.conversion import logits
+
+    read = logits.read_declared
+    monkeypatch.setattr(
+        logits,
+        "read_declared",
+        lambda tensors, declaration, rows=None: (
+            read(tensors, declaration, rows).flip(0)
+            if declaration.name.endswith("0.self_attn.q_proj.weight")
+            else read(tensors, declaration, rows)
+        ),
+    )
+    assert "their logits by" in refused(capfd, source, tmp_path / "out", "--to", "hf")
+
+
+def test_a_model_without_finite_logits(source, tmp_path, capfd):
+    edit(source, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    assert "its own logits are not finite; --no-verify converts it as it is" in refused(
+        capfd, source, tmp_path / "out", "--to", "hf"
+    )
+    assert to_hf(source, tmp_path / "out", "--no-verify") == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole or not there
+
+
+def test_killed_in_the_middle_leaves_no_half_folder_and_the_next_run_clears_up(source, tmp_path):
+    code = (
+        "import os, sys\nfrom megatrain.conversion import writer\nfrom megatrain.__main__ import main\n"
+        "write, count = writer._write_all, []\n"
+        "def die(*args):\n    count.append(1)\n    write(*args)\n    len(count) == 9 and os.kill(os.getpid(), 9)\n"
+        "writer._write_all, writer._copies_files = die, lambda *args: False\nmain(['convert', *sys.argv[1:]])"
+    )
+    words = [str(source), str(tmp_path / "out"), "--to", "hf"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out").exists()
+    left = tmp_path / ".converting-out"
+    assert (left / "model.safetensors").stat().st_size > 0
+    (left / "more").mkdir()
+    assert convert(*words) == 0
+    assert not left.exists()
+    assert tensors_of(tmp_path / "out") == tensors_of(source)
+    assert not (tmp_path / "out" / "more").exists()
+
+
+def test_a_second_conversion_to_the_same_folder_waits_for_none(source, tmp_path, capfd):
+    hidden = tmp_path / ".converting-out"
+    hidden.mkdir()
+    (hidden / "theirs").write_text("x")
+    handle = os.open(hidden, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        assert to_hf(source, tmp_path / "out") == 1
+    finally:
+        os.close(handle)
+    assert "is being written by another conversion" in capfd.readouterr().err
+    assert (hidden / "theirs").exists()
+
+
+def test_a_full_disk_leaves_nothing(source, tmp_path, capfd, monkeypatch):
+    write_all, count = writer._write_all, []
+
+    def full(handle, view):
+        count.append(1)
+        if len(count) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_all(handle, view)
+
+    monkeypatch.setattr(writer, "_write_all", full)
+    monkeypatch.setattr(writer, "_copies_files", lambda *args: False)
+    assert "cannot be written: No space left on device; nothing was published" in refused(
+        capfd, source, tmp_path / "out", "--to", "hf"
+    )
+
+
+def test_free_space_is_looked_at_first(source, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5000})())
+    monkeypatch.setattr(
+        convert_module, "write_model", lambda *args, **more: pytest.fail("something was written")
+    )
+    assert "needs 0.000 GB and its disk has 0.000 GB free; nothing was written" in refused(
+        capfd, source, tmp_path / "out", "--to", "hf"
+    )
+
+
+def test_a_target_that_holds_something_is_left_alone(source, tmp_path, capfd):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine").write_text("x")
+    assert f"{target} is not empty; give a new folder" in refused(
+        capfd, source, target, "--to", "hf"
+    )
+    (target / "mine").unlink()
+    assert to_hf(source, target) == 0
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert "is there and no folder" in refused(capfd, source, file, "--to", "hf")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sources that are not whole
+
+
+def edit(folder, change):
+    """Change tensors of the folder, all in one file afterwards."""
+    tensors = {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def untie(folder):
+    set_config(folder, tie_word_embeddings=True)
+
+
+DAMAGES = {
+    "lacks model.layers.1.mlp.up_proj.weight": lambda folder: edit(
+        folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")
+    ),
+    "holds model.extra, for which a llama of its config has no place": lambda folder: edit(
+        folder, lambda t: t.update({"model.extra": torch.ones(2)})
+    ),
+    "of shape (48, 32), and its config makes it (64, 32)": lambda folder: set_config(
+        folder, intermediate_size=64
+    ),
+    "lacks model.layers.2.": lambda folder: set_config(folder, num_hidden_layers=3),
+    "holds model.layers.1.": lambda folder: set_config(folder, num_hidden_layers=1),
+    "holds lm_head.weight with other values than the embedding, and its config ties them": untie,
+    "model.quantization_config": lambda folder: set_config(
+        folder, quantization_config={"quant_method": "fp8"}
+    ),
+    "is a classifier, and language models are converted": lambda folder: set_config(
+        folder, architectures=["LlamaForSequenceClassification"], pad_token_id=0
+    ),
+    "model.model_type=": lambda folder: set_config(folder, model_type="opt"),
+    "is of no kind that is read": lambda folder: (folder / "config.json").unlink(),
+    "holds no model": lambda folder: [path.unlink() for path in folder.glob("*.safetensors*")],
+    "is missing or no file": lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(),
+    "it is cut short": lambda folder: os.truncate(sorted(folder.glob("*.safetensors"))[0], 9000),
+    "has no manifest.json": lambda folder: (folder / "trainer.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("sentence", DAMAGES)
+def test_a_damaged_source_is_refused(sentence, source, tmp_path, capfd):
+    DAMAGES[sentence](source)
+    assert sentence in refused(capfd, source, tmp_path / "out", "--to", "hf")
+
+
+def test_a_source_that_is_not_there(tmp_path, capfd):
+    assert "/nowhere does not exist" in refused(capfd, "/nowhere", tmp_path / "out")
+
+
+def test_sizes():
+    assert [parse_size(text) for text in ("5GB", "500MB", "1.5gb", "20K", "7", "1TB")] == [
+        5 * 10**9,
+        5 * 10**8,
+        1_500_000_000,
+        20_000,
+        7,
+        10**12,
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "5 apples", "nan"])
+def test_no_sizes(text, capsys):
+    with pytest.raises(SystemExit):
+        convert("a", "b", f"--max-shard-size={text}")
+    assert "is no size" in capsys.readouterr().err
+
+
+def test_the_tool_is_the_verb(source, tmp_path):
+    done = subprocess.run(
+        [sys.executable, TOOLS / "convert_checkpoint.py", source, source],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: {source} is not empty; give a new folder\n",
+    )

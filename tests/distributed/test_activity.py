@@ -1,0 +1,215 @@
+"""A rank that waits in a collective has noted it, wherever in a run that is: else nobody could say whom it waits for."""
+
+import inspect
+import sys
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from helpers.rank_pool import run_ranks
+
+from megatrain.config import loader as configuration
+from megatrain.data.indexed_dataset import IndexedWriter
+from megatrain.distributed import collectives
+from megatrain.distributed.activity import RankActivity
+from megatrain.distributed.env import RankEnv
+from megatrain.distributed.mesh import make_mesh
+from megatrain.optim.zero import ZeroOptimizer
+from megatrain.training import loop, trace_recorder
+
+BLOCKING = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "monitored_barrier",
+    "new_group",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+    "scatter_object_list",
+)
+
+
+class Listener:
+    """Hears each call of torch.distributed that waits for other ranks, and what the rank has noted by then."""
+
+    def __init__(self, beat):
+        self.beat, self.noted, self.unnoted = beat, set(), set()
+
+    def __call__(self, name):
+        function = getattr(dist, name)
+        signature = inspect.signature(function)
+
+        def heard(*args, **more):
+            given = signature.bind(*args, **more).arguments
+            alone = (
+                len(given.get("ranks") or range(2)) == 1
+                if name == "new_group"
+                else dist.get_world_size(given.get("group")) == 1
+            )
+            if not alone:
+                where = next(
+                    f"{frame.f_globals['__name__']}.{frame.f_code.co_name}"
+                    for frame in _frames()
+                    if frame.f_globals["__name__"].startswith(("megatrain", "deepspeed"))
+                )
+                (self.noted if self.beat.waits_for else self.unnoted).add((name, where))
+            return function(*args, **more)
+
+        return patch.object(dist, name, heard)
+
+
+def _frames():
+    frame = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def pretrain(rank, world_size, raw):
+    """With a rollback at step 4 and a bad step after it; each rank on a machine of its own, as far as clocks know."""
+    config, beat = configuration.from_dict(raw), RankActivity()
+    configuration.check(config)
+    listener, undone, refused = Listener(beat), [], []
+
+    def first_to_undo(progress, train):
+        if progress.step == 4 and not undone:
+            undone.append(3)
+            return 3
+        return 0
+
+    def refuses(zero, largest):
+        if undone and not refused:
+            refused.append(True)
+            return True
+        return False
+
+    patches = [
+        *map(listener, BLOCKING),
+        patch.object(loop, "first_to_undo", first_to_undo),
+        patch.object(ZeroOptimizer, "refuses", refuses),
+        patch.object(trace_recorder, "machine_name", lambda: f"machine {rank}"),
+    ]
+    for each in patches:
+        each.start()
+    try:
+        loop.pretrain(config, RankEnv(rank, world_size, rank, world_size, "127.0.0.1", 29500), beat)
+    finally:
+        patch.stopall()
+    return listener.noted, listener.unnoted
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("data") / "tokens"
+    with IndexedWriter(prefix, vocab_size=67) as writer:
+        for document in np.random.default_rng(0).integers(0, 67, (60, 40)):
+            writer.add(document)
+    return prefix
+
+
+def settings(data, folder, *, parallel, **train):
+    model = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "vocab_size": 67,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return {
+        "run": {"output_dir": str(folder / "run")},
+        "model": model,
+        "data": {"train": str(data), "valid": str(data), "sequence_length": 16},
+        "parallel": parallel,
+        "train": {
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "eval_every": 1,
+            "eval_batches": 1,
+            **train,
+        },
+    }
+
+
+def test_in_a_run_nothing_is_waited_for_without_a_note(data, tmp_path):
+    begun = settings(
+        data,
+        tmp_path,
+        parallel={"pipeline": 2, "schedule": "auto"},
+        steps=5,
+        save_every=1,
+        early_stop=9,
+        spike="rollback",
+        trace_steps=[2, 3],
+    )
+    goes_on = settings(data, tmp_path, parallel={"data": 2, "zero": 1}, steps=6, dtype="bf16")
+    found = [
+        each for raw in (begun, goes_on) for each in run_ranks(pretrain, 2, raw, folder=tmp_path)
+    ]
+    noted = set().union(*(noted for noted, _ in found))
+    unnoted = set().union(*(unnoted for _, unnoted in found))
+    assert {where for _, where in unnoted if where.startswith("megatrain")} == set()
+    # DeepSpeed's own, outside a step: as the optimizer is made, and as masters become weights.
+    assert {name for name, _ in unnoted} <= {"broadcast", "all_gather_into_tensor"}
+    assert {name for name, _ in noted} >= {
+        "all_gather_object",
+        "broadcast_object_list",
+        "all_reduce",
+        "barrier",
+        "new_group",
+        "recv",
+    }
+
+
+def objects(rank, world_size):
+    beat = RankActivity()
+    grid = make_mesh(rank, tensor=2, pipeline=2, beat=beat)
+    heard, gather, broadcast = [], dist.all_gather_object, dist.broadcast_object_list
+
+    def listening(function):
+        return lambda *args, **more: (
+            heard.append((beat.words(), tuple(beat.waits_for))),
+            function(*args, **more),
+        )[1]
+
+    with (
+        patch.object(dist, "all_gather_object", listening(gather)),
+        patch.object(dist, "broadcast_object_list", listening(broadcast)),
+    ):
+        results = [
+            (
+                collectives.gather_objects({rank: "x"}, axis),
+                collectives.broadcast_object((rank, "y"), axis),
+            )
+            for axis in (grid.world, grid.tensor, grid.pipeline, grid.data)
+        ]
+    return results, heard, (beat.collective, tuple(beat.waits_for))
+
+
+def test_objects_go_along_an_axis_and_are_noted_while_they_do(tmp_path):
+    for rank, (results, heard, after) in enumerate(run_ranks(objects, 4, folder=tmp_path)):
+        lines = [(0, 1, 2, 3), (0, 1) if rank < 2 else (2, 3), (rank % 2, rank % 2 + 2), (rank,)]
+        assert results == [([{other: "x"} for other in line], (line[0], "y")) for line in lines]
+        expected = [
+            (f"{verb} {name} (starting)", line)
+            for name, line in zip(("world", "tensor", "pipeline"), lines, strict=False)
+            for verb in ("all-gather", "broadcast")
+        ]
+        assert heard == expected, "alone nothing is exchanged"
+        assert after == (None, ())

@@ -1,0 +1,76 @@
+"""Who is whose peer on each axis."""
+
+import pytest
+
+from megatrain.distributed.mesh import box, make_mesh, shard_range
+
+
+def grids(**sizes):
+    world = 1
+    for size in sizes.values():
+        world *= size
+    return [make_mesh(rank, **sizes, connect=False) for rank in range(world)]
+
+
+def test_tensor_ranks_are_neighbours_and_stages_are_far_apart():
+    """[pipeline, data, tensor]"""
+    assert box(tensor=2, pipeline=2, data=3).tolist() == [
+        [[0, 1], [2, 3], [4, 5]],
+        [[6, 7], [8, 9], [10, 11]],
+    ]
+
+
+def test_the_axes_of_one_rank():
+    grid = make_mesh(8, tensor=2, pipeline=2, data=3, connect=False)
+    assert (grid.rank, grid.world_size) == (8, 12)
+    lines = {
+        name: (getattr(grid, name).rank, getattr(grid, name).size, getattr(grid, name).ranks)
+        for name in ("tensor", "pipeline", "data", "model", "ends")
+    }
+    assert lines == {
+        "tensor": (0, 2, (8, 9)),
+        "pipeline": (1, 2, (2, 8)),
+        "data": (1, 3, (6, 8, 10)),
+        "model": (2, 4, (2, 3, 8, 9)),
+        "ends": (1, 2, (2, 8)),
+    }
+    assert grid.is_last_stage
+    assert not grid.is_first_stage
+
+
+SIZES = [
+    {"tensor": t, "pipeline": p, "data": d} for t in (1, 2, 4) for p in (1, 2, 3) for d in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s.values())))
+def test_every_axis_parts_the_world(sizes):
+    every = grids(**sizes)
+    for name in ("tensor", "pipeline", "data", "model"):
+        axes = [getattr(grid, name) for grid in every]
+        assert all(axis.ranks[axis.rank] == rank for rank, axis in enumerate(axes))
+        assert all(axes[peer].ranks == axis.ranks for axis in axes for peer in axis.ranks)
+        assert {axis.size for axis in axes} == {len(axes[0].ranks)}
+    places = {(grid.tensor.rank, grid.pipeline.rank, grid.data.rank) for grid in every}
+    assert len(places) == len(every)
+
+
+@pytest.mark.parametrize("pipeline", [2, 3, 4])
+def test_only_first_and_last_stage_share_ends(pipeline):
+    every = grids(tensor=2, pipeline=pipeline)
+    for rank, grid in enumerate(every):
+        inner = 0 < grid.pipeline.rank < pipeline - 1
+        expected = (rank,) if inner else (rank % 2, rank % 2 + 2 * (pipeline - 1))
+        assert grid.ends.ranks == expected
+        assert (grid.is_first_stage, grid.is_last_stage) == (
+            grid.pipeline.rank == 0,
+            grid.pipeline.rank == pipeline - 1,
+        )
+
+
+def test_part_of_an_axis():
+    parts = [shard_range(grid.tensor, 2) for grid in grids(tensor=4, data=2)]
+    assert [part.ranks for part in parts] == [(0, 1)] * 2 + [(2, 3)] * 2 + [(4, 5)] * 2 + [
+        (6, 7)
+    ] * 2
+    assert [part.rank for part in parts] == [0, 1] * 4

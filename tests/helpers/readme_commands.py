@@ -1,0 +1,164 @@
+"""Runs `megatrain` commands as a shell does, each a process of its own, but forked from one that has imported everything.
+
+A command that starts from nothing spends more on imports than the small runs of these tests on their work. The process
+that imports is started with the first command and lives as long as pytest. A command has its own session, and its output in files.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+_server: subprocess.Popen[str] | None = None
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """One that was started; `pid` may be signalled until `wait` has returned."""
+
+    def __init__(self, pid: int, folder: Path) -> None:
+        self.pid, self.folder = pid, folder
+        self._end = os.pidfd_open(pid)
+
+    def has_ended(self, timeout: float = 0.0) -> bool:
+        return bool(select.select([self._end], [], [], timeout)[0])
+
+    def wait(self, timeout: float = 300.0) -> Ended:
+        """The exit code, negative after a signal, and what it has printed; killed and an error when it takes too long."""
+        late = not self.has_ended(timeout)
+        if late:
+            os.killpg(self.pid, signal.SIGKILL)
+        code = _ask({"wait": self.pid})
+        os.close(self._end)
+        out, err = (self.folder / "out").read_text(), (self.folder / "err").read_text()
+        assert not late, f"no end in {timeout:.0f} s:\n{out}{err}"
+        return Ended(code, out, err)
+
+
+def start(*words: object, folder: Path) -> Command:
+    """`megatrain WORDS` where this process is, its output in a new folder within `folder`."""
+    own = folder / f"command-{os.urandom(4).hex()}"
+    own.mkdir()
+    return Command(
+        _ask({"words": [str(word) for word in words], "folder": str(own), "where": os.getcwd()}),
+        own,
+    )
+
+
+def run(*words: object, folder: Path, timeout: float = 300.0) -> Ended:
+    return start(*words, folder=folder).wait(timeout)
+
+
+def _ask(order: dict[str, object]) -> int:
+    global _server
+    if _server is None:
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        }
+        _server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+    assert _server.stdin is not None
+    assert _server.stdout is not None
+    _server.stdin.write(json.dumps(order) + "\n")
+    _server.stdin.flush()
+    return int(_server.stdout.readline())
+
+
+@atexit.register
+def stop() -> None:
+    """End the importing process, and with it what a failed test has left running; the next command starts a new one.
+
+    It is told to, as it would wait for ever for the end of its input: ranks forked after it (ranks.py) hold the pipe too.
+    """
+    global _server
+    if _server is None:
+        return
+    assert _server.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        _server.stdin.write(json.dumps({"stop": True}) + "\n")
+        _server.stdin.flush()
+    try:
+        _server.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        _server.kill()
+    _server = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in the process that imports
+
+
+def _fork(words: list[str], folder: str, where: str) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.setsid()
+        os.chdir(where)
+        for name, descriptor in (("out", 1), ("err", 2)):
+            os.dup2(
+                os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+                descriptor,
+            )
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        from megatrain.__main__ import main
+
+        code = main(words)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve() -> None:
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    import transformers.models.auto.tokenization_auto  # noqa: F401
+
+    import megatrain.training.loop  # noqa: F401
+    from megatrain.launch.local import _die_with, import_before_fork
+
+    _die_with(os.getppid())
+    import_before_fork()
+    under_way: set[int] = set()
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "stop" in order:
+            break
+        if "wait" in order:
+            answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
+            under_way.remove(order["wait"])
+        else:
+            answer = _fork(order["words"], order["folder"], order["where"])
+            under_way.add(answer)
+        print(answer, flush=True)
+    for pid in under_way:
+        os.killpg(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _serve()

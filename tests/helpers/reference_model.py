@@ -1,0 +1,179 @@
+"""The truth that ranks are held against: a network of transformers, or peft's around it, trained by plain torch in one process.
+
+    make_stage -> give_weights -> train                 of ours only the weights that it begins with
+    run_steps on every rank    -> assert_equal          losses, norms of the gradient, and the first step's gradient
+
+A rank gives the pieces of the first gradient that it holds, clipped, as Adam's first moment has them; they are put together here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.config.loader import Config
+from megatrain.data.dataloader import Batch
+from megatrain.distributed.mesh import make_mesh
+from megatrain.distributed.sharding import ShardSpec, parameters
+from megatrain.models.config import TransformerConfig
+from megatrain.models.init import initialize
+from megatrain.models.lora import PREFIX, add_adapters, set_magnitudes
+from megatrain.pipeline.stage_builder import build_stage
+
+BETAS, DECAY = (0.9, 0.95), 0.1
+"""As runs have them where nothing is said; vectors do not decay."""
+
+
+class Trained(NamedTuple):
+    """What plain torch gives: each step's loss and norm, and the first step's clipped gradient by parameter."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+
+
+class Piece(NamedTuple):
+    """Some elements of the flattened part of a parameter that a rank holds."""
+
+    declaration: ShardSpec
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
+
+
+class Ran(NamedTuple):
+    """What a rank gives."""
+
+    losses: list[float]
+    norms: list[float]
+    pieces: list[Piece]
+
+
+def make_stage(config: Config, architecture: TransformerConfig) -> nn.Module:
+    """The whole model on this process, with adapters where the config has them, as a run begins with it."""
+    grid = make_mesh(0, connect=False)
+    stage = build_stage(config, architecture, grid, "cpu")
+    if config.lora.rank:
+        add_adapters(stage, architecture, config.lora, grid.tensor)
+    initialize(stage, config.run.seed)
+    set_magnitudes(stage)
+    return stage
+
+
+@torch.no_grad()
+def give_weights(stage: nn.Module, network: nn.Module) -> dict[str, Tensor]:
+    """Put the stage's weights into a network of transformers. What that does not know by name, adapters' own, is returned whole."""
+    state, own = network.state_dict(), {}
+    # Biases that ours lacks would stay at zero there, and nobody would see it.
+    assert {name for name, _ in network.named_parameters()} <= {
+        declaration.name.removeprefix(PREFIX) for declaration, _ in parameters(stage)
+    }
+    for declaration, parameter in parameters(stage):
+        name = declaration.name
+        whole = (
+            state[name]
+            if name in state
+            else own.setdefault(name, torch.full(declaration.shape, float("nan")))
+        )
+        declaration.put(declaration.part_of(parameter.detach()), whole)
+    network.load_state_dict(state)
+    return own
+
+
+def train(
+    trained: dict[str, nn.Parameter],
+    loss_of: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    clip: float = 0.5,
+) -> Trained:
+    """`loss_of(step)` is the step's loss, from 1 on."""
+    matrices, vectors = (
+        [p for p in trained.values() if (p.dim() > 1) == large] for large in (True, False)
+    )
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=lr, betas=BETAS
+    )
+    losses, norms, gradients = [], [], {}
+    for step in range(1, steps + 1):
+        loss = loss_of(step)
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), clip)))
+        if step == 1:
+            gradients = {name: p.grad.clone() for name, p in trained.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return Trained(losses, norms, gradients)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# on ranks
+
+
+def run_steps(trainer, batches: Callable[[int], list[Batch]], *, steps: int) -> Ran:
+    """Steps of a Trainer whose microbatches `batches(step)` gives, from 1 on."""
+    ran = Ran([], [], [])
+    for step in range(1, steps + 1):
+        report = trainer.step(step, batches(step))
+        assert report.applied
+        ran.losses.append(report.loss)
+        ran.norms.append(report.grad_norm)
+        if step == 1:
+            ran.pieces.extend(_first_gradient(trainer.zero))
+    return ran
+
+
+def _first_gradient(zero) -> list[Piece]:
+    return [
+        Piece(
+            replace(f.sharding, summed=()),
+            tuple(f.shape),
+            f.start,
+            f.tensors["exp_avg"].clone() / (1 - BETAS[0]),
+        )
+        for f in zero.fragments()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# held against each other
+
+
+def assert_equal(
+    ranks: list[Ran], plain: Trained, *, losses: float, norms: float = 1e-5, gradient: float = 1e-5
+) -> None:
+    """All ranks say the same, and that is plain torch's to these relative differences; of the gradient, in each tensor's norm."""
+    for ran in ranks:
+        assert ran.losses == ranks[0].losses
+        torch.testing.assert_close(
+            torch.tensor(ran.losses), torch.tensor(plain.losses), rtol=losses, atol=0
+        )
+        torch.testing.assert_close(
+            torch.tensor(ran.norms), torch.tensor(plain.norms), rtol=norms, atol=0
+        )
+    assert worst_gradient(ranks, plain.gradients) < gradient
+
+
+def worst_gradient(ranks: list[Ran], gradients: dict[str, Tensor]) -> float:
+    """Largest relative norm of the difference, over tensors; every element must have come from some rank."""
+    whole = {name: torch.full_like(g, float("nan")) for name, g in gradients.items()}
+    parts: dict[tuple[ShardSpec, tuple[int, ...]], Tensor] = {}
+    for piece in (piece for ran in ranks for piece in ran.pieces):
+        key = replace(piece.declaration, counted=True), piece.shape
+        flat = parts.setdefault(key, torch.full((torch.Size(piece.shape).numel(),), float("nan")))
+        flat[piece.start : piece.start + piece.values.numel()] = piece.values
+    for (declaration, shape), flat in parts.items():
+        declaration.put(declaration.part_of(flat.view(shape)), whole[declaration.name])
+    worst = 0.0
+    for name, gradient in gradients.items():
+        assert not whole[name].isnan().any(), f"{name} is not whole"
+        if gradient.norm() > 1e-8:
+            worst = max(worst, float((whole[name] - gradient).norm() / gradient.norm()))
+    return worst

@@ -1,0 +1,43 @@
+"""Blocks that sleep besides what they do: a rank's time is then known, and two cores are as good as many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from megatrain.models.microbatch import Microbatch
+from megatrain.models.transformer import Block
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(ctx.seconds)
+        return grad, None
+
+
+@contextmanager
+def sleeping(seconds: float, slow: dict[int, float]) -> Iterator[None]:
+    """Blocks made in this context take so long for a forward, and again for a backward; those in `slow` as long as it says."""
+    make, compute = Block.__init__, Block._compute
+
+    def numbered(block, parts, layer, **arguments):
+        make(block, parts, layer, **arguments)
+        block.seconds = slow.get(layer, seconds)
+
+    def slowly(block, x: Tensor, context: Microbatch) -> Tensor:
+        return _Sleep.apply(compute(block, x, context), block.seconds)
+
+    with patch.object(Block, "__init__", numbered), patch.object(Block, "_compute", slowly):
+        yield

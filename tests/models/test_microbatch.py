@@ -1,0 +1,84 @@
+"""What microbatches share: masks and rotations are made once for all whose sequences are alike, and never where documents part them."""
+
+from __future__ import annotations
+
+import torch
+from helpers.model_variants import BASES
+
+from megatrain.config import loader as configuration
+from megatrain.data.dataloader import Batch
+from megatrain.distributed.mesh import make_mesh
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.models.microbatch import Microbatch
+from megatrain.models.microbatches import MicrobatchFactory
+from megatrain.planner.memory import predict
+
+LENGTH, WINDOWS = 16, (5, None)
+ARCHITECTURE = read_config(load_hf_config(BASES["gemma3_text"]))
+
+
+def contexts(**data):
+    config = configuration.from_dict(
+        {"data": {"sequence_length": LENGTH, **data}, "train": {"steps": 1}}
+    )
+    return MicrobatchFactory(config, ARCHITECTURE, make_mesh(0, connect=False), torch.device("cpu"))
+
+
+def batch(length=LENGTH, *, first=4):
+    """Two sequences of two documents each; the first one's has `first` tokens."""
+    tokens = torch.zeros((2, length), dtype=torch.int64)
+    documents = torch.stack([(torch.arange(length) >= end).long() for end in (first, 2 * first)])
+    return Batch(tokens, tokens, torch.arange(length).expand(2, length), documents)
+
+
+def test_microbatches_share_one_mask_a_window():
+    maker = contexts()
+    trained, another = (maker.make(batch(), step=1, index=index) for index in (0, 1))
+    evaluated = maker.make(batch(), step=None, index=0)
+    for window in WINDOWS:
+        mask = trained.mask(window)
+        assert mask is another.mask(window) is evaluated.mask(window)
+        alone = Microbatch(*batch()[:3]).mask(window)
+        assert mask is alone is None if window is None else mask.equal(alone)
+    assert trained.rotations is another.rotations
+
+
+def test_another_length_has_its_own():
+    maker = contexts()
+    long, short, again = (
+        maker.make(batch(length), step=1, index=0) for length in (LENGTH, 8, LENGTH)
+    )
+    assert [context.mask(5).shape[-1] for context in (long, short, again)] == [LENGTH, 8, LENGTH]
+
+
+def test_documents_have_their_own():
+    maker = contexts(document_mask=True)
+    one, other = (maker.make(batch(first=first), step=1, index=0) for first in (4, 6))
+    for window in WINDOWS:
+        assert one.mask(window).shape == (2, 1, LENGTH, LENGTH)
+        assert not one.mask(window).equal(other.mask(window))
+
+
+def test_a_ranks_memory_has_a_shared_mask_once():
+    """More microbatches on a rank that holds one at a time take no more than their tokens, labels and positions, and a document mask each."""
+
+    def bytes_of_a_microbatch(**data):
+        raw = {"model": BASES["mistral"], "data": {"sequence_length": 64, **data}}
+        sizes = []
+        for count in (4, 8):
+            config = configuration.from_dict(
+                {
+                    **raw,
+                    "train": {"steps": 1, "global_batch_size": 2 * count, "micro_batch_size": 2},
+                }
+            )
+            sizes.append(
+                predict(
+                    config, read_config(load_hf_config(config.model)), data_size=1, device="cpu"
+                )[0].working
+            )
+        return (sizes[1] - sizes[0]) / 4
+
+    fields, rotations = 2 * 64 * 8, 2 * 64 * 8 * 4
+    assert bytes_of_a_microbatch() == 3 * fields
+    assert bytes_of_a_microbatch(document_mask=True) >= 4 * fields + 2 * rotations + 2 * 64 * 64

@@ -1,0 +1,338 @@
+"""Sends and receives, and the checker: what it lets pass runs, what is broken it refuses and says why."""
+
+import graphlib
+import queue
+import random
+import threading
+
+import pytest
+
+from megatrain.pipeline.communication import (
+    ScheduleError,
+    add_communication,
+    check_instructions,
+    check_schedule,
+)
+from megatrain.pipeline.schedule import Action, Placement, Schedule, Transfer, peak_activations
+from megatrain.pipeline.schedules import SCHEDULES, make_schedule
+
+SIZES = [(1, 3, None), (2, 4, None), (3, 7, None), (4, 8, None)]
+
+
+def schedules():
+    for name in SCHEDULES:
+        for ranks, microbatches, chunks in [
+            *SIZES,
+            *([(2, 5, 3), (3, 3, 4)] if name == "interleaved" else []),
+        ]:
+            yield make_schedule(name, ranks, microbatches, chunks), microbatches
+
+
+def named(case):
+    return f"{case[0].name}-{len(case[0].actions)}-{case[1]}"
+
+
+def changed(schedule, rank, actions):
+    lists = [list(of_rank) for of_rank in schedule.actions]
+    lists[rank] = actions
+    return Schedule(schedule.name, schedule.placement, lists, schedule.peaks)
+
+
+def swapped(actions, first, second):
+    actions = list(actions)
+    actions[first], actions[second] = actions[second], actions[first]
+    return actions
+
+
+def can_run(schedule):
+    """Independent of the checker: no circle in program order, data between stages, and each W after its I after its F."""
+    before = {}
+    for rank, actions in enumerate(schedule.actions):
+        for index, action in enumerate(actions):
+            needs = before.setdefault((rank, action), set())
+            if index:
+                needs.add((rank, actions[index - 1]))
+            stage = schedule.placement.stage(rank, action.chunk)
+            if action.kind == "F" and stage:
+                place = schedule.placement.place(stage - 1)
+                needs.add((place.rank, action._replace(chunk=place.chunk)))
+            if action.kind in "BI":
+                needs.add((rank, action._replace(kind="F")))
+                if stage + 1 < schedule.placement.stages:
+                    place = schedule.placement.place(stage + 1)
+                    theirs = [
+                        a
+                        for a in schedule.actions[place.rank]
+                        if a.kind in "BI" and a[1:] == (action.microbatch, place.chunk)
+                    ]
+                    needs.add((place.rank, theirs[0]))
+            if action.kind == "W":
+                needs.add((rank, action._replace(kind="I")))
+    try:
+        graphlib.TopologicalSorter(before).prepare()
+    except graphlib.CycleError:
+        return False
+    return all(
+        peak_activations(actions) <= most
+        for actions, most in zip(schedule.actions, schedule.peaks, strict=True)
+    )
+
+
+# -- transfers ---------------------------------------------------------------------------------------------------------
+
+
+def test_transfers_of_1f1b_as_drawn():
+    assert [
+        " ".join(str(i) for i in rank) for rank in add_communication(make_schedule("1f1b", 2, 2))
+    ] == [
+        "F0 send F0 to rank 1 receive B0 from rank 1 F1 send F1 to rank 1 receive B1 from rank 1 B0 B1",
+        "receive F0 from rank 0 F0 receive F1 from rank 0 B0 send B0 to rank 0 F1 B1 send B1 to rank 0",
+    ]
+
+
+def test_at_the_turning_point_of_a_v_the_result_is_kept():
+    v = make_schedule("zb-v", 2, 3)
+    first, last = add_communication(v)
+    assert {
+        (t.kind, t.chunk) for t in last if isinstance(t, Transfer) and t.direction == "keep"
+    } == {("F", 1), ("B", 0)}
+    assert not [t for t in first if isinstance(t, Transfer) and t.direction == "keep"]
+    assert last[last.index(Action("F", 0)) + 1] == Transfer("keep", "F", 0, 1, 1)
+
+
+@pytest.mark.parametrize("case", schedules(), ids=named)
+def test_a_receive_is_posted_before_the_action_that_precedes_its_use(case):
+    schedule, _ = case
+    for instructions in add_communication(schedule):
+        computing = [i for i in instructions if isinstance(i, Action)]
+        done = 0
+        for instruction in instructions:
+            if isinstance(instruction, Action):
+                done += 1
+            elif instruction.direction == "receive":
+                kinds = "F" if instruction.kind == "F" else "BI"
+                use = next(
+                    n
+                    for n, a in enumerate(computing)
+                    if a.kind in kinds and a[1:] == instruction[2:4]
+                )
+                assert done <= max(use - 1, 0)
+
+
+def run_on_threads(schedule, microbatches):
+    """Run instruction lists on threads with blocking queues; a tensor is the list of what was done to it."""
+    ranks, placement = schedule.placement.ranks, schedule.placement
+    channels = {(a, b): queue.Queue() for a in range(ranks) for b in range(ranks)}
+    ends, failures = {}, []
+
+    def work(rank, instructions):
+        posted, here = {}, {}
+        made = None
+        try:
+            for i in instructions:
+                if isinstance(i, Action):
+                    key = ("F" if i.kind == "F" else "B", i.microbatch, i.chunk)
+                    source = placement.taken_from(rank, i)
+                    while source and source.rank != rank and key not in here:
+                        here[posted[source.rank].pop(0)] = channels[source.rank, rank].get(
+                            timeout=200
+                        )
+                    made = [
+                        *(here.pop(key) if source else []),
+                        (key[0], placement.stage(rank, i.chunk), i.microbatch),
+                    ]
+                    if i.kind != "W" and placement.given_to(rank, i) is None:
+                        ends[key[0], i.microbatch] = made
+                elif i.direction == "receive":
+                    posted.setdefault(i.peer, []).append(i[1:4])
+                elif i.direction == "keep":
+                    here[i[1:4]] = made
+                else:
+                    channels[rank, i.peer].put(made)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in enumerate(add_communication(schedule))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    stages = range(placement.stages)
+    for m in range(microbatches):
+        assert ends["F", m] == [("F", stage, m) for stage in stages]
+        assert ends["B", m] == [("B", stage, m) for stage in reversed(stages)]
+
+
+@pytest.mark.parametrize("case", schedules(), ids=named)
+def test_what_passes_runs_with_blocking_channels_and_meets_each_stage_in_order(case):
+    run_on_threads(*case)
+
+
+def test_a_sender_and_a_receiver_of_other_orders_still_meet():
+    """Rank 0 sends F0 F1 F2 and rank 1 takes F2 first: all three are posted in the sender's order before it."""
+    forwards = [Action("F", i) for i in range(3)]
+    backwards = [Action("B", i) for i in range(3)]
+    schedule = Schedule(
+        "reversed", Placement(2), [forwards + backwards, forwards[::-1] + backwards], [3, 3]
+    )
+    assert [i.microbatch for i in add_communication(schedule)[1][:3]] == [0, 1, 2]
+    check_schedule(schedule, 3)
+    run_on_threads(schedule, 3)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", schedules(), ids=named)
+def test_a_dropped_action_is_named(case):
+    schedule, microbatches = case
+    for rank, actions in enumerate(schedule.actions):
+        for index, action in enumerate(actions):
+            # A whole backward's absence is one action; of a split one, the other half shows what is missing.
+            with pytest.raises(
+                ScheduleError, match=rf"rank {rank} lacks {action} and has nothing too much"
+            ):
+                check_schedule(
+                    changed(schedule, rank, actions[:index] + actions[index + 1 :]), microbatches
+                )
+
+
+@pytest.mark.parametrize("case", schedules(), ids=named)
+def test_a_duplicated_action_is_named(case):
+    schedule, microbatches = case
+    for rank, actions in enumerate(schedule.actions):
+        for index, action in enumerate(actions):
+            with pytest.raises(ScheduleError, match=f"rank {rank} does {action} 2 times"):
+                check_schedule(
+                    changed(schedule, rank, [*actions[:index], action, *actions[index:]]),
+                    microbatches,
+                )
+
+
+@pytest.mark.parametrize("case", schedules(), ids=named)
+def test_a_swap_passes_only_where_it_can_run_in_the_declared_memory(case):
+    schedule, microbatches = case
+    chance = random.Random(named(case))
+    verdicts = set()
+    for _ in range(150):
+        rank = chance.randrange(len(schedule.actions))
+        mutant = changed(
+            schedule,
+            rank,
+            swapped(schedule.actions[rank], *chance.sample(range(len(schedule.actions[rank])), 2)),
+        )
+        try:
+            check_schedule(mutant, microbatches)
+            passed = True
+        except ScheduleError as error:
+            passed, said = False, str(error)
+        assert passed == can_run(mutant)
+        assert passed or any(words in said for words in ("before", "deadlock", "declares at most"))
+        verdicts.add(passed)
+    assert False in verdicts
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        ([["B0", "F0"]], "rank 0 does B0 before F0"),
+        ([["F0", "W0", "I0"]], "rank 0 does W0 before I0"),
+        ([["F0", "I0"]], "rank 0 lacks W0 and has nothing too much"),
+        ([["F0", "B0", "W0"]], "rank 0 lacks I0 and has B0 too much"),
+        ([["F0", "B0", "F1"]], "rank 0 lacks nothing and has F1 too much"),
+        ([["F0", "B0"], ["F0", "B0"]], "there are actions for 2 ranks and not 1"),
+    ],
+)
+def test_messages(actions, message):
+    made = [[Action(word[0], int(word[1:])) for word in words] for words in actions]
+    with pytest.raises(ScheduleError) as error:
+        check_schedule(Schedule("", Placement(1), made, [9] * len(made)), 1)
+    assert str(error.value) == message
+
+
+def test_a_deadlock_names_who_waits_where():
+    a, b = Action("F", 0), Action("F", 1)
+    back = [Action("B", 0), Action("B", 1)]
+    crossed = Schedule("", Placement(2), [[a, back[0], b, back[1]], [b, a, *back]], [9, 9])
+    with pytest.raises(
+        ScheduleError, match="deadlock: rank 0 waits for ever at B0, rank 1 waits for ever at F1"
+    ):
+        check_schedule(crossed, 2)
+
+
+def test_more_activations_than_declared():
+    schedule = make_schedule("gpipe", 2, 4)
+    with pytest.raises(ScheduleError, match="rank 0 holds 4 activations and declares at most 3"):
+        check_schedule(Schedule("", schedule.placement, schedule.actions, [3, 4]), 4)
+
+
+def test_activations_are_held_until_w():
+    assert (
+        peak_activations(
+            [
+                Action("F", 0),
+                Action("I", 0),
+                Action("F", 1),
+                Action("W", 0),
+                Action("I", 1),
+                Action("W", 1),
+            ]
+        )
+        == 2
+    )
+    assert peak_activations([Action("F", 0), Action("B", 0), Action("F", 1), Action("B", 1)]) == 1
+
+
+def mutate_instructions(kind, direction):
+    schedule = make_schedule("interleaved", 2, 4)
+    lists = add_communication(schedule)
+    where = [
+        i
+        for i, step in enumerate(lists[1])
+        if isinstance(step, Transfer) and step.direction == direction
+    ]
+    if kind == "drop":
+        del lists[1][where[2]]
+    elif kind == "duplicate":
+        lists[1].insert(where[2], lists[1][where[2]])
+    else:
+        lists[1] = swapped(lists[1], where[1], where[2])
+    return lists, schedule.placement
+
+
+@pytest.mark.parametrize(
+    ("kind", "direction", "message"),
+    [
+        ("drop", "receive", "deadlock: .* rank 1 waits for ever at F0.1"),
+        ("drop", "send", "arrives"),
+        ("duplicate", "receive", "arrives"),
+        ("duplicate", "send", "arrives"),
+        ("swap", "receive", "rank 1 is to receive F0.1 from rank 0 and F1 arrives"),
+        ("swap", "send", "arrives"),
+    ],
+)
+def test_wrong_transfers_are_refused(kind, direction, message):
+    lists, placement = mutate_instructions(kind, direction)
+    with pytest.raises(ScheduleError, match=message):
+        check_instructions(lists, placement)
+
+
+def test_a_kept_result_that_is_lost_or_left_over():
+    schedule = make_schedule("zb-v", 1, 1)
+    lists = add_communication(schedule)
+    keep = next(step for step in lists[0] if isinstance(step, Transfer))
+    with pytest.raises(ScheduleError, match=r"waits for ever at F0\.1"):
+        check_instructions([[step for step in lists[0] if step != keep]], schedule.placement)
+    with pytest.raises(ScheduleError, match=r"receives F0\.1 and does nothing with it"):
+        check_instructions([[*lists[0], keep]], schedule.placement)
+
+
+def test_a_message_that_nobody_receives():
+    schedule = make_schedule("1f1b", 2, 1)
+    lists = add_communication(schedule)
+    lists[0].append(Transfer("send", "F", 7, 0, 1))
+    with pytest.raises(ScheduleError, match="rank 0 sends F7 and rank 1 never receives it"):
+        check_instructions(lists, schedule.placement)

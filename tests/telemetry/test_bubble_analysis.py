@@ -1,0 +1,537 @@
+"""X-rays of made-up traces whose answers are known; advice against every cut there is; the page, and what cannot be read."""
+
+import itertools
+import json
+import random
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from megatrain.__main__ import main
+from megatrain.pipeline.partition import blocks_per_stage
+from megatrain.pipeline.schedules import SCHEDULES, make_schedule
+from megatrain.pipeline.simulator import Times, simulate
+from megatrain.planner.cost_model import best_cut, cost_model, cut_of, rank_slowness
+from megatrain.report.bottlenecks import advise
+from megatrain.report.timeline_page import chrome_trace, numbers, render_timeline_page
+from megatrain.telemetry.bubble_analysis import (
+    break_down_waiting,
+    message_seconds,
+    profile_pipeline,
+)
+from megatrain.telemetry.trace_format import (
+    RankTrace,
+    StepTrace,
+    TracedAction,
+    read_traces,
+    write_trace,
+)
+
+
+def titles(counts):
+    """By stage, of a model with so many blocks on each."""
+    blocks = iter(range(sum(counts)))
+    stages = [[f"block {next(blocks)}" for _ in range(count)] for count in counts]
+    return (
+        [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "head"]]
+        if len(stages) > 1
+        else [["embedding", *stages[0], "head"]]
+    )
+
+
+def traced(
+    schedule, times, *, counts=None, layers=None, step=1, data=0, replicas=1, run=1.0, memory=()
+):
+    """What a step would leave behind that runs as simulated, some time after its ranks' clocks began.
+
+    `layers(kind, layer)` are the seconds of a layer; none are known when it is left out.
+    """
+    placement = schedule.placement
+    stages = titles(counts or [1] * placement.stages)
+    firsts = list(itertools.accumulate([0, *map(len, stages)]))
+    timeline = simulate(schedule, times)
+    traces = []
+    for rank, spans in enumerate(timeline.spans):
+        actions, free = [], 0.0
+        for span in spans:
+            stage = placement.stage(rank, span.action.chunk)
+            known = (
+                range(firsts[stage], firsts[stage + 1])
+                if layers and span.action.kind != "W"
+                else ()
+            )
+            inside = {layer: layers(span.action.kind, layer) for layer in known}
+            actions.append(
+                TracedAction(span.action, 50 + free, 50 + span.start, 50 + span.end, inside)
+            )
+            free = span.end
+        traces.append(
+            RankTrace(
+                run=run,
+                step=step,
+                rank=data * placement.ranks + rank,
+                world_size=replicas * placement.ranks,
+                pipeline=rank,
+                data=data,
+                tensor=0,
+                schedule=schedule.name,
+                placement=placement,
+                stages=stages,
+                seconds=timeline.makespan * 1.25,
+                peak_memory=memory[rank] if memory else 2**30,
+                memory="resident memory",
+                clock_error=0.0,
+                config={"run": {"output_dir": "runs/a<b>", "name": ""}},
+                actions=actions,
+            )
+        )
+    return traces
+
+
+def stage_times(counts, layers, *, slowness=(), beside=0.0, send=0.0):
+    """Stage times that are the sums of their layers', some stages slower than others, with something beside the layers."""
+    cut = cut_of(tuple(counts))
+
+    def sums(kind):
+        return [
+            beside
+            + (slowness[stage] if slowness else 1)
+            * sum(layers(kind, layer) for layer in cut[stage])
+            for stage in range(len(cut))
+        ]
+
+    return Times(sums("F"), sums("I"), sums("W"), send)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where the time went
+
+
+def test_even_stages_wait_for_their_neighbours_alone():
+    """1F1B waits (ranks - 1) x (forward + backward)."""
+    splits = break_down_waiting(
+        traced(make_schedule("1f1b", 4, 8), Times([1] * 4, [1] * 4, [1] * 4))
+    )
+    assert [tuple(split) for split in splits] == [pytest.approx((24, 9, 0, 0, 0))] * 4
+
+
+def test_a_slow_stage_is_imbalance():
+    """Stage 1 takes twice as long: 1 + 4 x 6 + 2 in all, where stages of the mean, 4.5, would take (4 + 1) x 4.5."""
+    splits = break_down_waiting(traced(make_schedule("1f1b", 2, 4), Times([1, 2], [1, 2], [1, 2])))
+    assert tuple(splits[0]) == pytest.approx((12, 4.5, 10.5, 0, 0))
+    assert tuple(splits[1]) == pytest.approx((24, 4.5, -1.5, 0, 0))
+    assert [split.span for split in splits] == pytest.approx([27, 27])
+
+
+def test_a_slow_link_is_communication():
+    """(2 + 1) x 3 without messages, and 10 with these, as the simulator's test works out."""
+    pipeline = traced(make_schedule("1f1b", 2, 2), Times([1, 1], [1, 1], [1, 1], send=0.5))
+    assert [tuple(split) for split in break_down_waiting(pipeline)] == [
+        pytest.approx((6, 3, 0, 0, 1))
+    ] * 2
+    assert message_seconds(pipeline) == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_an_uneven_microbatch_is_neither():
+    """Both stages take 2 in the mean, but stage 0 takes 5 for the first microbatch: stage 1 begins 3 later."""
+
+    class Uneven(Times):
+        def of(self, action, stage):
+            if action.kind == "F" and stage == 0:
+                return 5.0 if action.microbatch == 0 else 1.0
+            return super().of(action, stage)
+
+    splits = break_down_waiting(
+        traced(make_schedule("gpipe", 2, 4), Uneven([2, 2], [1, 1], [0, 0]))
+    )
+    assert [tuple(split) for split in splits] == [pytest.approx((12, 3, 0, 3, 0))] * 2
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_parts_add_up_to_the_waiting(name):
+    numbers_of = random.Random(name)
+    schedule = make_schedule(name, 3, 7)
+    times = Times(
+        *([numbers_of.uniform(0.5, 2) for _ in range(schedule.placement.stages)] for _ in range(3)),
+        send=0.3,
+    )
+    timeline = simulate(schedule, times)
+    for rank, split in enumerate(break_down_waiting(traced(schedule, times))):
+        assert split.compute == pytest.approx(timeline.busy[rank])
+        assert split.waiting == pytest.approx(timeline.makespan - timeline.busy[rank])
+        assert split.communication > 0
+        assert split.microbatches == pytest.approx(0)
+
+
+def test_replicas_and_steps_are_averaged():
+    schedule = make_schedule("1f1b", 2, 4)
+    fast, slow = Times([1, 1], [1, 1], [1, 1]), Times([3, 3], [3, 3], [3, 3])
+    steps = [
+        StepTrace(
+            step,
+            [
+                *traced(schedule, fast, step=step, replicas=2, memory=(5, 6)),
+                *traced(schedule, slow, step=step, data=1, replicas=2, memory=(8, 2)),
+            ],
+        )
+        for step in (20, 21)
+    ]
+    xray = profile_pipeline(steps)
+    assert (xray.steps, xray.replicas, xray.tensor, xray.peak_memory) == ([20, 21], 2, 1, [8, 6])
+    assert [tuple(split) for split in xray.splits] == [pytest.approx((24, 6, 0, 0, 0))] * 2
+    assert xray.picture.pipeline[0].data == 1, "the slowest pipeline is shown"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# advice
+
+
+def block_times(**slow):
+    """Blocks of 1 forward, 1 and 1 backward, but for those named `block_4=3.0`; head and embedding a quarter."""
+
+    def of(kind, layer):
+        if layer == 0:
+            return 0.25 if kind == "F" else 0.0
+        return slow.get(f"block_{layer - 1}", 1.0)
+
+    return of
+
+
+def xray_of(name, ranks, microbatches, counts, layers, **more):
+    """Of one step in which layers take what they are said to, on slow stages longer."""
+    schedule = make_schedule(name, ranks, microbatches)
+    slow = {
+        layer: slowness
+        for cut, slowness in zip(cut_of(tuple(counts)), more.get("slowness", []), strict=False)
+        for layer in cut
+    }
+
+    def measured(kind, layer):
+        seconds = layers("I", layer) + layers("W", layer) if kind == "B" else layers(kind, layer)
+        return seconds * slow.get(layer, 1.0)
+
+    return profile_pipeline(
+        [
+            StepTrace(
+                1,
+                traced(
+                    schedule, stage_times(counts, layers, **more), counts=counts, layers=measured
+                ),
+            )
+        ]
+    )
+
+
+def test_a_slow_layer_is_named_and_the_cut_around_it():
+    """A head of a quarter block: stages take 9.25 and 15.75 a microbatch, then 12.25 and 12.75."""
+    xray = xray_of("1f1b", 2, 8, [3, 3], block_times(block_4=3.0, block_6=0.25))
+    advice = advise(xray)[0]
+    assert advice.layers_per_stage == [4, 2]
+    assert advice.text.startswith(
+        "stage 1 is 26% slower than the mean of the stages (block 4 alone takes 3.0 times the median block): "
+        "move block 3 from stage 1 to stage 0 → predicted −"
+    )
+    assert "set parallel.layers_per_stage=[4, 2]" in advice.text
+    before = simulate(
+        make_schedule("1f1b", 2, 8), stage_times([3, 3], block_times(block_4=3.0, block_6=0.25))
+    ).makespan
+    after = simulate(
+        make_schedule("1f1b", 2, 8), stage_times([4, 2], block_times(block_4=3.0, block_6=0.25))
+    ).makespan
+    assert advice.gain == pytest.approx((before - after) / (1.25 * before))
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h1", "zb-v"])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_cut_is_faster_than_the_one_advised(name, seed, monkeypatch):
+    """Against all cuts of 8 blocks, simulated from the true times and not from the x-ray's model."""
+    numbers_of = random.Random(f"{name} {seed}")
+    times = [numbers_of.choice([1, 1, 1, 2, 4]) * numbers_of.uniform(0.95, 1.05) for _ in range(10)]
+
+    def layers(kind, layer):
+        return 0.0 if layer == 0 and kind != "F" else times[layer] * (0.1 if layer == 0 else 1.0)
+
+    schedule = make_schedule(name, 2, 6)
+    stages = schedule.placement.stages
+    start = [8 // stages] * stages
+    measured = xray_of(name, 2, 6, start, layers, beside=0.2, send=0.05).measured
+    monkeypatch.setattr(
+        "megatrain.planner.cost_model.rank_slowness", lambda measured: [1.0, 1.0]
+    )  # of blocks that differ it knows nothing
+    model = cost_model(measured)
+    assert model.makespan(measured.cut) == pytest.approx(
+        simulate(schedule, stage_times(start, layers, beside=0.2, send=0.05)).makespan
+    )
+    every = [c for c in itertools.product(range(1, 9), repeat=stages) if sum(c) == 8]
+    truth = {
+        counts: simulate(schedule, stage_times(counts, layers, beside=0.2, send=0.05)).makespan
+        for counts in every
+    }
+    found = tuple(blocks_per_stage(best_cut(model)))
+    assert truth[found] <= 1.01 * min(truth.values())
+
+
+def test_a_slow_rank_is_not_its_layers_fault():
+    """Rank 1 takes 1.5 times as long for the same: blocks that leave it become fast."""
+    layers = block_times(block_8=0.01)
+    xray = xray_of("1f1b", 2, 8, [4, 4], layers, slowness=[1.0, 1.5])
+    slow, fast = rank_slowness(xray.measured)[::-1]
+    assert slow / fast == pytest.approx(1.5)
+    advice = advise(xray)
+    assert advice[0].layers_per_stage == [5, 3]
+    assert "block 4 alone" not in advice[0].text
+    before = simulate(
+        make_schedule("1f1b", 2, 8), stage_times([4, 4], layers, slowness=[1.0, 1.5])
+    ).makespan
+    after = simulate(
+        make_schedule("1f1b", 2, 8), stage_times([5, 3], layers, slowness=[1.0, 1.5])
+    ).makespan
+    assert advice[0].gain == pytest.approx((before - after) / (1.25 * before), rel=0.02)
+    assert any(
+        item.text.startswith("pipeline rank 1 takes 1.20 times as long as the others")
+        for item in advice
+    )
+
+
+def test_what_is_even_needs_no_other_cut():
+    layers = block_times(block_32=0.25)
+    advice = advise(xray_of("1f1b", 2, 64, [16, 16], layers))
+    assert [item.text for item in advice] == [
+        "nothing to mend: no part of the waiting is 10% of the step"
+    ]
+
+
+def test_the_schedules_own_bubble_and_messages_are_spoken_of():
+    xray = xray_of("1f1b", 4, 4, [2, 2, 2, 2], block_times(block_8=0.01), send=4.0)
+    words = [item.text for item in advise(xray)]
+    assert any(
+        re.match(r"\d\d% of the ranks' time is the schedule's own bubble", text) for text in words
+    )
+    assert any(
+        re.match(r"\d\d% of the ranks' time goes to messages .* takes 4e\+03 ms", text)
+        for text in words
+    )
+
+
+def test_one_rank_has_nothing_to_move():
+    xray = xray_of("1f1b", 1, 4, [4], block_times())
+    assert all(item.layers_per_stage is None for item in advise(xray))
+    assert [tuple(split)[1:] for split in xray.splits] == [pytest.approx((0, 0, 0, 0), abs=1e-9)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is written
+
+
+class Page(HTMLParser):
+    """Tags that are open, and pictures as text."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.words = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        assert not any(name in ("src", "href") for name, _ in attributes), "nothing from elsewhere"
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_page_holds_both_timelines_at_one_scale(name):
+    schedule = make_schedule(name, 2, 5)
+    counts = [2] * schedule.placement.stages
+    xray = xray_of(name, 2, 5, counts, block_times(), send=0.5)
+    text = render_timeline_page(xray, advise(xray))
+    page = Page(text)
+    assert page.open == []
+    assert "X-ray of runs/a<b>" in page.words
+    measured, ideal = (
+        ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    )
+    space = "{http://www.w3.org/2000/svg}"
+    actions = sum(map(len, schedule.actions))
+    boxes = [
+        [rect for rect in svg.iter(f"{space}rect") if rect.get("stroke")]
+        for svg in (measured, ideal)
+    ]
+    assert [len(found) for found in boxes] == [actions, actions]
+    ends = [
+        max(float(rect.get("x")) + float(rect.get("width")) for rect in found) - 70
+        for found in boxes
+    ]
+    assert ends[0] / ends[1] == pytest.approx(xray.span / xray.picture.ideal.makespan, rel=1e-3)
+    width = float(measured.get("width"))
+    assert all(
+        float(rect.get("x")) + float(rect.get("width")) <= width
+        for found in boxes
+        for rect in found
+    )
+
+
+def test_numbers_are_those_of_the_page():
+    xray = xray_of("1f1b", 2, 4, [3, 3], block_times(block_4=3.0))
+    found = json.loads(json.dumps(numbers(xray, advise(xray))))
+    assert found["ranks"][0].keys() == {
+        "compute",
+        "schedule",
+        "imbalance",
+        "microbatches",
+        "communication",
+        "peak_memory",
+    }
+    assert found["bubble"] == pytest.approx(
+        1 - sum(rank["compute"] for rank in found["ranks"]) / (2 * found["span_seconds"])
+    )
+    assert found["layers_per_stage"] == [3, 3]
+    assert found["advice"][0]["layers_per_stage"] == [4, 2]
+
+
+def test_the_chrome_trace_holds_each_action_and_wait():
+    schedule = make_schedule("1f1b", 2, 2)
+    times = Times([1, 1], [1, 1], [1, 1], send=0.5)
+    steps = [
+        StepTrace(
+            3, traced(schedule, times, replicas=2) + traced(schedule, times, data=1, replicas=2)
+        )
+    ]
+    events = chrome_trace(steps)["traceEvents"]
+    names = {(e["pid"], e["args"]["name"]) for e in events if e["name"] == "process_name"}
+    assert names == {(0, "pipeline rank 0"), (1, "pipeline rank 1")}
+    of_rank_1 = [
+        (e["name"], e["ts"], e["dur"])
+        for e in events
+        if e["ph"] == "X" and (e["pid"], e["tid"]) == (1, 0)
+    ]
+    assert of_rank_1 == [
+        ("wait for F0", 0.0, 1.5e6),
+        ("F0", 1.5e6, 1e6),
+        ("B0", 2.5e6, 2e6),
+        ("F1", 4.5e6, 1e6),
+        ("B1", 5.5e6, 2e6),
+    ]
+    backward = next(e for e in events if e["name"] == "B1")
+    assert backward["args"] == {"step": 3, "microbatch": 1, "chunk": 0, "stage": 0}
+    assert {e["tid"] for e in events} == {0, 1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Two traced steps of two ranks, and one that an earlier run of three ranks left."""
+    for trace in traced(
+        make_schedule("1f1b", 3, 4), Times([1] * 3, [1] * 3, [1] * 3), step=2, run=0.5
+    ):
+        write_trace(tmp_path, trace)
+    for step in (4, 5):
+        for trace in traced(
+            make_schedule("1f1b", 2, 4),
+            Times([1, 2], [1, 2], [1, 2]),
+            step=step,
+            counts=[2, 2],
+            layers=lambda kind, layer: 0.25,
+        ):
+            write_trace(tmp_path, trace)
+    return tmp_path
+
+
+def file(run_folder, step, rank):
+    return run_folder / "trace" / f"step-{step:08d}-rank-{rank:05d}.json"
+
+
+def test_what_is_written_is_read(run_folder):
+    steps = read_traces(run_folder)
+    assert [step.step for step in steps] == [4, 5], "an earlier run's trace is not mixed in"
+    expected = traced(
+        make_schedule("1f1b", 2, 4),
+        Times([1, 2], [1, 2], [1, 2]),
+        step=4,
+        counts=[2, 2],
+        layers=lambda kind, layer: 0.25,
+    )
+    assert steps[0].ranks == expected
+
+
+def test_the_verb_writes_page_trace_and_numbers(run_folder, capsys, tmp_path_factory):
+    assert main(["xray", str(run_folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "bubble 33.3%" in printed
+    assert (run_folder / "xray.html").exists()
+    assert json.loads((run_folder / "xray.trace.json").read_text())["traceEvents"]
+    page = tmp_path_factory.mktemp("elsewhere") / "page.html"
+    assert main(["xray", str(run_folder), "--output", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == [4, 5]
+    assert page.exists()
+    assert page.with_suffix(".trace.json").exists()
+
+
+def refusal(capsys, folder, *words):
+    assert main(["xray", str(folder), *words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_run_without_a_trace(capsys, tmp_path):
+    assert "holds no trace; set train.trace_steps" in refusal(capsys, tmp_path)
+    assert "is not a folder" in refusal(capsys, tmp_path / "nowhere")
+
+
+def test_missing_ranks(run_folder, capsys):
+    file(run_folder, 5, 1).unlink()
+    assert "lacks step 5 of rank 1 (of 2)" in refusal(capsys, run_folder)
+    file(run_folder, 4, 0).unlink()
+    assert "lacks rank 0's file of step 4" in refusal(capsys, run_folder)
+
+
+def test_a_rank_of_another_run(run_folder, capsys):
+    path = file(run_folder, 4, 1)
+    path.write_text(path.read_text().replace('"run": 1.0', '"run": 0.7'))
+    assert "is of another run" in refusal(capsys, run_folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: text.replace('"peak_memory"', '"peak"'),
+        lambda text: text.replace('"actions": [', '"actions": [[1], '),
+    ],
+)
+def test_a_damaged_file(run_folder, capsys, damage):
+    path = file(run_folder, 5, 1)
+    path.write_text(damage(path.read_text()))
+    assert f"{path} is damaged or no trace" in refusal(capsys, run_folder)
+
+
+def test_actions_that_are_no_whole_step(run_folder, capsys):
+    path = file(run_folder, 5, 1)
+    raw = json.loads(path.read_text())
+    raw["actions"] = raw["actions"][:-1]
+    path.write_text(json.dumps(raw))
+    assert "does not hold the whole of step 5: rank 1 lacks B3" in refusal(capsys, run_folder)
+
+
+def test_a_page_that_cannot_be_written(run_folder, capsys):
+    assert "cannot be written" in refusal(
+        capsys, run_folder, "--output", str(run_folder / "no" / "page.html")
+    )

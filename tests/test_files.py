@@ -1,0 +1,55 @@
+"""Lines are whole or read over, and their file's end can be read alone."""
+
+import json
+
+import pytest
+
+from megatrain.files import LineFile, read
+
+
+def write(path, *lines):
+    file = LineFile(path)
+    for line in lines:
+        file.write(line)
+    file.close()
+
+
+def test_what_is_not_finite_is_null_and_every_line_is_strict_json(tmp_path):
+    write(
+        tmp_path / "new" / "a",
+        {"x": [float("inf"), {"y": float("nan")}], "path": tmp_path, "on": True},
+    )
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    (line,) = (tmp_path / "new" / "a").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {
+        "x": [None, {"y": None}],
+        "path": str(tmp_path),
+        "on": True,
+    }
+
+
+@pytest.mark.parametrize("torn", [b'{"n": ', b"7\n", b"\xff\xfe", b"\n\n", b'{"n": 4'])
+def test_torn_lines_and_others_that_are_no_objects_cost_no_other(tmp_path, torn):
+    path = tmp_path / "a"
+    write(path, {"n": 1})
+    with path.open("ab") as file:
+        file.write(torn)
+    write(path, {"n": 2}, {"n": 3})
+    assert [line["n"] for line in read(path)] == [1, 2, 3]
+
+
+def test_the_end_alone_begins_with_a_whole_line(tmp_path):
+    path = tmp_path / "a"
+    write(path, *({"n": n} for n in range(10)))
+    size = len(path.read_bytes()) // 10
+    for last in range(1, 10 * size + 20):
+        assert [line["n"] for line in read(path, last=last)] == list(
+            range(10 - min(10, last // size), 10)
+        )
+
+
+def test_no_file_has_no_lines(tmp_path):
+    assert not list(read(tmp_path / "a"))

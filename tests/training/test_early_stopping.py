@@ -1,0 +1,114 @@
+"""When a run stops early, and which checkpoint it calls its best."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatrain.checkpoint import manifest, retention
+from megatrain.checkpoint.best_checkpoint import best_checkpoint, chosen_checkpoint, write_best
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.training.early_stopping import EarlyStopping
+
+
+def judged(metric, values, *, patience=2):
+    """Which values are a new best, until the stop."""
+    early, new = EarlyStopping(patience=patience, metric=metric), []
+    for step, value in enumerate(values):
+        new.append(early.add(step, {metric: value}))
+        if early.is_over:
+            break
+    return new, early.best_step
+
+
+def test_a_loss_is_to_fall_and_a_score_to_rise():
+    assert judged("valid_loss", [3.0, 2.0, 2.5, 1.0, 1.0, 1.5, 0.1]) == (
+        [True, True, False, True, False, False],
+        3,
+    )
+    assert judged("valid_accuracy", [0.5, 0.6, 0.6, 0.5, 0.9]) == ([True, True, False, False], 1)
+    assert judged("valid_mse", [2.0, 1.0])[0] == [True, True]
+    assert judged("valid_r2", [0.1, -1.0, 0.0])[1] == 0
+
+
+def test_what_is_not_a_number_is_never_best():
+    assert judged("valid_loss", [float("nan"), 3.0, float("nan"), float("nan")]) == (
+        [False, True, False, False],
+        1,
+    )
+
+
+def test_a_metric_that_is_not_measured():
+    with pytest.raises(
+        ConfigError,
+        match=r"train.early_stop_metric=valid_f1 is not what this run measures; use one of valid_accuracy, valid_loss",
+    ):
+        EarlyStopping(patience=1, metric="valid_f1").add(
+            1, {"valid_loss": 1.0, "valid_accuracy": 0.5, "loss": 1.0}
+        )
+
+
+def test_words():
+    early = EarlyStopping(patience=1, metric="valid_loss")
+    early.add(10, {"valid_loss": 1.5})
+    early.add(20, {"valid_loss": 1.6})
+    assert early.is_over
+    assert (
+        early.words()
+        == "stopped early: valid_loss has not improved in 1 evaluations; its best is 1.5000 after step 10"
+    )
+
+
+def test_the_best_is_kept_whatever_else_is_deleted(tmp_path):
+    for step in (1, 2, 3, 4):
+        (tmp_path / "checkpoints" / f".writing-{step}").mkdir(parents=True)
+        manifest.commit(
+            tmp_path / "checkpoints" / f".writing-{step}",
+            tmp_path / "checkpoints" / f"step-{step:08d}",
+            [],
+        )
+    assert best_checkpoint(tmp_path) is None
+    write_best(tmp_path, step=2, metric="valid_loss", value=1.0)
+    retention.delete(
+        retention.find_deletable(
+            tmp_path / "checkpoints", last=1, every=0, best=best_checkpoint(tmp_path)
+        )
+    )
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
+    assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+    write_best(tmp_path, step=9, metric="valid_loss", value=1.0)
+    assert best_checkpoint(tmp_path) is None, "it is not there"
+    (tmp_path / "best.json").write_text("{")
+    assert best_checkpoint(tmp_path) is None
+
+
+def test_a_runs_folder_means_its_best_checkpoint_else_its_newest_whole_one(tmp_path, capsys):
+    for step in (1, 2, 3):
+        folder = tmp_path / f"checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text('{"format": 2, "files": []}')
+    assert chosen_checkpoint(tmp_path) == folder
+    assert capsys.readouterr().err == ""
+    (folder / "manifest.json").unlink()
+    assert chosen_checkpoint(tmp_path).name == "step-00000002"
+    newest = f"warning: {tmp_path / 'checkpoints/step-00000002'} is taken; passed over: "
+    assert capsys.readouterr().err == f"{newest}step-00000003 has no manifest.json\n"
+    write_best(tmp_path, step=1, metric="valid_loss", value=1.0)
+    assert chosen_checkpoint(tmp_path).name == "step-00000001"
+    assert capsys.readouterr().err == "", "the best is what is wanted, whatever came after it"
+    (tmp_path / "checkpoints/step-00000001/manifest.json").unlink()
+    assert chosen_checkpoint(tmp_path).name == "step-00000002"
+    assert (
+        capsys.readouterr().err
+        == f"{newest}step-00000001, the run's best, has no manifest.json; step-00000003 has no manifest.json\n"
+    )
+    write_best(tmp_path, step=3, metric="valid_loss", value=1.0)
+    assert chosen_checkpoint(tmp_path).name == "step-00000002"
+    assert (
+        capsys.readouterr().err == f"{newest}step-00000003, the run's best, has no manifest.json\n"
+    )
+    (tmp_path / "checkpoints/step-00000002/manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+        chosen_checkpoint(tmp_path)

@@ -1,0 +1,236 @@
+"""A resume says what was wrong with what it passed over, and does not go on from a checkpoint that is whole and wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.rank_pool import run_ranks
+from helpers.training_runs import lines, pretrain, write_tokens
+from safetensors.torch import load_file, save_file
+
+from megatrain.checkpoint import manifest
+from megatrain.checkpoint import resume as resume_module
+from megatrain.config import loader as configuration
+from megatrain.errors import UserError
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def settings(folder, **sections):
+    train = {
+        "steps": 20,
+        "stop_after": 10,
+        "global_batch_size": 4,
+        "micro_batch_size": 4,
+        "save_every": 4,
+        **sections.pop("train", {}),
+    }
+    return {
+        "run": {"output_dir": str(folder / "run")},
+        "model": MODEL,
+        "train": train,
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "data": {"train": str(folder / "tokens"), "sequence_length": 16},
+        **sections,
+    }
+
+
+def what_stopped(rank, world_size, raw):
+    """None when nothing did."""
+    try:
+        pretrain(rank, world_size, raw)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run stopped after step 10, with checkpoints of steps 4, 8 and 10."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_tokens(folder / "tokens", below=20)
+    assert run_ranks(what_stopped, 1, settings(folder), folder=folder) == [None]
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it that a test may damage."""
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def checkpoint(folder, step=10):
+    return folder / "run" / "checkpoints" / f"step-{step:08d}"
+
+
+def resume(folder, **train):
+    (outcome,) = run_ranks(
+        what_stopped, 1, settings(folder, train={"stop_after": 14, **train}), folder=folder
+    )
+    return outcome
+
+
+def change(folder, what):
+    """Change the optimizer's tensors and have the manifest agree."""
+    file = folder / "optimizer" / "rank-00000.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        what(name.rpartition("/")[2], tensor)
+    save_file(tensors, file)
+    records = [
+        manifest.FileRecord(**entry)
+        for entry in json.loads((folder / manifest.MANIFEST).read_text())["files"]
+    ]
+    records = [manifest.record(folder, folder / entry.path) for entry in records]
+    (folder / manifest.MANIFEST).write_text(
+        json.dumps({"format": manifest.FORMAT, "files": [entry._asdict() for entry in records]})
+    )
+    assert manifest.find_problem(folder, hashes=True) is None
+
+
+def test_the_last_losses_are_kept(finished):
+    told = lines(finished / "run")
+    assert list(resume_module.read_train_state(checkpoint(finished)).progress.losses) == [
+        line["loss"] for line in told
+    ]
+    assert sum("save_stall_seconds" in line for line in told) >= 2
+
+
+def test_an_honest_resume_goes_on(run):
+    assert resume(run) is None
+    assert manifest.find_problem(checkpoint(run, 14), hashes=True) is None
+
+
+def random_weights(state, tensor):
+    if state == "master":
+        tensor.copy_(
+            torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
+        )
+
+
+def random_moments(state, tensor):
+    if state != "master":
+        tensor.copy_(
+            torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
+            if state == "exp_avg"
+            else torch.zeros_like(tensor)
+        )
+
+
+@pytest.mark.parametrize(("what", "step"), [(random_weights, 11), (random_moments, 12)])
+def test_wrong_weights_or_moments_do_not_go_on(what, step, run):
+    change(checkpoint(run), what)
+    words = resume(run, keep_last=1, save_every=1)
+    assert f"step-00000010 is not to be trusted: step {step} has a loss of" in words
+    assert "Take an older one with train.resume=FOLDER" in words
+    assert manifest.find_problem(checkpoint(run), hashes=True) is None, (
+        "what it began from is still there"
+    )
+    assert resume(run, resume=str(checkpoint(run, 8))) is None, "the way out"
+
+
+def test_the_rule_can_be_switched_off(run):
+    change(checkpoint(run), random_weights)
+    assert resume(run, resume_margin=0) is None
+
+
+def flip(folder):
+    file = folder / "optimizer" / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def test_content_is_compared_where_asked(run):
+    flip(checkpoint(run))
+    (checkpoint(run, 8) / "config.json").unlink()
+    config = configuration.from_dict(settings(run, train={"verify": "full"}))
+    assert resume_module.choose_start(config)[0] == checkpoint(run)
+    path, words = resume_module.choose_start(config, hashes=True)
+    assert path == checkpoint(run, 4)
+    assert (
+        "passed over: step-00000010 has other content in optimizer/rank-00000.safetensors than was written"
+        in words
+    )
+    assert "passed over: step-00000008 lacks config.json" in words
+    assert resume(run, verify="full") is None
+    assert [line["step"] for line in lines(run / "run")] == list(range(1, 15))
+
+
+def test_checkpoints_ahead_of_where_a_run_begins_are_said(run):
+    ahead = f"; {checkpoint(run)} lies ahead, and train.resume=auto would go on from there"
+    for wish in ("never", str(checkpoint(run, 4))):
+        assert (
+            ahead
+            in resume_module.choose_start(
+                configuration.from_dict(settings(run, train={"resume": wish}))
+            )[1]
+        )
+    assert (
+        "lies ahead"
+        not in resume_module.choose_start(
+            configuration.from_dict(settings(run, train={"resume": str(checkpoint(run))}))
+        )[1]
+    )
+    assert resume(run, resume="never", stop_after=9, keep_last=1) is None
+    assert checkpoint(run).exists()
+    assert checkpoint(run, 9).exists(), "what lies ahead has not pushed it out"
+    assert not checkpoint(run, 4).exists()
+
+
+CHANGES = {
+    "was written with optimizer.name=adamw and this run has lion: one rule's states mean nothing": {
+        "optimizer": {"name": "lion", "lr": 1e-3}
+    },
+    "was written with train.global_batch_size=4 and this run has 8: which samples come next": {
+        "train": {"global_batch_size": 8}
+    },
+    "was written with data.sequence_length=16 and this run has 8": {"data": {"sequence_length": 8}},
+    "was written with run.seed=1234 and this run has 5": {"run": {"seed": 5}},
+}
+
+
+@pytest.mark.parametrize("sentence", CHANGES)
+def test_what_a_resume_must_not_change(sentence, finished):
+    raw = settings(finished)
+    for section, values in CHANGES[sentence].items():
+        raw[section] = {**raw[section], **values}
+    (words,) = run_ranks(what_stopped, 1, raw, folder=finished)
+    assert sentence in words
+    assert (
+        f"or start a new run from its weights with train.init_from={checkpoint(finished)}" in words
+    )
+
+
+def test_what_changed_is_said(finished):
+    from megatrain.distributed.mesh import make_mesh
+
+    raw = settings(
+        finished, parallel={"tensor": 2, "pipeline": 2, "zero": 0}, train={"dtype": "bf16"}
+    )
+    raw["data"]["train"] = "elsewhere"
+    words = resume_module.describe_differences(
+        checkpoint(finished),
+        configuration.from_dict(raw),
+        make_mesh(0, tensor=2, pipeline=2, connect=False),
+    )
+    assert words == [
+        "resuming on another layout, equal up to rounding: tensor 1 -> 2, pipeline 1 -> 2, zero 1 -> 0",
+        "train.dtype was fp32 and is bf16: fp32 masters and moments go on exactly, weights are rounded anew",
+        f"data.train was {finished / 'tokens'} and is elsewhere: the order goes on at the same sample",
+    ]

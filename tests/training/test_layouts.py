@@ -1,0 +1,379 @@
+"""Right on every layout: losses, gradients and gradient norms of each row equal transformers with plain torch AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from helpers.model_variants import BASES
+from helpers.networks import transformers_twin
+from helpers.rank_pool import run_ranks
+from helpers.reference_model import Trained, assert_equal, make_stage, run_steps, train
+from helpers.training_runs import checked, laid_over, microbatches
+
+from megatrain.distributed.mesh import make_mesh
+from megatrain.models.config import load_hf_config, read_config
+
+STEPS, BATCH, LENGTH, LR = 10, 8, 16, 1e-3
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "llama": LLAMA,
+    "tied": {**LLAMA, "tie_word_embeddings": True},
+    "deep": {**LLAMA, "num_hidden_layers": 9, "tie_word_embeddings": True},
+    "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 5},
+    "qwen2": {**LLAMA, "model_type": "qwen2"},
+    "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 67,
+        "n_embd": 32,
+        "n_layer": 5,
+        "n_head": 4,
+        "n_positions": 64,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+PLAIN = tuple(MODELS)
+# Weights large enough that scores reach their caps and windows, norms and rotations show.
+MODELS |= {
+    name: {**BASES[name], "num_hidden_layers": 5, "initializer_range": 0.1}
+    for name in ("gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox", "starcoder2")
+}
+MODELS["dropping copies"] = {**MODELS["gpt2"], "embd_pdrop": 0.2, "resid_pdrop": 0.3}
+MODELS["dropping"] = {**MODELS["dropping copies"], "attn_pdrop": 0.1}
+
+
+def make_config(model: str, **settings):
+    values = {
+        "train.steps": STEPS,
+        "train.global_batch_size": BATCH,
+        "train.micro_batch_size": 2,
+        "data.sequence_length": LENGTH,
+        "optimizer.lr": LR,
+        "lr_schedule.name": "constant",
+        "optimizer.grad_clip": 0.5,
+        "run.seed": 7,
+    }
+    return checked(laid_over({"model": MODELS[model]}, values | settings))
+
+
+def tokens(step: int) -> torch.Tensor:
+    return torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+
+
+@cache
+def reference(model: str):
+    """transformers and torch.optim.AdamW, one process, no code of ours but the initial weights."""
+    stage = make_stage(make_config(model), read_config(load_hf_config(MODELS[model])))
+    network = transformers_twin(MODELS[model], stage).train()
+
+    def loss(step: int) -> torch.Tensor:
+        batch = tokens(step)
+        logits = network(batch[:, :-1]).logits.float()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    return train(dict(network.named_parameters()), loss, steps=STEPS, lr=LR)
+
+
+def run_layout(rank: int, world_size: int, config):
+    from megatrain.training.autotune import resolve_schedule
+    from megatrain.training.trainer import Trainer
+
+    p = config.parallel
+    grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    architecture, device = read_config(load_hf_config(config.model)), torch.device("cpu")
+
+    def batches(step: int):
+        return microbatches(tokens(step), config.train.micro_batch_size, grid.data)
+
+    settled = resolve_schedule(config, architecture, grid, device, batches=lambda: batches(1))
+    trainer = Trainer(
+        settled.config,
+        architecture,
+        grid,
+        device,
+        schedule=settled.schedule,
+        channels=settled.channels,
+    )
+    return run_steps(trainer, batches, steps=STEPS)
+
+
+def row(model="llama", world=1, **settings):
+    name = "-".join([model, f"w{world}", *(f"{k}{v}" for k, v in settings.items())])
+    return pytest.param(model, world, settings, id=name)
+
+
+SPLIT = ("interleaved", "zb-h1", "zb-v", "dualpipev")
+TP, PP, TP_PP = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}
+ROWS = [
+    # one rank: our model against each family's in transformers
+    *[row(model) for model in PLAIN],
+    row(recompute="full"),
+    row(recompute="selective"),
+    row(micro_batch_size=1),
+    row(zero=0),
+    row(offload="cpu"),
+    # one axis
+    row(world=2, **TP),
+    row(world=4, tensor=4),
+    row(world=2, sequence=True, **TP),
+    row(world=4, tensor=4, sequence=True),
+    row(world=2, **PP),
+    row(world=2, schedule="gpipe", **PP),
+    row(world=4, pipeline=4),
+    row(world=4, pipeline=4, schedule="gpipe"),
+    *[row(world=2, zero=stage) for stage in (0, 1, 2, 3)],
+    row(world=4, zero=1),
+    row(world=2, zero=1, offload="cpu"),
+    row(world=2, zero=2, offload="cpu"),
+    # two axes
+    *[row(model, 4, **TP_PP) for model in PLAIN],
+    *[row(model, 4, sequence=True, **TP_PP) for model in PLAIN],
+    row(world=4, schedule="gpipe", **TP_PP),
+    row(world=4, recompute="full", **TP_PP),
+    row(world=4, recompute="selective", sequence=True, **TP_PP),
+    *[row(world=4, zero=stage, **TP) for stage in (0, 1, 2, 3)],
+    row(world=4, zero=1, sequence=True, **TP),
+    *[row(world=4, zero=stage, **PP) for stage in (0, 1)],
+    row(world=4, schedule="gpipe", **PP),
+    # key and value heads held by two ranks each; one tied matrix at both ends of the pipeline
+    row("qwen3", 4, tensor=4, sequence=True),
+    row("gpt2", 4, tensor=4),
+    row("tied", 2, **PP),
+    row("tied", 4, pipeline=4),
+    row("tied", 4, zero=0, **PP),
+    row("tied", 4, zero=1, **PP),
+    row("tied", 4, zero=2, **TP),
+    row("tied", 4, zero=3, **TP),
+    row("gpt2", 4, zero=3, sequence=True, **TP),
+    # every schedule; one tied matrix on one rank of a V
+    *[row(world=2, schedule=name, **PP) for name in SPLIT],
+    *[row("tied", 2, schedule=name, **PP) for name in SPLIT],
+    *[row("tied", 4, schedule=name, pipeline=4) for name in ("zb-h1",)],
+    *[row("deep", 4, schedule=name, pipeline=4, micro_batch_size=1) for name in SPLIT],
+    *[row(world=4, schedule=name, **TP_PP) for name in SPLIT],
+    row("gpt2", 4, schedule="zb-v", sequence=True, recompute="full", **TP_PP),
+    row("deep", 2, schedule="interleaved", virtual=4, **PP),
+    row("deep", 3, schedule="interleaved", pipeline=3, micro_batch_size=1),
+    *[
+        row("tied", 4, schedule=name, zero=1, recompute="selective", **PP)
+        for name in ("interleaved", "zb-h1", "zb-v")
+    ],
+    # the families that throw other switches: norms after branches and over all heads, fused and strided tensors, side by side
+    row("gemma2", 4, sequence=True, **TP_PP),
+    row("gemma2", 4, tensor=4),
+    row("gemma3_text", 2, **PP),
+    row("gemma3_text", 4, tensor=4, sequence=True),
+    row("phi3", 4, sequence=True, **TP_PP),
+    row("phi3", 4, tensor=4),
+    row("olmo2", 4, recompute="selective", **TP_PP),
+    row("olmo2", 4, tensor=4, sequence=True),
+    row("olmo2", 4, zero=3, **TP),
+    row("gpt_neox", 2, sequence=True, **TP),
+    row("gpt_neox", 4, schedule="zb-v", **TP_PP),
+    row("gpt_neox", 4, zero=2, **TP),
+    row("starcoder2", 2, **TP),
+    row("starcoder2", 4, sequence=True, recompute="full", **TP_PP),
+    # split backwards and several chunks with recomputation, tied weights and replicas together
+    *[row("tied", 4, schedule=name, recompute="full", **TP_PP) for name in SPLIT],
+    row("tied", 2, schedule="gpipe", recompute="selective", **PP),
+    *[row(world=4, schedule=name, recompute="full", micro_batch_size=1, **PP) for name in SPLIT],
+    # whatever auto measures to be fastest
+    row(world=2, schedule="auto", **PP),
+    row("tied", 4, schedule="auto", pipeline=4),
+    row("tied", 4, schedule="auto", **TP_PP),
+    # compiled kernels
+    row("qwen3", 4, compile=True, schedule="zb-v", sequence=True, recompute="full", **TP_PP),
+    # three axes
+    row(world=8, **TP_PP),
+    row("tied", 8, sequence=True, **TP_PP),
+    row("gpt2", 8, pipeline=4, zero=0),
+    row("deep", 8, schedule="zb-v", tensor=2, pipeline=4),
+]
+BF16_ROWS = [
+    row(),
+    row("gpt2"),
+    row(world=2, **TP),
+    row(world=2, **PP),
+    *[row(world=2, zero=stage) for stage in (0, 1, 2, 3)],
+    row(world=4, sequence=True, **TP_PP),
+    row("tied", 4, **TP_PP),
+    row("tied", 4, **PP),
+    row(world=4, zero=2, **TP),
+    *[row(world=2, schedule=name, **PP) for name in ("auto", *SPLIT)],
+    row("tied", 4, schedule="zb-v", **TP_PP),
+    *[
+        row("tied", 4, schedule=name, recompute="full", micro_batch_size=1, **PP)
+        for name in ("interleaved", "zb-h1", "dualpipev")
+    ],
+    *[
+        row("tied", 4, schedule=name, recompute="selective", **TP_PP)
+        for name in ("interleaved", "zb-h1", "dualpipev")
+    ],
+    row(world=4, compile=True, sequence=True, **TP_PP),
+]
+
+
+def layout(model: str, settings: dict, **more):
+    """A row's config; settings that are not of `parallel` are of `train`.
+
+    Two microbatches instead of four where four tensor ranks share a layer: such rows spend their time on many small messages.
+    """
+    settings = ({"micro_batch_size": BATCH // 2} if settings.get("tensor") == 4 else {}) | settings
+    train = ("recompute", "micro_batch_size", "compile")
+    return make_config(
+        model,
+        **{
+            f"{'train' if key in train else 'parallel'}.{key}": value
+            for key, value in settings.items()
+        },
+        **more,
+    )
+
+
+@pytest.mark.parametrize(("model", "world", "settings"), ROWS)
+def test_equals_plain_torch(model, world, settings, tmp_path):
+    results = run_ranks(
+        run_layout,
+        world,
+        layout(model, settings, **{"run.output_dir": str(tmp_path)}),
+        folder=tmp_path,
+    )
+    assert_equal(results, reference(model), losses=2e-6)
+
+
+@pytest.mark.parametrize(("model", "world", "settings"), BF16_ROWS)
+def test_bf16_stays_near_fp32(model, world, settings, tmp_path):
+    """Rounding of weights and activations to 8 bits is all that differs from plain torch in fp32."""
+    results = run_ranks(
+        run_layout,
+        world,
+        layout(model, settings, **{"train.dtype": "bf16", "run.output_dir": str(tmp_path)}),
+        folder=tmp_path,
+    )
+    assert_equal(results, reference(model), losses=2e-4, norms=1e-2, gradient=2e-2)
+
+
+DROPPING_ROWS = [
+    row("dropping", 2, **PP),
+    row("dropping", 2, zero=3),
+    row("dropping", 4, zero=1, recompute="full", **PP),
+    row("dropping", 2, schedule="zb-v", recompute="selective", **PP),
+    row("dropping copies", 2, **TP),
+    row("dropping copies", 4, recompute="full", schedule="interleaved", **TP_PP),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process of ours."""
+    folder = tmp_path_factory.mktemp("alone")
+    return cache(
+        lambda model: run_ranks(
+            run_layout, 1, layout(model, {}, **{"run.output_dir": str(folder)}), folder=folder
+        )[0]
+    )
+
+
+@pytest.mark.parametrize(("model", "world", "settings"), DROPPING_ROWS)
+def test_dropout_is_that_of_one_process(model, world, settings, alone, tmp_path):
+    """Where no rank has a part of what is dropped; masks of tensor ranks' own heads or tokens are theirs alone."""
+    results = run_ranks(
+        run_layout,
+        world,
+        layout(model, settings, **{"run.output_dir": str(tmp_path)}),
+        folder=tmp_path,
+    )
+    assert abs(alone(model).losses[0] / reference("gpt2").losses[0] - 1) > 1e-4, (
+        "something is dropped"
+    )
+    assert_equal(
+        [ran._replace(pieces=[]) for ran in results],
+        Trained(alone(model).losses, alone(model).norms, {}),
+        losses=2e-6,
+    )
+
+
+def run_tied(rank, world_size, rows):
+    """Of each row's run after three steps: elements of this rank's share of the optimizer's group with the tied matrix, and its pieces of the matrix."""
+    from megatrain.training.trainer import Trainer
+
+    found = []
+    for config in rows:
+        grid = make_mesh(rank, pipeline=config.parallel.pipeline, data=config.data_size(world_size))
+        trainer = Trainer(
+            config, read_config(load_hf_config(config.model)), grid, torch.device("cpu")
+        )
+        for step in range(1, 4):
+            trainer.step(step, microbatches(tokens(step), 1, grid.data))
+        share = sum(
+            flat.numel() for flat in trainer.zero.optimizer.optimizer.param_groups[0]["params"]
+        )
+        found.append(
+            (
+                share,
+                [
+                    (f.start, f.tensors["master"].clone())
+                    for f in trainer.zero.fragments()
+                    if f.sharding.kind == "embedding"
+                ],
+            )
+        )
+    return found
+
+
+def test_a_tied_matrix_is_the_same_to_the_bit_at_both_ends(tmp_path):
+    """Each end updates its copy, and a checkpoint holds one: else a run that was killed would go on with other bits than one that was not.
+
+    Four replicas, which are added up in an order that the place in a message decides, and groups that would fill no whole registers.
+    """
+    odd = {
+        **MODELS["tied"],
+        "hidden_size": 20,
+        "intermediate_size": 28,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    rows = []
+    for more in (
+        {},
+        {"parallel.zero": 0},
+        {"train.dtype": "bf16"},
+        {"optimizer.name": "sgd"},
+        {"parallel.offload": "cpu"},
+    ):
+        settings = {
+            "parallel.pipeline": 2,
+            "train.micro_batch_size": 1,
+            "optimizer.lr": 0.01,
+            "optimizer.grad_clip": 0.0,
+            **more,
+        }
+        rows.append(replace(make_config("tied", **settings), model=odd))
+    results = run_ranks(run_tied, 8, rows, folder=tmp_path)
+    for number, config in enumerate(rows):
+        ends = []
+        for stage in (results[:4], results[4:]):
+            ends.append(torch.full((67 * 20,), float("nan")))
+            for share, pieces in (of_rank[number] for of_rank in stage):
+                assert share % 16 == 0
+                for start, master in pieces:
+                    ends[-1][start : start + master.numel()] = master
+        assert ends[0].equal(ends[1]), (config.parallel, config.train.dtype, config.optimizer.name)

@@ -1,0 +1,319 @@
+"""LoRA, rsLoRA and DoRA on every layout: losses, adapter gradients and norms equal peft on transformers with plain torch AdamW."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.rank_pool import run_ranks
+from helpers.reference_model import assert_equal, give_weights, make_stage, run_steps, train
+from helpers.training_runs import laid_over, microbatches
+
+from megatrain.config import loader as configuration
+from megatrain.distributed.mesh import make_mesh
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.ops.random import normal_slice
+
+STEPS, BATCH, LENGTH, LR = 2, 8, 12, 1e-3
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "llama": LLAMA,
+    "tied": {**LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 67,
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 64,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "neox": {
+        "model_type": "gpt_neox",
+        "vocab_size": 67,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "phi3": {**LLAMA, "model_type": "phi3", "num_hidden_layers": 2, "pad_token_id": 0},
+    # rows of whole blocks of 64 on two tensor ranks
+    "wide": {**LLAMA, "hidden_size": 64, "head_dim": 32, "intermediate_size": 128},
+    "wide-gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 67,
+        "n_embd": 128,
+        "n_inner": 128,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 64,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+LAST = ["layers.3.self_attn.v_proj", "layers.3.mlp.down_proj"]
+
+
+def make_config(model: str, lora: dict, **settings):
+    values = {
+        "train.steps": STEPS,
+        "train.global_batch_size": BATCH,
+        "train.micro_batch_size": 2,
+        "data.sequence_length": LENGTH,
+        "optimizer.lr": LR,
+        "lr_schedule.name": "constant",
+        "optimizer.grad_clip": 0.5,
+        "run.seed": 7,
+    }
+    return configuration.from_dict(
+        laid_over(
+            {"model": MODELS[model], "lora": {"rank": 4, "alpha": 6, **lora}}, values | settings
+        )
+    )
+
+
+def tokens(step: int) -> torch.Tensor:
+    return torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+
+
+def scrambled(name: str, shape: tuple[int, ...], value: torch.Tensor) -> torch.Tensor:
+    """B is not zero and DoRA's magnitudes are not the norms, or half of what is to be tested would be zero."""
+    return (
+        value
+        if "lora_A" in name
+        else value + normal_slice(99, name, shape, tuple(slice(0, size) for size in shape), std=0.1)
+    )
+
+
+@cache
+def reference(model: str, kind: str, *, quantized_in: Path | None = None):
+    """peft on transformers and torch.optim.AdamW, one process; of ours only the initial weights.
+
+    `quantized_in`: a folder, from which transformers loads the model into 4 bits.
+    """
+    from peft import (
+        LoraConfig,
+        get_peft_model,
+        get_peft_model_state_dict,
+        set_peft_model_state_dict,
+    )
+    from transformers import AutoModelForCausalLM
+
+    config, hf_config = make_config(model, KINDS[kind]), load_hf_config(MODELS[model])
+    hf_config._attn_implementation = "eager"
+    network = AutoModelForCausalLM.from_config(hf_config)
+    adapters = give_weights(make_stage(config, read_config(hf_config)), network)
+    if quantized_in is not None:
+        network = in_4_bits(network, quantized_in)
+    network = get_peft_model(
+        network,
+        LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            target_modules=config.lora.targets,
+            use_rslora=config.lora.rslora,
+            use_dora=config.lora.dora,
+            fan_in_fan_out=model == "gpt2",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    if quantized_in is not None:  # norms of what the codes stand for are peft's own to know
+        adapters |= {
+            name: value
+            for name, value in get_peft_model_state_dict(network).items()
+            if "magnitude" in name
+        }
+    missed = set_peft_model_state_dict(
+        network, {name: scrambled(name, value.shape, value) for name, value in adapters.items()}
+    )
+    assert not missed.unexpected_keys
+    network.train()
+    trained = trained_by_name(network)
+    assert set(trained) == set(adapters)
+
+    def loss(step: int) -> torch.Tensor:
+        batch = tokens(step)
+        logits = network(input_ids=batch[:, :-1]).logits.float()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    return train(trained, loss, steps=STEPS, lr=LR)
+
+
+def trained_by_name(network):
+    """What peft trains, under the names that it saves it by."""
+    found = {}
+    for name, parameter in network.named_parameters():
+        for word in (".modules_to_save.default", ".default"):
+            name = name.replace(word, "")
+        if parameter.requires_grad:
+            found[name.replace("vector.weight", "vector")] = parameter
+    return found
+
+
+def in_4_bits(network, folder: Path):
+    """The network as transformers loads it with bitsandbytes."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    network.save_pretrained(folder)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+@torch.no_grad()
+def scramble(zero) -> None:
+    for fragment in zero.fragments():
+        s = fragment.sharding
+        master = fragment.tensors["master"]
+        part = s.take(scrambled(s.name, s.shape, torch.zeros(s.shape)))
+        master.add_(part.flatten()[fragment.start : fragment.start + master.numel()])
+    zero.masters_to_weights()
+
+
+def run_layout(rank: int, world_size: int, config):
+    from megatrain.training.trainer import Trainer
+
+    p = config.parallel
+    grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    trainer = Trainer(config, read_config(load_hf_config(config.model)), grid, torch.device("cpu"))
+    scramble(trainer.zero)
+    frozen = [(p, p.detach().clone()) for p in trainer.stage.parameters() if not p.requires_grad]
+    ran = run_steps(
+        trainer,
+        lambda step: microbatches(tokens(step), config.train.micro_batch_size, grid.data),
+        steps=STEPS,
+    )
+    assert all(
+        torch.equal(p, before) and p.grad is None and not hasattr(p, "main_grad")
+        for p, before in frozen
+    )
+    return ran
+
+
+KINDS = {
+    "lora": {},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "last": {"targets": LAST},
+    "last-dora": {"targets": LAST, "dora": True},
+    "dropped": {"targets": ["q_proj", "v_proj", "up_proj"], "dropout": 0.4, "dora": True},
+}
+
+
+def row(model="llama", kind="lora", world=1, **settings):
+    name = "-".join([model, kind, f"w{world}", *(f"{k}{v}" for k, v in settings.items())])
+    return pytest.param(model, kind, world, settings, id=name)
+
+
+TP, PP, TP_PP = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}
+ROWS = [
+    row(),
+    row(kind="rslora"),
+    row("gpt2"),
+    row("gpt2", "dora"),
+    # one axis
+    row("gpt2", "lora", 2, **TP),
+    row("llama", "dora", 2, **TP),
+    row("gpt2", "rslora", 2, **PP),
+    row(world=2, zero=0),
+    row(kind="dora", world=2, zero=2),
+    row(kind="dora", world=2, zero=3),
+    *[
+        row("tied", "dora", 2, schedule=name, **PP)
+        for name in ("interleaved", "zb-h1", "zb-v", "dualpipev")
+    ],
+    # two and three axes
+    row(world=4, **TP_PP),
+    row("gpt2", "dora", 4, **TP_PP),
+    *[row(model, "dora", 2, **TP) for model in ("neox", "phi3")],
+    row("gpt2", "dora", 4, zero=3, **TP),
+    row("gpt2", "dora", 4, zero=2, sequence=True, **TP),
+    row("tied", "dora", 4, tensor=4, sequence=True),
+    row("gpt2", "dora", 4, sequence=True, schedule="zb-v", recompute="full", **TP_PP),
+    row("tied", "lora", 4, recompute="selective", schedule="zb-h1", **PP),
+    row("llama", "dora", 8, **TP_PP),
+    # stages, and whole ranks, without an adapter
+    row("llama", "last", 2, schedule="zb-h1", **PP),
+    row("tied", "last", 4, **PP),
+    row("llama", "last", 4, pipeline=4, zero=0),
+    row("llama", "last", 2, schedule="zb-v", **PP),
+    row("llama", "last-dora", 2, **PP),
+]
+
+
+def layout(model: str, kind: str, settings: dict, **more):
+    """A row's config; settings that are not of `parallel` are of `train`."""
+    train = ("recompute", "micro_batch_size")
+    return make_config(
+        model,
+        KINDS[kind],
+        **{
+            f"{'train' if key in train else 'parallel'}.{key}": value
+            for key, value in settings.items()
+        },
+        **more,
+    )
+
+
+@pytest.mark.parametrize(("model", "kind", "world", "settings"), ROWS)
+def test_equals_peft(model, kind, world, settings, tmp_path):
+    results = run_ranks(run_layout, world, layout(model, kind, settings), folder=tmp_path)
+    assert_equal(results, reference(model, kind), losses=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "world", "settings"),
+    [
+        row("llama", "dora", 4, sequence=True, **TP_PP),
+        row("llama", "last", 4, pipeline=4),
+        row("gpt2", "dora", 2, zero=3),
+    ],
+)
+def test_bf16_stays_near_fp32(model, kind, world, settings, tmp_path):
+    """Rounding of weights and activations to 8 bits is all that differs from peft in fp32."""
+    results = run_ranks(
+        run_layout, world, layout(model, kind, settings, **{"train.dtype": "bf16"}), folder=tmp_path
+    )
+    assert_equal(results, reference(model, kind), losses=1e-3, norms=3e-2, gradient=0.1)
+
+
+def test_dropout_of_whole_inputs_is_the_same_on_every_layout(tmp_path):
+    """What tensor ranks hold copies of is dropped alike, and again alike when a block is computed again."""
+    one, _, _ = run_ranks(run_layout, 1, layout("llama", "dropped", {}), folder=tmp_path)[0]
+    none, _, _ = run_ranks(
+        run_layout, 1, layout("llama", "dropped", {}, **{"lora.dropout": 0.0}), folder=tmp_path
+    )[0]
+    assert one != none
+    split, _, _ = run_ranks(
+        run_layout,
+        4,
+        layout("llama", "dropped", {"recompute": "full", "schedule": "zb-h1", **TP_PP}),
+        folder=tmp_path,
+    )[0]
+    torch.testing.assert_close(torch.tensor(split), torch.tensor(one), rtol=2e-6, atol=0)

@@ -1,0 +1,505 @@
+"""What counts as a loss spike, and that a run which goes back from one ends as if it had never seen those samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import yaml
+from helpers import readme_commands
+from helpers.rank_pool import run_ranks
+from helpers.training_runs import checked, lines, place, tensors, write_tokens
+
+from megatrain.checkpoint import manifest, resume, retention
+from megatrain.checkpoint.writer import TrainState
+from megatrain.config import loader as configuration
+from megatrain.config.schema import TrainConfig
+from megatrain.data.gpt_dataset import open_dataset
+from megatrain.data.indexed_dataset import IndexedDataset
+from megatrain.errors import UserError
+from megatrain.telemetry import events
+from megatrain.training import rollback
+from megatrain.training.loss_spikes import first_to_undo, is_noticed, spike_since, spike_threshold
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the rule
+
+
+def test_the_limit_is_the_median_and_some_robust_deviations():
+    train = TrainConfig(spike_window=8, spike_steps=2)
+    losses = (9.0, 3.0, 3.1, 2.9, 3.0, 3.2, 2.8, 3.1, 3.0)
+    limit = spike_threshold(losses, train)
+    assert limit.median == 3.0
+    assert limit.deviation == pytest.approx(1.4826 * 0.1)
+    assert limit.loss == pytest.approx(3.0 + 7 * 1.4826 * 0.1)
+    assert spike_threshold(losses[:7], train) is None, "too few to judge by"
+    assert spike_threshold(losses, TrainConfig(spike="off", spike_window=8)) is None
+    assert spike_threshold((2.0,) * 8, train).loss == pytest.approx(2.0 + 7 * 0.02), (
+        "losses that do not vary"
+    )
+
+
+def follow(losses, train):
+    """The steps at which a spike is noticed, and the first steps of these."""
+    progress, noticed = TrainState(0, 0, 0), []
+    for loss in losses:
+        since = spike_since(progress, loss, spike_threshold(progress.losses, train))
+        kept = (
+            (*progress.losses, loss)[-train.spike_window :]
+            if math.isfinite(loss)
+            else progress.losses
+        )
+        progress = progress._replace(step=progress.step + 1, losses=kept, spike_since=since)
+        noticed += [(progress.step, since)] if is_noticed(progress, train) else []
+    return noticed
+
+
+def test_a_spike_is_noticed_once_after_some_steps_and_odd_losses_are_none():
+    train, calm = TrainConfig(spike_window=8, spike_steps=3), [3.0, 3.1, 2.9] * 10
+    assert follow([*calm, 9.0, 9.0, 9.0, 9.0, *calm], train) == [(33, 31)]
+    assert follow([*calm, 9.0, 9.0, *calm, 9.0, *calm], train) == []
+    assert follow([*calm, 9.0, math.nan, 9.0, *calm], train) == [(33, 31)], (
+        "a loss that is no number goes on with it"
+    )
+    assert follow([*calm, math.nan, 9.0, 9.0, *calm], train) == [], "and begins none"
+
+
+def test_honest_runs_have_none_and_a_real_one_is_found():
+    dice, train = random.Random(5), TrainConfig()
+    for _ in range(60):
+        start, floor, scale, noise = (
+            dice.uniform(4, 12),
+            dice.uniform(0.5, 3),
+            dice.choice([50, 500, 5000]),
+            dice.uniform(0.01, 0.5),
+        )
+        at = dice.randint(100, 3000)
+        losses = [
+            floor + (start - floor) * math.exp(-(at + step) / scale) + dice.gauss(0, noise)
+            for step in range(250)
+        ]
+        assert follow(losses, train) == []
+        losses[200:230] = [loss + 4 + 10 * noise for loss in losses[200:230]]
+        assert follow(losses, train)[:1] == [(203, 201)]
+
+
+def test_what_is_undone():
+    rollback = TrainConfig(spike="rollback")
+    assert first_to_undo(TrainState(12, 0, 0, spike_since=10), rollback) == 10
+    assert first_to_undo(TrainState(13, 0, 0, spike_since=10), rollback) == 0, "once"
+    assert first_to_undo(TrainState(12, 0, 0, bad_steps=5), rollback) == 8
+    assert first_to_undo(TrainState(12, 0, 0, bad_steps=4), rollback) == 0
+    assert (
+        first_to_undo(TrainState(12, 0, 0, bad_steps=5, spike_since=10), TrainConfig(spike="warn"))
+        == 0
+    )
+
+
+def test_which_checkpoint_is_gone_back_to(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        path = tmp_path / "checkpoints" / f".writing-step-{step:08d}"
+        path.mkdir(parents=True)
+        (path / "x").write_text("x")
+        manifest.commit(path, checkpoint(tmp_path, step), [manifest.record(path, path / "x")])
+    (checkpoint(tmp_path, 8) / "x").write_text("longer")
+
+    def found(since, own=lambda step: True):
+        target = rollback._find(tmp_path, since=since, own=own, hashes=False)
+        return target.path and retention.step_of(target.path), target.times, target.passed
+
+    assert found(12) == (10, 0, ())
+    assert found(11) == (6, 0, ("step-00000008 has 6 bytes in x instead of 1",)), (
+        "that of 10 shows in 11"
+    )
+    assert found(7) == (4, 0, ())
+    assert found(3) == (None, 0, ())
+    assert found(12, lambda step: step <= 4) == (4, 0, ()), "later ones are of another run"
+    (tmp_path / rollback.FILE_NAME).write_text(
+        '{"step": 6, "first": 48, "last": 79}\n{"step": 6, "first": 80, "last": 87}\n'
+    )
+    assert found(7) == (6, 2, ()), "one that was gone back to is good"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole runs: samples of two steps are of tokens that no other has
+
+STEPS, BATCH, LENGTH = 28, 8, 16
+BEGAN, NOTICED, BACK = 15, 16, 12
+"""First bad step, the one at which it is noticed, and the checkpoint gone back to. That of step 14 shows in step 15, and is not trusted."""
+FIRST, LAST = BACK * BATCH, NOTICED * BATCH - 1
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LAYOUTS = {
+    "alone": (1, "fp32", {}),
+    "tensor2-pipeline2": (4, "fp32", {"tensor": 2, "pipeline": 2}),
+    "data2-zero3": (2, "bf16", {"zero": 3}),
+}
+
+
+def settings(folder, run, **sections):
+    train = {
+        "steps": STEPS,
+        "global_batch_size": BATCH,
+        "micro_batch_size": 2,
+        "save_every": 2,
+        "spike": "rollback",
+        "spike_window": 8,
+        "spike_steps": 2,
+        **sections.pop("train", {}),
+    }
+    return {
+        "run": {"output_dir": str(folder / run)},
+        "model": MODEL,
+        "train": train,
+        "optimizer": {"name": "adamw", "lr": 1e-2},
+        "lr_schedule": {"name": "constant"},
+        "data": {"train": str(folder / "tokens"), "sequence_length": LENGTH},
+        **sections,
+    }
+
+
+def pretrain(rank, world_size, raw, shift=False, fails=None):
+    """Each step's loss on this rank, in the order in which they were done, and what stopped the run.
+
+    `shift` lets the data be without the window FIRST ... LAST; `fails` names a function that is called, and then dies.
+    """
+    from megatrain.data.gpt_dataset import GPTDataset
+    from megatrain.training.loop import pretrain
+    from megatrain.training.trainer import Trainer
+
+    losses, stopped = [], None
+    patch, fetch, step = pytest.MonkeyPatch(), GPTDataset.fetch, Trainer.step
+
+    def recorded(*args, **more):
+        report = step(*args, **more)
+        losses.append((args[1], report.loss))
+        return report
+
+    patch.setattr(Trainer, "step", recorded)
+    if shift:
+        patch.setattr(
+            GPTDataset,
+            "fetch",
+            lambda self, position: fetch(
+                self, position if position < FIRST else position + LAST - FIRST + 1
+            ),
+        )
+    if fails is not None:
+        function = getattr(*fails)
+
+        def dies(*args, **more):
+            function(*args, **more)
+            raise KeyboardInterrupt
+
+        patch.setattr(*fails, dies)
+    try:
+        pretrain(checked(raw), place(rank, world_size))
+    except UserError as error:
+        stopped = str(error)
+    except KeyboardInterrupt:
+        stopped = "killed"
+    finally:
+        patch.undo()
+    return losses, stopped
+
+
+def killed_in(rank, world_size, raw, where):
+    """`where`: which function of a rollback is the last that is done."""
+    from megatrain.telemetry.metrics import MetricsLog
+
+    places = {
+        "loaded": (resume, "load"),
+        "newer deleted": (retention, "delete"),
+        "written down": (manifest, "sync"),
+        "undone": (MetricsLog, "go_back"),
+    }
+    return pretrain(rank, world_size, raw, fails=places[where])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Tokens below 20, but for those of the samples of steps BEGAN and NOTICED."""
+    folder = tmp_path_factory.mktemp("data")
+    write_tokens(folder / "tokens", documents=300, below=20)
+    poison(folder, range((BEGAN - 1) * BATCH, NOTICED * BATCH))
+    return folder
+
+
+def poison(folder, positions):
+    config = configuration.from_dict(settings(folder, "any"))
+    source = open_dataset(
+        config.data, which="train", sequence_length=LENGTH, seed=config.run.seed, vocab_size=67
+    )
+    tokens = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r+")
+    for position in positions:
+        start = source.start(position)
+        for at in range(start + 1, start + LENGTH):  # its ends are neighbours' too
+            tokens[at % len(tokens)] = 20 + np.random.default_rng(at).integers(0, 47)
+    tokens.flush()
+
+
+@pytest.fixture(scope="module")
+def runs(data):
+    """By layout: a run with a rollback, each rank's losses, and one from the checkpoint it went back to over data without the window."""
+    found = {}
+    for name, (world, dtype, parallel) in LAYOUTS.items():
+        raw = settings(data, name, parallel=parallel, train={"dtype": dtype})
+        by_rank = run_ranks(pretrain, world, raw, folder=data)
+        assert {stopped for _, stopped in by_rank} == {None}
+        shutil.copytree(checkpoint(data / name, BACK), checkpoint(data / f"{name}-without", BACK))
+        raw = settings(data, f"{name}-without", parallel=parallel, train={"dtype": dtype})
+        run_ranks(pretrain, world, raw, True, folder=data)
+        found[name] = [losses for losses, _ in by_rank]
+    return found
+
+
+def checkpoint(run, step):
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def losses(run, name="metrics.jsonl"):
+    return [(line["step"], line["loss"]) for line in lines(run, name)]
+
+
+layouts = pytest.mark.parametrize("name", LAYOUTS)
+
+
+@layouts
+def test_it_ends_as_a_run_without_those_samples_would(name, data, runs):
+    assert tensors(checkpoint(data / name, STEPS)) == tensors(
+        checkpoint(data / f"{name}-without", STEPS)
+    )
+    without = dict(losses(data / f"{name}-without"))
+    assert [pair for pair in losses(data / name) if pair[0] > BACK] == sorted(without.items())
+
+
+@layouts
+def test_all_ranks_see_the_same_loss_and_decide_alike(name, data, runs):
+    assert all(repr(rank) == repr(runs[name][0]) for rank in runs[name])
+    assert [step for step, _ in runs[name][0]] == [
+        *range(1, NOTICED + 1),
+        *range(BACK + 1, STEPS + 1),
+    ]
+
+
+@layouts
+def test_what_is_written_about_it(name, data, runs):
+    run = data / name
+    assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1)), "each step once"
+    undone = lines(run, "undone.jsonl")
+    assert [line["step"] for line in undone] == list(range(BACK + 1, NOTICED + 1))
+    assert all(line["undone_at"] == NOTICED for line in undone)
+    assert [step for step, loss in losses(run, "undone.jsonl") if loss > 4] == [BEGAN, NOTICED]
+    (line,) = lines(run, rollback.FILE_NAME)
+    assert (line["step"], line["spike_began"], line["noticed"], line["first"], line["last"]) == (
+        BACK,
+        BEGAN,
+        NOTICED,
+        FIRST,
+        LAST,
+    )
+    told = {
+        event.event: (event.step, event.fields)
+        for event in events.read(run)
+        if event.event in ("spike", "rollback")
+    }
+    assert told["spike"][0] == NOTICED
+    assert told["spike"][1]["began"] == BEGAN
+    assert told["rollback"] == (
+        NOTICED,
+        {"to": BACK, "path": str(checkpoint(run, BACK)), "first": FIRST, "last": LAST},
+    )
+    progress = resume.read_train_state(checkpoint(run, STEPS)).progress
+    assert progress.samples == STEPS * BATCH + LAST - FIRST + 1
+
+
+def test_the_documents_passed_over_are_those_that_the_samples_have_tokens_of(data, runs):
+    config = configuration.from_dict(settings(data, "any"))
+    source = open_dataset(
+        config.data, which="train", sequence_length=LENGTH, seed=config.run.seed, vocab_size=67
+    )
+    dataset, expected = IndexedDataset(data / "tokens"), set()
+    for position in range(FIRST, LAST + 1):
+        places = [(source.start(position) + i) % source.num_tokens for i in range(LENGTH + 1)]
+        expected |= {place // 40 for place in places}
+    (line,) = lines(data / "alone", rollback.FILE_NAME)
+    assert line["documents"] == {str(data / "tokens"): sorted(expected)}
+    assert dataset.num_documents == 300
+
+
+@pytest.mark.parametrize("where", ["loaded", "newer deleted", "written down", "undone"])
+def test_killed_within_the_rollback_and_started_again(where, data, runs, tmp_path):
+    shutil.copytree(
+        data,
+        tmp_path / "data",
+        ignore=lambda folder, names: [
+            n for n in names if not n.startswith("tokens") and folder == str(data)
+        ],
+    )
+    raw = settings(tmp_path / "data", "run", train={"async_save": False})
+    ((_, stopped),) = run_ranks(killed_in, 1, raw, where, folder=tmp_path)
+    assert stopped == "killed"
+    ((_, stopped),) = run_ranks(pretrain, 1, raw, folder=tmp_path)
+    assert stopped is None
+    run = tmp_path / "data" / "run"
+    assert losses(run) == losses(data / "alone")
+    assert tensors(checkpoint(run, STEPS)) == tensors(checkpoint(data / "alone", STEPS))
+    assert [(line["first"], line["last"]) for line in lines(run, rollback.FILE_NAME)] == [
+        (FIRST, LAST)
+    ]
+
+
+def test_it_goes_on_with_its_samples_on_another_layout(data, runs):
+    shutil.copytree(data / "alone", data / "moved")
+    for step in range(18, STEPS + 1, 2):
+        shutil.rmtree(checkpoint(data / "moved", step))
+    run_ranks(
+        pretrain, 4, settings(data, "moved", parallel={"tensor": 2, "pipeline": 2}), folder=data
+    )
+    for (step, moved), (_, loss) in zip(
+        losses(data / "moved"), losses(data / "alone"), strict=True
+    ):
+        assert moved == pytest.approx(loss, rel=1e-4), step
+
+
+def test_a_checkpoint_that_knows_no_position_goes_on_at_its_steps(data, runs):
+    shutil.copytree(checkpoint(data / "alone", 8), checkpoint(data / "old", 8))
+    file = checkpoint(data / "old", 8) / "trainer.json"
+    trainer = json.loads(file.read_text())
+    assert trainer.pop("samples") == 8 * BATCH
+    assert trainer.pop("spike_since") == 0
+    file.write_text(json.dumps(trainer))
+    path = checkpoint(data / "old", 8)
+    records = [
+        manifest.record(path, path / entry["path"])
+        for entry in json.loads((path / manifest.MANIFEST).read_text())["files"]
+    ]
+    manifest.write(path, records)
+    ((found, _),) = run_ranks(
+        pretrain, 1, settings(data, "old", train={"stop_after": 10}), folder=data
+    )
+    assert found == losses(data / "alone")[8:10]
+
+
+def test_only_a_warning_where_there_is_nothing_to_go_back_to_and_where_none_is_wanted(data, runs):
+    for run, train in {"nothing": {"save_every": 100}, "warned": {"spike": "warn"}}.items():
+        ((found, stopped),) = run_ranks(
+            pretrain, 1, settings(data, run, train={"stop_after": 18, **train}), folder=data
+        )
+        assert stopped is None
+        assert [step for step, _ in found] == list(range(1, 19))
+        assert found[:NOTICED] == runs["alone"][0][:NOTICED]
+        assert [
+            (event.step, event.event)
+            for event in events.read(data / run)
+            if event.event in ("spike", "rollback")
+        ] == [(NOTICED, "spike")]
+        assert not (data / run / rollback.FILE_NAME).exists()
+
+
+def test_the_checkpoint_to_go_back_to_is_kept(data, runs):
+    """The one that is gone back to is the third newest."""
+    raw = settings(data, "pruned", train={"keep_last": 1, "save_every": 1, "stop_after": 20})
+    ((found, stopped),) = run_ranks(pretrain, 1, raw, folder=data)
+    assert stopped is None
+    assert [step for step, _ in found] == [*range(1, NOTICED + 1), *range(BEGAN - 1, 21)], (
+        "from 13: the loss of step 14 has shown its weights"
+    )
+    assert sorted(path.name for path in (data / "pruned" / "checkpoints").iterdir()) == [
+        "step-00000019",
+        "step-00000020",
+    ]
+
+
+def test_a_run_that_does_not_get_past_it_stops(data, tmp_path):
+    for part in ("tokens.bin", "tokens.idx"):
+        shutil.copy(data / part, tmp_path / part)
+    poison(tmp_path, range((BEGAN - 1) * BATCH, 40 * BATCH))
+    raw = settings(tmp_path, "run", train={"max_rollbacks": 2})
+    ((found, stopped),) = run_ranks(pretrain, 1, raw, folder=tmp_path)
+    assert [step for step, _ in found] == [*range(1, NOTICED + 1), *[BACK + 1, BACK + 2] * 2]
+    assert (
+        f"the run went back to {checkpoint(tmp_path / 'run', BACK)} 2 times (train.max_rollbacks) and has trouble again at step {BACK + 1}"
+        in stopped
+    )
+    windows = [
+        (line["first"], line["last"]) for line in lines(tmp_path / "run", rollback.FILE_NAME)
+    ]
+    assert windows == [(FIRST, LAST), (LAST + 1, LAST + 2 * BATCH)]
+    assert manifest.find_problem(checkpoint(tmp_path / "run", BACK), hashes=True) is None
+
+
+def test_early_stopping_forgets_the_evaluations_that_were_undone(data, runs):
+    raw = settings(data, "early", train={"early_stop": 3, "eval_every": 5, "eval_batches": 1})
+    raw["data"]["valid"] = raw["data"]["train"]
+    ((_, stopped),) = run_ranks(pretrain, 1, raw, folder=data)
+    assert stopped is None
+    evaluated = [line["step"] for line in lines(data / "early") if "valid_loss" in line]
+    assert evaluated == [0, *range(5, STEPS, 5), STEPS][: len(evaluated)]
+    best = json.loads((data / "early" / "best.json").read_text())
+    valid = {
+        line["step"]: line["valid_loss"]
+        for line in lines(data / "early")
+        if "valid_loss" in line and line["step"]
+    }
+    assert best["step"] == min((step for step in valid if step % 5 == 0), key=valid.__getitem__)
+    assert checkpoint(data / "early", best["step"]).is_dir()
+
+
+def test_killed_after_a_rollback_and_started_again(data, tmp_path):
+    """As a user starts them."""
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        for part in ("tokens.bin", "tokens.idx"):
+            shutil.copy(data / part, tmp_path / name / part)
+        (tmp_path / name / "run.yaml").write_text(
+            yaml.safe_dump(
+                settings(
+                    tmp_path / name, "run", train={"steps": 60, "save_every": 6, "keep_last": 2}
+                )
+            )
+        )
+    ended = readme_commands.run(
+        "pretrain", tmp_path / "whole" / "run.yaml", folder=tmp_path / "whole"
+    )
+    assert ended.code == 0, ended
+    assert "the loss has spiked since step 15" in ended.out
+    assert (
+        f"went back to {checkpoint(tmp_path / 'whole' / 'run', BACK)}; step 13 comes again with other samples: 32 are passed over"
+        in ended.out
+    )
+    command = readme_commands.start(
+        "pretrain", tmp_path / "killed" / "run.yaml", folder=tmp_path / "killed"
+    )
+    while not command.has_ended(0.01):
+        if (tmp_path / "killed" / "run" / rollback.FILE_NAME).exists():
+            os.kill(command.pid, signal.SIGKILL)
+            break
+    assert command.wait().code in (
+        -signal.SIGKILL,
+        0,
+    )  # 0: on a very busy machine it was through before
+    ended = readme_commands.run(
+        "pretrain", tmp_path / "killed" / "run.yaml", folder=tmp_path / "killed"
+    )
+    assert ended.code == 0, ended
+    assert losses(tmp_path / "killed" / "run") == losses(tmp_path / "whole" / "run")
+    assert tensors(checkpoint(tmp_path / "killed" / "run", 60)) == tensors(
+        checkpoint(tmp_path / "whole" / "run", 60)
+    )

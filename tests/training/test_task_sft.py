@@ -1,0 +1,518 @@
+"""Finetuning equals plain torch: transformers' model, tokens and masks, each chat alone and unpadded, one mean over all tokens."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers.chat_templates import CHATML, WITH_MARKS
+from helpers.networks import transformers_twin
+from helpers.rank_pool import run_ranks
+from helpers.reference_model import assert_equal, make_stage, run_steps, train
+from helpers.training_runs import assert_same_run, checked, finetune, metrics
+
+from megatrain.__main__ import main
+from megatrain.data.dataloader import DataLoader
+from megatrain.data.shuffle import Shuffle, keyed_integers
+from megatrain.data.tokenizer import train_tokenizer
+from megatrain.distributed.mesh import make_mesh
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.training.task_sft import SFTTask
+
+VOCABULARY, LENGTH, CHATS, STEPS, LR = 290, 96, 20, 4, 1e-3
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 128,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Chats of very different lengths, a tokenizer, a template with marks and one without."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("finetune")
+    random = np.random.default_rng(0)
+    (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 5)}))
+    train_tokenizer(
+        [folder / "text.jsonl"],
+        vocab_size=VOCABULARY,
+        output=folder / "tokenizer",
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+
+    def turn(role, most):
+        return {"role": role, "content": " ".join(random.choice(WORDS, random.integers(1, most)))}
+
+    for name in ("train", "valid"):
+        chats = [
+            [turn("user", 8), turn("assistant", 12)] * int(random.integers(1, 3))
+            for _ in range(CHATS)
+        ]
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+        )
+    AutoModelForCausalLM.from_config(load_hf_config(GPT2)).save_pretrained(folder / "gpt2")
+    (folder / "marks.jinja").write_text(WITH_MARKS)
+    (folder / "chatml.jinja").write_text(CHATML)
+    return folder
+
+
+def settings(files, **sections):
+    raw = {
+        "run": {"output_dir": str(files / "run"), "seed": 7},
+        "model": MODEL,
+        "data": {
+            "train": str(files / "train.jsonl"),
+            "valid": str(files / "valid.jsonl"),
+            "tokenizer": str(files / "tokenizer"),
+            "chat_template": str(files / "chatml.jinja"),
+            "sequence_length": LENGTH,
+            "too_long": "error",
+        },
+        "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 1},
+        "optimizer": {"lr": LR, "grad_clip": 0.5},
+        "lr_schedule": {"name": "constant"},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section}
+    return raw
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# truth from outside
+
+
+def read_chats(files):
+    """Each chat's tokens and mask, as transformers gives them by the template with marks, in the file's order."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(files / "tokenizer")
+    tokenizer.chat_template = WITH_MARKS
+    chats = []
+    for line in (files / "train.jsonl").read_text().splitlines():
+        made = tokenizer.apply_chat_template(
+            json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        chats.append((torch.tensor(made["input_ids"]), torch.tensor(made["assistant_masks"])))
+    return chats
+
+
+def alone_order(position):
+    """The chat at a position when each has a sequence to itself."""
+    epoch, index = divmod(position, CHATS)
+    return [Shuffle(CHATS, key=("chats", keyed_integers("source", 7, "train", 0)[0], epoch))(index)]
+
+
+def reference(files, chats_of_step, *, steps=STEPS, model=MODEL):
+    """No code of ours but the initial weights; `chats_of_step` counts from 0."""
+    architecture = read_config(load_hf_config(model))
+    network = transformers_twin(
+        model, make_stage(checked({**settings(files), "model": model}), architecture)
+    ).train()
+    chats = read_chats(files)
+
+    def loss(step):
+        total, count = torch.zeros(()), 0
+        for number in chats_of_step(step - 1):
+            tokens, mask = chats[number]
+            logits = network(tokens[None, :-1]).logits[0]
+            wanted = mask[1:] == 1
+            total = total + torch.nn.functional.cross_entropy(
+                logits[wanted], tokens[1:][wanted], reduction="sum"
+            )
+            count += int(wanted.sum())
+        return total / count
+
+    return train(dict(network.named_parameters()), loss, steps=steps, lr=LR)
+
+
+def run_layout(rank, world_size, raw):
+    """What `run_steps` gives, and how many tokens each microbatch of each step learns."""
+    from megatrain.training.trainer import Trainer
+
+    config = checked(raw)
+    architecture = read_config(load_hf_config(config.model))
+    source = SFTTask().open(config, architecture, "train")
+    config = config.with_steps(source.per_epoch)
+    p = config.parallel
+    grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    trainer = Trainer(config, architecture, grid, torch.device("cpu"))
+    loader = DataLoader(
+        source.samples,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_rank=grid.data.rank,
+        data_size=grid.data.size,
+    )
+    learnt = []
+
+    def batches(step):
+        made = loader.microbatches(step - 1)
+        learnt.append([int((batch.labels >= 0).sum()) for batch in made])
+        return made
+
+    ran = run_steps(trainer, batches, steps=config.train.steps)
+    loader.close()
+    return ran, learnt
+
+
+def prepared(raw):
+    """The config's data, made by this process as a run's first rank would."""
+    SFTTask().prepare(checked(raw), "train")
+    return raw
+
+
+def assert_same(results, expected):
+    assert_equal([ran for ran, _ in results], expected, losses=1e-5)
+
+
+LAYOUTS = [
+    (1, {}),
+    (2, {"tensor": 2}),
+    (2, {"pipeline": 2}),
+    (2, {}),
+    (4, {"tensor": 2, "pipeline": 2}),
+    (4, {"tensor": 2, "zero": 2}),
+    (4, {"pipeline": 2}),
+    (8, {"tensor": 2, "pipeline": 2, "sequence": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(files):
+    return reference(
+        files,
+        lambda step: [
+            chat for position in range(8 * step, 8 * step + 8) for chat in alone_order(position)
+        ],
+    )
+
+
+@pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
+def test_equals_plain_torch(world, parallel, files, alone, tmp_path):
+    assert_same(
+        run_ranks(run_layout, world, prepared(settings(files, parallel=parallel)), folder=tmp_path),
+        alone,
+    )
+
+
+PACKED = [
+    (1, {}, 2, MODEL),
+    (1, {}, 1, GPT2),
+    (2, {}, 1, MODEL),
+    (4, {"tensor": 2, "pipeline": 2}, 2, MODEL),
+    (8, {"tensor": 2, "pipeline": 2}, 1, MODEL),
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "micro", "model"),
+    PACKED,
+    ids=lambda value: value["model_type"] if "model_type" in str(value) else str(value),
+)
+def test_packed_equals_plain_torch_on_each_chat_alone(
+    world, parallel, micro, model, files, tmp_path
+):
+    """GPT-2's learned positions would show that they do not restart; rotated ones, which are relative, would not."""
+    train = {"global_batch_size": 4, "micro_batch_size": micro}
+    raw = prepared(
+        {**settings(files, parallel=parallel, data={"packing": True}, train=train), "model": model}
+    )
+    samples = SFTTask().open(checked(raw), read_config(load_hf_config(model)), "train").samples
+    assert samples.per_epoch < 0.8 * CHATS, "most share a sequence"
+    chats = {tuple(tokens.tolist()): number for number, (tokens, _) in enumerate(read_chats(files))}
+
+    def chats_of(step):
+        """Read out of the sequences themselves."""
+        found = []
+        for position in range(4 * step, 4 * step + 4):
+            sample = samples.fetch(position)
+            for document in range(sample.documents.max() + 1):
+                here = sample.tokens[sample.documents == document]
+                found += [
+                    number
+                    for tokens, number in chats.items()
+                    if tokens[:-1] == tuple(here.tolist())
+                ][:1]
+        return found
+
+    assert_same(
+        run_ranks(run_layout, world, raw, folder=tmp_path), reference(files, chats_of, model=model)
+    )
+
+
+def test_packed_and_alone_have_the_same_loss_and_gradient(files, tmp_path):
+    """All chats in one step, in a few sequences or each in its own."""
+    results = []
+    for packing in (False, True):
+        raw = prepared(settings(files, data={"packing": packing}, train={"steps": 1}))
+        count = SFTTask().open(checked(raw), read_config(load_hf_config(MODEL)), "train").per_epoch
+        raw["train"]["global_batch_size"] = count
+        results += run_ranks(run_layout, 1, raw, folder=tmp_path)
+    (alone, learnt), (packed, packed_learnt) = results
+    assert len(packed_learnt[0]) < 0.8 * len(learnt[0])
+    assert sum(learnt[0]) == sum(packed_learnt[0])
+    assert abs(alone.losses[0] - packed.losses[0]) < 1e-6
+    for one, other in zip(alone.pieces, packed.pieces, strict=True):
+        torch.testing.assert_close(one.values, other.values, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "micro"), [(2, {}, 8), (4, {"pipeline": 2}, 2), (1, {}, 1)], ids=str
+)
+def test_microbatches_and_ranks_without_anything_to_learn(world, parallel, micro, files, tmp_path):
+    """One epoch of 20 chats at 16 a step: the last step is filled with empty sequences, some of them a rank's all."""
+    train = {"steps": None, "epochs": 1, "global_batch_size": 16, "micro_batch_size": micro}
+    results = run_ranks(
+        run_layout,
+        world,
+        prepared(settings(files, parallel=parallel, train=train)),
+        folder=tmp_path,
+    )
+    learnt = [sum(second) if micro == 8 else min(second) for _, (_, second) in results]
+    assert 0 in learnt
+    assert_same(
+        results,
+        reference(
+            files,
+            lambda step: [alone_order(p)[0] for p in range(16 * step, min(16 * step + 16, CHATS))],
+            steps=2,
+        ),
+    )
+
+
+def chats_of(samples, count):
+    return [tuple(samples.fetch(position).tokens.tolist()) for position in range(count)]
+
+
+def test_a_split_and_a_blend(files, tmp_path):
+    """A part of the training data is kept for validation; several files come by weight, without epochs."""
+    architecture = read_config(load_hf_config(MODEL))
+
+    def opened(which, **data):
+        raw = settings(files, run={"output_dir": str(tmp_path)}, data={"valid": None, **data})
+        SFTTask().prepare(checked(raw), which)
+        return SFTTask().open(checked(raw), architecture, which)
+
+    train, valid = (opened(which, split="80,20") for which in ("train", "valid"))
+    assert (train.per_epoch, valid.per_epoch) == (16, 4)
+    everything = set(chats_of(opened("train").samples, CHATS))
+    assert set(chats_of(train.samples, 16)) | set(chats_of(valid.samples, 4)) == everything
+    assert len(everything) == CHATS
+    blend = opened(
+        "train",
+        train=[
+            {"path": str(files / f"{name}.jsonl"), "weight": weight}
+            for name, weight in (("train", 3), ("valid", 1))
+        ],
+    )
+    assert blend.per_epoch is None
+    assert abs(sum(chat in everything for chat in chats_of(blend.samples, 40)) - 30) <= 1
+
+
+def test_a_check_tells_how_many_steps_its_epochs_are(files, tmp_path, capfd, monkeypatch):
+    """It prepares few data for that alone, many it does not, unless they are there already."""
+    for name, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)
+    raw = settings(
+        files,
+        run={"output_dir": str(tmp_path / "run")},
+        data={"packing": True},
+        train={"steps": None, "epochs": 3, "global_batch_size": 4, "save_every": 2},
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+
+    def said(*words):
+        assert main(["check", str(tmp_path / "run.yaml"), *words]) == 0
+        return capfd.readouterr()
+
+    few = said()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+    monkeypatch.setattr("megatrain.training.task_sft.FEW_BYTES", 1000)
+    many = said()
+    assert "  work    3 epochs, in steps of 384 tokens" in many.out
+    assert "only the data say" in many.err
+    SFTTask().prepare(checked(raw), "train")
+    assert said().out.rpartition("checkpoints: ")[0] == few.out.rpartition("checkpoints: ")[0]
+    sequences = SFTTask().open(checked(raw), read_config(load_hf_config(MODEL)), "train").per_epoch
+    steps = -(-3 * sequences // 4)
+    assert f"  work    {steps} steps x 384 tokens = " in few.out
+    assert f"  epochs  3 x {sequences} samples" in few.out
+    assert f" each, {-(-steps // 2)} at once; " in few.out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole runs
+
+
+def test_a_resumed_run_is_bit_identical_and_its_folder_speaks_in_chats(files, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def run(folder, **train):
+        raw = settings(
+            files,
+            run={"output_dir": str(tmp_path / folder)},
+            data={"packing": True},
+            parallel={"pipeline": 2},
+            train={
+                "steps": None,
+                "epochs": 3,
+                "global_batch_size": 4,
+                "eval_every": 3,
+                "eval_batches": 50,
+                **train,
+            },
+        )
+        run_ranks(finetune, 2, raw, folder=tmp_path)
+
+    run("whole")
+    last = metrics(tmp_path / "whole")[-1]["step"]
+    assert last >= 6
+    run("parts", stop_after=3)
+    run("parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", step=last)
+    assert "epochs: 3" in (tmp_path / "whole" / "config.yaml").read_text()
+    saved = tmp_path / "whole" / "checkpoints" / f"step-{last:08d}"
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    assert tokenizer.chat_template == CHATML
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert model.generation_config.eos_token_id == [
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        0,
+    ]
+    # every validation chat once, though more batches were asked for
+    total, count = 0.0, 0
+    for line in (files / "valid.jsonl").read_text().splitlines():
+        made = tokenizer.apply_chat_template(
+            json.loads(line)["messages"],
+            chat_template=WITH_MARKS,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        wanted = torch.tensor(made["assistant_masks"][1:]) == 1
+        tokens = torch.tensor(made["input_ids"])
+        with torch.no_grad():
+            logits = model(tokens[None, :-1]).logits[0]
+        total += float(
+            torch.nn.functional.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="sum")
+        )
+        count += int(wanted.sum())
+    assert abs(metrics(tmp_path / "whole")[-1]["valid_loss"] - total / count) < 1e-5
+
+
+def test_how_to_generate_is_kept_and_ends_where_answers_do(tmp_path):
+    """What the tokenizer's folder said stays, even what transformers itself would not write; weights there are not copied."""
+    from megatrain.checkpoint.hf_metadata import Chat, write_hf_metadata
+
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    for folder in (theirs, ours):
+        folder.mkdir()
+    (theirs / "generation_config.json").write_text(
+        '{"temperature": 0.6, "do_sample": false, "eos_token_id": 5}'
+    )
+    for name in (
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "model.safetensors",
+        "trainer.json",
+        "modeling.py",
+    ):
+        (theirs / name).write_text("{}")
+    config = checked({"model": MODEL, "data": {"tokenizer": str(theirs)}, "train": {"steps": 1}})
+    write_hf_metadata(ours, config, read_config(load_hf_config(MODEL)), Chat("mine", [7, 5]))
+    assert json.loads((ours / "generation_config.json").read_text()) == {
+        "temperature": 0.6,
+        "do_sample": False,
+        "eos_token_id": [7, 5],
+    }
+    assert (ours / "chat_template.jinja").read_text() == "mine"
+    assert {path.name for path in ours.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    }
+
+
+SENTENCES = {
+    "data.chat_template=null": "data.tokenizer={folder}/tokenizer has no chat template; give one as data.chat_template=FILE",
+    "data.tokenizer=null": "data.tokenizer=(nothing) is missing; give the model's tokenizer",
+    "data.train=null": "data.train=(nothing) is missing; give a file, folder or glob of JSONL or parquet with chats",
+    "data.train=nowhere.jsonl": "nowhere.jsonl does not exist",
+    "data.document_mask=true": "data.document_mask=true is a setting of pretraining; leave it out: packed chats attend to themselves alone",
+    "data.train={folder}/text.jsonl": "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: messages;",
+    "data.train={folder}/indexed": "data.train={folder}/indexed is an indexed dataset, which `megatrain pretrain` reads; start this config",
+    "train.init_from={folder}/run": "{folder}/run is a run's folder and no model's; name one of its checkpoints, such as {folder}/run/checkpoints/step-2",
+    "train.resume={folder}/run": "train.resume={folder}/run has no manifest.json; name one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
+    "train.resume={folder}/run/checkpoints": "train.resume={folder}/run/checkpoints has no manifest.json; name one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
+    "data.sequence_length=24 data.too_long=error": "{folder}/train.jsonl, line 1: takes ",
+    "train.init_from={folder}/gpt2": "train.init_from={folder}/gpt2 does not fit the model: missing: model.embed_tokens.weight, ",
+    "train.init_from=nowhere": "train.init_from=nowhere does not exist",
+    "train.steps=null train.epochs=0": "train.epochs=0 must be at least 1",
+    "train.steps=5 train.epochs=1": "train.steps, train.tokens and train.epochs=5, null, 1 are given together; give one of them",
+    "train.steps=null train.epochs=1 lr_schedule.warmup_steps=50": "lr_schedule.warmup_steps=50 is more than the 3 steps of the schedule",
+    'train.steps=null train.epochs=1 data.train=[{{"path":"{folder}/train.jsonl","weight":1}},{{"path":"{folder}/valid.jsonl","weight":1}}]': "train.epochs=1 has no meaning for a blend of data; give train.steps",
+}
+
+
+@pytest.mark.parametrize("words", SENTENCES)
+def test_what_cannot_work_is_one_sentence(words, files, tmp_path, capfd, monkeypatch):
+    for name, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings(files, run={"output_dir": str(tmp_path / "run")})))
+    (files / "indexed.idx").touch()
+    for step in (1, 2):
+        (files / f"run/checkpoints/step-{step}").mkdir(parents=True, exist_ok=True)
+    assert main(["finetune", str(file), *words.format(folder=files).split()]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: " + SENTENCES[words].format(folder=files))
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.packing=true",
+        "data.chat_template=x",
+        "data.train_on=all",
+        "data.too_long=skip",
+        "train.epochs=1 train.steps=null",
+    ],
+)
+def test_pretraining_refuses_what_only_finetuning_uses(word, files, tmp_path, capfd):
+    file = tmp_path / "run.yaml"
+    raw = settings(files, run={"output_dir": str(tmp_path / "run")})
+    del raw["data"]["chat_template"]
+    file.write_text(yaml.safe_dump(raw))
+    assert main(["pretrain", str(file), *word.split()]) == 1
+    assert "finetun" in capfd.readouterr().err

@@ -1,0 +1,333 @@
+"""Real runs that are traced: nothing of the run changes, clocks agree, a slow layer is found, and the advice holds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from helpers.rank_pool import run_ranks
+from helpers.sleeping_stage import sleeping
+from helpers.training_runs import VOCABULARY, lines, losses, pretrain, write_tokens
+
+from megatrain.config import loader as configuration
+from megatrain.distributed.mesh import make_mesh
+from megatrain.errors import ConfigError
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.pipeline.executor import ActionTiming
+from megatrain.pipeline.schedule import Action, Placement
+from megatrain.pipeline.schedules import make_schedule
+from megatrain.pipeline.stage_builder import rank_specs
+from megatrain.report.bottlenecks import advise
+from megatrain.telemetry.bubble_analysis import profile_pipeline
+from megatrain.telemetry.trace_format import read_traces, schedule_of
+from megatrain.training.trace_recorder import Mark, Offset, SharedClock, traced_actions
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
+
+
+def settings(data, output, *, train=(), **parallel):
+    """A run's config as nested mappings."""
+    return {
+        "run": {"output_dir": str(output)},
+        "model": LLAMA,
+        "data": {"train": str(data), "sequence_length": 16},
+        "parallel": parallel,
+        "train": {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2, **dict(train)},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is recorded
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (1, {}),
+        (2, {"pipeline": 2}),
+        (2, {"pipeline": 2, "schedule": "zb-v"}),
+        (4, {"tensor": 2, "pipeline": 2, "schedule": "interleaved"}),
+        (2, {"zero": 3}),
+    ],
+    ids=str,
+)
+def test_a_traced_run_records_every_action_and_layer_and_stays_itself(
+    world, parallel, data, tmp_path
+):
+    for name, trace in (("plain", None), ("traced", [2, 3])):
+        run_ranks(
+            pretrain,
+            world,
+            settings(data, tmp_path / name, train={"trace_steps": trace}, **parallel),
+            folder=tmp_path,
+        )
+    assert losses(tmp_path / "plain") == losses(tmp_path / "traced")
+    assert not (tmp_path / "plain" / "trace").exists()
+    steps = read_traces(tmp_path / "traced")
+    assert [step.step for step in steps] == [2, 3]
+    ranks = parallel.get("pipeline", 1)
+    for step in steps:
+        assert len(step.ranks) == world
+        for pipeline in step.pipelines():
+            assert [trace.pipeline for trace in pipeline] == list(range(ranks))
+            data_size = world // (ranks * parallel.get("tensor", 1))
+            expected = make_schedule(parallel.get("schedule", "1f1b"), ranks, 4 // data_size)
+            assert schedule_of(pipeline).actions == expected.actions
+            for trace in pipeline:
+                check_rank(trace)
+    assert profile_pipeline(steps).measured.titles == [
+        "embedding",
+        *(f"block {number}" for number in range(6)),
+        "head",
+    ]
+
+
+def check_rank(trace):
+    """Actions follow each other within the step, and layers fill them."""
+    assert trace.clock_error == 0, "one machine"
+    assert trace.peak_memory > 2**20
+    moments = [moment for a in trace.actions for moment in (a.start, a.ready, a.end)]
+    assert moments == sorted(moments)
+    assert moments[-1] - moments[0] < trace.seconds
+    sizes = np.cumsum([0, *map(len, trace.stages)])
+    for a in trace.actions:
+        stage = trace.placement.stage(trace.pipeline, a.action.chunk)
+        mine = set(range(sizes[stage], sizes[stage + 1]))
+        assert set(a.layers) == (
+            set() if a.action.kind == "W" else mine if a.action.kind == "F" else mine - {0}
+        )
+        assert all(seconds > 0 for seconds in a.layers.values())
+        assert sum(a.layers.values()) <= a.end - a.ready
+
+
+def hooks_left(rank, world_size, raw, folder):
+    from megatrain.training.trace_recorder import Tracer
+    from megatrain.training.trainer import Trainer
+
+    config = configuration.from_dict(raw)
+    trainer = Trainer(
+        config, read_config(load_hf_config(config.model)), make_mesh(rank), torch.device("cpu")
+    )
+    tracer = Tracer(trainer, Path(folder))
+    during = 0
+    with tracer.watch(2):
+        during = sum(len(layer._forward_hooks) for layer in trainer.stage.layers)
+    with tracer.watch(4):
+        outside = trainer.executor.records
+    return (
+        during,
+        sum(
+            len(layer._forward_hooks) + len(layer._forward_pre_hooks)
+            for layer in trainer.stage.layers
+        ),
+        outside,
+        trainer.executor.records,
+    )
+
+
+def test_steps_that_are_not_traced_have_no_hooks(data, tmp_path):
+    assert run_ranks(
+        hooks_left,
+        1,
+        settings(data, tmp_path, train={"trace_steps": [2, 3]}),
+        str(tmp_path),
+        folder=tmp_path,
+    ) == [(8, 0, None, None)]
+
+
+def test_on_a_stream_the_first_layer_says_when_the_message_was_there():
+    """The host is ready at 1 and enqueues; the stream gets to the layers at 5, 6 and 8. All is 10 later on rank 0's clock."""
+    marks = [
+        Mark("entered", 3, 1.1, 5.0),
+        Mark("left", 3, 1.2, 6.0),
+        Mark("left", 4, 1.3, 8.0),
+        Mark("gradient", 4, 9.2, 11.0),
+        Mark("gradient", 3, 9.3, 12.0),
+        Mark("gradient", 2, 9.4, 15.0),
+    ]
+    records = [
+        ActionTiming(Action("F", 0), 0.5, 1.0, 8.5),
+        ActionTiming(Action("B", 0), 8.5, 9.0, 16.0),
+        ActionTiming(Action("W", 0), 16.0, 16.0, 17.0),
+    ]
+    forward, backward, weights = traced_actions(records, marks, Offset(10.0, 0.0), on_stream=True)
+    assert (forward.start, forward.ready, forward.end) == (10.5, 15.0, 18.5)
+    assert forward.layers == pytest.approx({3: 1.0, 4: 2.0})
+    assert (backward.ready, backward.layers) == (21.0, pytest.approx({4: 1.0, 3: 3.0}))
+    assert (weights.ready, weights.layers) == (26.0, {})
+    on_host, *_ = traced_actions(records, marks, Offset(10.0, 0.0), on_stream=False)
+    assert on_host.ready == 11.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clocks
+
+
+def read_clock(rank, world_size, skews, machines):
+    """What each rank makes of rank 0's clock when its own is ahead by so much."""
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + skews[rank])
+    with patch("megatrain.training.trace_recorder.time", clock):
+        return SharedClock(make_mesh(rank, data=world_size).world, machines[rank]).offset()
+
+
+def test_clocks_of_other_machines_are_aligned(tmp_path):
+    skews, machines = [3.0, 3.0, -1000.0, 250.0], ["a", "a", "b", "c"]
+    offsets = run_ranks(read_clock, 4, skews, machines, folder=tmp_path)
+    assert offsets[:2] == [(0.0, 0.0)] * 2
+    for offset, skew in list(zip(offsets, skews, strict=True))[2:]:
+        assert offset.error > 0
+        assert offset.seconds == pytest.approx(skews[0] - skew, abs=offset.error)
+
+
+def test_a_machine_has_one_offset(tmp_path):
+    offsets = run_ranks(read_clock, 4, [0.0, 7.0, 7.0, 7.0], ["a", "b", "b", "b"], folder=tmp_path)
+    assert offsets[1] == offsets[2] == offsets[3]
+    assert offsets[1].seconds == pytest.approx(-7, abs=offsets[1].error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# advice
+
+
+SLEEP, SLOW = 0.02, {4: 0.06}
+"""Seconds that a block's forward takes, and its backward; block 4 is the slow one."""
+
+
+def pretrain_sleeping(rank, world_size, raw):
+    with sleeping(SLEEP, SLOW):
+        pretrain(rank, world_size, raw)
+
+
+def test_a_slow_layer_is_found_and_the_advice_gains_what_it_says(data, tmp_path):
+    """Times of real runs: other work on the machine can only make a step slower, so the fastest ones are compared.
+
+    It can spoil an attempt as well, so there are several. Advice that is wrong is so in all of them.
+    """
+    before, after, said = [], [], []
+    for attempt in range(10):
+        seconds, advice = sleeping_run(data, tmp_path / f"before-{attempt}")
+        before += seconds
+        said.append(advice[0].text)
+        if "block 4 alone takes" not in advice[0].text or advice[0].layers_per_stage != [4, 2]:
+            continue
+        seconds, further = sleeping_run(
+            data, tmp_path / f"after-{attempt}", layers_per_stage=[4, 2]
+        )
+        after += seconds
+        said.append(
+            f"predicted {advice[0].gain:.3f}, measured {1 - min(after) / min(before):.3f}; then: {further[0].text}"
+        )
+        if 2 / 3 * advice[0].gain <= 1 - min(after) / min(before) <= 4 / 3 * advice[
+            0
+        ].gain and not any(item.layers_per_stage for item in further):
+            return
+    pytest.fail("\n".join(said))
+
+
+def sleeping_run(data, folder, **parallel):
+    """Seconds of its steps but the first, and what its traces advise."""
+    train = {"steps": 5, "trace_steps": [4, 5], "micro_batch_size": 1}
+    run_ranks(
+        pretrain_sleeping,
+        2,
+        settings(data, folder, train=train, pipeline=2, **parallel),
+        folder=folder.parent,
+    )
+    return [line["seconds"] for line in lines(folder)[1:]], advise(
+        profile_pipeline(read_traces(folder))
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (
+            [20],
+            "train.trace_steps=[20] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+        ),
+        (
+            [22, 20],
+            "train.trace_steps=[22, 20] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+        ),
+        (
+            [0, 2],
+            "train.trace_steps=[0, 2] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+        ),
+        (
+            [28, 31],
+            "train.trace_steps=[28, 31] goes beyond the run's last step, 30; for example [28, 30]",
+        ),
+    ],
+)
+def test_steps_to_trace(steps, message):
+    with pytest.raises(ConfigError) as error:
+        configuration.load(None, ["train.steps=30", f"train.trace_steps={steps}"])
+    assert str(error.value) == message
+    assert configuration.load(
+        None, ["train.steps=30", "train.trace_steps=[30, 30]"]
+    ).train.trace_steps == [30, 30]
+
+
+def stages_of(counts, placement):
+    """Each stage's layers by title, in the model's order."""
+    config = configuration.from_dict({"model": LLAMA, "parallel": {"layers_per_stage": counts}})
+    specs = rank_specs(config, read_config(load_hf_config(LLAMA)), placement)
+    return [
+        [spec.title for spec in specs[rank][chunk]]
+        for rank, chunk in map(placement.place, range(placement.stages))
+    ]
+
+
+def test_layers_of_each_stage_can_be_told():
+    blocks = [f"block {number}" for number in range(6)]
+    assert stages_of([5, 1], Placement(2)) == [["embedding", *blocks[:5]], [blocks[5], "head"]]
+    assert stages_of([1, 1, 3, 1], Placement(2, 2, "v")) == [
+        ["embedding", blocks[0]],
+        [blocks[1]],
+        blocks[2:5],
+        [blocks[5], "head"],
+    ]
+    assert stages_of([6], Placement(1)) == [["embedding", *blocks, "head"]]
+
+
+@pytest.mark.parametrize(
+    ("counts", "rule"),
+    [
+        ([6], "has 1 numbers and the model is cut into 2 stages"),
+        ([6, 0], "leaves a stage without a block"),
+        ([-1, 7], "leaves a stage without a block"),
+        ([3, 4], "adds up to 7 and num_hidden_layers=6"),
+    ],
+)
+def test_layers_that_are_no_cut(counts, rule):
+    with pytest.raises(ConfigError) as error:
+        stages_of(counts, Placement(2))
+    assert (
+        str(error.value)
+        == f"parallel.layers_per_stage={counts} {rule}; for example [3, 3], or leave it out"
+    )
