@@ -1,52 +1,93 @@
-"""The errors that speak to the person who started the run.
+"""User-facing exceptions.
 
-Each is one clear sentence; the command line prints it without a traceback and exits with 1. Anything else that is
-raised is a mistake of ours and keeps its traceback.
+The command line prints them without a traceback and exits with 1. Any other exception is a bug in
+megatrain and propagates with its traceback.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+Fix = Mapping[str, Any]
+"""Values by setting, such as `{"train.dtype": "bf16"}`, that remove an error when they are set."""
+
 
 class UserError(Exception):
-    """Something the user wrote, or gave us, that cannot work."""
+    """An error in the user's settings, files or environment.
+
+    Args:
+        message: setting or file, its value and the requirement that it does not meet.
+        fix: the settings that remove the error.
+        command: a shell command that removes the error, where no setting does.
+    """
+
+    def __init__(self, message: str, *, fix: Fix | None = None, command: str = "") -> None:
+        super().__init__(message)
+        self.fix: dict[str, Any] = dict(fix or {})
+        self.command = command
+
+    @property
+    def fix_text(self) -> str:
+        """The fix as the user types it: overrides `section.key=value`, or a command."""
+        return " ".join(format_override(name, value) for name, value in self.fix.items()) or (
+            self.command
+        )
+
+
+class ConfigError(UserError):
+    """A setting whose value does not meet a requirement.
+
+    Args:
+        setting: the name as the user writes it, such as `train.dtype`.
+        value: its value.
+        requirement: the requirement, such as "must be at least 1".
+        hint: advice in words; the fix itself belongs into `fix`.
+        fix: the settings that remove the error.
+        command: a shell command that removes the error, where no setting does.
+    """
+
+    def __init__(
+        self,
+        setting: str,
+        value: object,
+        requirement: str,
+        hint: str = "",
+        *,
+        fix: Fix | None = None,
+        command: str = "",
+    ) -> None:
+        self.setting = setting
+        self.value = value
+        self.requirement = requirement
+        self.hint = hint
+        message = f"{setting}={format_value(value)} {requirement}"
+        super().__init__(f"{message}; {hint}" if hint else message, fix=fix, command=command)
+
+
+class DataError(UserError):
+    """A data file that is missing, damaged or in the wrong format."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, of another model, or cannot be written."""
 
 
 def format_value(value: object) -> str:
-    """A setting's value as YAML has it, where Python has another word for it."""
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
+    """Returns a setting's value as YAML writes it: null, true and false."""
+    yaml_names = {None: "null", True: "true", False: "false"}
+    return yaml_names[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def truncate(value: object) -> str:
-    """The same, of a value that may be long."""
+    """Returns `format_value`, cut to 60 characters."""
     text = format_value(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-class ConfigError(UserError):
-    """A setting that cannot work: which one, its value, the rule it breaks and the way out.
+def format_override(name: str, value: object) -> str:
+    """Returns `name=value` as an override of the command line that reads back as `value`."""
+    import yaml  # not needed to print --help
 
-    `paste`: words `section.key=value` that mend it, where the way out does not name them (mend.py finds those that it does).
-    """
-
-    def __init__(
-        self, setting: str, value: object, rule: str, way_out: str = "", *, paste: str = ""
-    ) -> None:
-        self.setting, self.value, self.rule, self.way_out, self.paste = (
-            setting,
-            value,
-            rule,
-            way_out,
-            paste,
-        )
-        super().__init__(
-            f"{setting}={format_value(value)} {rule}" + (f"; {way_out}" if way_out else "")
-        )
-
-
-class DataError(UserError):
-    """A data file that is missing, damaged or does not hold what it should."""
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or of another model, or that cannot be written."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return f"{name}={text.removesuffix('...' + chr(10)).strip().replace(', ', ',')}"

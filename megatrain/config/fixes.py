@@ -30,8 +30,8 @@ def fix_for(error: UserError) -> str:
     """What to paste behind the command, or instead of it; empty where nothing is known to mend it."""
     if not isinstance(error, ConfigError):
         return next(iter(_WORD.findall(str(error).rpartition("; ")[2])), "")
-    if error.paste:
-        return error.paste
+    if error.fix_text:
+        return error.fix_text
     for rule in (_misspelt, _named, _left_out, _example, _number, _used, _default):
         if line := rule(error):
             return line
@@ -39,28 +39,28 @@ def fix_for(error: UserError) -> str:
 
 
 def _misspelt(error: ConfigError) -> str:
-    meant = _MEANT.search(error.way_out)
+    meant = _MEANT.search(error.hint)
     if meant is None:
         return ""
-    if "is not a setting" not in error.rule and "is not a field" not in error.rule:
-        return "" if "section" in error.rule else f"{error.setting}={meant[1]}"
+    if "is not a setting" not in error.requirement and "is not a field" not in error.requirement:
+        return "" if "section" in error.requirement else f"{error.setting}={meant[1]}"
     return f"{error.setting.rpartition('.')[0]}.{meant[1]}={error.value}"
 
 
 def _named(error: ConfigError) -> str:
-    return next(iter(_WORD.findall(error.way_out)), "").rstrip(".")
+    return next(iter(_WORD.findall(error.hint)), "").rstrip(".")
 
 
 def _left_out(error: ConfigError) -> str:
     return (
         _default(error)
-        if "leave it out" in error.way_out or f"leave {error.setting} out" in error.way_out
+        if "leave it out" in error.hint or f"leave {error.setting} out" in error.hint
         else ""
     )
 
 
 def _example(error: ConfigError) -> str:
-    found = _EXAMPLE.search(error.way_out)
+    found = _EXAMPLE.search(error.hint)
     return (
         f"{error.setting}={found[1].replace(', ', ',')}"
         if found and _is_setting(error.setting)
@@ -70,7 +70,7 @@ def _example(error: ConfigError) -> str:
 
 def _number(error: ConfigError) -> str:
     """Of the numbers that work, the nearest."""
-    numbers = [float(text) for text in _NUMBER.findall(error.way_out)]
+    numbers = [float(text) for text in _NUMBER.findall(error.hint)]
     if not numbers or isinstance(error.value, bool) or not isinstance(error.value, int | float):
         return ""
     value = error.value
@@ -78,7 +78,7 @@ def _number(error: ConfigError) -> str:
 
 
 def _used(error: ConfigError) -> str:
-    found = _USE.search(error.way_out)
+    found = _USE.search(error.hint)
     return f"{error.setting}={found[1]}" if found and _fits(error.setting, found[1]) else ""
 
 
@@ -145,7 +145,7 @@ class IssueCollector:
 
     def follows(self, error: ConfigError) -> bool:
         """Whether settings are missed of which one is there and could not be read."""
-        return "missing" in error.rule and any(
+        return "missing" in error.requirement and any(
             name in self._settings for name in re.split(", | and ", error.setting)
         )
 

@@ -79,7 +79,7 @@ def _from_dict(raw: dict[str, Any], base: Path, refuse: Refuse) -> Config:
                     truncate(content),
                     "is not a section of the config",
                     _did_you_mean(name, list(sections)),
-                    paste=_in_section(next(iter(_alike(name, list(sections))), ""), content),
+                    fix=_in_section(next(iter(_alike(name, list(sections))), ""), content),
                 )
             )
             name = next((like for like in _alike(name, list(sections)) if like not in raw), "")
@@ -95,15 +95,13 @@ def _from_dict(raw: dict[str, Any], base: Path, refuse: Refuse) -> Config:
     return _with_folder(Config(**values), base)
 
 
-def _in_section(name: str, content: Any) -> str:
-    """Words that say in the section that was meant what was said in one that is none."""
+def _in_section(name: str, content: Any) -> dict[str, Any]:
+    """Returns the settings in `content` as settings of section `name`; empty if one is unknown."""
     section = typing.get_type_hints(Config).get(name)
     hints = typing.get_type_hints(section) if dataclasses.is_dataclass(section) else {}
-    if not isinstance(content, dict) or not all(
-        key in hints and isinstance(value, str | int | float) for key, value in content.items()
-    ):
-        return ""
-    return " ".join(f"{name}.{key}={format_value(value)}" for key, value in content.items())
+    if not isinstance(content, dict) or not all(key in hints for key in content):
+        return {}
+    return {f"{name}.{key}": value for key, value in content.items()}
 
 
 def _with_folder(config: Config, base: Path) -> Config:

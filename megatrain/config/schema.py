@@ -361,7 +361,7 @@ class Config:
                     layout,
                     f"does not divide the {world_size} ranks of this run",
                     f"start a multiple of {self.model_ranks} ranks",
-                    paste=_layout_for(p, world_size),
+                    fix=_layout_for(p, world_size),
                 )
             return world_size // self.model_ranks
         if p.data * self.model_ranks != world_size:
@@ -370,7 +370,7 @@ class Config:
                 f"{layout} x data {p.data}",
                 f"needs {p.data * self.model_ranks} ranks and there are {world_size}",
                 f"start {p.data * self.model_ranks} ranks or leave parallel.data out",
-                paste="parallel.data=null",
+                fix={"parallel.data": None},
             )
         return p.data
 
@@ -424,8 +424,10 @@ class Config:
         return self.run.name or Path(self.run.output_dir).name
 
 
-def _layout_for(p: ParallelConfig, world_size: int) -> str:
-    """The nearest layout with fewer stages, or one of tensor ranks alone, that divides the world."""
+def _layout_for(p: ParallelConfig, world_size: int) -> dict[str, int]:
+    """Returns the nearest layout that divides `world_size`: with fewer stages, or tensor ranks."""
     if world_size % p.tensor == 0:
-        return f"parallel.pipeline={max(d for d in range(1, p.pipeline + 1) if world_size % (p.tensor * d) == 0)}"
-    return f"parallel.tensor={max(d for d in range(1, p.tensor + 1) if world_size % (d * p.pipeline) == 0 or d == 1)}"
+        stages = [d for d in range(1, p.pipeline + 1) if world_size % (p.tensor * d) == 0]
+        return {"parallel.pipeline": max(stages)}
+    ranks = [d for d in range(1, p.tensor + 1) if d == 1 or world_size % (d * p.pipeline) == 0]
+    return {"parallel.tensor": max(ranks)}

@@ -129,7 +129,7 @@ def _check_length(config: Config) -> Iterator[ConfigError]:
             ", ".join(format_value(value) for value in lengths.values()),
             rule,
             "give one of them",
-            paste=" ".join(f"train.{name}=null" for name in given[1:]) or "train.steps=1000",
+            fix={f"train.{name}": None for name in given[1:]} or {"train.steps": 1000},
         )
 
 
@@ -140,14 +140,14 @@ def _check_schedule(config: Config) -> Iterator[ConfigError]:
             "lr_schedule.warmup_steps",
             schedule.warmup_steps,
             f"is more than the {schedule.decay_steps or config.steps} steps of the schedule",
-            paste=f"lr_schedule.warmup_steps={(schedule.decay_steps or config.steps) // 10}",
+            fix={"lr_schedule.warmup_steps": (schedule.decay_steps or config.steps) // 10},
         )
     if schedule.min_lr > config.optimizer.lr:
         yield ConfigError(
             "lr_schedule.min_lr",
             schedule.min_lr,
             f"is above optimizer.lr={config.optimizer.lr}",
-            paste=f"lr_schedule.min_lr={config.optimizer.lr / 10:.3g}",
+            fix={"lr_schedule.min_lr": float(f"{config.optimizer.lr / 10:.3g}")},
         )
 
 

@@ -283,7 +283,11 @@ def _check_sizes(a: TransformerConfig) -> None:
             "model.num_key_value_heads",
             a.num_kv_heads,
             f"does not divide num_attention_heads={a.num_heads}",
-            paste=f"model.num_key_value_heads={max(n for n in range(1, a.num_kv_heads + 1) if a.num_heads % n == 0)}",
+            fix={
+                "model.num_key_value_heads": max(
+                    n for n in range(1, a.num_kv_heads + 1) if a.num_heads % n == 0
+                )
+            },
         )
     if a.rotary and a.rotary_dim is None and a.head_dim % 2:
         raise ConfigError(

@@ -115,14 +115,16 @@ def check_free_space(config: Config, room: DiskEstimate) -> None:
         return
     fits = room.free // room.each + room.there - 1
     way_out = f"keep {fits}, or write elsewhere" if 1 <= fits < room.most else "write elsewhere"
-    paste = f"train.keep_last={fits}" if 1 <= fits < room.most else "run.output_dir=/a/larger/disk"
+    fix = (
+        {"train.keep_last": fits} if 1 <= fits < room.most else {"run.output_dir": "/a/larger/disk"}
+    )
     raise ConfigError(
         "run.output_dir",
         config.run.output_dir,
         f"has {in_bytes(room.free)} free at {room.place}, and {room.most} checkpoints of "
         f"{in_bytes(room.each)} take {in_bytes(room.needed)} more",
         way_out,
-        paste=paste,
+        fix=fix,
     )
 
 

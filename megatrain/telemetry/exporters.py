@@ -53,7 +53,7 @@ def check_exporters(config: Config) -> None:
                 value,
                 f"needs {library}, which is not installed",
                 f'pip install "megatrain[{setting}]", or pip install {library}',
-                paste=f"pip install {library}",
+                command=f"pip install {library}",
             )
 
 

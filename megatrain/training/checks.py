@@ -136,7 +136,7 @@ def no_start(start: str) -> ConfigError:
     )
     close = difflib.get_close_matches(path.name, beside, n=1)
     if not close:
-        return ConfigError("train.init_from", start, "does not exist", paste=make_start(start))
+        return ConfigError("train.init_from", start, "does not exist", command=make_start(start))
     return ConfigError(
         "train.init_from", start, "does not exist", f"did you mean `{path.parent / close[0]}`?"
     )

@@ -85,13 +85,13 @@ def text_instead(config: Config, which: Part) -> ConfigError | None:
     prefix = path
     while is_supported(prefix):
         prefix = str(Path(prefix).with_suffix(""))
-    paste = f"megatrain preprocess {path} --tokenizer {config.data.tokenizer or 'TOKENIZER'} --output {prefix}"
+    command = f"megatrain preprocess {path} --tokenizer {config.data.tokenizer or 'TOKENIZER'} --output {prefix}"
     return ConfigError(
         f"data.{which}",
         path,
         "is a file of texts, and pretraining reads what `megatrain preprocess` makes of them",
         f"make it once, and give data.{which}={prefix}",
-        paste=paste,
+        command=command,
     )
 
 

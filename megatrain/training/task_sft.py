@@ -50,7 +50,7 @@ class SFTTask(Task):
                 "(nothing)",
                 "is missing",
                 "give a file, folder or glob of JSONL or parquet with chats",
-                paste="data.train=YOURS.jsonl",
+                fix={"data.train": "YOURS.jsonl"},
             )
         if isinstance(data.train, str) and Path(f"{data.train}.idx").exists():
             raise ConfigError(
@@ -72,7 +72,7 @@ class SFTTask(Task):
                 "(nothing)",
                 "is missing",
                 "give the model's tokenizer",
-                paste="data.tokenizer=FOLDER_OF_THE_MODEL",
+                fix={"data.tokenizer": "FOLDER_OF_THE_MODEL"},
             )
 
     def prepare(self, config: Config, which: Part) -> None:

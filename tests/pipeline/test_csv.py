@@ -91,8 +91,8 @@ def test_mistakes(read, tmp_path, text, rule):
         "parallel.schedule",
         str(tmp_path / "mine.csv"),
     )
-    assert error.value.rule.startswith(rule)
-    assert error.value.way_out
+    assert error.value.requirement.startswith(rule)
+    assert error.value.hint
 
 
 def test_files_that_cannot_be_read(tmp_path):
