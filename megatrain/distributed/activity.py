@@ -1,7 +1,7 @@
-"""What a rank is doing now, noted where it does it and read by its watchdog (watchdog/).
+"""The current activity of a rank, as its watchdog reports it.
 
-A note is a few attributes that are stored: nothing is formatted, timed or sent until someone asks. A rank's main thread
-writes them, and autograd's threads, which run while it waits for them.
+Recording an activity stores a few attributes. Formatting happens only when a watchdog asks. The
+main thread of a rank writes, and so do autograd's threads while the main thread waits for them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Group(Protocol):
-    """Who takes part in a collective, and what the line of them is called."""
+    """The participants of a collective."""
 
     @property
     def name(self) -> str: ...
@@ -21,81 +21,93 @@ class Group(Protocol):
 
 
 class WorldGroup(NamedTuple):
-    """All ranks, before there is a grid."""
+    """All ranks, for collectives that run before the mesh exists."""
 
     ranks: Sequence[int]
     name: str = "world"
 
 
 class RankActivity:
-    """A rank's notes.
+    """The step, the action and the collective that a rank is in.
 
     Attributes:
-        count: changes with every note: a rank whose count stands still does not get on.
-        step: that is being done, or was last; 0 before the first.
-        doing: anything whose words say it.
-        source: the rank whose message is waited for, -1 when none is.
-        collective: that the rank is in, as its name and who takes part.
-        open_ended: of a phase whose length nobody can tell, such as reading a checkpoint, in which few notes are made: that
-            the process computes or reads counts as getting on too.
+        count: incremented by every change; a rank whose count is constant makes no progress.
+        step: the current or last step; 0 before the first.
+        doing: an object whose `str` names the action.
+        source: the rank whose message this rank waits for; -1 if it waits for none.
+        current_collective: the name and the group of the collective that the rank is in.
+        open_ended: True in phases of unknown length, such as reading a checkpoint, that record
+            few actions. There, CPU time and I/O of the process count as progress too.
     """
 
-    __slots__ = ("_shared", "collective", "count", "doing", "open_ended", "source", "step")
+    __slots__ = ("_shared", "count", "current_collective", "doing", "open_ended", "source", "step")
 
     def __init__(self, shared: Any = None) -> None:
-        """`shared` has a `value` that is kept equal to the step, for who started this rank."""
-        self.count = self.step = 0
+        """Starts in the open-ended phase "starting".
+
+        Args:
+            shared: an object whose `value` is kept equal to the step, for the parent process.
+        """
+        self.count = 0
+        self.step = 0
         self.doing: object = "starting"
         self.source = -1
-        self.collective: tuple[str, Group] | None = None
+        self.current_collective: tuple[str, Group] | None = None
         self.open_ended = True
         self._shared = shared
 
     def begin_step(self, step: int) -> None:
-        self.step, self.open_ended = step, False
+        """Records the start of a step, which ends an open-ended phase."""
+        self.step = step
+        self.open_ended = False
         if self._shared is not None:
             self._shared.value = step
-        self.note("beginning the step")
+        self.set("beginning the step")
 
-    def phase(self, words: str) -> None:
-        """An open-ended phase."""
+    def set_phase(self, description: str) -> None:
+        """Records the start of an open-ended phase."""
         self.open_ended = True
-        self.note(words)
+        self.set(description)
 
-    def note(self, doing: object) -> None:
-        self.doing, self.source = doing, -1
+    def set(self, doing: object) -> None:
+        """Records an action."""
+        self.doing = doing
+        self.source = -1
         self.count += 1
 
-    def receive(self, message: object, source: int) -> None:
-        """From here on it is waited for."""
-        self.doing, self.source = message, source
+    def set_waiting_for(self, message: object, source: int) -> None:
+        """Records that this rank waits for `message` from rank `source`."""
+        self.doing = message
+        self.source = source
         self.count += 1
 
-    def enter(self, verb: str, peers: Group) -> None:
-        """A collective begins; what the rank was doing stays noted."""
-        self.collective = (verb, peers)
+    def enter_collective(self, name: str, group: Group) -> None:
+        """Records the start of a collective. The current action is kept."""
+        self.current_collective = (name, group)
         self.count += 1
 
-    def leave(self) -> None:
-        self.collective = None
+    def leave_collective(self) -> None:
+        """Records the end of the collective."""
+        self.current_collective = None
 
     @contextmanager
-    def within(self, verb: str, peers: Group) -> Iterator[None]:
-        """A collective of several calls, or one where a microsecond does not matter."""
-        self.enter(verb, peers)
+    def collective(self, name: str, group: Group) -> Iterator[None]:
+        """Records a collective around a block. Costs a microsecond more than enter and leave."""
+        self.enter_collective(name, group)
         yield
-        self.leave()
+        self.leave_collective()
 
     @property
     def waits_for(self) -> Sequence[int]:
-        """The ranks that must do something before this one gets on."""
-        collective = self.collective
+        """The ranks that must act before this rank can continue."""
+        collective = self.current_collective
         if collective is not None:
             return collective[1].ranks if len(collective[1].ranks) > 1 else ()
         return (self.source,) if self.source >= 0 else ()
 
-    def words(self) -> str:
-        collective = self.collective
+    def describe(self) -> str:
+        """Returns the activity as text, such as `recv F3 from rank 1`."""
+        collective = self.current_collective
         if collective is not None:
             return f"{collective[0]} {collective[1].name} ({self.doing})"
         return f"recv {self.doing} from rank {self.source}" if self.source >= 0 else str(self.doing)

@@ -33,9 +33,9 @@ T = TypeVar("T")
 def all_reduce(x: Tensor, axis: MeshAxis, *, op: Any = None) -> Tensor:
     """Sum (or `op`) over the axis, in place; returns x."""
     if axis.size > 1 and not x.is_meta:
-        axis.beat.enter("all-reduce", axis)
+        axis.activity.enter_collective("all-reduce", axis)
         dist.all_reduce(x, op=dist.ReduceOp.SUM if op is None else op, group=axis.group)
-        axis.beat.leave()
+        axis.activity.leave_collective()
     return x
 
 
@@ -45,9 +45,9 @@ def all_gather(x: Tensor, axis: MeshAxis) -> Tensor:
         return x
     whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     if not x.is_meta:
-        axis.beat.enter("all-gather", axis)
+        axis.activity.enter_collective("all-gather", axis)
         dist.all_gather_into_tensor(whole, x.contiguous(), group=axis.group)
-        axis.beat.leave()
+        axis.activity.leave_collective()
     return whole
 
 
@@ -57,9 +57,9 @@ def reduce_scatter(x: Tensor, axis: MeshAxis) -> Tensor:
         return x
     part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     if not x.is_meta:
-        axis.beat.enter("reduce-scatter", axis)
+        axis.activity.enter_collective("reduce-scatter", axis)
         dist.reduce_scatter_tensor(part, x.contiguous(), group=axis.group)
-        axis.beat.leave()
+        axis.activity.leave_collective()
     return part
 
 
@@ -73,7 +73,7 @@ def gather_objects(value: T, axis: MeshAxis) -> list[T]:
     if axis.size == 1:
         return [value]
     everyone: list[Any] = [None] * axis.size
-    with axis.beat.within("all-gather", axis):
+    with axis.activity.collective("all-gather", axis):
         dist.all_gather_object(everyone, value, group=axis.group)
     return everyone
 
@@ -83,7 +83,7 @@ def broadcast_object(value: T, axis: MeshAxis) -> T:
     if axis.size == 1:
         return value
     values: list[Any] = [value]
-    with axis.beat.within("broadcast", axis):
+    with axis.activity.collective("broadcast", axis):
         dist.broadcast_object_list(values, src=axis.ranks[0], group=axis.group)
     return values[0]
 
@@ -91,7 +91,7 @@ def broadcast_object(value: T, axis: MeshAxis) -> T:
 def barrier(axis: MeshAxis) -> None:
     """No rank of the axis returns before all have come."""
     if axis.size > 1:
-        with axis.beat.within("barrier", axis):
+        with axis.activity.collective("barrier", axis):
             dist.barrier(axis.group)
 
 

@@ -27,7 +27,7 @@ class MeshAxis:
         ranks: the peers' global ranks, this one included, in order.
         group: their process group; None when the axis has one rank, is the world, or the grid was made without processes.
         name: what a note calls it.
-        beat: where collectives along the axis are noted.
+        activity: where collectives along the axis are noted.
     """
 
     rank: int
@@ -35,7 +35,7 @@ class MeshAxis:
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None = None
     name: str = ""
-    beat: RankActivity = field(default_factory=RankActivity, compare=False, repr=False)
+    activity: RankActivity = field(default_factory=RankActivity, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class ProcessMesh:
     """This rank alone, for libraries that want a group where we have none."""
 
     @property
-    def beat(self) -> RankActivity:
+    def activity(self) -> RankActivity:
         """Where this rank notes what it is doing."""
-        return self.world.beat
+        return self.world.activity
 
     @property
     def is_first_stage(self) -> bool:
@@ -82,9 +82,9 @@ def make_mesh(
     pipeline: int = 1,
     data: int = 1,
     connect: bool = True,
-    beat: RankActivity | None = None,
+    activity: RankActivity | None = None,
 ) -> ProcessMesh:
-    """This rank's grid, its collectives noted in `beat`; with `connect` every rank of the world must call it together, since it makes process groups."""
+    """This rank's grid, its collectives noted in `activity`; with `connect` every rank of the world must call it together, since it makes process groups."""
     ranks = box(tensor=tensor, pipeline=pipeline, data=data)
     lines = {
         "tensor": ranks.reshape(-1, tensor),
@@ -93,14 +93,14 @@ def make_mesh(
         "model": ranks.transpose(1, 0, 2).reshape(data, -1),
         "ends": ranks[[0, -1]].reshape(2, -1).T if pipeline > 1 else ranks.reshape(-1, 1),
     }
-    beat = beat or RankActivity()
-    axes = {name: _axis(rank, groups, connect, name, beat) for name, groups in lines.items()}
-    world = MeshAxis(rank, ranks.size, tuple(range(ranks.size)), name="world", beat=beat)
+    activity = activity or RankActivity()
+    axes = {name: _axis(rank, groups, connect, name, activity) for name, groups in lines.items()}
+    world = MeshAxis(rank, ranks.size, tuple(range(ranks.size)), name="world", activity=activity)
     return ProcessMesh(
         rank=rank,
         world_size=ranks.size,
         world=world,
-        singleton=new_group((rank,), name="singleton", beat=beat) if connect else None,
+        singleton=new_group((rank,), name="singleton", activity=activity) if connect else None,
         **axes,
     )
 
@@ -110,30 +110,39 @@ def shard_range(axis: MeshAxis, size: int) -> MeshAxis:
     first = axis.rank // size * size
     ranks = axis.ranks[first : first + size]
     group = (
-        new_group(ranks, name=axis.name, beat=axis.beat)
+        new_group(ranks, name=axis.name, activity=axis.activity)
         if axis.group is not None and size > 1
         else None
     )
     return MeshAxis(
-        rank=axis.rank - first, size=size, ranks=ranks, group=group, name=axis.name, beat=axis.beat
+        rank=axis.rank - first,
+        size=size,
+        ranks=ranks,
+        group=group,
+        name=axis.name,
+        activity=axis.activity,
     )
 
 
-def _axis(rank: int, lines: np.ndarray, connect: bool, name: str, beat: RankActivity) -> MeshAxis:
+def _axis(
+    rank: int, lines: np.ndarray, connect: bool, name: str, activity: RankActivity
+) -> MeshAxis:
     mine = next((tuple(line) for line in lines.tolist() if rank in line), (rank,))
     # Also for a rank alone on a line of others' (see new_group).
-    group = new_group(mine, name=name, beat=beat) if connect and lines.shape[1] > 1 else None
+    group = (
+        new_group(mine, name=name, activity=activity) if connect and lines.shape[1] > 1 else None
+    )
     return MeshAxis(
         rank=mine.index(rank),
         size=len(mine),
         ranks=mine,
         group=group if len(mine) > 1 else None,
         name=name,
-        beat=beat,
+        activity=activity,
     )
 
 
-def new_group(ranks: tuple[int, ...], *, name: str, beat: RankActivity) -> dist.ProcessGroup:
+def new_group(ranks: tuple[int, ...], *, name: str, activity: RankActivity) -> dist.ProcessGroup:
     """A group of `ranks`, this one included. Only they meet, so that a grid costs the same on 4 ranks and on 4096.
 
     torch names the group after its ranks and the number of groups that the caller made before. Unless all ranks of the
@@ -142,5 +151,5 @@ def new_group(ranks: tuple[int, ...], *, name: str, beat: RankActivity) -> dist.
     """
     import torch.distributed as dist
 
-    with beat.within("making the group", WorldGroup(ranks, name)):
+    with activity.collective("making the group", WorldGroup(ranks, name)):
         return dist.new_group(list(ranks), use_local_synchronization=True)

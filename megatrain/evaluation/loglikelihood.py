@@ -71,7 +71,7 @@ class Scorer:
             flow_shape=(0, 0, 0),
             dtype=DTYPES[config.train.dtype],
             device=device,
-            beat=grid.beat,
+            activity=grid.activity,
         )
         self._instructions = lru_cache(self._make_instructions)
 

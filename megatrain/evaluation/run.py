@@ -37,7 +37,7 @@ Results = dict[str, Any]
 
 
 def evaluate(
-    config: Config, place: RankEnv, beat: RankActivity | None = None, *, subject: EvalSpec
+    config: Config, place: RankEnv, activity: RankActivity | None = None, *, subject: EvalSpec
 ) -> Results:
     """Measure on this rank together with all others; rank 0 writes and prints. All return the same figures, but for the harness's."""
     architecture = any_architecture(load_hf_config(config.model))
@@ -48,9 +48,9 @@ def evaluate(
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
         data=data_size,
-        beat=beat,
+        activity=activity,
     )
-    grid.beat.phase("evaluating")
+    grid.activity.set_phase("evaluating")
     folder = Path(subject.model)
     tokenizer = open_tokenizer(config, architecture)
     prefix = prefix_token(tokenizer, architecture)

@@ -34,7 +34,7 @@ _HERE = "127.0.0.1"
 
 
 def run_local(target: Target, config: Config, *, world_size: int) -> int:
-    """Run `target(config, place, beat)` on `world_size` ranks of this machine; returns the run's exit code.
+    """Run `target(config, place, activity)` on `world_size` ranks of this machine; returns the run's exit code.
 
     `target` must be a function of a module, as spawned ranks import it. It finds torch.distributed set up. When a rank
     fails the first cause is printed, the others are ended, and they are all started again as often as run.max_restarts says;
@@ -184,7 +184,7 @@ def _rank_main(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    sys.exit(start_rank(target, config, place, report=writer.send, beat=RankActivity(step)))
+    sys.exit(start_rank(target, config, place, report=writer.send, activity=RankActivity(step)))
 
 
 def _die_with(parent: int) -> None:

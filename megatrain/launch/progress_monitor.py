@@ -17,9 +17,9 @@ _BLIND = 5.0
 class ProgressMonitor:
     """Looked at every second or so, by one thread."""
 
-    def __init__(self, beat: RankActivity) -> None:
-        self.beat = beat
-        self._count, self._since, self._looked = beat.count, time.monotonic(), time.monotonic()
+    def __init__(self, activity: RankActivity) -> None:
+        self.activity = activity
+        self._count, self._since, self._looked = activity.count, time.monotonic(), time.monotonic()
         self._cpu, self._faults = _work_done()
 
     def look(self) -> float:
@@ -28,17 +28,20 @@ class ProgressMonitor:
         passed = now - self._looked
         works = cpu - self._cpu > _BUSY * passed or faults > self._faults
         if (
-            self.beat.count != self._count
+            self.activity.count != self._count
             or passed > _BLIND
-            or (self.beat.open_ended and not self.beat.waits_for and works)
+            or (self.activity.open_ended and not self.activity.waits_for and works)
         ):
             self._since = now
-        self._count, self._looked, self._cpu, self._faults = self.beat.count, now, cpu, faults
+        self._count, self._looked, self._cpu, self._faults = self.activity.count, now, cpu, faults
         return now - self._since
 
     def state(self) -> ProcessState:
         return ProcessState(
-            self.beat.step, self.beat.words(), compact(self.beat.waits_for), self.look()
+            self.activity.step,
+            self.activity.describe(),
+            compact(self.activity.waits_for),
+            self.look(),
         )
 
 

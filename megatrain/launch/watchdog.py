@@ -26,20 +26,20 @@ _KEY = "megatrain/watchdog"
 
 
 def start_watchdog(
-    beat: RankActivity, voice: FailureReporter, store: Store, *, stall_seconds: float
+    activity: RankActivity, voice: FailureReporter, store: Store, *, stall_seconds: float
 ) -> WatchdogThread:
     """All ranks call it. The token keeps out whoever has not met at the store."""
     watchdog = (
-        _hub(beat, voice, store, stall_seconds)
+        _hub(activity, voice, store, stall_seconds)
         if voice.place.rank == 0
-        else _link(beat, voice, store, stall_seconds)
+        else _link(activity, voice, store, stall_seconds)
     )
     watchdog.start()
     return watchdog
 
 
 def _hub(
-    beat: RankActivity, voice: FailureReporter, store: Store, stall_seconds: float
+    activity: RankActivity, voice: FailureReporter, store: Store, stall_seconds: float
 ) -> WatchdogThread:
     clear_claims(voice.folder)
     listener, token = (
@@ -50,11 +50,11 @@ def _hub(
         _KEY,
         json.dumps({"port": listener.getsockname()[1], "token": token, "who": current_process()}),
     )
-    return WatchdogCoordinator(beat, voice, listener, token=token, stall_seconds=stall_seconds)
+    return WatchdogCoordinator(activity, voice, listener, token=token, stall_seconds=stall_seconds)
 
 
 def _link(
-    beat: RankActivity, voice: FailureReporter, store: Store, stall_seconds: float
+    activity: RankActivity, voice: FailureReporter, store: Store, stall_seconds: float
 ) -> WatchdogThread:
     at = json.loads(store.get(_KEY))
     address = voice.place.master_addr
@@ -66,5 +66,10 @@ def _link(
             "reach each other's machines on any port, as gloo and NCCL ask it too"
         ) from None
     return WatchdogPeer(
-        beat, voice, wire, token=at["token"], hub=ProcessId(*at["who"]), stall_seconds=stall_seconds
+        activity,
+        voice,
+        wire,
+        token=at["token"],
+        hub=ProcessId(*at["who"]),
+        stall_seconds=stall_seconds,
     )

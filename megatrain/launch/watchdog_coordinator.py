@@ -54,14 +54,14 @@ class WatchdogCoordinator(WatchdogThread):
 
     def __init__(
         self,
-        beat: RankActivity,
+        activity: RankActivity,
         voice: FailureReporter,
         listener: socket.socket,
         *,
         token: str,
         stall_seconds: float,
     ) -> None:
-        super().__init__(beat, voice, stall_seconds=stall_seconds)
+        super().__init__(activity, voice, stall_seconds=stall_seconds)
         self._token, self._listener = token, listener
         self._wires: dict[int, JsonConnection] = {}
         self._who: dict[int, ProcessId] = {self.rank: current_process()}

@@ -28,7 +28,7 @@ class WatchdogPeer(WatchdogThread):
 
     def __init__(
         self,
-        beat: RankActivity,
+        activity: RankActivity,
         voice: FailureReporter,
         wire: JsonConnection,
         *,
@@ -36,7 +36,7 @@ class WatchdogPeer(WatchdogThread):
         hub: ProcessId,
         stall_seconds: float,
     ) -> None:
-        super().__init__(beat, voice, stall_seconds=stall_seconds)
+        super().__init__(activity, voice, stall_seconds=stall_seconds)
         self._wire, self._hub, self._token = wire, hub, token
         self._called: float | None = None
         """When rank 0 was called and has not answered since."""

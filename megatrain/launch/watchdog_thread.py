@@ -26,8 +26,10 @@ class WatchdogThread:
         stall_seconds: without progress that make a stall; 0 leaves only the watch over ranks that end.
     """
 
-    def __init__(self, beat: RankActivity, voice: FailureReporter, *, stall_seconds: float) -> None:
-        self.pulse, self.voice, self.stall_seconds = ProgressMonitor(beat), voice, stall_seconds
+    def __init__(
+        self, activity: RankActivity, voice: FailureReporter, *, stall_seconds: float
+    ) -> None:
+        self.pulse, self.voice, self.stall_seconds = ProgressMonitor(activity), voice, stall_seconds
         self.rank, self.world_size = voice.place.rank, voice.place.world_size
         self.selector = selectors.DefaultSelector()
         self._wake_here, self._wake_there = socket.socketpair()

@@ -39,16 +39,16 @@ def start_rank(
     place: RankEnv,
     *,
     report: Reporter | None = None,
-    beat: RankActivity | None = None,
+    activity: RankActivity | None = None,
 ) -> int:
-    """Run `target(config, place, beat)` as the rank at `place`, inside its torch.distributed group; returns the exit code 0.
+    """Run `target(config, place, activity)` as the rank at `place`, inside its torch.distributed group; returns the exit code 0.
 
     `report` takes a failure to the supervisor that started this rank and holds its store; without it rank 0's watchdog says
     why the run failed. After a failure the process ends here and nothing is returned.
     """
     try:
         with rank_log.rank_streams(config, place) as streams:
-            return _work(target, config, place, streams, report, beat or RankActivity())
+            return _work(target, config, place, streams, report, activity or RankActivity())
     except UserError as error:  # there is no log, everything later is caught within
         _fail(error, place, sys.stderr, report, watchdog=None)
 
@@ -59,7 +59,7 @@ def _work(
     place: RankEnv,
     streams: rank_log.LogStreams,
     report: Reporter | None,
-    beat: RankActivity,
+    activity: RankActivity,
 ) -> int:
     watchdog: WatchdogThread | None = None
     try:
@@ -69,10 +69,10 @@ def _work(
             place, supervised=report is not None, patience=timeout_of(config.run.stall_seconds)
         )
         voice = FailureReporter(config, place, console=streams.err, log=streams.log, report=report)
-        watchdog = start_watchdog(beat, voice, store, stall_seconds=config.run.stall_seconds)
-        with beat.within("joining the", WorldGroup(range(place.world_size))):
+        watchdog = start_watchdog(activity, voice, store, stall_seconds=config.run.stall_seconds)
+        with activity.collective("joining the", WorldGroup(range(place.world_size))):
             _join_group(place, store)
-        target(config, place, beat)
+        target(config, place, activity)
         _leave_group()
         watchdog.close()
         return 0

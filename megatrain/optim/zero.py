@@ -284,7 +284,7 @@ class ZeroOptimizer:
             else:
                 parameter.grad_accum = parameter.main_grad.clone()  # type: ignore[attr-defined]
         self.optimizer.set_gradient_accumulation_boundary(True)
-        with self.grid.beat.within("all-reduce", self.grid.data):
+        with self.grid.activity.collective("all-reduce", self.grid.data):
             self.optimizer.reduce_gradients(pipeline_parallel=False)
 
     def _add_replicas_of_ends(self) -> None:
@@ -301,14 +301,14 @@ class ZeroOptimizer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         falls = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
-        beat, world = self.grid.beat, self.grid.world
-        beat.note("optimizer step")
+        activity, world = self.grid.activity, self.grid.world
+        activity.set("optimizer step")
         if self.partitioned:
-            with beat.within("update", world):
+            with activity.collective("update", world):
                 self.engine.step()
         else:
             self._reduce()
-            with beat.within("update", world):
+            with activity.collective("update", world):
                 self.engine._take_model_step(None)
             if not self._bf16:
                 self.discard()

@@ -77,7 +77,7 @@ class Executor:
         stage: maps (flow, context, chunk) to the next flow, or at the model's end to the microbatch's summed loss.
         channels: to the neighbouring ranks; unused with one rank.
         flow_shape: of the hidden tensor between stages.
-        beat: where each action is noted as it begins, and what it waits for.
+        activity: where each action is noted as it begins, and what it waits for.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class Executor:
         flow_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        beat: RankActivity | None = None,
+        activity: RankActivity | None = None,
     ) -> None:
-        self.stage, self.channels, self.beat = stage, channels, beat or RankActivity()
+        self.stage, self.channels, self.activity = stage, channels, activity or RankActivity()
         self.flow_shape, self.dtype, self.device = flow_shape, dtype, device
         self.records: list[ActionTiming] | None = None
         """While it is a list, each action adds its entry."""
@@ -124,7 +124,7 @@ class Executor:
             else:
                 run.compute(instruction)
         if self.channels is not None:
-            self.beat.note("sending the last messages")
+            self.activity.set("sending the last messages")
             self.channels.finish()
         return run.losses
 
@@ -195,7 +195,7 @@ class _Run:
         arrived = self._take(action)
         ready = time.perf_counter()
         lap("arrival")
-        self.executor.beat.note(action)
+        self.executor.activity.set(action)
         if action.kind == "F":
             self.made = self._forward(action, arrived)
         elif action.kind == "W":
@@ -215,7 +215,7 @@ class _Run:
         arrival = self.arrived.pop((message(action.kind), action.microbatch, action.chunk), None)
         if not isinstance(arrival, PendingRecv):
             return arrival
-        self.executor.beat.receive(
+        self.executor.activity.set_waiting_for(
             action if action.kind != "I" else action._replace(kind="B"), arrival.source
         )
         return arrival.wait()

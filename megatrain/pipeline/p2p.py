@@ -55,7 +55,7 @@ class P2PCommunicator:
         """One round of groups: the pairs share no rank, so each rank makes two, of itself where it is in no pair (new_group)."""
         pair = next((pair for pair in pairs if self.axis.rank in pair), (self.axis.rank,))
         ranks = tuple(self.axis.ranks[rank] for rank in pair)
-        up, down = (new_group(ranks, name="channel", beat=self.axis.beat) for _ in range(2))
+        up, down = (new_group(ranks, name="channel", activity=self.axis.activity) for _ in range(2))
         if len(pair) == 1:
             return
         lower, upper = pair

@@ -125,7 +125,7 @@ def _measure(calibration: ScheduleProfiler, limit: float) -> _Choice:
     costs, seconds = calibration.base(_config_of(config, schedule, counts), schedule)
     search: tuple[ScheduleCandidate, list[ScheduleCandidate]] | None = None
     if costs is not None:
-        grid.beat.phase("choosing a schedule")
+        grid.activity.set_phase("choosing a schedule")
         search = (
             candidate_of(costs, schedule, tuple(counts)),
             find_candidates(

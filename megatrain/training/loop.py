@@ -34,14 +34,14 @@ from megatrain.training.task_sft import SFTTask
 from megatrain.training.trainer import StepReport
 
 
-def pretrain(config: Config, place: RankEnv, beat: RankActivity | None = None) -> None:
+def pretrain(config: Config, place: RankEnv, activity: RankActivity | None = None) -> None:
     """The whole run on one rank."""
-    _train(config, place, PretrainingTask(), beat or RankActivity())
+    _train(config, place, PretrainingTask(), activity or RankActivity())
 
 
-def finetune(config: Config, place: RankEnv, beat: RankActivity | None = None) -> None:
+def finetune(config: Config, place: RankEnv, activity: RankActivity | None = None) -> None:
     """The same with chats, pairs of answers or labels for data."""
-    _train(config, place, task_of(config, "finetune"), beat or RankActivity())
+    _train(config, place, task_of(config, "finetune"), activity or RankActivity())
 
 
 VERBS: dict[str, Target] = {"pretrain": pretrain, "finetune": finetune}
@@ -65,15 +65,15 @@ def task_of(config: Config, verb: str) -> Task:
     )
 
 
-def _train(config: Config, place: RankEnv, task: Task, beat: RankActivity) -> None:
+def _train(config: Config, place: RankEnv, task: Task, activity: RankActivity) -> None:
     if place.rank == 0:
-        beat.phase("checking the config and making the data")
+        activity.set_phase("checking the config and making the data")
         check_without_ranks(config, place.world_size, task)
     if place.world_size > 1:
-        with beat.within("barrier", WorldGroup(range(place.world_size))):
+        with activity.collective("barrier", WorldGroup(range(place.world_size))):
             dist.barrier()  # what rank 0 makes of the data is there
-    beat.phase("building the model")
-    _Run(set_up(config, place, task, beat)).run()
+    activity.set_phase("building the model")
+    _Run(set_up(config, place, task, activity)).run()
 
 
 class _Run:
@@ -82,7 +82,11 @@ class _Run:
     def __init__(self, parts: TrainComponents) -> None:
         self.parts, self.config, self.trainer = parts, parts.config, parts.trainer
         self.saver, self.journal, self.early = parts.saver, parts.journal, parts.early
-        self.progress, self.watch, self.beat = parts.progress, parts.watch, parts.trainer.grid.beat
+        self.progress, self.watch, self.activity = (
+            parts.progress,
+            parts.watch,
+            parts.trainer.grid.activity,
+        )
         self.stop_asked, self.saved = False, set[int]()
 
     def run(self) -> None:
@@ -128,16 +132,16 @@ class _Run:
     def _step(self, last: int) -> None:
         train, step = self.config.train, self.progress.step + 1
         shown = step % train.log_every == 0 or step == last
-        self.beat.begin_step(step)
+        self.activity.begin_step(step)
         with self.parts.tracer.watch(step), timed(self.trainer.executor, wanted=shown) as stopwatch:
             started = time.perf_counter()
-            self.beat.note("loading data")
+            self.activity.set("loading data")
             report = self.trainer.step(
                 step,
                 self.parts.train.microbatches(self.progress.samples // train.global_batch_size),
             )
             seconds = time.perf_counter() - started
-        self.beat.phase("what follows the step")
+        self.activity.set_phase("what follows the step")
         self.watch.check(step, report.loss)
         self.progress = self._after(report)
         if not report.applied:
@@ -145,7 +149,7 @@ class _Run:
         values, figures = self.journal.measured(report, self.progress, seconds), dict[str, float]()
         if shown:
             self.journal.show_step(step, report, seconds, parts=stopwatch.seconds())
-            with self.beat.within("measuring memory in the", self.trainer.grid.world):
+            with self.activity.collective("measuring memory in the", self.trainer.grid.world):
                 values.update(self.parts.gauge.measure())
         undo = first_to_undo(self.progress, train)
         if undo and self._go_back(undo, values):
@@ -211,7 +215,7 @@ class _Run:
 
     def _go_back(self, since: int, values: Mapping[str, Value]) -> bool:
         """Undo the steps from `since` on and pass over their samples; whether there was a checkpoint to go back to."""
-        self.beat.phase("going back to a checkpoint")
+        self.activity.set_phase("going back to a checkpoint")
         self._finish_saving()
         reached, train, folder = self.progress, self.config.train, self.parts.folder
         target = rollback.find(
@@ -263,7 +267,7 @@ class _Run:
         """The loss, and what the task measures beside it."""
         valid = self.parts.valid
         assert valid is not None
-        self.beat.phase("evaluating")
+        self.activity.set_phase("evaluating")
         with self.parts.task.measure(self.trainer, self.parts.folder) as measured:
             loss, measures = self.trainer.evaluate(valid.loader.microbatches, valid.batches)
         figures = {f"valid_{name}": value for name, value in measures.items()} | measured
@@ -271,7 +275,7 @@ class _Run:
         return {"valid_loss": loss, **figures}
 
     def _save(self) -> None:
-        self.beat.phase("saving")
+        self.activity.set_phase("saving")
         step, back_to = self.progress.step, None
         if self.config.train.spike == "rollback":
             back_to = rollback.newest_from_before(self.progress.spike_since or step + 1)
@@ -283,7 +287,7 @@ class _Run:
         )
 
     def _finish_saving(self) -> None:
-        self.beat.phase("waiting for the checkpoint's writer")
+        self.activity.set_phase("waiting for the checkpoint's writer")
         self.journal.saved(self.saver.finish())
 
     def _is_over(self) -> bool:
@@ -297,7 +301,7 @@ class _Run:
         flags = torch.tensor(
             [int(self.stop_asked), int(self.saver.is_writing)], device=self.parts.device
         )
-        with self.beat.within("agreeing in the", self.trainer.grid.world):
+        with self.activity.collective("agreeing in the", self.trainer.grid.world):
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
             stop, anyone_writes = flags.tolist()
         self.journal.saved(self.saver.proceed(anyone_writes=bool(anyone_writes)))

@@ -63,7 +63,7 @@ class TrainComponents(NamedTuple):
     journal: RunLogger
 
 
-def set_up(asked: Config, place: RankEnv, task: Task, beat: RankActivity) -> TrainComponents:
+def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) -> TrainComponents:
     """All ranks make theirs together."""
     architecture = task.architecture(asked)
     device, folder = device_module.select_device(place), Path(asked.run.output_dir)
@@ -75,7 +75,7 @@ def set_up(asked: Config, place: RankEnv, task: Task, beat: RankActivity) -> Tra
         tensor=p.tensor,
         pipeline=p.pipeline,
         data=config.data_size(place.world_size),
-        beat=beat,
+        activity=activity,
     )
     journal = RunLogger(config, architecture, place, device)
     path, why = _choose(config, architecture, grid)
@@ -109,7 +109,7 @@ def set_up(asked: Config, place: RankEnv, task: Task, beat: RankActivity) -> Tra
     )
     progress = TrainState(0, 0, 0, samples=0)
     if path is not None:
-        beat.phase("loading the checkpoint")
+        activity.set_phase("loading the checkpoint")
         journal.say(loading.describe_differences(path, config, grid))
         progress = loading.load(path, zero=trainer.zero, config=config, grid=grid)
     progress = rollback.resume(folder, progress, world=grid.world)
@@ -129,7 +129,7 @@ def set_up(asked: Config, place: RankEnv, task: Task, beat: RankActivity) -> Tra
     )
     if wants_reference(config) == "beforehand":
         batches = _all_batches(config, train, sources["train"], valid)
-        beat.phase("computing what answers are compared with")
+        activity.set_phase("computing what answers are compared with")
         trainer.reference = make_ref_logprobs(config, trainer, batches, resumed=path is not None)
     return TrainComponents(
         asked=dataclasses.replace(asked, parallel=config.parallel),
@@ -160,13 +160,13 @@ def _choose(
     """The checkpoint to go on from, and why. Rank 0 looks, for all: reading every file on every rank would take as many times as long."""
     found: tuple[Path | None, str] = (None, "")
     if grid.rank == 0:
-        grid.beat.phase("looking for a checkpoint")
+        grid.activity.set_phase("looking for a checkpoint")
         path, why = loading.choose_start(config, hashes=config.train.verify == "full")
         if path is not None:
             loading.check(path, config, architecture)
         found = path, why
     found = broadcast_object(found, grid.world)
-    grid.beat.phase("building the model")
+    grid.activity.set_phase("building the model")
     return found
 
 

@@ -296,7 +296,7 @@ class SharedClock:
             {name: rank for rank, name in reversed(list(enumerate(self.machines)))}.values()
         )
         # Messages between CPUs, whatever the run's own groups are made for.
-        with world.beat.within("making a group of the", world):
+        with world.activity.collective("making a group of the", world):
             self.group = (
                 dist.new_group(self.asking, backend="gloo") if len(self.asking) > 1 else None
             )
@@ -306,7 +306,7 @@ class SharedClock:
         mine = Offset(0.0, 0.0)
         if self.rank in self.asking and self.group is not None:
             mine = self._answer() if self.rank == 0 else self._ask()
-            self.world.beat.note("comparing clocks")
+            self.world.activity.set("comparing clocks")
         if self.group is None:
             return mine
         return gather_objects(mine, self.world)[self.machines.index(self.machines[self.rank])]
@@ -314,7 +314,7 @@ class SharedClock:
     def _answer(self) -> Offset:
         """Rank 0 tells each asking rank in turn what its clock says."""
         for peer in self.asking[1:]:
-            self.world.beat.receive("its question after the time", peer)
+            self.world.activity.set_waiting_for("its question after the time", peer)
             for _ in range(EXCHANGES):
                 dist.recv(torch.empty(1, dtype=torch.float64), peer, group=self.group)
                 dist.send(
@@ -324,7 +324,7 @@ class SharedClock:
 
     def _ask(self) -> Offset:
         best = Offset(0.0, float("inf"))
-        self.world.beat.receive("the time", 0)
+        self.world.activity.set_waiting_for("the time", 0)
         for _ in range(EXCHANGES):
             answer = torch.zeros(1, dtype=torch.float64)
             asked = time.perf_counter()

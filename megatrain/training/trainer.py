@@ -124,7 +124,7 @@ class Trainer:
             flow_shape=(length, config.train.micro_batch_size, architecture.hidden_size),
             dtype=DTYPES[config.train.dtype],
             device=device,
-            beat=grid.beat,
+            activity=grid.activity,
         )
         self.contexts = MicrobatchFactory(config, architecture, grid, device)
 

@@ -44,8 +44,8 @@ BLOCKING = (
 class Listener:
     """Hears each call of torch.distributed that waits for other ranks, and what the rank has noted by then."""
 
-    def __init__(self, beat):
-        self.beat, self.noted, self.unnoted = beat, set(), set()
+    def __init__(self, activity):
+        self.activity, self.noted, self.unnoted = activity, set(), set()
 
     def __call__(self, name):
         function = getattr(dist, name)
@@ -64,7 +64,7 @@ class Listener:
                     for frame in _frames()
                     if frame.f_globals["__name__"].startswith(("megatrain", "deepspeed"))
                 )
-                (self.noted if self.beat.waits_for else self.unnoted).add((name, where))
+                (self.noted if self.activity.waits_for else self.unnoted).add((name, where))
             return function(*args, **more)
 
         return patch.object(dist, name, heard)
@@ -79,9 +79,9 @@ def _frames():
 
 def pretrain(rank, world_size, raw):
     """With a rollback at step 4 and a bad step after it; each rank on a machine of its own, as far as clocks know."""
-    config, beat = configuration.from_dict(raw), RankActivity()
+    config, activity = configuration.from_dict(raw), RankActivity()
     configuration.check(config)
-    listener, undone, refused = Listener(beat), [], []
+    listener, undone, refused = Listener(activity), [], []
 
     def first_to_undo(progress, train):
         if progress.step == 4 and not undone:
@@ -104,7 +104,9 @@ def pretrain(rank, world_size, raw):
     for each in patches:
         each.start()
     try:
-        loop.pretrain(config, RankEnv(rank, world_size, rank, world_size, "127.0.0.1", 29500), beat)
+        loop.pretrain(
+            config, RankEnv(rank, world_size, rank, world_size, "127.0.0.1", 29500), activity
+        )
     finally:
         patch.stopall()
     return listener.noted, listener.unnoted
@@ -178,13 +180,13 @@ def test_in_a_run_nothing_is_waited_for_without_a_note(data, tmp_path):
 
 
 def objects(rank, world_size):
-    beat = RankActivity()
-    grid = make_mesh(rank, tensor=2, pipeline=2, beat=beat)
+    activity = RankActivity()
+    grid = make_mesh(rank, tensor=2, pipeline=2, activity=activity)
     heard, gather, broadcast = [], dist.all_gather_object, dist.broadcast_object_list
 
     def listening(function):
         return lambda *args, **more: (
-            heard.append((beat.words(), tuple(beat.waits_for))),
+            heard.append((activity.describe(), tuple(activity.waits_for))),
             function(*args, **more),
         )[1]
 
@@ -199,7 +201,7 @@ def objects(rank, world_size):
             )
             for axis in (grid.world, grid.tensor, grid.pipeline, grid.data)
         ]
-    return results, heard, (beat.collective, tuple(beat.waits_for))
+    return results, heard, (activity.current_collective, tuple(activity.waits_for))
 
 
 def test_objects_go_along_an_axis_and_are_noted_while_they_do(tmp_path):

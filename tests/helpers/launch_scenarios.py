@@ -44,7 +44,7 @@ def meet():
     return int(total)
 
 
-def work(run, place, beat):
+def work(run, place, activity):
     import deepspeed
     import torch
 
@@ -55,13 +55,13 @@ def work(run, place, beat):
     os.system("echo noise of a child process")
 
 
-def raise_on_one(run, place, beat):
+def raise_on_one(run, place, activity):
     if place.rank == 1:
         raise ValueError("the cause")
     meet()
 
 
-def consequence_first(run, place, beat):
+def consequence_first(run, place, activity):
     meet()
     if place.rank == 0:
         raise RuntimeError("[gloo] Connection closed by peer")
@@ -69,29 +69,29 @@ def consequence_first(run, place, beat):
     raise ValueError("the cause")
 
 
-def only_consequences(run, place, beat):
+def only_consequences(run, place, activity):
     raise RuntimeError("[gloo] Connection closed by peer")
 
 
-def raise_user_error(run, place, beat):
+def raise_user_error(run, place, activity):
     meet()  # a rank that finds nobody to join, because the others have failed before, has another thing to say
     raise DataError("there is no file x.bin")
 
 
-def die(run, place, beat):
+def die(run, place, activity):
     print(f"last words of rank {place.rank}")
     if place.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     meet()
 
 
-def leave_with_3(run, place, beat):
+def leave_with_3(run, place, activity):
     if place.rank == 1:
         sys.exit(3)
     meet()
 
 
-def count_signals(run, place, beat):
+def count_signals(run, place, activity):
     seen = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: seen.append(signal.Signals(number).name))
@@ -102,13 +102,13 @@ def count_signals(run, place, beat):
     (folder_of(run) / f"seen-{place.rank}").write_text(" ".join(seen))
 
 
-def ignore_signals(run, place, beat):
+def ignore_signals(run, place, activity):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    sleep(run, place, beat)
+    sleep(run, place, activity)
 
 
-def sleep(run, place, beat):
+def sleep(run, place, activity):
     come_up(run, place)
     time.sleep(600)
 
@@ -116,18 +116,18 @@ def sleep(run, place, beat):
 # -- steps, in which something happens to a rank ------------------------------------------------------------------------
 
 
-def steps(beat, world_size, trouble, *, last=6):
+def steps(activity, world_size, trouble, *, last=6):
     """As a run of `last` steps notes them: data are loaded, work is done, and all meet."""
     for step in range(1, last + 1):
-        beat.begin_step(step)
-        beat.note("loading data")
+        activity.begin_step(step)
+        activity.set("loading data")
         trouble(step)
-        beat.note("F0")
-        with beat.within("all-reduce", WorldGroup(range(world_size), "data")):
+        activity.set("F0")
+        with activity.collective("all-reduce", WorldGroup(range(world_size), "data")):
             meet()
 
 
-def freeze(run, place, beat):
+def freeze(run, place, activity):
     """The rank that run.seed names is stopped in step 3, in the middle of its work."""
     come_up(run, place)
 
@@ -135,19 +135,19 @@ def freeze(run, place, beat):
         if (step, place.rank) == (3, run.run.seed):
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    steps(beat, place.world_size, trouble)
+    steps(activity, place.world_size, trouble)
 
 
-def sleep_over_data(run, place, beat):
+def sleep_over_data(run, place, activity):
     come_up(run, place)
     steps(
-        beat,
+        activity,
         place.world_size,
         lambda step: time.sleep(600) if (step, place.rank) == (3, 1) else None,
     )
 
 
-def vanish(run, place, beat):
+def vanish(run, place, activity):
     """The rank that run.seed names is killed in step 3."""
     come_up(run, place)
     print(f"last words of rank {place.rank}")
@@ -156,18 +156,18 @@ def vanish(run, place, beat):
         if (step, place.rank) == (3, run.run.seed):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    steps(beat, place.world_size, trouble)
+    steps(activity, place.world_size, trouble)
 
 
-def raise_in_step(run, place, beat):
+def raise_in_step(run, place, activity):
     def trouble(step):
         if (step, place.rank) == (3, 1):
             raise ValueError("the cause")
 
-    steps(beat, place.world_size, trouble)
+    steps(activity, place.world_size, trouble)
 
 
-def raise_in_steps_to_come(run, place, beat):
+def raise_in_steps_to_come(run, place, activity):
     """Rank 1 fails once in each of the first run.seed steps, whatever the start."""
 
     def trouble(step):
@@ -176,7 +176,7 @@ def raise_in_steps_to_come(run, place, beat):
             mark.touch()
             raise ValueError(f"the cause in step {step}")
 
-    steps(beat, place.world_size, trouble)
+    steps(activity, place.world_size, trouble)
 
 
 def launch_locally(target, run, world_size):

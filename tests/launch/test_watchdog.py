@@ -79,19 +79,23 @@ class Ranks:
     """`size` watchdogs in this process; no thread of theirs runs, the test has them look."""
 
     def __init__(self, size, folder, clock, *, stall_seconds=100.0, token="token"):
-        self.clock, self.beats = clock, [RankActivity() for _ in range(size)]
+        self.clock, self.activities = clock, [RankActivity() for _ in range(size)]
         self.voices = [Voice(rank, size, folder) for rank in range(size)]
         listener = listen("127.0.0.1", peers=size)
         self.members = [
             WatchdogCoordinator(
-                self.beats[0], self.voices[0], listener, token="token", stall_seconds=stall_seconds
+                self.activities[0],
+                self.voices[0],
+                listener,
+                token="token",
+                stall_seconds=stall_seconds,
             )
         ]
         for rank in range(1, size):
             wire = connect("127.0.0.1", listener.getsockname()[1])
             self.members.append(
                 WatchdogPeer(
-                    self.beats[rank],
+                    self.activities[rank],
                     self.voices[rank],
                     wire,
                     token=token,
@@ -157,11 +161,11 @@ def ranks(tmp_path, clock):
 
 def test_nothing_is_said_while_any_rank_gets_on(ranks):
     run = ranks()
-    for beat in run.beats:
-        beat.begin_step(4)
+    for activity in run.activities:
+        activity.begin_step(4)
     for _ in range(30):
         run.look(seconds=10)
-        run.beats[2].note("saving")
+        run.activities[2].note("saving")
     assert run.said == []
     assert run.voices[1].dumped == []
     run.look(seconds=120)
@@ -171,11 +175,11 @@ def test_nothing_is_said_while_any_rank_gets_on(ranks):
 
 def test_the_rank_that_all_wait_for_is_named_once_and_all_leave(ranks):
     run = ranks()
-    for beat in run.beats:
-        beat.begin_step(4)
-        beat.enter("all-reduce", WorldGroup(range(3), "data"))
-    run.beats[1].leave()
-    run.beats[1].note("loading data")
+    for activity in run.activities:
+        activity.begin_step(4)
+        activity.enter_collective("all-reduce", WorldGroup(range(3), "data"))
+    run.activities[1].leave()
+    run.activities[1].note("loading data")
     run.look(seconds=98)
     assert run.said == []
     run.look(seconds=4)
@@ -198,8 +202,8 @@ def test_the_rank_that_all_wait_for_is_named_once_and_all_leave(ranks):
 @pytest.mark.parametrize("frozen", [1, 2])
 def test_a_rank_that_does_not_answer_is_named(ranks, frozen):
     run = ranks()
-    for beat in run.beats:
-        beat.begin_step(4)
+    for activity in run.activities:
+        activity.begin_step(4)
     run.frozen = {frozen}
     run.look(seconds=105)
     assert run.said == []  # a busy machine's rank has some seconds to answer
@@ -217,8 +221,8 @@ def test_a_rank_that_does_not_answer_is_named(ranks, frozen):
 
 def test_a_rank_that_was_stopped_for_a_while_ends_nothing(ranks):
     run = ranks()
-    for beat in run.beats:
-        beat.begin_step(4)
+    for activity in run.activities:
+        activity.begin_step(4)
     run.frozen = {1}
     run.look(seconds=108)  # all are asked, and it does not answer
     run.frozen = set()
@@ -230,8 +234,8 @@ def test_a_rank_that_was_stopped_for_a_while_ends_nothing(ranks):
 
 def test_a_frozen_rank_0_is_named_by_rank_1(ranks):
     run = ranks()
-    for beat in run.beats:
-        beat.begin_step(4)
+    for activity in run.activities:
+        activity.begin_step(4)
     run.frozen = {0}
     run.look(seconds=125)
     assert [len(voice.said) for voice in run.voices] == [0, 1, 0]
@@ -243,9 +247,9 @@ def test_a_frozen_rank_0_is_named_by_rank_1(ranks):
 def test_of_two_machines_one_rank_speaks_for_a_lost_rank_0(ranks, trouble):
     run = ranks(size=4)
     run.clock.sleep = lambda seconds: None  # of one rank, which would keep all from looking
-    for rank, (voice, beat) in enumerate(zip(run.voices, run.beats, strict=True)):
+    for rank, (voice, activity) in enumerate(zip(run.voices, run.activities, strict=True)):
         voice.place = RankEnv(rank, 4, rank % 2, 2, "127.0.0.1", 1)
-        beat.begin_step(4)
+        activity.begin_step(4)
     run.frozen = {0}
     if trouble == "killed":
         for wire in run.members[0]._wires.values():
@@ -279,21 +283,21 @@ def test_who_speaks_is_settled_once_for_each_start_of_a_run(tmp_path):
 
 
 def test_work_of_unknown_length_is_progress_and_waiting_is_not(clock):
-    beat = RankActivity()
-    beat.phase("loading the checkpoint")
-    looks = ProgressMonitor(beat)
+    activity = RankActivity()
+    activity.set_phase("loading the checkpoint")
+    looks = ProgressMonitor(activity)
     for _ in range(100):
         clock.now, clock.cpu = clock.now + 1, clock.cpu + 0.2
         looks.look()
     assert looks.look() == 0
-    beat.begin_step(1)  # in a step only notes count: a rank that spins gets nowhere
+    activity.begin_step(1)  # in a step only notes count: a rank that spins gets nowhere
     looks.look()
     for _ in range(100):
         clock.now, clock.cpu = clock.now + 1, clock.cpu + 0.2
         looks.look()
     assert looks.look() == 100
-    beat.phase("saving")
-    beat.enter("all-gather", WorldGroup(range(3)))
+    activity.set_phase("saving")
+    activity.enter_collective("all-gather", WorldGroup(range(3)))
     looks.look()
     for _ in range(100):
         clock.now, clock.cpu = clock.now + 1, clock.cpu + 0.2
@@ -302,17 +306,17 @@ def test_work_of_unknown_length_is_progress_and_waiting_is_not(clock):
 
 
 def test_a_process_that_was_stopped_itself_blames_nobody(clock):
-    beat = RankActivity()
-    beat.begin_step(1)
-    looks = ProgressMonitor(beat)
+    activity = RankActivity()
+    activity.begin_step(1)
+    looks = ProgressMonitor(activity)
     clock.now += 1000
     assert looks.look() == 0
 
 
 def test_stall_seconds_0_waits_for_ever(ranks):
     run = ranks(stall_seconds=0.0)
-    for beat in run.beats:
-        beat.begin_step(4)
+    for activity in run.activities:
+        activity.begin_step(4)
     run.look(seconds=300)
     assert run.said == []
 
@@ -363,7 +367,7 @@ def test_once_rank_0_has_finished_the_others_go_on_alone(ranks):
 
 def test_who_does_not_know_the_token_is_not_listened_to(ranks):
     run = ranks(token="another")
-    run.beats[0].begin_step(4)
+    run.activities[0].begin_step(4)
     run.look(seconds=3)
     assert run.members[0]._wires == {}
 
@@ -371,7 +375,7 @@ def test_who_does_not_know_the_token_is_not_listened_to(ranks):
 def test_a_rank_that_never_came_is_named(ranks, clock):
     run = ranks(size=3)
     run.members[0].world_size = 4
-    for beat in run.beats:
-        beat.begin_step(4)
+    for activity in run.activities:
+        activity.begin_step(4)
     run.look(seconds=120)
     assert "everyone waits for rank 3, which never came" in run.said[0].text

@@ -129,7 +129,7 @@ def train_sleeping(rank, world_size, config):
 
 @pytest.mark.parametrize(("model", "ranks"), [("llama", 2), ("deep", 4)])
 def test_a_slow_layer_is_cut_around(model, ranks, tmp_path):
-    """By the sleeps alone, what was settled on beats 1F1B on the cut by cost. Noise can only hide that, so it may be asked again."""
+    """By the sleeps alone, what was settled on activities 1F1B on the cut by cost. Noise can only hide that, so it may be asked again."""
     config = layout(
         model, {"schedule": "auto", "pipeline": ranks}, **{"run.output_dir": str(tmp_path)}
     )
