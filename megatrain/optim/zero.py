@@ -12,6 +12,7 @@ All private calls into DeepSpeed 0.19 are in this file; tests/optim/test_zero.py
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -92,13 +93,14 @@ class ZeroOptimizer:
             parameter.tensor_model_parallel = declaration.counted  # type: ignore[attr-defined]
             parameter.ds_pipe_replicated = not declaration.counted  # type: ignore[attr-defined]
         groups = decay_groups(self.trained, config.optimizer)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer(groups, config.optimizer),
-            config=_engine_config(config, microbatches),
-            mpu=_Mpu(grid, shard=config.parallel.zero > 0),
-            dist_init_required=False,
-        )
+        with _fp16_allowed_on_cpus():
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer(groups, config.optimizer),
+                config=_engine_config(config, microbatches),
+                mpu=_Mpu(grid, shard=config.parallel.zero > 0),
+                dist_init_required=False,
+            )
         self.engine.enable_backward_allreduce = self.partitioned
         # With fp32 buffers of its own for gradients.
         self._bf16 = not self.partitioned and hasattr(self.optimizer, "fp32_groups_gradients")
@@ -500,6 +502,25 @@ def _all_reduce_together(grads: list[Tensor], axis: MeshAxis) -> None:
             bucket = []
         if grad is not None:
             bucket.append(grad)
+
+
+@contextlib.contextmanager
+def _fp16_allowed_on_cpus() -> Iterator[None]:
+    """Lets DeepSpeed build an fp16 engine on every CPU.
+
+    DeepSpeed asks oneDNN for native fp16 instructions, which many CPUs lack. torch computes fp16 on all of them.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        yield
+        return
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        yield
+    finally:
+        del accelerator.is_fp16_supported
 
 
 def _engine_config(config: Config, microbatches: int) -> dict[str, Any]:
