@@ -10,8 +10,12 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+TEMPORARY_PREFIX = ".tmp-"
+"""Start of the names of files that are not complete yet; see `write_atomically`."""
 
 
 class LineFile:
@@ -61,3 +65,40 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yields a temporary path for new content of `path`, which appears complete or not at all.
+
+    After the block the temporary file is flushed to disk and renamed to `path`; a file of that name
+    is replaced. If the block raises, the temporary file is deleted and `path` is left as it was.
+
+    The temporary name is fixed, so that the next writer overwrites what a killed one left behind:
+    two processes must not write the same path at once. It keeps the suffix, by which libraries
+    choose a format, and lies in the same folder, which must exist.
+
+        with write_atomically(folder / "counts.json") as temporary:
+            temporary.write_text(json.dumps(counts), encoding="utf-8")
+
+    Raises:
+        OSError: the file cannot be written, flushed or renamed, for example on a full disk.
+    """
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.replace(path)
+        flush_to_disk(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,10 +1,12 @@
 """Lines are whole or read over, and their file's end can be read alone."""
 
+import errno
 import json
+import os
 
 import pytest
 
-from megatrain.files import LineFile, read
+from megatrain.files import LineFile, read, write_atomically
 
 
 def write(path, *lines):
@@ -53,3 +55,39 @@ def test_the_end_alone_begins_with_a_whole_line(tmp_path):
 
 def test_no_file_has_no_lines(tmp_path):
     assert not list(read(tmp_path / "a"))
+
+
+def test_atomic_write_replaces_the_file_and_leaves_no_temporary_one(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with write_atomically(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.suffix == ".json"
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_that_fails_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def fail_while_writing():
+        with write_atomically(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_while_writing()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def raise_full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", raise_full)
+    with pytest.raises(OSError, match="No space left"), write_atomically(tmp_path / "a") as file:
+        file.write_text("new")
+    assert list(tmp_path.iterdir()) == []

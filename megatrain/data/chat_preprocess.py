@@ -22,7 +22,6 @@ from megatrain.data.chat_format import BadSample, read_conversation
 from megatrain.data.chat_template import ChatTemplate, Encoded, TrainOn
 from megatrain.data.indexed_dataset import IndexedWriter
 from megatrain.data.preference_dataset import read_pair
-from megatrain.data.progress import ProgressBar
 from megatrain.data.sft_dataset import encode_roles
 from megatrain.data.text_files import (
     FileProblem,
@@ -33,6 +32,8 @@ from megatrain.data.text_files import (
 )
 from megatrain.data.worker_processes import map_blocks
 from megatrain.errors import DataError
+from megatrain.files import write_atomically
+from megatrain.progress import progress_bar
 
 TooLong = Literal["truncate", "skip", "error"]
 
@@ -88,9 +89,9 @@ def prepare_data(
         for old in folder.glob(f"{name}-*"):
             if not old.name.startswith(prefix.name):
                 old.unlink()
-        partial = _counts_file(prefix).with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(counts)), encoding="utf-8")
-        partial.replace(_counts_file(prefix))  # last: the data are whole where it stands
+        # Written last: it marks the data as complete.
+        with write_atomically(_counts_file(prefix)) as file:
+            file.write_text(json.dumps(asdict(counts)), encoding="utf-8")
     return prefix
 
 
@@ -195,9 +196,9 @@ def _make(files: list[Path], recipe: SFTSpec, prefix: Path, progress: TextIO | N
     )  # what is wrong with it is said before any process starts
     num_bytes = sum(file.stat().st_size for file in files)
     workers = 1 if num_bytes < _ONE_PROCESS_BYTES else len(os.sched_getaffinity(0))
-    total, read = Counts(), 0
+    total = Counts()
     with (
-        ProgressBar(progress) as line,
+        progress_bar(None, unit="B", description="prepare chats", stream=progress) as bar,
         IndexedWriter(prefix, vocab_size=2 * len(template.tokenizer)) as writer,
     ):
         for encoded in map_blocks(
@@ -212,8 +213,8 @@ def _make(files: list[Path], recipe: SFTSpec, prefix: Path, progress: TextIO | N
                     for key, value in asdict(total).items()
                 }
             )
-            read += encoded.num_bytes
-            line.show(num_bytes=read, num_tokens=writer.num_tokens)
+            bar.set_postfix_str(f"{writer.num_tokens / 1e6:,.1f}M tokens", refresh=False)
+            bar.update(encoded.num_bytes)
         if not total.samples:
             raise DataError(
                 f"{files[0]}: all {total.skipped + total.emptied} samples are longer than "

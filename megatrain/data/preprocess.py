@@ -19,11 +19,11 @@ from typing import Any, Literal, NamedTuple, TextIO
 import numpy as np
 
 from megatrain.data.indexed_dataset import IndexedWriter, Tokens, token_dtype
-from megatrain.data.progress import ProgressBar
 from megatrain.data.text_files import FileProblem, TextBlock, find_inputs, parse_block, read_blocks
 from megatrain.data.tokenizer import end_of_document_id, load_tokenizer
 from megatrain.data.worker_processes import map_blocks
 from megatrain.errors import DataError
+from megatrain.progress import progress_bar
 
 
 @dataclass
@@ -87,7 +87,10 @@ def preprocess(
     result = Preprocessed(Path(output), ignored=found.ignored)
     started = time.monotonic()
     blocks = read_blocks(found.files, field=field)
-    with ProgressBar(progress) as line, IndexedWriter(output, vocab_size=vocab_size) as writer:
+    with (
+        progress_bar(None, unit="B", description="preprocess", stream=progress) as bar,
+        IndexedWriter(output, vocab_size=vocab_size) as writer,
+    ):
         for encoded in map_blocks(
             blocks, make_encoder, recipe, workers=workers or len(os.sched_getaffinity(0))
         ):
@@ -98,7 +101,8 @@ def preprocess(
             result.skipped.update(problem.reason for problem in encoded.problems)
             writer.add_documents(encoded.tokens, lengths=encoded.lengths)
             result.bytes += encoded.text_bytes
-            line.show(num_bytes=result.bytes, num_tokens=writer.num_tokens)
+            bar.set_postfix_str(f"{writer.num_tokens / 1e6:,.1f}M tokens", refresh=False)
+            bar.update(encoded.text_bytes)
         if result.skipped and not writer.num_documents:
             reasons = ", ".join(
                 f"{count} {reason}" for reason, count in result.skipped.most_common()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +20,6 @@ from megatrain.cli import preprocess as preprocess_verb
 from megatrain.data import text_files
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.preprocess import PreprocessSpec, make_encoder, preprocess
-from megatrain.data.progress import ProgressBar
 from megatrain.data.text_files import TextBlock
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.data.worker_processes import map_in_processes
@@ -223,22 +219,3 @@ def test_the_verb_prints_what_was_written_skipped_and_ignored(tmp_path, tokenize
     assert (
         ignored == f"ignored 1 files of other kinds or links to folders, such as {folder}/README.md"
     )
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize(("stream", "control"), [(io.StringIO(), 0), (Terminal(), 1)])
-def test_progress_is_plain_in_a_log_and_one_line_on_a_terminal(stream, control, monkeypatch):
-    times = iter([0.0, 20.0, 20.01])
-    monkeypatch.setattr(
-        "megatrain.data.progress.time", SimpleNamespace(monotonic=lambda: next(times))
-    )
-    with ProgressBar(stream) as line:
-        line.show(num_bytes=40_000_000, num_tokens=10_000_000)
-        line.show(num_bytes=40_000_001, num_tokens=10_000_000)  # too soon
-    text = stream.getvalue()
-    assert re.search(r"40 MB of text, 10\.0 M tokens, 2\.0 MB/s, 500,000 tokens/s", text)
-    assert (text.count("\r"), text.count("\n")) == (control, 1)
