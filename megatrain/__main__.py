@@ -32,8 +32,8 @@ VERBS = {
     "check": Command(
         "megatrain.cli.check", "see whether a run can start on its machines, before the queue"
     ),
-    "pretrain": Command("megatrain.pretrain", "train a model from a config"),
-    "finetune": Command("megatrain.finetune", "finetune a model on chats, preferences or labels"),
+    "pretrain": Command("megatrain.cli.train", "train a model from a config"),
+    "finetune": Command("megatrain.cli.train", "finetune a model on chats, preferences or labels"),
     "schedule": Command("megatrain.cli.schedule", "simulate and draw a pipeline schedule"),
     "xray": Command("megatrain.cli.profile", "see where a run's time went, with advice"),
     "report": Command(
@@ -41,7 +41,7 @@ VERBS = {
     ),
     "convert": Command("megatrain.cli.convert", "turn a checkpoint into another kind, proven"),
     "evaluate": Command(
-        "megatrain.evaluate",
+        "megatrain.cli.evaluate",
         "measure a model: perplexity, multiple choice, labels, lm-evaluation-harness",
     ),
     "inspect": Command(
@@ -137,6 +137,7 @@ def _run_command(name: str, words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"megatrain {name}", description=verb.help, allow_abbrev=False
     )
+    parser.set_defaults(command=name)
     module.add_arguments(parser)
     # Intermixed: options may stand between a config and its overrides.
     code: int = module.run(parser.parse_intermixed_args(words))

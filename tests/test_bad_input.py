@@ -72,7 +72,7 @@ def refusal(run_file, capfd, monkeypatch):
     def start(*args, **more):
         raise RankStarted
 
-    monkeypatch.setattr("megatrain.pretrain.run_local", start)
+    monkeypatch.setattr("megatrain.cli.train.run_local", start)
     for name in (
         "DS_ACCELERATOR",
         "OMP_NUM_THREADS",

@@ -201,7 +201,7 @@ def test_auto_takes_the_newest_whole_one_and_says_what_is_wrong_with_newer(run, 
 def refusal(run, capfd, monkeypatch, *words):
     """What the command says before it would start ranks."""
     monkeypatch.setattr(
-        "megatrain.pretrain.run_local", lambda *args, **more: pytest.fail("ranks were started")
+        "megatrain.cli.train.run_local", lambda *args, **more: pytest.fail("ranks were started")
     )
     assert main(["pretrain", str(run / "run.yaml"), *words]) == 1
     err = capfd.readouterr().err

@@ -125,7 +125,7 @@ def test_a_launcher_has_restarts_of_its_own(capsys, monkeypatch):
         monkeypatch.setenv(name, str(value))
     assert main(["pretrain", str(CONFIGS / "demo_cpu.yaml"), "run.max_restarts=2"]) == 1
     words = capsys.readouterr().err
-    assert words.startswith("error: run.max_restarts=2 is for ranks that megatrain starts itself")
+    assert words.startswith("error: run.max_restarts=2 requires ranks that megatrain starts itself")
     assert "torchrun --max-restarts" in words
 
 

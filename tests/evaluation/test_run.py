@@ -326,7 +326,7 @@ def test_what_cannot_be_evaluated(folder, capsys, monkeypatch, words):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(
-        "megatrain.evaluate.run_local", lambda *args, **more: pytest.fail("ranks were started")
+        "megatrain.cli.evaluate.run_local", lambda *args, **more: pytest.fail("ranks were started")
     )
     names = {
         "model": folder / "llama",
