@@ -377,14 +377,14 @@ def real_config(name: str, microbatches: int) -> dict[str, Any]:
     }
 
 
-def make_trainers(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
+def make_runners(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
     import torch
 
     from megatrain.config import loader as configuration
     from megatrain.data.dataloader import Batch
     from megatrain.distributed.mesh import make_mesh
     from megatrain.models.config import load_hf_config, read_config
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     length: int = MODEL["max_position_embeddings"]  # type: ignore[assignment]
     architecture = read_config(load_hf_config(MODEL))
@@ -398,14 +398,14 @@ def make_trainers(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
 
     def contender(name: str) -> Lap:
         config = configuration.from_dict(real_config(name, microbatches))
-        trainer = Trainer(
+        runner = StepRunner(
             config, architecture, make_mesh(rank, pipeline=ranks), torch.device("cpu")
         )
         steps = iter(range(1, 10**6))
 
         def lap(records: list[ActionTiming]) -> None:
-            trainer.executor.records = records
-            trainer.step(next(steps), batches)
+            runner.executor.records = records
+            runner.train_step(next(steps), batches)
 
         return functools.partial(recorded, lap)
 
@@ -416,7 +416,7 @@ def real(args: argparse.Namespace) -> None:
     from megatrain.pipeline.schedules import make_schedule
     from megatrain.pipeline.simulator import simulate
 
-    ranks = Ranks(2, make_trainers, microbatches=args.microbatches)
+    ranks = Ranks(2, make_runners, microbatches=args.microbatches)
     rows = {}
     for name, laps in race(ranks, list(SCHEDULES), args.laps).items():
         schedule = make_schedule(name, 2, args.microbatches)
@@ -501,7 +501,7 @@ def make_settled(
     from megatrain.distributed.mesh import make_mesh
     from megatrain.models.config import load_hf_config, read_config
     from megatrain.training.autotune import resolve_schedule
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     sleeping_blocks(seconds)
     model = {
@@ -536,7 +536,7 @@ def make_settled(
             torch.device("cpu"),
             batches=lambda: batches,
         )
-        trainer = Trainer(
+        runner = StepRunner(
             settled.config,
             architecture,
             grid,
@@ -547,8 +547,8 @@ def make_settled(
         steps = iter(range(1, 10**6))
 
         def lap(records: list[ActionTiming]) -> None:
-            trainer.executor.records = records
-            trainer.step(next(steps), batches)
+            runner.executor.records = records
+            runner.train_step(next(steps), batches)
 
         return functools.partial(recorded, lap)
 

@@ -68,7 +68,7 @@ def ours(model, dtype, accumulations, rank=0, world_size=1, compiled=False, **pa
     from megatrain.data.dataloader import Batch
     from megatrain.distributed.mesh import make_mesh
     from megatrain.models.config import load_hf_config, read_config
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     config = configuration.from_dict(
         {
@@ -93,12 +93,12 @@ def ours(model, dtype, accumulations, rank=0, world_size=1, compiled=False, **pa
         pipeline=config.parallel.pipeline,
         data=config.data_size(world_size),
     )
-    trainer = Trainer(config, read_config(load_hf_config(model)), grid, device)
+    runner = StepRunner(config, read_config(load_hf_config(model)), grid, device)
     rows = random_tokens(model, accumulations, 0)[grid.data.rank :: grid.data.size]
     positions = torch.arange(length(model)).expand(MICRO_BATCH, -1)
     batches = [Batch(r[:, :-1], r[:, 1:], positions, torch.zeros_like(positions)) for r in rows]
     step = iter(range(1, 10**6))
-    return lambda: trainer.step(next(step), batches)
+    return lambda: runner.train_step(next(step), batches)
 
 
 def bare(model, dtype, accumulations, compiled=False):

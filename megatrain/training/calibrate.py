@@ -33,8 +33,8 @@ from megatrain.planner.cost_model import cost_model
 from megatrain.planner.schedule_search import LayerBytes, MeasuredCosts
 from megatrain.telemetry.bubble_analysis import measure
 from megatrain.telemetry.trace_format import RankTrace, StepTrace
+from megatrain.training.step_runner import StepRunner
 from megatrain.training.trace_recorder import Layer, Tracer, own_layers
-from megatrain.training.trainer import Trainer
 
 TRACED = 2
 """Steps of each schedule whose actions are recorded."""
@@ -65,26 +65,26 @@ class ScheduleProfiler:
 
     def base(self, config: Config, schedule: Schedule) -> tuple[MeasuredCosts | None, float]:
         """What layers take and hold, on rank 0, and `seconds`, of 1F1B."""
-        trainer = self._trainer(config, schedule)
-        costs = self._costs(trainer)
-        return costs, min(self._step_seconds(trainer) for _ in range(TIMED))
+        runner = self._trainer(config, schedule)
+        costs = self._costs(runner)
+        return costs, min(self._step_seconds(runner) for _ in range(TIMED))
 
     def seconds(self, config: Config, schedule: Schedule) -> float:
         """Of a step without its update: of the slowest rank, the fastest of some; the same on all ranks."""
-        trainer = self._trainer(config, schedule)
-        trainer.step(1, self.batches)
-        return min(self._step_seconds(trainer) for _ in range(TIMED))
+        runner = self._trainer(config, schedule)
+        runner.train_step(1, self.batches)
+        return min(self._step_seconds(runner) for _ in range(TIMED))
 
     def clear(self) -> None:
-        """Let go of what the last trainer held."""
+        """Let go of what the last runner held."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _trainer(self, config: Config, schedule: Schedule) -> Trainer:
+    def _trainer(self, config: Config, schedule: Schedule) -> StepRunner:
         """One that learns nothing, in the place of the one before."""
         self.clear()
-        return Trainer(
+        return StepRunner(
             config,
             self.architecture,
             self.grid,
@@ -94,10 +94,10 @@ class ScheduleProfiler:
             optimizer=NullOptimizer,
         )
 
-    def _step_seconds(self, trainer: Trainer) -> float:
+    def _step_seconds(self, runner: StepRunner) -> float:
         barrier(self.grid.world)
         started = time.perf_counter()
-        trainer.step(1, self.batches)
+        runner.train_step(1, self.batches)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = torch.tensor(
@@ -105,24 +105,24 @@ class ScheduleProfiler:
         )
         return float(all_reduce(seconds, self.grid.world, op=dist.ReduceOp.MAX))
 
-    def _costs(self, trainer: Trainer) -> MeasuredCosts | None:
+    def _costs(self, runner: StepRunner) -> MeasuredCosts | None:
         """Forwards and whole backwards from 1F1B, backwards in two parts from ZB-H1.
 
         Of the first replica's first tensor ranks: what others do differently shows in the seconds of whole steps.
         """
-        with layer_bytes(own_layers(trainer), self._state_bytes_per_weight()) as sizes:
-            trainer.step(1, self.batches)
+        with layer_bytes(own_layers(runner), self._state_bytes_per_weight()) as sizes:
+            runner.train_step(1, self.batches)
         traces: list[RankTrace] = []
-        tracer = Tracer(trainer, Path(), steps=range(2 * TRACED), keep=traces.append)
-        plain = trainer.schedule
+        tracer = Tracer(runner, Path(), steps=range(2 * TRACED), keep=traces.append)
+        plain = runner.schedule
         for number, schedule in enumerate(
-            (plain, make_schedule("zb-h1", self.grid.pipeline.size, trainer.microbatches))
+            (plain, make_schedule("zb-h1", self.grid.pipeline.size, runner.microbatches))
         ):
-            trainer.follow(schedule)
+            runner.set_schedule(schedule)
             for step in range(number * TRACED, (number + 1) * TRACED):
                 with tracer.watch(step):
-                    trainer.step(1, self.batches)
-        trainer.follow(plain)
+                    runner.train_step(1, self.batches)
+        runner.set_schedule(plain)
         found = gather_objects((traces, sizes), self.grid.pipeline)
         return (
             _costs_of(

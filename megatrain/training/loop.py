@@ -27,11 +27,11 @@ from megatrain.training.loss_spikes import first_to_undo, is_noticed, spike_sinc
 from megatrain.training.resume_check import ResumeCheck, remember_loss
 from megatrain.training.run_logger import describe_nonfinite
 from megatrain.training.setup import TrainComponents, early_stop, set_up
+from megatrain.training.step_runner import StepReport
 from megatrain.training.step_timer import timed
 from megatrain.training.task import PretrainingTask, Task
 from megatrain.training.task_classification import ClassificationTask
 from megatrain.training.task_sft import SFTTask
-from megatrain.training.trainer import StepReport
 
 
 def pretrain(config: Config, place: RankEnv, activity: RankActivity | None = None) -> None:
@@ -80,12 +80,12 @@ class _Run:
     """The loop over steps. All ranks are at the same place of it."""
 
     def __init__(self, parts: TrainComponents) -> None:
-        self.parts, self.config, self.trainer = parts, parts.config, parts.trainer
+        self.parts, self.config, self.runner = parts, parts.config, parts.runner
         self.saver, self.journal, self.early = parts.saver, parts.journal, parts.early
         self.progress, self.watch, self.activity = (
             parts.progress,
             parts.watch,
-            parts.trainer.grid.activity,
+            parts.runner.grid.activity,
         )
         self.stop_asked, self.saved = False, set[int]()
 
@@ -133,10 +133,10 @@ class _Run:
         train, step = self.config.train, self.progress.step + 1
         shown = step % train.log_every == 0 or step == last
         self.activity.begin_step(step)
-        with self.parts.tracer.watch(step), timed(self.trainer.executor, wanted=shown) as stopwatch:
+        with self.parts.tracer.watch(step), timed(self.runner.executor, wanted=shown) as stopwatch:
             started = time.perf_counter()
             self.activity.set("loading data")
-            report = self.trainer.step(
+            report = self.runner.train_step(
                 step,
                 self.parts.train.microbatches(self.progress.samples // train.global_batch_size),
             )
@@ -149,7 +149,7 @@ class _Run:
         values, figures = self.journal.measured(report, self.progress, seconds), dict[str, float]()
         if shown:
             self.journal.show_step(step, report, seconds, parts=stopwatch.seconds())
-            with self.activity.collective("measuring memory in the", self.trainer.grid.world):
+            with self.activity.collective("measuring memory in the", self.runner.grid.world):
                 values.update(self.parts.gauge.measure())
         undo = first_to_undo(self.progress, train)
         if undo and self._go_back(undo, values):
@@ -205,7 +205,7 @@ class _Run:
             before.updates + report.applied,
             bad_steps,
             losses,
-            loss_scaling=self.trainer.zero.loss_scaling,
+            loss_scaling=self.runner.optimizer.loss_scaling,
             samples=before.samples + train.global_batch_size,
             spike_since=spike_since(before, report.loss, limit),
         )
@@ -223,7 +223,7 @@ class _Run:
             since=since,
             own=lambda step: step <= self.parts.progress.step or step in self.saved,
             hashes=train.verify == "full",
-            world=self.trainer.grid.world,
+            world=self.runner.grid.world,
         )
         if target.path is None:
             self.journal.stays(reached, target.passed)
@@ -234,9 +234,9 @@ class _Run:
                 "optimizer.lr, take an older checkpoint with train.resume=FOLDER, or look at the data that skipped_samples.jsonl names"
             )
         back = loading.load(
-            target.path, zero=self.trainer.zero, config=self.config, grid=self.trainer.grid
+            target.path, zero=self.runner.optimizer, config=self.config, grid=self.runner.grid
         )
-        back = rollback.pass_over(folder, back, world=self.trainer.grid.world)
+        back = rollback.pass_over(folder, back, world=self.runner.grid.world)
         self.journal.write(reached.step, values)
         if self.journal.is_kept:
             rollback.commit(
@@ -245,7 +245,7 @@ class _Run:
         self.journal.went_back(reached, back, target.path)
         self.progress = back._replace(samples=reached.samples)
         self.watch = ResumeCheck(target.path, self.progress, margin=0)
-        self.early = early_stop(self.config, folder, self.trainer.grid, self.progress)
+        self.early = early_stop(self.config, folder, self.runner.grid, self.progress)
         if self.early is not None and self.journal.is_kept:
             restore_best(
                 folder,
@@ -257,7 +257,7 @@ class _Run:
 
     def _give_up(self, report: StepReport) -> NoReturn:
         self._finish_saving()
-        where = self.trainer.culprit()
+        where = self.runner.locate_nonfinite()
         bad = self.progress.bad_steps
         raise UserError(
             f"{bad} steps in a row (train.max_bad_steps) had a non-finite {describe_nonfinite(report)}; {where}"
@@ -268,8 +268,8 @@ class _Run:
         valid = self.parts.valid
         assert valid is not None
         self.activity.set_phase("evaluating")
-        with self.parts.task.measure(self.trainer, self.parts.folder) as measured:
-            loss, measures = self.trainer.evaluate(valid.loader.microbatches, valid.batches)
+        with self.parts.task.measure(self.runner, self.parts.folder) as measured:
+            loss, measures = self.runner.evaluate(valid.loader.microbatches, valid.batches)
         figures = {f"valid_{name}": value for name, value in measures.items()} | measured
         self.journal.show_evaluation(self.progress.step, loss, figures)
         return {"valid_loss": loss, **figures}
@@ -301,7 +301,7 @@ class _Run:
         flags = torch.tensor(
             [int(self.stop_asked), int(self.saver.is_writing)], device=self.parts.device
         )
-        with self.activity.collective("agreeing in the", self.trainer.grid.world):
+        with self.activity.collective("agreeing in the", self.runner.grid.world):
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
             stop, anyone_writes = flags.tolist()
         self.journal.saved(self.saver.proceed(anyone_writes=bool(anyone_writes)))

@@ -26,7 +26,7 @@ from megatrain.errors import CheckpointError
 from megatrain.models.microbatch import Microbatch
 
 if TYPE_CHECKING:
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
 FILE_NAME = "reference.safetensors"
 
@@ -84,27 +84,27 @@ class ReferenceLogProbs:
             asked = asked.cuda()
         return bool(collectives.all_reduce(asked, world, op=dist.ReduceOp.MAX))
 
-    def compute(self, trainer: Trainer, parts: Sequence[tuple[BatchesOf, int]]) -> None:
+    def compute(self, runner: StepRunner, parts: Sequence[tuple[BatchesOf, int]]) -> None:
         """Fill the table by forwards with the weights as they are, without adapters; all ranks call it together."""
         mine: dict[int, float] = {}
         total = sum(count for _, count in parts)
         done = 0
         for batches_of, count in parts:
             for number in range(count):
-                contexts = trainer.log_probs(batches_of(number))
-                for context in contexts if trainer.grid.tensor.rank == 0 else []:
+                contexts = runner.log_probs(batches_of(number))
+                for context in contexts if runner.grid.tensor.rank == 0 else []:
                     if context.log_probs is not None:  # the last stage
                         keys = [key for key, _ in _rows(context.tokens, context.labels)]
                         mine |= dict(zip(keys, context.log_probs.tolist(), strict=True))
                 done += 1
-                if trainer.grid.rank == 0 and done * 10 // total != (done - 1) * 10 // total:
+                if runner.grid.rank == 0 and done * 10 // total != (done - 1) * 10 // total:
                     logger.info(f"  reference log-probabilities: {done} of {total} batches")
         self.table = {
             key: value
-            for part in collectives.gather_objects(mine, trainer.grid.world)
+            for part in collectives.gather_objects(mine, runner.grid.world)
             for key, value in part.items()
         }
-        if trainer.grid.rank == 0:
+        if runner.grid.rank == 0:
             self._write()
 
     def _write(self) -> None:
@@ -118,18 +118,18 @@ class ReferenceLogProbs:
 
 
 def make_ref_logprobs(
-    config: Config, trainer: Trainer, parts: Sequence[tuple[BatchesOf, int]], *, resumed: bool
+    config: Config, runner: StepRunner, parts: Sequence[tuple[BatchesOf, int]], *, resumed: bool
 ) -> ReferenceLogProbs:
     """The table for these batches: read, or computed where the weights are still those that it is of."""
     reference = ReferenceLogProbs(Path(config.run.output_dir), _source(config))
     reference.read(resumed=resumed)
-    if reference.lacks(parts, world=trainer.grid.world):
+    if reference.lacks(parts, world=runner.grid.world):
         if resumed and not config.lora.rank:
             raise CheckpointError(
                 f"{reference.path} lacks log-probabilities of these data, and only the weights that the run began from can make "
                 "them; give the data and the file that it began with, or start another run"
             )
-        reference.compute(trainer, parts)
+        reference.compute(runner, parts)
     return reference
 
 

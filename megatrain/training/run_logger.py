@@ -39,7 +39,7 @@ from megatrain.telemetry.rank_log import rank_json_log
 from megatrain.training import rollback
 from megatrain.training.checks import run_header
 from megatrain.training.loss_spikes import SpikeThreshold
-from megatrain.training.trainer import StepReport
+from megatrain.training.step_runner import StepReport
 
 logger = logging.getLogger("megatrain")
 
@@ -205,13 +205,13 @@ class RunLogger:
             )
         elif self.is_kept:
             logger.warning(
-                f"step {progress.step}: {report.why}, skipped ({progress.bad_steps} in a row)"
+                f"step {progress.step}: {report.reason}, skipped ({progress.bad_steps} in a row)"
             )
             last = progress.samples - 1
             self.events.write(
                 "skip",
                 step=progress.step,
-                what=report.why,
+                what=report.reason,
                 in_a_row=progress.bad_steps,
                 first=last + 1 - self._config.train.global_batch_size,
                 last=last,

@@ -1,4 +1,4 @@
-"""The parts of a run on one rank, made in order: data, checkpoint to go on from, schedule, trainer, saver."""
+"""The parts of a run on one rank, made in order: data, checkpoint to go on from, schedule, runner, saver."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from megatrain.training.memory_monitor import MemoryMonitor
 from megatrain.training.ref_logprobs import BatchesOf, make_ref_logprobs
 from megatrain.training.resume_check import ResumeCheck
 from megatrain.training.run_logger import RunLogger
+from megatrain.training.step_runner import StepRunner, reference_mode
 from megatrain.training.task import DataSource, Task
 from megatrain.training.trace_recorder import Tracer
-from megatrain.training.trainer import Trainer, wants_reference
 
 
 class Validation(NamedTuple):
@@ -51,7 +51,7 @@ class TrainComponents(NamedTuple):
     task: Task
     folder: Path
     device: torch.device
-    trainer: Trainer
+    runner: StepRunner
     tracer: Tracer
     gauge: MemoryMonitor
     train: DataLoader
@@ -98,7 +98,7 @@ def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) ->
     )
     config = settled.config
     gauge = MemoryMonitor(config, architecture, grid, device, settled.schedule)
-    trainer = Trainer(
+    runner = StepRunner(
         config,
         architecture,
         grid,
@@ -111,12 +111,12 @@ def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) ->
     if path is not None:
         activity.set_phase("loading the checkpoint")
         journal.say(loading.describe_differences(path, config, grid))
-        progress = loading.load(path, zero=trainer.zero, config=config, grid=grid)
+        progress = loading.load(path, zero=runner.optimizer, config=config, grid=grid)
     progress = rollback.resume(folder, progress, world=grid.world)
     chat = task.chat(config) if grid.rank == 0 else None
     saver = Checkpointer(
         folder / "checkpoints",
-        zero=trainer.zero,
+        zero=runner.optimizer,
         config=config,
         architecture=architecture,
         grid=grid,
@@ -127,18 +127,18 @@ def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) ->
         if "valid" in sources
         else None
     )
-    if wants_reference(config) == "beforehand":
+    if reference_mode(config) == "beforehand":
         batches = _all_batches(config, train, sources["train"], valid)
         activity.set_phase("computing what answers are compared with")
-        trainer.reference = make_ref_logprobs(config, trainer, batches, resumed=path is not None)
+        runner.ref_logprobs = make_ref_logprobs(config, runner, batches, resumed=path is not None)
     return TrainComponents(
         asked=dataclasses.replace(asked, parallel=config.parallel),
         config=config,
         task=task,
         folder=folder,
         device=device,
-        trainer=trainer,
-        tracer=Tracer(trainer, folder),
+        runner=runner,
+        tracer=Tracer(runner, folder),
         gauge=gauge,
         train=train,
         valid=valid,

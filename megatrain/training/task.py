@@ -20,7 +20,7 @@ from megatrain.errors import ConfigError
 from megatrain.models.config import TransformerConfig, load_hf_config, read_config
 
 if TYPE_CHECKING:
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
 
 OF_CHATS = ("chat_template", "train_on", "packing", "too_long")
@@ -60,7 +60,7 @@ class Task(Protocol):
         self.open(config, architecture, which)
 
     @contextlib.contextmanager
-    def measure(self, trainer: Trainer, folder: Path) -> Iterator[dict[str, float]]:
+    def measure(self, runner: StepRunner, folder: Path) -> Iterator[dict[str, float]]:
         """Around an evaluation: what it yields holds afterwards what the task measured beside the loss, the same on all ranks."""
         yield {}
 

@@ -33,8 +33,8 @@ from megatrain.models.classification_config import PROBLEMS, with_classifier
 from megatrain.models.classification_head import ClassificationHead
 from megatrain.models.config import ClassificationHeadConfig, TransformerConfig, load_hf_config
 from megatrain.telemetry.plots import plot_confusion_matrix
+from megatrain.training.step_runner import StepRunner
 from megatrain.training.task import OF_CHATS, DataSource, Task
-from megatrain.training.trainer import Trainer
 
 
 class ClassificationTask(Task):
@@ -143,27 +143,27 @@ class ClassificationTask(Task):
         return None
 
     @contextlib.contextmanager
-    def measure(self, trainer: Trainer, folder: Path) -> Iterator[Figures]:
+    def measure(self, runner: StepRunner, folder: Path) -> Iterator[Figures]:
         """Watch an evaluation and fill in its figures; rank 0 draws the confusion of classes into the run's folder."""
         figures: Figures = {}
-        with watched(trainer.stage, first_copy=trainer.grid.tensor.rank == 0) as outcomes:
+        with watched(runner.stage, first_copy=runner.grid.tensor.rank == 0) as outcomes:
             yield figures
-        scores, numbers = _gathered(outcomes, trainer.grid.world)
-        classifier = _classifier(trainer.architecture)
+        scores, numbers = _gathered(outcomes, runner.grid.world)
+        classifier = _classifier(runner.architecture)
         figures.update(
             {
                 f"valid_{name}": value
                 for name, value in figures_of(scores, numbers, classifier).items()
             }
         )
-        if trainer.grid.rank == 0 and classifier.problem == "single-label":
+        if runner.grid.rank == 0 and classifier.problem == "single-label":
             matrix = classification_metrics.confusion_matrix(
                 numbers, scores.argmax(1), classifier.num_labels
             )
             plot_confusion_matrix(
                 folder / "confusion.png",
                 matrix,
-                list(trainer.architecture.config.id2label.values()),
+                list(runner.architecture.config.id2label.values()),
             )
 
 

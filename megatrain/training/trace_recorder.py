@@ -32,7 +32,7 @@ from megatrain.models.transformer import HiddenStates
 from megatrain.pipeline.executor import ActionTiming
 from megatrain.pipeline.stage_builder import rank_specs
 from megatrain.telemetry.trace_format import RankTrace, TracedAction, write_trace
-from megatrain.training.trainer import Trainer
+from megatrain.training.step_runner import StepRunner
 
 logger = logging.getLogger("megatrain")
 
@@ -47,14 +47,14 @@ class Tracer:
 
     def __init__(
         self,
-        trainer: Trainer,
+        runner: StepRunner,
         run_folder: Path,
         *,
         steps: range | None = None,
         keep: Callable[[RankTrace], Any] | None = None,
     ) -> None:
-        self.trainer, self.run_folder, self.keep = trainer, run_folder, keep
-        told = trainer.config.train.trace_steps
+        self.runner, self.run_folder, self.keep = runner, run_folder, keep
+        told = runner.config.train.trace_steps
         self.steps = (
             steps
             if steps is not None
@@ -63,8 +63,8 @@ class Tracer:
             else range(told[0], told[1] + 1)
         )
         if self.steps:
-            self.run = broadcast_object(time.time(), trainer.grid.world)
-            self.clock = SharedClock(trainer.grid.world)
+            self.run = broadcast_object(time.time(), runner.grid.world)
+            self.clock = SharedClock(runner.grid.world)
 
     @contextmanager
     def watch(self, step: int) -> Iterator[None]:
@@ -72,12 +72,12 @@ class Tracer:
         if step not in self.steps:
             yield
             return
-        executor = self.trainer.executor
+        executor = self.runner.executor
         offset = self.clock.offset()
-        device_module.reset_peak_memory(self.trainer.device)
+        device_module.reset_peak_memory(self.runner.device)
         executor.records = []
         try:
-            with layer_marks(own_layers(self.trainer), self.trainer.device) as marks:
+            with layer_marks(own_layers(self.runner), self.runner.device) as marks:
                 started = time.perf_counter()
                 yield
                 seconds = time.perf_counter() - started
@@ -93,14 +93,14 @@ class Tracer:
             write_trace(self.run_folder, self._trace(step, seconds, actions, offset))
         except OSError as error:  # the run is worth more than its trace
             logger.warning(f"the trace of step {step} cannot be written: {error}")
-        if step == self.steps[-1] and self.trainer.grid.rank == 0:
+        if step == self.steps[-1] and self.runner.grid.rank == 0:
             logger.info(f"traced to step {step}; `megatrain xray {self.run_folder}` shows it")
 
     def _trace(
         self, step: int, seconds: float, actions: list[TracedAction], offset: Offset
     ) -> RankTrace:
-        trainer, grid = self.trainer, self.trainer.grid
-        memory = device_module.peak_memory(trainer.device)
+        runner, grid = self.runner, self.runner.grid
+        memory = device_module.peak_memory(runner.device)
         return RankTrace(
             run=self.run,
             step=step,
@@ -109,14 +109,14 @@ class Tracer:
             pipeline=grid.pipeline.rank,
             data=grid.data.rank,
             tensor=grid.tensor.rank,
-            schedule=trainer.schedule.name,
-            placement=trainer.schedule.placement,
-            stages=stage_titles(trainer),
+            schedule=runner.schedule.name,
+            placement=runner.schedule.placement,
+            stages=stage_titles(runner),
             seconds=seconds,
             peak_memory=memory.size,
             memory=memory.meaning,
             clock_error=offset.error,
-            config=to_dict(trainer.config),
+            config=to_dict(runner.config),
             actions=actions,
         )
 
@@ -131,21 +131,21 @@ class Layer(NamedTuple):
     module: nn.Module
 
 
-def own_layers(trainer: Trainer) -> list[list[Layer]]:
+def own_layers(runner: StepRunner) -> list[list[Layer]]:
     """This rank's layers by chunk, with their places in the model."""
-    placement, rank = trainer.schedule.placement, trainer.grid.pipeline.rank
+    placement, rank = runner.schedule.placement, runner.grid.pipeline.rank
     places: list[list[Layer]] = []
-    sizes = [len(stage) for stage in stage_titles(trainer)]
-    for chunk, stage in zip(trainer.stage.chunks, placement.stages_of(rank), strict=True):
+    sizes = [len(stage) for stage in stage_titles(runner)]
+    for chunk, stage in zip(runner.stage.chunks, placement.stages_of(rank), strict=True):
         first = sum(sizes[:stage])
         places.append([Layer(first + index, module) for index, module in enumerate(chunk)])  # type: ignore[arg-type]
     return places
 
 
-def stage_titles(trainer: Trainer) -> list[list[str]]:
+def stage_titles(runner: StepRunner) -> list[list[str]]:
     """Of the layers, by stage of the model."""
-    placement = trainer.schedule.placement
-    specs = rank_specs(trainer.config, trainer.architecture, placement)
+    placement = runner.schedule.placement
+    specs = rank_specs(runner.config, runner.architecture, placement)
     places = [placement.place(stage) for stage in range(placement.stages)]
     return [[spec.title for spec in specs[place.rank][place.chunk]] for place in places]
 

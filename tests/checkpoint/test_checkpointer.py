@@ -33,10 +33,10 @@ MODEL = {
 
 
 class Run:
-    """A trainer at tensor 2 with its saver, whose writing can be held up."""
+    """A runner at tensor 2 with its saver, whose writing can be held up."""
 
     def __init__(self, rank, folder):
-        from megatrain.training.trainer import Trainer
+        from megatrain.training.step_runner import StepRunner
 
         self.config = configuration.from_dict(
             {
@@ -47,10 +47,10 @@ class Run:
             }
         )
         architecture, grid = read_config(load_hf_config(MODEL)), make_mesh(rank, tensor=2)
-        self.trainer = Trainer(self.config, architecture, grid, torch.device("cpu"))
+        self.runner = StepRunner(self.config, architecture, grid, torch.device("cpu"))
         self.saver = Checkpointer(
             folder,
-            zero=self.trainer.zero,
+            zero=self.runner.optimizer,
             config=self.config,
             architecture=architecture,
             grid=grid,
@@ -61,12 +61,12 @@ class Run:
     def step(self, number):
         tokens = torch.randint(0, 67, (1, 17), generator=torch.Generator().manual_seed(number))
         position = torch.arange(16)[None]
-        self.trainer.step(
+        self.runner.train_step(
             number, [Batch(tokens[:, :-1], tokens[:, 1:], position, torch.zeros_like(position))] * 2
         )
 
     def weights(self):
-        return {name: p.detach().clone() for name, p in self.trainer.stage.named_parameters()}
+        return {name: p.detach().clone() for name, p in self.runner.stage.named_parameters()}
 
 
 def held_up(event, *, fail_on=None):

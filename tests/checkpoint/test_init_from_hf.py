@@ -77,10 +77,10 @@ def settings(folder, **sections):
 class Held:
     """What a rank has after the start: weights and masters, with where their elements are in the whole tensors."""
 
-    def __init__(self, trainer, read):
+    def __init__(self, runner, read):
         self.read = read
         self.weights, self.masters = [], []
-        for fragment in trainer.zero.fragments():
+        for fragment in runner.optimizer.fragments():
             s = fragment.sharding
             piece = make_flat_shard(
                 s, fragment.shape, fragment.start, fragment.tensors["master"].numel()
@@ -88,8 +88,8 @@ class Held:
             self.masters.append(
                 (s.name, piece.transposed, intervals_of(piece), fragment.tensors["master"].clone())
             )
-        for parameter in trainer.stage.parameters():
-            s, whole = parameter.sharding, trainer.zero.whole_weights(parameter).clone()
+        for parameter in runner.stage.parameters():
+            s, whole = parameter.sharding, runner.optimizer.whole_weights(parameter).clone()
             piece = make_flat_shard(s, tuple(whole.shape), 0, whole.numel())
             self.weights.append((s.name, piece.transposed, intervals_of(piece), whole.flatten()))
 
@@ -99,7 +99,7 @@ def start(rank, world_size, rows):
     from deepspeed.runtime.zero.partition_parameters import Init
 
     from megatrain.distributed.mesh import make_mesh
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     found = []
     for config in rows:
@@ -110,8 +110,8 @@ def start(rank, world_size, rows):
         )
         architecture = read_config(load_hf_config(config.model))
         pretrained = Pretrained(config.train.init_from, architecture)
-        trainer = Trainer(config, architecture, grid, torch.device("cpu"), pretrained=pretrained)
-        found.append(Held(trainer, pretrained.tensors.bytes_read))
+        runner = StepRunner(config, architecture, grid, torch.device("cpu"), pretrained=pretrained)
+        found.append(Held(runner, pretrained.tensors.bytes_read))
         Init.param_id = before
     return found
 

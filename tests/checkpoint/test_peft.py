@@ -76,35 +76,35 @@ def save(folder: Path, progress: TrainState, *, zero, config, architecture, grid
 
 
 def train_and_resume(rank: int, world_size: int, config, folder: Path):
-    """Losses of steps 3 and 4 when all four are done in one go, and when a new trainer goes on from step 2; step 4 saved."""
-    from megatrain.training.trainer import Trainer
+    """Losses of steps 3 and 4 when all four are done in one go, and when a new runner goes on from step 2; step 4 saved."""
+    from megatrain.training.step_runner import StepRunner
 
     p, architecture = config.parallel, read_config(load_hf_config(config.model))
     grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
     more = {"config": config, "architecture": architecture, "grid": grid}
-    first = Trainer(config, architecture, grid, torch.device("cpu"))
-    losses = [first.step(step, batches(step, grid)).loss for step in (1, 2)]
-    path = save(folder, TrainState(2, 0, 2), zero=first.zero, **more)
-    losses += [first.step(step, batches(step, grid)).loss for step in (3, 4)]
-    second = Trainer(config, architecture, grid, torch.device("cpu"))
+    first = StepRunner(config, architecture, grid, torch.device("cpu"))
+    losses = [first.train_step(step, batches(step, grid)).loss for step in (1, 2)]
+    path = save(folder, TrainState(2, 0, 2), zero=first.optimizer, **more)
+    losses += [first.train_step(step, batches(step, grid)).loss for step in (3, 4)]
+    second = StepRunner(config, architecture, grid, torch.device("cpu"))
     loading.check(path, config, architecture)
-    assert loading.load(path, zero=second.zero, config=config, grid=grid).step == 2
-    again = [second.step(step, batches(step, grid)).loss for step in (3, 4)]
-    save(folder, TrainState(4, 0, 4), zero=second.zero, **more)
+    assert loading.load(path, zero=second.optimizer, config=config, grid=grid).step == 2
+    again = [second.train_step(step, batches(step, grid)).loss for step in (3, 4)]
+    save(folder, TrainState(4, 0, 4), zero=second.optimizer, **more)
     return losses[2:], again, first.evaluate(lambda number: batches(9, grid), 1).loss
 
 
 def resume_elsewhere(rank: int, world_size: int, config, path: Path):
     """Losses of steps 3 and 4 from step 2's checkpoint, on this layout."""
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     architecture, grid = (
         read_config(load_hf_config(config.model)),
         make_mesh(rank, data=world_size),
     )
-    trainer = Trainer(config, architecture, grid, torch.device("cpu"))
-    loading.load(path, zero=trainer.zero, config=config, grid=grid)
-    return [trainer.step(step, batches(step, grid)).loss for step in (3, 4)]
+    runner = StepRunner(config, architecture, grid, torch.device("cpu"))
+    loading.load(path, zero=runner.optimizer, config=config, grid=grid)
+    return [runner.train_step(step, batches(step, grid)).loss for step in (3, 4)]
 
 
 def ours_with(model: str, folder: Path):

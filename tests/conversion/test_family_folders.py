@@ -38,7 +38,7 @@ def import_and_save(rank, world_size, root):
     from megatrain.distributed.mesh import make_mesh
     from megatrain.models.config import load_hf_config, read_config
     from megatrain.pipeline.stage_builder import whole_tensors
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     for name in NAMES:
         parallel = layouts(name)[world_size]
@@ -59,10 +59,10 @@ def import_and_save(rank, world_size, root):
         )
         pretrained = Pretrained(root / name / "hf", architecture)
         pretrained.check(whole_tensors(architecture))
-        trainer = Trainer(config, architecture, grid, torch.device("cpu"), pretrained=pretrained)
+        runner = StepRunner(config, architecture, grid, torch.device("cpu"), pretrained=pretrained)
         saver = Checkpointer(
             root / name / f"ours-{world_size}",
-            zero=trainer.zero,
+            zero=runner.optimizer,
             config=config,
             architecture=architecture,
             grid=grid,

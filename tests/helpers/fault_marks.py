@@ -95,7 +95,7 @@ class _Marks:
 def _mark_phases(marks: _Marks) -> None:
     from megatrain.checkpoint import resume
     from megatrain.checkpoint.checkpointer import Checkpointer
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     def during(phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(work)
@@ -109,8 +109,8 @@ def _mark_phases(marks: _Marks) -> None:
         return marked
 
     resume.load = during("loading", resume.load)
-    Trainer.step = during("stepping", Trainer.step)  # type: ignore[method-assign]
-    Trainer.evaluate = during("evaluating", Trainer.evaluate)  # type: ignore[method-assign]
+    StepRunner.train_step = during("stepping", StepRunner.train_step)  # type: ignore[method-assign]
+    StepRunner.evaluate = during("evaluating", StepRunner.evaluate)  # type: ignore[method-assign]
     _mark_saving(marks, Checkpointer)
 
 

@@ -89,7 +89,7 @@ def _start(count: int) -> list[_Worker]:
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.auto.modeling_auto  # noqa: F401
 
-    import megatrain.training.trainer  # noqa: F401
+    import megatrain.training.step_runner  # noqa: F401
     from megatrain.launch.local import import_before_fork
 
     import_before_fork()

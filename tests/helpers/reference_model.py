@@ -117,16 +117,16 @@ def train(
 # on ranks
 
 
-def run_steps(trainer, batches: Callable[[int], list[Batch]], *, steps: int) -> Ran:
-    """Steps of a Trainer whose microbatches `batches(step)` gives, from 1 on."""
+def run_steps(runner, batches: Callable[[int], list[Batch]], *, steps: int) -> Ran:
+    """Steps of a StepRunner whose microbatches `batches(step)` gives, from 1 on."""
     ran = Ran([], [], [])
     for step in range(1, steps + 1):
-        report = trainer.step(step, batches(step))
+        report = runner.train_step(step, batches(step))
         assert report.applied
         ran.losses.append(report.loss)
         ran.norms.append(report.grad_norm)
         if step == 1:
-            ran.pieces.extend(_first_gradient(trainer.zero))
+            ran.pieces.extend(_first_gradient(runner.optimizer))
     return ran
 
 

@@ -121,23 +121,22 @@ def make_context(architecture, inputs, labels):
 
 def run_ours(config, architecture, grid, case):
     """Also the placement."""
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
-    trainer = Trainer(config, architecture, grid, torch.device("cpu"))
+    runner = StepRunner(config, architecture, grid, torch.device("cpu"))
     contexts = [
         make_context(architecture, rows[:, :-1], rows[:, 1:]) for rows in tokens(case).split(BATCH)
     ]
-    losses = trainer.executor.run(
-        trainer.instructions,
+    losses = runner.executor.run(
+        runner.instructions,
         contexts,
-        backward=trainer.zero.backward,
+        backward=runner.optimizer.backward,
         loss_weight=torch.tensor(LOSS_WEIGHT),
     )
     gradients = {
-        declaration.name: parameter.main_grad
-        for declaration, parameter in parameters(trainer.stage)
+        declaration.name: parameter.main_grad for declaration, parameter in parameters(runner.stage)
     }
-    return Outcome([loss * LOSS_WEIGHT for loss in losses], gradients), trainer.schedule.placement
+    return Outcome([loss * LOSS_WEIGHT for loss in losses], gradients), runner.schedule.placement
 
 
 class TheirStage(torch.nn.Module):

@@ -74,7 +74,7 @@ def batches(config, count, seed):
 
 def real_memory(rank, world_size, rows):
     """Of each row's run on this rank: bytes that stay, and the most that steps add to them."""
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     found = []
     with patch("megatrain.optim.zero.BUCKET", BUCKET):
@@ -85,7 +85,7 @@ def real_memory(rank, world_size, rows):
             grid = make_mesh(
                 rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size)
             )
-            trainer = Trainer(
+            runner = StepRunner(
                 config, read_config(load_hf_config(config.model)), grid, torch.device("cpu")
             )
             stays = sum(
@@ -96,10 +96,12 @@ def real_memory(rank, world_size, rows):
                 1, 3 if p.zero == 3 else 2
             ):  # ZeRO 3 gathers ahead once it has seen a step
                 with TensorTracker() as live:
-                    trainer.step(step, batches(config, config.microbatches(grid.data.size), step))
+                    runner.train_step(
+                        step, batches(config, config.microbatches(grid.data.size), step)
+                    )
                 added = max(added, live.peak)
             found.append((grid.pipeline.rank, stays, added))
-            del trainer, before
+            del runner, before
     return found
 
 

@@ -239,18 +239,18 @@ def test_a_choice_for_something_else_does_not_count(tmp_path):
 def measure_bytes(rank, world_size, config):
     from megatrain.optim.null import NullOptimizer
     from megatrain.training.calibrate import layer_bytes
+    from megatrain.training.step_runner import StepRunner
     from megatrain.training.trace_recorder import own_layers
-    from megatrain.training.trainer import Trainer
 
-    trainer = Trainer(
+    runner = StepRunner(
         config,
         read_config(load_hf_config(config.model)),
         make_mesh(rank),
         torch.device("cpu"),
         optimizer=NullOptimizer,
     )
-    with layer_bytes(own_layers(trainer), 10.0) as sizes:
-        trainer.step(1, microbatches(tokens(1), 2, trainer.grid.data))
+    with layer_bytes(own_layers(runner), 10.0) as sizes:
+        runner.train_step(1, microbatches(tokens(1), 2, runner.grid.data))
     return [(*size,) for size in sizes]
 
 

@@ -94,7 +94,7 @@ def reference(model: str):
 
 def run_layout(rank: int, world_size: int, config):
     from megatrain.training.autotune import resolve_schedule
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     p = config.parallel
     grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
@@ -104,7 +104,7 @@ def run_layout(rank: int, world_size: int, config):
         return microbatches(tokens(step), config.train.micro_batch_size, grid.data)
 
     settled = resolve_schedule(config, architecture, grid, device, batches=lambda: batches(1))
-    trainer = Trainer(
+    runner = StepRunner(
         settled.config,
         architecture,
         grid,
@@ -112,7 +112,7 @@ def run_layout(rank: int, world_size: int, config):
         schedule=settled.schedule,
         channels=settled.channels,
     )
-    return run_steps(trainer, batches, steps=STEPS)
+    return run_steps(runner, batches, steps=STEPS)
 
 
 def row(model="llama", world=1, **settings):
@@ -313,25 +313,25 @@ def test_dropout_is_that_of_one_process(model, world, settings, alone, tmp_path)
 
 def run_tied(rank, world_size, rows):
     """Of each row's run after three steps: elements of this rank's share of the optimizer's group with the tied matrix, and its pieces of the matrix."""
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     found = []
     for config in rows:
         grid = make_mesh(rank, pipeline=config.parallel.pipeline, data=config.data_size(world_size))
-        trainer = Trainer(
+        runner = StepRunner(
             config, read_config(load_hf_config(config.model)), grid, torch.device("cpu")
         )
         for step in range(1, 4):
-            trainer.step(step, microbatches(tokens(step), 1, grid.data))
+            runner.train_step(step, microbatches(tokens(step), 1, grid.data))
         share = sum(
-            flat.numel() for flat in trainer.zero.optimizer.optimizer.param_groups[0]["params"]
+            flat.numel() for flat in runner.optimizer.optimizer.optimizer.param_groups[0]["params"]
         )
         found.append(
             (
                 share,
                 [
                     (f.start, f.tensors["master"].clone())
-                    for f in trainer.zero.fragments()
+                    for f in runner.optimizer.fragments()
                     if f.sharding.kind == "embedding"
                 ],
             )

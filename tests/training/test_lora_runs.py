@@ -197,15 +197,17 @@ def scramble(zero) -> None:
 
 
 def run_layout(rank: int, world_size: int, config):
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     p = config.parallel
     grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
-    trainer = Trainer(config, read_config(load_hf_config(config.model)), grid, torch.device("cpu"))
-    scramble(trainer.zero)
-    frozen = [(p, p.detach().clone()) for p in trainer.stage.parameters() if not p.requires_grad]
+    runner = StepRunner(
+        config, read_config(load_hf_config(config.model)), grid, torch.device("cpu")
+    )
+    scramble(runner.optimizer)
+    frozen = [(p, p.detach().clone()) for p in runner.stage.parameters() if not p.requires_grad]
     ran = run_steps(
-        trainer,
+        runner,
         lambda step: microbatches(tokens(step), config.train.micro_batch_size, grid.data),
         steps=STEPS,
     )

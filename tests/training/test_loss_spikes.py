@@ -181,17 +181,17 @@ def pretrain(rank, world_size, raw, shift=False, fails=None):
     """
     from megatrain.data.gpt_dataset import GPTDataset
     from megatrain.training.loop import pretrain
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     losses, stopped = [], None
-    patch, fetch, step = pytest.MonkeyPatch(), GPTDataset.fetch, Trainer.step
+    patch, fetch, step = pytest.MonkeyPatch(), GPTDataset.fetch, StepRunner.train_step
 
     def recorded(*args, **more):
         report = step(*args, **more)
         losses.append((args[1], report.loss))
         return report
 
-    patch.setattr(Trainer, "step", recorded)
+    patch.setattr(StepRunner, "step", recorded)
     if shift:
         patch.setattr(
             GPTDataset,
@@ -381,10 +381,10 @@ def test_it_goes_on_with_its_samples_on_another_layout(data, runs):
 def test_a_checkpoint_that_knows_no_position_goes_on_at_its_steps(data, runs):
     shutil.copytree(checkpoint(data / "alone", 8), checkpoint(data / "old", 8))
     file = checkpoint(data / "old", 8) / "trainer.json"
-    trainer = json.loads(file.read_text())
-    assert trainer.pop("samples") == 8 * BATCH
-    assert trainer.pop("spike_since") == 0
-    file.write_text(json.dumps(trainer))
+    state = json.loads(file.read_text())
+    assert state.pop("samples") == 8 * BATCH
+    assert state.pop("spike_since") == 0
+    file.write_text(json.dumps(state))
     path = checkpoint(data / "old", 8)
     records = [
         manifest.record(path, path / entry["path"])

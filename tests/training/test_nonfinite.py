@@ -89,16 +89,16 @@ def batches(step, config, grid):
     return microbatches(tokens, config.train.micro_batch_size, grid.data)
 
 
-def spoil(trainer, what):
+def spoil(runner, what):
     """Make this rank's loss, or its gradient of a parameter, bad in the next step; returns what takes that back."""
     if what == "loss":
         return (
-            trainer.stage.layers[-1]
+            runner.stage.layers[-1]
             .register_forward_hook(lambda module, inputs, output: output * math.nan)
             .remove
         )
-    parameter = next(p for p in trainer.stage.parameters() if shard_spec(p).name == what)
-    if trainer.zero.partitioned:
+    parameter = next(p for p in runner.stage.parameters() if shard_spec(p).name == what)
+    if runner.optimizer.partitioned:
         handle = parameter.register_hook(lambda grad: torch.full_like(grad, math.nan))
         hooks = dict(parameter._backward_hooks)
         parameter._backward_hooks.clear()
@@ -106,22 +106,22 @@ def spoil(trainer, what):
             {handle.id: hooks.pop(handle.id), **hooks}
         )  # before the hooks of ours
         return handle.remove
-    backward = trainer.zero.backward
+    backward = runner.optimizer.backward
 
     def spoiled(*args, **more):
         backward(*args, **more)
         parameter.main_grad.view(-1)[3] = math.nan
 
-    trainer.zero.backward = spoiled
-    return lambda: setattr(trainer.zero, "backward", backward)
+    runner.optimizer.backward = spoiled
+    return lambda: setattr(runner.optimizer, "backward", backward)
 
 
 def train(rank, world_size, cases):
     return [train_case(rank, world_size, case) for case in cases]
 
 
-def make_trainer(rank, world_size, case):
-    from megatrain.training.trainer import Trainer
+def make_runner(rank, world_size, case):
+    from megatrain.training.step_runner import StepRunner
 
     raw = {
         "model": MODEL,
@@ -144,24 +144,24 @@ def make_trainer(rank, world_size, case):
         pipeline=config.parallel.pipeline,
         data=config.data_size(world_size),
     )
-    return Trainer(config, read_config(load_hf_config(config.model)), grid, torch.device("cpu"))
+    return StepRunner(config, read_config(load_hf_config(config.model)), grid, torch.device("cpu"))
 
 
 def train_case(rank, world_size, case):
-    trainer = make_trainer(rank, world_size, case)
-    config, grid = trainer.config, trainer.grid
+    runner = make_runner(rank, world_size, case)
+    config, grid = runner.config, runner.grid
     losses, applied, why, culprit = [], [], "", ""
     for step in range(1, STEPS + 1):
         restore = (
-            spoil(trainer, case.what)
+            spoil(runner, case.what)
             if step == BAD and rank == case.rank and case.what != "weight"
             else lambda: None
         )
-        report = trainer.step(step, batches(step, config, grid))
+        report = runner.train_step(step, batches(step, config, grid))
         restore()
         losses.append(report.loss)
         applied.append(report.applied)
-        why = why or report.why
+        why = why or report.reason
     shape_of = lambda parameter: tuple(getattr(parameter, "ds_shape", parameter.shape))  # noqa: E731
     pieces = [
         (
@@ -170,13 +170,13 @@ def train_case(rank, world_size, case):
             f.start,
             {name: t.clone() for name, t in f.tensors.items()},
         )
-        for f in trainer.zero.fragments()
+        for f in runner.optimizer.fragments()
     ]
     if case.what == "weight":
         with torch.no_grad():
-            next(p for p in trainer.stage.parameters() if shard_spec(p).name == NORM)[5] = math.inf
-        why = trainer.step(STEPS, batches(STEPS, config, grid)).why
-        culprit = trainer.culprit()
+            next(p for p in runner.stage.parameters() if shard_spec(p).name == NORM)[5] = math.inf
+        why = runner.train_step(STEPS, batches(STEPS, config, grid)).reason
+        culprit = runner.locate_nonfinite()
     return Outcome(losses, applied, why, pieces, culprit)
 
 
@@ -189,24 +189,24 @@ def scale(rank, world_size, layouts):
 
 def scale_case(rank, world_size, case):
     """Gradients that are too large for fp16 in the first step, and from the third on at any scale."""
-    trainer = make_trainer(rank, world_size, case)
+    runner = make_runner(rank, world_size, case)
     reports, scales = [], []
-    trainer.zero.loss_scaling = LossScale(2.0**30, 1, -1, 0)
+    runner.optimizer.loss_scaling = LossScale(2.0**30, 1, -1, 0)
     for step in range(1, 7):
         if step == 2:
-            trainer.zero.loss_scaling = LossScale(2.0**4, 1, -1, 7)
+            runner.optimizer.loss_scaling = LossScale(2.0**4, 1, -1, 7)
         if step == 3:
-            trainer.zero.loss_scaling = LossScale(2.0, 1, -1, 8)
-        restore = spoil(trainer, case.what) if step >= 3 and rank == 0 else lambda: None
-        reports.append(trainer.step(step, batches(step, trainer.config, trainer.grid)))
+            runner.optimizer.loss_scaling = LossScale(2.0, 1, -1, 8)
+        restore = spoil(runner, case.what) if step >= 3 and rank == 0 else lambda: None
+        reports.append(runner.train_step(step, batches(step, runner.config, runner.grid)))
         restore()
-        scales.append(trainer.zero.loss_scaling.scale)
+        scales.append(runner.optimizer.loss_scaling.scale)
     return Scaled(
         [r.grad_norm for r in reports],
         [r.applied for r in reports],
         [r.rescaled for r in reports],
         scales,
-        trainer.zero.loss_scaling,
+        runner.optimizer.loss_scaling,
     )
 
 

@@ -189,7 +189,7 @@ def shift(zero) -> None:
 
 def run_layout(rank: int, world_size: int, config):
     from megatrain.training.ref_logprobs import make_ref_logprobs
-    from megatrain.training.trainer import Trainer, wants_reference
+    from megatrain.training.step_runner import StepRunner, reference_mode
 
     p, size = config.parallel, config.train.micro_batch_size
     grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
@@ -202,12 +202,14 @@ def run_layout(rank: int, world_size: int, config):
         )
         return [Batch(rows, labels, position, torch.zeros_like(position)) for rows, labels in split]
 
-    trainer = Trainer(config, read_config(load_hf_config(config.model)), grid, torch.device("cpu"))
+    runner = StepRunner(
+        config, read_config(load_hf_config(config.model)), grid, torch.device("cpu")
+    )
     if config.lora.rank:
-        shift(trainer.zero)
-    if wants_reference(config) == "beforehand":
-        trainer.reference = make_ref_logprobs(config, trainer, [(batches, STEPS)], resumed=False)
-    reports = [trainer.step(step, batches(step - 1)) for step in range(1, STEPS + 1)]
+        shift(runner.optimizer)
+    if reference_mode(config) == "beforehand":
+        runner.ref_logprobs = make_ref_logprobs(config, runner, [(batches, STEPS)], resumed=False)
+    reports = [runner.train_step(step, batches(step - 1)) for step in range(1, STEPS + 1)]
     return (
         [r.loss for r in reports],
         [r.grad_norm for r in reports],
@@ -274,32 +276,32 @@ def test_equals_the_formulas_on_transformers(kind, world, settings, references, 
 def go_on(rank: int, world_size: int, config):
     """What a resumed run does about its reference: reads what is there, computes nothing that whole weights could not."""
     from megatrain.training.ref_logprobs import make_ref_logprobs
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     position = torch.arange(LENGTH).expand(2 * PAIRS, LENGTH)
 
     def batches(number: int) -> list[Batch]:
         return [Batch(*pairs(number + 1), position, torch.zeros_like(position))]
 
-    trainer = Trainer(
+    runner = StepRunner(
         config, read_config(load_hf_config(config.model)), make_mesh(rank), torch.device("cpu")
     )
-    first = make_ref_logprobs(config, trainer, [(batches, 2)], resumed=False)
+    first = make_ref_logprobs(config, runner, [(batches, 2)], resumed=False)
     begun = dict(first.table)
     other = replace(config, run=replace(config.run, seed=8))
-    again = make_ref_logprobs(other, trainer, [(batches, 2)], resumed=True)
+    again = make_ref_logprobs(other, runner, [(batches, 2)], resumed=True)
     assert again.table == begun, "what it began from is read, whatever the weights are now"
     try:
-        make_ref_logprobs(config, trainer, [(batches, STEPS)], resumed=True)
+        make_ref_logprobs(config, runner, [(batches, STEPS)], resumed=True)
     except CheckpointError as error:
         refused = str(error)
     adapted = replace(config, lora=LoraConfig(rank=2))
-    assert len(make_ref_logprobs(adapted, trainer, [(batches, STEPS)], resumed=True).table) > len(
+    assert len(make_ref_logprobs(adapted, runner, [(batches, STEPS)], resumed=True).table) > len(
         begun
     )
     (Path(config.run.output_dir) / "reference.safetensors").write_bytes(b"x")
     try:
-        make_ref_logprobs(config, trainer, [(batches, 2)], resumed=False)
+        make_ref_logprobs(config, runner, [(batches, 2)], resumed=False)
     except CheckpointError as error:
         return refused, str(error)
     return None

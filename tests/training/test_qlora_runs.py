@@ -82,7 +82,7 @@ def test_bf16_stays_near_fp32(base, tmp_path):
 def evaluate_folder(rank, world_size, config, folder):
     """Loss of the folder's model on this layout; bytes that its linears hold, their weights, and which of those made to read them still live."""
     from megatrain.checkpoint.init_from_hf import Pretrained
-    from megatrain.training import trainer as training
+    from megatrain.training import step_runner as training
 
     p, made, quantize = config.parallel, [], training.quantize_linears
 
@@ -99,7 +99,7 @@ def evaluate_folder(rank, world_size, config, folder):
             rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size)
         )
         architecture = read_config(load_hf_config(config.model))
-        trainer = training.Trainer(
+        runner = training.StepRunner(
             config,
             architecture,
             grid,
@@ -111,8 +111,8 @@ def evaluate_folder(rank, world_size, config, folder):
     gc.collect()
     alive = sum(parameter() is not None for parameter, _ in made)
     return (
-        trainer.evaluate(batches_of, 1).loss,
-        quantized_bytes(trainer.stage),
+        runner.evaluate(batches_of, 1).loss,
+        quantized_bytes(runner.stage),
         sum(count for _, count in made),
         alive,
     )

@@ -224,15 +224,15 @@ def step_loss(network, files, problem, smoothing=0.0):
 
 def run_layout(rank, world_size, raw, prepare=None):
     """`prepare`: called with the optimizer's state before the first step."""
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     config, task = checked(raw), ClassificationTask()
     task.check(config)
     architecture, p = task.architecture(config), config.parallel
     grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
-    trainer = Trainer(config, architecture, grid, torch.device("cpu"))
+    runner = StepRunner(config, architecture, grid, torch.device("cpu"))
     if prepare is not None:
-        prepare(trainer.zero)
+        prepare(runner.optimizer)
     loader = DataLoader(
         task.open(config, architecture, "train").samples,
         global_batch_size=8,
@@ -240,7 +240,7 @@ def run_layout(rank, world_size, raw, prepare=None):
         data_rank=grid.data.rank,
         data_size=grid.data.size,
     )
-    ran = run_steps(trainer, lambda step: loader.microbatches(step - 1), steps=STEPS)
+    ran = run_steps(runner, lambda step: loader.microbatches(step - 1), steps=STEPS)
     loader.close()
     return ran
 

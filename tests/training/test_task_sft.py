@@ -154,7 +154,7 @@ def reference(files, chats_of_step, *, steps=STEPS, model=MODEL):
 
 def run_layout(rank, world_size, raw):
     """What `run_steps` gives, and how many tokens each microbatch of each step learns."""
-    from megatrain.training.trainer import Trainer
+    from megatrain.training.step_runner import StepRunner
 
     config = checked(raw)
     architecture = read_config(load_hf_config(config.model))
@@ -162,7 +162,7 @@ def run_layout(rank, world_size, raw):
     config = config.with_steps(source.per_epoch)
     p = config.parallel
     grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
-    trainer = Trainer(config, architecture, grid, torch.device("cpu"))
+    runner = StepRunner(config, architecture, grid, torch.device("cpu"))
     loader = DataLoader(
         source.samples,
         global_batch_size=config.train.global_batch_size,
@@ -177,7 +177,7 @@ def run_layout(rank, world_size, raw):
         learnt.append([int((batch.labels >= 0).sum()) for batch in made])
         return made
 
-    ran = run_steps(trainer, batches, steps=config.train.steps)
+    ran = run_steps(runner, batches, steps=config.train.steps)
     loader.close()
     return ran, learnt
 

@@ -122,27 +122,27 @@ def check_rank(trace):
 
 
 def hooks_left(rank, world_size, raw, folder):
+    from megatrain.training.step_runner import StepRunner
     from megatrain.training.trace_recorder import Tracer
-    from megatrain.training.trainer import Trainer
 
     config = configuration.from_dict(raw)
-    trainer = Trainer(
+    runner = StepRunner(
         config, read_config(load_hf_config(config.model)), make_mesh(rank), torch.device("cpu")
     )
-    tracer = Tracer(trainer, Path(folder))
+    tracer = Tracer(runner, Path(folder))
     during = 0
     with tracer.watch(2):
-        during = sum(len(layer._forward_hooks) for layer in trainer.stage.layers)
+        during = sum(len(layer._forward_hooks) for layer in runner.stage.layers)
     with tracer.watch(4):
-        outside = trainer.executor.records
+        outside = runner.executor.records
     return (
         during,
         sum(
             len(layer._forward_hooks) + len(layer._forward_pre_hooks)
-            for layer in trainer.stage.layers
+            for layer in runner.stage.layers
         ),
         outside,
-        trainer.executor.records,
+        runner.executor.records,
     )
 
 

@@ -48,7 +48,7 @@ class StepReport(NamedTuple):
     lr: float
     applied: bool
     measures: dict[str, float]
-    why: str = ""
+    reason: str = ""
     rescaled: bool = False
 
 
@@ -59,7 +59,7 @@ class Evaluation(NamedTuple):
     measures: dict[str, float]
 
 
-def wants_reference(config: Config) -> Literal["none", "adapters-off", "beforehand"]:
+def reference_mode(config: Config) -> Literal["none", "adapters-off", "beforehand"]:
     """How log-probabilities to compare with are found, where the task compares."""
     if config.task != "dpo":
         return "none"
@@ -68,7 +68,7 @@ def wants_reference(config: Config) -> Literal["none", "adapters-off", "beforeha
     return config.preference.reference
 
 
-class Trainer:
+class StepRunner:
     """A rank's stage with its optimizer and schedule. All ranks call its methods together.
 
     Args:
@@ -93,8 +93,8 @@ class Trainer:
         self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
         self.microbatches = config.microbatches(grid.data.size)
         self.objective = make_objective(config.task, config.preference)
-        self.reference: ReferenceLogProbs | None = None
-        self.follow(schedule or run_schedule(config, grid.data.size))
+        self.ref_logprobs: ReferenceLogProbs | None = None
+        self.set_schedule(schedule or run_schedule(config, grid.data.size))
         placement = self.schedule.placement
         stage = build_stage(config, architecture, grid, str(device), placement)
         if config.lora.quantize != "none":
@@ -109,9 +109,9 @@ class Trainer:
         set_magnitudes(stage)
         for head in (layer for layer in stage.layers if isinstance(layer, Head)):
             head.objective = self.objective
-        self.zero = optimizer(stage, config=config, grid=grid, microbatches=self.microbatches)
+        self.optimizer = optimizer(stage, config=config, grid=grid, microbatches=self.microbatches)
         if pretrained is not None:
-            pretrained.fill_masters(self.zero)
+            pretrained.fill_masters(self.optimizer)
         self.stage = stage
         length = config.data.sequence_length // (
             grid.tensor.size if config.parallel.sequence else 1
@@ -119,16 +119,16 @@ class Trainer:
         if channels is None and grid.pipeline.size > 1:
             channels = P2PCommunicator(grid.pipeline, ring=placement.chunks > 1)
         self.executor = Executor(
-            self.zero.module,
+            self.optimizer.module,
             channels=channels,
             flow_shape=(length, config.train.micro_batch_size, architecture.hidden_size),
             dtype=DTYPES[config.train.dtype],
             device=device,
             activity=grid.activity,
         )
-        self.contexts = MicrobatchFactory(config, architecture, grid, device)
+        self.microbatch_factory = MicrobatchFactory(config, architecture, grid, device)
 
-    def follow(self, schedule: Schedule) -> None:
+    def set_schedule(self, schedule: Schedule) -> None:
         """Go on with another schedule of the same placement; it must be legal."""
         check_schedule(schedule, self.microbatches)
         self.schedule = schedule
@@ -139,22 +139,25 @@ class Trainer:
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def step(self, step: int, batches: Sequence[Batch]) -> StepReport:
+    def train_step(self, step: int, batches: Sequence[Batch]) -> StepReport:
         """Train on this data rank's microbatches; `step` counts from 1."""
         contexts = [
-            self.contexts.make(batch, step=step, index=index) for index, batch in enumerate(batches)
+            self.microbatch_factory.make(batch, step=step, index=index)
+            for index, batch in enumerate(batches)
         ]
         self._refer(contexts)
         self.stage.train()
         count = self._count(batches)
         weight = torch.tensor(
-            self.grid.data.size * self.zero.loss_scale / count, device=self.device
+            self.grid.data.size * self.optimizer.loss_scale / count, device=self.device
         )
         losses = self.executor.run(
-            self.instructions, contexts, backward=self.zero.backward, loss_weight=weight
+            self.instructions, contexts, backward=self.optimizer.backward, loss_weight=weight
         )
-        largest = self.zero.largest_gradients()
-        bad, loss, *measured = self._totals(losses, contexts, count, bad=self.zero.refuses(largest))
+        largest = self.optimizer.largest_gradients()
+        bad, loss, *measured = self._totals(
+            losses, contexts, count, bad=self.optimizer.refuses(largest)
+        )
         measures = dict(zip(self.objective.measures, measured, strict=True))
         lr = learning_rate(
             step,
@@ -163,19 +166,19 @@ class Trainer:
             steps=self.config.steps,
         )
         if bad or not math.isfinite(loss):
-            self.zero.discard()
+            self.optimizer.discard()
             result = StepResult(math.nan, False)
         else:
-            result = self.zero.step(lr)
+            result = self.optimizer.step(lr)
         report = StepReport(
             loss, result.grad_norm, lr, result.applied, measures, rescaled=result.rescaled
         )
         if result.applied or result.rescaled:
             return report
         self._bad = NonFiniteStep(contexts, losses, largest)
-        return report._replace(why=nonfinite.reason(self, self._bad))
+        return report._replace(reason=nonfinite.describe_nonfinite(self, self._bad))
 
-    def culprit(self) -> str:
+    def locate_nonfinite(self) -> str:
         """Where the last bad step went wrong."""
         return nonfinite.locate_nonfinite(self, self._bad)
 
@@ -185,7 +188,7 @@ class Trainer:
         for number in range(count):
             batches = batches_of(number)
             contexts = [
-                self.contexts.make(batch, step=None, index=index)
+                self.microbatch_factory.make(batch, step=None, index=index)
                 for index, batch in enumerate(batches)
             ]
             self._refer(contexts)
@@ -199,16 +202,17 @@ class Trainer:
     def log_probs(self, batches: Sequence[Batch]) -> list[Microbatch]:
         """The microbatches' contexts with each sequence's log-probability, on the last stage, by the model without adapters."""
         contexts = [
-            self.contexts.make(batch, step=None, index=index) for index, batch in enumerate(batches)
+            self.microbatch_factory.make(batch, step=None, index=index)
+            for index, batch in enumerate(batches)
         ]
         self._forward_without_adapters(contexts)
         return contexts
 
     def _refer(self, contexts: list[Microbatch]) -> None:
         """Give each microbatch the log-probabilities that it is compared with."""
-        if self.reference is not None:
-            self.reference.attach(contexts)
-        elif wants_reference(self.config) == "adapters-off":
+        if self.ref_logprobs is not None:
+            self.ref_logprobs.attach(contexts)
+        elif reference_mode(self.config) == "adapters-off":
             records, self.executor.records = (
                 self.executor.records,
                 None,
