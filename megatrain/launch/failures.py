@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from megatrain.distributed.errors import is_lost_connection
 from megatrain.errors import UserError
 from megatrain.telemetry.rank_log import START_OF_RUN
 
@@ -61,25 +62,7 @@ def describe_error(error: Exception, rank: int) -> FailureReport:
             time.time(),
         )
     text = "".join(traceback.format_exception(error))
-    return FailureReport(rank, "lost" if _is_lost_connection(error) else "error", text, time.time())
-
-
-# What gloo, NCCL and the store say when the rank at the other end is gone.
-_LOST = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "connection refused",
-    "broken pipe",
-    "socket timeout",
-    "remote process exited",
-    "failed to recv, got 0 bytes",
-)
-
-
-def _is_lost_connection(error: Exception) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or any(words in str(error).lower() for words in _LOST)
+    return FailureReport(rank, "lost" if is_lost_connection(error) else "error", text, time.time())
 
 
 def find_cause(failures: Iterable[FailureReport | RankExit]) -> FailureReport | RankExit | None:

@@ -71,7 +71,7 @@ class Run:
 
 def held_up(event, *, fail_on=None):
     """write_share, once the event is set; on rank `fail_on` it fails."""
-    real = checkpointer.save.write_share
+    real = checkpointer.writer.write_share
 
     def write_share(temporary, content, *, rank, stage):
         assert event.wait(120)
@@ -87,7 +87,7 @@ def goes_on_while_it_is_written(rank, world_size, folder):
     run.step(1)
     run.saver.save(TrainState(1, 32, 1, losses=(4.0,)))
     run.saver.finish()
-    patch.setattr(checkpointer.save, "write_share", held_up(event))
+    patch.setattr(checkpointer.writer, "write_shard", held_up(event))
     run.saver.save(TrainState(10, 32, 1, losses=(4.0,)))  # the same state again
     before = run.weights()
     for number in (2, 3):
@@ -125,7 +125,7 @@ def fails_on_one_rank(rank, world_size, folder):
     event.set()
     run.saver.save(TrainState(1, 0, 0))
     run.saver.finish()
-    patch.setattr(checkpointer.save, "write_share", held_up(event, fail_on=1))
+    patch.setattr(checkpointer.writer, "write_shard", held_up(event, fail_on=1))
     run.saver.save(TrainState(2, 0, 0))
     errors = []
     with pytest.raises(CheckpointError) as raised:
@@ -158,7 +158,7 @@ def test_a_failure_on_one_rank_is_the_runs_and_spares_what_was_there(tmp_path):
 
 def one_after_the_other(rank, world_size, folder):
     run, event, patch = Run(rank, folder), threading.Event(), pytest.MonkeyPatch()
-    patch.setattr(checkpointer.save, "write_share", held_up(event))
+    patch.setattr(checkpointer.writer, "write_shard", held_up(event))
     assert run.saver.save(TrainState(1, 0, 0)) is None
     threading.Timer(0.2, event.set).start()
     first = run.saver.save(TrainState(2, 0, 0))

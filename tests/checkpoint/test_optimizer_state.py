@@ -118,15 +118,15 @@ def test_the_same_layout_is_one_copy_a_tensor(tmp_path, monkeypatch):
 MEMORY = """
 import re, sys, torch
 from pathlib import Path
-from megatrain.checkpoint.optimizer_state import OptimizerFolder
+from megatrain.checkpoint.optimizer_state import OptimizerState
 from megatrain.optim.zero import Fragment
-from megatrain.distributed.sharding import Sharding
+from megatrain.distributed.sharding import ShardSpec
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-mine = [Fragment(Sharding(f"t{i}", (1024, 1024), 1, 512, 256), None, (1024, 256), 0, {"master": torch.ones(1024 * 256)}) for i in range(24)]
+mine = [Fragment(ShardSpec(f"t{i}", (1024, 1024), 1, 512, 256), None, (1024, 256), 0, {"master": torch.ones(1024 * 256)}) for i in range(24)]
 try: open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the start
 except OSError: pass
 before = peak()
-folder = OptimizerFolder(Path(sys.argv[1]))
+folder = OptimizerState(Path(sys.argv[1]))
 for fragment in mine: folder.fill(fragment)
 assert all(f.tensors["master"][5] == 1029 for f in mine) and folder.bytes_read == 24 << 20
 print(peak() - before)

@@ -192,7 +192,7 @@ def test_a_config_that_computes_otherwise_is_not_published(source, tmp_path, cap
         config["rope_parameters"]["rope_theta"] = 100.0
         (folder / "config.json").write_text(json.dumps(config))
 
-    monkeypatch.setattr(convert_module, "write_descriptions", write)
+    monkeypatch.setattr(convert_module, "write_hf_metadata", write)
     assert "their logits by" in refused(capfd, source, tmp_path / "out", "--to", "hf")
     assert to_hf(source, tmp_path / "out", "--no-verify") == 0
 

@@ -7,19 +7,26 @@ from helpers.rank_pool import run_ranks
 from megatrain.distributed import collectives
 from megatrain.distributed.mesh import MeshAxis, make_mesh
 
-NAMES = ["copy", "reduce", "gather", "scatter_sum", "split", "collect"]
+NAMES = [
+    "copy_to_tp",
+    "reduce_from_tp",
+    "gather_from_sp",
+    "reduce_scatter_to_sp",
+    "scatter_to_sp",
+    "gather_to_replicated",
+]
 WHOLE, PART = 4, 2
 
 
 def given(name, rank):
     """What a rank brings: a part of the sequence to those that join parts, else all of it."""
-    rows = PART if name in ("gather", "collect") else WHOLE
+    rows = PART if name in ("gather_from_sp", "gather_to_replicated") else WHOLE
     return torch.randn(rows, 3, generator=torch.Generator().manual_seed(10 + rank))
 
 
 def upstream(name, rank):
     """The gradient of what comes out."""
-    rows = PART if name in ("scatter_sum", "split") else WHOLE
+    rows = PART if name in ("reduce_scatter_to_sp", "scatter_to_sp") else WHOLE
     return torch.randn(rows, 3, generator=torch.Generator().manual_seed(20 + rank))
 
 
@@ -58,12 +65,12 @@ WAYS = {
     "own part": lambda a, b: (a[:PART], b[PART:]),
 }
 TABLE = {
-    "copy": ("identity", "all-reduce"),
-    "reduce": ("all-reduce", "identity"),
-    "gather": ("all-gather", "reduce-scatter"),
-    "scatter_sum": ("reduce-scatter", "all-gather"),
-    "split": ("own part", "all-gather"),
-    "collect": ("all-gather", "own part"),
+    "copy_to_tp": ("identity", "all-reduce"),
+    "reduce_from_tp": ("all-reduce", "identity"),
+    "gather_from_sp": ("all-gather", "reduce-scatter"),
+    "reduce_scatter_to_sp": ("reduce-scatter", "all-gather"),
+    "scatter_to_sp": ("own part", "all-gather"),
+    "gather_to_replicated": ("all-gather", "own part"),
 }
 
 

@@ -14,7 +14,7 @@ def environ(monkeypatch):
     """An environment of this test's own, and a machine with 6 cores and no GPU."""
     own = {"DS_ACCELERATOR": "cpu"}
     monkeypatch.setattr(device.os, "environ", own)
-    monkeypatch.setattr(device, "cores", lambda: 6)
+    monkeypatch.setattr(device, "cpu_cores", lambda: 6)
     return own
 
 

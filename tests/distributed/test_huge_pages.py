@@ -12,11 +12,11 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from megatrain.distributed.huge_pages import keep_memory
+from megatrain.distributed.huge_pages import use_huge_pages
 if sys.argv[1] == "limited":
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 if sys.argv[1] != "without":
-    keep_memory(2 << 30)
+    use_huge_pages(2 << 30)
 
 def step():
     tensors = [torch.ones(12 << 20) for _ in range(3)]  # 48 MiB each: more than glibc ever keeps by itself

@@ -87,11 +87,15 @@ def server(extensions):
         if not name.startswith(("SLURM_", "OMP_", "RANK"))
     }
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("launch_scenarios.py"))],
+        [sys.executable, "-m", "helpers.launch_scenarios"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**outside, "TORCH_EXTENSIONS_DIR": str(extensions)},
+        env={
+            **outside,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "TORCH_EXTENSIONS_DIR": str(extensions),
+        },
     )
     yield process
     # It is told to end: ranks that other tests have forked since hold the pipe too.

@@ -71,11 +71,16 @@ def _ask(order: dict[str, object]) -> int:
             if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         }
         _server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "helpers.readme_commands"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            env={
+                **environment,
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": "1",
+            },
             start_new_session=True,
         )
     assert _server.stdin is not None

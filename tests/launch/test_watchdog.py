@@ -165,7 +165,7 @@ def test_nothing_is_said_while_any_rank_gets_on(ranks):
         activity.begin_step(4)
     for _ in range(30):
         run.look(seconds=10)
-        run.activities[2].note("saving")
+        run.activities[2].set("saving")
     assert run.said == []
     assert run.voices[1].dumped == []
     run.look(seconds=120)
@@ -178,8 +178,8 @@ def test_the_rank_that_all_wait_for_is_named_once_and_all_leave(ranks):
     for activity in run.activities:
         activity.begin_step(4)
         activity.enter_collective("all-reduce", WorldGroup(range(3), "data"))
-    run.activities[1].leave()
-    run.activities[1].note("loading data")
+    run.activities[1].leave_collective()
+    run.activities[1].set("loading data")
     run.look(seconds=98)
     assert run.said == []
     run.look(seconds=4)

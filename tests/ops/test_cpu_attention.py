@@ -91,7 +91,7 @@ def test_other_inputs_are_left_to_torch():
 def test_a_model_trains_through_it_where_nothing_but_causality_masks(
     recompute, masked, monkeypatch
 ):
-    monkeypatch.setattr(cpu_attention, "slow_half_precision", lambda device: False)
+    monkeypatch.setattr(cpu_attention, "lacks_native_bf16", lambda device: False)
     backwards = []
     monkeypatch.setattr(
         cpu_attention,
