@@ -265,9 +265,13 @@ def sleeping_stage(seconds: float) -> Any:
             self.weight.main_grad = Buffer()  # type: ignore[attr-defined]
 
         def __call__(
-            self, flow: HiddenStates | None, context: Any, chunk: int
+            self, hidden_states: HiddenStates | None, microbatch: Any, chunk: int
         ) -> HiddenStates | torch.Tensor:
-            x = torch.ones(1, WIDTH, requires_grad=True) if flow is None else flow.hidden
+            x = (
+                torch.ones(1, WIDTH, requires_grad=True)
+                if hidden_states is None
+                else hidden_states.hidden
+            )
             y = linear(Sleep.apply(x), self.weight)
             return y.sum() if chunk == self.last else HiddenStates(y)
 
@@ -471,8 +475,8 @@ def sleeping_blocks(seconds: list[float]) -> Any:
         block.seconds = seconds[layer]
         next(weight for weight in block.parameters() if weight.dim() == 2).seconds = seconds[layer]
 
-    def slowly(block: Any, x: torch.Tensor, context: Any) -> torch.Tensor:
-        return Sleep.apply(compute(block, x, context), block.seconds)
+    def slowly(block: Any, x: torch.Tensor, microbatch: Any) -> torch.Tensor:
+        return Sleep.apply(compute(block, x, microbatch), block.seconds)
 
     def slow_gradient(weight: Any, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
         time.sleep(getattr(weight, "seconds", 0.0))
@@ -514,7 +518,7 @@ def make_settled(
         "num_key_value_heads": 1,
         "max_position_embeddings": 8,
     }
-    architecture, grid = read_config(load_hf_config(model)), make_mesh(rank, pipeline=ranks)
+    architecture, mesh = read_config(load_hf_config(model)), make_mesh(rank, pipeline=ranks)
     rows = torch.randint(0, 64, (microbatches, 1, 9), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(8).expand(1, -1)
     batches = [
@@ -532,14 +536,14 @@ def make_settled(
         settled = resolve_schedule(
             configuration.from_dict(raw),
             architecture,
-            grid,
+            mesh,
             torch.device("cpu"),
             batches=lambda: batches,
         )
         runner = StepRunner(
             settled.config,
             architecture,
-            grid,
+            mesh,
             torch.device("cpu"),
             schedule=settled.schedule,
             channels=settled.channels,
@@ -621,9 +625,9 @@ def make_tiny(rank: int, ranks: int, microbatches: int, steps: int) -> dict[str,
         loss_chunk = chunk_with_loss(schedule, rank)
 
         def stage(
-            flow: HiddenStates | None, context: Any, chunk: int
+            hidden_states: HiddenStates | None, microbatch: Any, chunk: int
         ) -> HiddenStates | torch.Tensor:
-            y = layer(given if flow is None else flow.hidden)
+            y = layer(given if hidden_states is None else hidden_states.hidden)
             return y.sum() if chunk == loss_chunk else HiddenStates(y)
 
         step = executor_lap(schedule, rank, stage, channels)

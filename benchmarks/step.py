@@ -87,14 +87,14 @@ def ours(model, dtype, accumulations, rank=0, world_size=1, compiled=False, **pa
         }
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    grid = make_mesh(
+    mesh = make_mesh(
         rank,
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
         data=config.data_size(world_size),
     )
-    runner = StepRunner(config, read_config(load_hf_config(model)), grid, device)
-    rows = random_tokens(model, accumulations, 0)[grid.data.rank :: grid.data.size]
+    runner = StepRunner(config, read_config(load_hf_config(model)), mesh, device)
+    rows = random_tokens(model, accumulations, 0)[mesh.data.rank :: mesh.data.size]
     positions = torch.arange(length(model)).expand(MICRO_BATCH, -1)
     batches = [Batch(r[:, :-1], r[:, 1:], positions, torch.zeros_like(positions)) for r in rows]
     step = iter(range(1, 10**6))

@@ -57,20 +57,20 @@ class Checkpointer:
         zero: ZeroOptimizer,
         config: Config,
         architecture: TransformerConfig,
-        grid: ProcessMesh,
+        mesh: ProcessMesh,
         describe: Describe,
     ) -> None:
         self.folder, self.stalled = folder, 0.0
-        self._zero, self._config, self._architecture, self._grid, self._describe = (
+        self._zero, self._config, self._architecture, self._mesh, self._describe = (
             zero,
             config,
             architecture,
-            grid,
+            mesh,
             describe,
         )
         self._writing: _Writing | None = None
         self._deleting: threading.Thread | None = None
-        if grid.rank == 0:
+        if mesh.rank == 0:
             self._clear()
 
     @property
@@ -90,7 +90,7 @@ class Checkpointer:
         final = self.folder / f"step-{progress.step:08d}"
         temporary = self.folder / f"{WRITING}{final.name}"
         self._together(lambda: self._prepare(temporary))
-        content = take_shard(self._zero, self._grid)
+        content = take_shard(self._zero, self._mesh)
         needed = sum(self._together(lambda: content.nbytes))
         self._together(lambda: _check_space(self.folder, needed), cleanup=temporary)
         self._writing = _Writing(
@@ -132,27 +132,27 @@ class Checkpointer:
             shutil.rmtree(left, ignore_errors=True)
 
     def _prepare(self, temporary: Path) -> None:
-        if self._grid.rank == 0:
+        if self._mesh.rank == 0:
             writer.prepare(temporary)
 
     def _write(
         self, temporary: Path, content: CheckpointShard, progress: TrainState
     ) -> WrittenShard:
-        if self._grid.rank == 0:
+        if self._mesh.rank == 0:
             self._describe(temporary)
             writer.write_train_state(
                 temporary,
                 progress,
                 config=self._config,
                 architecture=self._architecture,
-                grid=self._grid,
+                mesh=self._mesh,
             )
         return writer.write_shard(
-            temporary, content, rank=self._grid.rank, stage=self._grid.pipeline.rank
+            temporary, content, rank=self._mesh.rank, stage=self._mesh.pipeline.rank
         )
 
     def _commit(self, writing: _Writing, shares: list[WrittenShard]) -> None:
-        if self._grid.rank == 0:
+        if self._mesh.rank == 0:
             writer.commit(
                 writing.temporary,
                 writing.final,
@@ -161,7 +161,7 @@ class Checkpointer:
                 config=self._config,
                 architecture=self._architecture,
             )
-        if self._grid.rank == 0 and writing.prune:
+        if self._mesh.rank == 0 and writing.prune:
             train = self._config.train
             old = retention.find_deletable(
                 self.folder,
@@ -186,11 +186,11 @@ class Checkpointer:
             SafetensorError,
             CheckpointError,
         ) as error:
-            outcome = (None, f"rank {self._grid.rank} could not write the checkpoint: {error}")
-        outcomes = gather_objects(outcome, self._grid.world)
+            outcome = (None, f"rank {self._mesh.rank} could not write the checkpoint: {error}")
+        outcomes = gather_objects(outcome, self._mesh.world)
         failure = next((text for _, text in outcomes if text), None)
         if failure is not None:
-            if cleanup is not None and self._grid.rank == 0:
+            if cleanup is not None and self._mesh.rank == 0:
                 shutil.rmtree(cleanup, ignore_errors=True)
             raise CheckpointError(f"{failure}; the checkpoints before it are as they were")
         return [result for result, _ in outcomes]

@@ -61,7 +61,7 @@ def snapshot(fragments: Iterable[Fragment]) -> OptimizerSnapshot:
     """Copies of the fragments that this rank is to write: those that it counts."""
     pieces, tensors = [], {}
     for fragment in fragments:
-        if fragment.sharding.counted:
+        if fragment.sharding.is_owner:
             piece = flat_shard_of(fragment)
             pieces.append(piece)
             for state, tensor in fragment.tensors.items():

@@ -104,7 +104,7 @@ def check(path: Path, config: Config, architecture: TransformerConfig) -> None:
     _check_same(path, config, trainer)
 
 
-def load(path: Path, *, zero: ZeroOptimizer, config: Config, grid: ProcessMesh) -> TrainState:
+def load(path: Path, *, zero: ZeroOptimizer, config: Config, mesh: ProcessMesh) -> TrainState:
     """Fill masters, states and weights from the pieces that are this rank's; all ranks call it together."""
     trainer = read_train_state(path)
     folder = OptimizerState(path / "optimizer")
@@ -112,7 +112,7 @@ def load(path: Path, *, zero: ZeroOptimizer, config: Config, grid: ProcessMesh) 
     for fragment in zero.fragments():
         folder.fill(fragment)
         wanted.add(fragment.sharding.name)
-    unused = folder.names().difference(*gather_objects(wanted, grid.world))
+    unused = folder.names().difference(*gather_objects(wanted, mesh.world))
     if unused:
         raise CheckpointError(
             f"{folder.folder} holds {min(unused)}, which this run has no place for"
@@ -194,10 +194,10 @@ _FIXED = [
 ]
 
 
-def describe_differences(path: Path, config: Config, grid: ProcessMesh) -> list[str]:
+def describe_differences(path: Path, config: Config, mesh: ProcessMesh) -> list[str]:
     """What is not as it was when the checkpoint was written, in words for the user."""
     trainer = read_train_state(path)
-    there, here = trainer.layout, layout(config, grid)
+    there, here = trainer.layout, layout(config, mesh)
     found = []
     moved = [
         f"{name} {there[name]} -> {value}"

@@ -32,20 +32,20 @@ class CheckpointShard(NamedTuple):
         )
 
 
-def take_shard(zero: ZeroOptimizer, grid: ProcessMesh) -> CheckpointShard:
+def take_shard(zero: ZeroOptimizer, mesh: ProcessMesh) -> CheckpointShard:
     """This rank's share; all ranks call it together. Without ZeRO all replicas hold the same optimizer, and the first has it."""
-    held = zero.config.parallel.zero > 0 or grid.data.rank == 0
+    held = zero.config.parallel.zero > 0 or mesh.data.rank == 0
     return CheckpointShard(
-        dict(_whole_tensors(zero, grid)), snapshot(zero.fragments() if held else ())
+        dict(_whole_tensors(zero, mesh)), snapshot(zero.fragments() if held else ())
     )
 
 
-def _whole_tensors(zero: ZeroOptimizer, grid: ProcessMesh) -> Iterator[tuple[str, Tensor]]:
+def _whole_tensors(zero: ZeroOptimizer, mesh: ProcessMesh) -> Iterator[tuple[str, Tensor]]:
     """Each whole tensor of this stage that is trained in turn, on tensor rank 0 of data rank 0; the other ranks only take part.
 
     A tensor that several parameters share (fused query, key, value) comes when the last of them was gathered.
     """
-    if grid.data.rank != 0 and zero.config.parallel.zero != 3:
+    if mesh.data.rank != 0 and zero.config.parallel.zero != 3:
         return
     mine = [
         (declaration, parameter)
@@ -53,14 +53,14 @@ def _whole_tensors(zero: ZeroOptimizer, grid: ProcessMesh) -> Iterator[tuple[str
         if parameter.requires_grad
     ]
     declarations = gather_objects(
-        [replace(declaration, summed=()) for declaration, _ in mine], grid.tensor
+        [replace(declaration, grad_reduce_axes=()) for declaration, _ in mine], mesh.tensor
     )
     last = {declaration.name: index for index, (declaration, _) in enumerate(mine)}
     building: dict[str, Tensor] = {}
     for index, (declaration, parameter) in enumerate(mine):
         weights = zero.whole_weights(parameter)
-        parts = all_gather(weights[None].contiguous(), grid.tensor)
-        if grid.data.rank != 0 or grid.tensor.rank != 0 or not _written_here(declarations, index):
+        parts = all_gather(weights[None].contiguous(), mesh.tensor)
+        if mesh.data.rank != 0 or mesh.tensor.rank != 0 or not _written_here(declarations, index):
             continue
         if declaration.name not in building:
             building[declaration.name] = torch.empty(declaration.shape, dtype=weights.dtype)
@@ -72,4 +72,4 @@ def _whole_tensors(zero: ZeroOptimizer, grid: ProcessMesh) -> Iterator[tuple[str
 
 def _written_here(declarations: list[list[ShardSpec]], index: int) -> bool:
     """A tensor is written by the stage that counts it; the other end's copy of a tied embedding is not."""
-    return any(their[index].counted for their in declarations)
+    return any(their[index].is_owner for their in declarations)

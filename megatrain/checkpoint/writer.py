@@ -51,13 +51,13 @@ class TrainState(NamedTuple):
     """First step of the loss spike that the last step is in; 0 for none."""
 
 
-def layout(config: Config, grid: ProcessMesh) -> dict[str, Any]:
+def layout(config: Config, mesh: ProcessMesh) -> dict[str, Any]:
     """What was split over which ranks; a resume is bit-exact where it is the same, and exact to rounding where it is not."""
     p = config.parallel
     return {
         "tensor": p.tensor,
         "pipeline": p.pipeline,
-        "data": grid.data.size,
+        "data": mesh.data.size,
         "zero": p.zero,
         "sequence": p.sequence,
         "schedule": p.schedule,
@@ -123,11 +123,11 @@ def write_train_state(
     *,
     config: Config,
     architecture: TransformerConfig,
-    grid: ProcessMesh,
+    mesh: ProcessMesh,
 ) -> None:
     trainer = {
         **progress._asdict(),
-        "layout": layout(config, grid),
+        "layout": layout(config, mesh),
         "config": configuration.to_dict(config),
         "model": architecture.config.to_dict(),
     }

@@ -48,10 +48,10 @@ def our_logits(architecture: TransformerConfig, tensors: Readable, tokens: Tenso
     """[B, S, V] by the layers that train."""
     layers = whole_model(architecture)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    contexts = MicrobatchFactory(
+    factory = MicrobatchFactory(
         Config(), architecture, make_mesh(0, connect=False), torch.device("cpu")
     )
-    context = contexts.make(
+    microbatch = factory.make(
         Batch(tokens, tokens, positions, torch.zeros_like(tokens)), step=None, index=0
     )
 
@@ -59,14 +59,14 @@ def our_logits(architecture: TransformerConfig, tensors: Readable, tokens: Tenso
         return read_declared(tensors, shard_spec(parameter), rows).float()
 
     with streamed(layers, read):
-        flow = None
+        hidden_states = None
         for layer in layers[:-1]:
-            flow = layer(flow, context)
+            hidden_states = layer(hidden_states, microbatch)
         head: Any = layers[-1]
         pieces = []
         for rows in rows_of(head.weight):
             with holding(head, "weight", read(head.weight, rows)):
-                pieces.append(head.logits(flow))
+                pieces.append(head.logits(hidden_states))
     return torch.cat(pieces, dim=-1).transpose(0, 1)
 
 

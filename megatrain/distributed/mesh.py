@@ -47,27 +47,19 @@ class ProcessMesh:
     tensor: MeshAxis
     pipeline: MeshAxis
     data: MeshAxis
-    model: MeshAxis
+    model_parallel_group: MeshAxis
     """All ranks of this rank's replica: tensor x pipeline."""
-    ends: MeshAxis
+    embedding_group: MeshAxis
     """First and last stage with this rank's tensor and data place: those that share a tied embedding."""
     world: MeshAxis
     """All ranks of the run, in torch's own group."""
-    singleton: dist.ProcessGroup | None = None
+    self_group: dist.ProcessGroup | None = None
     """This rank alone, for libraries that want a group where we have none."""
 
     @property
     def activity(self) -> RankActivity:
         """Where this rank notes what it is doing."""
         return self.world.activity
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline.rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline.rank == self.pipeline.size - 1
 
 
 def box(*, tensor: int, pipeline: int, data: int) -> np.ndarray:
@@ -90,8 +82,10 @@ def make_mesh(
         "tensor": ranks.reshape(-1, tensor),
         "pipeline": ranks.reshape(pipeline, -1).T,
         "data": ranks.transpose(0, 2, 1).reshape(-1, data),
-        "model": ranks.transpose(1, 0, 2).reshape(data, -1),
-        "ends": ranks[[0, -1]].reshape(2, -1).T if pipeline > 1 else ranks.reshape(-1, 1),
+        "model_parallel_group": ranks.transpose(1, 0, 2).reshape(data, -1),
+        "embedding_group": ranks[[0, -1]].reshape(2, -1).T
+        if pipeline > 1
+        else ranks.reshape(-1, 1),
     }
     activity = activity or RankActivity()
     axes = {name: _axis(rank, groups, connect, name, activity) for name, groups in lines.items()}
@@ -100,7 +94,7 @@ def make_mesh(
         rank=rank,
         world_size=ranks.size,
         world=world,
-        singleton=new_group((rank,), name="singleton", activity=activity) if connect else None,
+        self_group=new_group((rank,), name="self_group", activity=activity) if connect else None,
         **axes,
     )
 

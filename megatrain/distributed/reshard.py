@@ -40,8 +40,8 @@ class FlatShard:
     dim: int | None
     start: int
     length: int
-    run: int
-    stride: int
+    block: int
+    block_stride: int
     transposed: bool
     extent: int
     first: int
@@ -75,7 +75,16 @@ def make_flat_shard(
     oriented = local_shape[::-1] if s.transposed else local_shape
     extent = oriented[s.dim] if s.dim is not None else 0
     return FlatShard(
-        s.shape, s.dim, s.start, s.length, s.run, s.stride, s.transposed, extent, first, count
+        s.shape,
+        s.dim,
+        s.start,
+        s.length,
+        s.block,
+        s.block_stride,
+        s.transposed,
+        extent,
+        first,
+        count,
     )
 
 
@@ -89,13 +98,13 @@ def intervals_of(piece: FlatShard) -> Intervals:
     if piece.transposed:
         shape, dim = shape[::-1], len(shape) - 1 - dim
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    run = piece.run or max(piece.length, 1)
+    block = piece.block or max(piece.length, 1)
     rows = np.arange(outer, dtype=np.int64)[:, None]
-    regions = np.arange(piece.length // run, dtype=np.int64)[None]
-    whole = (rows * shape[dim] + piece.start + regions * piece.stride) * inner
-    local = (rows * piece.extent + regions * run) * inner
+    regions = np.arange(piece.length // block, dtype=np.int64)[None]
+    whole = (rows * shape[dim] + piece.start + regions * piece.block_stride) * inner
+    local = (rows * piece.extent + regions * block) * inner
     return _clip(
-        Intervals(whole.ravel(), local.ravel(), np.full(whole.size, run * inner, np.int64)), piece
+        Intervals(whole.ravel(), local.ravel(), np.full(whole.size, block * inner, np.int64)), piece
     )
 
 

@@ -70,20 +70,23 @@ class ShardSpec:
     transposed: bool = False
     init: Init = field(default_factory=Init)
     kind: Literal["matrix", "embedding", "bias", "norm"] = "matrix"
-    counted: bool = True
-    summed: tuple[MeshAxis, ...] = ()
-    run: int = 0
-    stride: int = 0
+    is_owner: bool = True
+    grad_reduce_axes: tuple[MeshAxis, ...] = ()
+    block: int = 0
+    block_stride: int = 0
 
     def regions(self) -> list[ShardSlice]:
         """The part as rectangles of the whole tensor, in the part's order; none when the part is empty."""
         if self.dim is None:
             everything = tuple(slice(0, size) for size in self.shape)
             return [ShardSlice(everything, everything)]
-        run = self.run or max(self.length, 1)
+        block = self.block or max(self.length, 1)
         return [
-            ShardSlice(self._along(self.start + i * self.stride, run), self._along(i * run, run))
-            for i in range(self.length // run)
+            ShardSlice(
+                self._along(self.start + i * self.block_stride, block),
+                self._along(i * block, block),
+            )
+            for i in range(self.length // block)
         ]
 
     def _along(self, start: int, length: int) -> tuple[slice, ...]:

@@ -154,7 +154,7 @@ class ColumnParallelLinear(nn.Module):
         self.weight = weight
         self.bias = bias
 
-    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+    def forward(self, x: Tensor, microbatch: Any = None) -> Tensor:
         """`context`, the microbatch's, is for what may stand in a linear's place."""
         return linear(x, self.weight, self.bias)
 
@@ -173,7 +173,7 @@ class RowParallelLinear(ColumnParallelLinear):
         super().__init__(weight, bias)
         self.axis, self.sequence = axis, sequence
 
-    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+    def forward(self, x: Tensor, microbatch: Any = None) -> Tensor:
         y = collectives.leave_tensor_parallel(
             linear(x, self.weight), self.axis, sequence=self.sequence
         )

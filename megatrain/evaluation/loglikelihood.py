@@ -58,27 +58,27 @@ class Scorer:
         stage: Stage,
         config: Config,
         architecture: TransformerConfig,
-        grid: ProcessMesh,
+        mesh: ProcessMesh,
         device: torch.device,
     ) -> None:
-        self.config, self.grid, self.device, self.stage = config, grid, device, stage.eval()
+        self.config, self.mesh, self.device, self.stage = config, mesh, device, stage.eval()
         self.hidden_size, self.classifier = architecture.hidden_size, architecture.classifier
-        self.contexts = MicrobatchFactory(config, architecture, grid, device)
-        self.microbatches = 4 * grid.pipeline.size if grid.pipeline.size > 1 else 1
+        self.microbatch_factory = MicrobatchFactory(config, architecture, mesh, device)
+        self.microbatches = 4 * mesh.pipeline.size if mesh.pipeline.size > 1 else 1
         self.executor = Executor(
             self._forward,
-            channels=P2PCommunicator(grid.pipeline, ring=False) if grid.pipeline.size > 1 else None,
+            channels=P2PCommunicator(mesh.pipeline, ring=False) if mesh.pipeline.size > 1 else None,
             flow_shape=(0, 0, 0),
             dtype=DTYPES[config.train.dtype],
             device=device,
-            activity=grid.activity,
+            activity=mesh.activity,
         )
         self._instructions = lru_cache(self._make_instructions)
 
     @property
     def rows_per_round(self) -> int:
         """Rows that all ranks together take at once."""
-        return self.microbatches * self.config.train.micro_batch_size * self.grid.data.size
+        return self.microbatches * self.config.train.micro_batch_size * self.mesh.data.size
 
     def scores(self, rows: Iterable[Row]) -> Iterator[Score]:
         """Of a language model: one score a row, in the rows' order."""
@@ -98,26 +98,26 @@ class Scorer:
 
     def _round(self, rows: list[Row]) -> list[list[float]]:
         """Of at most `rows_per_round` rows."""
-        size, replicas = self.config.train.micro_batch_size, self.grid.data.size
+        size, replicas = self.config.train.micro_batch_size, self.mesh.data.size
         asked = len(rows)
         count = -(-asked // (size * replicas))
         length = self._padded(max(len(row.tokens) for row in rows))
         rows = [*rows, *[Row([], [])] * (count * size * replicas - len(rows))]
-        mine = list(_parts(rows, size))[self.grid.data.rank :: replicas]
-        contexts = [
-            self.contexts.make(_batch(some, length), step=None, index=index)
+        mine = list(_parts(rows, size))[self.mesh.data.rank :: replicas]
+        microbatches = [
+            self.microbatch_factory.make(_batch(some, length), step=None, index=index)
             for index, some in enumerate(mine)
         ]
         self.executor.flow_shape = (
-            length // (self.grid.tensor.size if self.config.parallel.sequence else 1),
+            length // (self.mesh.tensor.size if self.config.parallel.sequence else 1),
             size,
             self.hidden_size,
         )
-        results = self.executor.run(self._instructions(count), contexts, backward=None)
+        results = self.executor.run(self._instructions(count), microbatches, backward=None)
         return self._gathered(results, count, self._width(length))[:asked]
 
     def _padded(self, length: int) -> int:
-        unit = self.grid.tensor.size if self.config.parallel.sequence else 1
+        unit = self.mesh.tensor.size if self.config.parallel.sequence else 1
         return -(-length // unit) * unit
 
     def _width(self, length: int) -> int:
@@ -129,32 +129,32 @@ class Scorer:
     def _gathered(self, results: list[Tensor], count: int, width: int) -> list[list[float]]:
         """What the last stage of each replica found, on all ranks and in the rows' order."""
         table = torch.zeros(
-            (count, self.grid.data.size, self.config.train.micro_batch_size, width),
+            (count, self.mesh.data.size, self.config.train.micro_batch_size, width),
             dtype=torch.float64,
             device=self.device,
         )
-        if results and self.grid.tensor.rank == 0:
-            table[:, self.grid.data.rank] = torch.stack(results)
-        collectives.all_reduce(table, self.grid.world)
+        if results and self.mesh.tensor.rank == 0:
+            table[:, self.mesh.data.rank] = torch.stack(results)
+        collectives.all_reduce(table, self.mesh.world)
         return table.view(-1, width).tolist()
 
     def _make_instructions(self, count: int) -> list[Instruction]:
         return add_communication(
-            forward_only(make_schedule("1f1b", self.grid.pipeline.size, count))
-        )[self.grid.pipeline.rank]
+            forward_only(make_schedule("1f1b", self.mesh.pipeline.size, count))
+        )[self.mesh.pipeline.rank]
 
     def _forward(
-        self, flow: HiddenStates | None, context: Microbatch, chunk: int
+        self, hidden_states: HiddenStates | None, microbatch: Microbatch, chunk: int
     ) -> HiddenStates | Tensor:
         *layers, last = self.stage.layers
         for layer in layers:
-            flow = layer(flow, context)
+            hidden_states = layer(hidden_states, microbatch)
         if isinstance(last, Head):
-            return _row_scores(last, flow, context)
+            return _row_scores(last, hidden_states, microbatch)
         return (
-            _class_scores(last, flow, context)
+            _class_scores(last, hidden_states, microbatch)
             if isinstance(last, ClassificationHead)
-            else last(flow, context)
+            else last(hidden_states, microbatch)
         )
 
 
@@ -173,27 +173,27 @@ def _batch(rows: Sequence[Row], length: int) -> Batch:
     )
 
 
-def _row_scores(head: Head, flow: HiddenStates | None, context: Microbatch) -> Tensor:
+def _row_scores(head: Head, hidden_states: HiddenStates | None, microbatch: Microbatch) -> Tensor:
     """Of each row the summed loss, and how many labels were not the likeliest token: float64 [B, 2]."""
-    assert flow is not None
-    logits = head.logits(flow).flatten(0, 1)
-    labels = context.labels.t().reshape(-1)
+    assert hidden_states is not None
+    logits = head.logits(hidden_states).flatten(0, 1)
+    labels = microbatch.labels.t().reshape(-1)
     misses = _misses(logits, labels, start=head.start, vocab_size=head.vocab_size, axis=head.axis)
     losses = vocab_parallel_cross_entropy(
         logits, labels, start=head.start, vocab_size=head.vocab_size, axis=head.axis
     )
-    rows = context.labels.shape[0]
+    rows = microbatch.labels.shape[0]
     return torch.stack(
         [losses.double().view(-1, rows).sum(0), misses.double().view(-1, rows).sum(0)], dim=1
     )
 
 
 def _class_scores(
-    head: ClassificationHead, flow: HiddenStates | None, context: Microbatch
+    head: ClassificationHead, hidden_states: HiddenStates | None, microbatch: Microbatch
 ) -> Tensor:
     """Of each row the scores of all classes, or the class told of each labelled token and -1 elsewhere: float64 [B, classes or S]."""
-    scores, _ = head.scores(flow, context)
-    labelled = context.labels >= 0
+    scores, _ = head.scores(hidden_states, microbatch)
+    labelled = microbatch.labels >= 0
     if head.classifier.of_tokens:
         told = torch.full(labelled.shape, -1.0, dtype=torch.float64, device=scores.device)
         told[labelled] = scores.argmax(1).double()

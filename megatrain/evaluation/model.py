@@ -22,13 +22,13 @@ def open_scorer(
     folder: Path,
     config: Config,
     architecture: TransformerConfig,
-    grid: ProcessMesh,
+    mesh: ProcessMesh,
     device: torch.device,
 ) -> Scorer:
     """Build this rank's stage in the settings' dtype and fill it from the folder, which was checked to hold all of it."""
-    stage = build_stage(config, architecture, grid, str(device), dtype=DTYPES[config.train.dtype])
+    stage = build_stage(config, architecture, mesh, str(device), dtype=DTYPES[config.train.dtype])
     Pretrained(folder, architecture).fill(stage, seed=0)
-    return Scorer(stage, config, architecture, grid, device)
+    return Scorer(stage, config, architecture, mesh, device)
 
 
 def open_tokenizer(config: Config, architecture: TransformerConfig) -> Any:

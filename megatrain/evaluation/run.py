@@ -43,18 +43,18 @@ def evaluate(
     architecture = any_architecture(load_hf_config(config.model))
     data_size = config.data_size(place.world_size)
     device = device_module.select_device(place)
-    grid = make_mesh(
+    mesh = make_mesh(
         place.rank,
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
         data=data_size,
         activity=activity,
     )
-    grid.activity.set_phase("evaluating")
+    mesh.activity.set_phase("evaluating")
     folder = Path(subject.model)
     tokenizer = open_tokenizer(config, architecture)
     prefix = prefix_token(tokenizer, architecture)
-    scorer = open_scorer(folder, config, architecture, grid, device)
+    scorer = open_scorer(folder, config, architecture, mesh, device)
     progress = ProgressBar(silent=subject.as_json)
     with ThreadPoolExecutor(max_workers=1) as thread:
         # Beside the evaluation, on the rank that writes them down.

@@ -37,7 +37,7 @@ class Attention(nn.Module):
             a.head_dim,
         )
         self.axis, self.sequence, self.recompute, self.compiled = (
-            parts.grid.tensor,
+            parts.mesh.tensor,
             parts.sequence,
             recompute,
             parts.compiled,
@@ -59,39 +59,39 @@ class Attention(nn.Module):
             *parts.rows("out", layer, bias=a.out_bias), axis=self.axis, sequence=self.sequence
         )
 
-    def forward(self, x: Tensor, context: Microbatch) -> Tensor:
+    def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         x = collectives.enter_tensor_parallel(x, self.axis, sequence=self.sequence)
-        q, k, v = self.query(x, context), self.key(x, context), self.value(x, context)
+        q, k, v = self.query(x, microbatch), self.key(x, microbatch), self.value(x, microbatch)
         if self.recompute and self.training:
             y = checkpoint(
-                self._core, q, k, v, context, use_reentrant=False, preserve_rng_state=False
+                self._core, q, k, v, microbatch, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            y = self._core(q, k, v, context)
-        return self.out(y, context)
+            y = self._core(q, k, v, microbatch)
+        return self.out(y, microbatch)
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Microbatch) -> Tensor:
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, microbatch: Microbatch) -> Tensor:
         """Query [S, B, h*d], key and value [S, B, g*d] -> [S, B, h*d]."""
         q = q.unflatten(-1, (self.heads, self.head_dim))
         k = k.unflatten(-1, (self.kv_heads, self.head_dim))
         v = v.unflatten(-1, (self.kv_heads, self.head_dim))
         q, k = self.query_norm(q), self.key_norm(k)
-        if context.rotations:
-            turn = context.rotations[self.rope_kind]
+        if microbatch.rotations:
+            turn = microbatch.rotations[self.rope_kind]
             q, k = rotate(q, turn, compiled=self.compiled), rotate(k, turn, compiled=self.compiled)
         y = self._attend(
-            q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), context
+            q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), microbatch
         )
         return y.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Microbatch) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, microbatch: Microbatch) -> Tensor:
         """Scaled dot products, q [B, h, S, d], k and v [B, g, S, d] -> [B, h, S, d]."""
-        mask = context.mask(self.window)
+        mask = microbatch.mask(self.window)
         dtype = q.dtype
         q, k, v = to_matmul_dtype(q), to_matmul_dtype(k), to_matmul_dtype(v)
         probability = self.dropout if self.training else 0.0
         if probability > 0.0 or self.cap is not None:
-            return self._attend_written_out(q, k, v, mask, probability, context).to(dtype)
+            return self._attend_written_out(q, k, v, mask, probability, microbatch).to(dtype)
         if mask is None and torch.is_grad_enabled() and supports(q, k):
             return causal_attention(q, k, v, self.scale, compile=self.compiled)
         y = F.scaled_dot_product_attention(
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         v: Tensor,
         mask: Tensor | None,
         probability: float,
-        context: Microbatch,
+        microbatch: Microbatch,
     ) -> Tensor:
         """Because torch's kernels cap no scores, and the dropout inside them cannot be given a mask of ours."""
         if mask is None:
@@ -127,7 +127,7 @@ class Attention(nn.Module):
             weights = dropout(
                 weights,
                 probability,
-                context.mask_key("attention", self.layer, self.axis.rank),
+                microbatch.mask_key("attention", self.layer, self.axis.rank),
                 training=True,
             )
         return weights @ v

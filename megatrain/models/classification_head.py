@@ -32,15 +32,15 @@ class ClassificationHead(nn.Module):
         super().__init__()
         a, classifier = parts.architecture, parts.architecture.classifier
         assert classifier is not None
-        self.classifier, self.axis, self.sequence = classifier, parts.grid.tensor, parts.sequence
+        self.classifier, self.axis, self.sequence = classifier, parts.mesh.tensor, parts.sequence
         self.outcomes: list[tuple[Tensor, Tensor]] | None = None
         """While it is a list, each forward of an evaluation adds its scores and numbers."""
         self.norm = hidden_norm(parts, "final_norm", None)
         self.weight = parts.classifier("weight", (classifier.num_labels, a.hidden_size))
         self.bias = parts.classifier("bias", (classifier.num_labels,)) if classifier.bias else None
 
-    def forward(self, flow: Any, context: Microbatch) -> Tensor:
-        scores, numbers = self.scores(flow, context)
+    def forward(self, hidden_states: Any, microbatch: Microbatch) -> Tensor:
+        scores, numbers = self.scores(hidden_states, microbatch)
         if self.outcomes is not None and not self.training:
             self.outcomes.append((scores.detach(), numbers))
         classifier = self.classifier
@@ -55,15 +55,15 @@ class ClassificationHead(nn.Module):
             )
         return F.mse_loss(scores, right, reduction="sum") / classifier.num_labels
 
-    def scores(self, flow: Any, context: Microbatch) -> tuple[Tensor, Tensor]:
+    def scores(self, hidden_states: Any, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
         """Of the labelled tokens, in the order of the microbatch's rows: fp32 [n, classes], and their targets' numbers [n]."""
-        hidden = self.norm(flow.hidden)
+        hidden = self.norm(hidden_states.hidden)
         if self.sequence:
             hidden = collectives.gather_to_replicated(hidden, self.axis)
-        labelled = context.labels >= 0
+        labelled = microbatch.labels >= 0
         rows = hidden.transpose(0, 1)[labelled]
         if self.training and self.classifier.dropout > 0.0:
             rows = dropout(
-                rows, self.classifier.dropout, context.mask_key("classifier"), training=True
+                rows, self.classifier.dropout, microbatch.mask_key("classifier"), training=True
             )
-        return linear(rows, self.weight, self.bias).float(), context.labels[labelled]
+        return linear(rows, self.weight, self.bias).float(), microbatch.labels[labelled]

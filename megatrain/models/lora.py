@@ -89,21 +89,21 @@ class LoraLinear(ColumnParallelLinear):
         self.rows = (base.axis, base.sequence) if isinstance(base, RowParallelLinear) else None
         self.part = base.axis.rank if isinstance(base, RowParallelLinear) else None
 
-    def forward(self, x: Tensor, context: Microbatch) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:  # type: ignore[override]
         y = linear(x, self.weight)
-        if context.adapters:
-            y = self._adapted(x, y, context)
+        if microbatch.adapters:
+            y = self._adapted(x, y, microbatch)
         if self.rows is not None:
             axis, sequence = self.rows
             y = collectives.leave_tensor_parallel(y, axis, sequence=sequence)
         return y if self.bias is None else y + self.bias
 
-    def _adapted(self, x: Tensor, y: Tensor, context: Microbatch) -> Tensor:
+    def _adapted(self, x: Tensor, y: Tensor, microbatch: Microbatch) -> Tensor:
         """y = W x becomes W x + s B A x, or DoRA's multiple of it; partial sums where the weight is split by rows."""
         dropped = x
         if self.dropout > 0.0 and self.training:
             dropped = dropout(
-                x, self.dropout, context.mask_key("lora", self.name, self.part), training=True
+                x, self.dropout, microbatch.mask_key("lora", self.name, self.part), training=True
             )
         low = linear(linear(dropped, self.lora_a), self.lora_b) * self.scale
         if self.magnitude is None:
@@ -203,7 +203,7 @@ def _make_a(
     )
     if split == "columns":
         declaration = replace(
-            declaration, counted=axis.rank == 0, summed=(axis,) if axis.size > 1 else ()
+            declaration, is_owner=axis.rank == 0, grad_reduce_axes=(axis,) if axis.size > 1 else ()
         )
     elif axis.size > 1:
         declaration = replace(declaration, dim=1, start=weight.start, length=weight.length)
@@ -217,7 +217,7 @@ def _output_part(
     shape = (weight.shape[1 if weight.transposed else 0], *more)
     if split == "rows":
         return ShardSpec(
-            name, shape, counted=axis.rank == 0, summed=(axis,) if axis.size > 1 else ()
+            name, shape, is_owner=axis.rank == 0, grad_reduce_axes=(axis,) if axis.size > 1 else ()
         )
     return replace(
         weight,

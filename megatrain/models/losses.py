@@ -37,7 +37,7 @@ class Objective(Protocol):
     def count(self, labels: Tensor) -> int:
         """How many terms the sum has, from labels [B, S]."""
 
-    def __call__(self, losses: Tensor, context: Microbatch) -> Tensor:
+    def __call__(self, losses: Tensor, microbatch: Microbatch) -> Tensor:
         """fp32 scalar from the tokens' losses [S, B], 0 where there is none."""
 
 
@@ -49,7 +49,7 @@ class TokenLoss:
     def count(self, labels: Tensor) -> int:
         return int((labels >= 0).sum())
 
-    def __call__(self, losses: Tensor, context: Microbatch) -> Tensor:
+    def __call__(self, losses: Tensor, microbatch: Microbatch) -> Tensor:
         return losses.sum()
 
 
@@ -73,13 +73,15 @@ class PreferenceLoss:
     def count(self, labels: Tensor) -> int:
         return int(_present(labels).sum())
 
-    def __call__(self, losses: Tensor, context: Microbatch) -> Tensor:
-        log_probs, lengths = -losses.sum(0), (context.labels >= 0).sum(1)
-        context.log_probs = log_probs.detach()
+    def __call__(self, losses: Tensor, microbatch: Microbatch) -> Tensor:
+        log_probs, lengths = -losses.sum(0), (microbatch.labels >= 0).sum(1)
+        microbatch.log_probs = log_probs.detach()
         means = log_probs / lengths.clamp(min=1)
         if self.task == "dpo":
             reference = (
-                context.reference if context.reference is not None else torch.zeros_like(log_probs)
+                microbatch.reference
+                if microbatch.reference is not None
+                else torch.zeros_like(log_probs)
             )
             rewards = self.beta * (log_probs - reference)
         else:
@@ -94,7 +96,7 @@ class PreferenceLoss:
             pairs = -(1 - self.smoothing) * F.logsigmoid(logits) - self.smoothing * F.logsigmoid(
                 -logits
             )
-        present = _present(context.labels)
+        present = _present(microbatch.labels)
         told = torch.stack(
             [
                 chosen,
@@ -105,7 +107,7 @@ class PreferenceLoss:
                 log_probs[1::2],
             ]
         )
-        context.measured = told.detach().masked_fill(~present, 0.0).sum(1)
+        microbatch.measured = told.detach().masked_fill(~present, 0.0).sum(1)
         return pairs.masked_fill(~present, 0.0).sum()
 
 

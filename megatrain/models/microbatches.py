@@ -31,10 +31,10 @@ class MicrobatchFactory:
         self,
         config: Config,
         architecture: TransformerConfig,
-        grid: ProcessMesh,
+        mesh: ProcessMesh,
         device: torch.device,
     ) -> None:
-        self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
+        self.config, self.architecture, self.mesh, self.device = config, architecture, mesh, device
         self._plain: dict[int, _Plain] = {}
 
     def make(self, batch: Batch, *, step: int | None, index: int) -> Microbatch:
@@ -47,7 +47,7 @@ class MicrobatchFactory:
             if parted
             else self._shared(batch.positions, dtype)
         )
-        microbatch = index * self.grid.data.size + self.grid.data.rank
+        microbatch = index * self.mesh.data.size + self.mesh.data.rank
         return Microbatch(
             tokens=batch.tokens,
             labels=batch.labels,

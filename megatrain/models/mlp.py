@@ -46,7 +46,7 @@ class MLP(nn.Module):
     def __init__(self, parts: ParamFactory, layer: int) -> None:
         super().__init__()
         a = parts.architecture
-        self.axis, self.sequence, self.activation = parts.grid.tensor, parts.sequence, a.activation
+        self.axis, self.sequence, self.activation = parts.mesh.tensor, parts.sequence, a.activation
         self.compiled = parts.compiled
         self.gate = (
             ColumnParallelLinear(*parts.columns("gate", layer, bias=a.mlp_bias))
@@ -58,14 +58,14 @@ class MLP(nn.Module):
             *parts.rows("down", layer, bias=a.mlp_bias), axis=self.axis, sequence=self.sequence
         )
 
-    def forward(self, x: Tensor, context: Microbatch) -> Tensor:
+    def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         x = collectives.enter_tensor_parallel(x, self.axis, sequence=self.sequence)
-        up = self.up(x, context)
+        up = self.up(x, microbatch)
         if self.gate is None:
-            return self.down(_FORWARD[self.activation](up), context)
-        gate = self.gate(x, context)
+            return self.down(_FORWARD[self.activation](up), microbatch)
+        gate = self.gate(x, microbatch)
         if self.compiled:
-            return self.down(fused.gated_activation(gate, up, self.activation), context)
+            return self.down(fused.gated_activation(gate, up, self.activation), microbatch)
         if self.activation == "silu":
-            return self.down(_GatedSilu.apply(gate, up), context)
-        return self.down(_FORWARD[self.activation](gate) * up, context)
+            return self.down(_GatedSilu.apply(gate, up), microbatch)
+        return self.down(_FORWARD[self.activation](gate) * up, microbatch)

@@ -155,7 +155,7 @@ def query_key_norms(parts: ParamFactory, layer: int) -> tuple[nn.Module, nn.Modu
             parts.heads_norm(role, layer),
             a.norm_eps,
             plus_one=a.norm_plus_one,
-            axis=parts.grid.tensor,
+            axis=parts.mesh.tensor,
             compiled=parts.compiled,
         )
         for role in ("query", "key")

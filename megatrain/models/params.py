@@ -22,8 +22,8 @@ class OutputSlice(NamedTuple):
     whole: int
     start: int
     length: int
-    run: int = 0
-    stride: int = 0
+    block: int = 0
+    block_stride: int = 0
 
 
 class ParamFactory:
@@ -41,7 +41,7 @@ class ParamFactory:
     def __init__(
         self,
         architecture: TransformerConfig,
-        grid: ProcessMesh,
+        mesh: ProcessMesh,
         *,
         sequence: bool,
         dtype: torch.dtype,
@@ -49,19 +49,19 @@ class ParamFactory:
         linears_on: str | None = None,
         compiled: bool = False,
     ) -> None:
-        self.architecture, self.grid, self.sequence = architecture, grid, sequence
+        self.architecture, self.mesh, self.sequence = architecture, mesh, sequence
         self.dtype, self.device, self._linears_on, self.compiled = (
             dtype,
             device,
             linears_on or device,
             compiled,
         )
-        a, t, rank = architecture, grid.tensor.size, grid.tensor.rank
+        a, t, rank = architecture, mesh.tensor.size, mesh.tensor.rank
         check_tensor_split(a, t)
         self.heads = a.num_heads // t
         self.kv_heads = max(1, a.num_kv_heads // t)
         self.kv_copies: MeshAxis | None = (
-            shard_range(grid.tensor, t // a.num_kv_heads) if t > a.num_kv_heads else None
+            shard_range(mesh.tensor, t // a.num_kv_heads) if t > a.num_kv_heads else None
         )
         self.kv_start = rank * a.num_kv_heads // t
         self.vocab_rows = padded_vocab(a.vocab_size, t) // t
@@ -92,8 +92,8 @@ class ParamFactory:
                 self.kv_start * self.architecture.head_dim,
                 self.kv_heads * self.architecture.head_dim,
             )
-        length = self._out_features(role) // self.grid.tensor.size
-        return self.grid.tensor.rank * length, length
+        length = self._out_features(role) // self.mesh.tensor.size
+        return self.mesh.tensor.rank * length, length
 
     def _columns(self, role: Role) -> OutputSlice:
         """Those features in the tensor that holds them."""
@@ -107,8 +107,10 @@ class ParamFactory:
             return OutputSlice(whole, before + start, length)
         groups = a.num_kv_heads
         group, within = divmod(start, out // groups)
-        run, stride = min(length, out // groups), whole // groups
-        return OutputSlice(whole, group * stride + before // groups + within, length, run, stride)
+        block, block_stride = min(length, out // groups), whole // groups
+        return OutputSlice(
+            whole, group * block_stride + before // groups + within, length, block, block_stride
+        )
 
     def _held(self, role: Role) -> tuple[bool, tuple[MeshAxis, ...]]:
         """Whether this rank counts its columns of a role, and the axes over which their gradient is summed."""
@@ -119,12 +121,18 @@ class ParamFactory:
         self, role: Role, layer: int, *, bias: bool
     ) -> tuple[nn.Parameter, nn.Parameter | None]:
         """Weight [out / t, in] and bias [out / t] of a linear split by output features."""
-        whole, start, length, run, stride = self._columns(role)
-        counted, summed = self._held(role)
+        whole, start, length, block, block_stride = self._columns(role)
+        is_owner, grad_reduce_axes = self._held(role)
         declaration = self._matrix(
             role, layer, whole, in_features(self.architecture, role), "out", start, length
         )
-        declaration = replace(declaration, counted=counted, summed=summed, run=run, stride=stride)
+        declaration = replace(
+            declaration,
+            is_owner=is_owner,
+            grad_reduce_axes=grad_reduce_axes,
+            block=block,
+            block_stride=block_stride,
+        )
         weight = self._make(
             (length, in_features(self.architecture, role)), declaration, self._linears_on
         )
@@ -137,10 +145,10 @@ class ParamFactory:
             start,
             length,
             kind="bias",
-            counted=counted,
-            summed=summed,
-            run=run,
-            stride=stride,
+            is_owner=is_owner,
+            grad_reduce_axes=grad_reduce_axes,
+            block=block,
+            block_stride=block_stride,
         )
         return weight, self._make((length,), bias_declaration)
 
@@ -148,7 +156,7 @@ class ParamFactory:
         self, role: Role, layer: int, *, bias: bool
     ) -> tuple[nn.Parameter, nn.Parameter | None]:
         """Weight [out, in / t] and whole bias [out] of a linear split by input features, which ends a residual branch."""
-        axis, out = self.grid.tensor, self._out_features(role)
+        axis, out = self.mesh.tensor, self._out_features(role)
         length = in_features(self.architecture, role) // axis.size
         declaration = self._matrix(
             role, layer, out, in_features(self.architecture, role), "in", axis.rank * length, length
@@ -172,7 +180,7 @@ class ParamFactory:
         transposed = self.architecture.transposed
         shape = (inn, out) if transposed else (out, inn)
         dim = int((split == "in") != transposed)
-        whole = self.grid.tensor.size == 1 and length == shape[dim]
+        whole = self.mesh.tensor.size == 1 and length == shape[dim]
         return ShardSpec(
             self._name(role, layer, "weight"),
             shape,
@@ -198,15 +206,15 @@ class ParamFactory:
 
         Under sequence parallelism each rank sees only its tokens' share.
         """
-        axis = self.grid.tensor
-        summed = (axis,) if axis.size > 1 and (partial or self.sequence) else ()
+        axis = self.mesh.tensor
+        grad_reduce_axes = (axis,) if axis.size > 1 and (partial or self.sequence) else ()
         declaration = ShardSpec(
             self._name(role, layer, suffix),
             (size,),
             init=Init(value=value),
             kind=kind,
-            counted=axis.rank == 0,
-            summed=summed,
+            is_owner=axis.rank == 0,
+            grad_reduce_axes=grad_reduce_axes,
         )
         return self._make((size,), declaration)
 
@@ -221,7 +229,7 @@ class ParamFactory:
     def heads_norm(self, role: Role, layer: int) -> nn.Parameter:
         """The weight [out / t] of a norm over all heads of a role, split as they are."""
         start, length = self._share(role)
-        counted, summed = self._held(role)
+        is_owner, grad_reduce_axes = self._held(role)
         declaration = ShardSpec(
             self._name(f"{role}_norm", layer, "weight"),
             (self._out_features(role),),
@@ -230,8 +238,8 @@ class ParamFactory:
             length,
             init=Init(value=self._neutral),
             kind="norm",
-            counted=counted,
-            summed=summed,
+            is_owner=is_owner,
+            grad_reduce_axes=grad_reduce_axes,
         )
         return self._make((length,), declaration)
 
@@ -241,10 +249,10 @@ class ParamFactory:
         return 0.0 if self.architecture.norm_plus_one else 1.0
 
     def vocabulary(
-        self, role: Role, *, counted: bool = True, summed: tuple[MeshAxis, ...] = ()
+        self, role: Role, *, is_owner: bool = True, grad_reduce_axes: tuple[MeshAxis, ...] = ()
     ) -> nn.Parameter:
         """Rows [V / t, H] of the embedding or the head, padded to the same number on each rank."""
-        a, axis = self.architecture, self.grid.tensor
+        a, axis = self.architecture, self.mesh.tensor
         length = max(0, min(self.vocab_rows, a.vocab_size - self.vocab_start))
         whole = axis.size == 1 and length == self.vocab_rows
         init = Init(std=a.init_std, zero_row=a.padding_token if role == "embedding" else None)
@@ -256,21 +264,21 @@ class ParamFactory:
             length,
             init=init,
             kind="embedding",
-            counted=counted,
-            summed=summed,
+            is_owner=is_owner,
+            grad_reduce_axes=grad_reduce_axes,
         )
         return self._make((self.vocab_rows, a.hidden_size), declaration)
 
     def position_table(self) -> nn.Parameter:
         """Learned positions [max_positions, H], whole on every tensor rank."""
-        a, axis = self.architecture, self.grid.tensor
+        a, axis = self.architecture, self.mesh.tensor
         declaration = ShardSpec(
             self._name("positions", None, "weight"),
             (a.max_positions, a.hidden_size),
             init=Init(std=a.init_std),
             kind="embedding",
-            counted=axis.rank == 0,
-            summed=(axis,) if axis.size > 1 and self.sequence else (),
+            is_owner=axis.rank == 0,
+            grad_reduce_axes=(axis,) if axis.size > 1 and self.sequence else (),
         )
         return self._make((a.max_positions, a.hidden_size), declaration)
 
@@ -286,7 +294,7 @@ class ParamFactory:
                 shape,
                 init=init,
                 kind="matrix" if suffix == "weight" else "bias",
-                counted=self.grid.tensor.rank == 0,
+                is_owner=self.mesh.tensor.rank == 0,
             ),
         )
 

@@ -108,27 +108,30 @@ class ResidualDropout(nn.Module):
     def __init__(self, parts: ParamFactory, probability: float, place: str, layer: int) -> None:
         super().__init__()
         self.probability, self.place, self.layer = probability, place, layer
-        self.part = parts.grid.tensor.rank if parts.sequence else None
+        self.part = parts.mesh.tensor.rank if parts.sequence else None
 
-    def forward(self, x: Tensor, context: Microbatch) -> Tensor:
+    def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         if self.probability == 0.0 or not self.training:
             return x
         return dropout(
-            x, self.probability, context.mask_key(self.place, self.layer, self.part), training=True
+            x,
+            self.probability,
+            microbatch.mask_key(self.place, self.layer, self.part),
+            training=True,
         )
 
 
 class Embedding(nn.Module):
     def __init__(self, parts: ParamFactory, *, tied_across: bool) -> None:
         super().__init__()
-        a, grid = parts.architecture, parts.grid
-        summed = (grid.ends,) if tied_across else ()
-        weight = parts.vocabulary("embedding", summed=summed)
-        self.axis, self.sequence = grid.tensor, parts.sequence
+        a, mesh = parts.architecture, parts.mesh
+        grad_reduce_axes = (mesh.embedding_group,) if tied_across else ()
+        weight = parts.vocabulary("embedding", grad_reduce_axes=grad_reduce_axes)
+        self.axis, self.sequence = mesh.tensor, parts.sequence
         self.tokens = VocabParallelEmbedding(
             weight,
             start=parts.vocab_start,
-            axis=grid.tensor,
+            axis=mesh.tensor,
             sequence=parts.sequence,
             padding_token=a.padding_token,
         )
@@ -136,13 +139,13 @@ class Embedding(nn.Module):
         self.positions = None if a.rotary else PositionEmbedding(parts)
         self.residual = ResidualDropout(parts, a.embedding_dropout, "embedding", 0)
 
-    def forward(self, flow: HiddenStates | None, context: Microbatch) -> HiddenStates:
-        hidden = self.tokens(context.tokens)
+    def forward(self, hidden_states: HiddenStates | None, microbatch: Microbatch) -> HiddenStates:
+        hidden = self.tokens(microbatch.tokens)
         if self.scale is not None:
             hidden = hidden * torch.tensor(self.scale, dtype=hidden.dtype)
         if self.positions is not None:
-            hidden = hidden + self.positions(context.positions)
-        return HiddenStates(self.residual(hidden, context))
+            hidden = hidden + self.positions(microbatch.positions)
+        return HiddenStates(self.residual(hidden, microbatch))
 
 
 class PositionEmbedding(nn.Module):
@@ -151,7 +154,7 @@ class PositionEmbedding(nn.Module):
     def __init__(self, parts: ParamFactory) -> None:
         super().__init__()
         self.weight = parts.position_table()
-        self.axis, self.sequence = parts.grid.tensor, parts.sequence
+        self.axis, self.sequence = parts.mesh.tensor, parts.sequence
 
     def forward(self, positions: Tensor) -> Tensor:
         mine = positions.t()
@@ -180,24 +183,24 @@ class Block(nn.Module):
         self.feedforward_norm_after = after(parts, "feedforward_norm_after", layer)
         self.feedforward_residual = ResidualDropout(parts, a.residual_dropout, "feedforward", layer)
 
-    def forward(self, flow: HiddenStates, context: Microbatch) -> HiddenStates:
+    def forward(self, hidden_states: HiddenStates, microbatch: Microbatch) -> HiddenStates:
         if self.recompute and self.training:
             return HiddenStates(
                 checkpoint(
                     self._compute,
-                    flow.hidden,
-                    context,
+                    hidden_states.hidden,
+                    microbatch,
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             )
-        return HiddenStates(self._compute(flow.hidden, context))
+        return HiddenStates(self._compute(hidden_states.hidden, microbatch))
 
-    def _compute(self, x: Tensor, context: Microbatch) -> Tensor:
-        attended = self.attention_norm_after(self.attention(self.attention_norm(x), context))
-        y = x + self.attention_residual(attended, context)
-        fed = self.feedforward(self.feedforward_norm(x if self.parallel else y), context)
-        return y + self.feedforward_residual(self.feedforward_norm_after(fed), context)
+    def _compute(self, x: Tensor, microbatch: Microbatch) -> Tensor:
+        attended = self.attention_norm_after(self.attention(self.attention_norm(x), microbatch))
+        y = x + self.attention_residual(attended, microbatch)
+        fed = self.feedforward(self.feedforward_norm(x if self.parallel else y), microbatch)
+        return y + self.feedforward_residual(self.feedforward_norm_after(fed), microbatch)
 
 
 class Head(nn.Module):
@@ -205,13 +208,15 @@ class Head(nn.Module):
 
     def __init__(self, parts: ParamFactory, *, tied_across: bool) -> None:
         super().__init__()
-        a, grid = parts.architecture, parts.grid
-        summed = (grid.ends,) if tied_across else ()
+        a, mesh = parts.architecture, parts.mesh
+        grad_reduce_axes = (mesh.embedding_group,) if tied_across else ()
         self.norm = hidden_norm(parts, "final_norm", None)
         self.weight = parts.vocabulary(
-            "embedding" if a.tied else "head", counted=not tied_across, summed=summed
+            "embedding" if a.tied else "head",
+            is_owner=not tied_across,
+            grad_reduce_axes=grad_reduce_axes,
         )
-        self.axis, self.sequence = grid.tensor, parts.sequence
+        self.axis, self.sequence = mesh.tensor, parts.sequence
         self.start, self.vocab_size, self.cap, self.compiled = (
             parts.vocab_start,
             a.vocab_size,
@@ -220,9 +225,9 @@ class Head(nn.Module):
         )
         self.objective: Objective = TokenLoss()
 
-    def forward(self, flow: HiddenStates, context: Microbatch) -> Tensor:
-        logits = self.logits(flow)
-        labels = context.labels.t().reshape(-1)
+    def forward(self, hidden_states: HiddenStates, microbatch: Microbatch) -> Tensor:
+        logits = self.logits(hidden_states)
+        labels = microbatch.labels.t().reshape(-1)
         losses = vocab_parallel_cross_entropy(
             logits.flatten(0, 1),
             labels,
@@ -231,12 +236,12 @@ class Head(nn.Module):
             axis=self.axis,
             compile=self.compiled,
         )
-        return self.objective(losses.unflatten(0, (context.labels.shape[1], -1)), context)
+        return self.objective(losses.unflatten(0, (microbatch.labels.shape[1], -1)), microbatch)
 
-    def logits(self, flow: HiddenStates) -> Tensor:
+    def logits(self, hidden_states: HiddenStates) -> Tensor:
         """[S, B, V/t], this rank's part of the vocabulary."""
         x = collectives.enter_tensor_parallel(
-            self.norm(flow.hidden), self.axis, sequence=self.sequence
+            self.norm(hidden_states.hidden), self.axis, sequence=self.sequence
         )
         y = linear(x, self.weight)
         return y if self.cap is None else self.cap * torch.tanh(y / self.cap)

@@ -13,9 +13,9 @@ class NullOptimizer(ZeroOptimizer):
     """A stage in the run's dtype whose gradients accumulate in fp32 and change nothing; without DeepSpeed, masters and states."""
 
     def __init__(
-        self, stage: nn.Module, *, config: Config, grid: ProcessMesh, microbatches: int
+        self, stage: nn.Module, *, config: Config, mesh: ProcessMesh, microbatches: int
     ) -> None:
-        self.config, self.grid, self.partitioned = config, grid, False
+        self.config, self.mesh, self.partitioned = config, mesh, False
         self.stage = stage.to(DTYPES[config.train.dtype])
         self.trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
         self._take_main_grads()

@@ -48,7 +48,7 @@ def decay_groups(
 
 def is_at_both_ends(parameter: nn.Parameter) -> bool:
     """Whether first and last stage hold a copy each: a tied matrix."""
-    return any(axis.name == "ends" for axis in shard_spec(parameter).summed)
+    return any(axis.name == "embedding_group" for axis in shard_spec(parameter).grad_reduce_axes)
 
 
 def lane_padding(group: Sequence[nn.Parameter], *, shards: int) -> int:

@@ -80,25 +80,25 @@ class ZeroOptimizer:
     """
 
     def __init__(
-        self, stage: nn.Module, *, config: Config, grid: ProcessMesh, microbatches: int
+        self, stage: nn.Module, *, config: Config, mesh: ProcessMesh, microbatches: int
     ) -> None:
         import deepspeed
 
-        self.config, self.grid, self.stage = config, grid, stage
+        self.config, self.mesh, self.stage = config, mesh, stage
         self.partitioned = config.parallel.zero >= 2
-        model = _with_stand_ins(stage, config, grid)
+        model = _with_stand_ins(stage, config, mesh)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for declaration, parameter in parameters(stage):
             # DeepSpeed's norm: the first mark counts a parameter on every rank, the second on none.
-            parameter.tensor_model_parallel = declaration.counted  # type: ignore[attr-defined]
-            parameter.ds_pipe_replicated = not declaration.counted  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = declaration.is_owner  # type: ignore[attr-defined]
+            parameter.ds_pipe_replicated = not declaration.is_owner  # type: ignore[attr-defined]
         groups = decay_groups(self.trained, config.optimizer)
         with _fp16_allowed_on_cpus():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=make_optimizer(groups, config.optimizer),
                 config=_engine_config(config, microbatches),
-                mpu=_Mpu(grid, shard=config.parallel.zero > 0),
+                mpu=_Mpu(mesh, shard=config.parallel.zero > 0),
                 dist_init_required=False,
             )
         self.engine.enable_backward_allreduce = self.partitioned
@@ -210,8 +210,8 @@ class ZeroOptimizer:
             return hook
 
         for parameter in self.trained:
-            if shard_spec(parameter).summed:
-                parameter.register_hook(summed(shard_spec(parameter).summed))
+            if shard_spec(parameter).grad_reduce_axes:
+                parameter.register_hook(summed(shard_spec(parameter).grad_reduce_axes))
 
     def backward(self, output: Tensor, grad: Tensor, *, last: bool) -> None:
         """Autograd from a stage's output; gradients are accumulated in fp32 afterwards."""
@@ -249,7 +249,9 @@ class ZeroOptimizer:
         """All-reduce main_grads over the axes their parameters declare, one message an axis; those at both ends of the pipeline, or all others."""
         by_axis: dict[tuple[int, ...], tuple[MeshAxis, list[Tensor]]] = {}
         for parameter in self.trained:
-            for axis in shard_spec(parameter).summed if is_at_both_ends(parameter) == ends else ():
+            for axis in (
+                shard_spec(parameter).grad_reduce_axes if is_at_both_ends(parameter) == ends else ()
+            ):
                 by_axis.setdefault(axis.ranks, (axis, []))[1].append(parameter.main_grad)  # type: ignore[attr-defined]
         for axis, grads in by_axis.values():
             _all_reduce_together(grads, axis)
@@ -265,19 +267,19 @@ class ZeroOptimizer:
                 [True] * len(group) for group in self.optimizer.bf16_groups
             ]
             for flat in (
-                self.optimizer.fp32_groups_gradients_flat if self.grid.data.size > 1 else []
+                self.optimizer.fp32_groups_gradients_flat if self.mesh.data.size > 1 else []
             ):
                 for part in flat.split(BUCKET):
-                    collectives.all_reduce(part, self.grid.data)
-                flat.div_(self.grid.data.size)
+                    collectives.all_reduce(part, self.mesh.data)
+                flat.div_(self.mesh.data.size)
             self._sum_declared(ends=True)
             return
-        if self.config.parallel.zero == 0 and self.grid.data.size > 1:
+        if self.config.parallel.zero == 0 and self.mesh.data.size > 1:
             grads = [parameter.main_grad for parameter in self.trained]  # type: ignore[attr-defined]
-            _all_reduce_together(grads, self.grid.data)
+            _all_reduce_together(grads, self.mesh.data)
             for grad in grads:
-                grad.div_(self.grid.data.size)
-        elif self.grid.data.size > 2:
+                grad.div_(self.mesh.data.size)
+        elif self.mesh.data.size > 2:
             self._add_replicas_of_ends()
         self._sum_declared(ends=True)
         for parameter in self.trained:
@@ -286,14 +288,14 @@ class ZeroOptimizer:
             else:
                 parameter.grad_accum = parameter.main_grad.clone()  # type: ignore[attr-defined]
         self.optimizer.set_gradient_accumulation_boundary(True)
-        with self.grid.activity.collective("all-reduce", self.grid.data):
+        with self.mesh.activity.collective("all-reduce", self.mesh.data):
             self.optimizer.reduce_gradients(pipeline_parallel=False)
 
     def _add_replicas_of_ends(self) -> None:
         """Where DeepSpeed adds replicas up, the first brings the sum of what both ends hold, and the others nothing."""
         for parameter in filter(is_at_both_ends, self.trained):
-            collectives.all_reduce(parameter.main_grad, self.grid.data)  # type: ignore[attr-defined]
-            if self.grid.data.rank > 0:
+            collectives.all_reduce(parameter.main_grad, self.mesh.data)  # type: ignore[attr-defined]
+            if self.mesh.data.rank > 0:
                 parameter.main_grad.zero_()  # type: ignore[attr-defined]
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ class ZeroOptimizer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         falls = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
-        activity, world = self.grid.activity, self.grid.world
+        activity, world = self.mesh.activity, self.mesh.world
         activity.set("optimizer step")
         if self.partitioned:
             with activity.collective("update", world):
@@ -404,7 +406,7 @@ class ZeroOptimizer:
         view = self.optimizer._get_fp32_opt_state_partition
         for parameter in self.trained:
             share = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-            start = self.grid.data.rank * share
+            start = self.mesh.data.rank * share
             count = max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]
             if count:
                 tensors = {
@@ -433,7 +435,7 @@ class ZeroOptimizer:
             return parameter.detach().clone()
 
 
-def _with_stand_ins(stage: nn.Module, config: Config, grid: ProcessMesh) -> nn.Module:
+def _with_stand_ins(stage: nn.Module, config: Config, mesh: ProcessMesh) -> nn.Module:
     """The stage, and numbers that are no part of the model: one for each of the optimizer's groups that another stage has and this one has
     not, and what `lane_padding` asks for.
 
@@ -455,8 +457,8 @@ def _with_stand_ins(stage: nn.Module, config: Config, grid: ProcessMesh) -> nn.M
     anywhere = torch.tensor(
         [len(group) > 0 for group in groups], dtype=torch.int32, device=like.device
     )
-    anywhere = collectives.all_reduce(anywhere, grid.model, op=dist.ReduceOp.MAX)
-    shards = grid.data.size if config.parallel.zero else 1
+    anywhere = collectives.all_reduce(anywhere, mesh.model_parallel_group, op=dist.ReduceOp.MAX)
+    shards = mesh.data.size if config.parallel.zero else 1
     sizes = [
         lane_padding(group, shards=shards) if group else int(there)
         for group, there in zip(groups, anywhere.tolist(), strict=True)
@@ -464,7 +466,7 @@ def _with_stand_ins(stage: nn.Module, config: Config, grid: ProcessMesh) -> nn.M
     stand_ins = [
         declare(
             nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device)),
-            ShardSpec("", (size,), kind=kind, counted=False),
+            ShardSpec("", (size,), kind=kind, is_owner=False),
         )
         for kind, size in zip(kinds, sizes, strict=True)
         if size
@@ -554,13 +556,13 @@ def _engine_config(config: Config, microbatches: int) -> dict[str, Any]:
 class _Mpu:
     """Our grid in the words DeepSpeed asks for; without `shard` its data-parallel group is this rank alone."""
 
-    def __init__(self, grid: ProcessMesh, *, shard: bool) -> None:
-        self.grid = grid
-        alone = MeshAxis(0, 1, (grid.rank,))
-        self.data = grid.data if shard else alone
+    def __init__(self, mesh: ProcessMesh, *, shard: bool) -> None:
+        self.mesh = mesh
+        alone = MeshAxis(0, 1, (mesh.rank,))
+        self.data = mesh.data if shard else alone
 
     def _group(self, axis: MeshAxis) -> Any:
-        return axis.group if axis.group is not None else self.grid.singleton
+        return axis.group if axis.group is not None else self.mesh.self_group
 
     def get_data_parallel_group(self) -> Any:
         return self._group(self.data)
@@ -575,25 +577,25 @@ class _Mpu:
         return self.data.size
 
     def get_model_parallel_group(self) -> Any:
-        return self._group(self.grid.model)
+        return self._group(self.mesh.model_parallel_group)
 
     def get_model_parallel_rank(self) -> int:
-        return self.grid.model.rank
+        return self.mesh.model_parallel_group.rank
 
     def get_model_parallel_world_size(self) -> int:
-        return self.grid.model.size
+        return self.mesh.model_parallel_group.size
 
     def get_tensor_model_parallel_group(self) -> Any:
-        return self._group(self.grid.tensor)
+        return self._group(self.mesh.tensor)
 
     def get_tensor_model_parallel_rank(self) -> int:
-        return self.grid.tensor.rank
+        return self.mesh.tensor.rank
 
     def get_tensor_model_parallel_world_size(self) -> int:
-        return self.grid.tensor.size
+        return self.mesh.tensor.size
 
     def get_pipe_parallel_world_size(self) -> int:
-        return self.grid.pipeline.size
+        return self.mesh.pipeline.size
 
     def get_pipe_parallel_group(self) -> Any:
-        return self._group(self.grid.pipeline)
+        return self._group(self.mesh.pipeline)

@@ -39,12 +39,12 @@ class Stage(nn.Module):
         return [layer for chunk in self.chunks for layer in chunk]  # type: ignore[attr-defined]
 
     def forward(
-        self, flow: HiddenStates | None, context: Microbatch, chunk: int = 0
+        self, hidden_states: HiddenStates | None, microbatch: Microbatch, chunk: int = 0
     ) -> HiddenStates | Tensor:
         for layer in self.chunks[chunk]:  # type: ignore[attr-defined]
-            flow = layer(flow, context)
-        assert flow is not None
-        return flow
+            hidden_states = layer(hidden_states, microbatch)
+        assert hidden_states is not None
+        return hidden_states
 
 
 class Backward(Protocol):
@@ -100,7 +100,7 @@ class Executor:
     def run(
         self,
         instructions: Sequence[Instruction],
-        contexts: Sequence[Microbatch],
+        microbatches: Sequence[Microbatch],
         *,
         backward: Backward | None,
         loss_weight: Tensor | None = None,
@@ -117,7 +117,7 @@ class Executor:
         backwards = sum(isinstance(i, Action) and i.kind in ("B", "I") for i in instructions)
         if self.device.type == "cpu":
             instructions = receives_first(instructions)
-        run = _Run(self, contexts, backward, loss_weight, backwards)
+        run = _Run(self, microbatches, backward, loss_weight, backwards)
         for instruction in instructions:
             if isinstance(instruction, Transfer):
                 run.move(instruction)
@@ -154,14 +154,14 @@ class _Run:
     def __init__(
         self,
         executor: Executor,
-        contexts: Sequence[Microbatch],
+        microbatches: Sequence[Microbatch],
         backward: Backward | None,
         loss_weight: Tensor | None,
         backwards: int,
     ) -> None:
-        self.executor, self.contexts, self.backward, self.loss_weight = (
+        self.executor, self.microbatches, self.backward, self.loss_weight = (
             executor,
-            contexts,
+            microbatches,
             backward,
             loss_weight,
         )
@@ -226,8 +226,10 @@ class _Run:
         if entered is not None and keep:
             entered.requires_grad_()
         with torch.set_grad_enabled(keep):
-            flow = None if entered is None else HiddenStates(entered)
-            result = self.executor.stage(flow, self.contexts[action.microbatch], action.chunk)
+            hidden_states = None if entered is None else HiddenStates(entered)
+            result = self.executor.stage(
+                hidden_states, self.microbatches[action.microbatch], action.chunk
+            )
         output = result if isinstance(result, Tensor) else result.hidden
         if keep:
             self.in_flight[action.microbatch, action.chunk] = _InFlight(entered, output)

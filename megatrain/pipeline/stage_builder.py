@@ -103,17 +103,17 @@ def rank_specs(
 def build_stage(
     config: Config,
     architecture: TransformerConfig,
-    grid: ProcessMesh,
+    mesh: ProcessMesh,
     device: str,
     placement: Placement | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Stage:
     """This rank's layers, uninitialised; for training in fp32, which DeepSpeed casts to the run's dtype."""
-    chunks = rank_specs(config, architecture, placement or Placement(grid.pipeline.size))[
-        grid.pipeline.rank
+    chunks = rank_specs(config, architecture, placement or Placement(mesh.pipeline.size))[
+        mesh.pipeline.rank
     ]
     return build_layers_of(
-        chunks, config=config, architecture=architecture, grid=grid, device=device, dtype=dtype
+        chunks, config=config, architecture=architecture, mesh=mesh, device=device, dtype=dtype
     )
 
 
@@ -122,7 +122,7 @@ def build_layers_of(
     *,
     config: Config,
     architecture: TransformerConfig,
-    grid: ProcessMesh,
+    mesh: ProcessMesh,
     device: str,
     dtype: torch.dtype = torch.float32,
 ) -> Stage:
@@ -130,7 +130,7 @@ def build_layers_of(
     linears_on = "meta" if config.lora.quantize != "none" else None  # they are read one by one
     parts = ParamFactory(
         architecture,
-        grid,
+        mesh,
         sequence=config.parallel.sequence,
         dtype=dtype,
         device=device,
@@ -175,13 +175,13 @@ def _counts(
     """Of each tensor rank of a pipeline rank."""
     p, counts = config.parallel, []
     for tensor_rank in range(p.tensor):
-        grid = make_mesh(
+        mesh = make_mesh(
             rank * p.tensor + tensor_rank, tensor=p.tensor, pipeline=p.pipeline, connect=False
         )
         counts.append(
             _count(
                 build_layers_of(
-                    chunks, config=config, architecture=architecture, grid=grid, device="meta"
+                    chunks, config=config, architecture=architecture, mesh=mesh, device="meta"
                 )
             )
         )
@@ -225,7 +225,7 @@ def _count(module: torch.nn.Module) -> tuple[int, int]:
     held = counted = 0
     for declaration, parameter in parameters(module):
         held += parameter.numel()
-        if declaration.counted:
+        if declaration.is_owner:
             size = 1
             for extent in declaration.part_shape():
                 size *= extent

@@ -96,7 +96,7 @@ def layer_signature(layer: nn.Module) -> tuple[Any, ...]:
 
 def measure(
     layer: nn.Module,
-    context: Microbatch,
+    microbatch: Microbatch,
     *,
     flow_shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -108,12 +108,14 @@ def measure(
     `split` when the run's schedule has backwards in two parts; else what those take is left out.
     """
     layer.train()
-    kept, forward, backward, left = _run(layer, context, flow_shape, dtype, device, deferred=None)
+    kept, forward, backward, left = _run(
+        layer, microbatch, flow_shape, dtype, device, deferred=None
+    )
     if not split:
         return ActivationFootprint(kept, forward, backward, left=left)
     waiting: list[DeferredWeightGrad] = []
     _, _, input_backward, deferred = _run(
-        layer, context, flow_shape, dtype, device, deferred=waiting
+        layer, microbatch, flow_shape, dtype, device, deferred=waiting
     )
     with TensorTracker() as live:
         compute_deferred_weight_grads(waiting)
@@ -124,7 +126,7 @@ def measure(
 
 def _run(
     layer: nn.Module,
-    context: Microbatch,
+    microbatch: Microbatch,
     flow_shape: tuple[int, ...],
     dtype: torch.dtype,
     device: str,
@@ -138,11 +140,11 @@ def _run(
         if isinstance(layer, Embedding)
         else torch.empty(flow_shape, dtype=dtype, device="meta", requires_grad=True)
     )
-    there = [*parameters, *_tensors(context), *([] if entered is None else [entered])]
+    there = [*parameters, *_tensors(microbatch), *([] if entered is None else [entered])]
     with ExitStack() as stack:
         live = stack.enter_context(TensorTracker(there))
         stack.enter_context(_attending(device))
-        output = _forward(layer, None if entered is None else HiddenStates(entered), context)
+        output = _forward(layer, None if entered is None else HiddenStates(entered), microbatch)
         kept, forward = live.bytes, live.peak
         live.reset_peak()
         gradient = torch.empty_like(output)
@@ -160,37 +162,41 @@ def _run(
     return kept, forward, backward, left
 
 
-def _forward(layer: nn.Module, flow: HiddenStates | None, context: Microbatch) -> Tensor:
+def _forward(
+    layer: nn.Module, hidden_states: HiddenStates | None, microbatch: Microbatch
+) -> Tensor:
     if isinstance(layer, ClassificationHead):
-        assert flow is not None
-        return _classify(layer, flow, context)
-    result = layer(flow, context)
+        assert hidden_states is not None
+        return _classify(layer, hidden_states, microbatch)
+    result = layer(hidden_states, microbatch)
     return result if isinstance(result, Tensor) else result.hidden
 
 
-def _classify(head: ClassificationHead, flow: HiddenStates, context: Microbatch) -> Tensor:
+def _classify(
+    head: ClassificationHead, hidden_states: HiddenStates, microbatch: Microbatch
+) -> Tensor:
     """A classifier's loss with as many labelled tokens as there can be: without memory there are no labels to count."""
-    hidden = head.norm(flow.hidden)
+    hidden = head.norm(hidden_states.hidden)
     if head.sequence:
         hidden = collectives.gather_to_replicated(hidden, head.axis)
     rows = hidden.transpose(0, 1).flatten(0, 1)[
-        : context.labels.numel() if head.classifier.of_tokens else context.labels.shape[0]
+        : microbatch.labels.numel() if head.classifier.of_tokens else microbatch.labels.shape[0]
     ]
     return linear(rows.clone(), head.weight, head.bias).float().log_softmax(-1).sum()
 
 
-def _tensors(context: Microbatch) -> list[Tensor]:
+def _tensors(microbatch: Microbatch) -> list[Tensor]:
     """All that a context holds."""
     fields = [
-        context.tokens,
-        context.labels,
-        context.positions,
-        context.documents,
-        *context.masks.values(),
+        microbatch.tokens,
+        microbatch.labels,
+        microbatch.positions,
+        microbatch.documents,
+        *microbatch.masks.values(),
     ]
     return [
         tensor
-        for tensor in [*fields, *(part for turn in context.rotations.values() for part in turn)]
+        for tensor in [*fields, *(part for turn in microbatch.rotations.values() for part in turn)]
         if tensor is not None
     ]
 

@@ -132,35 +132,39 @@ class _Layers:
         self.dtype = DTYPES[train.dtype]
         length = config.data.sequence_length // (p.tensor if p.sequence else 1)
         self.flow_shape = (length, train.micro_batch_size, architecture.hidden_size)
-        self.flow = length * train.micro_batch_size * architecture.hidden_size * self.dtype.itemsize
-        self.context, self.shared, self.each = _context(config, architecture)
+        self.message_bytes = (
+            length * train.micro_batch_size * architecture.hidden_size * self.dtype.itemsize
+        )
+        self.microbatch, self.shared, self.each = _meta_microbatch(config, architecture)
         self._seen: dict[object, ActivationFootprint] = {}
 
     def rank(self, rank: int, specs: list[list[LayerSpec]], schedule: Schedule) -> RankMemory:
         config, p = self.config, self.config.parallel
-        grid = make_mesh(rank * p.tensor, tensor=p.tensor, pipeline=p.pipeline, connect=False)
+        mesh = make_mesh(rank * p.tensor, tensor=p.tensor, pipeline=p.pipeline, connect=False)
         stage = build_layers_of(
             specs,
             config=config,
             architecture=self.architecture,
-            grid=grid,
+            mesh=mesh,
             device="meta",
             dtype=self.dtype,
         )
         if config.lora.quantize != "none":
             _quantize(stage)
         if config.lora.rank:
-            add_adapters(stage, self.architecture, config.lora, grid.tensor)
+            add_adapters(stage, self.architecture, config.lora, mesh.tensor)
         sizes = state_sizes(stage, config, data_size=self.data_size)
         quantized = quantized_weights(stage)
         chunks = self._chunks(stage)
-        moment = peak_of(schedule, rank, chunks, flow=self.flow, on_cpu=self.device == "cpu")
-        contexts = self.shared + self.each * config.microbatches(self.data_size)
+        moment = peak_of(
+            schedule, rank, chunks, message_bytes=self.message_bytes, on_cpu=self.device == "cpu"
+        )
+        microbatch_bytes = self.shared + self.each * config.microbatches(self.data_size)
         parameters = sum(parameter.numel() for parameter in stage.parameters()) + sum(
             weight.shape.numel() for weight in quantized
         )
         sizes = sizes._replace(weights=sizes.weights + sum(weight.nbytes for weight in quantized))
-        return _whole(parameters, sizes, moment, contexts, on_cpu=self.device == "cpu")
+        return _whole(parameters, sizes, moment, microbatch_bytes, on_cpu=self.device == "cpu")
 
     def _chunks(self, stage: Stage) -> list[ActivationFootprint]:
         if self.config.parallel.zero < 2:
@@ -176,7 +180,7 @@ class _Layers:
                 layer.objective = make_objective(self.config.task, self.config.preference)
             self._seen[kind] = measure(
                 layer,
-                self.context,
+                self.microbatch,
                 flow_shape=self.flow_shape,
                 dtype=self.dtype,
                 device=self.device,
@@ -195,7 +199,7 @@ def _quantize(stage: Stage) -> None:
 
 
 def _whole(
-    parameters: int, sizes: StateSizes, moment: PeakMoment, contexts: int, *, on_cpu: bool
+    parameters: int, sizes: StateSizes, moment: PeakMoment, microbatch_bytes: int, *, on_cpu: bool
 ) -> RankMemory:
     optimizer = sizes.optimizer + (sizes.host if on_cpu else 0)
     return RankMemory(
@@ -204,19 +208,21 @@ def _whole(
         sizes.gradients,
         optimizer,
         moment.kept,
-        moment.working + sizes.buffers + contexts,
-        sizes.update + contexts,
+        moment.working + sizes.buffers + microbatch_bytes,
+        sizes.update + microbatch_bytes,
         0 if on_cpu else sizes.host,
     )
 
 
-def _context(config: Config, architecture: TransformerConfig) -> tuple[Microbatch, int, int]:
+def _meta_microbatch(
+    config: Config, architecture: TransformerConfig
+) -> tuple[Microbatch, int, int]:
     """A microbatch's context without memory; bytes that all of a step's microbatches share, and of each.
 
     All of a step's are there from its start to its end, and with them the masks that their layers have asked for.
     """
     shape = (config.train.micro_batch_size, config.data.sequence_length)
-    contexts = MicrobatchFactory(
+    microbatch_bytes = MicrobatchFactory(
         config, architecture, make_mesh(0, connect=False), torch.device("meta")
     )
     windows = {architecture.window(layer) for layer in range(architecture.num_layers)}
@@ -226,7 +232,7 @@ def _context(config: Config, architecture: TransformerConfig) -> tuple[Microbatc
         for index in range(2):
             before = live.bytes
             batch = Batch(*(torch.empty(shape, dtype=torch.int64, device="meta") for _ in range(4)))
-            held.append(contexts.make(batch, step=1, index=index))
+            held.append(microbatch_bytes.make(batch, step=1, index=index))
             del batch
             for window in windows:
                 held[-1].mask(window)
@@ -245,7 +251,12 @@ class PeakMoment(NamedTuple):
 
 
 def peak_of(
-    schedule: Schedule, rank: int, chunks: list[ActivationFootprint], *, flow: int, on_cpu: bool
+    schedule: Schedule,
+    rank: int,
+    chunks: list[ActivationFootprint],
+    *,
+    message_bytes: int,
+    on_cpu: bool,
 ) -> PeakMoment:
     """The moment at which a rank holds most, its chunks' footprints and one message's bytes given.
 
@@ -257,7 +268,7 @@ def peak_of(
     for action in schedule.actions[rank]:
         messages.take(action)
         chunk = chunks[action.chunk]
-        entered = flow if messages.enters(action) else 0
+        entered = message_bytes if messages.enters(action) else 0
         if action.kind == "F":
             takes, after = entered + chunk.forward, held + entered + chunk.kept
         elif action.kind == "B":
@@ -266,7 +277,7 @@ def peak_of(
             takes, after = chunk.input_backward, held - entered - chunk.kept + chunk.deferred
         else:
             takes, after = chunk.weight_backward, held - chunk.deferred
-        working = takes + messages.number * flow
+        working = takes + messages.number * message_bytes
         if held + working > best.kept + best.working:
             best = PeakMoment(held, working)
         held = after

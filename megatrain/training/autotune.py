@@ -72,7 +72,7 @@ class _Choice(NamedTuple):
 def resolve_schedule(
     config: Config,
     architecture: TransformerConfig,
-    grid: ProcessMesh,
+    mesh: ProcessMesh,
     device: torch.device,
     *,
     batches: Callable[[], Sequence[Batch]],
@@ -88,22 +88,22 @@ def resolve_schedule(
     """
     if config.parallel.schedule != "auto":
         return ResolvedSchedule(config)
-    if grid.pipeline.size == 1:
+    if mesh.pipeline.size == 1:
         return ResolvedSchedule(_replaced(config, schedule="1f1b"))
-    asked = _asked(config, architecture, grid)
+    asked = _asked(config, architecture, mesh)
     choice = broadcast_object(
-        _read(config, asked) if resumed and grid.rank == 0 else None, grid.world
+        _read(config, asked) if resumed and mesh.rank == 0 else None, mesh.world
     )
     channels = None
     if choice is None:
-        calibration = ScheduleProfiler(config, architecture, grid, device, batches())
+        calibration = ScheduleProfiler(config, architecture, mesh, device, batches())
         choice, channels = (
-            _measure(calibration, _limit(config, grid.world, device, ranks_here)),
+            _measure(calibration, _limit(config, mesh.world, device, ranks_here)),
             calibration.channels,
         )
-        if grid.rank == 0:
+        if mesh.rank == 0:
             _write(config, asked, choice)
-    if grid.rank == 0:
+    if mesh.rank == 0:
         logger.info(f"  schedule auto: {choice.words}")
     return ResolvedSchedule(
         _config_of(config, choice.schedule, choice.counts), choice.schedule, channels
@@ -115,24 +115,24 @@ def resolve_schedule(
 
 def _measure(calibration: ScheduleProfiler, limit: float) -> _Choice:
     """Measured, simulated, tried; the same on all ranks."""
-    config, grid = calibration.config, calibration.grid
-    schedule = run_schedule(config, grid.data.size)
+    config, mesh = calibration.config, calibration.mesh
+    schedule = run_schedule(config, mesh.data.size)
     counts = blocks_per_stage(
         cut_layers(
-            layer_costs(calibration.architecture, config.data.sequence_length), grid.pipeline.size
+            layer_costs(calibration.architecture, config.data.sequence_length), mesh.pipeline.size
         )
     )
     costs, seconds = calibration.base(_config_of(config, schedule, counts), schedule)
     search: tuple[ScheduleCandidate, list[ScheduleCandidate]] | None = None
     if costs is not None:
-        grid.activity.set_phase("choosing a schedule")
+        mesh.activity.set_phase("choosing a schedule")
         search = (
             candidate_of(costs, schedule, tuple(counts)),
             find_candidates(
-                costs, ranks=grid.pipeline.size, microbatches=len(calibration.batches), limit=limit
+                costs, ranks=mesh.pipeline.size, microbatches=len(calibration.batches), limit=limit
             ),
         )
-    search = broadcast_object(search, grid.world)
+    search = broadcast_object(search, mesh.world)
     assert search is not None, "made on rank 0"
     base, plans = search
     fits = max(base.memory) <= limit or config.parallel.memory_gib is None
@@ -269,14 +269,14 @@ def _replaced(config: Config, **parallel: Any) -> Config:
     )
 
 
-def _asked(config: Config, architecture: TransformerConfig, grid: ProcessMesh) -> dict[str, Any]:
+def _asked(config: Config, architecture: TransformerConfig, mesh: ProcessMesh) -> dict[str, Any]:
     """What a choice was made for."""
     p, train = config.parallel, config.train
     asked = {
         "model": architecture.config.to_dict(),
         "tensor": p.tensor,
         "pipeline": p.pipeline,
-        "data": grid.data.size,
+        "data": mesh.data.size,
         "sequence": p.sequence,
         "zero": p.zero,
         "offload": p.offload,

@@ -49,18 +49,18 @@ class ScheduleProfiler:
         self,
         config: Config,
         architecture: TransformerConfig,
-        grid: ProcessMesh,
+        mesh: ProcessMesh,
         device: torch.device,
         batches: Sequence[Batch],
     ) -> None:
-        self.config, self.architecture, self.grid, self.device, self.batches = (
+        self.config, self.architecture, self.mesh, self.device, self.batches = (
             config,
             architecture,
-            grid,
+            mesh,
             device,
             batches,
         )
-        self.channels = P2PCommunicator(grid.pipeline, ring=True)
+        self.channels = P2PCommunicator(mesh.pipeline, ring=True)
         """The run's own too: each would hold connections and buffers."""
 
     def base(self, config: Config, schedule: Schedule) -> tuple[MeasuredCosts | None, float]:
@@ -87,7 +87,7 @@ class ScheduleProfiler:
         return StepRunner(
             config,
             self.architecture,
-            self.grid,
+            self.mesh,
             self.device,
             schedule=schedule,
             channels=self.channels,
@@ -95,7 +95,7 @@ class ScheduleProfiler:
         )
 
     def _step_seconds(self, runner: StepRunner) -> float:
-        barrier(self.grid.world)
+        barrier(self.mesh.world)
         started = time.perf_counter()
         runner.train_step(1, self.batches)
         if self.device.type == "cuda":
@@ -103,7 +103,7 @@ class ScheduleProfiler:
         seconds = torch.tensor(
             time.perf_counter() - started, dtype=torch.float64, device=self.device
         )
-        return float(all_reduce(seconds, self.grid.world, op=dist.ReduceOp.MAX))
+        return float(all_reduce(seconds, self.mesh.world, op=dist.ReduceOp.MAX))
 
     def _costs(self, runner: StepRunner) -> MeasuredCosts | None:
         """Forwards and whole backwards from 1F1B, backwards in two parts from ZB-H1.
@@ -116,20 +116,20 @@ class ScheduleProfiler:
         tracer = Tracer(runner, Path(), steps=range(2 * TRACED), keep=traces.append)
         plain = runner.schedule
         for number, schedule in enumerate(
-            (plain, make_schedule("zb-h1", self.grid.pipeline.size, runner.microbatches))
+            (plain, make_schedule("zb-h1", self.mesh.pipeline.size, runner.microbatches))
         ):
             runner.set_schedule(schedule)
             for step in range(number * TRACED, (number + 1) * TRACED):
                 with tracer.watch(step):
                     runner.train_step(1, self.batches)
         runner.set_schedule(plain)
-        found = gather_objects((traces, sizes), self.grid.pipeline)
+        found = gather_objects((traces, sizes), self.mesh.pipeline)
         return (
             _costs_of(
                 [of_rank for of_rank, _ in found],
                 [size for _, of_rank in found for size in of_rank],
             )
-            if self.grid.rank == 0
+            if self.mesh.rank == 0
             else None
         )
 
@@ -137,7 +137,7 @@ class ScheduleProfiler:
         """Of the run, beside the weight: its fp32 gradient, and this rank's share of master and states."""
         p = self.config.parallel
         optimizer = 4 * (1 + len(STATES[self.config.optimizer.name]))
-        share = 0.0 if p.offload == "cpu" else optimizer / (self.grid.data.size if p.zero else 1)
+        share = 0.0 if p.offload == "cpu" else optimizer / (self.mesh.data.size if p.zero else 1)
         return 4 + share
 
 

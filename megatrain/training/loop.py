@@ -85,7 +85,7 @@ class _Run:
         self.progress, self.watch, self.activity = (
             parts.progress,
             parts.watch,
-            parts.runner.grid.activity,
+            parts.runner.mesh.activity,
         )
         self.stop_asked, self.saved = False, set[int]()
 
@@ -149,7 +149,7 @@ class _Run:
         values, figures = self.journal.measured(report, self.progress, seconds), dict[str, float]()
         if shown:
             self.journal.show_step(step, report, seconds, parts=stopwatch.seconds())
-            with self.activity.collective("measuring memory in the", self.runner.grid.world):
+            with self.activity.collective("measuring memory in the", self.runner.mesh.world):
                 values.update(self.parts.gauge.measure())
         undo = first_to_undo(self.progress, train)
         if undo and self._go_back(undo, values):
@@ -223,7 +223,7 @@ class _Run:
             since=since,
             own=lambda step: step <= self.parts.progress.step or step in self.saved,
             hashes=train.verify == "full",
-            world=self.runner.grid.world,
+            world=self.runner.mesh.world,
         )
         if target.path is None:
             self.journal.stays(reached, target.passed)
@@ -234,9 +234,9 @@ class _Run:
                 "optimizer.lr, take an older checkpoint with train.resume=FOLDER, or look at the data that skipped_samples.jsonl names"
             )
         back = loading.load(
-            target.path, zero=self.runner.optimizer, config=self.config, grid=self.runner.grid
+            target.path, zero=self.runner.optimizer, config=self.config, mesh=self.runner.mesh
         )
-        back = rollback.pass_over(folder, back, world=self.runner.grid.world)
+        back = rollback.pass_over(folder, back, world=self.runner.mesh.world)
         self.journal.write(reached.step, values)
         if self.journal.is_kept:
             rollback.commit(
@@ -245,7 +245,7 @@ class _Run:
         self.journal.went_back(reached, back, target.path)
         self.progress = back._replace(samples=reached.samples)
         self.watch = ResumeCheck(target.path, self.progress, margin=0)
-        self.early = early_stop(self.config, folder, self.runner.grid, self.progress)
+        self.early = early_stop(self.config, folder, self.runner.mesh, self.progress)
         if self.early is not None and self.journal.is_kept:
             restore_best(
                 folder,
@@ -301,7 +301,7 @@ class _Run:
         flags = torch.tensor(
             [int(self.stop_asked), int(self.saver.is_writing)], device=self.parts.device
         )
-        with self.activity.collective("agreeing in the", self.runner.grid.world):
+        with self.activity.collective("agreeing in the", self.runner.mesh.world):
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
             stop, anyone_writes = flags.tolist()
         self.journal.saved(self.saver.proceed(anyone_writes=bool(anyone_writes)))

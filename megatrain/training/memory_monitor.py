@@ -34,17 +34,17 @@ class MemoryMonitor:
         self,
         config: Config,
         architecture: TransformerConfig,
-        grid: ProcessMesh,
+        mesh: ProcessMesh,
         device: torch.device,
         schedule: Schedule | None,
     ) -> None:
         self.device = device
         self.predicted = 0
-        if grid.rank == 0:
+        if mesh.rank == 0:
             ranks = predict(
                 config,
                 architecture,
-                data_size=grid.data.size,
+                data_size=mesh.data.size,
                 device=device.type,
                 schedule=schedule,
             )

@@ -30,7 +30,7 @@ T = TypeVar("T")
 class NonFiniteStep(NamedTuple):
     """What is kept of a step that was not taken: its microbatches, their losses on the last stage, each parameter's largest gradient."""
 
-    contexts: list[Microbatch]
+    microbatches: list[Microbatch]
     losses: list[Tensor]
     largest: Tensor
 
@@ -128,7 +128,7 @@ def _found(runner: StepRunner, sizes: Iterable[tuple[nn.Parameter, float]]) -> l
         for place, parameter in enumerate(layer.parameters())
     }
     return [
-        Found(places[id(parameter)], shard_spec(parameter).name, runner.grid.rank, size)
+        Found(places[id(parameter)], shard_spec(parameter).name, runner.mesh.rank, size)
         for parameter, size in sizes
     ]
 
@@ -156,7 +156,7 @@ def _bad_outputs(runner: StepRunner, step: NonFiniteStep) -> list[int]:
         return hook
 
     handles = [layer.register_forward_hook(watch(number)) for number, layer in _own_layers(runner)]
-    runner.executor.run(runner.forward_instructions, step.contexts, backward=None)
+    runner.executor.run(runner.forward_instructions, step.microbatches, backward=None)
     for handle in handles:
         handle.remove()
     return found
@@ -166,7 +166,7 @@ def _own_layers(runner: StepRunner) -> list[tuple[int, nn.Module]]:
     """This rank's layers, numbered in the whole model."""
     everything = layer_specs(runner.architecture)
     chunks = rank_specs(runner.config, runner.architecture, runner.schedule.placement)[
-        runner.grid.pipeline.rank
+        runner.mesh.pipeline.rank
     ]
     return list(
         zip(
@@ -178,11 +178,11 @@ def _own_layers(runner: StepRunner) -> list[tuple[int, nn.Module]]:
 
 
 def _ranks(runner: StepRunner, mine: bool) -> list[int]:
-    return _gathered(runner, [runner.grid.rank] if mine else [])
+    return _gathered(runner, [runner.mesh.rank] if mine else [])
 
 
 def _gathered(runner: StepRunner, mine: list[T]) -> list[T]:
-    return [item for items in gather_objects(mine, runner.grid.world) for item in items]
+    return [item for items in gather_objects(mine, runner.mesh.world) for item in items]
 
 
 def _named(ranks: Iterable[int]) -> str:

@@ -44,14 +44,14 @@ class ReferenceLogProbs:
         self.path, self.source = folder / FILE_NAME, source
         self.table: dict[int, float] = {}
 
-    def attach(self, contexts: Sequence[Microbatch]) -> None:
+    def attach(self, microbatches: Sequence[Microbatch]) -> None:
         """Give each microbatch its sequences' log-probabilities; those without a token that is compared have none."""
-        for context in contexts:
+        for microbatch in microbatches:
             values = [
                 self.table[key] if used else 0.0
-                for key, used in _rows(context.tokens, context.labels)
+                for key, used in _rows(microbatch.tokens, microbatch.labels)
             ]
-            context.reference = torch.tensor(values, device=context.tokens.device)
+            microbatch.reference = torch.tensor(values, device=microbatch.tokens.device)
 
     def read(self, *, resumed: bool) -> None:
         """Take what the run's folder holds; of other weights than these it holds nothing, unless the run goes on from there."""
@@ -91,20 +91,20 @@ class ReferenceLogProbs:
         done = 0
         for batches_of, count in parts:
             for number in range(count):
-                contexts = runner.log_probs(batches_of(number))
-                for context in contexts if runner.grid.tensor.rank == 0 else []:
-                    if context.log_probs is not None:  # the last stage
-                        keys = [key for key, _ in _rows(context.tokens, context.labels)]
-                        mine |= dict(zip(keys, context.log_probs.tolist(), strict=True))
+                microbatches = runner.log_probs(batches_of(number))
+                for microbatch in microbatches if runner.mesh.tensor.rank == 0 else []:
+                    if microbatch.log_probs is not None:  # the last stage
+                        keys = [key for key, _ in _rows(microbatch.tokens, microbatch.labels)]
+                        mine |= dict(zip(keys, microbatch.log_probs.tolist(), strict=True))
                 done += 1
-                if runner.grid.rank == 0 and done * 10 // total != (done - 1) * 10 // total:
+                if runner.mesh.rank == 0 and done * 10 // total != (done - 1) * 10 // total:
                     logger.info(f"  reference log-probabilities: {done} of {total} batches")
         self.table = {
             key: value
-            for part in collectives.gather_objects(mine, runner.grid.world)
+            for part in collectives.gather_objects(mine, runner.mesh.world)
             for key, value in part.items()
         }
-        if runner.grid.rank == 0:
+        if runner.mesh.rank == 0:
             self._write()
 
     def _write(self) -> None:
@@ -123,7 +123,7 @@ def make_ref_logprobs(
     """The table for these batches: read, or computed where the weights are still those that it is of."""
     reference = ReferenceLogProbs(Path(config.run.output_dir), _source(config))
     reference.read(resumed=resumed)
-    if reference.lacks(parts, world=runner.grid.world):
+    if reference.lacks(parts, world=runner.mesh.world):
         if resumed and not config.lora.rank:
             raise CheckpointError(
                 f"{reference.path} lacks log-probabilities of these data, and only the weights that the run began from can make "

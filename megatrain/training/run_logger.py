@@ -83,7 +83,7 @@ class RunLogger:
         for words in lines if self.is_kept else ():
             logger.warning(f"  {words}")
 
-    def open(self, lines: Iterable[str], *, grid: ProcessMesh, path: Path | None, why: str) -> None:
+    def open(self, lines: Iterable[str], *, mesh: ProcessMesh, path: Path | None, why: str) -> None:
         """The run's header, what there is to say of its data, and why it begins from checkpoint `path` or from none. All ranks call it."""
         if self.is_kept:
             logger.info(
@@ -91,12 +91,12 @@ class RunLogger:
             )
         self.say([*lines, why])
         self._resumes = {} if path is None else {"from": path, "why": why}
-        hosts = gather_objects(socket.gethostname(), grid.world)
+        hosts = gather_objects(socket.gethostname(), mesh.world)
         p = self._config.parallel
         layout = {
-            "tensor": grid.tensor.size,
-            "pipeline": grid.pipeline.size,
-            "data": grid.data.size,
+            "tensor": mesh.tensor.size,
+            "pipeline": mesh.pipeline.size,
+            "data": mesh.data.size,
             "zero": p.zero,
             "schedule": p.schedule,
         }
@@ -112,9 +112,9 @@ class RunLogger:
             why=None if self._resumes else why,
         )
         self._own_place = {
-            "pipeline": grid.pipeline.rank,
-            "data": grid.data.rank,
-            "tensor": grid.tensor.rank,
+            "pipeline": mesh.pipeline.rank,
+            "data": mesh.data.rank,
+            "tensor": mesh.tensor.rank,
         }
 
     def begin(self, asked: Config, progress: TrainState, *, last: int) -> None:

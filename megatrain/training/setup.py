@@ -70,7 +70,7 @@ def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) ->
     sources = {which: task.open(asked, architecture, which) for which in parts_of(asked)}
     config = with_steps(asked, sources["train"])
     p = config.parallel
-    grid = make_mesh(
+    mesh = make_mesh(
         place.rank,
         tensor=p.tensor,
         pipeline=p.pipeline,
@@ -78,30 +78,30 @@ def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) ->
         activity=activity,
     )
     journal = RunLogger(config, architecture, place, device)
-    path, why = _choose(config, architecture, grid)
+    path, why = _choose(config, architecture, mesh)
     journal.open(
         [words for source in sources.values() for words in source.words],
-        grid=grid,
+        mesh=mesh,
         path=path,
         why=why,
     )
     pretrained = _pretrained(config, architecture, path, journal)
-    train = _loader(config, grid, sources["train"])
+    train = _loader(config, mesh, sources["train"])
     settled = resolve_schedule(
         config,
         architecture,
-        grid,
+        mesh,
         device,
         batches=lambda: train.microbatches(0),
         resumed=path is not None,
         ranks_here=place.local_size,
     )
     config = settled.config
-    gauge = MemoryMonitor(config, architecture, grid, device, settled.schedule)
+    gauge = MemoryMonitor(config, architecture, mesh, device, settled.schedule)
     runner = StepRunner(
         config,
         architecture,
-        grid,
+        mesh,
         device,
         pretrained=pretrained,
         schedule=settled.schedule,
@@ -110,20 +110,20 @@ def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) ->
     progress = TrainState(0, 0, 0, samples=0)
     if path is not None:
         activity.set_phase("loading the checkpoint")
-        journal.say(loading.describe_differences(path, config, grid))
-        progress = loading.load(path, zero=runner.optimizer, config=config, grid=grid)
-    progress = rollback.resume(folder, progress, world=grid.world)
-    chat = task.chat(config) if grid.rank == 0 else None
+        journal.say(loading.describe_differences(path, config, mesh))
+        progress = loading.load(path, zero=runner.optimizer, config=config, mesh=mesh)
+    progress = rollback.resume(folder, progress, world=mesh.world)
+    chat = task.chat(config) if mesh.rank == 0 else None
     saver = Checkpointer(
         folder / "checkpoints",
         zero=runner.optimizer,
         config=config,
         architecture=architecture,
-        grid=grid,
+        mesh=mesh,
         describe=lambda folder: write_hf_metadata(folder, config, architecture, chat),
     )
     valid = (
-        Validation(_loader(config, grid, sources["valid"]), _eval_batches(config, sources["valid"]))
+        Validation(_loader(config, mesh, sources["valid"]), _eval_batches(config, sources["valid"]))
         if "valid" in sources
         else None
     )
@@ -150,23 +150,23 @@ def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) ->
             progress,
             margin=0 if guards(progress, config.train) else config.train.resume_margin,
         ),
-        early=early_stop(config, folder, grid, progress),
+        early=early_stop(config, folder, mesh, progress),
     )
 
 
 def _choose(
-    config: Config, architecture: TransformerConfig, grid: ProcessMesh
+    config: Config, architecture: TransformerConfig, mesh: ProcessMesh
 ) -> tuple[Path | None, str]:
     """The checkpoint to go on from, and why. Rank 0 looks, for all: reading every file on every rank would take as many times as long."""
     found: tuple[Path | None, str] = (None, "")
-    if grid.rank == 0:
-        grid.activity.set_phase("looking for a checkpoint")
+    if mesh.rank == 0:
+        mesh.activity.set_phase("looking for a checkpoint")
         path, why = loading.choose_start(config, hashes=config.train.verify == "full")
         if path is not None:
             loading.check(path, config, architecture)
         found = path, why
-    found = broadcast_object(found, grid.world)
-    grid.activity.set_phase("building the model")
+    found = broadcast_object(found, mesh.world)
+    mesh.activity.set_phase("building the model")
     return found
 
 
@@ -181,13 +181,13 @@ def _pretrained(
     return pretrained
 
 
-def _loader(config: Config, grid: ProcessMesh, source: DataSource) -> DataLoader:
+def _loader(config: Config, mesh: ProcessMesh, source: DataSource) -> DataLoader:
     return DataLoader(
         source.samples,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        data_rank=grid.data.rank,
-        data_size=grid.data.size,
+        data_rank=mesh.data.rank,
+        data_size=mesh.data.size,
     )
 
 
@@ -216,7 +216,7 @@ def _all_batches(
 
 
 def early_stop(
-    config: Config, folder: Path, grid: ProcessMesh, progress: TrainState
+    config: Config, folder: Path, mesh: ProcessMesh, progress: TrainState
 ) -> EarlyStopping | None:
     """With the evaluations of the run so far, as rank 0 finds them in metrics.jsonl."""
     train = config.train
@@ -224,13 +224,13 @@ def early_stop(
         return None
     early = EarlyStopping(patience=train.early_stop, metric=train.early_stop_metric)
     lines = []
-    if grid.rank == 0:
+    if mesh.rank == 0:
         lines = [
             line
             for line in read(folder / FILE_NAME)
             if "valid_loss" in line and 0 < line["step"] <= progress.step
         ]
-    for line in broadcast_object(lines, grid.world):
+    for line in broadcast_object(lines, mesh.world):
         if line["step"] % train.eval_every == 0:  # not the end of a part of the run
             early.add(line["step"], line)
     return early

@@ -82,7 +82,7 @@ class StepRunner:
         self,
         config: Config,
         architecture: TransformerConfig,
-        grid: ProcessMesh,
+        mesh: ProcessMesh,
         device: torch.device,
         *,
         pretrained: Pretrained | None = None,
@@ -90,18 +90,18 @@ class StepRunner:
         channels: P2PCommunicator | None = None,
         optimizer: type[ZeroOptimizer] = ZeroOptimizer,
     ) -> None:
-        self.config, self.architecture, self.grid, self.device = config, architecture, grid, device
-        self.microbatches = config.microbatches(grid.data.size)
+        self.config, self.architecture, self.mesh, self.device = config, architecture, mesh, device
+        self.microbatches = config.microbatches(mesh.data.size)
         self.objective = make_objective(config.task, config.preference)
         self.ref_logprobs: ReferenceLogProbs | None = None
-        self.set_schedule(schedule or run_schedule(config, grid.data.size))
+        self.set_schedule(schedule or run_schedule(config, mesh.data.size))
         placement = self.schedule.placement
-        stage = build_stage(config, architecture, grid, str(device), placement)
+        stage = build_stage(config, architecture, mesh, str(device), placement)
         if config.lora.quantize != "none":
             source = initialize_parameter if pretrained is None else pretrained.fill_parameter
             quantize_linears(stage, device=device, fill=partial(source, seed=config.run.seed))
         if config.lora.rank:
-            add_adapters(stage, architecture, config.lora, grid.tensor)
+            add_adapters(stage, architecture, config.lora, mesh.tensor)
         if pretrained is None:
             initialize(stage, config.run.seed)
         else:
@@ -109,54 +109,54 @@ class StepRunner:
         set_magnitudes(stage)
         for head in (layer for layer in stage.layers if isinstance(layer, Head)):
             head.objective = self.objective
-        self.optimizer = optimizer(stage, config=config, grid=grid, microbatches=self.microbatches)
+        self.optimizer = optimizer(stage, config=config, mesh=mesh, microbatches=self.microbatches)
         if pretrained is not None:
             pretrained.fill_masters(self.optimizer)
         self.stage = stage
         length = config.data.sequence_length // (
-            grid.tensor.size if config.parallel.sequence else 1
+            mesh.tensor.size if config.parallel.sequence else 1
         )
-        if channels is None and grid.pipeline.size > 1:
-            channels = P2PCommunicator(grid.pipeline, ring=placement.chunks > 1)
+        if channels is None and mesh.pipeline.size > 1:
+            channels = P2PCommunicator(mesh.pipeline, ring=placement.chunks > 1)
         self.executor = Executor(
             self.optimizer.module,
             channels=channels,
             flow_shape=(length, config.train.micro_batch_size, architecture.hidden_size),
             dtype=DTYPES[config.train.dtype],
             device=device,
-            activity=grid.activity,
+            activity=mesh.activity,
         )
-        self.microbatch_factory = MicrobatchFactory(config, architecture, grid, device)
+        self.microbatch_factory = MicrobatchFactory(config, architecture, mesh, device)
 
     def set_schedule(self, schedule: Schedule) -> None:
         """Go on with another schedule of the same placement; it must be legal."""
         check_schedule(schedule, self.microbatches)
         self.schedule = schedule
-        self.instructions = add_communication(schedule)[self.grid.pipeline.rank]
+        self.instructions = add_communication(schedule)[self.mesh.pipeline.rank]
         self.forward_instructions = add_communication(forward_only(schedule))[
-            self.grid.pipeline.rank
+            self.mesh.pipeline.rank
         ]
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def train_step(self, step: int, batches: Sequence[Batch]) -> StepReport:
         """Train on this data rank's microbatches; `step` counts from 1."""
-        contexts = [
+        microbatches = [
             self.microbatch_factory.make(batch, step=step, index=index)
             for index, batch in enumerate(batches)
         ]
-        self._refer(contexts)
+        self._refer(microbatches)
         self.stage.train()
         count = self._count(batches)
         weight = torch.tensor(
-            self.grid.data.size * self.optimizer.loss_scale / count, device=self.device
+            self.mesh.data.size * self.optimizer.loss_scale / count, device=self.device
         )
         losses = self.executor.run(
-            self.instructions, contexts, backward=self.optimizer.backward, loss_weight=weight
+            self.instructions, microbatches, backward=self.optimizer.backward, loss_weight=weight
         )
         largest = self.optimizer.largest_gradients()
         bad, loss, *measured = self._totals(
-            losses, contexts, count, bad=self.optimizer.refuses(largest)
+            losses, microbatches, count, bad=self.optimizer.refuses(largest)
         )
         measures = dict(zip(self.objective.measures, measured, strict=True))
         lr = learning_rate(
@@ -175,7 +175,7 @@ class StepRunner:
         )
         if result.applied or result.rescaled:
             return report
-        self._bad = NonFiniteStep(contexts, losses, largest)
+        self._bad = NonFiniteStep(microbatches, losses, largest)
         return report._replace(reason=nonfinite.describe_nonfinite(self, self._bad))
 
     def locate_nonfinite(self) -> str:
@@ -187,13 +187,13 @@ class StepRunner:
         sums, counted = [0.0] * (1 + len(self.objective.measures)), 0
         for number in range(count):
             batches = batches_of(number)
-            contexts = [
+            microbatches = [
                 self.microbatch_factory.make(batch, step=None, index=index)
                 for index, batch in enumerate(batches)
             ]
-            self._refer(contexts)
-            losses = self._forward(contexts)
-            _, *totals = self._totals(losses, contexts, 1)
+            self._refer(microbatches)
+            losses = self._forward(microbatches)
+            _, *totals = self._totals(losses, microbatches, 1)
             sums = [a + b for a, b in zip(sums, totals, strict=True)]
             counted += self._count(batches)
         loss, *measures = (total / counted for total in sums)
@@ -201,41 +201,41 @@ class StepRunner:
 
     def log_probs(self, batches: Sequence[Batch]) -> list[Microbatch]:
         """The microbatches' contexts with each sequence's log-probability, on the last stage, by the model without adapters."""
-        contexts = [
+        microbatches = [
             self.microbatch_factory.make(batch, step=None, index=index)
             for index, batch in enumerate(batches)
         ]
-        self._forward_without_adapters(contexts)
-        return contexts
+        self._forward_without_adapters(microbatches)
+        return microbatches
 
-    def _refer(self, contexts: list[Microbatch]) -> None:
+    def _refer(self, microbatches: list[Microbatch]) -> None:
         """Give each microbatch the log-probabilities that it is compared with."""
         if self.ref_logprobs is not None:
-            self.ref_logprobs.attach(contexts)
+            self.ref_logprobs.attach(microbatches)
         elif reference_mode(self.config) == "adapters-off":
             records, self.executor.records = (
                 self.executor.records,
                 None,
             )  # a traced step is its schedule's actions
-            self._forward_without_adapters(contexts)
+            self._forward_without_adapters(microbatches)
             self.executor.records = records
-            for context in contexts:
-                context.reference = context.log_probs
+            for microbatch in microbatches:
+                microbatch.reference = microbatch.log_probs
 
-    def _forward_without_adapters(self, contexts: list[Microbatch]) -> None:
-        for context in contexts:
-            context.adapters = False
-        self._forward(contexts)
-        for context in contexts:
-            context.adapters = True
+    def _forward_without_adapters(self, microbatches: list[Microbatch]) -> None:
+        for microbatch in microbatches:
+            microbatch.adapters = False
+        self._forward(microbatches)
+        for microbatch in microbatches:
+            microbatch.adapters = True
 
-    def _forward(self, contexts: list[Microbatch]) -> list[Tensor]:
+    def _forward(self, microbatches: list[Microbatch]) -> list[Tensor]:
         """Without dropout and gradients."""
         self.stage.eval()
-        return self.executor.run(self.forward_instructions, contexts, backward=None)
+        return self.executor.run(self.forward_instructions, microbatches, backward=None)
 
     def _totals(
-        self, losses: list[Tensor], contexts: list[Microbatch], count: int, *, bad: bool = False
+        self, losses: list[Tensor], microbatches: list[Microbatch], count: int, *, bad: bool = False
     ) -> list[float]:
         """Whether any rank has something bad (more than 0), loss and measures, summed over microbatches, replicas and stages, by `count`.
 
@@ -243,12 +243,12 @@ class StepRunner:
         """
         totals = torch.zeros(2 + len(self.objective.measures), dtype=torch.float64)
         totals[0] = float(bad)
-        if losses and self.grid.tensor.rank == 0:
+        if losses and self.mesh.tensor.rank == 0:
             totals[1] = torch.stack(losses).double().sum()
-            for context in contexts if self.objective.measures else []:
-                assert context.measured is not None, "left by the objective"
-                totals[2:] += context.measured.double().cpu()
-        totals = collectives.all_reduce(totals.to(self.device), self.grid.world)
+            for microbatch in microbatches if self.objective.measures else []:
+                assert microbatch.measured is not None, "left by the objective"
+                totals[2:] += microbatch.measured.double().cpu()
+        totals = collectives.all_reduce(totals.to(self.device), self.mesh.world)
         return (totals / count).tolist()
 
     def _count(self, batches: Sequence[Batch]) -> int:
@@ -256,4 +256,4 @@ class StepRunner:
         count = torch.tensor(
             sum(self.objective.count(batch.labels) for batch in batches), device=self.device
         )
-        return int(collectives.all_reduce(count, self.grid.data))
+        return int(collectives.all_reduce(count, self.mesh.data))

@@ -146,9 +146,9 @@ class ClassificationTask(Task):
     def measure(self, runner: StepRunner, folder: Path) -> Iterator[Figures]:
         """Watch an evaluation and fill in its figures; rank 0 draws the confusion of classes into the run's folder."""
         figures: Figures = {}
-        with watched(runner.stage, first_copy=runner.grid.tensor.rank == 0) as outcomes:
+        with watched(runner.stage, first_copy=runner.mesh.tensor.rank == 0) as outcomes:
             yield figures
-        scores, numbers = _gathered(outcomes, runner.grid.world)
+        scores, numbers = _gathered(outcomes, runner.mesh.world)
         classifier = _classifier(runner.architecture)
         figures.update(
             {
@@ -156,7 +156,7 @@ class ClassificationTask(Task):
                 for name, value in figures_of(scores, numbers, classifier).items()
             }
         )
-        if runner.grid.rank == 0 and classifier.problem == "single-label":
+        if runner.mesh.rank == 0 and classifier.problem == "single-label":
             matrix = classification_metrics.confusion_matrix(
                 numbers, scores.argmax(1), classifier.num_labels
             )

@@ -63,8 +63,8 @@ class Tracer:
             else range(told[0], told[1] + 1)
         )
         if self.steps:
-            self.run = broadcast_object(time.time(), runner.grid.world)
-            self.clock = SharedClock(runner.grid.world)
+            self.run = broadcast_object(time.time(), runner.mesh.world)
+            self.clock = SharedClock(runner.mesh.world)
 
     @contextmanager
     def watch(self, step: int) -> Iterator[None]:
@@ -93,22 +93,22 @@ class Tracer:
             write_trace(self.run_folder, self._trace(step, seconds, actions, offset))
         except OSError as error:  # the run is worth more than its trace
             logger.warning(f"the trace of step {step} cannot be written: {error}")
-        if step == self.steps[-1] and self.runner.grid.rank == 0:
+        if step == self.steps[-1] and self.runner.mesh.rank == 0:
             logger.info(f"traced to step {step}; `megatrain xray {self.run_folder}` shows it")
 
     def _trace(
         self, step: int, seconds: float, actions: list[TracedAction], offset: Offset
     ) -> RankTrace:
-        runner, grid = self.runner, self.runner.grid
+        runner, mesh = self.runner, self.runner.mesh
         memory = device_module.peak_memory(runner.device)
         return RankTrace(
             run=self.run,
             step=step,
-            rank=grid.rank,
-            world_size=grid.world_size,
-            pipeline=grid.pipeline.rank,
-            data=grid.data.rank,
-            tensor=grid.tensor.rank,
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            pipeline=mesh.pipeline.rank,
+            data=mesh.data.rank,
+            tensor=mesh.tensor.rank,
             schedule=runner.schedule.name,
             placement=runner.schedule.placement,
             stages=stage_titles(runner),
@@ -133,7 +133,7 @@ class Layer(NamedTuple):
 
 def own_layers(runner: StepRunner) -> list[list[Layer]]:
     """This rank's layers by chunk, with their places in the model."""
-    placement, rank = runner.schedule.placement, runner.grid.pipeline.rank
+    placement, rank = runner.schedule.placement, runner.mesh.pipeline.rank
     places: list[list[Layer]] = []
     sizes = [len(stage) for stage in stage_titles(runner)]
     for chunk, stage in zip(runner.stage.chunks, placement.stages_of(rank), strict=True):

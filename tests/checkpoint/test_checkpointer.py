@@ -46,14 +46,14 @@ class Run:
                 "data": {"sequence_length": 16},
             }
         )
-        architecture, grid = read_config(load_hf_config(MODEL)), make_mesh(rank, tensor=2)
-        self.runner = StepRunner(self.config, architecture, grid, torch.device("cpu"))
+        architecture, mesh = read_config(load_hf_config(MODEL)), make_mesh(rank, tensor=2)
+        self.runner = StepRunner(self.config, architecture, mesh, torch.device("cpu"))
         self.saver = Checkpointer(
             folder,
             zero=self.runner.optimizer,
             config=self.config,
             architecture=architecture,
-            grid=grid,
+            mesh=mesh,
             describe=lambda folder: None,
         )
         self.folder, self.rank = folder, rank

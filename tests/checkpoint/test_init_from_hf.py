@@ -105,12 +105,12 @@ def start(rank, world_size, rows):
     for config in rows:
         before, Init.param_id = Init.param_id, 0
         p = config.parallel
-        grid = make_mesh(
+        mesh = make_mesh(
             rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size)
         )
         architecture = read_config(load_hf_config(config.model))
         pretrained = Pretrained(config.train.init_from, architecture)
-        runner = StepRunner(config, architecture, grid, torch.device("cpu"), pretrained=pretrained)
+        runner = StepRunner(config, architecture, mesh, torch.device("cpu"), pretrained=pretrained)
         found.append(Held(runner, pretrained.tensors.bytes_read))
         Init.param_id = before
     return found

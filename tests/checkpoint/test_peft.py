@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.networks import GPT2, LLAMA, build, context, logits, transformers_twin
+from helpers.networks import GPT2, LLAMA, build, logits, make_microbatch, transformers_twin
 from helpers.networks import tokens as some_tokens
 from helpers.rank_pool import run_ranks
 from helpers.training_runs import microbatches
@@ -54,21 +54,21 @@ def make_config(model: str, **parallel):
     return configuration.from_dict(raw)
 
 
-def batches(step: int, grid) -> list[Batch]:
+def batches(step: int, mesh) -> list[Batch]:
     return microbatches(
         torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step)),
         1,
-        grid.data,
+        mesh.data,
     )
 
 
-def save(folder: Path, progress: TrainState, *, zero, config, architecture, grid) -> Path:
+def save(folder: Path, progress: TrainState, *, zero, config, architecture, mesh) -> Path:
     saver = Checkpointer(
         folder,
         zero=zero,
         config=config,
         architecture=architecture,
-        grid=grid,
+        mesh=mesh,
         describe=lambda path: write_hf_metadata(path, config, architecture, None),
     )
     saver.save(progress)
@@ -80,31 +80,31 @@ def train_and_resume(rank: int, world_size: int, config, folder: Path):
     from megatrain.training.step_runner import StepRunner
 
     p, architecture = config.parallel, read_config(load_hf_config(config.model))
-    grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
-    more = {"config": config, "architecture": architecture, "grid": grid}
-    first = StepRunner(config, architecture, grid, torch.device("cpu"))
-    losses = [first.train_step(step, batches(step, grid)).loss for step in (1, 2)]
+    mesh = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    more = {"config": config, "architecture": architecture, "grid": mesh}
+    first = StepRunner(config, architecture, mesh, torch.device("cpu"))
+    losses = [first.train_step(step, batches(step, mesh)).loss for step in (1, 2)]
     path = save(folder, TrainState(2, 0, 2), zero=first.optimizer, **more)
-    losses += [first.train_step(step, batches(step, grid)).loss for step in (3, 4)]
-    second = StepRunner(config, architecture, grid, torch.device("cpu"))
+    losses += [first.train_step(step, batches(step, mesh)).loss for step in (3, 4)]
+    second = StepRunner(config, architecture, mesh, torch.device("cpu"))
     loading.check(path, config, architecture)
-    assert loading.load(path, zero=second.optimizer, config=config, grid=grid).step == 2
-    again = [second.train_step(step, batches(step, grid)).loss for step in (3, 4)]
+    assert loading.load(path, zero=second.optimizer, config=config, mesh=mesh).step == 2
+    again = [second.train_step(step, batches(step, mesh)).loss for step in (3, 4)]
     save(folder, TrainState(4, 0, 4), zero=second.optimizer, **more)
-    return losses[2:], again, first.evaluate(lambda number: batches(9, grid), 1).loss
+    return losses[2:], again, first.evaluate(lambda number: batches(9, mesh), 1).loss
 
 
 def resume_elsewhere(rank: int, world_size: int, config, path: Path):
     """Losses of steps 3 and 4 from step 2's checkpoint, on this layout."""
     from megatrain.training.step_runner import StepRunner
 
-    architecture, grid = (
+    architecture, mesh = (
         read_config(load_hf_config(config.model)),
         make_mesh(rank, data=world_size),
     )
-    runner = StepRunner(config, architecture, grid, torch.device("cpu"))
-    loading.load(path, zero=runner.optimizer, config=config, grid=grid)
-    return [runner.train_step(step, batches(step, grid)).loss for step in (3, 4)]
+    runner = StepRunner(config, architecture, mesh, torch.device("cpu"))
+    loading.load(path, zero=runner.optimizer, config=config, mesh=mesh)
+    return [runner.train_step(step, batches(step, mesh)).loss for step in (3, 4)]
 
 
 def ours_with(model: str, folder: Path):
@@ -161,7 +161,7 @@ def test_peft_loads_what_a_run_goes_on_from(model, world, parallel, tmp_path):
     layers, architecture = ours_with(model, saved)
     given = some_tokens()
     with torch.no_grad():
-        ours = logits(layers, context(architecture, given))
+        ours = logits(layers, make_microbatch(architecture, given))
         torch.testing.assert_close(theirs(input_ids=given).logits, ours, rtol=0, atol=1e-5)
         held_out = batches(9, make_mesh(0, connect=False))
         loss = [

@@ -51,7 +51,7 @@ def import_and_save(rank, world_size, root):
             }
         )
         architecture = read_config(load_hf_config(config.model))
-        grid = make_mesh(
+        mesh = make_mesh(
             rank,
             tensor=config.parallel.tensor,
             pipeline=config.parallel.pipeline,
@@ -59,13 +59,13 @@ def import_and_save(rank, world_size, root):
         )
         pretrained = Pretrained(root / name / "hf", architecture)
         pretrained.check(whole_tensors(architecture))
-        runner = StepRunner(config, architecture, grid, torch.device("cpu"), pretrained=pretrained)
+        runner = StepRunner(config, architecture, mesh, torch.device("cpu"), pretrained=pretrained)
         saver = Checkpointer(
             root / name / f"ours-{world_size}",
             zero=runner.optimizer,
             config=config,
             architecture=architecture,
-            grid=grid,
+            mesh=mesh,
             describe=lambda path, config=config, architecture=architecture: write_hf_metadata(
                 path, config, architecture, None
             ),

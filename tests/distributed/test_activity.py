@@ -181,7 +181,7 @@ def test_in_a_run_nothing_is_waited_for_without_a_note(data, tmp_path):
 
 def objects(rank, world_size):
     activity = RankActivity()
-    grid = make_mesh(rank, tensor=2, pipeline=2, activity=activity)
+    mesh = make_mesh(rank, tensor=2, pipeline=2, activity=activity)
     heard, gather, broadcast = [], dist.all_gather_object, dist.broadcast_object_list
 
     def listening(function):
@@ -199,7 +199,7 @@ def objects(rank, world_size):
                 collectives.gather_objects({rank: "x"}, axis),
                 collectives.broadcast_object((rank, "y"), axis),
             )
-            for axis in (grid.world, grid.tensor, grid.pipeline, grid.data)
+            for axis in (mesh.world, mesh.tensor, mesh.pipeline, mesh.data)
         ]
     return results, heard, (activity.current_collective, tuple(activity.waits_for))
 

@@ -5,7 +5,7 @@ import pytest
 from megatrain.distributed.mesh import box, make_mesh, shard_range
 
 
-def grids(**sizes):
+def meshes(**sizes):
     world = 1
     for size in sizes.values():
         world *= size
@@ -21,21 +21,19 @@ def test_tensor_ranks_are_neighbours_and_stages_are_far_apart():
 
 
 def test_the_axes_of_one_rank():
-    grid = make_mesh(8, tensor=2, pipeline=2, data=3, connect=False)
-    assert (grid.rank, grid.world_size) == (8, 12)
+    mesh = make_mesh(8, tensor=2, pipeline=2, data=3, connect=False)
+    assert (mesh.rank, mesh.world_size) == (8, 12)
     lines = {
-        name: (getattr(grid, name).rank, getattr(grid, name).size, getattr(grid, name).ranks)
-        for name in ("tensor", "pipeline", "data", "model", "ends")
+        name: (getattr(mesh, name).rank, getattr(mesh, name).size, getattr(mesh, name).ranks)
+        for name in ("tensor", "pipeline", "data", "model_parallel_group", "embedding_group")
     }
     assert lines == {
         "tensor": (0, 2, (8, 9)),
         "pipeline": (1, 2, (2, 8)),
         "data": (1, 3, (6, 8, 10)),
-        "model": (2, 4, (2, 3, 8, 9)),
-        "ends": (1, 2, (2, 8)),
+        "model_parallel_group": (2, 4, (2, 3, 8, 9)),
+        "embedding_group": (1, 2, (2, 8)),
     }
-    assert grid.is_last_stage
-    assert not grid.is_first_stage
 
 
 SIZES = [
@@ -45,31 +43,27 @@ SIZES = [
 
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s.values())))
 def test_every_axis_parts_the_world(sizes):
-    every = grids(**sizes)
-    for name in ("tensor", "pipeline", "data", "model"):
-        axes = [getattr(grid, name) for grid in every]
+    every = meshes(**sizes)
+    for name in ("tensor", "pipeline", "data", "model_parallel_group"):
+        axes = [getattr(mesh, name) for mesh in every]
         assert all(axis.ranks[axis.rank] == rank for rank, axis in enumerate(axes))
         assert all(axes[peer].ranks == axis.ranks for axis in axes for peer in axis.ranks)
         assert {axis.size for axis in axes} == {len(axes[0].ranks)}
-    places = {(grid.tensor.rank, grid.pipeline.rank, grid.data.rank) for grid in every}
+    places = {(mesh.tensor.rank, mesh.pipeline.rank, mesh.data.rank) for mesh in every}
     assert len(places) == len(every)
 
 
 @pytest.mark.parametrize("pipeline", [2, 3, 4])
 def test_only_first_and_last_stage_share_ends(pipeline):
-    every = grids(tensor=2, pipeline=pipeline)
-    for rank, grid in enumerate(every):
-        inner = 0 < grid.pipeline.rank < pipeline - 1
+    every = meshes(tensor=2, pipeline=pipeline)
+    for rank, mesh in enumerate(every):
+        inner = 0 < mesh.pipeline.rank < pipeline - 1
         expected = (rank,) if inner else (rank % 2, rank % 2 + 2 * (pipeline - 1))
-        assert grid.ends.ranks == expected
-        assert (grid.is_first_stage, grid.is_last_stage) == (
-            grid.pipeline.rank == 0,
-            grid.pipeline.rank == pipeline - 1,
-        )
+        assert mesh.embedding_group.ranks == expected
 
 
 def test_part_of_an_axis():
-    parts = [shard_range(grid.tensor, 2) for grid in grids(tensor=4, data=2)]
+    parts = [shard_range(mesh.tensor, 2) for mesh in meshes(tensor=4, data=2)]
     assert [part.ranks for part in parts] == [(0, 1)] * 2 + [(2, 3)] * 2 + [(4, 5)] * 2 + [
         (6, 7)
     ] * 2

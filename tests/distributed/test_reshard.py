@@ -104,12 +104,12 @@ class Whole:
                     start,
                     length,
                     self.transposed,
-                    run=run,
-                    stride=stride,
+                    block=block,
+                    block_stride=block_stride,
                 ),
                 length,
             )
-            for start, run, stride in cuts
+            for start, block, block_stride in cuts
         ]
 
 
@@ -144,7 +144,7 @@ def test_the_same_cut_is_one_copy():
     for s in (
         ShardSpec("x", (50, 60), 1, 20, 20),
         ShardSpec("x", (60, 50), 0, 20, 20, transposed=True),
-        ShardSpec("x", (64, 3), 0, 4, 16, run=4, stride=12),
+        ShardSpec("x", (64, 3), 0, 4, 16, block=4, block_stride=12),
     ):
         shape = s.part_shape()[::-1] if s.transposed else s.part_shape()
         runs = intervals_of(make_flat_shard(s, shape, 3, 40))

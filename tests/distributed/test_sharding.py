@@ -7,7 +7,7 @@ from megatrain.distributed.sharding import ShardSlice, ShardSpec
 
 # One of two tensor ranks, 4 heads in all, 2 wide: | q0 k0 v0 | q1 k1 v1 | q2 k2 v2 | q3 k3 v3 |
 KEYS = ShardSpec(
-    "query_key_value.weight", (24, 5), 0, start=7 * 2, length=2 * 2, run=2, stride=3 * 2
+    "query_key_value.weight", (24, 5), 0, start=7 * 2, length=2 * 2, block=2, block_stride=3 * 2
 )
 
 
@@ -44,7 +44,7 @@ def test_an_empty_part_has_no_region():
 def test_what_is_taken_and_put_back_is_the_whole(dim):
     whole = torch.randn(24, 24)
     parts = [
-        ShardSpec("w", (24, 24), dim, start=role * 2 + rank * 12, length=4, run=2, stride=6)
+        ShardSpec("w", (24, 24), dim, start=role * 2 + rank * 12, length=4, block=2, block_stride=6)
         for role in range(3)
         for rank in range(2)
     ]

@@ -216,11 +216,11 @@ def scores_on_rank(rank, world_size, config, folder, rows):
     from megatrain.evaluation.model import open_scorer
 
     p = config.parallel
-    grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    mesh = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
     device = device_module.select_device(
         RankEnv(rank, world_size, rank, world_size, "127.0.0.1", 29500)
     )
-    return list(open_scorer(folder, config, check_model(config), grid, device).scores(rows))
+    return list(open_scorer(folder, config, check_model(config), mesh, device).scores(rows))
 
 
 @pytest.mark.parametrize("words", [["parallel.tensor=2"], ["parallel.pipeline=2"]])

@@ -68,7 +68,7 @@ def scramble(layers: nn.ModuleList) -> None:
         parameter.copy_(values + declaration.init.value)  # norms stay near what they start from
 
 
-def context(
+def make_microbatch(
     architecture: TransformerConfig,
     tokens: Tensor,
     labels: Tensor | None = None,
@@ -86,18 +86,18 @@ def context(
 
 def logits(layers: nn.ModuleList, given: Microbatch) -> Tensor:
     """[B, S, V]"""
-    flow = None
+    hidden_states = None
     for layer in layers[:-1]:
-        flow = layer(flow, given)
-    return layers[-1].logits(flow).transpose(0, 1)
+        hidden_states = layer(hidden_states, given)
+    return layers[-1].logits(hidden_states).transpose(0, 1)
 
 
 def loss(layers: nn.ModuleList, given: Microbatch) -> Tensor:
     """Summed over tokens."""
-    flow = None
+    hidden_states = None
     for layer in layers:
-        flow = layer(flow, given)
-    return flow
+        hidden_states = layer(hidden_states, given)
+    return hidden_states
 
 
 def tokens(seed: int = 0, *, rows: int = 3, length: int = LENGTH) -> Tensor:

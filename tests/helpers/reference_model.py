@@ -55,10 +55,10 @@ class Ran(NamedTuple):
 
 def make_stage(config: Config, architecture: TransformerConfig) -> nn.Module:
     """The whole model on this process, with adapters where the config has them, as a run begins with it."""
-    grid = make_mesh(0, connect=False)
-    stage = build_stage(config, architecture, grid, "cpu")
+    mesh = make_mesh(0, connect=False)
+    stage = build_stage(config, architecture, mesh, "cpu")
     if config.lora.rank:
-        add_adapters(stage, architecture, config.lora, grid.tensor)
+        add_adapters(stage, architecture, config.lora, mesh.tensor)
     initialize(stage, config.run.seed)
     set_magnitudes(stage)
     return stage
@@ -133,7 +133,7 @@ def run_steps(runner, batches: Callable[[int], list[Batch]], *, steps: int) -> R
 def _first_gradient(zero) -> list[Piece]:
     return [
         Piece(
-            replace(f.sharding, summed=()),
+            replace(f.sharding, grad_reduce_axes=()),
             tuple(f.shape),
             f.start,
             f.tensors["exp_avg"].clone() / (1 - BETAS[0]),
@@ -166,7 +166,7 @@ def worst_gradient(ranks: list[Ran], gradients: dict[str, Tensor]) -> float:
     whole = {name: torch.full_like(g, float("nan")) for name, g in gradients.items()}
     parts: dict[tuple[ShardSpec, tuple[int, ...]], Tensor] = {}
     for piece in (piece for ran in ranks for piece in ran.pieces):
-        key = replace(piece.declaration, counted=True), piece.shape
+        key = replace(piece.declaration, is_owner=True), piece.shape
         flat = parts.setdefault(key, torch.full((torch.Size(piece.shape).numel(),), float("nan")))
         flat[piece.start : piece.start + piece.values.numel()] = piece.values
     for (declaration, shape), flat in parts.items():

@@ -36,8 +36,8 @@ def sleeping(seconds: float, slow: dict[int, float]) -> Iterator[None]:
         make(block, parts, layer, **arguments)
         block.seconds = slow.get(layer, seconds)
 
-    def slowly(block, x: Tensor, context: Microbatch) -> Tensor:
-        return _Sleep.apply(compute(block, x, context), block.seconds)
+    def slowly(block, x: Tensor, microbatch: Microbatch) -> Tensor:
+        return _Sleep.apply(compute(block, x, microbatch), block.seconds)
 
     with patch.object(Block, "__init__", numbered), patch.object(Block, "_compute", slowly):
         yield

@@ -8,8 +8,8 @@ from helpers.networks import (
     GPT2,
     LLAMA,
     build,
-    context,
     logits,
+    make_microbatch,
     scramble,
     tokens,
     transformers_twin,
@@ -89,7 +89,7 @@ def ours(model):
     layers = build(model).eval()
     scramble(layers)
     with torch.no_grad():
-        return layers, logits(layers, context(read_config(load_hf_config(model)), tokens()))
+        return layers, logits(layers, make_microbatch(read_config(load_hf_config(model)), tokens()))
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_a_padding_token_trains_as_in_transformers(model, padding):
     given[:, ::4] = padding % 67
     twin = transformers_twin(model, layers)
     (
-        logits(layers, context(read_config(load_hf_config(model)), given)) * 0.1
+        logits(layers, make_microbatch(read_config(load_hf_config(model)), given)) * 0.1
     ).square().sum().backward()
     (twin(given).logits * 0.1).square().sum().backward()
     theirs = twin.get_input_embeddings().weight.grad

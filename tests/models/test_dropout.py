@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.networks import GPT2, LLAMA, build, context, loss, scramble, tokens
+from helpers.networks import GPT2, LLAMA, build, loss, make_microbatch, scramble, tokens
 
 from megatrain.distributed.mesh import make_mesh
 from megatrain.distributed.sharding import parameters
@@ -64,7 +64,7 @@ def residuals(sequence):
         )
         outputs.append(
             ResidualDropout(parts, 0.5, "attention", 0).train()(
-                ONES, context(architecture, tokens(), dropout_key=9)
+                ONES, make_microbatch(architecture, tokens(), dropout_key=9)
             )
         )
     return outputs
@@ -82,7 +82,8 @@ def run(model, recompute="none", *, dropout_key=9, training=True):
     layers = build(model, recompute=recompute).train(training)
     scramble(layers)
     total = loss(
-        layers, context(read_config(load_hf_config(model)), tokens(), dropout_key=dropout_key)
+        layers,
+        make_microbatch(read_config(load_hf_config(model)), tokens(), dropout_key=dropout_key),
     )
     total.backward()
     return float(total.detach()), [parameter.grad for _, parameter in parameters(layers)]

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from helpers.model_variants import VARIANTS
-from helpers.networks import build, context, logits, loss, scramble, tokens, transformers_twin
+from helpers.networks import (
+    build,
+    logits,
+    loss,
+    make_microbatch,
+    scramble,
+    tokens,
+    transformers_twin,
+)
 
 from megatrain.distributed.sharding import parameters
 from megatrain.models.config import load_hf_config, read_config
@@ -19,9 +27,9 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name, record_proper
     given, labels = tokens(), tokens(1)
     with torch.no_grad():
         expected = twin(given).logits
-        off = float((logits(layers, context(architecture, given)) - expected).abs().max())
+        off = float((logits(layers, make_microbatch(architecture, given)) - expected).abs().max())
     assert off <= 1e-5, f"of logits up to {expected.abs().max()}"
-    ours = loss(layers, context(architecture, given, labels)) / labels.numel()
+    ours = loss(layers, make_microbatch(architecture, given, labels)) / labels.numel()
     ours.backward()
     theirs = torch.nn.functional.cross_entropy(twin(given).logits.flatten(0, 1), labels.flatten())
     theirs.backward()

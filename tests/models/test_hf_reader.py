@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from helpers.model_variants import BASES
-from helpers.networks import build, context, logits, scramble, tokens, transformers_twin
+from helpers.networks import build, logits, make_microbatch, scramble, tokens, transformers_twin
 
 from megatrain.errors import ConfigError
 from megatrain.models.config import FAMILIES, _family, load_hf_config, read_config
@@ -146,7 +146,7 @@ def follows_transformers(model, given):
     layers = build(model).eval()
     scramble(layers)
     expected = transformers_twin(model, layers).float()(given)[0]
-    found = logits(layers, context(read_config(load_hf_config(model)), given))
+    found = logits(layers, make_microbatch(read_config(load_hf_config(model)), given))
     return torch.allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 

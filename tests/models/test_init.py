@@ -60,7 +60,7 @@ def test_parts_are_slices_of_the_whole(name, tensor, pipeline):
         part = declaration.part_of(parameter.detach())
         assert torch.equal(part, declaration.take(tensors[declaration.name])), declaration.name
         declaration.put(
-            declaration.take(counted[declaration.name]) + declaration.counted,
+            declaration.take(counted[declaration.name]) + declaration.is_owner,
             counted[declaration.name],
         )
         assert parameter.numel() == part.numel() or (parameter[declaration.length :] == 0).all(), (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.networks import GPT2, LLAMA, build, context, loss, scramble, tokens
+from helpers.networks import GPT2, LLAMA, build, loss, make_microbatch, scramble, tokens
 
 from megatrain.config import loader as configuration
 from megatrain.config.schema import LoraConfig
@@ -79,11 +79,14 @@ def test_without_adapters_the_model_is_what_it_was(model, dora):
     plain = build(model)
     scramble(plain)
     layers = adapted(model, dora=dora)
-    given = context(architecture(model), tokens())
+    given = make_microbatch(architecture(model), tokens())
     with_adapters = loss(layers, given)
     given.adapters = False
     torch.testing.assert_close(
-        loss(layers, given), loss(plain, context(architecture(model), tokens())), rtol=1e-6, atol=0
+        loss(layers, given),
+        loss(plain, make_microbatch(architecture(model), tokens())),
+        rtol=1e-6,
+        atol=0,
     )
     assert abs(with_adapters - loss(layers, given)) > 1e-2
 
@@ -92,7 +95,7 @@ def test_without_adapters_the_model_is_what_it_was(model, dora):
 def test_at_the_start_adapters_change_nothing(dora):
     layers = build(LLAMA)
     scramble(layers)
-    before = loss(layers, context(architecture(LLAMA), tokens()))
+    before = loss(layers, make_microbatch(architecture(LLAMA), tokens()))
     add_adapters(
         layers,
         architecture(LLAMA),
@@ -104,20 +107,20 @@ def test_at_the_start_adapters_change_nothing(dora):
             parameter.data.normal_() if "lora_A" in declaration.name else parameter.data.zero_()
     set_magnitudes(layers)
     torch.testing.assert_close(
-        loss(layers, context(architecture(LLAMA), tokens())), before, rtol=1e-6, atol=0
+        loss(layers, make_microbatch(architecture(LLAMA), tokens())), before, rtol=1e-6, atol=0
     )
 
 
 def test_dropout_is_of_the_key_and_only_while_training():
     def once(key: int | None, *, train: bool) -> float:
         layers = adapted(LLAMA, dropout=0.5).train(train)
-        return loss(layers, context(architecture(LLAMA), tokens(), dropout_key=key)).item()
+        return loss(layers, make_microbatch(architecture(LLAMA), tokens(), dropout_key=key)).item()
 
     assert once(1, train=True) == once(1, train=True)
     assert once(1, train=True) != once(2, train=True)
     assert (
         once(None, train=False)
-        == loss(adapted(LLAMA).eval(), context(architecture(LLAMA), tokens())).item()
+        == loss(adapted(LLAMA).eval(), make_microbatch(architecture(LLAMA), tokens())).item()
     )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.networks import GPT2, LLAMA, build, context, logits, loss, scramble, tokens
+from helpers.networks import GPT2, LLAMA, build, logits, loss, make_microbatch, scramble, tokens
 
 from megatrain.models.config import load_hf_config, read_config
 
@@ -36,9 +36,9 @@ def test_two_documents_in_a_sample_are_as_each_alone(model):
     positions = torch.cat([torch.arange(FIRST), torch.arange(16 - FIRST)]).expand_as(given)
     labels = given.roll(-1, 1)
     labels[:, [FIRST - 1, -1]] = -100
-    both = context(architecture, given, labels, positions=positions, documents=documents)
+    both = make_microbatch(architecture, given, labels, positions=positions, documents=documents)
     parts = [
-        context(architecture, given[:, part], labels[:, part])
+        make_microbatch(architecture, given[:, part], labels[:, part])
         for part in (slice(0, FIRST), slice(FIRST, 16))
     ]
     torch.testing.assert_close(
@@ -50,7 +50,7 @@ def test_two_documents_in_a_sample_are_as_each_alone(model):
     torch.testing.assert_close(
         loss(layers, both), sum(loss(layers, part) for part in parts), rtol=1e-5, atol=0
     )
-    across = context(architecture, given, labels)
+    across = make_microbatch(architecture, given, labels)
     assert not torch.allclose(
         logits(layers, across)[:, FIRST:], logits(layers, both)[:, FIRST:], atol=1e-2
     )
@@ -63,7 +63,7 @@ def test_no_token_sees_those_after_it(model):
     given = tokens()
     changed = given.clone()
     changed[:, 9:] = (changed[:, 9:] + 1) % 67
-    before, after = (logits(layers, context(architecture, x)) for x in (given, changed))
+    before, after = (logits(layers, make_microbatch(architecture, x)) for x in (given, changed))
     torch.testing.assert_close(before[:, :9], after[:, :9], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-2)
 
@@ -76,8 +76,8 @@ def test_a_window_reaches_as_far_as_layers_carry_it():
     changed = given.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 67
     moved = (
-        logits(layers, context(architecture, given))
-        - logits(layers, context(architecture, changed))
+        logits(layers, make_microbatch(architecture, given))
+        - logits(layers, make_microbatch(architecture, changed))
     ).abs().amax((0, 2)) > 1e-5
     assert moved.tolist() == [5 <= place <= 11 for place in range(16)]
 
@@ -87,7 +87,7 @@ def drawn(mask):
 
 
 def test_masks_as_drawn():
-    given = context(
+    given = make_microbatch(
         read_config(load_hf_config(GPT2)),
         tokens(rows=1, length=6),
         documents=torch.tensor([[0, 0, 0, 1, 1, 1]]),
@@ -108,7 +108,7 @@ def test_masks_as_drawn():
         "...xx.",
         "....xx",
     ]
-    plain = context(read_config(load_hf_config(GPT2)), tokens(rows=1, length=6))
+    plain = make_microbatch(read_config(load_hf_config(GPT2)), tokens(rows=1, length=6))
     assert drawn(plain.mask(3)[0, 0]) == [
         "x.....",
         "xx....",

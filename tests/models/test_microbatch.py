@@ -17,7 +17,7 @@ LENGTH, WINDOWS = 16, (5, None)
 ARCHITECTURE = read_config(load_hf_config(BASES["gemma3_text"]))
 
 
-def contexts(**data):
+def microbatch_factory(**data):
     config = configuration.from_dict(
         {"data": {"sequence_length": LENGTH, **data}, "train": {"steps": 1}}
     )
@@ -32,7 +32,7 @@ def batch(length=LENGTH, *, first=4):
 
 
 def test_microbatches_share_one_mask_a_window():
-    maker = contexts()
+    maker = microbatch_factory()
     trained, another = (maker.make(batch(), step=1, index=index) for index in (0, 1))
     evaluated = maker.make(batch(), step=None, index=0)
     for window in WINDOWS:
@@ -44,15 +44,19 @@ def test_microbatches_share_one_mask_a_window():
 
 
 def test_another_length_has_its_own():
-    maker = contexts()
+    maker = microbatch_factory()
     long, short, again = (
         maker.make(batch(length), step=1, index=0) for length in (LENGTH, 8, LENGTH)
     )
-    assert [context.mask(5).shape[-1] for context in (long, short, again)] == [LENGTH, 8, LENGTH]
+    assert [microbatch.mask(5).shape[-1] for microbatch in (long, short, again)] == [
+        LENGTH,
+        8,
+        LENGTH,
+    ]
 
 
 def test_documents_have_their_own():
-    maker = contexts(document_mask=True)
+    maker = microbatch_factory(document_mask=True)
     one, other = (maker.make(batch(first=first), step=1, index=0) for first in (4, 6))
     for window in WINDOWS:
         assert one.mask(window).shape == (2, 1, LENGTH, LENGTH)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.model_variants import VARIANTS
-from helpers.networks import build, context, logits, tokens
+from helpers.networks import build, logits, make_microbatch, tokens
 from safetensors.torch import load_file
 
 from megatrain.config import loader as configuration
@@ -61,7 +61,7 @@ def test_tensors_go_into_ranks_and_back_unchanged(name, tmp_path):
         for declaration, parameter in ranks(VARIANTS[name], tensor=tensor, pipeline=pipeline):
             declaration.part_of(parameter).copy_(declaration.take(saved[declaration.name]))
             whole = back.setdefault(declaration.name, torch.full(declaration.shape, float("nan")))
-            if declaration.counted:
+            if declaration.is_owner:
                 declaration.put(declaration.part_of(parameter), whole)
         assert back.keys() == saved.keys()
         assert all(torch.equal(back[key], saved[key]) for key in saved), (
@@ -70,5 +70,5 @@ def test_tensors_go_into_ranks_and_back_unchanged(name, tmp_path):
     layers = build(VARIANTS[name]).eval()
     for declaration, parameter in parameters(layers):
         declaration.part_of(parameter).copy_(declaration.take(saved[declaration.name]))
-    found = logits(layers, context(read_config(load_hf_config(VARIANTS[name])), tokens()))
+    found = logits(layers, make_microbatch(read_config(load_hf_config(VARIANTS[name])), tokens()))
     torch.testing.assert_close(found, network(tokens()).logits, rtol=0, atol=1e-5)

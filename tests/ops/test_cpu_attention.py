@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import LLAMA, build, context, loss, scramble, tokens
+from helpers.networks import LLAMA, build, loss, make_microbatch, scramble, tokens
 
 from megatrain.distributed.sharding import parameters
 from megatrain.models.config import load_hf_config, read_config
@@ -109,7 +109,7 @@ def test_a_model_trains_through_it_where_nothing_but_causality_masks(
         layers = build(model, recompute=recompute)
         scramble(layers)
         layers.to(dtype)
-        microbatch = context(architecture, given, documents=documents)
+        microbatch = make_microbatch(architecture, given, documents=documents)
         microbatch.rotations = rotations(microbatch.positions, architecture, dtype)
         loss(layers, microbatch).backward()
         found.append(

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.networks import GPT2, LLAMA, context, loss, scramble, tokens
+from helpers.networks import GPT2, LLAMA, loss, make_microbatch, scramble, tokens
 
 from megatrain.config import loader as configuration
 from megatrain.distributed import tensor_parallel
@@ -31,7 +31,7 @@ def gradients(
     stage = build_stage(config, architecture, make_mesh(0, connect=False), "cpu").chunks[0]
     scramble(stage)
     stage.to(dtype)
-    microbatch = context(architecture, tokens())
+    microbatch = make_microbatch(architecture, tokens())
     microbatch.rotations = rotations(microbatch.positions, architecture, dtype)
     value = loss(stage, microbatch)
     value.backward()

@@ -100,8 +100,8 @@ def run_cases(rank, world_size, cases):
 
 
 def run_case(rank, case):
-    grid = make_mesh(rank, data=case.world)
-    zero = ZeroOptimizer(Tiny(), config=case.config(), grid=grid, microbatches=MICROBATCHES)
+    mesh = make_mesh(rank, data=case.world)
+    zero = ZeroOptimizer(Tiny(), config=case.config(), mesh=mesh, microbatches=MICROBATCHES)
 
     def backward(step):
         for microbatch in range(MICROBATCHES):

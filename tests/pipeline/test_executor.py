@@ -101,8 +101,8 @@ class Layers:
         """The chunk with the loss, if it is here."""
         self._kept = {}
 
-    def __call__(self, flow, given, chunk):
-        x = given.x.clone() if flow is None else flow.hidden * 1
+    def __call__(self, hidden_states, given, chunk):
+        x = given.x.clone() if hidden_states is None else hidden_states.hidden * 1
         self._kept[given.index, chunk] = weakref.ref(x)
         y = linear(x, *self.weights[chunk]).abs()
         # Not contiguous where there are dimensions to turn.
@@ -347,10 +347,10 @@ def run_broken(rank, world, case, folder):
     channels = P2PCommunicator(MeshAxis(rank, world, tuple(range(world))), ring=True)
     layers = Layers([rank], 0 if rank == world - 1 else None)
 
-    def stage(flow, given, chunk):
+    def stage(hidden_states, given, chunk):
         if rank == 1 and given.index == 2:
             raise RuntimeError("a broken layer")
-        return layers(flow, given, chunk)
+        return layers(hidden_states, given, chunk)
 
     executor = Executor(
         stage,

@@ -119,17 +119,17 @@ def make_context(architecture, inputs, labels):
     return Microbatch(inputs, labels, positions, rotations=turns)
 
 
-def run_ours(config, architecture, grid, case):
+def run_ours(config, architecture, mesh, case):
     """Also the placement."""
     from megatrain.training.step_runner import StepRunner
 
-    runner = StepRunner(config, architecture, grid, torch.device("cpu"))
-    contexts = [
+    runner = StepRunner(config, architecture, mesh, torch.device("cpu"))
+    microbatches = [
         make_context(architecture, rows[:, :-1], rows[:, 1:]) for rows in tokens(case).split(BATCH)
     ]
     losses = runner.executor.run(
         runner.instructions,
-        contexts,
+        microbatches,
         backward=runner.optimizer.backward,
         loss_weight=torch.tensor(LOSS_WEIGHT),
     )
@@ -149,13 +149,17 @@ class TheirStage(torch.nn.Module):
     def forward(self, x):
         first = not x.is_floating_point()
         inputs = x if first else torch.zeros(BATCH, LENGTH, dtype=torch.int64)
-        context, flow = (
+        microbatch, hidden_states = (
             make_context(self.architecture, inputs, inputs),
             None if first else HiddenStates(x),
         )
         for layer in self.layers:
-            flow = layer.logits(flow) if isinstance(layer, Head) else layer(flow, context)
-        return flow.hidden if isinstance(flow, HiddenStates) else flow
+            hidden_states = (
+                layer.logits(hidden_states)
+                if isinstance(layer, Head)
+                else layer(hidden_states, microbatch)
+            )
+        return hidden_states.hidden if isinstance(hidden_states, HiddenStates) else hidden_states
 
 
 def their_loss(logits, labels):
@@ -165,12 +169,12 @@ def their_loss(logits, labels):
     )
 
 
-def run_theirs(config, architecture, grid, case, placement):
+def run_theirs(config, architecture, mesh, case, placement):
     from torch.distributed.pipelining import PipelineStage, schedules
 
-    stage = build_stage(config, architecture, grid, "cpu", placement)
+    stage = build_stage(config, architecture, mesh, "cpu", placement)
     initialize(stage, config.run.seed)
-    rank = grid.pipeline.rank
+    rank = mesh.pipeline.rank
     stages = [
         PipelineStage(
             TheirStage(layers, architecture), index, placement.stages, torch.device("cpu")
@@ -195,12 +199,12 @@ def run_theirs(config, architecture, grid, case, placement):
 
 
 def run_cases(rank, world, cases):
-    grid = make_mesh(rank, pipeline=world)
+    mesh = make_mesh(rank, pipeline=world)
     found = []
     for case in cases:
         config, architecture = make_config(case), read_config(load_hf_config(MODELS[case.model]))
-        ours, placement = run_ours(config, architecture, grid, case)
-        found.append((ours, run_theirs(config, architecture, grid, case, placement)))
+        ours, placement = run_ours(config, architecture, mesh, case)
+        found.append((ours, run_theirs(config, architecture, mesh, case, placement)))
     return found
 
 

@@ -82,11 +82,11 @@ def real_memory(rank, world_size, rows):
             config = configuration.from_dict(raw)
             p = config.parallel
             before = storages()
-            grid = make_mesh(
+            mesh = make_mesh(
                 rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size)
             )
             runner = StepRunner(
-                config, read_config(load_hf_config(config.model)), grid, torch.device("cpu")
+                config, read_config(load_hf_config(config.model)), mesh, torch.device("cpu")
             )
             stays = sum(
                 storage.nbytes() for address, storage in storages().items() if address not in before
@@ -97,10 +97,10 @@ def real_memory(rank, world_size, rows):
             ):  # ZeRO 3 gathers ahead once it has seen a step
                 with TensorTracker() as live:
                     runner.train_step(
-                        step, batches(config, config.microbatches(grid.data.size), step)
+                        step, batches(config, config.microbatches(mesh.data.size), step)
                     )
                 added = max(added, live.peak)
-            found.append((grid.pipeline.rank, stays, added))
+            found.append((mesh.pipeline.rank, stays, added))
             del runner, before
     return found
 
@@ -208,8 +208,8 @@ def test_many_microbatches_hold_no_more_than_two_a_rank(name):
     for ranks in (1, 2, 3, 5, 8):
         few, many = (make_schedule(name, ranks, count) for count in (2 * ranks, 9 * ranks + 1))
         for rank in range(ranks):
-            assert sum(peak_of(few, rank, chunks, flow=3, on_cpu=False)) == sum(
-                peak_of(many, rank, chunks, flow=3, on_cpu=False)
+            assert sum(peak_of(few, rank, chunks, message_bytes=3, on_cpu=False)) == sum(
+                peak_of(many, rank, chunks, message_bytes=3, on_cpu=False)
             )
 
 

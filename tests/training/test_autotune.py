@@ -250,7 +250,7 @@ def measure_bytes(rank, world_size, config):
         optimizer=NullOptimizer,
     )
     with layer_bytes(own_layers(runner), 10.0) as sizes:
-        runner.train_step(1, microbatches(tokens(1), 2, runner.grid.data))
+        runner.train_step(1, microbatches(tokens(1), 2, runner.mesh.data))
     return [(*size,) for size in sizes]
 
 

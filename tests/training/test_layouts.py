@@ -97,17 +97,17 @@ def run_layout(rank: int, world_size: int, config):
     from megatrain.training.step_runner import StepRunner
 
     p = config.parallel
-    grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    mesh = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
     architecture, device = read_config(load_hf_config(config.model)), torch.device("cpu")
 
     def batches(step: int):
-        return microbatches(tokens(step), config.train.micro_batch_size, grid.data)
+        return microbatches(tokens(step), config.train.micro_batch_size, mesh.data)
 
-    settled = resolve_schedule(config, architecture, grid, device, batches=lambda: batches(1))
+    settled = resolve_schedule(config, architecture, mesh, device, batches=lambda: batches(1))
     runner = StepRunner(
         settled.config,
         architecture,
-        grid,
+        mesh,
         device,
         schedule=settled.schedule,
         channels=settled.channels,
@@ -317,12 +317,12 @@ def run_tied(rank, world_size, rows):
 
     found = []
     for config in rows:
-        grid = make_mesh(rank, pipeline=config.parallel.pipeline, data=config.data_size(world_size))
+        mesh = make_mesh(rank, pipeline=config.parallel.pipeline, data=config.data_size(world_size))
         runner = StepRunner(
-            config, read_config(load_hf_config(config.model)), grid, torch.device("cpu")
+            config, read_config(load_hf_config(config.model)), mesh, torch.device("cpu")
         )
         for step in range(1, 4):
-            runner.train_step(step, microbatches(tokens(step), 1, grid.data))
+            runner.train_step(step, microbatches(tokens(step), 1, mesh.data))
         share = sum(
             flat.numel() for flat in runner.optimizer.optimizer.optimizer.param_groups[0]["params"]
         )

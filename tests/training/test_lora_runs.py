@@ -200,15 +200,15 @@ def run_layout(rank: int, world_size: int, config):
     from megatrain.training.step_runner import StepRunner
 
     p = config.parallel
-    grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    mesh = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
     runner = StepRunner(
-        config, read_config(load_hf_config(config.model)), grid, torch.device("cpu")
+        config, read_config(load_hf_config(config.model)), mesh, torch.device("cpu")
     )
     scramble(runner.optimizer)
     frozen = [(p, p.detach().clone()) for p in runner.stage.parameters() if not p.requires_grad]
     ran = run_steps(
         runner,
-        lambda step: microbatches(tokens(step), config.train.micro_batch_size, grid.data),
+        lambda step: microbatches(tokens(step), config.train.micro_batch_size, mesh.data),
         steps=STEPS,
     )
     assert all(

@@ -82,11 +82,11 @@ class Scaled(NamedTuple):
     state: LossScale
 
 
-def batches(step, config, grid):
+def batches(step, config, mesh):
     tokens = torch.randint(
         0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step)
     )
-    return microbatches(tokens, config.train.micro_batch_size, grid.data)
+    return microbatches(tokens, config.train.micro_batch_size, mesh.data)
 
 
 def spoil(runner, what):
@@ -138,18 +138,18 @@ def make_runner(rank, world_size, case):
     }
     config = configuration.from_dict(raw)
     configuration.check(config)
-    grid = make_mesh(
+    mesh = make_mesh(
         rank,
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
         data=config.data_size(world_size),
     )
-    return StepRunner(config, read_config(load_hf_config(config.model)), grid, torch.device("cpu"))
+    return StepRunner(config, read_config(load_hf_config(config.model)), mesh, torch.device("cpu"))
 
 
 def train_case(rank, world_size, case):
     runner = make_runner(rank, world_size, case)
-    config, grid = runner.config, runner.grid
+    config, mesh = runner.config, runner.mesh
     losses, applied, why, culprit = [], [], "", ""
     for step in range(1, STEPS + 1):
         restore = (
@@ -157,7 +157,7 @@ def train_case(rank, world_size, case):
             if step == BAD and rank == case.rank and case.what != "weight"
             else lambda: None
         )
-        report = runner.train_step(step, batches(step, config, grid))
+        report = runner.train_step(step, batches(step, config, mesh))
         restore()
         losses.append(report.loss)
         applied.append(report.applied)
@@ -165,7 +165,7 @@ def train_case(rank, world_size, case):
     shape_of = lambda parameter: tuple(getattr(parameter, "ds_shape", parameter.shape))  # noqa: E731
     pieces = [
         (
-            replace(f.sharding, summed=(), counted=True),
+            replace(f.sharding, grad_reduce_axes=(), is_owner=True),
             shape_of(f.parameter),
             f.start,
             {name: t.clone() for name, t in f.tensors.items()},
@@ -175,7 +175,7 @@ def train_case(rank, world_size, case):
     if case.what == "weight":
         with torch.no_grad():
             next(p for p in runner.stage.parameters() if shard_spec(p).name == NORM)[5] = math.inf
-        why = runner.train_step(STEPS, batches(STEPS, config, grid)).reason
+        why = runner.train_step(STEPS, batches(STEPS, config, mesh)).reason
         culprit = runner.locate_nonfinite()
     return Outcome(losses, applied, why, pieces, culprit)
 
@@ -198,7 +198,7 @@ def scale_case(rank, world_size, case):
         if step == 3:
             runner.optimizer.loss_scaling = LossScale(2.0, 1, -1, 8)
         restore = spoil(runner, case.what) if step >= 3 and rank == 0 else lambda: None
-        reports.append(runner.train_step(step, batches(step, runner.config, runner.grid)))
+        reports.append(runner.train_step(step, batches(step, runner.config, runner.mesh)))
         restore()
         scales.append(runner.optimizer.loss_scaling.scale)
     return Scaled(

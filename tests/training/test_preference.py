@@ -192,18 +192,18 @@ def run_layout(rank: int, world_size: int, config):
     from megatrain.training.step_runner import StepRunner, reference_mode
 
     p, size = config.parallel, config.train.micro_batch_size
-    grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    mesh = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
 
     def batches(number: int) -> list[Batch]:
         position = torch.arange(LENGTH).expand(size, LENGTH)
         split = zip(
-            *(x.split(size)[grid.data.rank :: grid.data.size] for x in pairs(number + 1)),
+            *(x.split(size)[mesh.data.rank :: mesh.data.size] for x in pairs(number + 1)),
             strict=True,
         )
         return [Batch(rows, labels, position, torch.zeros_like(position)) for rows, labels in split]
 
     runner = StepRunner(
-        config, read_config(load_hf_config(config.model)), grid, torch.device("cpu")
+        config, read_config(load_hf_config(config.model)), mesh, torch.device("cpu")
     )
     if config.lora.rank:
         shift(runner.optimizer)

@@ -95,14 +95,14 @@ def evaluate_folder(rank, world_size, config, folder):
 
     training.quantize_linears = watched
     try:
-        grid = make_mesh(
+        mesh = make_mesh(
             rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size)
         )
         architecture = read_config(load_hf_config(config.model))
         runner = training.StepRunner(
             config,
             architecture,
-            grid,
+            mesh,
             torch.device("cpu"),
             pretrained=Pretrained(folder, architecture),
         )

@@ -229,16 +229,16 @@ def run_layout(rank, world_size, raw, prepare=None):
     config, task = checked(raw), ClassificationTask()
     task.check(config)
     architecture, p = task.architecture(config), config.parallel
-    grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
-    runner = StepRunner(config, architecture, grid, torch.device("cpu"))
+    mesh = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    runner = StepRunner(config, architecture, mesh, torch.device("cpu"))
     if prepare is not None:
         prepare(runner.optimizer)
     loader = DataLoader(
         task.open(config, architecture, "train").samples,
         global_batch_size=8,
         micro_batch_size=2,
-        data_rank=grid.data.rank,
-        data_size=grid.data.size,
+        data_rank=mesh.data.rank,
+        data_size=mesh.data.size,
     )
     ran = run_steps(runner, lambda step: loader.microbatches(step - 1), steps=STEPS)
     loader.close()

@@ -161,14 +161,14 @@ def run_layout(rank, world_size, raw):
     source = SFTTask().open(config, architecture, "train")
     config = config.with_steps(source.per_epoch)
     p = config.parallel
-    grid = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
-    runner = StepRunner(config, architecture, grid, torch.device("cpu"))
+    mesh = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
+    runner = StepRunner(config, architecture, mesh, torch.device("cpu"))
     loader = DataLoader(
         source.samples,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        data_rank=grid.data.rank,
-        data_size=grid.data.size,
+        data_rank=mesh.data.rank,
+        data_size=mesh.data.size,
     )
     learnt = []
 
