@@ -124,14 +124,14 @@ SENTENCES = {
     "data.train=null": "data.train=(nothing) is missing; give the prefix that `megatrain preprocess --output` wrote",
     "data.train=nowhere": "there is no file nowhere.idx; a data set is named without its .bin and .idx",
     'data.train=[{"path":"x"}]': "data.train={'path': 'x'} must have a path and a weight",
-    "train.eval_every=5": "data.valid=null names no data; set it, or data.split=",
+    "eval.every=5": "data.valid=null names no data; set it, or data.split=",
     "data.tokenizer=nowhere": "data.tokenizer=nowhere is not a folder",
     "data.train=": "data.train=(nothing) is missing",
     "data.train=/": "`/` is a folder at most; a data set is named by the prefix of its .bin and .idx",
     'data.train=[{"path":"x","weight":-1}]': "data weight=-1 must be a number above 0",
     "data.split='0,1'": "data.split=0,1 gives none of the 40 documents to train; make its share larger",
-    "data.split='1,0' train.eval_every=2": "data.split=1,0 gives none of the 40 documents to valid; make its share larger",
-    "data.split='39,1' train.eval_every=2 data.sequence_length=32": "{folder}/data.bin, documents 39 to 39, has 20 tokens to draw from, but one sample takes",
+    "data.split='1,0' eval.every=2": "data.split=1,0 gives none of the 40 documents to valid; make its share larger",
+    "data.split='39,1' eval.every=2 data.sequence_length=32": "{folder}/data.bin, documents 39 to 39, has 20 tokens to draw from, but one sample takes",
     "model=" + "a" * 300: "a" * 300 + ": File name too long",
     "parallel.schedule=zb": "parallel.schedule=zb is not a schedule; did you mean zb-v?",
     "train.init_from=nowhere": "train.init_from=nowhere does not exist",
@@ -143,7 +143,7 @@ SENTENCES = {
     "train.steps=1e30": "train.steps=1e+30 is beyond 9.2e+18",
     "parallel.tensor=-2": "parallel.tensor=-2 must be at least 1",
     "data.sequence_length=0": "data.sequence_length=0 must be at least 1",
-    "train.resume=nowhere": "train.resume=nowhere is not a folder; give a checkpoint's folder, `auto` or `never`",
+    "checkpoint.resume=nowhere": "checkpoint.resume=nowhere is not a folder; give a checkpoint's folder, `auto` or `never`",
 }
 
 
@@ -256,8 +256,8 @@ def test_a_tokenizer_larger_than_the_models_vocabulary(refusal, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_resumed_is_refused_by_a_dry_run_too(refusal):
-    assert refusal("--dry-run", "train.resume=nowhere").startswith(
-        "train.resume=nowhere is not a folder"
+    assert refusal("--dry-run", "checkpoint.resume=nowhere").startswith(
+        "checkpoint.resume=nowhere is not a folder"
     )
 
 
@@ -314,17 +314,24 @@ GPT2 = {
 OVERFLOWING = {"optimizer": {"lr": 1e30, "grad_clip": 0.0}}
 RUNS = {
     "outside": {"parallel": {"pipeline": 2}},
-    "loss": {"model": GPT2, **OVERFLOWING, "train": {**CONFIG["train"], "max_bad_steps": 3}},
+    "loss": {
+        "model": GPT2,
+        **OVERFLOWING,
+        "stability": {"max_nonfinite_steps": 3},
+    },
     "loss on stages": {
         "model": GPT2,
         **OVERFLOWING,
-        "train": {**CONFIG["train"], "max_bad_steps": 2},
+        "stability": {"max_nonfinite_steps": 2},
         "parallel": {"pipeline": 2},
     },
-    "gradient": {**OVERFLOWING, "train": {**CONFIG["train"], "max_bad_steps": 2}},
+    "gradient": {
+        **OVERFLOWING,
+        "stability": {"max_nonfinite_steps": 2},
+    },
     "gradient of shards": {
         **OVERFLOWING,
-        "train": {**CONFIG["train"], "max_bad_steps": 2},
+        "stability": {"max_nonfinite_steps": 2},
         "parallel": {"data": 2, "zero": 3},
     },
 }
@@ -405,7 +412,9 @@ def test_bad_numbers_are_skipped_and_after_some_in_a_row_the_run_stops(
     run = ended[name]
     assert run.code == 1
     lines = [line for line in run.err.splitlines() if not line.startswith("warning: step ")]
-    assert lines == [f"error: {bad_steps} steps in a row (train.max_bad_steps) had a {sentence}"]
+    assert lines == [
+        f"error: {bad_steps} steps in a row (stability.max_nonfinite_steps) had a {sentence}"
+    ]
     metrics = run.metrics()
     assert [step["skipped"] for step in metrics] == [False] + [True] * bad_steps
     losses = [step["loss"] for step in metrics[1:]]

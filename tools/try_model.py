@@ -106,9 +106,7 @@ def validation_loss(model: torch.nn.Module, config: Config) -> float:
         data_size=1,
     )
     batches: list[Batch] = [
-        batch
-        for number in range(config.train.eval_batches)
-        for batch in loader.microbatches(number)
+        batch for number in range(config.eval.batches) for batch in loader.microbatches(number)
     ]
     loader.close()
     losses = [

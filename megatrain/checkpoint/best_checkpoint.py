@@ -1,4 +1,4 @@
-"""Which of a run's checkpoints did best in its evaluations, where the run goes by that (train.early_stop): `best.json` beside them."""
+"""Which of a run's checkpoints did best in its evaluations, where the run goes by that (eval.early_stopping_patience): `best.json` beside them."""
 
 from __future__ import annotations
 

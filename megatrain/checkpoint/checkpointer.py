@@ -162,11 +162,11 @@ class Checkpointer:
                 architecture=self._architecture,
             )
         if self._mesh.rank == 0 and writing.prune:
-            train = self._config.train
+            checkpoint = self._config.checkpoint
             old = retention.find_deletable(
                 self.folder,
-                last=train.keep_last,
-                every=train.keep_every,
+                last=checkpoint.keep_last,
+                every=checkpoint.keep_every,
                 best=best_checkpoint(self.folder.parent),
                 back_to=writing.back_to,
                 until=retention.step_of(writing.final),

@@ -84,7 +84,7 @@ class Adapter:
 
 
 def merge_run(config: Config) -> Path:
-    """Merge the adapter of a run's newest checkpoint, or of the one that `train.resume` names, into RUN/merged."""
+    """Merge the adapter of a run's newest checkpoint, or of the one that `checkpoint.resume` names, into RUN/merged."""
     if config.lora.rank == 0:
         raise ConfigError(
             "lora.rank",

@@ -13,6 +13,7 @@ from megatrain.checkpoint import manifest, peft, retention
 from megatrain.checkpoint.optimizer_state import OptimizerState
 from megatrain.checkpoint.writer import TrainState, layout
 from megatrain.config.loader import Config
+from megatrain.config.renamed import migrate
 from megatrain.distributed.collectives import gather_objects
 from megatrain.distributed.mesh import ProcessMesh
 from megatrain.errors import CheckpointError, format_value
@@ -21,12 +22,12 @@ from megatrain.optim.zero import LossScale, ZeroOptimizer
 
 
 def choose_start(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
-    """The checkpoint that `train.resume` means, and a sentence on why; a named one must be there and whole.
+    """The checkpoint that `checkpoint.resume` means, and a sentence on why; a named one must be there and whole.
 
     `hashes` has `auto` compare not only the sizes of files with those written but their content as well.
     """
     wish, folder, source = (
-        config.train.resume,
+        config.checkpoint.resume,
         Path(config.run.output_dir) / "checkpoints",
         config.train.init_from,
     )
@@ -37,7 +38,7 @@ def choose_start(config: Config, *, hashes: bool = False) -> tuple[Path | None, 
         else f"; train.init_from={source} was where the run began and is not read again"
     )
     if wish == "never":
-        return None, f"{afresh}: train.resume=never{_left_by_another(folder, after=0)}"
+        return None, f"{afresh}: checkpoint.resume=never{_left_by_another(folder, after=0)}"
     if wish == "auto":
         newest, passed = manifest.find_newest(folder, hashes=hashes)
         words = "".join(f"; passed over: {text}" for text in passed)
@@ -47,7 +48,7 @@ def choose_start(config: Config, *, hashes: bool = False) -> tuple[Path | None, 
     path = Path(wish)
     if not path.is_dir():
         raise CheckpointError(
-            f"train.resume={wish} is not a folder; give a checkpoint's folder, `auto` or `never`"
+            f"checkpoint.resume={wish} is not a folder; give a checkpoint's folder, `auto` or `never`"
         )
     wrong = manifest.find_problem(path, hashes=True)
     if wrong is not None:
@@ -60,10 +61,10 @@ def choose_start(config: Config, *, hashes: bool = False) -> tuple[Path | None, 
             if newest is None
             else f"name one of the run's checkpoints, such as {newest}"
         )
-        raise CheckpointError(f"train.resume={wish} {wrong}; {way_out}")
+        raise CheckpointError(f"checkpoint.resume={wish} {wrong}; {way_out}")
     return (
         path,
-        f"resuming from {path}, as train.resume names it{instead}{_left_by_another(folder, after=read_train_state(path).progress.step)}",
+        f"resuming from {path}, as checkpoint.resume names it{instead}{_left_by_another(folder, after=read_train_state(path).progress.step)}",
     )
 
 
@@ -72,14 +73,14 @@ def _left_by_another(folder: Path, *, after: int) -> str:
     ahead = max(retention.checkpoints(folder), default=None)
     if ahead is None or retention.step_of(ahead) <= after:
         return ""
-    return f"; {ahead} lies ahead, and train.resume=auto would go on from there: move it away, or give another run.output_dir"
+    return f"; {ahead} lies ahead, and checkpoint.resume=auto would go on from there: move it away, or give another run.output_dir"
 
 
 def _another_folder(path: Path, config: Config) -> str:
     """What to do about a checkpoint that is not the run's."""
     output = config.run.output_dir
-    if config.train.resume != "auto":
-        return "name one of this model, or begin without any with train.resume=never"
+    if config.checkpoint.resume != "auto":
+        return "name one of this model, or begin without any with checkpoint.resume=never"
     return (
         f"it is in the run's folder: give the run another, such as run.output_dir={_free(output)}"
     )
@@ -167,7 +168,9 @@ def read_train_state(path: Path) -> TrainStateFile:
             samples=samples,
             spike_since=spike_since,
         )
-        return TrainStateFile(progress, content["layout"], content["config"], content["model"])
+        return TrainStateFile(
+            progress, content["layout"], migrate(content["config"]), content["model"]
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path / 'trainer.json'} is damaged ({type(error).__name__} {str(error)[:120]})"

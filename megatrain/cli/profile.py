@@ -15,9 +15,7 @@ from megatrain.telemetry.trace_format import read_traces
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's arguments."""
-    parser.add_argument(
-        "run", metavar="RUN", help="a run's folder; the run had train.trace_steps set"
-    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder; the run had profile.steps set")
     parser.add_argument(
         "--output",
         metavar="FILE",

@@ -7,13 +7,14 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from megatrain.config.renamed import RENAMED, migrate
 from megatrain.config.schema import Config
 from megatrain.config.validation import check
 from megatrain.config.yaml_text import describe_yaml_error, parse
@@ -68,6 +69,9 @@ def _refuse(error: ConfigError) -> None:
 def _from_dict(raw: dict[str, Any], base: Path, refuse: Refuse) -> Config:
     values: dict[str, Any] = {}
     sections = typing.get_type_hints(Config)
+    for error in _renamed_errors(raw):
+        refuse(error)
+    raw = migrate(raw)
     for written, content in raw.items():
         name = (
             written if isinstance(written, str) else format_value(written)
@@ -93,6 +97,28 @@ def _from_dict(raw: dict[str, Any], base: Path, refuse: Refuse) -> Config:
         except ConfigError as error:
             refuse(error)
     return _with_folder(Config(**values), base)
+
+
+def _renamed_errors(raw: dict[str, Any]) -> Iterator[ConfigError]:
+    for old, new in RENAMED.items():
+        section, key = old.split(".")
+        if isinstance(content := raw.get(section), dict) and key in content:
+            yield ConfigError(
+                old,
+                truncate(content[key]),
+                f"was renamed to {new}",
+                fix={new: _if_typed(new, content[key])},
+            )
+
+
+def _if_typed(name: str, value: Any) -> Any:
+    """Returns `value` as the type of the setting, or unchanged if it does not have that type."""
+    section, key = name.split(".")
+    hint = typing.get_type_hints(typing.get_type_hints(Config)[section])[key]
+    try:
+        return _typed(name, value, hint)
+    except ConfigError:
+        return value
 
 
 def _in_section(name: str, content: Any) -> dict[str, Any]:

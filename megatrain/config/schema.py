@@ -42,248 +42,194 @@ def non_default(section: Any, names: Iterable[str] | None = None) -> list[str]:
 class RunConfig:
     output_dir: str = setting("runs/pretrain", "Folder for everything the run writes.")
     seed: int = setting(1234, "Seed of initial weights, sample order and dropout.")
-    name: str = setting("", "Name shown in logs and pictures; the output folder's name when empty.")
-    master_port: int = setting(
-        0, "Port on which local ranks meet; 0 takes a free one. Launchers set their own."
+    name: str = setting("", "Name in logs and plots; default: name of the output folder.")
+    master_port: int = setting(0, "Rendezvous port of local ranks; 0 picks a free port.")
+    hang_timeout: float = setting(
+        600.0, "Abort after this many seconds without progress of any rank; 0 disables."
     )
-    stall_seconds: float = setting(
-        600.0,
-        "Seconds in which no rank gets on after which the run is ended, and it is said whom everyone waits for; 0 waits for ever.",
-    )
-    max_restarts: int = setting(
-        0,
-        "How often ranks that were started without a launcher are started again after a failure, from the last whole checkpoint. Launchers have their own, and refuse it.",
-    )
-    verbose: bool = setting(
-        False,
-        "Show what DeepSpeed and torch say instead of sending it to logs/ in the run's folder.",
-    )
-    wandb: str | None = setting(
-        None,
-        "Weights & Biases project that gets the figures too; WANDB_MODE=offline keeps them in the run's folder. Needs the extra `wandb`.",
-    )
+    max_restarts: int = setting(0, "Restarts of local ranks after a failure; 0 disables.")
+    verbose: bool = setting(False, "Print library output instead of writing it to logs/.")
+    wandb: str | None = setting(None, "Weights & Biases project; requires the extra `wandb`.")
     prometheus: str | None = setting(
-        None,
-        "File ending in .prom that holds the last figures for node_exporter's textfile collector, written every `train.log_every` steps. Needs the extra `prometheus`.",
+        None, "File (.prom) for node_exporter's textfile collector; requires `prometheus`."
     )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     train: str | list[dict[str, Any]] | None = setting(
-        None,
-        "Indexed dataset to train on: a prefix (PREFIX.bin, PREFIX.idx) or a list of {path, weight}.",
+        None, "Training dataset: prefix of PREFIX.bin and PREFIX.idx, or list of {path, weight}."
     )
     valid: str | list[dict[str, Any]] | None = setting(
-        None, "Indexed dataset to evaluate on, written as `train` is."
+        None, "Evaluation dataset, in the form of `train`."
     )
     split: str | None = setting(
-        None,
-        'Shares of the training documents for train, valid and test, as "98,1,1"; instead of `valid`.',
+        None, 'Proportions of train, valid and test documents, as "98,1,1"; replaces `valid`.'
     )
-    tokenizer: str | None = setting(
-        None, "Folder of the tokenizer; checked against the model and saved with checkpoints."
-    )
-    sequence_length: int = setting(1024, "Tokens in a training sequence.")
+    tokenizer: str | None = setting(None, "Tokenizer folder, copied into checkpoints.")
+    sequence_length: int = setting(1024, "Tokens per training sequence.")
     document_mask: bool = setting(
-        False,
-        "Attend within documents only and restart positions at each; off attends across documents, as GPT-3 did.",
+        False, "Restrict attention to each document and restart positions at its start."
     )
     chat_template: str | None = setting(
-        None, "Finetuning: file of a Jinja chat template to use instead of the tokenizer's own."
+        None, "Finetuning: Jinja file that replaces the tokenizer's chat template."
     )
     train_on: Literal["assistant", "completion", "all"] = setting(
-        "assistant",
-        "Finetuning: which tokens have a loss, those of every assistant turn, of the last one, or all.",
+        "assistant", "Finetuning: tokens with a loss: all assistant turns, the last turn, or all."
     )
     packing: bool = setting(
-        False,
-        "Finetuning: several samples in one sequence, each with its own positions and attention to itself alone.",
+        False, "Finetuning: pack several samples into a sequence, with separate attention."
     )
     too_long: Literal["truncate", "skip", "error"] = setting(
-        "truncate",
-        "Finetuning: samples beyond `sequence_length` are cut at its end, left out or refused; how many is said.",
+        "truncate", "Finetuning: treatment of samples longer than `sequence_length`."
     )
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    tensor: int = setting(1, "Ranks that split each layer (tensor parallelism).")
-    pipeline: int = setting(
-        1, "Ranks that split the list of layers into stages (pipeline parallelism)."
-    )
-    data: int | None = setting(
-        None, "Replicas of the model; derived from the number of ranks when left out."
-    )
+    tensor: int = setting(1, "Tensor-parallel ranks, which split each layer.")
+    pipeline: int = setting(1, "Pipeline-parallel ranks, which split the list of layers.")
+    data: int | None = setting(None, "Data-parallel replicas; default: derived from all ranks.")
     sequence: bool = setting(
-        False,
-        "Split norms and residuals along the sequence among tensor ranks (sequence parallelism).",
+        False, "Sequence parallelism: split norms and residuals across tensor ranks."
     )
     zero: Literal[0, 1, 2, 3] = setting(
-        1, "DeepSpeed ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights."
+        1, "DeepSpeed ZeRO stage: shard optimizer (1), gradients (2) and weights (3)."
     )
     schedule: str = setting(
         "1f1b",
-        "Order of forwards and backwards on a pipeline: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipev, a .csv file, or auto: what measures fastest.",
+        "Pipeline schedule: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipev, auto or a .csv file.",
     )
     virtual: int | None = setting(
-        None, "Chunks of layers on each pipeline rank, for schedules that let one choose."
+        None, "Virtual stages (layer chunks) per pipeline rank, for schedules with a choice."
     )
     layers_per_stage: list[int] | None = setting(
-        None,
-        "Blocks on each stage in the model's order, as [3, 5]; cut by cost when left out. A stage is one chunk of one pipeline rank.",
+        None, "Blocks on each stage in model order, as [3, 5]; default: balanced by cost."
     )
-    memory_gib: float | None = setting(
-        None,
-        "What a rank may hold under schedule auto, in GiB: weights, gradients, optimizer and activations; 4/5 of what is free when left out.",
+    autotune_memory_gib: float | None = setting(
+        None, "Memory limit of a rank for schedule auto, in GiB; default: 4/5 of free memory."
     )
-    offload: Literal["none", "cpu"] = setting(
-        "none", "Where the optimizer and its states live: with the model, or in CPU memory."
-    )
+    offload: Literal["none", "cpu"] = setting("none", "Device of optimizer and optimizer state.")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int | None = setting(
-        None, "Optimizer steps; 0 initialises, evaluates if asked, and saves."
-    )
-    tokens: int | None = setting(
-        None, "Token budget instead of `steps`; rounded up to whole steps."
-    )
-    epochs: int | None = setting(
-        None,
-        "Finetuning: how often to see every sample, instead of `steps`; the last step is filled with empty sequences.",
-    )
-    global_batch_size: int = setting(8, "Sequences in one optimizer step, over all ranks.")
-    micro_batch_size: int = setting(1, "Sequences in one forward on one rank.")
+    steps: int | None = setting(None, "Optimizer steps; 0 initializes, evaluates and saves.")
+    tokens: int | None = setting(None, "Token budget instead of `steps`, rounded up to a step.")
+    epochs: int | None = setting(None, "Finetuning: passes over all samples instead of `steps`.")
+    global_batch_size: int = setting(8, "Sequences per optimizer step, over all ranks.")
+    micro_batch_size: int = setting(1, "Sequences per forward pass of one rank.")
     dtype: Literal["fp32", "bf16", "fp16"] = setting(
-        "fp32",
-        "Arithmetic of the model; bf16 and fp16 keep fp32 master weights and accumulate gradients in fp32.",
+        "fp32", "Compute dtype; bf16 and fp16 keep fp32 master weights and gradients."
     )
     recompute: Literal["none", "selective", "full"] = setting(
-        "none",
-        "What the backward computes again instead of keeping: nothing, attention and MLP inner parts, or whole blocks.",
+        "none", "Activations to recompute: none, inside attention and MLP, or whole blocks."
     )
     compile: bool = setting(
-        False,
-        "Compile norms, gated activations, rotations and the like into one kernel each; needs a C++ compiler on CPUs, triton on GPUs.",
+        False, "Compile elementwise operations; requires a C++ compiler (CPU) or triton (GPU)."
     )
-    eval_every: int = setting(0, "Steps between evaluations; 0 evaluates never.")
-    eval_batches: int = setting(10, "Global batches in one evaluation.")
-    save_every: int = setting(0, "Steps between checkpoints; 0 saves at the end only.")
-    keep_last: int = setting(0, "Checkpoints to keep, newest first; 0 keeps all.")
+    log_every: int = setting(1, "Steps between log lines.")
+    init_from: str | None = setting(
+        None, "Hugging Face folder to load weights from; default for model and data.tokenizer."
+    )
+    exit_after_step: int | None = setting(
+        None, "Save and exit after this step; learning rate schedules still span `steps`."
+    )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = setting(0, "Steps between evaluations; 0 disables.")
+    batches: int = setting(10, "Global batches per evaluation.")
+    early_stopping_patience: int = setting(
+        0, "Stop after this many evaluations without a new best, which is saved; 0 disables."
+    )
+    early_stopping_metric: str = setting(
+        "valid_loss", "Metric of early stopping: valid_loss or one of the task's metrics."
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save_every: int = setting(0, "Steps between checkpoints; 0 saves only at the end.")
+    keep_last: int = setting(0, "Newest checkpoints to keep; 0 keeps all.")
     keep_every: int = setting(
-        0,
-        "Checkpoints of multiples of this many steps are kept whatever `keep_last` says; 0 keeps none of them.",
+        0, "Keep all checkpoints at multiples of this many steps; 0 disables."
     )
     async_save: bool = setting(
-        True,
-        "Go on training while a checkpoint is written from a copy in CPU memory; off waits until it is there.",
+        True, "Write checkpoints in the background from a copy in CPU memory."
     )
-    log_every: int = setting(1, "Steps between printed lines.")
-    init_from: str | None = setting(
-        None,
-        "Hugging Face folder whose weights the run starts from; `model` and `data.tokenizer` are its own when left out. A resumed run does not read it, unless adapters stand on it.",
-    )
-    resume: str = setting(
-        "auto",
-        "`auto` takes the run's newest whole checkpoint, `never` starts afresh, a folder takes that one.",
-    )
-    early_stop: int = setting(
-        0,
-        "Stop after this many evaluations in a row without a new best; each best is saved. 0 never stops early.",
-    )
-    early_stop_metric: str = setting(
-        "valid_loss",
-        "What early stopping goes by: valid_loss, or one that the task measures, such as valid_accuracy.",
-    )
+    resume: str = setting("auto", "auto: newest complete checkpoint; never; or a folder.")
     verify: Literal["sizes", "full"] = setting(
-        "sizes",
-        "What `resume: auto` asks of a whole checkpoint: files of the sizes written, or also of the content (reads all of it).",
+        "sizes", "Check of a checkpoint before resume=auto: file sizes, or all hashes."
     )
-    resume_margin: float = setting(
-        1.0,
-        "How far above the last losses before a checkpoint the first ones after a resume may be, unless those varied more; 0 asks nothing.",
+    resume_loss_tolerance: float = setting(
+        1.0, "Allowed loss increase after a resume over the losses before it; 0 disables."
     )
-    max_bad_steps: int = setting(
-        5, "Steps in a row with a non-finite loss or gradient after which the run stops."
+
+
+@dataclass(frozen=True)
+class StabilityConfig:
+    max_nonfinite_steps: int = setting(
+        5, "Stop after this many steps in a row with a non-finite loss or gradient."
     )
-    spike: Literal["off", "warn", "rollback"] = setting(
-        "warn",
-        "When the loss spikes: say so, or go back to the newest checkpoint from before it and pass over the samples since. A run of `max_bad_steps` counts as a spike.",
+    on_loss_spike: Literal["off", "warn", "rollback"] = setting(
+        "warn", "Action on a loss spike; rollback resumes before it and skips its samples."
     )
-    spike_factor: float = setting(
-        7.0,
-        "A loss spikes above the median of the last `spike_window` by more than this many robust deviations of theirs.",
+    spike_threshold: float = setting(
+        7.0, "Robust deviations above the median of recent losses that make a spike."
     )
-    spike_window: int = setting(
-        128, "Losses that a spike is judged by; none is before there are as many."
-    )
-    spike_steps: int = setting(
-        3, "Steps in a row above that are a spike; fewer are a few odd samples."
-    )
+    spike_window: int = setting(128, "Recent losses that the threshold is computed from.")
+    spike_patience: int = setting(3, "Consecutive steps above the threshold that make a spike.")
     max_rollbacks: int = setting(
-        3, "Rollbacks to one and the same checkpoint, after which a run that spikes again stops."
+        3, "Rollbacks to the same checkpoint after which another spike stops the run."
     )
-    stop_after: int | None = setting(
-        None, "Save and stop after this step although `steps` goes on; schedules still see `steps`."
-    )
-    trace_steps: list[int] | None = setting(
-        None,
-        "First and last step, as [20, 22], of which every action is recorded for `megatrain xray`; nothing when left out.",
-    )
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    steps: list[int] | None = setting(None, "First and last step to trace, as [20, 22].")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     name: Literal["adamw", "adam", "sgd", "lion"] = setting("adamw", "Update rule.")
     lr: float = setting(3e-4, "Peak learning rate.")
-    betas: list[float] = setting([0.9, 0.95], "Decay of the moments of adam, adamw and lion.")
-    eps: float = setting(1e-8, "Added to the root of the second moment of adam and adamw.")
+    betas: list[float] = setting([0.9, 0.95], "Decay rates of the moments of adam, adamw, lion.")
+    eps: float = setting(1e-8, "Term added to the denominator of adam and adamw.")
     momentum: float = setting(0.9, "Momentum of sgd.")
-    weight_decay: float = setting(
-        0.1, "Weight decay of matrices; biases, norms and one-dimensional weights have none."
-    )
-    decay_embeddings: bool = setting(True, "Whether embeddings decay too, as in GPT-3 and Llama.")
-    grad_clip: float = setting(1.0, "Largest norm of the whole gradient; 0 clips nothing.")
+    weight_decay: float = setting(0.1, "Weight decay of matrices (not of biases and norms).")
+    decay_embeddings: bool = setting(True, "Apply weight decay to embeddings, as GPT-3 and Llama.")
+    grad_clip: float = setting(1.0, "Maximum gradient norm; 0 disables clipping.")
 
 
 @dataclass(frozen=True)
 class LrScheduleConfig:
     name: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = setting(
-        "cosine", "Shape after the warm-up."
+        "cosine", "Decay shape after the warmup."
     )
-    warmup_steps: int = setting(0, "Steps of linear warm-up from 0.")
+    warmup_steps: int = setting(0, "Steps of linear warmup from 0.")
     min_lr: float = setting(0.0, "Learning rate at the end of the decay.")
     decay_steps: int | None = setting(
-        None, "Steps at which the decay ends, warm-up included; the run's steps when left out."
+        None, "Steps until the end of the decay, with warmup; default: all steps."
     )
     stable_fraction: float = setting(
-        0.8, "Share of the steps after warm-up that wsd keeps at the peak before it decays."
+        0.8, "wsd: fraction of the steps after warmup at the peak learning rate."
     )
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    rank: int = setting(
-        0,
-        "Rank of low-rank adapters beside frozen weights, saved as a PEFT adapter; 0 trains the weights themselves.",
-    )
-    alpha: float = setting(16.0, "What adapters add is multiplied by alpha / rank.")
-    dropout: float = setting(0.0, "Dropout of the adapters' input.")
+    rank: int = setting(0, "Rank of LoRA adapters on frozen weights; 0 trains the weights.")
+    alpha: float = setting(16.0, "Adapter outputs are scaled by alpha / rank.")
+    dropout: float = setting(0.0, "Dropout on adapter inputs.")
     targets: str | list[str] = setting(
-        "all-linear",
-        "Modules of the Hugging Face model that get adapters, as [q_proj, v_proj]; all-linear is every linear of the blocks.",
+        "all-linear", "Hugging Face modules with adapters, as [q_proj, v_proj]."
     )
-    rslora: bool = setting(
-        False, "Multiply by alpha / sqrt(rank) instead, which keeps large ranks learning (rsLoRA)."
-    )
-    dora: bool = setting(
-        False, "Also train the norm of each output's weights, apart from their direction (DoRA)."
-    )
+    rslora: bool = setting(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).")
+    dora: bool = setting(False, "Train the norm of each output's weights separately (DoRA).")
     quantize: Literal["none", "nf4"] = setting(
-        "none",
-        "nf4 holds the frozen linears of the blocks in 4 bits (QLoRA); needs bitsandbytes, pip install 'megatrain[qlora]'.",
+        "none", "Quantization of frozen linears; nf4 (QLoRA) requires the extra `qlora`."
     )
 
 
@@ -291,37 +237,29 @@ class LoraConfig:
 class PreferenceConfig:
     beta: float | None = setting(
         None,
-        "How much rewards are stretched (dpo, simpo), or the comparison's share of the loss (orpo); 0.1 when left out, for simpo 2.",
+        "Inverse temperature (dpo, simpo) or odds-ratio weight (orpo); default: 0.1, simpo 2.",
     )
-    margin: float = setting(1.0, "simpo: by how much the chosen answer's reward should lead.")
-    label_smoothing: float = setting(
-        0.0, "dpo and simpo: share of pairs in which the rejected answer may be the better one."
-    )
+    margin: float = setting(1.0, "simpo: target margin between chosen and rejected rewards.")
+    label_smoothing: float = setting(0.0, "dpo, simpo: probability of a wrong preference label.")
     reference: Literal["auto", "adapters-off", "beforehand"] = setting(
-        "auto",
-        "dpo: log-probabilities of the model it began from, by a forward without adapters in each step, or computed before the first and kept "
-        "in the run's folder; auto is the first where lora.rank is set.",
+        "auto", "dpo: reference log-probabilities: without adapters, or computed before training."
     )
 
 
 @dataclass(frozen=True)
 class ClassificationConfig:
     labels: list[str] | None = setting(
-        None,
-        "Names of the classes in the order of their numbers; a classifier's own folder brings them. A regression has one, its value's.",
+        None, "Class names in index order; default: those of the model. Regression: one name."
     )
     problem: Problem = setting(
-        "single-label", "Of each text: one class, any number of classes, or a number."
+        "single-label", "Problem type: single-label, multi-label or regression."
     )
-    dropout: float = setting(0.0, "Dropout of what the classifier's matrix sees.")
-    label_smoothing: float = setting(
-        0.0, "Share of a label's probability that training spreads over all classes."
-    )
+    dropout: float = setting(0.0, "Dropout before the classification head.")
+    label_smoothing: float = setting(0.0, "Probability spread over all classes in training.")
     augment: Augment = setting(
-        "none",
-        "Change the words of training texts at random: delete, swap, mask, or one of these for each text (mix).",
+        "none", "Random changes of words in training texts; mix chooses one for each text."
     )
-    augment_share: float = setting(0.1, "Share of a text's words that are changed.")
+    augment_share: float = setting(0.1, "Fraction of words changed in each text.")
 
 
 @dataclass(frozen=True)
@@ -331,14 +269,15 @@ class Config:
         "", "A Hugging Face config: a folder, a config.json, or its fields with model_type."
     )
     task: Literal["sft", "dpo", "simpo", "orpo", "classification", "token-classification"] = (
-        setting(
-            "sft",
-            "What `megatrain finetune` learns: answers as they are, to prefer one of two (prompt, chosen, rejected), or labels of texts or of words.",
-        )
+        setting("sft", "Objective of `megatrain finetune`.")
     )
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -54,26 +54,26 @@ _POSITIVE = [
     "train.log_every",
     "train.tokens",
     "train.epochs",
-    "train.max_bad_steps",
-    "train.eval_batches",
-    "train.spike_steps",
-    "train.max_rollbacks",
+    "stability.max_nonfinite_steps",
+    "eval.batches",
+    "stability.spike_patience",
+    "stability.max_rollbacks",
     "lr_schedule.decay_steps",
 ]
 _NOT_NEGATIVE = [
     "train.steps",
-    "train.early_stop",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.resume_margin",
-    "train.stop_after",
+    "eval.early_stopping_patience",
+    "eval.every",
+    "checkpoint.save_every",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+    "checkpoint.resume_loss_tolerance",
+    "train.exit_after_step",
     "run.seed",
     "run.master_port",
-    "run.stall_seconds",
+    "run.hang_timeout",
     "run.max_restarts",
-    "parallel.memory_gib",
+    "parallel.autotune_memory_gib",
     "optimizer.lr",
     "optimizer.eps",
     "optimizer.weight_decay",
@@ -152,81 +152,83 @@ def _check_schedule(config: Config) -> Iterator[ConfigError]:
 
 
 def _check_saving(config: Config) -> Iterator[ConfigError]:
-    train = config.train
-    if train.keep_every and not train.keep_last:
+    if config.checkpoint.keep_every and not config.checkpoint.keep_last:
         yield ConfigError(
-            "train.keep_every",
-            train.keep_every,
-            "has no meaning while train.keep_last=0 keeps all",
-            "set train.keep_last, or leave it out",
+            "checkpoint.keep_every",
+            config.checkpoint.keep_every,
+            "has no meaning while checkpoint.keep_last=0 keeps all",
+            "set checkpoint.keep_last, or leave it out",
         )
-    if train.verify == "full" and train.resume != "auto":
+    if config.checkpoint.verify == "full" and config.checkpoint.resume != "auto":
         yield ConfigError(
-            "train.verify",
+            "checkpoint.verify",
             "full",
-            f"is about train.resume=auto and train.resume={train.resume}",
+            f"is about checkpoint.resume=auto and checkpoint.resume={config.checkpoint.resume}",
             "leave it out: a named one is always verified in full",
         )
 
 
 def _check_early_stop(config: Config) -> Iterator[ConfigError]:
-    train = config.train
-    if train.early_stop and not train.eval_every:
+    if config.eval.early_stopping_patience and not config.eval.every:
         yield ConfigError(
-            "train.early_stop",
-            train.early_stop,
-            "goes by evaluations, and train.eval_every=0 makes none",
-            "set train.eval_every",
+            "eval.early_stopping_patience",
+            config.eval.early_stopping_patience,
+            "goes by evaluations, and eval.every=0 makes none",
+            "set eval.every",
         )
-    if not train.early_stop and non_default(train, ["early_stop_metric"]):
+    if not config.eval.early_stopping_patience and non_default(
+        config.eval, ["early_stopping_metric"]
+    ):
         yield ConfigError(
-            "train.early_stop_metric",
-            train.early_stop_metric,
-            "has no meaning with train.early_stop=0",
-            "set train.early_stop, for example 3, or leave train.early_stop_metric out",
+            "eval.early_stopping_metric",
+            config.eval.early_stopping_metric,
+            "has no meaning with eval.early_stopping_patience=0",
+            "set eval.early_stopping_patience, for example 3, or leave eval.early_stopping_metric out",
         )
 
 
 def _check_spike(config: Config) -> Iterator[ConfigError]:
-    train = config.train
-    for name in ("spike_factor", "spike_window", "spike_steps", "max_rollbacks"):
+    stability = config.stability
+    for name in ("spike_threshold", "spike_window", "spike_patience", "max_rollbacks"):
         needed = ("rollback",) if name == "max_rollbacks" else ("warn", "rollback")
-        if train.spike not in needed and non_default(train, [name]):
+        if config.stability.on_loss_spike not in needed and non_default(stability, [name]):
             yield ConfigError(
-                f"train.{name}",
-                getattr(train, name),
-                f"has no meaning with train.spike={train.spike}",
-                f"set train.spike={' or '.join(needed)}, or leave train.{name} out",
+                f"stability.{name}",
+                getattr(stability, name),
+                f"has no meaning with stability.on_loss_spike={config.stability.on_loss_spike}",
+                f"set stability.on_loss_spike={' or '.join(needed)}, or leave stability.{name} out",
             )
-    if not train.spike_factor > 0:
-        yield ConfigError("train.spike_factor", train.spike_factor, "must be more than 0")
-    least = max(8, 4 * train.spike_steps)
-    if train.spike != "off" and train.spike_window < least:
+    if not config.stability.spike_threshold > 0:
         yield ConfigError(
-            "train.spike_window",
-            train.spike_window,
-            f"is too few losses to judge train.spike_steps={train.spike_steps} by",
+            "stability.spike_threshold", config.stability.spike_threshold, "must be more than 0"
+        )
+    least = max(8, 4 * config.stability.spike_patience)
+    if config.stability.on_loss_spike != "off" and config.stability.spike_window < least:
+        yield ConfigError(
+            "stability.spike_window",
+            config.stability.spike_window,
+            f"is too few losses to judge stability.spike_patience={config.stability.spike_patience} by",
             f"use {least} or more",
         )
-    if train.spike == "rollback":
+    if config.stability.on_loss_spike == "rollback":
         yield from _check_rollback(config)
 
 
 def _check_rollback(config: Config) -> Iterator[ConfigError]:
     train = config.train
-    if not train.save_every and not train.early_stop:
+    if not config.checkpoint.save_every and not config.eval.early_stopping_patience:
         yield ConfigError(
-            "train.spike",
+            "stability.on_loss_spike",
             "rollback",
-            "goes back to a checkpoint, and train.save_every=0 makes none before the end",
-            f"set train.save_every={_tenth(config)}",
+            "goes back to a checkpoint, and checkpoint.save_every=0 makes none before the end",
+            f"set checkpoint.save_every={_tenth(config)}",
         )
     if train.epochs is not None:
         yield ConfigError(
-            "train.spike",
+            "stability.on_loss_spike",
             "rollback",
             "passes over samples, and train.epochs asks for every one",
-            "give train.steps, or use train.spike=warn",
+            "give train.steps, or use stability.on_loss_spike=warn",
         )
     if (
         config.task == "dpo"
@@ -234,10 +236,10 @@ def _check_rollback(config: Config) -> Iterator[ConfigError]:
         and (config.preference.reference == "beforehand" or not config.lora.rank)
     ):
         yield ConfigError(
-            "train.spike",
+            "stability.on_loss_spike",
             "rollback",
             "goes on with samples whose log-probabilities preference.reference=beforehand has not computed",
-            "use train.spike=warn, or adapters and preference.reference=adapters-off",
+            "use stability.on_loss_spike=warn, or adapters and preference.reference=adapters-off",
         )
 
 
@@ -248,26 +250,24 @@ def _tenth(config: Config) -> int:
 
 
 def _check_trace(config: Config) -> Iterator[ConfigError]:
-    steps = config.train.trace_steps
+    steps = config.profile.steps
     if steps is None:
         return
     if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
         yield ConfigError(
-            "train.trace_steps",
+            "profile.steps",
             steps,
             "must be two steps, the first from 1 and not after the last",
             "for example [20, 22]",
         )
     end = min(
         config.steps,
-        config.train.stop_after if config.train.stop_after is not None else config.steps,
+        config.train.exit_after_step if config.train.exit_after_step is not None else config.steps,
     )
     if steps[1] > end:
-        way_out = (
-            f"for example [{max(1, end - 2)}, {end}]" if end else "leave train.trace_steps out"
-        )
+        way_out = f"for example [{max(1, end - 2)}, {end}]" if end else "leave profile.steps out"
         yield ConfigError(
-            "train.trace_steps", steps, f"goes beyond the run's last step, {end}", way_out
+            "profile.steps", steps, f"goes beyond the run's last step, {end}", way_out
         )
 
 
@@ -303,12 +303,12 @@ def _check_parallel(config: Config) -> Iterator[ConfigError]:
 
 def _check_auto(p: ParallelConfig) -> Iterator[ConfigError]:
     if p.schedule != "auto":
-        if p.memory_gib is not None:
+        if p.autotune_memory_gib is not None:
             yield ConfigError(
-                "parallel.memory_gib",
-                p.memory_gib,
+                "parallel.autotune_memory_gib",
+                p.autotune_memory_gib,
                 f"limits what parallel.schedule=auto may choose, and it is {p.schedule}",
-                "use parallel.schedule=auto or leave parallel.memory_gib out",
+                "use parallel.schedule=auto or leave parallel.autotune_memory_gib out",
             )
         return
     for name in ("virtual", "layers_per_stage"):

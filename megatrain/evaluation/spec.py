@@ -20,7 +20,7 @@ USED = (
     "run.output_dir",
     "run.name",
     "run.master_port",
-    "run.stall_seconds",
+    "run.hang_timeout",
     "run.verbose",
     "data.tokenizer",
     "parallel.tensor",

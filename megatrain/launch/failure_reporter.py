@@ -170,7 +170,7 @@ def format_stall(
 ) -> str:
     """What is said of a run in which nothing has moved for so many seconds."""
     awaited = find_blocking_rank(states, silent)
-    lines = [f"the run stands still: nothing has moved for {seconds:.0f} s (run.stall_seconds)"]
+    lines = [f"the run stands still: nothing has moved for {seconds:.0f} s (run.hang_timeout)"]
     if awaited:
         shown = [
             f"rank {rank} ({who[rank]}), which {_of(states.get(rank), who[rank])}"

@@ -18,25 +18,25 @@ def recovery_hint(config: Config, failure: FailureReport | RankExit, *, step: in
     if train.steps == 0 or (isinstance(failure, FailureReport) and failure.kind == "user"):
         return ""
     saved = _newest(Path(config.run.output_dir) / "checkpoints")
-    if train.resume == "auto" and saved is not None:
+    if config.checkpoint.resume == "auto" and saved is not None:
         return f"started again, the same command goes on from step {saved}"
     begins = (
         "begins afresh"
-        if train.resume in ("auto", "never")
-        else f"begins again from {train.resume}"
+        if config.checkpoint.resume in ("auto", "never")
+        else f"begins again from {config.checkpoint.resume}"
     )
     if saved is not None:
-        return f"started again, the same command {begins} (train.resume={train.resume}); with train.resume=auto it goes on from step {saved}"
+        return f"started again, the same command {begins} (checkpoint.resume={config.checkpoint.resume}); with checkpoint.resume=auto it goes on from step {saved}"
     if not step or step == 1:
         return f"no step was done: started again, the same command {begins}"
-    why = f"train.save_every={train.save_every}" + (
-        "" if train.save_every else " saves at the end only"
+    why = f"checkpoint.save_every={config.checkpoint.save_every}" + (
+        "" if config.checkpoint.save_every else " saves at the end only"
     )
     return f"there is no whole checkpoint ({why}): started again, the same command {begins}, and the steps done are lost"
 
 
 def _newest(folder: Path) -> int | None:
-    """The step of the checkpoint that `train.resume=auto` would take, as far as sizes of files can tell."""
+    """The step of the checkpoint that `checkpoint.resume=auto` would take, as far as sizes of files can tell."""
     try:
         path, _ = manifest.find_newest(folder)
         return None if path is None else retention.step_of(path)

@@ -39,9 +39,9 @@ class ReportedByRank0(UserError):
     """What rank 0 says to the user: whoever else hears it leaves in silence."""
 
 
-def timeout_of(stall_seconds: float) -> float:
+def timeout_of(hang_timeout: float) -> float:
     """Seconds that ranks wait for each other here."""
-    return max(stall_seconds, _LEAST) if stall_seconds else GROUP_TIMEOUT.total_seconds()
+    return max(hang_timeout, _LEAST) if hang_timeout else GROUP_TIMEOUT.total_seconds()
 
 
 def rendezvous(place: RankEnv, *, supervised: bool, patience: float) -> Store:
@@ -112,7 +112,7 @@ def _wait_for_all(store: Store, place: RankEnv, patience: float) -> None:
         ]
         text = (
             f"{_listed(missing)} of {place.world_size} did not come to {place.master_addr}:{place.master_port}, where ranks meet, in {patience:.0f} s "
-            "(run.stall_seconds, but two minutes at least): see why they were not started, or what keeps their machines from reaching this one"
+            "(run.hang_timeout, but two minutes at least): see why they were not started, or what keeps their machines from reaching this one"
         )
         store.set(_WORD, text)
         time.sleep(_TO_HEAR)

@@ -74,7 +74,7 @@ class RestartPolicy:
 
     def config(self) -> Config:
         """Of the next start: it goes on from the newest whole checkpoint that the run has made; without one, from where it began."""
-        if self._config.train.resume == "auto":
+        if self._config.checkpoint.resume == "auto":
             return self._config
         made = [
             path
@@ -84,7 +84,8 @@ class RestartPolicy:
         if not made:
             return self._config
         return dataclasses.replace(
-            self._config, train=dataclasses.replace(self._config.train, resume=str(made[0]))
+            self._config,
+            checkpoint=dataclasses.replace(self._config.checkpoint, resume=str(made[0])),
         )
 
     def _checkpoints(self) -> set[tuple[Path, int, int]]:

@@ -26,20 +26,20 @@ _KEY = "megatrain/watchdog"
 
 
 def start_watchdog(
-    activity: RankActivity, voice: FailureReporter, store: Store, *, stall_seconds: float
+    activity: RankActivity, voice: FailureReporter, store: Store, *, hang_timeout: float
 ) -> WatchdogThread:
     """All ranks call it. The token keeps out whoever has not met at the store."""
     watchdog = (
-        _hub(activity, voice, store, stall_seconds)
+        _hub(activity, voice, store, hang_timeout)
         if voice.place.rank == 0
-        else _link(activity, voice, store, stall_seconds)
+        else _link(activity, voice, store, hang_timeout)
     )
     watchdog.start()
     return watchdog
 
 
 def _hub(
-    activity: RankActivity, voice: FailureReporter, store: Store, stall_seconds: float
+    activity: RankActivity, voice: FailureReporter, store: Store, hang_timeout: float
 ) -> WatchdogThread:
     clear_claims(voice.folder)
     listener, token = (
@@ -50,11 +50,11 @@ def _hub(
         _KEY,
         json.dumps({"port": listener.getsockname()[1], "token": token, "who": current_process()}),
     )
-    return WatchdogCoordinator(activity, voice, listener, token=token, stall_seconds=stall_seconds)
+    return WatchdogCoordinator(activity, voice, listener, token=token, hang_timeout=hang_timeout)
 
 
 def _link(
-    activity: RankActivity, voice: FailureReporter, store: Store, stall_seconds: float
+    activity: RankActivity, voice: FailureReporter, store: Store, hang_timeout: float
 ) -> WatchdogThread:
     at = json.loads(store.get(_KEY))
     address = voice.place.master_addr
@@ -71,5 +71,5 @@ def _link(
         wire,
         token=at["token"],
         hub=ProcessId(*at["who"]),
-        stall_seconds=stall_seconds,
+        hang_timeout=hang_timeout,
     )

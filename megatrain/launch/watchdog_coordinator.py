@@ -1,6 +1,6 @@
 """Rank 0's watchdog: all others' are connected to it, it says the run's one message, and has all ranks end.
 
-    a rank has not got on for stall_seconds    it calls; all are asked what they are in, and for how long
+    a rank has not got on for hang_timeout    it calls; all are asked what they are in, and for how long
     another got on later, by more than a look  nothing is wrong, and the question is put again in time
     none did                                   all write their stacks, the one message is said, all end
 
@@ -59,9 +59,9 @@ class WatchdogCoordinator(WatchdogThread):
         listener: socket.socket,
         *,
         token: str,
-        stall_seconds: float,
+        hang_timeout: float,
     ) -> None:
-        super().__init__(activity, voice, stall_seconds=stall_seconds)
+        super().__init__(activity, voice, hang_timeout=hang_timeout)
         self._token, self._listener = token, listener
         self._wires: dict[int, JsonConnection] = {}
         self._who: dict[int, ProcessId] = {self.rank: current_process()}
@@ -189,10 +189,10 @@ class WatchdogCoordinator(WatchdogThread):
             return
         youngest = min(state.age for state in answers.values())
         if (
-            youngest < self.stall_seconds - 2 * LOOK_SECONDS
+            youngest < self.hang_timeout - 2 * LOOK_SECONDS
         ):  # somebody works, and the others wait for it
             self._question = None
-            self._next_question = time.monotonic() + max(_ASK_AGAIN, self.stall_seconds - youngest)
+            self._next_question = time.monotonic() + max(_ASK_AGAIN, self.hang_timeout - youngest)
         elif question.dumped is None:
             question.dumped, question.until = {}, time.monotonic() + _SECONDS_TO_DUMP
             self._broadcast({"kind": "dump"})

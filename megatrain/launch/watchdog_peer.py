@@ -34,9 +34,9 @@ class WatchdogPeer(WatchdogThread):
         *,
         token: str,
         hub: ProcessId,
-        stall_seconds: float,
+        hang_timeout: float,
     ) -> None:
-        super().__init__(activity, voice, stall_seconds=stall_seconds)
+        super().__init__(activity, voice, hang_timeout=hang_timeout)
         self._wire, self._hub, self._token = wire, hub, token
         self._called: float | None = None
         """When rank 0 was called and has not answered since."""

@@ -23,13 +23,13 @@ class WatchdogThread:
     """A thread beside the rank's main one, from `start` to `close`; it holds no process group and no store.
 
     Args:
-        stall_seconds: without progress that make a stall; 0 leaves only the watch over ranks that end.
+        hang_timeout: without progress that make a stall; 0 leaves only the watch over ranks that end.
     """
 
     def __init__(
-        self, activity: RankActivity, voice: FailureReporter, *, stall_seconds: float
+        self, activity: RankActivity, voice: FailureReporter, *, hang_timeout: float
     ) -> None:
-        self.pulse, self.voice, self.stall_seconds = ProgressMonitor(activity), voice, stall_seconds
+        self.pulse, self.voice, self.hang_timeout = ProgressMonitor(activity), voice, hang_timeout
         self.rank, self.world_size = voice.place.rank, voice.place.world_size
         self.selector = selectors.DefaultSelector()
         self._wake_here, self._wake_there = socket.socketpair()
@@ -74,7 +74,7 @@ class WatchdogThread:
 
     def stands_still(self) -> bool:
         age = self.pulse.look()
-        return 0 < self.stall_seconds <= age
+        return 0 < self.hang_timeout <= age
 
     def _awoken(self, wake: Any) -> None:
         wake.recv(1024)

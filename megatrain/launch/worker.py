@@ -66,10 +66,10 @@ def _work(
         device_module.set_rank_environment(place)
         device_module.disable_jit_extensions()
         store = rendezvous(
-            place, supervised=report is not None, patience=timeout_of(config.run.stall_seconds)
+            place, supervised=report is not None, patience=timeout_of(config.run.hang_timeout)
         )
         voice = FailureReporter(config, place, console=streams.err, log=streams.log, report=report)
-        watchdog = start_watchdog(activity, voice, store, stall_seconds=config.run.stall_seconds)
+        watchdog = start_watchdog(activity, voice, store, hang_timeout=config.run.hang_timeout)
         with activity.collective("joining the", WorldGroup(range(place.world_size))):
             _join_group(place, store)
         target(config, place, activity)

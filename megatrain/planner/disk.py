@@ -63,14 +63,22 @@ def existing(path: Path) -> Path:
 def _most(config: Config) -> int:
     train = config.train
     if train.epochs is not None:  # only the data say how many steps that is
-        return train.keep_last + 1 if train.keep_last and train.save_every else 1
-    saves = max(1, -(-config.steps // train.save_every)) if train.save_every else 1
-    kept = (
-        train.keep_last
-        + (train.spike == "rollback")
-        + (config.steps // train.keep_every if train.keep_every else 0)
+        return (
+            config.checkpoint.keep_last + 1
+            if config.checkpoint.keep_last and config.checkpoint.save_every
+            else 1
+        )
+    saves = (
+        max(1, -(-config.steps // config.checkpoint.save_every))
+        if config.checkpoint.save_every
+        else 1
     )
-    return min(saves, kept + 1) if train.keep_last else saves
+    kept = (
+        config.checkpoint.keep_last
+        + (config.stability.on_loss_spike == "rollback")
+        + (config.steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0)
+    )
+    return min(saves, kept + 1) if config.checkpoint.keep_last else saves
 
 
 def is_open(config: Config) -> bool:
@@ -78,30 +86,29 @@ def is_open(config: Config) -> bool:
     train = config.train
     return (
         train.epochs is not None
-        and train.save_every > 0
-        and (not train.keep_last or train.keep_every > 0)
+        and config.checkpoint.save_every > 0
+        and (not config.checkpoint.keep_last or config.checkpoint.keep_every > 0)
     )
 
 
 def kept_in_words(config: Config, room: DiskEstimate) -> str:
     """How many checkpoints there are to be at once."""
-    train = config.train
     if is_open(config):
         which = (
-            f"train.keep_every={train.keep_every} keeps those of its multiples"
-            if train.keep_last
-            else "train.keep_last=0 keeps all"
+            f"checkpoint.keep_every={config.checkpoint.keep_every} keeps those of its multiples"
+            if config.checkpoint.keep_last
+            else "checkpoint.keep_last=0 keeps all"
         )
-        return f"one each {train.save_every} steps, of a number of steps that the data say; {which}"
+        return f"one each {config.checkpoint.save_every} steps, of a number of steps that the data say; {which}"
     return f"{room.most} at once" if room.most > 1 else "one"
 
 
 def open_warning(config: Config, room: DiskEstimate) -> str:
     """What is said where nothing limits them."""
     way_out = (
-        "leave train.keep_every out"
-        if config.train.keep_last
-        else "train.keep_last=3 keeps the newest three"
+        "leave checkpoint.keep_every out"
+        if config.checkpoint.keep_last
+        else "checkpoint.keep_last=3 keeps the newest three"
     )
     return (
         f"how many checkpoints the run keeps follows from its epochs' steps, which only the data say: {in_bytes(room.free)} free hold "
@@ -116,7 +123,9 @@ def check_free_space(config: Config, room: DiskEstimate) -> None:
     fits = room.free // room.each + room.there - 1
     way_out = f"keep {fits}, or write elsewhere" if 1 <= fits < room.most else "write elsewhere"
     fix = (
-        {"train.keep_last": fits} if 1 <= fits < room.most else {"run.output_dir": "/a/larger/disk"}
+        {"checkpoint.keep_last": fits}
+        if 1 <= fits < room.most
+        else {"run.output_dir": "/a/larger/disk"}
     )
     raise ConfigError(
         "run.output_dir",

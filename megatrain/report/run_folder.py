@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from megatrain.config.renamed import migrate
 from megatrain.errors import UserError
 from megatrain.report.event_timeline import EventTimeline, read_timeline
 from megatrain.report.stage_times import StageTimes, read_stages
@@ -82,7 +83,7 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
         config = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         return "", {}
-    return text, config if isinstance(config, dict) else {}
+    return text, migrate(config) if isinstance(config, dict) else {}
 
 
 def _xray(path: Path) -> PipelineProfile | None:

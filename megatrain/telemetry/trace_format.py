@@ -121,7 +121,7 @@ def read_traces(run_folder: Path) -> list[StepTrace]:
     paths = _paths(run_folder / FOLDER)
     if not paths:
         raise UserError(
-            f"{run_folder} holds no trace; set train.trace_steps, as train.trace_steps=[20,22], and train beyond these steps"
+            f"{run_folder} holds no trace; set profile.steps, as profile.steps=[20,22], and train beyond these steps"
         )
     for step, of_step in paths.items():
         if 0 not in of_step:

@@ -135,11 +135,11 @@ def _measure(calibration: ScheduleProfiler, limit: float) -> _Choice:
     search = broadcast_object(search, mesh.world)
     assert search is not None, "made on rank 0"
     base, plans = search
-    fits = max(base.memory) <= limit or config.parallel.memory_gib is None
+    fits = max(base.memory) <= limit or config.parallel.autotune_memory_gib is None
     if not fits and not plans:
         raise ConfigError(
-            "parallel.memory_gib",
-            config.parallel.memory_gib,
+            "parallel.autotune_memory_gib",
+            config.parallel.autotune_memory_gib,
             "is less than any schedule takes on its fullest rank",
             f"1f1b takes {max(base.memory) / 2**30:.3g}; use more pipeline ranks, a smaller train.micro_batch_size or recomputation",
         )
@@ -191,8 +191,8 @@ def _try(
 
 def _limit(config: Config, world: MeshAxis, device: torch.device, ranks_here: int) -> float:
     """Bytes that each rank may hold: as told, else what the fullest machine has for one."""
-    if config.parallel.memory_gib is not None:
-        return config.parallel.memory_gib * 2**30
+    if config.parallel.autotune_memory_gib is not None:
+        return config.parallel.autotune_memory_gib * 2**30
     mine = torch.tensor(
         OF_FREE * device_module.free_memory(device, ranks_here), dtype=torch.float64, device=device
     )
@@ -265,7 +265,7 @@ def _config_of(config: Config, schedule: Schedule, counts: list[int]) -> Config:
 
 def _replaced(config: Config, **parallel: Any) -> Config:
     return dataclasses.replace(
-        config, parallel=dataclasses.replace(config.parallel, memory_gib=None, **parallel)
+        config, parallel=dataclasses.replace(config.parallel, autotune_memory_gib=None, **parallel)
     )
 
 
@@ -280,7 +280,7 @@ def _asked(config: Config, architecture: TransformerConfig, mesh: ProcessMesh) -
         "sequence": p.sequence,
         "zero": p.zero,
         "offload": p.offload,
-        "memory_gib": p.memory_gib,
+        "memory_gib": p.autotune_memory_gib,
         "global_batch_size": train.global_batch_size,
         "micro_batch_size": train.micro_batch_size,
         "dtype": train.dtype,

@@ -108,7 +108,7 @@ def check_resume(config: Config, a: TransformerConfig) -> Path | None:
     """The checkpoint that the run would go on from; refuses one that it cannot."""
     path, _ = loading.choose_start(config)
     if (
-        path is not None and config.train.verify != "full"
+        path is not None and config.checkpoint.verify != "full"
     ):  # else rank 0 reads every file to see which it is, and checks that
         loading.check(path, config, a)
     return path
@@ -214,7 +214,7 @@ def _probe_file(path: Path) -> None:
 
 def parts_of(config: Config) -> list[Part]:
     """The data that a run reads."""
-    return ["train", "valid"] if config.train.eval_every else ["train"]
+    return ["train", "valid"] if config.eval.every else ["train"]
 
 
 def with_steps(config: Config, source: DataSource) -> Config:

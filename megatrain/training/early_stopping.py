@@ -29,7 +29,7 @@ class EarlyStopping:
         if not isinstance(value, int | float):
             known = ", ".join(sorted(name for name in figures if name.startswith("valid_")))
             raise ConfigError(
-                "train.early_stop_metric",
+                "eval.early_stopping_metric",
                 self.metric,
                 "is not what this run measures",
                 f"use one of {known}",

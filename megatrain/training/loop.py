@@ -95,7 +95,7 @@ class _Run:
         train = self.config.train
         last = min(
             self.config.steps,
-            train.stop_after if train.stop_after is not None else self.config.steps,
+            train.exit_after_step if train.exit_after_step is not None else self.config.steps,
         )
         self.journal.begin(self.parts.asked, self.progress, last=last)
         try:
@@ -151,52 +151,56 @@ class _Run:
             self.journal.show_step(step, report, seconds, parts=stopwatch.seconds())
             with self.activity.collective("measuring memory in the", self.runner.mesh.world):
                 values.update(self.parts.gauge.measure())
-        undo = first_to_undo(self.progress, train)
+        undo = first_to_undo(self.progress, self.config.stability)
         if undo and self._go_back(undo, values):
             return
-        if self.parts.valid is not None and (step % train.eval_every == 0 or step == last):
+        if self.parts.valid is not None and (step % self.config.eval.every == 0 or step == last):
             figures = self._evaluate()
             values.update(figures)
         best = (
             self.early is not None
-            and step % train.eval_every == 0
+            and step % self.config.eval.every == 0
             and self.early.add(step, figures)
         )
         saves = (
             step == last
             or best
             or self._is_over()
-            or (train.save_every and step % train.save_every == 0)
+            or (self.config.checkpoint.save_every and step % self.config.checkpoint.save_every == 0)
         )
-        if saves and self.progress.bad_steps < train.max_bad_steps:
+        if saves and self.progress.bad_steps < self.config.stability.max_nonfinite_steps:
             self._save()
         if self.saver.stalled:
             values["save_stall_seconds"], self.saver.stalled = self.saver.stalled, 0.0
         self.journal.write(step, values)
-        if self.progress.bad_steps >= train.max_bad_steps:
+        if self.progress.bad_steps >= self.config.stability.max_nonfinite_steps:
             self._give_up(report)
-        if best or (saves and not train.async_save):
+        if best or (saves and not self.config.checkpoint.async_save):
             self._finish_saving()
         if best and self.journal.is_kept:
             write_best(
                 self.parts.folder,
                 step=step,
-                metric=train.early_stop_metric,
-                value=figures[train.early_stop_metric],
+                metric=self.config.eval.early_stopping_metric,
+                value=figures[self.config.eval.early_stopping_metric],
             )
             self.journal.events.write(
                 "best",
                 step=step,
-                metric=train.early_stop_metric,
-                value=figures[train.early_stop_metric],
+                metric=self.config.eval.early_stopping_metric,
+                value=figures[self.config.eval.early_stopping_metric],
             )
 
     def _after(self, report: StepReport) -> TrainState:
         """Where the run stands after one more step."""
         before, train = self.progress, self.config.train
-        limit = spike_threshold(before.losses, train)
+        limit = spike_threshold(before.losses, self.config.stability)
         losses = remember_loss(
-            before.losses, report.loss, at_least=train.spike_window if train.spike != "off" else 0
+            before.losses,
+            report.loss,
+            at_least=self.config.stability.spike_window
+            if self.config.stability.on_loss_spike != "off"
+            else 0,
         )
         bad_steps = 0 if report.applied else before.bad_steps + (not report.rescaled)
         after = TrainState(
@@ -209,7 +213,7 @@ class _Run:
             samples=before.samples + train.global_batch_size,
             spike_since=spike_since(before, report.loss, limit),
         )
-        if limit is not None and is_noticed(after, train):
+        if limit is not None and is_noticed(after, self.config.stability):
             self.journal.spiked(after, limit)
         return after
 
@@ -217,21 +221,21 @@ class _Run:
         """Undo the steps from `since` on and pass over their samples; whether there was a checkpoint to go back to."""
         self.activity.set_phase("going back to a checkpoint")
         self._finish_saving()
-        reached, train, folder = self.progress, self.config.train, self.parts.folder
+        reached, folder = self.progress, self.parts.folder
         target = rollback.find(
             folder,
             since=since,
             own=lambda step: step <= self.parts.progress.step or step in self.saved,
-            hashes=train.verify == "full",
+            hashes=self.config.checkpoint.verify == "full",
             world=self.runner.mesh.world,
         )
         if target.path is None:
             self.journal.stays(reached, target.passed)
             return False
-        if target.times >= train.max_rollbacks:
+        if target.times >= self.config.stability.max_rollbacks:
             raise UserError(
-                f"the run went back to {target.path} {target.times} times (train.max_rollbacks) and has trouble again at step {since}: lower "
-                "optimizer.lr, take an older checkpoint with train.resume=FOLDER, or look at the data that skipped_samples.jsonl names"
+                f"the run went back to {target.path} {target.times} times (stability.max_rollbacks) and has trouble again at step {since}: lower "
+                "optimizer.lr, take an older checkpoint with checkpoint.resume=FOLDER, or look at the data that skipped_samples.jsonl names"
             )
         back = loading.load(
             target.path, zero=self.runner.optimizer, config=self.config, mesh=self.runner.mesh
@@ -250,7 +254,7 @@ class _Run:
             restore_best(
                 folder,
                 step=self.early.best_step,
-                metric=train.early_stop_metric,
+                metric=self.config.eval.early_stopping_metric,
                 value=self.early.best,
             )
         return True
@@ -260,7 +264,7 @@ class _Run:
         where = self.runner.locate_nonfinite()
         bad = self.progress.bad_steps
         raise UserError(
-            f"{bad} steps in a row (train.max_bad_steps) had a non-finite {describe_nonfinite(report)}; {where}"
+            f"{bad} steps in a row (stability.max_nonfinite_steps) had a non-finite {describe_nonfinite(report)}; {where}"
         )
 
     def _evaluate(self) -> dict[str, float]:
@@ -277,7 +281,7 @@ class _Run:
     def _save(self) -> None:
         self.activity.set_phase("saving")
         step, back_to = self.progress.step, None
-        if self.config.train.spike == "rollback":
+        if self.config.stability.on_loss_spike == "rollback":
             back_to = rollback.newest_from_before(self.progress.spike_since or step + 1)
         self.saved.add(step)
         self.journal.saved(

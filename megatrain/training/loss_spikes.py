@@ -12,7 +12,7 @@ import statistics
 from typing import NamedTuple
 
 from megatrain.checkpoint.writer import TrainState
-from megatrain.config.schema import TrainConfig
+from megatrain.config.schema import StabilityConfig
 
 _NORMAL = 1.4826
 _LEAST = 0.01
@@ -27,16 +27,16 @@ class SpikeThreshold(NamedTuple):
     deviation: float
 
 
-def spike_threshold(losses: tuple[float, ...], train: TrainConfig) -> SpikeThreshold | None:
+def spike_threshold(losses: tuple[float, ...], stability: StabilityConfig) -> SpikeThreshold | None:
     """What the next loss is held to; None while too few are known, and where nobody asks."""
-    if train.spike == "off" or len(losses) < train.spike_window:
+    if stability.on_loss_spike == "off" or len(losses) < stability.spike_window:
         return None
-    recent = losses[-train.spike_window :]
+    recent = losses[-stability.spike_window :]
     median = statistics.median(recent)
     deviation = max(
         _NORMAL * statistics.median(abs(loss - median) for loss in recent), _LEAST * abs(median)
     )
-    return SpikeThreshold(median + train.spike_factor * deviation, median, deviation)
+    return SpikeThreshold(median + stability.spike_threshold * deviation, median, deviation)
 
 
 def spike_since(before: TrainState, loss: float, limit: SpikeThreshold | None) -> int:
@@ -47,24 +47,30 @@ def spike_since(before: TrainState, loss: float, limit: SpikeThreshold | None) -
     return (before.spike_since or before.step + 1) if above else 0
 
 
-def first_to_undo(progress: TrainState, train: TrainConfig) -> int:
+def first_to_undo(progress: TrainState, stability: StabilityConfig) -> int:
     """First step of what is to be undone: a spike that has lasted, or as many bad steps as end a run; 0 for nothing."""
-    if train.spike != "rollback":
+    if stability.on_loss_spike != "rollback":
         return 0
-    if is_noticed(progress, train):
+    if is_noticed(progress, stability):
         return progress.spike_since
     return (
-        progress.step - progress.bad_steps + 1 if progress.bad_steps >= train.max_bad_steps else 0
+        progress.step - progress.bad_steps + 1
+        if progress.bad_steps >= stability.max_nonfinite_steps
+        else 0
     )
 
 
-def is_noticed(progress: TrainState, train: TrainConfig) -> bool:
+def is_noticed(progress: TrainState, stability: StabilityConfig) -> bool:
     """Whether a spike has lasted long enough with the last step, and not before it."""
     return (
-        progress.spike_since > 0 and progress.step - progress.spike_since + 1 == train.spike_steps
+        progress.spike_since > 0
+        and progress.step - progress.spike_since + 1 == stability.spike_patience
     )
 
 
-def guards(progress: TrainState, train: TrainConfig) -> bool:
+def guards(progress: TrainState, stability: StabilityConfig) -> bool:
     """Whether the next losses are judged here, and a run goes back from where they are bad: wrong weights of a checkpoint show in them too."""
-    return train.spike == "rollback" and spike_threshold(progress.losses, train) is not None
+    return (
+        stability.on_loss_spike == "rollback"
+        and spike_threshold(progress.losses, stability) is not None
+    )

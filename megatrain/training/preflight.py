@@ -165,10 +165,10 @@ def _own_tokenizer(config: Config) -> str:
 
 def _starts(config: Config, architecture: TransformerConfig, findings: IssueCollector) -> None:
     """The checkpoint to resume from, the weights to start from, and the folder to write to."""
-    named = config.train.resume not in ("auto", "never")
+    named = config.checkpoint.resume not in ("auto", "never")
     path = findings.attempt(
         lambda: checks.check_resume(config, architecture),
-        paste="train.resume=auto" if named else "",
+        paste="checkpoint.resume=auto" if named else "",
     )
     start = config.train.init_from
     if start is not None and not Path(start).exists():

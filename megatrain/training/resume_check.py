@@ -61,8 +61,8 @@ class ResumeCheck:
         if loss > most:
             raise CheckpointError(
                 f"{self._path} is not to be trusted: step {step} has a loss of {loss:.3f}, after {before.losses[-1]:.3f} at step {before.step}, and at "
-                f"most {most:.3f} was to be expected (train.resume_margin={self._margin:g}). Take an older one with train.resume=FOLDER, or set "
-                "train.resume_margin=0 where other data explain it"
+                f"most {most:.3f} was to be expected (checkpoint.resume_loss_tolerance={self._margin:g}). Take an older one with checkpoint.resume=FOLDER, or set "
+                "checkpoint.resume_loss_tolerance=0 where other data explain it"
             )
 
     def has_seen_an_update(self, step: int) -> bool:

@@ -108,7 +108,7 @@ class RunLogger:
             layout=layout,
             versions=_versions(),
             attempt=attempt(os.environ),
-            resume=self._config.train.resume,
+            resume=self._config.checkpoint.resume,
             why=None if self._resumes else why,
         )
         self._own_place = {
@@ -219,10 +219,10 @@ class RunLogger:
 
     def spiked(self, progress: TrainState, limit: SpikeThreshold) -> None:
         if self.is_kept:
-            train, loss = self._config.train, progress.losses[-1]
+            stability, loss = self._config.stability, progress.losses[-1]
             logger.warning(
                 f"step {progress.step}: the loss has spiked since step {progress.spike_since} and is {loss:.3f}; above {limit.loss:.3f} is a spike, the median "
-                f"{limit.median:.3f} of the last {train.spike_window} and {train.spike_factor:g} times their deviation {limit.deviation:.3f} (train.spike={train.spike})"
+                f"{limit.median:.3f} of the last {stability.spike_window} and {stability.spike_threshold:g} times their deviation {limit.deviation:.3f} (stability.on_loss_spike={stability.on_loss_spike})"
             )
             self.events.write(
                 "spike",
@@ -295,8 +295,10 @@ class RunLogger:
             logger.info(words)
         if words is not None or progress.step >= self._config.steps:
             self.events.write("finish", step=progress.step, why=words or "all steps are done")
-        elif progress.step == self._config.train.stop_after:
-            self.events.write("stop", step=progress.step, why=f"train.stop_after={progress.step}")
+        elif progress.step == self._config.train.exit_after_step:
+            self.events.write(
+                "stop", step=progress.step, why=f"train.exit_after_step={progress.step}"
+            )
         plot_loss(
             self.folder,
             title=self._config.run_name,

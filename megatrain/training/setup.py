@@ -148,7 +148,9 @@ def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) ->
         watch=ResumeCheck(
             path,
             progress,
-            margin=0 if guards(progress, config.train) else config.train.resume_margin,
+            margin=0
+            if guards(progress, config.stability)
+            else config.checkpoint.resume_loss_tolerance,
         ),
         early=early_stop(config, folder, mesh, progress),
     )
@@ -161,7 +163,7 @@ def _choose(
     found: tuple[Path | None, str] = (None, "")
     if mesh.rank == 0:
         mesh.activity.set_phase("looking for a checkpoint")
-        path, why = loading.choose_start(config, hashes=config.train.verify == "full")
+        path, why = loading.choose_start(config, hashes=config.checkpoint.verify == "full")
         if path is not None:
             loading.check(path, config, architecture)
         found = path, why
@@ -193,7 +195,7 @@ def _loader(config: Config, mesh: ProcessMesh, source: DataSource) -> DataLoader
 
 def _eval_batches(config: Config, source: DataSource) -> int:
     """As many as asked for, but no sample twice where their number is known."""
-    asked = config.train.eval_batches
+    asked = config.eval.batches
     return (
         asked
         if source.per_epoch is None
@@ -219,10 +221,11 @@ def early_stop(
     config: Config, folder: Path, mesh: ProcessMesh, progress: TrainState
 ) -> EarlyStopping | None:
     """With the evaluations of the run so far, as rank 0 finds them in metrics.jsonl."""
-    train = config.train
-    if not train.early_stop:
+    if not config.eval.early_stopping_patience:
         return None
-    early = EarlyStopping(patience=train.early_stop, metric=train.early_stop_metric)
+    early = EarlyStopping(
+        patience=config.eval.early_stopping_patience, metric=config.eval.early_stopping_metric
+    )
     lines = []
     if mesh.rank == 0:
         lines = [
@@ -231,6 +234,6 @@ def early_stop(
             if "valid_loss" in line and 0 < line["step"] <= progress.step
         ]
     for line in broadcast_object(lines, mesh.world):
-        if line["step"] % train.eval_every == 0:  # not the end of a part of the run
+        if line["step"] % config.eval.every == 0:  # not the end of a part of the run
             early.add(line["step"], line)
     return early

@@ -1,4 +1,4 @@
-"""Records when each action of some steps ran on this rank, and how long each of its layers took (`train.trace_steps`).
+"""Records when each action of some steps ran on this rank, and how long each of its layers took (`profile.steps`).
 
 A layer's forward lasts from the end of the layer before it to its own end. Its backward lasts from the moment its output's
 gradient is there to the moment its input's is. The marks are one forward hook and one gradient hook a layer, which only
@@ -40,7 +40,7 @@ EXCHANGES = 16
 
 
 class Tracer:
-    """Traces the steps of `config.train.trace_steps` into the run's folder. All ranks make it and call it together.
+    """Traces the steps of `config.profile.steps` into the run's folder. All ranks make it and call it together.
 
     With `keep`, which takes each of this rank's traces, nothing is written; the steps may then be others.
     """
@@ -54,7 +54,7 @@ class Tracer:
         keep: Callable[[RankTrace], Any] | None = None,
     ) -> None:
         self.runner, self.run_folder, self.keep = runner, run_folder, keep
-        told = runner.config.train.trace_steps
+        told = runner.config.profile.steps
         self.steps = (
             steps
             if steps is not None

@@ -15,7 +15,7 @@ import torch
 import yaml
 from helpers import readme_commands
 from helpers.rank_pool import run_ranks
-from helpers.training_runs import pretrain, write_tokens
+from helpers.training_runs import merge_sections, pretrain, write_tokens
 
 from megatrain.__main__ import main
 from megatrain.checkpoint import manifest
@@ -40,26 +40,19 @@ MODEL = {
 
 
 def settings(folder, **sections):
-    train = {
-        "steps": 3,
-        "global_batch_size": 4,
-        "micro_batch_size": 2,
-        "save_every": 1,
-        "eval_every": 3,
-        "eval_batches": 2,
-        **sections.pop("train", {}),
-    }
-    return {
+    raw = {
         "run": {"output_dir": str(folder / "run")},
         "model": MODEL,
-        "train": train,
+        "train": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 2},
+        "checkpoint": {"save_every": 1},
+        "eval": {"every": 3, "batches": 2},
         "data": {
             "train": str(folder / "tokens"),
             "valid": str(folder / "tokens"),
             "sequence_length": 16,
         },
-        **sections,
     }
+    return merge_sections(raw, sections)
 
 
 def pretrain_in_shards(rank, world_size, raw, shard_bytes):
@@ -210,8 +203,8 @@ def refusal(run, capfd, monkeypatch, *words):
 
 
 def test_a_named_one_that_is_missing(run, capfd, monkeypatch):
-    assert "train.resume=/nowhere is not a folder; give a checkpoint's folder" in refusal(
-        run, capfd, monkeypatch, "train.resume=/nowhere"
+    assert "checkpoint.resume=/nowhere is not a folder; give a checkpoint's folder" in refusal(
+        run, capfd, monkeypatch, "checkpoint.resume=/nowhere"
     )
 
 
@@ -220,11 +213,11 @@ def test_a_named_one_with_a_flipped_byte(run, capfd, monkeypatch):
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
-    words = refusal(run, capfd, monkeypatch, f"train.resume={newest(run)}")
+    words = refusal(run, capfd, monkeypatch, f"checkpoint.resume={newest(run)}")
     assert "has other content in optimizer/rank-00002.safetensors than was written" in words
 
 
-@pytest.mark.parametrize("words", [(), ("train.resume=NEWEST",)], ids=["auto", "named"])
+@pytest.mark.parametrize("words", [(), ("checkpoint.resume=NEWEST",)], ids=["auto", "named"])
 def test_one_of_another_model(run, capfd, monkeypatch, words):
     words = [word.replace("NEWEST", str(newest(run))) for word in words]
     said = refusal(run, capfd, monkeypatch, *words, "model.intermediate_size=64")
@@ -253,7 +246,7 @@ def test_no_steps_save_the_model_as_initialised(tmp_path):
     from transformers import AutoModelForCausalLM
 
     write_tokens(tmp_path / "tokens")
-    raw = settings(tmp_path, train={"steps": 0, "eval_every": 1, "keep_last": 1})
+    raw = settings(tmp_path, train={"steps": 0}, eval={"every": 1}, checkpoint={"keep_last": 1})
     run_ranks(pretrain, 1, raw, folder=tmp_path)
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert folder.name == "step-00000000"
@@ -270,7 +263,7 @@ def test_keep_last_keeps_the_newest(tmp_path):
     run_ranks(
         pretrain,
         1,
-        settings(tmp_path, train={"steps": 5, "keep_last": 2, "eval_every": 0}),
+        settings(tmp_path, train={"steps": 5}, checkpoint={"keep_last": 2}, eval={"every": 0}),
         folder=tmp_path,
     )
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
@@ -297,7 +290,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(small_disk, tmp_path):
     write_tokens(tmp_path / "tokens")
-    raw = settings(tmp_path, train={"eval_every": 0}, run={"output_dir": str(small_disk / "run")})
+    raw = settings(tmp_path, eval={"every": 0}, run={"output_dir": str(small_disk / "run")})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
     ended = readme_commands.run("pretrain", tmp_path / "run.yaml", folder=tmp_path)
     assert ended.code == 1

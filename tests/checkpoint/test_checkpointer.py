@@ -42,7 +42,8 @@ class Run:
             {
                 "model": MODEL,
                 "parallel": {"tensor": 2},
-                "train": {"steps": 9, "global_batch_size": 2, "keep_last": 2},
+                "train": {"steps": 9, "global_batch_size": 2},
+                "checkpoint": {"keep_last": 2},
                 "data": {"sequence_length": 16},
             }
         )

@@ -61,7 +61,8 @@ def settings(folder):
     return {
         "run": {"output_dir": str(folder / "run")},
         "model": MODEL,
-        "train": {"steps": 2, "global_batch_size": 2, "save_every": 1},
+        "train": {"steps": 2, "global_batch_size": 2},
+        "checkpoint": {"save_every": 1},
         "data": {"train": str(folder / "tokens"), "sequence_length": 8},
     }
 

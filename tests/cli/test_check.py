@@ -106,11 +106,11 @@ MISTAKES = {
     "parallel.virtual=3 parallel.schedule=zb-v parallel.pipeline=2": "parallel.virtual=3 and parallel.schedule=zb-v has 2 chunks",
     "parallel.layers_per_stage=[1,2] parallel.pipeline=2": "parallel.layers_per_stage=[1, 2] ",
     "train.dtype=fp16": "train.dtype=fp16 needs a GPU",
-    "train.keep_every=4": "train.keep_every=4 has no meaning while train.keep_last=0",
-    "train.trace_steps=[20,30]": "train.trace_steps=[20, 30] goes beyond the run's last step, 12",
-    "train.spike=rollback train.save_every=0": "train.spike=rollback goes back to a checkpoint, and train.save_every=0 makes none",
-    "train.eval_every=5": "data.valid=null names no data",
-    "train.resume=nowhere": "train.resume=nowhere is not a folder",
+    "checkpoint.keep_every=4": "checkpoint.keep_every=4 has no meaning while checkpoint.keep_last=0",
+    "profile.steps=[20,30]": "profile.steps=[20, 30] goes beyond the run's last step, 12",
+    "stability.on_loss_spike=rollback checkpoint.save_every=0": "stability.on_loss_spike=rollback goes back to a checkpoint, and checkpoint.save_every=0 makes none",
+    "eval.every=5": "data.valid=null names no data",
+    "checkpoint.resume=nowhere": "checkpoint.resume=nowhere is not a folder",
     "data.sequence_length=65": "data.sequence_length=65 is more than the model's 64 positions",
     "data.packing=true": "data.packing=true is a setting of `megatrain finetune`",
     "lora.alpha=8": "lora.rank=0 leaves lora.alpha without effect",
@@ -145,7 +145,7 @@ def test_what_exporters_cannot_do_is_said_before(check, run_file):
     ] == ["run.prometheus=x.txt.prom"]
 
 
-MENDED_IN_TWO = ("lora.alpha=8", "train.eval_every=5")
+MENDED_IN_TWO = ("lora.alpha=8", "eval.every=5")
 """Adapters need a model to stand on, and validation data must be set by hand if not cut from the training data."""
 
 
@@ -163,9 +163,9 @@ def test_all_mistakes_at_once(check, run_file):
         "data.sequence_length=100",
         "run.output_dir=/proc/run",
         "lr_schedule.min_lr=-1",
-        "train.resume=lost",
+        "checkpoint.resume=lost",
         "parallel.zero=2",
-        "parallel.memory_gib=5",
+        "parallel.autotune_memory_gib=5",
     ]
     said = check(run_file, *words, "parallel.pipeline=2")  # which ZeRO 2 does not go with
     assert said.code == 1
@@ -387,28 +387,28 @@ def test_a_disk_that_is_too_small(check, run_file, monkeypatch):
     monkeypatch.setattr(
         "megatrain.planner.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=free)
     )
-    words = ["train.dtype=bf16", "train.save_every=2", "train.keep_last=3"]
+    words = ["train.dtype=bf16", "checkpoint.save_every=2", "checkpoint.keep_last=3"]
     ((text, paste),) = check(run_file, *words).errors.items()
     assert "and 4 checkpoints of " in text
-    assert paste == "train.keep_last=1"
+    assert paste == "checkpoint.keep_last=1"
     assert check(run_file, *words, paste).code == 0
 
 
 def test_epochs_whose_steps_the_data_say(check, run_file):
     """How many checkpoints there will be is then not known, unless few are kept."""
-    words = ["--verb", "finetune", "train.steps=null", "train.epochs=2", "train.save_every=5"]
+    words = ["--verb", "finetune", "train.steps=null", "train.epochs=2", "checkpoint.save_every=5"]
     said = check(run_file, *words)
     assert "  work    2 epochs, in steps of 64 tokens" in said.out
     assert (
-        "one each 5 steps, of a number of steps that the data say; train.keep_last=0 keeps all"
+        "one each 5 steps, of a number of steps that the data say; checkpoint.keep_last=0 keeps all"
         in said.out
     )
     assert len(said.warnings) == 1
-    assert said.warnings[0].endswith("; train.keep_last=3 keeps the newest three")
-    said = check(run_file, *words, "train.keep_last=3")
+    assert said.warnings[0].endswith("; checkpoint.keep_last=3 keeps the newest three")
+    said = check(run_file, *words, "checkpoint.keep_last=3")
     assert said.warnings == []
     assert "each, 4 at once;" in said.out
-    assert "each, one;" in check(run_file, *words, "train.save_every=0").out
+    assert "each, one;" in check(run_file, *words, "checkpoint.save_every=0").out
 
 
 def test_weights_that_are_there_keep_their_tokenizer(check, run_file):
@@ -488,7 +488,7 @@ def test_each_config_lacks_nothing_but_its_files(name, check, monkeypatch, tmp_p
         f"data.train={loaded.data.train} is not there",
         f"data.tokenizer={loaded.data.tokenizer} is not a folder",
     }
-    wanted |= {f"data.valid={loaded.data.valid} is not there"} if loaded.train.eval_every else set()
+    wanted |= {f"data.valid={loaded.data.valid} is not there"} if loaded.eval.every else set()
     wanted |= (
         {f"train.init_from={loaded.train.init_from} does not exist"}
         if loaded.train.init_from

@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspected")
     write_tokens(folder / "tokens")
     raw = settings(
-        folder, parallel={"tensor": 2, "pipeline": 2}, train={"steps": 2, "eval_every": 0}
+        folder, parallel={"tensor": 2, "pipeline": 2}, train={"steps": 2}, eval={"every": 0}
     )
     run_ranks(pretrain_in_shards, 4, raw, 10_000, folder=folder)
     return folder / "run"

@@ -43,11 +43,9 @@ def run_file(tmp_path_factory):
         tmp_path_factory.mktemp("run"),
         train={
             "steps": STEPS,
-            "save_every": 5,
-            "keep_last": 3,
-            "eval_every": 20,
-            "eval_batches": 2,
         },
+        checkpoint={"save_every": 5, "keep_last": 3},
+        eval={"every": 20, "batches": 2},
     )
 
 
@@ -141,7 +139,7 @@ def test_damaged_checkpoints_are_passed_over(submit, undisturbed):
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    job = submit("train.verify=full")
+    job = submit("checkpoint.verify=full")
     assert job.wait() == "COMPLETED", job.words()
     assert (
         f"resuming from {older}, the newest whole checkpoint; passed over: {newer.name} has other content in optimizer/rank"
@@ -151,12 +149,12 @@ def test_damaged_checkpoints_are_passed_over(submit, undisturbed):
 
 
 def test_a_frozen_rank_ends_the_job_which_goes_on_when_queued_again(submit, undisturbed):
-    job = submit("run.stall_seconds=20")
+    job = submit("run.hang_timeout=20")
     job.until_beyond(7)
     process = job.mark(1).process
     os.kill(process, signal.SIGSTOP)
     assert job.wait() == "FAILED"
-    words = rf"error: the run stands still: nothing has moved for \d+ s \(run.stall_seconds\), and everyone waits for rank 1 \(node1, process {process}\)"
+    words = rf"error: the run stands still: nothing has moved for \d+ s \(run.hang_timeout\), and everyone waits for rank 1 \(node1, process {process}\)"
     assert re.search(words, job.words()), job.words()
     assert (job.output / "stacks/rank-00000.txt").exists()
     assert not is_alive(process)
@@ -167,7 +165,7 @@ def test_a_frozen_rank_ends_the_job_which_goes_on_when_queued_again(submit, undi
 
 def test_a_slow_rank_is_waited_for(submit, undisturbed):
     """Stopped for most of the time: the others wait for it at every message, and nothing else happens."""
-    job = submit("run.stall_seconds=20")
+    job = submit("run.hang_timeout=20")
     job.until(lambda: job.mark(2) is not None, "there")
     process, over = job.mark(2).process, threading.Event()
     with contextlib.suppress(ProcessLookupError):
@@ -292,7 +290,7 @@ def test_time_that_runs_out(submit, undisturbed):
     """Slurm itself sends the signal before a job's time is over, and the job goes on from there as its next attempt."""
     job = submit(
         "train.steps=100000",
-        "train.save_every=1",
+        "checkpoint.save_every=1",
         MARKS_SLOW="0.1",
         options=("--time=2", "--signal=B:USR1@70"),
     )

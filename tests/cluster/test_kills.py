@@ -85,12 +85,10 @@ class Trials:
             parallel=parallel,
             train={
                 "steps": STEPS,
-                "save_every": 6,
-                "keep_last": KEEP,
-                "eval_every": 5,
-                "eval_batches": 4,
                 **(train or {}),
             },
+            checkpoint={"save_every": 6, "keep_last": KEEP},
+            eval={"every": 5, "batches": 4},
         )
         (folder / "marks").mkdir()
         self._submit = lambda name: Job(

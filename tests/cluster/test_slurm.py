@@ -19,7 +19,9 @@ STEPS = 80
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
     return write_run(
-        tmp_path_factory.mktemp("run"), train={"steps": STEPS, "save_every": 10, "keep_last": 3}
+        tmp_path_factory.mktemp("run"),
+        train={"steps": STEPS},
+        checkpoint={"save_every": 10, "keep_last": 3},
     )
 
 
@@ -52,7 +54,7 @@ def test_a_run_through_preemption_a_killed_rank_and_a_lost_node_ends_as_an_undis
     assert job.wait() == "COMPLETED", job.words()
 
     undisturbed = Job(
-        cluster, run_file, tmp_path / "undisturbed", python=warm, words=("train.save_every=0",)
+        cluster, run_file, tmp_path / "undisturbed", python=warm, words=("checkpoint.save_every=0",)
     )
     assert undisturbed.wait() == "COMPLETED", undisturbed.words()
     assert_same(output, undisturbed.output, STEPS)

@@ -110,13 +110,15 @@ def test_whole_numbers_may_be_written_as_floats_and_only_whole_ones():
 
 
 def test_off_is_off_although_yaml_reads_it_as_false(tmp_path):
-    assert made("train.spike=off").train.spike == "off"
-    read = load(written(tmp_path, "train: {steps: 1, spike: off}\n"))
+    assert made("stability.on_loss_spike=off").stability.on_loss_spike == "off"
+    read = load(written(tmp_path, "train: {steps: 1}\nstability: {on_loss_spike: off}\n"))
     assert load(written(tmp_path, to_yaml(read))) == read
 
 
 def test_null_takes_a_setting_back():
-    assert made("train.stop_after=3", "train.stop_after=null").train.stop_after is None
+    assert (
+        made("train.exit_after_step=3", "train.exit_after_step=null").train.exit_after_step is None
+    )
 
 
 def test_a_resolved_config_reads_back(tmp_path):
@@ -202,10 +204,10 @@ REFUSED = {
     "optimizer.betas=[0.9, x]": "optimizer.betas[1]=x must be a number",
     "data.train=[a]": "data.train[0]=a must be a mapping",
     "train.dtype=bf17": "train.dtype=bf17 is not one of fp32, bf16, fp16; did you mean `bf16`?",
-    "train.spike=on": "train.spike=true is not one of off, warn, rollback",
-    "train.max_rollbacks=5": "train.max_rollbacks=5 has no meaning with train.spike=warn; set train.spike=rollback",
-    "train.spike_factor=0": "train.spike_factor=0.0 must be more than 0",
-    "train.spike=rollback": "train.spike=rollback goes back to a checkpoint, and train.save_every=0 makes none before the end; set train.save_every=1",
+    "stability.on_loss_spike=on": "stability.on_loss_spike=true is not one of off, warn, rollback",
+    "stability.max_rollbacks=5": "stability.max_rollbacks=5 has no meaning with stability.on_loss_spike=warn; set stability.on_loss_spike=rollback",
+    "stability.spike_threshold=0": "stability.spike_threshold=0.0 must be more than 0",
+    "stability.on_loss_spike=rollback": "stability.on_loss_spike=rollback goes back to a checkpoint, and checkpoint.save_every=0 makes none before the end; set checkpoint.save_every=1",
     "parallel.zero=4": "parallel.zero=4 is not one of 0, 1, 2, 3",
     "parallel.zero=true": "parallel.zero=true is not one of 0, 1, 2, 3",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] must be two numbers in [0, 1); for example [0.9, 0.95]",
@@ -227,7 +229,7 @@ REFUSED = {
     "lr_schedule.min_lr=1": "lr_schedule.min_lr=1.0 is above optimizer.lr=0.0003",
     "train.tokens=5": "train.steps, train.tokens and train.epochs=10, 5, null are given together; give one of them",
     "train.steps=null": "train.steps, train.tokens and train.epochs=null, null, null are all missing; give one of them",
-    "train.early_stop_metric=valid_accuracy": "train.early_stop_metric=valid_accuracy has no meaning with train.early_stop=0; set train.early_stop, for example 3, or leave",
+    "eval.early_stopping_metric=valid_accuracy": "eval.early_stopping_metric=valid_accuracy has no meaning with eval.early_stopping_patience=0; set eval.early_stopping_patience, for example 3, or leave",
     "parallel.sequence=true": "parallel.sequence=true splits the sequence among tensor ranks and parallel.tensor=1",
 }
 
@@ -241,19 +243,29 @@ def test_refused(word, message):
     ("words", "message"),
     [
         (
-            ["train.spike=off", "train.spike_factor=5"],
-            "train.spike_factor=5.0 has no meaning with train.spike=off; set train.spike=warn or rollback",
+            ["stability.on_loss_spike=off", "stability.spike_threshold=5"],
+            "stability.spike_threshold=5.0 has no meaning with stability.on_loss_spike=off; set stability.on_loss_spike=warn or rollback",
         ),
         (
-            ["train.spike_window=8", "train.spike_steps=3"],
-            "train.spike_window=8 is too few losses to judge train.spike_steps=3 by; use 12 or more",
+            ["stability.spike_window=8", "stability.spike_patience=3"],
+            "stability.spike_window=8 is too few losses to judge stability.spike_patience=3 by; use 12 or more",
         ),
         (
-            ["train.spike=rollback", "train.save_every=5", "train.steps=null", "train.epochs=2"],
+            [
+                "stability.on_loss_spike=rollback",
+                "checkpoint.save_every=5",
+                "train.steps=null",
+                "train.epochs=2",
+            ],
             "passes over samples, and train.epochs asks for every one",
         ),
         (
-            ["train.spike=rollback", "train.save_every=5", "task=dpo", "train.micro_batch_size=2"],
+            [
+                "stability.on_loss_spike=rollback",
+                "checkpoint.save_every=5",
+                "task=dpo",
+                "train.micro_batch_size=2",
+            ],
             "whose log-probabilities preference.reference=beforehand has not computed",
         ),
     ],
@@ -287,8 +299,8 @@ def test_every_number_has_a_range():
         "classification.dropout",
         "classification.label_smoothing",
         "classification.augment_share",
-        "train.spike_factor",
-        "train.spike_window",
+        "stability.spike_threshold",
+        "stability.spike_window",
     }
     numbers = {
         f"{section.name}.{item.name}"

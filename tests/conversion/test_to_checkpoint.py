@@ -48,11 +48,12 @@ def pretrain_all(rank, world_size, raws):
         pretrain(rank, world_size, raw)
 
 
-def settings(root, output, *, parallel=None, **train):
+def settings(root, output, *, parallel=None, checkpoint=None, **train):
     train = {"steps": 2, "global_batch_size": 4, "micro_batch_size": 2, **train}
     return {
         "run": {"output_dir": str(output)},
         "train": train,
+        "checkpoint": checkpoint or {},
         "data": {"train": str(root / "tokens"), "sequence_length": 16},
         "optimizer": {"lr": 1e-2},
         "parallel": parallel or {},
@@ -84,12 +85,16 @@ def test_a_hugging_face_folder_becomes_a_checkpoint_that_goes_on_as_init_from_do
         runs = []
         for number, (name, size, dtype, parallel) in enumerate(ROWS):
             if size == world_size:
-                for way, train in (
+                for way, sections in (
                     ("init", {"init_from": str(root / name)}),
-                    ("resume", {"resume": str(tmp_path / name)}),
+                    ("resume", {"checkpoint": {"resume": str(tmp_path / name)}}),
                 ):
                     raw = settings(
-                        root, tmp_path / f"{way}-{number}", parallel=parallel, dtype=dtype, **train
+                        root,
+                        tmp_path / f"{way}-{number}",
+                        parallel=parallel,
+                        dtype=dtype,
+                        **sections,
                     )
                     runs.append({**raw, "model": str(root / name)})
         run_ranks(pretrain_all, world_size, runs, folder=tmp_path)
@@ -133,7 +138,12 @@ def universal(root, tmp_path_factory):
     run_ranks(
         pretrain_all,
         1,
-        [{**settings(root, folder / "run", steps=4, save_every=2), "model": MODELS["llama"]}],
+        [
+            {
+                **settings(root, folder / "run", steps=4, checkpoint={"save_every": 2}),
+                "model": MODELS["llama"],
+            }
+        ],
         folder=folder,
     )
     ours = folder / "run" / "checkpoints" / "step-00000002"
@@ -167,7 +177,9 @@ def test_a_universal_checkpoint_goes_on_as_its_run_did(root, universal, tmp_path
         1,
         [
             {
-                **settings(root, tmp_path / "run", steps=4, resume=str(tmp_path / "ours")),
+                **settings(
+                    root, tmp_path / "run", steps=4, checkpoint={"resume": str(tmp_path / "ours")}
+                ),
                 "model": MODELS["llama"],
             }
         ],

@@ -121,7 +121,7 @@ def data(tmp_path_factory):
     return prefix
 
 
-def settings(data, folder, *, parallel, **train):
+def settings(data, folder, *, parallel, sections=(), **train):
     model = {
         "model_type": "llama",
         "hidden_size": 32,
@@ -142,10 +142,10 @@ def settings(data, folder, *, parallel, **train):
         "train": {
             "global_batch_size": 8,
             "micro_batch_size": 2,
-            "eval_every": 1,
-            "eval_batches": 1,
             **train,
         },
+        "eval": {"every": 1, "batches": 1},
+        **dict(sections),
     }
 
 
@@ -155,10 +155,12 @@ def test_in_a_run_nothing_is_waited_for_without_a_note(data, tmp_path):
         tmp_path,
         parallel={"pipeline": 2, "schedule": "auto"},
         steps=5,
-        save_every=1,
-        early_stop=9,
-        spike="rollback",
-        trace_steps=[2, 3],
+        sections={
+            "eval": {"every": 1, "batches": 1, "early_stopping_patience": 9},
+            "checkpoint": {"save_every": 1},
+            "stability": {"on_loss_spike": "rollback"},
+            "profile": {"steps": [2, 3]},
+        },
     )
     goes_on = settings(data, tmp_path, parallel={"data": 2, "zero": 1}, steps=6, dtype="bf16")
     found = [

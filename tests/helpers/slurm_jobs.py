@@ -37,7 +37,11 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def write_run(
-    folder: Path, *, train: dict[str, Any], parallel: dict[str, Any] | None = None
+    folder: Path,
+    *,
+    train: dict[str, Any],
+    parallel: dict[str, Any] | None = None,
+    **sections: dict[str, Any],
 ) -> Path:
     """A run's YAML with data beside it, for four ranks: 2 stages x 2 replicas unless said."""
     with IndexedWriter(folder / "tokens", vocab_size=67) as writer:
@@ -52,6 +56,7 @@ def write_run(
             "sequence_length": 16,
         },
         "train": {"global_batch_size": 4, "micro_batch_size": 1, **train},
+        **sections,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(raw))
     return folder / "run.yaml"

@@ -22,6 +22,15 @@ from megatrain.distributed.mesh import MeshAxis
 VOCABULARY = 67
 
 
+def merge_sections(raw: dict, sections: dict) -> dict:
+    """Returns a config of nested mappings with the settings of `sections` in place of its own."""
+    merged = {
+        name: {**raw.get(name, {}), **content} if isinstance(content, dict) else content
+        for name, content in sections.items()
+    }
+    return {**raw, **merged}
+
+
 def write_tokens(
     prefix: Path, *, documents: int = 60, length: int = 40, below: int = VOCABULARY
 ) -> Path:

@@ -43,11 +43,11 @@ def test_where_the_same_command_goes_on(run):
 
 
 def test_where_it_does_not(run, tmp_path):
-    assert recovery_hint(run("train.resume=never", saved=(40,)), KILLED, step=73) == (
-        "started again, the same command begins afresh (train.resume=never); with train.resume=auto it goes on from step 40"
+    assert recovery_hint(run("checkpoint.resume=never", saved=(40,)), KILLED, step=73) == (
+        "started again, the same command begins afresh (checkpoint.resume=never); with checkpoint.resume=auto it goes on from step 40"
     )
-    assert recovery_hint(run("train.resume=start"), KILLED, step=73).startswith(
-        "started again, the same command begins again from start (train.resume=start); "
+    assert recovery_hint(run("checkpoint.resume=start"), KILLED, step=73).startswith(
+        "started again, the same command begins again from start (checkpoint.resume=start); "
     )
 
 
@@ -55,11 +55,11 @@ def test_what_is_lost(run):
     begins = "started again, the same command begins afresh"
     assert (
         recovery_hint(run(), KILLED, step=73)
-        == f"there is no whole checkpoint (train.save_every=0 saves at the end only): {begins}, and the steps done are lost"
+        == f"there is no whole checkpoint (checkpoint.save_every=0 saves at the end only): {begins}, and the steps done are lost"
     )
     assert (
-        recovery_hint(run("train.save_every=80", torn=80), KILLED, step=83)
-        == f"there is no whole checkpoint (train.save_every=80): {begins}, and the steps done are lost"
+        recovery_hint(run("checkpoint.save_every=80", torn=80), KILLED, step=83)
+        == f"there is no whole checkpoint (checkpoint.save_every=80): {begins}, and the steps done are lost"
     )
     assert recovery_hint(run(), KILLED, step=1) == f"no step was done: {begins}"
     assert recovery_hint(run(), KILLED, step=0) == f"no step was done: {begins}"

@@ -49,7 +49,7 @@ def test_all_meet(store):
 def test_rank_0_names_those_that_never_came(store):
     with pytest.raises(
         UserError,
-        match=rf"^ranks 2, 4-6 of 8 did not come to 127.0.0.1:{store.port}, where ranks meet, in 0 s \(run.stall_seconds",
+        match=rf"^ranks 2, 4-6 of 8 did not come to 127.0.0.1:{store.port}, where ranks meet, in 0 s \(run.hang_timeout",
     ) as error:
         meet(0, store, come=(1, 3, 7), patience=SOON)
     assert store.get("megatrain/all").decode() == str(error.value)

@@ -7,7 +7,7 @@ import signal
 import pytest
 from helpers.launches import runs
 
-SOON = ["run.stall_seconds=6"]
+SOON = ["run.hang_timeout=6"]
 """Steps of these runs take milliseconds."""
 
 
@@ -87,7 +87,7 @@ def test_under_a_launcher_a_killed_rank_is_named_with_its_last_words_by_one_that
     assert f"process {pids[killed]}) ended without a word (often: killed" in text
     assert f"last words of rank {killed}" in text
     assert text.splitlines()[-1].startswith(
-        "there is no whole checkpoint (train.save_every=0 saves at the end only): started again, the same command begins afresh"
+        "there is no whole checkpoint (checkpoint.save_every=0 saves at the end only): started again, the same command begins afresh"
     )
     (event,) = run.events("fail")
     assert event.fields["cause"].startswith(f"rank {killed} (")

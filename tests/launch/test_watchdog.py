@@ -78,7 +78,7 @@ class Voice:
 class Ranks:
     """`size` watchdogs in this process; no thread of theirs runs, the test has them look."""
 
-    def __init__(self, size, folder, clock, *, stall_seconds=100.0, token="token"):
+    def __init__(self, size, folder, clock, *, hang_timeout=100.0, token="token"):
         self.clock, self.activities = clock, [RankActivity() for _ in range(size)]
         self.voices = [Voice(rank, size, folder) for rank in range(size)]
         listener = listen("127.0.0.1", peers=size)
@@ -88,7 +88,7 @@ class Ranks:
                 self.voices[0],
                 listener,
                 token="token",
-                stall_seconds=stall_seconds,
+                hang_timeout=hang_timeout,
             )
         ]
         for rank in range(1, size):
@@ -100,7 +100,7 @@ class Ranks:
                     wire,
                     token=token,
                     hub=current_process(),
-                    stall_seconds=stall_seconds,
+                    hang_timeout=hang_timeout,
                 )
             )
         self.frozen = set()
@@ -313,8 +313,8 @@ def test_a_process_that_was_stopped_itself_blames_nobody(clock):
     assert looks.look() == 0
 
 
-def test_stall_seconds_0_waits_for_ever(ranks):
-    run = ranks(stall_seconds=0.0)
+def test_hang_timeout_0_waits_for_ever(ranks):
+    run = ranks(hang_timeout=0.0)
     for activity in run.activities:
         activity.begin_step(4)
     run.look(seconds=300)

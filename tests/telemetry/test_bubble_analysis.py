@@ -490,7 +490,7 @@ def refusal(capsys, folder, *words):
 
 
 def test_a_run_without_a_trace(capsys, tmp_path):
-    assert "holds no trace; set train.trace_steps" in refusal(capsys, tmp_path)
+    assert "holds no trace; set profile.steps" in refusal(capsys, tmp_path)
     assert "is not a folder" in refusal(capsys, tmp_path / "nowhere")
 
 

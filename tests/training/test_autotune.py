@@ -167,7 +167,7 @@ def data(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
 
 
-def settings(data, output, *, stop_after=None, **parallel):
+def settings(data, output, *, exit_after_step=None, **parallel):
     return {
         "run": {"output_dir": str(output)},
         "model": LLAMA,
@@ -177,7 +177,7 @@ def settings(data, output, *, stop_after=None, **parallel):
             "steps": 4,
             "global_batch_size": 8,
             "micro_batch_size": 2,
-            "stop_after": stop_after,
+            "exit_after_step": exit_after_step,
         },
     }
 
@@ -192,7 +192,7 @@ def test_a_run_goes_on_with_what_it_chose_and_its_config_says_what_that_is(data,
     run_ranks(
         pretrain_measuring,
         2,
-        settings(data, tmp_path / "auto", stop_after=2),
+        settings(data, tmp_path / "auto", exit_after_step=2),
         (2, 1, 1, 1),
         folder=tmp_path,
     )
@@ -297,14 +297,14 @@ def test_memory_is_a_limit(tmp_path):
             **{"run.output_dir": str(tmp_path)},
         )
 
-    assert run_ranks(settle, 2, config(memory_gib=0.5), folder=tmp_path) == [[2**29], []]
+    assert run_ranks(settle, 2, config(autotune_memory_gib=0.5), folder=tmp_path) == [[2**29], []]
     (own,), _ = run_ranks(settle, 2, config(), folder=tmp_path)
     assert 2**20 < own < 2**50
     with pytest.raises(
         AssertionError,
-        match=r"parallel.memory_gib=1e-06 is less than any schedule takes on its fullest rank; 1f1b takes 0\.00",
+        match=r"parallel.autotune_memory_gib=1e-06 is less than any schedule takes on its fullest rank; 1f1b takes 0\.00",
     ):
-        run_ranks(run_layout, 2, config(memory_gib=1e-6), folder=tmp_path)
+        run_ranks(run_layout, 2, config(autotune_memory_gib=1e-6), folder=tmp_path)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -323,9 +323,9 @@ def test_memory_is_a_limit(tmp_path):
             "leave parallel.layers_per_stage out, or name a schedule",
         ),
         (
-            ["parallel.schedule=zb-v", "parallel.memory_gib=3"],
-            "parallel.memory_gib=3.0 limits what parallel.schedule=auto may choose, and it is zb-v; "
-            "use parallel.schedule=auto or leave parallel.memory_gib out",
+            ["parallel.schedule=zb-v", "parallel.autotune_memory_gib=3"],
+            "parallel.autotune_memory_gib=3.0 limits what parallel.schedule=auto may choose, and it is zb-v; "
+            "use parallel.schedule=auto or leave parallel.autotune_memory_gib out",
         ),
     ],
 )

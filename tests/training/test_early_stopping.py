@@ -40,7 +40,7 @@ def test_what_is_not_a_number_is_never_best():
 def test_a_metric_that_is_not_measured():
     with pytest.raises(
         ConfigError,
-        match=r"train.early_stop_metric=valid_f1 is not what this run measures; use one of valid_accuracy, valid_loss",
+        match=r"eval.early_stopping_metric=valid_f1 is not what this run measures; use one of valid_accuracy, valid_loss",
     ):
         EarlyStopping(patience=1, metric="valid_f1").add(
             1, {"valid_loss": 1.0, "valid_accuracy": 0.5, "loss": 1.0}

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers.rank_pool import run_ranks
-from helpers.training_runs import lines, pretrain, write_tokens
+from helpers.training_runs import lines, merge_sections, pretrain, write_tokens
 from safetensors.torch import load_file, save_file
 
 from megatrain.checkpoint import manifest
@@ -31,22 +31,20 @@ MODEL = {
 
 
 def settings(folder, **sections):
-    train = {
-        "steps": 20,
-        "stop_after": 10,
-        "global_batch_size": 4,
-        "micro_batch_size": 4,
-        "save_every": 4,
-        **sections.pop("train", {}),
-    }
-    return {
+    raw = {
         "run": {"output_dir": str(folder / "run")},
         "model": MODEL,
-        "train": train,
+        "train": {
+            "steps": 20,
+            "exit_after_step": 10,
+            "global_batch_size": 4,
+            "micro_batch_size": 4,
+        },
+        "checkpoint": {"save_every": 4},
         "optimizer": {"name": "adamw", "lr": 1e-3},
         "data": {"train": str(folder / "tokens"), "sequence_length": 16},
-        **sections,
     }
+    return merge_sections(raw, sections)
 
 
 def what_stopped(rank, world_size, raw):
@@ -78,10 +76,9 @@ def checkpoint(folder, step=10):
     return folder / "run" / "checkpoints" / f"step-{step:08d}"
 
 
-def resume(folder, **train):
-    (outcome,) = run_ranks(
-        what_stopped, 1, settings(folder, train={"stop_after": 14, **train}), folder=folder
-    )
+def resume(folder, *, last=14, **checkpoint):
+    raw = settings(folder, train={"exit_after_step": last}, checkpoint=checkpoint)
+    (outcome,) = run_ranks(what_stopped, 1, raw, folder=folder)
     return outcome
 
 
@@ -137,7 +134,7 @@ def test_wrong_weights_or_moments_do_not_go_on(what, step, run):
     change(checkpoint(run), what)
     words = resume(run, keep_last=1, save_every=1)
     assert f"step-00000010 is not to be trusted: step {step} has a loss of" in words
-    assert "Take an older one with train.resume=FOLDER" in words
+    assert "Take an older one with checkpoint.resume=FOLDER" in words
     assert manifest.find_problem(checkpoint(run), hashes=True) is None, (
         "what it began from is still there"
     )
@@ -146,7 +143,7 @@ def test_wrong_weights_or_moments_do_not_go_on(what, step, run):
 
 def test_the_rule_can_be_switched_off(run):
     change(checkpoint(run), random_weights)
-    assert resume(run, resume_margin=0) is None
+    assert resume(run, resume_loss_tolerance=0) is None
 
 
 def flip(folder):
@@ -159,7 +156,7 @@ def flip(folder):
 def test_content_is_compared_where_asked(run):
     flip(checkpoint(run))
     (checkpoint(run, 8) / "config.json").unlink()
-    config = configuration.from_dict(settings(run, train={"verify": "full"}))
+    config = configuration.from_dict(settings(run, checkpoint={"verify": "full"}))
     assert resume_module.choose_start(config)[0] == checkpoint(run)
     path, words = resume_module.choose_start(config, hashes=True)
     assert path == checkpoint(run, 4)
@@ -173,21 +170,21 @@ def test_content_is_compared_where_asked(run):
 
 
 def test_checkpoints_ahead_of_where_a_run_begins_are_said(run):
-    ahead = f"; {checkpoint(run)} lies ahead, and train.resume=auto would go on from there"
+    ahead = f"; {checkpoint(run)} lies ahead, and checkpoint.resume=auto would go on from there"
     for wish in ("never", str(checkpoint(run, 4))):
         assert (
             ahead
             in resume_module.choose_start(
-                configuration.from_dict(settings(run, train={"resume": wish}))
+                configuration.from_dict(settings(run, checkpoint={"resume": wish}))
             )[1]
         )
     assert (
         "lies ahead"
         not in resume_module.choose_start(
-            configuration.from_dict(settings(run, train={"resume": str(checkpoint(run))}))
+            configuration.from_dict(settings(run, checkpoint={"resume": str(checkpoint(run))}))
         )[1]
     )
-    assert resume(run, resume="never", stop_after=9, keep_last=1) is None
+    assert resume(run, resume="never", last=9, keep_last=1) is None
     assert checkpoint(run).exists()
     assert checkpoint(run, 9).exists(), "what lies ahead has not pushed it out"
     assert not checkpoint(run, 4).exists()

@@ -126,14 +126,13 @@ def test_a_run_is_peft_s_and_merges_into_a_classifier(problem, model, parallel, 
             "train": {
                 "init_from": str(base),
                 "steps": 4,
-                "eval_every": 2,
-                "eval_batches": 50,
                 **more,
             },
+            "eval": {"every": 2, "batches": 50},
         }
         return train(files, tmp_path, problem, model=model, run=name, world=4, **sections)
 
-    run("parts", stop_after=2)
+    run("parts", exit_after_step=2)
     parts, whole = run("parts"), run("whole")
     assert_same_run(whole, parts, step=4)
     saved, written = whole / "checkpoints" / "step-00000004", metrics(whole)[-1]

@@ -14,12 +14,12 @@ import pytest
 import yaml
 from helpers import readme_commands
 from helpers.rank_pool import run_ranks
-from helpers.training_runs import checked, lines, place, tensors, write_tokens
+from helpers.training_runs import checked, lines, merge_sections, place, tensors, write_tokens
 
 from megatrain.checkpoint import manifest, resume, retention
 from megatrain.checkpoint.writer import TrainState
 from megatrain.config import loader as configuration
-from megatrain.config.schema import TrainConfig
+from megatrain.config.schema import StabilityConfig
 from megatrain.data.gpt_dataset import open_dataset
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.errors import UserError
@@ -32,46 +32,46 @@ from megatrain.training.loss_spikes import first_to_undo, is_noticed, spike_sinc
 
 
 def test_the_limit_is_the_median_and_some_robust_deviations():
-    train = TrainConfig(spike_window=8, spike_steps=2)
+    config = StabilityConfig(spike_window=8, spike_patience=2)
     losses = (9.0, 3.0, 3.1, 2.9, 3.0, 3.2, 2.8, 3.1, 3.0)
-    limit = spike_threshold(losses, train)
+    limit = spike_threshold(losses, config)
     assert limit.median == 3.0
     assert limit.deviation == pytest.approx(1.4826 * 0.1)
     assert limit.loss == pytest.approx(3.0 + 7 * 1.4826 * 0.1)
-    assert spike_threshold(losses[:7], train) is None, "too few to judge by"
-    assert spike_threshold(losses, TrainConfig(spike="off", spike_window=8)) is None
-    assert spike_threshold((2.0,) * 8, train).loss == pytest.approx(2.0 + 7 * 0.02), (
+    assert spike_threshold(losses[:7], config) is None, "too few to judge by"
+    assert spike_threshold(losses, StabilityConfig(on_loss_spike="off", spike_window=8)) is None
+    assert spike_threshold((2.0,) * 8, config).loss == pytest.approx(2.0 + 7 * 0.02), (
         "losses that do not vary"
     )
 
 
-def follow(losses, train):
+def follow(losses, config):
     """The steps at which a spike is noticed, and the first steps of these."""
     progress, noticed = TrainState(0, 0, 0), []
     for loss in losses:
-        since = spike_since(progress, loss, spike_threshold(progress.losses, train))
+        since = spike_since(progress, loss, spike_threshold(progress.losses, config))
         kept = (
-            (*progress.losses, loss)[-train.spike_window :]
+            (*progress.losses, loss)[-config.spike_window :]
             if math.isfinite(loss)
             else progress.losses
         )
         progress = progress._replace(step=progress.step + 1, losses=kept, spike_since=since)
-        noticed += [(progress.step, since)] if is_noticed(progress, train) else []
+        noticed += [(progress.step, since)] if is_noticed(progress, config) else []
     return noticed
 
 
 def test_a_spike_is_noticed_once_after_some_steps_and_odd_losses_are_none():
-    train, calm = TrainConfig(spike_window=8, spike_steps=3), [3.0, 3.1, 2.9] * 10
-    assert follow([*calm, 9.0, 9.0, 9.0, 9.0, *calm], train) == [(33, 31)]
-    assert follow([*calm, 9.0, 9.0, *calm, 9.0, *calm], train) == []
-    assert follow([*calm, 9.0, math.nan, 9.0, *calm], train) == [(33, 31)], (
+    config, calm = StabilityConfig(spike_window=8, spike_patience=3), [3.0, 3.1, 2.9] * 10
+    assert follow([*calm, 9.0, 9.0, 9.0, 9.0, *calm], config) == [(33, 31)]
+    assert follow([*calm, 9.0, 9.0, *calm, 9.0, *calm], config) == []
+    assert follow([*calm, 9.0, math.nan, 9.0, *calm], config) == [(33, 31)], (
         "a loss that is no number goes on with it"
     )
-    assert follow([*calm, math.nan, 9.0, 9.0, *calm], train) == [], "and begins none"
+    assert follow([*calm, math.nan, 9.0, 9.0, *calm], config) == [], "and begins none"
 
 
 def test_honest_runs_have_none_and_a_real_one_is_found():
-    dice, train = random.Random(5), TrainConfig()
+    dice, config = random.Random(5), StabilityConfig()
     for _ in range(60):
         start, floor, scale, noise = (
             dice.uniform(4, 12),
@@ -84,19 +84,21 @@ def test_honest_runs_have_none_and_a_real_one_is_found():
             floor + (start - floor) * math.exp(-(at + step) / scale) + dice.gauss(0, noise)
             for step in range(250)
         ]
-        assert follow(losses, train) == []
+        assert follow(losses, config) == []
         losses[200:230] = [loss + 4 + 10 * noise for loss in losses[200:230]]
-        assert follow(losses, train)[:1] == [(203, 201)]
+        assert follow(losses, config)[:1] == [(203, 201)]
 
 
 def test_what_is_undone():
-    rollback = TrainConfig(spike="rollback")
+    rollback = StabilityConfig(on_loss_spike="rollback")
     assert first_to_undo(TrainState(12, 0, 0, spike_since=10), rollback) == 10
     assert first_to_undo(TrainState(13, 0, 0, spike_since=10), rollback) == 0, "once"
     assert first_to_undo(TrainState(12, 0, 0, bad_steps=5), rollback) == 8
     assert first_to_undo(TrainState(12, 0, 0, bad_steps=4), rollback) == 0
     assert (
-        first_to_undo(TrainState(12, 0, 0, bad_steps=5, spike_since=10), TrainConfig(spike="warn"))
+        first_to_undo(
+            TrainState(12, 0, 0, bad_steps=5, spike_since=10), StabilityConfig(on_loss_spike="warn")
+        )
         == 0
     )
 
@@ -153,25 +155,17 @@ LAYOUTS = {
 
 
 def settings(folder, run, **sections):
-    train = {
-        "steps": STEPS,
-        "global_batch_size": BATCH,
-        "micro_batch_size": 2,
-        "save_every": 2,
-        "spike": "rollback",
-        "spike_window": 8,
-        "spike_steps": 2,
-        **sections.pop("train", {}),
-    }
-    return {
+    raw = {
         "run": {"output_dir": str(folder / run)},
         "model": MODEL,
-        "train": train,
+        "train": {"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2},
+        "checkpoint": {"save_every": 2},
+        "stability": {"on_loss_spike": "rollback", "spike_window": 8, "spike_patience": 2},
         "optimizer": {"name": "adamw", "lr": 1e-2},
         "lr_schedule": {"name": "constant"},
         "data": {"train": str(folder / "tokens"), "sequence_length": LENGTH},
-        **sections,
     }
+    return merge_sections(raw, sections)
 
 
 def pretrain(rank, world_size, raw, shift=False, fails=None):
@@ -352,7 +346,7 @@ def test_killed_within_the_rollback_and_started_again(where, data, runs, tmp_pat
             n for n in names if not n.startswith("tokens") and folder == str(data)
         ],
     )
-    raw = settings(tmp_path / "data", "run", train={"async_save": False})
+    raw = settings(tmp_path / "data", "run", checkpoint={"async_save": False})
     ((_, stopped),) = run_ranks(killed_in, 1, raw, where, folder=tmp_path)
     assert stopped == "killed"
     ((_, stopped),) = run_ranks(pretrain, 1, raw, folder=tmp_path)
@@ -392,15 +386,21 @@ def test_a_checkpoint_that_knows_no_position_goes_on_at_its_steps(data, runs):
     ]
     manifest.write(path, records)
     ((found, _),) = run_ranks(
-        pretrain, 1, settings(data, "old", train={"stop_after": 10}), folder=data
+        pretrain, 1, settings(data, "old", train={"exit_after_step": 10}), folder=data
     )
     assert found == losses(data / "alone")[8:10]
 
 
 def test_only_a_warning_where_there_is_nothing_to_go_back_to_and_where_none_is_wanted(data, runs):
-    for run, train in {"nothing": {"save_every": 100}, "warned": {"spike": "warn"}}.items():
+    for run, sections in {
+        "nothing": {"checkpoint": {"save_every": 100}},
+        "warned": {"stability": {"on_loss_spike": "warn"}},
+    }.items():
         ((found, stopped),) = run_ranks(
-            pretrain, 1, settings(data, run, train={"stop_after": 18, **train}), folder=data
+            pretrain,
+            1,
+            settings(data, run, train={"exit_after_step": 18}, **sections),
+            folder=data,
         )
         assert stopped is None
         assert [step for step, _ in found] == list(range(1, 19))
@@ -415,7 +415,9 @@ def test_only_a_warning_where_there_is_nothing_to_go_back_to_and_where_none_is_w
 
 def test_the_checkpoint_to_go_back_to_is_kept(data, runs):
     """The one that is gone back to is the third newest."""
-    raw = settings(data, "pruned", train={"keep_last": 1, "save_every": 1, "stop_after": 20})
+    raw = settings(
+        data, "pruned", train={"exit_after_step": 20}, checkpoint={"keep_last": 1, "save_every": 1}
+    )
     ((found, stopped),) = run_ranks(pretrain, 1, raw, folder=data)
     assert stopped is None
     assert [step for step, _ in found] == [*range(1, NOTICED + 1), *range(BEGAN - 1, 21)], (
@@ -431,11 +433,11 @@ def test_a_run_that_does_not_get_past_it_stops(data, tmp_path):
     for part in ("tokens.bin", "tokens.idx"):
         shutil.copy(data / part, tmp_path / part)
     poison(tmp_path, range((BEGAN - 1) * BATCH, 40 * BATCH))
-    raw = settings(tmp_path, "run", train={"max_rollbacks": 2})
+    raw = settings(tmp_path, "run", stability={"max_rollbacks": 2})
     ((found, stopped),) = run_ranks(pretrain, 1, raw, folder=tmp_path)
     assert [step for step, _ in found] == [*range(1, NOTICED + 1), *[BACK + 1, BACK + 2] * 2]
     assert (
-        f"the run went back to {checkpoint(tmp_path / 'run', BACK)} 2 times (train.max_rollbacks) and has trouble again at step {BACK + 1}"
+        f"the run went back to {checkpoint(tmp_path / 'run', BACK)} 2 times (stability.max_rollbacks) and has trouble again at step {BACK + 1}"
         in stopped
     )
     windows = [
@@ -446,7 +448,7 @@ def test_a_run_that_does_not_get_past_it_stops(data, tmp_path):
 
 
 def test_early_stopping_forgets_the_evaluations_that_were_undone(data, runs):
-    raw = settings(data, "early", train={"early_stop": 3, "eval_every": 5, "eval_batches": 1})
+    raw = settings(data, "early", eval={"early_stopping_patience": 3, "every": 5, "batches": 1})
     raw["data"]["valid"] = raw["data"]["train"]
     ((_, stopped),) = run_ranks(pretrain, 1, raw, folder=data)
     assert stopped is None
@@ -471,7 +473,10 @@ def test_killed_after_a_rollback_and_started_again(data, tmp_path):
         (tmp_path / name / "run.yaml").write_text(
             yaml.safe_dump(
                 settings(
-                    tmp_path / name, "run", train={"steps": 60, "save_every": 6, "keep_last": 2}
+                    tmp_path / name,
+                    "run",
+                    train={"steps": 60},
+                    checkpoint={"save_every": 6, "keep_last": 2},
                 )
             )
         )

@@ -340,7 +340,10 @@ def test_a_resume_goes_on_with_the_loss_scale(tmp_path):
         }
 
     run_ranks(
-        go_on_in_fp16, 1, [raw("parts", stop_after=2), raw("parts"), raw("whole")], folder=tmp_path
+        go_on_in_fp16,
+        1,
+        [raw("parts", exit_after_step=2), raw("parts"), raw("whole")],
+        folder=tmp_path,
     )
     states = [
         read_train_state(tmp_path / run / "checkpoints" / "step-00000004").progress.loss_scaling

@@ -79,10 +79,9 @@ def settings(files, output, **sections):
             "steps": 4,
             "global_batch_size": 8,
             "micro_batch_size": 2,
-            "eval_every": 2,
-            "eval_batches": 2,
             "init_from": str(files / "base"),
         },
+        "eval": {"every": 2, "batches": 2},
         "optimizer": {"lr": 2e-3},
         "lr_schedule": {"name": "constant"},
     }
@@ -106,7 +105,7 @@ def test_a_run_that_goes_on_is_the_same_run(lora, files, tmp_path):
         )
 
     run("whole")
-    run("parts", stop_after=2, eval_every=2)
+    run("parts", exit_after_step=2)
     run("parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", step=4)
     lines = metrics(tmp_path / "whole")
@@ -141,7 +140,8 @@ def test_merging_by_the_verb(files, tmp_path, capsys, monkeypatch):
         files,
         tmp_path / "run",
         lora={"rank": 4},
-        train={**settings(files, "")["train"], "steps": 1, "eval_every": 0},
+        train={**settings(files, "")["train"], "steps": 1},
+        eval={"every": 0},
     )
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(raw))

@@ -35,12 +35,13 @@ FIRST, LAST = "checkpoints/step-00000005", f"checkpoints/step-{STEPS:08d}"
 def run_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     write_tokens(folder / "tokens")
-    train = {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1, "save_every": 5}
+    train = {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1}
     raw = {
         "model": MODEL,
         "parallel": {"pipeline": 2},
         "data": {"train": str(folder / "tokens"), "sequence_length": 16},
         "train": train,
+        "checkpoint": {"save_every": 5},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(raw))
     return folder / "run.yaml"
@@ -97,7 +98,7 @@ def test_killed_ranks_are_started_again_and_nothing_is_lost(
         output = tmp_path / f"run-{trial}"
         if resume == "never":  # what an earlier run has left in the folder is not gone on from
             shutil.copytree(undisturbed / LAST, output / LAST)
-        if words := killed_once(run_file, output, f"train.resume={resume}"):
+        if words := killed_once(run_file, output, f"checkpoint.resume={resume}"):
             break
     assert words.startswith("rank 1 was killed by SIGKILL")
     assert "restart 1 of 3 (run.max_restarts) after a failure in step " in words

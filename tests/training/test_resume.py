@@ -13,7 +13,14 @@ import pytest
 import yaml
 from helpers import readme_commands
 from helpers.rank_pool import run_ranks
-from helpers.training_runs import VOCABULARY, assert_same_run, metrics, pretrain, write_tokens
+from helpers.training_runs import (
+    VOCABULARY,
+    assert_same_run,
+    merge_sections,
+    metrics,
+    pretrain,
+    write_tokens,
+)
 
 from megatrain import files
 from megatrain.__main__ import main
@@ -56,23 +63,15 @@ def data(tmp_path_factory):
 
 def settings(model, data, output, **sections):
     """A run's YAML as nested mappings."""
-    train = {
-        "steps": 6,
-        "global_batch_size": 8,
-        "micro_batch_size": 2,
-        "save_every": 2,
-        "keep_last": 0,
-        "eval_every": 3,
-        "eval_batches": 1,
-        **sections.pop("train", {}),
-    }
-    return {
+    raw = {
         "run": {"output_dir": str(output)},
         "model": MODELS[model],
-        "train": train,
+        "train": {"steps": 6, "global_batch_size": 8, "micro_batch_size": 2},
+        "eval": {"every": 3, "batches": 1},
+        "checkpoint": {"save_every": 2, "keep_last": 0},
         "data": {"train": str(data), "valid": str(data), "sequence_length": 16},
-        **sections,
     }
+    return merge_sections(raw, sections)
 
 
 LAYOUTS = [
@@ -116,8 +115,8 @@ def test_resumed_run_is_bit_identical(model, world, dtype, sections, data, tmp_p
         run_ranks(pretrain, world, raw, folder=tmp_path)
 
     run("whole")
-    run("parts", stop_after=2)
-    run("parts", stop_after=4)
+    run("parts", exit_after_step=2)
+    run("parts", exit_after_step=4)
     run("parts")
     parts = metrics(tmp_path / "parts")
     # An end is also evaluated, whatever the interval.
@@ -153,13 +152,18 @@ def wait_for(path, lines, command):
 )
 def test_killed_at_any_moment_and_started_again(model, dtype, parallel, data, tmp_path):
     moments = random.Random(model)
-    train = {"dtype": dtype, "steps": 30, "save_every": 1, "keep_last": 3, "eval_every": 0}
+    sections = {
+        "train": {"dtype": dtype, "steps": 30},
+        "checkpoint": {"save_every": 1, "keep_last": 3},
+        "eval": {"every": 0},
+        "parallel": parallel,
+    }
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    whole = settings(model, data, tmp_path / "whole" / "run", train=train, parallel=parallel)
+    whole = settings(model, data, tmp_path / "whole" / "run", **sections)
     ended = start(tmp_path / "whole", whole).wait()
     assert ended.code == 0, ended
-    killed = settings(model, data, tmp_path / "killed" / "run", train=train, parallel=parallel)
+    killed = settings(model, data, tmp_path / "killed" / "run", **sections)
     log = tmp_path / "killed" / "run" / "metrics.jsonl"
     for reached in (moments.randint(2, 9), moments.randint(11, 20)):
         command = start(tmp_path / "killed", killed)
@@ -228,12 +232,13 @@ def assert_own_figures(path, *, ranks, pipelines):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_ends_the_run(number, data, tmp_path):
-    train = {"steps": 2000, "save_every": 0, "eval_every": 0}
     raw = settings(
         "llama",
         data,
         tmp_path / "run",
-        train=train,
+        train={"steps": 2000},
+        checkpoint={"save_every": 0},
+        eval={"every": 0},
         parallel={"pipeline": 2} if number == signal.SIGTERM else {},
     )
     command = start(tmp_path, raw)

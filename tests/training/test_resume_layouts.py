@@ -87,16 +87,16 @@ class Runs:
             world, parallel = LAYOUTS[layout]
             train = {
                 "steps": STEPS,
-                "stop_after": until,
+                "exit_after_step": until,
                 "global_batch_size": 8,
                 "micro_batch_size": 2,
-                "resume": str(start or "never"),
                 **train,
             }
             raw = {
                 "run": {"output_dir": str(self.done[key])},
                 "model": MODELS[model],
                 "train": train,
+                "checkpoint": {"resume": str(start or "never")},
                 "parallel": parallel,
                 "data": {"train": str(self.folder / "tokens"), "sequence_length": 16},
                 "optimizer": {"lr": 1e-3, "grad_clip": 0.5},

@@ -381,10 +381,9 @@ def test_a_folder_is_a_classifier_of_transformers_with_the_figures_of_the_run(
         train={
             "steps": None,
             "epochs": 2,
-            "eval_every": 100,
-            "eval_batches": 50,
             "global_batch_size": 4,
         },
+        eval={"every": 100, "batches": 50},
     )
     written = metrics(run)[-1]
     folder = run / "checkpoints" / f"step-{written['step']:08d}"
@@ -518,19 +517,17 @@ def test_stops_early_and_a_resumed_run_stops_at_the_same_step(files, tmp_path):
             "labels": LABELS,
         },
         "optimizer": {"lr": 3e-2, "grad_clip": 0.0},
+        "eval": {
+            "every": 2,
+            "batches": 50,
+            "early_stopping_patience": 2,
+            "early_stopping_metric": "valid_f1_macro",
+        },
+        "checkpoint": {"save_every": 2, "keep_last": 1},
     }
 
     def run(name, **more):
-        steps = {
-            "steps": 60,
-            "eval_every": 2,
-            "eval_batches": 50,
-            "early_stop": 2,
-            "early_stop_metric": "valid_f1_macro",
-            "save_every": 2,
-            "keep_last": 1,
-            **more,
-        }
+        steps = {"steps": 60, **more}
         return train(files, tmp_path, "single-label", run=name, world=2, train=steps, **sections)
 
     whole = metrics(run("whole"))
@@ -553,7 +550,7 @@ def test_stops_early_and_a_resumed_run_stops_at_the_same_step(files, tmp_path):
         == tmp_path / "whole" / "checkpoints" / f"step-{first_best:08d}"
     )
     assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 2, "the newest and the best"
-    run("parts", stop_after=last - 2)
+    run("parts", exit_after_step=last - 2)
     run("parts")
     run("parts")  # nothing is left to do
     assert_same_run(tmp_path / "whole", tmp_path / "parts", step=last)
@@ -579,16 +576,16 @@ WRONG = {
         "has no meaning for classification.problem=regression",
     ),
     "early stop without evaluations": (
-        {"train": {"early_stop": 3}},
-        "train.early_stop=3 goes by evaluations, and train.eval_every=0 makes none",
+        {"eval": {"early_stopping_patience": 3}},
+        "eval.early_stopping_patience=3 goes by evaluations, and eval.every=0 makes none",
     ),
     "settings of another task": (
         {"task": "sft"},
         "classification.labels=.* has no effect with task=sft",
     ),
     "a metric that is not there": (
-        {"train": {"eval_every": 1, "early_stop": 1, "early_stop_metric": "valid_f1"}},
-        "train.early_stop_metric=valid_f1 is not what this run measures; use one of valid_accuracy, valid_f1_macro",
+        {"eval": {"every": 1, "early_stopping_patience": 1, "early_stopping_metric": "valid_f1"}},
+        "eval.early_stopping_metric=valid_f1 is not what this run measures; use one of valid_accuracy, valid_f1_macro",
     ),
 }
 

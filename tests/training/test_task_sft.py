@@ -344,7 +344,8 @@ def test_a_check_tells_how_many_steps_its_epochs_are(files, tmp_path, capfd, mon
         files,
         run={"output_dir": str(tmp_path / "run")},
         data={"packing": True},
-        train={"steps": None, "epochs": 3, "global_batch_size": 4, "save_every": 2},
+        train={"steps": None, "epochs": 3, "global_batch_size": 4},
+        checkpoint={"save_every": 2},
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
 
@@ -384,17 +385,16 @@ def test_a_resumed_run_is_bit_identical_and_its_folder_speaks_in_chats(files, tm
                 "steps": None,
                 "epochs": 3,
                 "global_batch_size": 4,
-                "eval_every": 3,
-                "eval_batches": 50,
                 **train,
             },
+            eval={"every": 3, "batches": 50},
         )
         run_ranks(finetune, 2, raw, folder=tmp_path)
 
     run("whole")
     last = metrics(tmp_path / "whole")[-1]["step"]
     assert last >= 6
-    run("parts", stop_after=3)
+    run("parts", exit_after_step=3)
     run("parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", step=last)
     assert "epochs: 3" in (tmp_path / "whole" / "config.yaml").read_text()
@@ -471,8 +471,8 @@ SENTENCES = {
     "data.train={folder}/text.jsonl": "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: messages;",
     "data.train={folder}/indexed": "data.train={folder}/indexed is an indexed dataset, which `megatrain pretrain` reads; start this config",
     "train.init_from={folder}/run": "{folder}/run is a run's folder and no model's; name one of its checkpoints, such as {folder}/run/checkpoints/step-2",
-    "train.resume={folder}/run": "train.resume={folder}/run has no manifest.json; name one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
-    "train.resume={folder}/run/checkpoints": "train.resume={folder}/run/checkpoints has no manifest.json; name one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
+    "checkpoint.resume={folder}/run": "checkpoint.resume={folder}/run has no manifest.json; name one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
+    "checkpoint.resume={folder}/run/checkpoints": "checkpoint.resume={folder}/run/checkpoints has no manifest.json; name one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
     "data.sequence_length=24 data.too_long=error": "{folder}/train.jsonl, line 1: takes ",
     "train.init_from={folder}/gpt2": "train.init_from={folder}/gpt2 does not fit the model: missing: model.embed_tokens.weight, ",
     "train.init_from=nowhere": "train.init_from=nowhere does not exist",

@@ -46,7 +46,7 @@ def data(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
 
 
-def settings(data, output, *, train=(), **parallel):
+def settings(data, output, *, train=(), traced=None, **parallel):
     """A run's config as nested mappings."""
     return {
         "run": {"output_dir": str(output)},
@@ -54,6 +54,7 @@ def settings(data, output, *, train=(), **parallel):
         "data": {"train": str(data), "sequence_length": 16},
         "parallel": parallel,
         "train": {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2, **dict(train)},
+        "profile": {"steps": traced},
     }
 
 
@@ -79,7 +80,7 @@ def test_a_traced_run_records_every_action_and_layer_and_stays_itself(
         run_ranks(
             pretrain,
             world,
-            settings(data, tmp_path / name, train={"trace_steps": trace}, **parallel),
+            settings(data, tmp_path / name, traced=trace, **parallel),
             folder=tmp_path,
         )
     assert losses(tmp_path / "plain") == losses(tmp_path / "traced")
@@ -150,7 +151,7 @@ def test_steps_that_are_not_traced_have_no_hooks(data, tmp_path):
     assert run_ranks(
         hooks_left,
         1,
-        settings(data, tmp_path, train={"trace_steps": [2, 3]}),
+        settings(data, tmp_path, traced=[2, 3]),
         str(tmp_path),
         folder=tmp_path,
     ) == [(8, 0, None, None)]
@@ -247,11 +248,11 @@ def test_a_slow_layer_is_found_and_the_advice_gains_what_it_says(data, tmp_path)
 
 def sleeping_run(data, folder, **parallel):
     """Seconds of its steps but the first, and what its traces advise."""
-    train = {"steps": 5, "trace_steps": [4, 5], "micro_batch_size": 1}
+    train = {"steps": 5, "micro_batch_size": 1}
     run_ranks(
         pretrain_sleeping,
         2,
-        settings(data, folder, train=train, pipeline=2, **parallel),
+        settings(data, folder, train=train, traced=[4, 5], pipeline=2, **parallel),
         folder=folder.parent,
     )
     return [line["seconds"] for line in lines(folder)[1:]], advise(
@@ -268,29 +269,30 @@ def sleeping_run(data, folder, **parallel):
     [
         (
             [20],
-            "train.trace_steps=[20] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+            "profile.steps=[20] must be two steps, the first from 1 and not after the last; for example [20, 22]",
         ),
         (
             [22, 20],
-            "train.trace_steps=[22, 20] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+            "profile.steps=[22, 20] must be two steps, the first from 1 and not after the last; for example [20, 22]",
         ),
         (
             [0, 2],
-            "train.trace_steps=[0, 2] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+            "profile.steps=[0, 2] must be two steps, the first from 1 and not after the last; for example [20, 22]",
         ),
         (
             [28, 31],
-            "train.trace_steps=[28, 31] goes beyond the run's last step, 30; for example [28, 30]",
+            "profile.steps=[28, 31] goes beyond the run's last step, 30; for example [28, 30]",
         ),
     ],
 )
 def test_steps_to_trace(steps, message):
     with pytest.raises(ConfigError) as error:
-        configuration.load(None, ["train.steps=30", f"train.trace_steps={steps}"])
+        configuration.load(None, ["train.steps=30", f"profile.steps={steps}"])
     assert str(error.value) == message
-    assert configuration.load(
-        None, ["train.steps=30", "train.trace_steps=[30, 30]"]
-    ).train.trace_steps == [30, 30]
+    assert configuration.load(None, ["train.steps=30", "profile.steps=[30, 30]"]).profile.steps == [
+        30,
+        30,
+    ]
 
 
 def stages_of(counts, placement):
