@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from try_model import RELATIVE_TOLERANCE, trainers_loss
 
 from megatrain.checkpoint.manifest import find_newest
-from megatrain.checkpoint.retention import step_of
+from megatrain.checkpoint.retention import step_number
 from megatrain.config import loader as configuration
 from megatrain.data.chat_format import Conversation, read_conversation
 from megatrain.data.chat_template import ChatTemplate, Encoded
@@ -55,7 +55,7 @@ def compare(run: Path, held_out_file: str, questions: int) -> int:
         raise UserError(
             f"{run} holds no whole checkpoint, or no data.valid or train.init_from to compare with"
         )
-    trainers = trainers_loss(run, step=step_of(checkpoint))
+    trainers = trainers_loss(run, step=step_number(checkpoint))
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatrain.checkpoint.manifest import find_newest
-from megatrain.checkpoint.retention import step_of
+from megatrain.checkpoint.retention import step_number
 from megatrain.config import loader as configuration
 from megatrain.config.loader import Config
 from megatrain.data.dataloader import Batch, DataLoader
@@ -51,7 +51,7 @@ def compare(run: Path, prompt: str, tokens: int) -> int:
     checkpoint, _ = find_newest(run / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{run} holds no whole checkpoint")
-    trainers = trainers_loss(run, step=step_of(checkpoint))
+    trainers = trainers_loss(run, step=step_number(checkpoint))
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 

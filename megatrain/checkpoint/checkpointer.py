@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 
 from megatrain.checkpoint import retention, writer
-from megatrain.checkpoint.best_checkpoint import best_checkpoint
-from megatrain.checkpoint.manifest import DELETING, WRITING
+from megatrain.checkpoint.manifest import LEFTOVERS, TEMPORARY
 from megatrain.checkpoint.snapshot import CheckpointShard, take_shard
-from megatrain.checkpoint.writer import TrainState, WrittenShard
+from megatrain.checkpoint.train_state import TrainState
+from megatrain.checkpoint.writer import WrittenShard
 from megatrain.config.loader import Config
 from megatrain.distributed.collectives import gather_objects
 from megatrain.distributed.mesh import ProcessMesh
@@ -88,7 +88,7 @@ class Checkpointer:
         before = self.finish()
         started = time.perf_counter()
         final = self.folder / f"step-{progress.step:08d}"
-        temporary = self.folder / f"{WRITING}{final.name}"
+        temporary = self.folder / f"{TEMPORARY}{final.name}"
         self._together(lambda: self._prepare(temporary))
         content = take_shard(self._zero, self._mesh)
         needed = sum(self._together(lambda: content.nbytes))
@@ -128,7 +128,7 @@ class Checkpointer:
 
     def _clear(self) -> None:
         """Delete what a killed run left half written or half deleted."""
-        for left in [*self.folder.glob(f"{WRITING}*"), *self.folder.glob(f"{DELETING}*")]:
+        for left in [path for prefix in LEFTOVERS for path in self.folder.glob(f"{prefix}*")]:
             shutil.rmtree(left, ignore_errors=True)
 
     def _prepare(self, temporary: Path) -> None:
@@ -165,11 +165,11 @@ class Checkpointer:
             checkpoint = self._config.checkpoint
             old = retention.find_deletable(
                 self.folder,
-                last=checkpoint.keep_last,
-                every=checkpoint.keep_every,
-                best=best_checkpoint(self.folder.parent),
-                back_to=writing.back_to,
-                until=retention.step_of(writing.final),
+                keep_last=checkpoint.keep_last,
+                keep_every=checkpoint.keep_every,
+                best=retention.find_best(self.folder.parent),
+                rollback_step=writing.back_to,
+                current_step=retention.step_number(writing.final),
             )
             self._deleting = threading.Thread(target=retention.delete, args=(old,), daemon=True)
             self._deleting.start()

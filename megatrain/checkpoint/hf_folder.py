@@ -1,7 +1,8 @@
-"""A model's folder read by tensor name and slice: one or many safetensors files, or the .bin files that came before them.
+"""The tensors of a Hugging Face model folder, read by name and slice.
 
-Opening one checks it as a whole: each tensor is in one file, the index and the files tell of the same tensors, and no
-name leads out of the folder. What is read is mapped, so that a rank pays for the slices it asks for and for nothing else.
+The folder holds one or many safetensors files, or the older .bin files. Opening it checks that each
+tensor is in one file, that the index and the files list the same tensors, and that no name leads
+out of the folder. Files are mapped: a rank reads only the slices that it needs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatrain.checkpoint.tensor_io import (
     Index,
     SafetensorsFile,
     TensorFile,
-    no_name_twice,
+    reject_duplicates,
 )
 from megatrain.errors import CheckpointError
 
@@ -41,22 +42,22 @@ _FORMATS: dict[type[SafetensorsFile] | type[BinFile], _Format] = {
         "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"
     ),
 }
-"""Looked for in this order, as transformers does."""
+"""In the order in which transformers looks for them."""
 
 
 def shard_names(count: int) -> list[str]:
-    """What a model's safetensors files are called, in their order."""
-    names = _FORMATS[SafetensorsFile]
-    return (
-        [names.single]
-        if count == 1
-        else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    )
+    """Returns the names of a model's safetensors files, in order."""
+    if count == 1:
+        return [_FORMATS[SafetensorsFile].single]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def write_weight_map(folder: Path, homes: Mapping[str, str], *, total_size: int) -> None:
-    """Say which file each tensor is in, where they are several files; `total_size` in bytes."""
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(homes)}
+def write_weight_map(folder: Path, weight_map: Mapping[str, str], *, total_size: int) -> None:
+    """Writes the index of a model in several files: the file of each tensor.
+
+    `total_size` is in bytes.
+    """
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
     (folder / _FORMATS[SafetensorsFile].index_name).write_text(
         json.dumps(index, indent=1), encoding="utf-8"
     )
@@ -66,102 +67,104 @@ class HFFolder:
     """The tensors of a Hugging Face folder.
 
     Attributes:
-        folder: where they are.
-        files: what they are in, in order.
-        bytes_read: bytes of all tensors and slices that `read` and `copy` have taken from the files.
+        folder: its path.
+        files: the files of tensors, in order.
+        bytes_read: bytes of tensors and slices that `read` and `copy` have returned.
 
-    Raises CheckpointError for whatever is missing, damaged, there twice or named outside the folder.
+    Raises CheckpointError if a file or tensor is missing, damaged, there twice or out of the folder.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.bytes_read = 0
-        self._homes: dict[str, TensorFile] = {}
         self.files = self._open()
+        self._file_of: dict[str, TensorFile] = {}
         for file in self.files:
             for name in file.names():
-                if name in self._homes:
-                    raise CheckpointError(
-                        f"{self.folder} holds {name} twice, in {self._homes[name].path.name} and {file.path.name}"
-                    )
-                self._homes[name] = file
+                if name in self._file_of:
+                    names = f"{self._file_of[name].path.name} and {file.path.name}"
+                    raise CheckpointError(f"{self.folder} contains {name} twice: in {names}")
+                self._file_of[name] = file
 
     def names(self) -> list[str]:
-        """In the order of the files."""
-        return list(self._homes)
+        """Returns the names of all tensors, in the order of the files."""
+        return list(self._file_of)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._homes
+        return name in self._file_of
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._home(name).shape(name)
+        return self._file(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._home(name).dtype(name)
+        return self._file(name).dtype(name)
 
     def nbytes(self, name: str) -> int:
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def file(self, name: str) -> Path:
-        """The file that holds the tensor."""
-        return self._home(name).path
+        """Returns the file that holds the tensor."""
+        return self._file(name).path
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        """The tensor, or the part at `index`, as a contiguous CPU tensor with memory of its own."""
+        """Returns the tensor, or the part at `index`, as a contiguous copy on the CPU."""
         tensor = self.view(name)[index or ()].clone(memory_format=torch.contiguous_format)
-        self._home(name).let_go(name)
+        self.release(name)
         self.bytes_read += tensor.nbytes
         return tensor
 
     def copy(self, name: str, index: Index, *, to: Tensor) -> None:
-        """Write the part at `index` into a tensor of its shape, whatever its dtype and device, with no copy in between on a CPU."""
+        """Writes the part at `index` into a tensor of its shape, of any dtype and device."""
         part = self.view(name)[index]
         self.bytes_read += part.nbytes
         to.copy_(part)
-        self._home(name).let_go(name)
+        self.release(name)
 
     def view(self, name: str) -> Tensor:
-        """The tensor as it lies in its file, mapped; not to be written to. What is looked at is read, and nothing else."""
-        return self._home(name).view(name)
+        """Returns the mapped tensor, which must not be written to; call `release` afterwards."""
+        return self._file(name).view(name)
+
+    def release(self, name: str) -> None:
+        """Frees the memory of the pages that views of the tensor have read."""
+        self._file(name).release(name)
 
     def span(self, name: str) -> ByteSpan | None:
-        """The bytes of a file that are the tensor, where the file is of safetensors."""
-        home = self._home(name)
-        return home.span(name) if isinstance(home, SafetensorsFile) else None
+        """Returns the tensor's bytes in its file; None if that is not a safetensors file."""
+        file = self._file(name)
+        return file.span(name) if isinstance(file, SafetensorsFile) else None
 
-    def _home(self, name: str) -> TensorFile:
-        if name not in self._homes:
-            raise CheckpointError(f"{self.folder} holds no tensor {name}")
-        return self._homes[name]
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.folder} has no tensor {name}")
+        return self._file_of[name]
 
     def _open(self) -> list[TensorFile]:
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder")
         for kind, names in _FORMATS.items():
-            single, index = (
-                (self.folder / names.single).exists(),
-                (self.folder / names.index_name).exists(),
-            )
-            if single and index:
+            has_single = (self.folder / names.single).exists()
+            has_index = (self.folder / names.index_name).exists()
+            if has_single and has_index:
                 raise CheckpointError(
-                    f"{self.folder} holds {names.single} and {names.index_name}, which may be of different models; "
-                    "remove the one that is not meant"
+                    f"{self.folder} contains both {names.single} and {names.index_name}, possibly "
+                    "of different models; remove one of them"
                 )
-            if single:
+            if has_single:
                 return [kind(self.folder / names.single)]
-            if index:
+            if has_index:
                 return self._open_shards(kind, names)
         if (self.folder / "adapter_config.json").exists():
             raise CheckpointError(
-                f"{self.folder} holds adapters and not the model they stand on; `megatrain finetune CONFIG --merge` makes one of both"
+                f"{self.folder} contains adapters without their base model; merge them with "
+                "`megatrain finetune CONFIG --merge`"
             )
-        if newest := max(retention.checkpoints(self.folder / "checkpoints"), default=None):
+        if newest := max(retention.list_checkpoints(self.folder / "checkpoints"), default=None):
             raise CheckpointError(
-                f"{self.folder} is a run's folder and no model's; name one of its checkpoints, such as {newest}"
+                f"{self.folder} is a run folder, not a model; use one of its checkpoints, such as "
+                f"{newest}"
             )
-        raise CheckpointError(
-            f"{self.folder} holds no model: neither {' nor '.join(n for names in _FORMATS.values() for n in names[:2])}"
-        )
+        expected = ", ".join(name for names in _FORMATS.values() for name in names[:2])
+        raise CheckpointError(f"{self.folder} contains no model; expected one of {expected}")
 
     def _open_shards(
         self, kind: type[SafetensorsFile] | type[BinFile], names: _Format
@@ -171,52 +174,54 @@ class HFFolder:
         for path in sorted(self.folder.glob(names.shards)):
             if path.name not in listed:
                 raise CheckpointError(
-                    f"{self.folder} holds {path.name}, of which {names.index_name} does not tell"
+                    f"{self.folder} contains {path.name}, which {names.index_name} does not list"
                 )
         files: list[TensorFile] = [kind(self.folder / name) for name in listed]
         for file in files:
-            told = {name for name, home in weight_map.items() if home == file.path.name}
-            held = set(file.names())
-            if told - held:
-                raise CheckpointError(
-                    f"{file.path} does not hold {min(told - held)}, as {names.index_name} says"
-                )
-            for name in sorted(held - told):
-                if name in weight_map:
-                    raise CheckpointError(
-                        f"{self.folder} holds {name} twice: it is in {file.path.name} as well as in {weight_map[name]}"
-                    )
-                raise CheckpointError(
-                    f"{file.path} holds {name}, of which {names.index_name} does not tell"
-                )
+            _check_shard(file, weight_map, names.index_name)
         return files
 
 
+def _check_shard(file: TensorFile, weight_map: Mapping[str, str], index_name: str) -> None:
+    listed = {name for name, file_name in weight_map.items() if file_name == file.path.name}
+    stored = set(file.names())
+    if listed - stored:
+        raise CheckpointError(
+            f"{file.path} lacks {min(listed - stored)}, which {index_name} lists for it"
+        )
+    for name in sorted(stored - listed):
+        if name in weight_map:
+            raise CheckpointError(
+                f"{file.path.parent} contains {name} twice: in {file.path.name} and "
+                f"{weight_map[name]}"
+            )
+        raise CheckpointError(f"{file.path} contains {name}, which {index_name} does not list")
+
+
 def _read_index(path: Path) -> dict[str, str]:
-    """Which file each tensor is in; the files are plain names in the index's own folder."""
+    """Returns the file of each tensor; raises CheckpointError if one is outside the folder."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is no file")
+        raise CheckpointError(f"{path} is not a regular file")
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_name_twice)[
-            "weight_map"
-        ]
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicates)
+        weight_map = content["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is no readable index: {type(error).__name__} {str(error)[:120]}"
+            f"{path} is not a readable index: {type(error).__name__} {str(error)[:120]}"
         ) from None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{path} is no readable index: its weight_map is not a mapping of names to files"
-        )
+        raise CheckpointError(f"{path} is not a readable index: weight_map must map names to files")
     for name, file in weight_map.items():
-        if (
-            not isinstance(file, str)
-            or file in ("", ".", "..")
-            or Path(file).name != file
-            or "\0" in file
-            or "\\" in file
-        ):
+        if not is_file_name(file):
             raise CheckpointError(
-                f"{path} has {name[:120]} in {str(file)[:120]!r}, which is not the name of a file in its folder"
+                f"{path} lists {name[:120]} in {str(file)[:120]!r}, which is not the name of a "
+                "file in its folder"
             )
     return weight_map
+
+
+def is_file_name(value: object) -> bool:
+    """Returns True for the name of a file in the same folder, without a path."""
+    if not isinstance(value, str) or value in ("", ".", ".."):
+        return False
+    return Path(value).name == value and "\0" not in value and "\\" not in value

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from megatrain.config.loader import Config
 from megatrain.models.config import TransformerConfig
-from megatrain.optim.zero import DTYPES
+from megatrain.ops.dtypes import DTYPES
 
 TOKENIZER_FILES = ("*token*.json", "*.jinja", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 

@@ -22,7 +22,8 @@ from megatrain.errors import CheckpointError
 from megatrain.models.config import TransformerConfig, differences, load_hf_config
 from megatrain.models.init import initialize_parameter
 from megatrain.models.lora import PREFIX as ADAPTED
-from megatrain.optim.zero import DTYPES, Fragment, ZeroOptimizer
+from megatrain.ops.dtypes import DTYPES
+from megatrain.optim.zero import Fragment, ZeroOptimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -116,13 +117,13 @@ class Pretrained:
             if name not in _OF_LABELS
         ]
 
-    def fill(self, stage: nn.Module, seed: int) -> None:
+    def load_weights(self, stage: nn.Module, seed: int) -> None:
         """Fill each parameter with its part of the folder's tensor; one that the folder does not name is initialised."""
         with torch.no_grad():
             for declaration, parameter in parameters(stage):
-                self.fill_parameter(declaration, parameter, seed)
+                self.load_parameter(declaration, parameter, seed)
 
-    def fill_parameter(self, declaration: ShardSpec, parameter: nn.Parameter, seed: int) -> None:
+    def load_parameter(self, declaration: ShardSpec, parameter: nn.Parameter, seed: int) -> None:
         """The same of one parameter; without gradients."""
         home = self._home(declaration.name)
         if home is None:
@@ -131,7 +132,7 @@ class Pretrained:
             parameter.zero_()
             self._fill_part(declaration, parameter, home)
 
-    def fill_masters(self, zero: ZeroOptimizer) -> None:
+    def load_master_weights(self, zero: ZeroOptimizer) -> None:
         """Give the masters what the weights lost when they were rounded; all ranks call it together."""
         dtype = DTYPES[zero.config.train.dtype]
         if dtype == torch.float32:
@@ -141,7 +142,7 @@ class Pretrained:
                 home = self._home(fragment.sharding.name)
                 if home is not None and self.tensors.dtype(home) != dtype:
                     self._fill_master(fragment, home)
-        zero.masters_to_weights()
+        zero.copy_masters_to_weights()
 
     def _fill_part(self, declaration: ShardSpec, parameter: Tensor, home: str) -> None:
         part = declaration.part_of(parameter)

@@ -1,4 +1,8 @@
-"""A checkpoint appears whole or not at all: a temporary folder, a manifest of sizes and hashes, one rename."""
+"""The manifest of a checkpoint: sizes and SHA-256 hashes of its files.
+
+A checkpoint is written to a temporary folder, the manifest last, and then renamed. A folder under
+a checkpoint's name is therefore complete, or was damaged afterwards.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,43 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from megatrain.errors import CheckpointError
 
-if TYPE_CHECKING:  # it brings torch, and whether a checkpoint is whole is asked without
-    from megatrain.checkpoint.tensor_io import WrittenFile
-
 MANIFEST = "manifest.json"
-FORMAT = 2
-WRITING, DELETING = ".writing-", ".deleting-"
-"""How folders are called that are not checkpoints yet, or no longer."""
+FORMAT = 3
+"""2: optimizer/index.json. 3: train_state.json, named trainer.json before."""
+
+TEMPORARY, TRASH = ".tmp-", ".trash-"
+"""Prefixes of folders that are being written or deleted."""
+
+LEFTOVERS = (TEMPORARY, TRASH, ".writing-", ".deleting-")
+"""Prefixes of folders that a killed run left; the last two are those of formats 1 and 2."""
 
 
 class FileRecord(NamedTuple):
-    """One file of a checkpoint: its path inside it, bytes, and SHA-256."""
+    """One file of a checkpoint: path relative to the folder, bytes, SHA-256."""
 
     path: str
     size: int
     sha256: str
 
 
-def record(folder: Path, path: Path) -> FileRecord:
-    """Flush the file to disk and describe it."""
+class WrittenFile(NamedTuple):
+    """A file that was hashed while it was written, and is on disk."""
+
+    path: Path
+    size: int
+    sha256: str
+
+    def record(self, folder: Path) -> FileRecord:
+        """Returns the record for the manifest of `folder`."""
+        return FileRecord(str(self.path.relative_to(folder)), self.size, self.sha256)
+
+
+def make_record(folder: Path, path: Path) -> FileRecord:
+    """Flushes a file to disk and returns its record."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -38,29 +56,23 @@ def record(folder: Path, path: Path) -> FileRecord:
     return FileRecord(str(path.relative_to(folder)), path.stat().st_size, digest.hexdigest())
 
 
-def record_written(folder: Path, file: WrittenFile) -> FileRecord:
-    """The record of a file that was hashed as it was written."""
-    return FileRecord(str(file.path.relative_to(folder)), file.size, file.sha256)
-
-
 def commit(temporary: Path, final: Path, records: list[FileRecord]) -> None:
-    """Write the manifest and rename; what stood at `final` before is replaced."""
+    """Writes the manifest and renames the folder to `final`, replacing one that exists."""
     write(temporary, records)
-    if (
-        final.exists()
-    ):  # moved aside and not deleted, so that only the moment between two renames is without it
-        aside = final.with_name(f"{DELETING}{final.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
+    if final.exists():
+        # Renamed, not deleted: `final` is missing only between the two renames.
+        trash = final.with_name(f"{TRASH}{final.name}")
+        shutil.rmtree(trash, ignore_errors=True)
+        final.rename(trash)
         temporary.rename(final)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(trash, ignore_errors=True)
     else:
         temporary.rename(final)
     fsync_folder(final.parent)
 
 
 def write(folder: Path, records: list[FileRecord]) -> None:
-    """Write the manifest, and see it on the disk."""
+    """Writes the manifest and flushes it, and the folder's entries, to disk."""
     text = json.dumps({"format": FORMAT, "files": [r._asdict() for r in sorted(records)]}, indent=1)
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(text)
@@ -70,7 +82,7 @@ def write(folder: Path, records: list[FileRecord]) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """See a file, or a folder's list of names, on the disk."""
+    """Flushes a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -79,16 +91,19 @@ def fsync_folder(path: Path) -> None:
 
 
 def find_problem(folder: Path, *, hashes: bool = False) -> str | None:
-    """What is wrong with a checkpoint's files, None when it is whole. Sizes always, hashes on request."""
+    """Returns the first problem of a checkpoint's files, as a predicate; None if it is complete.
+
+    Sizes are always compared. `hashes` compares the contents too, which reads every file.
+    """
     if not (folder / MANIFEST).is_file():
         return f"has no {MANIFEST}"
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        form = manifest["format"]
-        if type(form) is not int or form < 1:
-            raise ValueError(f"format {form!r}")
-        if form > FORMAT:
-            return f"is of format {form} and this version reads up to {FORMAT}"
+        version = manifest["format"]
+        if type(version) is not int or version < 1:
+            raise ValueError(f"format {version!r}")
+        if version > FORMAT:
+            return f"has format {version}; this version of megatrain reads formats up to {FORMAT}"
         records = [_checked(FileRecord(**entry)) for entry in manifest["files"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"has an unreadable {MANIFEST} ({type(error).__name__} {str(error)[:120]})"
@@ -98,50 +113,47 @@ def find_problem(folder: Path, *, hashes: bool = False) -> str | None:
             return f"lacks {entry.path[:200]}"
         if path.stat().st_size != entry.size:
             return f"has {path.stat().st_size} bytes in {entry.path} instead of {entry.size}"
-        if hashes and record(folder, path).sha256 != entry.sha256:
-            return f"has other content in {entry.path} than was written"
+        if hashes and make_record(folder, path).sha256 != entry.sha256:
+            return f"has a corrupt {entry.path}: its SHA-256 differs from the manifest's"
     return None
 
 
 def _checked(entry: FileRecord) -> FileRecord:
-    """A record of a file inside the folder."""
-    if (
-        not all(isinstance(text, str) for text in (entry.path, entry.sha256))
-        or type(entry.size) is not int
-        or "\0" in entry.path
-    ):
-        raise ValueError(f"{entry} is no record of a file")
+    """Raises ValueError unless the record has the right types and its path is inside the folder."""
+    has_text = all(isinstance(text, str) for text in (entry.path, entry.sha256))
+    if not has_text or type(entry.size) is not int or "\0" in entry.path:
+        raise ValueError(f"invalid record {entry}")
     if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
         raise ValueError(f"{entry.path} is outside the folder")
     return entry
 
 
 def find_newest(folder: Path, *, hashes: bool = False) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in a run's folder of them, and a sentence on each newer one that was passed over."""
-    passed: list[str] = []
+    """Returns the newest complete checkpoint of a folder, and why newer ones were skipped."""
+    skipped: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        wrong = find_problem(candidate, hashes=hashes)
-        if wrong is None:
-            return candidate, passed
-        passed.append(f"{candidate.name} {wrong}")
-    return None, passed
+        problem = find_problem(candidate, hashes=hashes)
+        if problem is None:
+            return candidate, skipped
+        skipped.append(f"{candidate.name} {problem}")
+    return None, skipped
 
 
 def read_json(path: Path) -> dict:
-    """A file's mapping."""
+    """Returns the JSON object in a file; raises CheckpointError if that is not possible."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing or no file")
+        raise CheckpointError(f"{path} is missing or not a regular file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} cannot be read: it holds no mapping")
+        raise CheckpointError(f"{path} cannot be read: it must contain a JSON object")
     return content
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is a file, also where its name cannot be one."""
+    """Returns True for a regular file; False also for a path that the system rejects."""
     try:
         return path.is_file()
     except OSError:

@@ -7,18 +7,23 @@ and what decides which samples come next. Layout, ZeRO, schedule, offload and dt
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from megatrain.checkpoint import manifest, peft, retention
+from megatrain.checkpoint import manifest, retention
 from megatrain.checkpoint.optimizer_state import OptimizerState
-from megatrain.checkpoint.writer import TrainState, layout
+from megatrain.checkpoint.train_state import (
+    TrainState,
+    TrainStateFile,
+    describe_layout,
+    read_train_state,
+    train_state_path,
+)
 from megatrain.config.loader import Config
-from megatrain.config.renamed import migrate
 from megatrain.distributed.collectives import gather_objects
 from megatrain.distributed.mesh import ProcessMesh
 from megatrain.errors import CheckpointError, format_value
 from megatrain.models.config import TransformerConfig, differences
-from megatrain.optim.zero import LossScale, ZeroOptimizer
+from megatrain.optim.zero import ZeroOptimizer
 
 
 def choose_start(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
@@ -53,7 +58,7 @@ def choose_start(config: Config, *, hashes: bool = False) -> tuple[Path | None, 
     wrong = manifest.find_problem(path, hashes=True)
     if wrong is not None:
         newest = max(
-            [*retention.checkpoints(path / "checkpoints"), *retention.checkpoints(path)],
+            [*retention.list_checkpoints(path / "checkpoints"), *retention.list_checkpoints(path)],
             default=None,
         )
         way_out = (
@@ -64,14 +69,14 @@ def choose_start(config: Config, *, hashes: bool = False) -> tuple[Path | None, 
         raise CheckpointError(f"checkpoint.resume={wish} {wrong}; {way_out}")
     return (
         path,
-        f"resuming from {path}, as checkpoint.resume names it{instead}{_left_by_another(folder, after=read_train_state(path).progress.step)}",
+        f"resuming from {path}, as checkpoint.resume names it{instead}{_left_by_another(folder, after=read_train_state(path).state.step)}",
     )
 
 
 def _left_by_another(folder: Path, *, after: int) -> str:
     """What is said of checkpoints that lie ahead of where the run begins: `auto` would take one of them, not the run's own."""
-    ahead = max(retention.checkpoints(folder), default=None)
-    if ahead is None or retention.step_of(ahead) <= after:
+    ahead = max(retention.list_checkpoints(folder), default=None)
+    if ahead is None or retention.step_number(ahead) <= after:
         return ""
     return f"; {ahead} lies ahead, and checkpoint.resume=auto would go on from there: move it away, or give another run.output_dir"
 
@@ -97,7 +102,7 @@ def _free(folder: str) -> str:
 def check(path: Path, config: Config, architecture: TransformerConfig) -> None:
     """Refuse a checkpoint of another model or rule, or whose samples would not go on; needs no ranks."""
     trainer = read_train_state(path)
-    peft.check(path, config)
+    check_adapter(path, config)
     for name, there, here in differences(trainer.model, architecture.config)[:1]:
         raise CheckpointError(
             f"{path} is of another model: its {name} is {format_value(there)} and the run's is {format_value(here)}; {_another_folder(path, config)}"
@@ -118,63 +123,12 @@ def load(path: Path, *, zero: ZeroOptimizer, config: Config, mesh: ProcessMesh) 
         raise CheckpointError(
             f"{folder.folder} holds {min(unused)}, which this run has no place for"
         )
-    zero.updates = trainer.progress.updates
-    zero.loss_scaling = trainer.progress.loss_scaling
-    zero.masters_to_weights()
-    if trainer.progress.samples < 0:
-        return trainer.progress._replace(
-            samples=trainer.progress.step * config.train.global_batch_size
-        )
-    return trainer.progress
-
-
-class TrainStateFile(NamedTuple):
-    """What trainer.json says: where the run stood, how its model was split, its config and its model's."""
-
-    progress: TrainState
-    layout: dict[str, Any]
-    config: dict[str, Any]
-    model: dict[str, Any]
-
-
-def read_train_state(path: Path) -> TrainStateFile:
-    """A checkpoint's trainer.json."""
-    content = manifest.read_json(path / "trainer.json")
-    try:
-        counts = {name: content[name] for name in ("step", "tokens", "updates", "bad_steps")}
-        samples, spike_since = content.get("samples", -1), content.get("spike_since", 0)
-        if any(
-            type(number) is not int or number < 0
-            for number in (*counts.values(), samples + 1, spike_since)
-        ):
-            raise ValueError(f"{counts} are not all natural numbers")
-        losses = tuple(float(loss) for loss in content.get("losses", []))
-        scaling = content.get("loss_scaling")
-        loss_scaling = (
-            None
-            if scaling is None
-            else LossScale(float(scaling[0]), *(int(number) for number in scaling[1:]))
-        )
-        sections = [content["config"][name] for name in ("train", "data", "run", "optimizer")]
-        if not all(
-            isinstance(section, dict)
-            for section in (content["layout"], content["model"], content["config"], *sections)
-        ):
-            raise ValueError("a section is no mapping")
-        progress = TrainState(
-            **counts,
-            losses=losses,
-            loss_scaling=loss_scaling,
-            samples=samples,
-            spike_since=spike_since,
-        )
-        return TrainStateFile(
-            progress, content["layout"], migrate(content["config"]), content["model"]
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path / 'trainer.json'} is damaged ({type(error).__name__} {str(error)[:120]})"
-        ) from None
+    zero.updates = trainer.state.updates
+    zero.loss_scaling = trainer.state.loss_scaling
+    zero.copy_masters_to_weights()
+    if trainer.state.samples < 0:
+        return trainer.state._replace(samples=trainer.state.step * config.train.global_batch_size)
+    return trainer.state
 
 
 def _check_same(path: Path, config: Config, trainer: TrainStateFile) -> None:
@@ -200,7 +154,7 @@ _FIXED = [
 def describe_differences(path: Path, config: Config, mesh: ProcessMesh) -> list[str]:
     """What is not as it was when the checkpoint was written, in words for the user."""
     trainer = read_train_state(path)
-    there, here = trainer.layout, layout(config, mesh)
+    there, here = trainer.layout, describe_layout(config.parallel, data=mesh.data.size)
     found = []
     moved = [
         f"{name} {there[name]} -> {value}"
@@ -219,3 +173,41 @@ def describe_differences(path: Path, config: Config, mesh: ProcessMesh) -> list[
             f"data.train was {trainer.config['data'].get('train')} and is {config.data.train}: the order goes on at the same sample"
         )
     return found
+
+
+def check_adapter(path: Path, config: Config) -> None:
+    """Refuse a checkpoint of another task or of other adapters: its weights would fit, or not, and mean something else."""
+    task, there = _adapter_settings(path)
+    here = config.lora
+    if task is not None and task != config.task:  # a converted checkpoint binds no run
+        raise CheckpointError(
+            f"{path} was written with task={task} and this run has task={config.task}; start a new run, with another run.output_dir, "
+            "from its weights with train.init_from"
+        )
+    if bool(there["rank"]) != bool(here.rank):
+        words = ["whole weights", "adapters"]
+        raise CheckpointError(
+            f"{path} holds {words[bool(there['rank'])]} and this run, with lora.rank={here.rank}, trains {words[bool(here.rank)]}; "
+            f"set lora.rank={there['rank']}, or start another run"
+        )
+    for name in ("rank", "alpha", "targets", "rslora", "dora", "quantize") if here.rank else ():
+        value = there.get(
+            name, "none" if name == "quantize" else None
+        )  # what was written before there was such a setting
+        if value != getattr(here, name):
+            raise CheckpointError(
+                f"{path} was written with lora.{name}={format_value(value)} and this run has lora.{name}={format_value(getattr(here, name))}; "
+                f"resume with lora.{name}={format_value(value)}, or start another run"
+            )
+
+
+def _adapter_settings(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """The task, if it names one, and the `lora` section of the checkpoint's config."""
+    content = manifest.read_json(train_state_path(path)).get("config")
+    if isinstance(content, dict):
+        lora = content.get("lora", {"rank": 0})
+        if isinstance(lora, dict) and isinstance(lora.get("rank"), int):
+            return content.get("task"), lora
+    raise CheckpointError(
+        f"{train_state_path(path)} is damaged: its config says nothing that can be read of lora"
+    )

@@ -58,7 +58,7 @@ def _whole_tensors(zero: ZeroOptimizer, mesh: ProcessMesh) -> Iterator[tuple[str
     last = {declaration.name: index for index, (declaration, _) in enumerate(mine)}
     building: dict[str, Tensor] = {}
     for index, (declaration, parameter) in enumerate(mine):
-        weights = zero.whole_weights(parameter)
+        weights = zero.full_weights(parameter)
         parts = all_gather(weights[None].contiguous(), mesh.tensor)
         if mesh.data.rank != 0 or mesh.tensor.rank != 0 or not _written_here(declarations, index):
             continue

@@ -1,7 +1,6 @@
-"""One file of tensors, read by name and slice without loading the rest: safetensors, or torch's .bin without code.
+"""Files of tensors, read by name and slice without loading the rest: safetensors and torch's .bin.
 
-The header is checked in full before anything is believed: sizes, offsets and the file's length have to agree, so that a
-damaged or hostile file is a CheckpointError and never a crash, a wait or a wrong number.
+A damaged or hostile file raises CheckpointError; it neither runs code nor crashes the process.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatrain.checkpoint.manifest import is_file
+from megatrain.checkpoint.manifest import WrittenFile, is_file
 from megatrain.errors import CheckpointError
 
 Index = tuple[slice, ...]
@@ -45,12 +45,10 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _BLOCK = 1 << 24
-_MAX_HEADER = 100_000_000
-"""Bytes; what the safetensors format allows."""
 
 
 class TensorFile(Protocol):
-    """What a folder of tensors asks of each of its files."""
+    """A file of named tensors in a folder of them."""
 
     path: Path
 
@@ -62,20 +60,18 @@ class TensorFile(Protocol):
 
     def view(self, name: str) -> Tensor: ...
 
-    def let_go(self, name: str) -> None: ...
+    def release(self, name: str) -> None: ...
 
 
 class ByteSpan(NamedTuple):
-    """Bytes [start, stop) of a file, which are a tensor's, row by row."""
+    """Bytes [start, stop) of a file, which hold a tensor in row-major order."""
 
     path: Path
     start: int
     stop: int
 
 
-class _Place(NamedTuple):
-    """Where a tensor's bytes are in the file."""
-
+class _Entry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
@@ -83,159 +79,105 @@ class _Place(NamedTuple):
 
 
 class SafetensorsFile:
-    """A safetensors file. Its header is read at once, its data when a view is looked at.
+    """A safetensors file: its header is read at once, tensors are mapped when they are viewed.
 
-    Attributes:
-        metadata: the header's `__metadata__`.
+    `safe_open` checks the header in full. The header is parsed once more for two things that the
+    library does not offer: the byte offsets of tensors, and an error if a name occurs twice.
+
+    Raises CheckpointError if the file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        size, text = _header(path)
+        if not is_file(path):
+            raise CheckpointError(f"{path} is missing or not a regular file")
         try:
-            header = json.loads(text, object_pairs_hook=no_name_twice)
-            entries: Any = dict(header)
-            self.metadata: dict[str, str] = dict(entries.pop("__metadata__", None) or {})
-            self._places = {name: _place(entry, 8 + len(text)) for name, entry in entries.items()}
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+            self._file = safe_open(path, framework="pt")
+            self._entries = _read_header(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (SafetensorError, ValueError, KeyError, struct.error) as error:
             raise CheckpointError(
-                f"{path} has a header that is damaged ({type(error).__name__}: {_short(error)})"
+                f"{path} is truncated or corrupt ({type(error).__name__}: {_shorten(error)})"
             ) from None
-        self._check_places(8 + len(text), size)
-
-    def _check_places(self, end: int, size: int) -> None:
-        for name, place in sorted(self._places.items(), key=lambda item: item[1].start):
-            if place.start != end:
-                raise CheckpointError(
-                    f"{self.path} has a header that is damaged (a gap or an overlap before {_short(name)})"
-                )
-            end = place.stop
-        if end != size:
-            raise CheckpointError(
-                f"{self.path} has {size} bytes and its header tells of {end}: it is "
-                f"{'cut short' if size < end else 'longer than it should be'}"
-            )
+        self.metadata: dict[str, str] = self._file.metadata() or {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._entries
 
     def names(self) -> list[str]:
-        return list(self._places)
+        return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._places[name].shape
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._places[name].dtype
+        return self._entries[name].dtype
 
     def view(self, name: str) -> Tensor:
-        """The tensor in a mapping of the file, which lives as long as the result; not to be written to."""
-        dtype, shape, start, stop = self._places[name]
-        if start == stop:
-            return torch.empty(shape, dtype=dtype)
-        base = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        try:
-            with self.path.open("rb") as file:
-                if (
-                    os.fstat(file.fileno()).st_size < stop
-                ):  # touching a mapping beyond the end would kill the process
-                    raise CheckpointError(f"{self.path} has become shorter while it was read")
-                # Copy on write, since torch wants memory that may be written to.
-                mapped = mmap.mmap(file.fileno(), stop - base, offset=base, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
-        if start % dtype.itemsize == 0:
-            return torch.frombuffer(mapped, dtype=dtype, offset=start - base).view(shape)
-        return torch.frombuffer(bytearray(mapped[start - base :]), dtype=dtype).view(shape)
+        """Returns the mapped tensor, which must not be written to; see `release`."""
+        # Access to a mapping beyond the end of its file would kill the process.
+        if self.path.stat().st_size < self._entries[name].stop:
+            raise CheckpointError(f"{self.path} was truncated while it was read")
+        return self._file.get_tensor(name)
 
-    def let_go(self, name: str) -> None:
-        """Nothing: a view's mapping goes with it."""
+    def release(self, name: str) -> None:
+        """Frees the memory of the pages that views of the tensor have read."""
+        release(self.view(name))
 
     def span(self, name: str) -> ByteSpan:
-        """Where the tensor's bytes are."""
-        return ByteSpan(self.path, self._places[name].start, self._places[name].stop)
+        """Returns the bytes of the file that hold the tensor."""
+        return ByteSpan(self.path, self._entries[name].start, self._entries[name].stop)
 
 
-def _header(path: Path) -> tuple[int, bytes]:
-    """The file's size and its header's JSON."""
-    if not is_file(path):
-        raise CheckpointError(f"{path} is missing or no file")
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            first = file.read(8)
-            if len(first) < 8:
-                raise CheckpointError(f"{path} has {size} bytes and is cut short before its header")
-            (length,) = struct.unpack("<Q", first)
-            if length > min(_MAX_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{path} has {size} bytes and tells of a header of {length}: it is cut short or damaged"
-                )
-            return size, file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """Parses a header that `safe_open` accepted; raises ValueError if a name occurs twice."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length), object_pairs_hook=reject_duplicates)
+    header.pop("__metadata__", None)
+    data = 8 + length
+    return {
+        name: _Entry(
+            _DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            *(data + offset for offset in entry["data_offsets"]),
+        )
+        for name, entry in header.items()
+    }
 
 
-def _place(entry: dict[str, Any], data: int) -> _Place:
-    dtype, shape, (start, stop) = (
-        _DTYPES[entry["dtype"]],
-        tuple(entry["shape"]),
-        entry["data_offsets"],
-    )
-    if not all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, stop)):
-        raise ValueError("a size or an offset is no natural number")
-    if math.prod(shape) * dtype.itemsize != stop - start:
-        raise ValueError(f"shape {shape} does not take {stop - start} bytes")
-    return _Place(dtype, shape, data + start, data + stop)
+def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object as a dict; raises ValueError if a name occurs twice.
 
-
-def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are all different; ValueError otherwise."""
+    For `object_pairs_hook` of `json.loads`.
+    """
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{_short(name)} is there twice")
+            raise ValueError(f"{_shorten(name)} occurs twice")
         found[name] = value
     return found
-
-
-class WrittenFile(NamedTuple):
-    """A file that is on the disk, with the SHA-256 of its bytes."""
-
-    path: Path
-    size: int
-    sha256: str
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> WrittenFile:
-    """Write a safetensors file from CPU tensors as they lie in memory, hashed on the way, and see it on the disk."""
+    """Writes CPU tensors to a safetensors file, hashes it on the way and flushes it to disk."""
     digest, size = hashlib.sha256(), 0
     # Wider elements first: each tensor then begins at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    layout = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names]
+    header = make_header(layout, metadata=metadata or {})
+    contents = (memoryview(raw_bytes(tensors[name]).numpy()) for name in names)
     with path.open("wb", buffering=0) as file:
-        header = make_header(
-            [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names],
-            metadata=metadata or {},
-        )
-        for block in [
-            memoryview(header),
-            *(memoryview(raw_bytes(tensors[name]).numpy()) for name in names),
-        ]:
-            for start in range(0, len(block), _BLOCK):
-                part = block[start : start + _BLOCK]
-                digest.update(part)
-                size += len(part)
-                while part:
-                    part = part[file.write(part) :]
+        for content in [memoryview(header), *contents]:
+            for start in range(0, len(content), _BLOCK):
+                block = content[start : start + _BLOCK]
+                digest.update(block)
+                size += len(block)
+                while block:
+                    block = block[file.write(block) :]
         os.fsync(file.fileno())
     return WrittenFile(path, size, digest.hexdigest())
 
@@ -243,52 +185,55 @@ def write_tensors(
 def make_header(
     tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], *, metadata: Mapping[str, str]
 ) -> bytes:
-    """What a safetensors file begins with, from the name, dtype and shape of each tensor in the order of their bytes."""
+    """Returns the header of a safetensors file with these names, dtypes and shapes, in order."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    words = {dtype: word for word, dtype in _DTYPES.items()}
-    at = 0
+    dtype_names = {dtype: name for name, dtype in _DTYPES.items()}
+    start = 0
     for name, dtype, shape in tensors:
-        end = at + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": words[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
+        stop = start + math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": dtype_names[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
 def raw_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's memory, row by row, uint8 [n]."""
-    return (
-        tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        if tensor.numel()
-        else torch.empty(0, dtype=torch.uint8)
-    )
+    """Returns the tensor's elements in row-major order as uint8 [n]."""
+    if not tensor.numel():
+        return torch.empty(0, dtype=torch.uint8)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 class BinFile:
-    """A state dict of torch.save, as Hugging Face kept models before safetensors: mapped, and read so that no code in it runs."""
+    """A state dict of `torch.save`, Hugging Face's format before safetensors.
+
+    The file is mapped, and read without running code from it.
+
+    Raises CheckpointError if the file is missing, damaged or contains more than plain tensors.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not is_file(path):
-            raise CheckpointError(f"{path} is missing or no file")
+            raise CheckpointError(f"{path} is missing or not a regular file")
         loaded = load_without_code(path)
         if not isinstance(loaded, dict):
             raise CheckpointError(
-                f"{path} holds a {type(loaded).__name__} and no state dict of tensors"
+                f"{path} contains a {type(loaded).__name__}; it must contain a state dict"
             )
         size = path.stat().st_size
-        self._mapped = zipfile.is_zipfile(path)
+        self._is_mapped = zipfile.is_zipfile(path)
+        self._tensors: dict[str, Tensor] = {}
         for name, tensor in loaded.items():
-            if (
-                not isinstance(name, str)
-                or not is_plain(tensor)
-                or tensor.numel() * tensor.dtype.itemsize > size
-            ):
-                raise CheckpointError(f"{path} holds {_short(name)}, which is not a plain tensor")
-        self._tensors: dict[str, Tensor] = {
-            name: tensor.detach() for name, tensor in loaded.items()
-        }
+            is_valid = isinstance(name, str) and is_plain(tensor)
+            if not is_valid or tensor.numel() * tensor.dtype.itemsize > size:
+                raise CheckpointError(f"{path}: {_shorten(name)} is not a plain tensor")
+            self._tensors[name] = tensor.detach()
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -300,24 +245,23 @@ class BinFile:
         return self._tensors[name].dtype
 
     def view(self, name: str) -> Tensor:
-        """The tensor in a mapping of the file; not to be written to."""
+        """Returns the mapped tensor, which must not be written to; see `release`."""
         return self._tensors[name]
 
-    def let_go(self, name: str) -> None:
-        """Give back the pages of the tensor's mapping that have been looked at."""
-        if self._mapped:
+    def release(self, name: str) -> None:
+        """Frees the memory of the pages that views of the tensor have read."""
+        if self._is_mapped:
             release(self._tensors[name])
 
 
 def release(mapped: Tensor) -> None:
-    """Give back the memory of the pages of a tensor that is mapped from a file; they are read again when they are asked for.
+    """Frees the memory of the pages of a mapped tensor; they are read again on the next access.
 
-    torch keeps the mapping as long as the file's other tensors, and every page that was read would count as this process's.
+    A mapping lives as long as any tensor of its file, and each page that was read counts as memory
+    of the process.
     """
-    start, stop = (
-        mapped.untyped_storage().data_ptr(),
-        mapped.untyped_storage().data_ptr() + mapped.untyped_storage().nbytes(),
-    )
+    storage = mapped.untyped_storage()
+    start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
     if hasattr(mmap, "MADV_DONTNEED") and last > first:
         ctypes.CDLL(None).madvise(
@@ -326,7 +270,7 @@ def release(mapped: Tensor) -> None:
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether it is a dense CPU tensor of no class of its own."""
+    """Returns True for a dense CPU tensor that is not of a subclass."""
     return (
         isinstance(tensor, Tensor)
         and tensor.layout == torch.strided
@@ -337,40 +281,44 @@ def is_plain(tensor: Any) -> bool:
 
 
 def load_without_code(path: Path, stand_ins: list[Any] | None = None) -> Any:
-    """What torch.save wrote, its tensors mapped. Classes other than tensors are refused, but for those that have a stand-in."""
+    """Returns the object that `torch.save` wrote, its tensors mapped.
+
+    `stand_ins` are the classes other than tensors that may be created.
+
+    Raises CheckpointError if the file is damaged or contains an object of another class.
+    """
     try:
-        zipped = zipfile.is_zipfile(path)
-        if zipped:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
             _check_zip(path)
-        # What torch wrote before 1.6 is no zip and cannot be mapped.
+        # Files from before torch 1.6 are not zip files and cannot be mapped.
         with torch.serialization.safe_globals(stand_ins or []):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is refused: it is damaged or holds more than tensors, which could run code when read "
-            f"({_short(error)})"
+            f"{path} is damaged, or contains more than tensors, which could run code when it is "
+            f"read ({_shorten(error)})"
         ) from None
     except CheckpointError:
         raise
     except Exception as error:  # torch has no list of what a damaged file makes it raise
         raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}: {_short(error)})"
+            f"{path} cannot be read ({type(error).__name__}: {_shorten(error)})"
         ) from None
 
 
 def _check_zip(path: Path) -> None:
-    """Nothing compressed, as torch writes it: what unpacks to more than the file is refused."""
+    """Raises CheckpointError if an entry is compressed: it could unpack to more than memory."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    if any(
-        entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+    is_stored = all(
+        entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
         for entry in entries
-    ) or (sum(entry.file_size for entry in entries) > path.stat().st_size):
-        raise CheckpointError(
-            f"{path} is refused: it is packed in a way that torch.save does not use"
-        )
+    )
+    if not is_stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise CheckpointError(f"{path} is compressed, which torch.save does not do")
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= 120 else text[:117] + "..."

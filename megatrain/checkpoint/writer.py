@@ -4,7 +4,7 @@
       config.json  generation_config.json  tokenizer files
       model-0000i-of-0000n.safetensors  model.safetensors.index.json      (one file: model.safetensors)
       optimizer/index.json  rank-00000.safetensors ...      masters and states, by tensor name and place
-      trainer.json                           step, tokens, layout, the run's config
+      train_state.json                       step, tokens, layout, the run's config
       manifest.json                          every file's size and hash
 
 Nothing here speaks to other ranks: content.py gathers what a rank writes, saver.py agrees when all have.
@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,44 +25,13 @@ from megatrain.checkpoint.hf_folder import shard_names, write_weight_map
 from megatrain.checkpoint.optimizer_state import NamedFlatShard, write_index
 from megatrain.checkpoint.snapshot import CheckpointShard
 from megatrain.checkpoint.tensor_io import write_tensors
+from megatrain.checkpoint.train_state import FILE_NAME, TrainState, describe_layout
 from megatrain.config import loader as configuration
 from megatrain.config.loader import Config
 from megatrain.distributed.mesh import ProcessMesh
 from megatrain.models.config import TransformerConfig
-from megatrain.optim.zero import LossScale
 
 MAX_SHARD_BYTES = 5 * 10**9
-
-
-class TrainState(NamedTuple):
-    """Where a run stands, as trainer.json keeps it."""
-
-    step: int
-    tokens: int
-    updates: int
-    bad_steps: int = 0
-    losses: tuple[float, ...] = ()
-    """Of the last steps that had one, oldest first: a resume is held to them."""
-    loss_scaling: LossScale | None = None
-    """Of fp16."""
-    samples: int = -1
-    """Position of the next step's first sample: after those of all steps, and those that rollbacks passed over. -1 where the step alone says it."""
-    spike_since: int = 0
-    """First step of the loss spike that the last step is in; 0 for none."""
-
-
-def layout(config: Config, mesh: ProcessMesh) -> dict[str, Any]:
-    """What was split over which ranks; a resume is bit-exact where it is the same, and exact to rounding where it is not."""
-    p = config.parallel
-    return {
-        "tensor": p.tensor,
-        "pipeline": p.pipeline,
-        "data": mesh.data.size,
-        "zero": p.zero,
-        "sequence": p.sequence,
-        "schedule": p.schedule,
-        "offload": p.offload,
-    }
 
 
 class WrittenShard(NamedTuple):
@@ -88,16 +57,12 @@ def write_shard(
     for number, tensors in enumerate(_cut(content.model)):
         name = f"stage-{stage:05d}-{number:05d}.safetensors"
         records.append(
-            manifest.record_written(
-                temporary, write_tensors(temporary / name, tensors, metadata={"format": "pt"})
-            )
+            write_tensors(temporary / name, tensors, metadata={"format": "pt"}).record(temporary)
         )
         shards.append((name, {key: tensor.nbytes for key, tensor in tensors.items()}))
     if content.optimizer.pieces:
         path = temporary / "optimizer" / _optimizer_file(rank)
-        records.append(
-            manifest.record_written(temporary, write_tensors(path, content.optimizer.tensors))
-        )
+        records.append(write_tensors(path, content.optimizer.tensors).record(temporary))
     return WrittenShard(stage, shards, content.optimizer.pieces, records)
 
 
@@ -127,13 +92,11 @@ def write_train_state(
 ) -> None:
     trainer = {
         **progress._asdict(),
-        "layout": layout(config, mesh),
+        "layout": describe_layout(config.parallel, data=mesh.data.size),
         "config": configuration.to_dict(config),
         "model": architecture.config.to_dict(),
     }
-    (temporary / "trainer.json").write_text(
-        json.dumps(trainer, indent=1, default=str), encoding="utf-8"
-    )
+    (temporary / FILE_NAME).write_text(json.dumps(trainer, indent=1, default=str), encoding="utf-8")
 
 
 def commit(
@@ -153,7 +116,7 @@ def commit(
     for path in sorted(temporary.rglob("*")):
         name = str(path.relative_to(temporary))
         if path.is_file() and name not in records:
-            records[name] = manifest.record(temporary, path)
+            records[name] = manifest.make_record(temporary, path)
     manifest.fsync_folder(temporary / "optimizer")
     manifest.commit(temporary, final, list(records.values()))
 

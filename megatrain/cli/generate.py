@@ -171,7 +171,7 @@ def load_model(
 
     from megatrain.checkpoint.hf_folder import HFFolder
     from megatrain.errors import CheckpointError
-    from megatrain.optim.zero import DTYPES
+    from megatrain.ops.dtypes import DTYPES
 
     disable_progress_bar()
     tensors = HFFolder(folder)  # says what is wrong with a damaged folder

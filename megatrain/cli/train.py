@@ -87,7 +87,7 @@ def _show_samples(args: argparse.Namespace, *, count: int = 3) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from megatrain.checkpoint.merge_adapter import merge_run
+    from megatrain.checkpoint.peft import merge_run
 
     env = from_environment(os.environ)
     if env is None or env.rank == 0:  # one process of a launcher is enough

@@ -31,7 +31,7 @@ from megatrain.conversion.writer import BackgroundSync, plan_shards, write_model
 from megatrain.errors import CheckpointError
 from megatrain.models.classification_config import any_architecture
 from megatrain.models.config import TransformerConfig, load_hf_config
-from megatrain.optim.zero import DTYPES
+from megatrain.ops.dtypes import DTYPES
 from megatrain.pipeline.stage_builder import whole_tensors
 
 NAME = "conversion.json"

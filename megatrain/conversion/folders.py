@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint import manifest
-from megatrain.checkpoint.best_checkpoint import chosen_checkpoint
 from megatrain.checkpoint.hf_folder import HFFolder
 from megatrain.checkpoint.init_from_hf import BUFFERS
+from megatrain.checkpoint.retention import select_checkpoint
 from megatrain.checkpoint.tensor_io import ByteSpan, Index
+from megatrain.checkpoint.train_state import train_state_path
 from megatrain.conversion.sources import Readable, row_blocks_of
 from megatrain.errors import CheckpointError
 from megatrain.models.config import TransformerConfig, load_hf_config
@@ -138,7 +139,7 @@ def model_folder(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     return (
-        chosen_checkpoint(path)
+        select_checkpoint(path)
         if any(path.glob("step-*")) or any(path.glob("checkpoints/step-*"))
         else path
     )
@@ -147,6 +148,6 @@ def model_folder(path: Path) -> Path:
 def open_folder(path: Path, *, checked: bool) -> HuggingFaceFolder:
     """A folder with a config.json, as the kind it is."""
     config = load_hf_config(str(path))
-    if (path / "trainer.json").exists() or (path / manifest.MANIFEST).exists():
+    if train_state_path(path).exists() or (path / manifest.MANIFEST).exists():
         return Checkpoint(path, config, checked=checked)
     return HuggingFaceFolder(path, config)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatrain.checkpoint import manifest
+from megatrain.checkpoint.train_state import train_state_path
 from megatrain.conversion.detect_format import Hints, open_source
 from megatrain.conversion.folders import HuggingFaceFolder, check_coverage, model_folder
 from megatrain.conversion.sources import nbytes
@@ -55,9 +56,7 @@ def inspect(path: Path, hints: Hints, *, hashes: bool) -> InspectionReport:
     """Look at a folder of any kind that is converted; `hashes` reads every byte of a checkpoint of ours."""
     folder = model_folder(path) if path.is_dir() else path
     problem = (
-        manifest.find_problem(folder, hashes=hashes)
-        if (folder / "trainer.json").is_file()
-        else None
+        manifest.find_problem(folder, hashes=hashes) if train_state_path(folder).is_file() else None
     )
     source = open_source(folder, hints, checked=False)
     architecture = any_architecture(source.config)
@@ -80,7 +79,7 @@ def inspect(path: Path, hints: Hints, *, hashes: bool) -> InspectionReport:
         )
         for name in names
     ]
-    trainer = _read(folder / "trainer.json")
+    trainer = _read(train_state_path(folder))
     words = {
         True: "every file's hash is as written",
         False: "every file's size is as written (--hashes reads them through)",

@@ -1,4 +1,4 @@
-"""What makes a Hugging Face folder a checkpoint that a run resumes: masters, moments where there are any, trainer.json, a manifest.
+"""What makes a Hugging Face folder a checkpoint that a run resumes: masters, moments where there are any, train_state.json, a manifest.
 
 The optimizer's pieces are those that one rank alone would write, so that any layout reads its own from them. Without moments only
 masters are kept, and a run begins with moments of zero, as after no step.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatrain.checkpoint import manifest
 from megatrain.checkpoint.optimizer_state import NamedFlatShard, flat_shard_key, write_index
 from megatrain.checkpoint.tensor_io import Index, SafetensorsFile
-from megatrain.checkpoint.writer import TrainState
+from megatrain.checkpoint.train_state import FILE_NAME, TrainState
 from megatrain.conversion.logits import read_declared, whole_model
 from megatrain.conversion.sources import Readable, Source
 from megatrain.conversion.verify import check_bytes
@@ -117,7 +117,7 @@ class OptimizerFiles:
             check_bytes(written, self, self._keys(file), written.path)
 
     def finish(self, folder: Path, source: Source) -> None:
-        """trainer.json and the manifest. No setting of a run is in it that a resume would have to keep."""
+        """train_state.json and the manifest. No setting of a run is in it that a resume would have to keep."""
         progress = TrainState(self.moments.updates, 0, self.moments.updates)
         trainer: dict[str, Any] = {
             **progress._asdict(),
@@ -125,10 +125,10 @@ class OptimizerFiles:
             "config": {name: {} for name in ("run", "data", "parallel", "train", "optimizer")},
             "model": source.config.to_dict(),
         }
-        (folder / "trainer.json").write_text(
+        (folder / FILE_NAME).write_text(
             json.dumps(trainer, indent=1, default=str), encoding="utf-8"
         )
-        records = [manifest.record(folder, path) for path in _files(folder)]
+        records = [manifest.make_record(folder, path) for path in _files(folder)]
         manifest.write(folder, records)
 
 
@@ -136,7 +136,9 @@ class _Written(SafetensorsFile):
     """A file of pieces, to be read back."""
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        return self.view(name)[index or ()]
+        part = self.view(name)[index or ()].clone()
+        self.release(name)
+        return part
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -30,7 +30,7 @@ from megatrain.models.config import TransformerConfig
 from megatrain.models.microbatch import Microbatch
 from megatrain.models.microbatches import MicrobatchFactory
 from megatrain.models.transformer import Head, HiddenStates
-from megatrain.optim.zero import DTYPES
+from megatrain.ops.dtypes import DTYPES
 from megatrain.pipeline.communication import add_communication
 from megatrain.pipeline.executor import Executor, Stage
 from megatrain.pipeline.p2p import P2PCommunicator

@@ -14,7 +14,7 @@ from megatrain.distributed.mesh import ProcessMesh
 from megatrain.errors import ConfigError
 from megatrain.evaluation.loglikelihood import Scorer
 from megatrain.models.config import TransformerConfig
-from megatrain.optim.zero import DTYPES
+from megatrain.ops.dtypes import DTYPES
 from megatrain.pipeline.stage_builder import build_stage
 
 
@@ -27,7 +27,7 @@ def open_scorer(
 ) -> Scorer:
     """Build this rank's stage in the settings' dtype and fill it from the folder, which was checked to hold all of it."""
     stage = build_stage(config, architecture, mesh, str(device), dtype=DTYPES[config.train.dtype])
-    Pretrained(folder, architecture).fill(stage, seed=0)
+    Pretrained(folder, architecture).load_weights(stage, seed=0)
     return Scorer(stage, config, architecture, mesh, device)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megatrain.checkpoint import manifest
-from megatrain.checkpoint.best_checkpoint import chosen_checkpoint
+from megatrain.checkpoint.retention import select_checkpoint
+from megatrain.checkpoint.train_state import train_state_path
 from megatrain.config import loader as configuration
 from megatrain.config.loader import Config
 from megatrain.distributed import device
@@ -60,7 +61,7 @@ def model_folder(given: str) -> Path:
             f"{given} does not exist; give a checkpoint, a Hugging Face folder or a run's folder"
         )
     if (path / "checkpoints").is_dir() and not (path / "config.json").exists():
-        path = chosen_checkpoint(path)
+        path = select_checkpoint(path)
     if (path / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{path} holds adapters alone; `megatrain finetune CONFIG --merge` makes RUN/merged of them and their model"
@@ -84,7 +85,7 @@ def model_name(folder: Path) -> str:
 
 def trained_length(folder: Path) -> int | None:
     """The sequence length that a checkpoint of ours was trained with."""
-    file = folder / "trainer.json"
+    file = train_state_path(folder)
     length = (
         manifest.read_json(file).get("config", {}).get("data", {}).get("sequence_length")
         if file.is_file()

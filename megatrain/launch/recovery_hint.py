@@ -39,6 +39,6 @@ def _newest(folder: Path) -> int | None:
     """The step of the checkpoint that `checkpoint.resume=auto` would take, as far as sizes of files can tell."""
     try:
         path, _ = manifest.find_newest(folder)
-        return None if path is None else retention.step_of(path)
+        return None if path is None else retention.step_number(path)
     except (OSError, ValueError):
         return None

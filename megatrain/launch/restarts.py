@@ -91,7 +91,7 @@ class RestartPolicy:
     def _checkpoints(self) -> set[tuple[Path, int, int]]:
         """Those of the run's folder, each with numbers that another of the same name does not have."""
         folders = [
-            (path, path.stat()) for path in retention.checkpoints(self._folder / "checkpoints")
+            (path, path.stat()) for path in retention.list_checkpoints(self._folder / "checkpoints")
         ]
         return {(path, about.st_ino, about.st_mtime_ns) for path, about in folders}
 

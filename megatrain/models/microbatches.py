@@ -13,8 +13,8 @@ from megatrain.distributed.mesh import ProcessMesh
 from megatrain.models.config import TransformerConfig
 from megatrain.models.microbatch import Microbatch
 from megatrain.models.rope import Rotation, rotations
+from megatrain.ops.dtypes import DTYPES
 from megatrain.ops.random import random_key
-from megatrain.optim.zero import DTYPES
 
 
 class _Plain(NamedTuple):

@@ -24,6 +24,7 @@ from megatrain.config.loader import Config
 from megatrain.distributed import collectives
 from megatrain.distributed.mesh import MeshAxis, ProcessMesh
 from megatrain.distributed.sharding import ShardSpec, declare, parameters, shard_spec
+from megatrain.optim.loss_scale import LossScale
 from megatrain.optim.param_groups import (
     STATES,
     decay_groups,
@@ -33,7 +34,6 @@ from megatrain.optim.param_groups import (
     make_optimizer,
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUCKET = 50_000_000
 """Elements reduced at a time."""
 
@@ -44,15 +44,6 @@ class StepResult(NamedTuple):
     grad_norm: float
     applied: bool
     rescaled: bool = False
-
-
-class LossScale(NamedTuple):
-    """Where the search for fp16's loss scale stands: the scale, overflows until it falls, and the last overflow's step among how many."""
-
-    scale: float
-    patience: int
-    last_overflow: int
-    steps: int
 
 
 class Fragment(NamedTuple):
@@ -178,7 +169,7 @@ class ZeroOptimizer:
         for place, parameter in enumerate(self.trained):
             parameter.register_hook(watch(place))
 
-    def largest_gradients(self) -> Tensor:
+    def max_abs_gradients(self) -> Tensor:
         """Of each trained parameter the largest element of this rank's own gradient since the last step; not a number if one is none.
 
         Before the step, in which ranks add up theirs. Over the microbatches' sum, with ZeRO 2 and 3 over each of them.
@@ -193,7 +184,7 @@ class ZeroOptimizer:
         )
         return largest
 
-    def refuses(self, largest: Tensor) -> bool:
+    def has_nonfinite(self, largest: Tensor) -> bool:
         """Whether no step is to be taken with these gradients. In fp16 the step itself finds out, since it looks for the loss scale."""
         return self.config.train.dtype != "fp16" and not bool(torch.isfinite(largest).all())
 
@@ -227,7 +218,7 @@ class ZeroOptimizer:
                     parameter.main_grad.add_(getattr(parameter, name))  # type: ignore[attr-defined]
                     setattr(parameter, name, None)
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradients of a step that is not to be taken."""
         if self.partitioned:
             self.optimizer.zero_grad()
@@ -315,7 +306,7 @@ class ZeroOptimizer:
             with activity.collective("update", world):
                 self.engine._take_model_step(None)
             if not self._bf16:
-                self.discard()
+                self.zero_grad()
         overflow = bool(getattr(self.optimizer, "overflow", False))
         if overflow and not self._bf16:
             self._forget_reduced()
@@ -417,7 +408,7 @@ class ZeroOptimizer:
                     shard_spec(parameter), parameter, tuple(parameter.ds_shape), start, tensors
                 )  # type: ignore[attr-defined]
 
-    def masters_to_weights(self) -> None:
+    def copy_masters_to_weights(self) -> None:
         """Make the model's weights what the masters say, on all replicas; after loading."""
         if self.config.parallel.zero == 3:
             for group in range(len(self.optimizer.fp16_groups)):
@@ -425,7 +416,7 @@ class ZeroOptimizer:
         else:
             self.optimizer.update_lp_params()
 
-    def whole_weights(self, parameter: nn.Parameter) -> Tensor:
+    def full_weights(self, parameter: nn.Parameter) -> Tensor:
         """This tensor rank's weights, gathered over replicas under ZeRO 3; all of them call it together."""
         if self.config.parallel.zero != 3:
             return parameter.detach()

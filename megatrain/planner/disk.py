@@ -10,8 +10,8 @@ from megatrain.checkpoint import retention
 from megatrain.config.loader import Config
 from megatrain.errors import ConfigError
 from megatrain.models.config import TransformerConfig
+from megatrain.ops.dtypes import DTYPES
 from megatrain.optim.param_groups import STATES
-from megatrain.optim.zero import DTYPES
 from megatrain.pipeline.stage_builder import adapter_parameters, total_parameters
 
 
@@ -33,7 +33,7 @@ def estimate_disk(config: Config, architecture: TransformerConfig) -> DiskEstima
     """One more checkpoint than is kept: the oldest goes once the newest is whole."""
     folder = Path(config.run.output_dir)
     place = existing(folder)
-    there = len(retention.checkpoints(folder / "checkpoints"))
+    there = len(retention.list_checkpoints(folder / "checkpoints"))
     return DiskEstimate(
         checkpoint_bytes(config, architecture),
         _most(config),

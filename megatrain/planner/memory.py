@@ -28,8 +28,8 @@ from megatrain.models.microbatch import Microbatch
 from megatrain.models.microbatches import MicrobatchFactory
 from megatrain.models.quantize import quantized_weights
 from megatrain.models.transformer import Head, LayerSpec
+from megatrain.ops.dtypes import DTYPES
 from megatrain.ops.nf4 import NF4Weight
-from megatrain.optim.zero import DTYPES
 from megatrain.pipeline.executor import Stage
 from megatrain.pipeline.p2p import P2PCommunicator
 from megatrain.pipeline.schedule import Action, Schedule

@@ -20,9 +20,9 @@ from typing import NamedTuple
 from torch import nn
 
 from megatrain.config.loader import Config
+from megatrain.ops.dtypes import DTYPES
 from megatrain.optim import zero
 from megatrain.optim.param_groups import STATES, decay_groups, lane_padding
-from megatrain.optim.zero import DTYPES
 
 MOST_GATHERED = 1_000_000_000
 """Elements of weights that DeepSpeed's ZeRO 3 keeps gathered (its stage3_max_live_parameters)."""

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatrain.checkpoint import resume as loading
-from megatrain.checkpoint.best_checkpoint import restore_best, write_best
-from megatrain.checkpoint.writer import TrainState
+from megatrain.checkpoint.retention import restore_best, write_best
+from megatrain.checkpoint.train_state import TrainState
 from megatrain.config.loader import Config
 from megatrain.data.text_files import is_supported
 from megatrain.distributed.activity import RankActivity, WorldGroup

@@ -11,7 +11,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-from megatrain.checkpoint.writer import TrainState
+from megatrain.checkpoint.train_state import TrainState
 from megatrain.config.schema import StabilityConfig
 
 _NORMAL = 1.4826

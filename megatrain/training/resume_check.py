@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatrain.checkpoint.writer import TrainState
+from megatrain.checkpoint.train_state import TrainState
 from megatrain.errors import CheckpointError
 
 REMEMBERED = 32

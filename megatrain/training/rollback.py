@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from megatrain import files
 from megatrain.checkpoint import manifest, retention
-from megatrain.checkpoint.writer import TrainState
+from megatrain.checkpoint.train_state import TrainState
 from megatrain.data.dataloader import DataLoader
 from megatrain.distributed.collectives import broadcast_object
 from megatrain.distributed.mesh import MeshAxis
@@ -66,14 +66,14 @@ def _find(folder: Path, *, since: int, own: Callable[[int], bool], hashes: bool)
     for path in sorted(
         (
             path
-            for path in retention.checkpoints(folder / "checkpoints")
-            if retention.step_of(path) <= latest and own(retention.step_of(path))
+            for path in retention.list_checkpoints(folder / "checkpoints")
+            if retention.step_number(path) <= latest and own(retention.step_number(path))
         ),
         reverse=True,
     ):
         wrong = manifest.find_problem(path, hashes=hashes)
         if wrong is None:
-            return RollbackTarget(path, before.count(retention.step_of(path)), tuple(passed))
+            return RollbackTarget(path, before.count(retention.step_number(path)), tuple(passed))
         passed.append(f"{path.name} {wrong}")
     return RollbackTarget(None, 0, tuple(passed))
 
@@ -84,8 +84,8 @@ def commit(
     """Make the return to `back` last: newer checkpoints go, newest first, and what is passed over is written down. For one rank."""
     newer = [
         path
-        for path in retention.checkpoints(folder / "checkpoints")
-        if back.step < retention.step_of(path) <= noticed.step
+        for path in retention.list_checkpoints(folder / "checkpoints")
+        if back.step < retention.step_number(path) <= noticed.step
     ]
     retention.delete(sorted(newer, reverse=True))
     positions = range(back.samples, noticed.samples)

@@ -21,7 +21,7 @@ import torch
 from megatrain import __version__
 from megatrain.checkpoint import retention
 from megatrain.checkpoint.checkpointer import SaveResult
-from megatrain.checkpoint.writer import TrainState
+from megatrain.checkpoint.train_state import TrainState
 from megatrain.config.loader import Config, to_yaml
 from megatrain.distributed import device as device_module
 from megatrain.distributed.collectives import gather_objects
@@ -267,7 +267,7 @@ class RunLogger:
             )
             self.events.write(
                 "save",
-                step=retention.step_of(saved.path),
+                step=retention.step_number(saved.path),
                 path=saved.path,
                 seconds=saved.seconds,
                 stalled=saved.stalled,

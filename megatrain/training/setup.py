@@ -12,7 +12,7 @@ from megatrain.checkpoint import resume as loading
 from megatrain.checkpoint.checkpointer import Checkpointer
 from megatrain.checkpoint.hf_metadata import write_hf_metadata
 from megatrain.checkpoint.init_from_hf import Pretrained
-from megatrain.checkpoint.writer import TrainState
+from megatrain.checkpoint.train_state import TrainState
 from megatrain.config.loader import Config
 from megatrain.data.dataloader import DataLoader
 from megatrain.distributed import device as device_module

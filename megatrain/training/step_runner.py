@@ -23,8 +23,9 @@ from megatrain.models.microbatch import Microbatch
 from megatrain.models.microbatches import MicrobatchFactory
 from megatrain.models.quantize import quantize_linears
 from megatrain.models.transformer import Head
+from megatrain.ops.dtypes import DTYPES
 from megatrain.optim.lr_schedule import learning_rate
-from megatrain.optim.zero import DTYPES, StepResult, ZeroOptimizer
+from megatrain.optim.zero import StepResult, ZeroOptimizer
 from megatrain.pipeline.communication import add_communication, check_schedule
 from megatrain.pipeline.executor import Executor
 from megatrain.pipeline.p2p import P2PCommunicator
@@ -98,20 +99,20 @@ class StepRunner:
         placement = self.schedule.placement
         stage = build_stage(config, architecture, mesh, str(device), placement)
         if config.lora.quantize != "none":
-            source = initialize_parameter if pretrained is None else pretrained.fill_parameter
+            source = initialize_parameter if pretrained is None else pretrained.load_parameter
             quantize_linears(stage, device=device, fill=partial(source, seed=config.run.seed))
         if config.lora.rank:
             add_adapters(stage, architecture, config.lora, mesh.tensor)
         if pretrained is None:
             initialize(stage, config.run.seed)
         else:
-            pretrained.fill(stage, config.run.seed)
+            pretrained.load_weights(stage, config.run.seed)
         set_magnitudes(stage)
         for head in (layer for layer in stage.layers if isinstance(layer, Head)):
             head.objective = self.objective
         self.optimizer = optimizer(stage, config=config, mesh=mesh, microbatches=self.microbatches)
         if pretrained is not None:
-            pretrained.fill_masters(self.optimizer)
+            pretrained.load_master_weights(self.optimizer)
         self.stage = stage
         length = config.data.sequence_length // (
             mesh.tensor.size if config.parallel.sequence else 1
@@ -154,9 +155,9 @@ class StepRunner:
         losses = self.executor.run(
             self.instructions, microbatches, backward=self.optimizer.backward, loss_weight=weight
         )
-        largest = self.optimizer.largest_gradients()
+        largest = self.optimizer.max_abs_gradients()
         bad, loss, *measured = self._totals(
-            losses, microbatches, count, bad=self.optimizer.refuses(largest)
+            losses, microbatches, count, bad=self.optimizer.has_nonfinite(largest)
         )
         measures = dict(zip(self.objective.measures, measured, strict=True))
         lr = learning_rate(
@@ -166,7 +167,7 @@ class StepRunner:
             steps=self.config.steps,
         )
         if bad or not math.isfinite(loss):
-            self.optimizer.discard()
+            self.optimizer.zero_grad()
             result = StepResult(math.nan, False)
         else:
             result = self.optimizer.step(lr)

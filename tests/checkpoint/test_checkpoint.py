@@ -161,7 +161,7 @@ def edit_manifest(change):
 
 
 DAMAGES = {
-    "is of format 99 and this version reads up to 2": edit_manifest(
+    "has format 99; this version of megatrain reads formats up to 3": edit_manifest(
         lambda content: content.update(format=99)
     ),
     "../config.json is outside the folder": edit_manifest(

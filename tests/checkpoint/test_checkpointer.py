@@ -11,7 +11,7 @@ from helpers.rank_pool import run_ranks
 from megatrain.checkpoint import checkpointer, manifest, retention
 from megatrain.checkpoint.checkpointer import Checkpointer
 from megatrain.checkpoint.hf_folder import HFFolder
-from megatrain.checkpoint.writer import TrainState
+from megatrain.checkpoint.train_state import TrainState
 from megatrain.config import loader as configuration
 from megatrain.data.dataloader import Batch
 from megatrain.distributed.mesh import make_mesh
@@ -71,16 +71,16 @@ class Run:
 
 
 def held_up(event, *, fail_on=None):
-    """write_share, once the event is set; on rank `fail_on` it fails."""
-    real = checkpointer.writer.write_share
+    """write_shard, once the event is set; on rank `fail_on` it fails."""
+    real = checkpointer.writer.write_shard
 
-    def write_share(temporary, content, *, rank, stage):
+    def write_shard(temporary, content, *, rank, stage):
         assert event.wait(120)
         if rank == fail_on:
             raise OSError(5, "the disk is on fire")
         return real(temporary, content, rank=rank, stage=stage)
 
-    return write_share
+    return write_shard
 
 
 def goes_on_while_it_is_written(rank, world_size, folder):
@@ -186,7 +186,7 @@ def make(folder, steps, *, damaged=()):
         path = folder / f".writing-step-{step:08d}"
         path.mkdir(parents=True)
         (path / "x").write_text(str(step))
-        manifest.commit(path, folder / f"step-{step:08d}", [manifest.record(path, path / "x")])
+        manifest.commit(path, folder / f"step-{step:08d}", [manifest.make_record(path, path / "x")])
         if step in damaged:
             (folder / f"step-{step:08d}" / "x").write_text("longer")
 
@@ -208,7 +208,7 @@ def make(folder, steps, *, damaged=()):
 )
 def test_what_goes_and_what_is_kept(last, every, damaged, gone, tmp_path):
     make(tmp_path, (10, 20, 30, 40, 50), damaged=damaged)
-    old = retention.find_deletable(tmp_path, last=last, every=every)
+    old = retention.find_deletable(tmp_path, keep_last=last, keep_every=every)
     assert [path.name for path in old] == [f"step-{step:08d}" for step in gone]
     retention.delete(old)
     left = {path.name for path in tmp_path.iterdir()}
@@ -219,12 +219,13 @@ def test_what_goes_and_what_is_kept(last, every, damaged, gone, tmp_path):
 def test_checkpoints_ahead_of_the_run_neither_go_nor_count(tmp_path):
     make(tmp_path, (10, 20, 30, 40, 50))
     assert [
-        path.name for path in retention.find_deletable(tmp_path, last=1, every=0, until=30)
+        path.name
+        for path in retention.find_deletable(tmp_path, keep_last=1, keep_every=0, current_step=30)
     ] == [
         "step-00000010",
         "step-00000020",
     ]
-    assert retention.find_deletable(tmp_path, last=1, every=0, until=10) == []
+    assert retention.find_deletable(tmp_path, keep_last=1, keep_every=0, current_step=10) == []
 
 
 @pytest.mark.parametrize(
@@ -241,5 +242,8 @@ def test_checkpoints_ahead_of_the_run_neither_go_nor_count(tmp_path):
 def test_what_a_run_may_go_back_to_is_kept(back_to, damaged, gone, tmp_path):
     make(tmp_path, (10, 20, 30, 40, 50), damaged=damaged)
     assert [
-        path.name for path in retention.find_deletable(tmp_path, last=1, every=0, back_to=back_to)
+        path.name
+        for path in retention.find_deletable(
+            tmp_path, keep_last=1, keep_every=0, rollback_step=back_to
+        )
     ] == [f"step-{step:08d}" for step in gone]

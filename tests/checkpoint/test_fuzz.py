@@ -211,7 +211,7 @@ def damage(folder, dice):
 def agree(folder):
     """Have the manifest agree with the files, so that what reads them is reached."""
     records = [
-        manifest.record(folder, path)
+        manifest.make_record(folder, path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != manifest.MANIFEST
     ]
@@ -251,7 +251,7 @@ def read_run(folder):
         own = read_config(load_hf_config(str(path)))
         pretrained = Pretrained(path, own)
         pretrained.check(whole_tensors(own))
-        pretrained.fill(build_stage(config, own, make_mesh(0, connect=False), "cpu"), 0)
+        pretrained.load_weights(build_stage(config, own, make_mesh(0, connect=False), "cpu"), 0)
 
 
 def too_long(number, frame):

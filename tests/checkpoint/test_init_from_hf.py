@@ -89,7 +89,7 @@ class Held:
                 (s.name, piece.transposed, intervals_of(piece), fragment.tensors["master"].clone())
             )
         for parameter in runner.stage.parameters():
-            s, whole = parameter.sharding, runner.optimizer.whole_weights(parameter).clone()
+            s, whole = parameter.sharding, runner.optimizer.full_weights(parameter).clone()
             piece = make_flat_shard(s, tuple(whole.shape), 0, whole.numel())
             self.weights.append((s.name, piece.transposed, intervals_of(piece), whole.flatten()))
 

@@ -14,14 +14,14 @@ from helpers.rank_pool import run_ranks
 from helpers.training_runs import microbatches
 from safetensors.torch import load_file
 
-from megatrain.checkpoint import manifest
+from megatrain.checkpoint import manifest, resume
 from megatrain.checkpoint import peft as peft_module
 from megatrain.checkpoint import resume as loading
 from megatrain.checkpoint.checkpointer import Checkpointer
 from megatrain.checkpoint.hf_metadata import write_hf_metadata
-from megatrain.checkpoint.merge_adapter import merge_adapter
 from megatrain.checkpoint.optimizer_state import OptimizerState
-from megatrain.checkpoint.writer import TrainState
+from megatrain.checkpoint.peft import merge_adapter
+from megatrain.checkpoint.train_state import TrainState
 from megatrain.config import loader as configuration
 from megatrain.config.loader import Config
 from megatrain.config.schema import LoraConfig
@@ -81,7 +81,7 @@ def train_and_resume(rank: int, world_size: int, config, folder: Path):
 
     p, architecture = config.parallel, read_config(load_hf_config(config.model))
     mesh = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
-    more = {"config": config, "architecture": architecture, "grid": mesh}
+    more = {"config": config, "architecture": architecture, "mesh": mesh}
     first = StepRunner(config, architecture, mesh, torch.device("cpu"))
     losses = [first.train_step(step, batches(step, mesh)).loss for step in (1, 2)]
     path = save(folder, TrainState(2, 0, 2), zero=first.optimizer, **more)
@@ -245,22 +245,24 @@ def test_merging_refuses_what_does_not_belong_together(written):
 )
 def test_resuming_with_other_adapters_is_refused(change, words, tmp_path):
     config = make_config("llama")
-    (tmp_path / "trainer.json").write_text(json.dumps({"config": configuration.to_dict(config)}))
-    peft_module.check(tmp_path, config)
+    (tmp_path / "train_state.json").write_text(
+        json.dumps({"config": configuration.to_dict(config)})
+    )
+    resume.check_adapter(tmp_path, config)
     with pytest.raises(CheckpointError, match=words):
-        peft_module.check(tmp_path, replace(config, lora=replace(config.lora, **change)))
+        resume.check_adapter(tmp_path, replace(config, lora=replace(config.lora, **change)))
     with pytest.raises(
         CheckpointError,
         match=r"was written with task=sft and this run has task=dpo; start a new run",
     ):
-        peft_module.check(tmp_path, replace(config, task="dpo"))
+        resume.check_adapter(tmp_path, replace(config, task="dpo"))
 
 
 def test_a_converted_checkpoint_is_of_no_task(tmp_path):
-    (tmp_path / "trainer.json").write_text(json.dumps({"config": {"train": {}}}))
-    peft_module.check(tmp_path, replace(Config(), task="dpo"))
+    (tmp_path / "train_state.json").write_text(json.dumps({"config": {"train": {}}}))
+    resume.check_adapter(tmp_path, replace(Config(), task="dpo"))
     with pytest.raises(
         CheckpointError,
         match=r"holds whole weights and this run, with lora.rank=4, trains adapters",
     ):
-        peft_module.check(tmp_path, make_config("llama"))
+        resume.check_adapter(tmp_path, make_config("llama"))

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from megatrain.checkpoint.resume import read_train_state
+from megatrain.checkpoint.train_state import read_train_state
 from megatrain.config.loader import Config, from_dict, load, read, to_dict
 from megatrain.config.renamed import RENAMED, migrate
 from megatrain.errors import ConfigError, format_override

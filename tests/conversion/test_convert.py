@@ -399,7 +399,7 @@ DAMAGES = {
     "holds no model": lambda folder: [path.unlink() for path in folder.glob("*.safetensors*")],
     "is missing or no file": lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(),
     "it is cut short": lambda folder: os.truncate(sorted(folder.glob("*.safetensors"))[0], 9000),
-    "has no manifest.json": lambda folder: (folder / "trainer.json").write_text("{}"),
+    "has no manifest.json": lambda folder: (folder / "train_state.json").write_text("{}"),
 }
 
 

@@ -34,7 +34,7 @@ def import_and_save(rank, world_size, root):
     from megatrain.checkpoint.checkpointer import Checkpointer
     from megatrain.checkpoint.hf_metadata import write_hf_metadata
     from megatrain.checkpoint.init_from_hf import Pretrained
-    from megatrain.checkpoint.writer import TrainState
+    from megatrain.checkpoint.train_state import TrainState
     from megatrain.distributed.mesh import make_mesh
     from megatrain.models.config import load_hf_config, read_config
     from megatrain.pipeline.stage_builder import whole_tensors
@@ -97,7 +97,7 @@ def test_comes_back_with_the_same_bytes_and_logits(name, world_size, imported, t
     assert not [
         path
         for path in (tmp_path / "out").rglob("*")
-        if path.name in ("trainer.json", "manifest.json", "optimizer")
+        if path.name in ("train_state.json", "manifest.json", "optimizer")
     ]
     proof = json.loads((tmp_path / "out" / "conversion.json").read_text())["proof"]
     assert (proof["source_computed_by"], proof["target_computed_by"]) == (

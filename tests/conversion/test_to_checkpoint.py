@@ -80,7 +80,7 @@ def test_a_hugging_face_folder_becomes_a_checkpoint_that_goes_on_as_init_from_do
         assert "to      a checkpoint to resume from" in said
         assert "and the optimizer's master, after 0 updates" in said.replace("masters", "master")
         assert manifest.find_problem(tmp_path / name, hashes=True) is None
-        assert (tmp_path / name / "trainer.json").is_file()
+        assert (tmp_path / name / "train_state.json").is_file()
     for world_size in (4, 2):
         runs = []
         for number, (name, size, dtype, parallel) in enumerate(ROWS):

@@ -89,7 +89,7 @@ def pretrain(rank, world_size, raw):
             return 3
         return 0
 
-    def refuses(zero, largest):
+    def has_nonfinite(zero, largest):
         if undone and not refused:
             refused.append(True)
             return True
@@ -98,7 +98,7 @@ def pretrain(rank, world_size, raw):
     patches = [
         *map(listener, BLOCKING),
         patch.object(loop, "first_to_undo", first_to_undo),
-        patch.object(ZeroOptimizer, "refuses", refuses),
+        patch.object(ZeroOptimizer, "has_nonfinite", has_nonfinite),
         patch.object(trace_recorder, "machine_name", lambda: f"machine {rank}"),
     ]
     for each in patches:

@@ -79,7 +79,7 @@ def test_a_checkpoints_hashes_are_those_of_its_manifest(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("another file")
     plain = fingerprint.model_hash(tmp_path)
     records = [
-        manifest.record(tmp_path, tmp_path / name)._asdict()
+        manifest.make_record(tmp_path, tmp_path / name)._asdict()
         for name in ("config.json", "model.safetensors", "tokenizer.json")
     ]
     (tmp_path / manifest.MANIFEST).write_text(

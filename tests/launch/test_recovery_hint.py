@@ -22,7 +22,7 @@ def run(tmp_path):
             manifest.commit(
                 writing,
                 tmp_path / "checkpoints" / f"step-{step:08d}",
-                [manifest.record(writing, writing / "x")],
+                [manifest.make_record(writing, writing / "x")],
             )
         if torn is not None:
             (tmp_path / "checkpoints" / f"step-{torn:08d}").mkdir(parents=True)

@@ -114,7 +114,7 @@ def run_case(rank, case):
 
     def weights():
         return {
-            name: zero.whole_weights(parameter).float().clone()
+            name: zero.full_weights(parameter).float().clone()
             for name, parameter in zero.stage.named_parameters()
         }
 
@@ -122,7 +122,7 @@ def run_case(rank, case):
     for step, lr in enumerate(LRS):
         if step == DISCARDED:
             backward(99)
-            zero.discard()
+            zero.zero_grad()
         if step == len(LRS) - 1:
             zero.updates = 10
         backward(step)
@@ -138,7 +138,7 @@ def run_case(rank, case):
     with torch.no_grad():
         for fragment in zero.fragments():
             fragment.tensors["master"].mul_(2.0)
-    zero.masters_to_weights()
+    zero.copy_masters_to_weights()
     return Outcome(norms, applied, after, updates, pieces, weights())
 
 

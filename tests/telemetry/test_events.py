@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.checkpoint.writer import TrainState
+from megatrain.checkpoint.train_state import TrainState
 from megatrain.telemetry.events import FILE_NAME, Event, EventLog, read, write_failure
 from megatrain.training.run_logger import RunLogger
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatrain.checkpoint import manifest, retention
-from megatrain.checkpoint.best_checkpoint import best_checkpoint, chosen_checkpoint, write_best
+from megatrain.checkpoint.retention import find_best, select_checkpoint, write_best
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.training.early_stopping import EarlyStopping
 
@@ -66,22 +66,22 @@ def test_the_best_is_kept_whatever_else_is_deleted(tmp_path):
             tmp_path / "checkpoints" / f"step-{step:08d}",
             [],
         )
-    assert best_checkpoint(tmp_path) is None
+    assert find_best(tmp_path) is None
     write_best(tmp_path, step=2, metric="valid_loss", value=1.0)
     retention.delete(
         retention.find_deletable(
-            tmp_path / "checkpoints", last=1, every=0, best=best_checkpoint(tmp_path)
+            tmp_path / "checkpoints", keep_last=1, keep_every=0, best=find_best(tmp_path)
         )
     )
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step-00000002",
         "step-00000004",
     ]
-    assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+    assert find_best(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
     write_best(tmp_path, step=9, metric="valid_loss", value=1.0)
-    assert best_checkpoint(tmp_path) is None, "it is not there"
-    (tmp_path / "best.json").write_text("{")
-    assert best_checkpoint(tmp_path) is None
+    assert find_best(tmp_path) is None, "it is not there"
+    (tmp_path / "best_checkpoint.json").write_text("{")
+    assert find_best(tmp_path) is None
 
 
 def test_a_runs_folder_means_its_best_checkpoint_else_its_newest_whole_one(tmp_path, capsys):
@@ -89,26 +89,26 @@ def test_a_runs_folder_means_its_best_checkpoint_else_its_newest_whole_one(tmp_p
         folder = tmp_path / f"checkpoints/step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text('{"format": 2, "files": []}')
-    assert chosen_checkpoint(tmp_path) == folder
+    assert select_checkpoint(tmp_path) == folder
     assert capsys.readouterr().err == ""
     (folder / "manifest.json").unlink()
-    assert chosen_checkpoint(tmp_path).name == "step-00000002"
-    newest = f"warning: {tmp_path / 'checkpoints/step-00000002'} is taken; passed over: "
+    assert select_checkpoint(tmp_path).name == "step-00000002"
+    newest = f"warning: using {tmp_path / 'checkpoints/step-00000002'}; skipped: "
     assert capsys.readouterr().err == f"{newest}step-00000003 has no manifest.json\n"
     write_best(tmp_path, step=1, metric="valid_loss", value=1.0)
-    assert chosen_checkpoint(tmp_path).name == "step-00000001"
+    assert select_checkpoint(tmp_path).name == "step-00000001"
     assert capsys.readouterr().err == "", "the best is what is wanted, whatever came after it"
     (tmp_path / "checkpoints/step-00000001/manifest.json").unlink()
-    assert chosen_checkpoint(tmp_path).name == "step-00000002"
+    assert select_checkpoint(tmp_path).name == "step-00000002"
     assert (
         capsys.readouterr().err
         == f"{newest}step-00000001, the run's best, has no manifest.json; step-00000003 has no manifest.json\n"
     )
     write_best(tmp_path, step=3, metric="valid_loss", value=1.0)
-    assert chosen_checkpoint(tmp_path).name == "step-00000002"
+    assert select_checkpoint(tmp_path).name == "step-00000002"
     assert (
         capsys.readouterr().err == f"{newest}step-00000003, the run's best, has no manifest.json\n"
     )
     (tmp_path / "checkpoints/step-00000002/manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
-        chosen_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="contains no complete checkpoint"):
+        select_checkpoint(tmp_path)

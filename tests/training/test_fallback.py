@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatrain.checkpoint import manifest
 from megatrain.checkpoint import resume as resume_module
+from megatrain.checkpoint.train_state import read_train_state
 from megatrain.config import loader as configuration
 from megatrain.errors import UserError
 
@@ -93,7 +94,7 @@ def change(folder, what):
         manifest.FileRecord(**entry)
         for entry in json.loads((folder / manifest.MANIFEST).read_text())["files"]
     ]
-    records = [manifest.record(folder, folder / entry.path) for entry in records]
+    records = [manifest.make_record(folder, folder / entry.path) for entry in records]
     (folder / manifest.MANIFEST).write_text(
         json.dumps({"format": manifest.FORMAT, "files": [entry._asdict() for entry in records]})
     )
@@ -102,7 +103,7 @@ def change(folder, what):
 
 def test_the_last_losses_are_kept(finished):
     told = lines(finished / "run")
-    assert list(resume_module.read_train_state(checkpoint(finished)).progress.losses) == [
+    assert list(read_train_state(checkpoint(finished)).state.losses) == [
         line["loss"] for line in told
     ]
     assert sum("save_stall_seconds" in line for line in told) >= 2

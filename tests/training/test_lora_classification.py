@@ -30,7 +30,7 @@ from test_task_classification import (
     train,
 )
 
-from megatrain.checkpoint.merge_adapter import merge_run
+from megatrain.checkpoint.peft import merge_run
 from megatrain.config import loader as configuration
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.training.task_classification import ClassificationTask

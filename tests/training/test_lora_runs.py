@@ -193,7 +193,7 @@ def scramble(zero) -> None:
         master = fragment.tensors["master"]
         part = s.take(scrambled(s.name, s.shape, torch.zeros(s.shape)))
         master.add_(part.flatten()[fragment.start : fragment.start + master.numel()])
-    zero.masters_to_weights()
+    zero.copy_masters_to_weights()
 
 
 def run_layout(rank: int, world_size: int, config):

@@ -17,7 +17,7 @@ from helpers.rank_pool import run_ranks
 from helpers.training_runs import checked, lines, merge_sections, place, tensors, write_tokens
 
 from megatrain.checkpoint import manifest, resume, retention
-from megatrain.checkpoint.writer import TrainState
+from megatrain.checkpoint.train_state import TrainState, read_train_state
 from megatrain.config import loader as configuration
 from megatrain.config.schema import StabilityConfig
 from megatrain.data.gpt_dataset import open_dataset
@@ -108,12 +108,12 @@ def test_which_checkpoint_is_gone_back_to(tmp_path):
         path = tmp_path / "checkpoints" / f".writing-step-{step:08d}"
         path.mkdir(parents=True)
         (path / "x").write_text("x")
-        manifest.commit(path, checkpoint(tmp_path, step), [manifest.record(path, path / "x")])
+        manifest.commit(path, checkpoint(tmp_path, step), [manifest.make_record(path, path / "x")])
     (checkpoint(tmp_path, 8) / "x").write_text("longer")
 
     def found(since, own=lambda step: True):
         target = rollback._find(tmp_path, since=since, own=own, hashes=False)
-        return target.path and retention.step_of(target.path), target.times, target.passed
+        return target.path and retention.step_number(target.path), target.times, target.passed
 
     assert found(12) == (10, 0, ())
     assert found(11) == (6, 0, ("step-00000008 has 6 bytes in x instead of 1",)), (
@@ -319,7 +319,7 @@ def test_what_is_written_about_it(name, data, runs):
         NOTICED,
         {"to": BACK, "path": str(checkpoint(run, BACK)), "first": FIRST, "last": LAST},
     )
-    progress = resume.read_train_state(checkpoint(run, STEPS)).progress
+    progress = read_train_state(checkpoint(run, STEPS)).state
     assert progress.samples == STEPS * BATCH + LAST - FIRST + 1
 
 
@@ -374,14 +374,14 @@ def test_it_goes_on_with_its_samples_on_another_layout(data, runs):
 
 def test_a_checkpoint_that_knows_no_position_goes_on_at_its_steps(data, runs):
     shutil.copytree(checkpoint(data / "alone", 8), checkpoint(data / "old", 8))
-    file = checkpoint(data / "old", 8) / "trainer.json"
+    file = checkpoint(data / "old", 8) / "train_state.json"
     state = json.loads(file.read_text())
     assert state.pop("samples") == 8 * BATCH
     assert state.pop("spike_since") == 0
     file.write_text(json.dumps(state))
     path = checkpoint(data / "old", 8)
     records = [
-        manifest.record(path, path / entry["path"])
+        manifest.make_record(path, path / entry["path"])
         for entry in json.loads((path / manifest.MANIFEST).read_text())["files"]
     ]
     manifest.write(path, records)
@@ -454,7 +454,7 @@ def test_early_stopping_forgets_the_evaluations_that_were_undone(data, runs):
     assert stopped is None
     evaluated = [line["step"] for line in lines(data / "early") if "valid_loss" in line]
     assert evaluated == [0, *range(5, STEPS, 5), STEPS][: len(evaluated)]
-    best = json.loads((data / "early" / "best.json").read_text())
+    best = json.loads((data / "early" / "best_checkpoint.json").read_text())
     valid = {
         line["step"]: line["valid_loss"]
         for line in lines(data / "early")

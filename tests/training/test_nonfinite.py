@@ -11,12 +11,12 @@ import torch
 from helpers.rank_pool import run_ranks
 from helpers.training_runs import lines, microbatches, place, write_tokens
 
-from megatrain.checkpoint.resume import read_train_state
+from megatrain.checkpoint.train_state import read_train_state
 from megatrain.config import loader as configuration
 from megatrain.distributed.mesh import make_mesh
 from megatrain.distributed.sharding import shard_spec
 from megatrain.models.config import load_hf_config, read_config
-from megatrain.optim.zero import LossScale
+from megatrain.optim.loss_scale import LossScale
 
 STEPS, BAD, BATCH, LENGTH = 4, 2, 8, 8
 MODEL = {
@@ -346,7 +346,7 @@ def test_a_resume_goes_on_with_the_loss_scale(tmp_path):
         folder=tmp_path,
     )
     states = [
-        read_train_state(tmp_path / run / "checkpoints" / "step-00000004").progress.loss_scaling
+        read_train_state(tmp_path / run / "checkpoints" / "step-00000004").state.loss_scaling
         for run in ("parts", "whole")
     ]
     assert states == [LossScale(65536.0, 2, -1, 4)] * 2, "all four steps are counted"

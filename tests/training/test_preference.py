@@ -184,7 +184,7 @@ def shift(zero) -> None:
         s, master = fragment.sharding, fragment.tensors["master"]
         part = s.take(shifted(s.name, s.shape, torch.zeros(s.shape)))
         master.add_(part.flatten()[fragment.start : fragment.start + master.numel()])
-    zero.masters_to_weights()
+    zero.copy_masters_to_weights()
 
 
 def run_layout(rank: int, world_size: int, config):

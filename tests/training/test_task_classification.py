@@ -540,7 +540,7 @@ def test_stops_early_and_a_resumed_run_stops_at_the_same_step(files, tmp_path):
     best = max(figures.values())
     first_best = min(step for step, value in figures.items() if value == best)
     assert last == first_best + 4 < 60
-    assert json.loads((tmp_path / "whole" / "best.json").read_text()) == {
+    assert json.loads((tmp_path / "whole" / "best_checkpoint.json").read_text()) == {
         "step": first_best,
         "metric": "valid_f1_macro",
         "value": best,

@@ -441,7 +441,7 @@ def test_how_to_generate_is_kept_and_ends_where_answers_do(tmp_path):
         "special_tokens_map.json",
         "chat_template.jinja",
         "model.safetensors",
-        "trainer.json",
+        "train_state.json",
         "modeling.py",
     ):
         (theirs / name).write_text("{}")
