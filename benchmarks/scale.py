@@ -128,7 +128,7 @@ def read(folder: Path, *, masked: bool) -> None:
     blend = [{"path": str(folder / "a"), "weight": 0.5}, {"path": str(folder / "b"), "weight": 0.5}]
     samples = open_dataset(
         Data(train=blend, document_mask=masked),
-        which="train",
+        part="train",
         sequence_length=LENGTH,
         seed=1,
         vocab_size=60_000,

@@ -23,7 +23,8 @@ from megatrain.checkpoint.retention import step_number
 from megatrain.config import loader as configuration
 from megatrain.data.chat_format import Conversation, read_conversation
 from megatrain.data.chat_template import ChatTemplate, Encoded
-from megatrain.data.text_files import find_inputs, parse_objects, read_blocks
+from megatrain.data.records import parse_objects
+from megatrain.data.text_files import find_inputs, read_blocks
 from megatrain.errors import UserError
 
 

@@ -93,7 +93,7 @@ def validation_loss(model: torch.nn.Module, config: Config) -> float:
     """Mean loss a token over the validation batches that the run itself took."""
     samples = open_dataset(
         config.data,
-        which="valid",
+        part="valid",
         sequence_length=config.data.sequence_length,
         seed=config.run.seed,
         vocab_size=model.config.vocab_size,

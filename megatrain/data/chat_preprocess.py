@@ -22,14 +22,9 @@ from megatrain.data.chat_format import BadSample, read_conversation
 from megatrain.data.chat_template import ChatTemplate, Encoded, TrainOn
 from megatrain.data.indexed_dataset import IndexedWriter
 from megatrain.data.preference_dataset import read_pair
-from megatrain.data.sft_dataset import encode_roles
-from megatrain.data.text_files import (
-    FileProblem,
-    TextBlock,
-    find_inputs,
-    parse_objects,
-    read_blocks,
-)
+from megatrain.data.records import RecordProblem, TextBlock, parse_objects
+from megatrain.data.sft_dataset import encode_loss_mask
+from megatrain.data.text_files import find_inputs, read_blocks
 from megatrain.data.worker_processes import map_blocks
 from megatrain.errors import DataError
 from megatrain.files import write_atomically
@@ -71,7 +66,7 @@ class EncodedChats(NamedTuple):
     codes: np.ndarray[Any, np.dtype[np.int64]]
     lengths: list[int]
     counts: Counts
-    problems: list[FileProblem]
+    problems: list[RecordProblem]
     num_bytes: int
 
 
@@ -144,7 +139,7 @@ def make_encoder(recipe: SFTSpec) -> Callable[[TextBlock], EncodedChats]:
             try:
                 chats += _encode(record, template, recipe, counts)
             except BadSample as error:
-                problems.append(FileProblem(block.path, block.form, number, str(error)))
+                problems.append(RecordProblem(block.path, block.form, number, str(error)))
         codes = np.concatenate(chats) if chats else np.empty(0, dtype=np.int64)
         problems.sort(key=lambda problem: problem.number)
         return EncodedChats(
@@ -187,7 +182,7 @@ def _encode(
     counts.samples += 1
     counts.tokens += sum(len(tokens) for tokens, _ in chats)
     counts.trained += sum(int(trained[1:].sum()) for _, trained in chats)
-    return [encode_roles(tokens, trained) for tokens, trained in chats]
+    return [encode_loss_mask(tokens, trained) for tokens, trained in chats]
 
 
 def _make(files: list[Path], recipe: SFTSpec, prefix: Path, progress: TextIO | None) -> Counts:

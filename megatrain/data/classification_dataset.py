@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatrain.config.schema import Augment, Problem
-from megatrain.data.gpt_dataset import IGNORED, Sample
+from megatrain.data.gpt_dataset import IGNORE_INDEX, Sample
 from megatrain.data.label_targets import encode_classes, encode_value
+from megatrain.data.records import parse_objects
 from megatrain.data.shuffle import Shuffle, keyed_integers
 from megatrain.data.text_augmentation import augment, mask_word, split_words
-from megatrain.data.text_files import find_inputs, parse_objects, read_blocks
+from megatrain.data.text_files import find_inputs, read_blocks
 from megatrain.errors import DataError
 
 MOST_BYTES = 1 << 30
@@ -41,7 +42,7 @@ class LabelledText(NamedTuple):
     targets: list[int | None]
 
 
-class Reading(NamedTuple):
+class LabelSpec(NamedTuple):
     """What records are read as."""
 
     of_tokens: bool
@@ -49,7 +50,7 @@ class Reading(NamedTuple):
     labels: list[str]
 
 
-def read_labelled(path: str, reading: Reading) -> list[LabelledText]:
+def read_labelled_texts(path: str, reading: LabelSpec) -> list[LabelledText]:
     """All records of the files that a path, folder or glob names; DataError naming file and line of a bad one."""
     found = [_labelled(record, reading, place) for record, place in _records(path)]
     if not found:
@@ -89,7 +90,7 @@ def _records(path: str) -> Iterator[tuple[dict[str, Any], str]]:
             yield record, f"{block.path}, {block.form} {number}"
 
 
-def _labelled(record: dict[str, Any], reading: Reading, place: str) -> LabelledText:
+def _labelled(record: dict[str, Any], reading: LabelSpec, place: str) -> LabelledText:
     if reading.of_tokens:
         return _word_labels(record, reading, place)
     text = record.get("text")
@@ -98,7 +99,7 @@ def _labelled(record: dict[str, Any], reading: Reading, place: str) -> LabelledT
     return LabelledText(split_words(text), [_text_target(record, reading, place)])
 
 
-def _text_target(record: dict[str, Any], reading: Reading, place: str) -> int:
+def _text_target(record: dict[str, Any], reading: LabelSpec, place: str) -> int:
     name = "labels" if reading.problem == "multi-label" else "label"
     value = record.get(name)
     if value is None:
@@ -135,7 +136,7 @@ def _class(value: object, labels: list[str], place: str) -> int:
     raise DataError(f"{place}: the label {_short(value)} is none of classification.labels; {hint}")
 
 
-def _word_labels(record: dict[str, Any], reading: Reading, place: str) -> LabelledText:
+def _word_labels(record: dict[str, Any], reading: LabelSpec, place: str) -> LabelledText:
     words, labels = record.get("tokens"), record.get("labels")
     if (
         not isinstance(words, list)
@@ -163,10 +164,10 @@ class EncodedText(NamedTuple):
 
     tokens: list[int]
     labels: list[int]
-    cut: bool
+    is_truncated: bool
 
 
-def encode(
+def encode_text(
     text: LabelledText, tokenizer: Any, *, of_tokens: bool, length: int, padding: int
 ) -> EncodedText:
     """At most `length` tokens of a text, with its label where transformers looks for it."""
@@ -178,11 +179,11 @@ def encode(
     cut, kept = len(tokens) > length, tokens[:length]
     if of_tokens:
         return EncodedText(kept, first_token_labels(text, made["offset_mapping"])[:length], cut)
-    labels = [IGNORED] * len(kept)
+    labels = [IGNORE_INDEX] * len(kept)
     if kept:
         target = text.targets[0]
         assert target is not None
-        labels[last_but_padding(kept, padding)] = target
+        labels[last_token_index(kept, padding)] = target
     return EncodedText(kept, labels, cut)
 
 
@@ -190,8 +191,8 @@ class ClassificationDataset:
     """Samples of labelled texts, each once an epoch in an order of its own.
 
     Attributes:
-        per_epoch: how many there are.
-        cut: how many were longer than a sequence, of all that was tokenised so far.
+        samples_per_epoch: how many there are.
+        num_truncated: how many were longer than a sequence, of all that was tokenised so far.
         limit: the position from which on samples are padding alone, so that the last step of a run is filled.
     """
 
@@ -204,8 +205,8 @@ class ClassificationDataset:
         sequence_length: int,
         padding: int,
         seed: int,
-        how: Augment = "none",
-        share: float = 0.0,
+        augmentation: Augment = "none",
+        augment_share: float = 0.0,
     ) -> None:
         self._texts, self._tokenizer, self._of_tokens, self._seed = (
             texts,
@@ -213,20 +214,20 @@ class ClassificationDataset:
             of_tokens,
             seed,
         )
-        self._padding, self._how, self._share = padding, how, share
-        self.sequence_length, self.per_epoch = sequence_length, len(texts)
+        self._padding, self._how, self._share = padding, augmentation, augment_share
+        self.sequence_length, self.samples_per_epoch = sequence_length, len(texts)
         self.limit: int | None = None
         self._order = lru_cache(maxsize=2)(
-            lambda epoch: Shuffle(self.per_epoch, key=("labelled", seed, epoch))
+            lambda epoch: Shuffle(self.samples_per_epoch, key=("labelled", seed, epoch))
         )
-        self.cut = 0
-        self._encoded = [self._encode(text) for text in texts] if how == "none" else None
+        self.num_truncated = 0
+        self._encoded = [self._encode(text) for text in texts] if augmentation == "none" else None
 
     def fetch(self, position: int) -> Sample:
         """Return the sample at `position`."""
         if self.limit is not None and position >= self.limit:
             return self._sample(EncodedText([], [], False))
-        epoch, place = divmod(position, self.per_epoch)
+        epoch, place = divmod(position, self.samples_per_epoch)
         index = self._order(epoch)(place)
         if self._encoded is not None:
             return self._sample(self._encoded[index])
@@ -254,21 +255,21 @@ class ClassificationDataset:
         return None if other is None else [word.replace(word.strip(), other) for word in words]
 
     def _encode(self, text: LabelledText) -> EncodedText:
-        encoded = encode(
+        encoded = encode_text(
             text,
             self._tokenizer,
             of_tokens=self._of_tokens,
             length=self.sequence_length,
             padding=self._padding,
         )
-        self.cut += encoded.cut
+        self.num_truncated += encoded.is_truncated
         return encoded
 
     def _sample(self, encoded: EncodedText) -> Sample:
         length = self.sequence_length
         row, marks = (
             np.full(length, self._padding, dtype=np.int64),
-            np.full(length, IGNORED, dtype=np.int64),
+            np.full(length, IGNORE_INDEX, dtype=np.int64),
         )
         row[: len(encoded.tokens)] = encoded.tokens
         marks[: len(encoded.labels)] = encoded.labels
@@ -277,21 +278,21 @@ class ClassificationDataset:
         )
 
 
-def last_but_padding(tokens: Sequence[int], padding: int) -> int:
+def last_token_index(tokens: Sequence[int], padding: int) -> int:
     """Where a classifier of transformers looks: the last token that is not padding, the first where all are."""
     return max((place for place, token in enumerate(tokens) if token != padding), default=0)
 
 
 def first_token_labels(text: LabelledText, offsets: Sequence[tuple[int, int]]) -> list[int]:
     """The label of each token: a word's stands at the first token that reaches into it and into no word before, all others have none."""
-    labels = [IGNORED] * len(offsets)
+    labels = [IGNORE_INDEX] * len(offsets)
     start, token = 0, 0
     for word, target in zip(text.words, text.targets, strict=True):
         while token < len(offsets) and offsets[token][1] <= start:
             token += 1
         stop = start + len(word.rstrip())
         if token < len(offsets) and offsets[token][0] < stop:
-            labels[token] = IGNORED if target is None else target
+            labels[token] = IGNORE_INDEX if target is None else target
             token += 1
         start += len(word)
     return labels

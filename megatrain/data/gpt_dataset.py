@@ -31,7 +31,7 @@ from megatrain.data.shuffle import Shuffle, keyed_integers
 from megatrain.data.split import Part, split_documents
 from megatrain.errors import ConfigError, DataError
 
-IGNORED = -100  # the label that cross entropy skips, torch's own default
+IGNORE_INDEX = -100  # the label that cross entropy skips, torch's own default
 
 Int64 = np.ndarray[Any, np.dtype[np.int64]]
 Paths = str | Sequence[Mapping[str, Any]]
@@ -41,12 +41,12 @@ class Sample(NamedTuple):
     """One sequence of S tokens.
 
     Without a document mask positions are 0..S-1 and documents all 0. With it, positions restart at every document,
-    and a label that is the first token of the next document is IGNORED: nothing the model sees could predict it.
+    and a label that is the first token of the next document is IGNORE_INDEX: nothing the model sees could predict it.
     The end-of-document token is still learnt, as the label of a document's last token but one.
     """
 
     tokens: Int64  # [S]
-    labels: Int64  # [S], the next token or IGNORED
+    labels: Int64  # [S], the next token or IGNORE_INDEX
     positions: Int64  # [S], for the position embedding
     documents: Int64  # [S], 0 for the first document in the sample, then 1, ...: attention stays within one
 
@@ -102,7 +102,9 @@ class GPTDataset:
         self._start = dataset.document_start(first)
         self.num_tokens = dataset.document_start(last) - self._start
         if dataset.dtype.kind not in "iu":
-            raise DataError(f"{dataset.bin_path} holds {dataset.dtype}, which are no token ids")
+            raise DataError(
+                f"{dataset.bin_path} holds {dataset.dtype}, but token ids must be integers"
+            )
         if self.num_tokens < sequence_length + 1:
             part = (
                 ""
@@ -191,7 +193,7 @@ def _masked(window: Int64, *, boundaries: Int64) -> Sample:
     """Return the sample of window[S + 1] with a document starting at each of `boundaries`, each in [1, S]."""
     length = len(window) - 1
     labels = window[1:].copy()
-    labels[boundaries - 1] = IGNORED
+    labels[boundaries - 1] = IGNORE_INDEX
     is_start = np.zeros(length + 1, dtype=np.bool_)
     is_start[boundaries] = True
     documents = np.cumsum(is_start[:-1], dtype=np.int64)
@@ -233,15 +235,15 @@ class BlendedDataset:
 
 
 def open_dataset(
-    data: DataSection, *, which: Part, sequence_length: int, seed: int, vocab_size: int
+    data: DataSection, *, part: Part, sequence_length: int, seed: int, vocab_size: int
 ) -> Samples:
     """Open the training or validation data of a run.
 
     Validation data are `data.valid`, or the second part of `data.split` of `data.train`. Raises ConfigError for
     settings that cannot work and DataError for files that cannot.
     """
-    paths, split = chosen_data(data, which)
-    blend = read_blend(paths, setting=f"data.{which if split is None else 'train'}")
+    paths, split = select_paths(data, part)
+    blend = parse_blend(paths, setting=f"data.{part if split is None else 'train'}")
     weights = [weight for _, weight in blend]
     Blend(weights, seed=seed)  # settings are checked before any file is opened
     sources: list[Samples] = []
@@ -249,11 +251,11 @@ def open_dataset(
         dataset = IndexedDataset(path)
         first, last = 0, dataset.num_documents
         if split is not None:
-            first, last = split_documents(last, split=split, which=which)
+            first, last = split_documents(last, split=split, part=part)
         source = GPTDataset(
             dataset,
             sequence_length=sequence_length,
-            seed=_source_seed(seed, which, number),
+            seed=_source_seed(seed, part, number),
             vocab_size=vocab_size,
             first=first,
             last=last,
@@ -263,7 +265,7 @@ def open_dataset(
     return sources[0] if len(sources) == 1 else BlendedDataset(sources, weights=weights, seed=seed)
 
 
-def chosen_data(data: DataSection, which: Part) -> tuple[Paths, str | None]:
+def select_paths(data: DataSection, part: Part) -> tuple[Paths, str | None]:
     """Return the data one part is read from, and the split to apply to them."""
     if data.valid is not None and data.split is not None:
         raise ConfigError(
@@ -273,7 +275,7 @@ def chosen_data(data: DataSection, which: Part) -> tuple[Paths, str | None]:
         raise ConfigError(
             "data.train", None, "names no data", "give the prefix of a .bin and .idx file"
         )
-    if which == "train" or data.split is not None:
+    if part == "train" or data.split is not None:
         return data.train, data.split
     if data.valid is None:
         raise ConfigError(
@@ -285,7 +287,7 @@ def chosen_data(data: DataSection, which: Part) -> tuple[Paths, str | None]:
     return data.valid, None
 
 
-def read_blend(paths: Paths, *, setting: str) -> list[tuple[str, float]]:
+def parse_blend(paths: Paths, *, setting: str) -> list[tuple[str, float]]:
     """Return (prefix, weight) of each source."""
     if isinstance(paths, str):
         return [(paths, 1.0)]
@@ -304,6 +306,6 @@ def read_blend(paths: Paths, *, setting: str) -> list[tuple[str, float]]:
     return blend
 
 
-def _source_seed(seed: int, which: Part, number: int) -> int:
+def _source_seed(seed: int, part: Part, number: int) -> int:
     # Two sources of the same size must not be walked in the same order.
-    return keyed_integers("source", seed, which, number)[0]
+    return keyed_integers("source", seed, part, number)[0]

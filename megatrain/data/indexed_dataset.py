@@ -7,7 +7,7 @@
                   | int64 document_indices[]      first sequence of each document, then the number of sequences
 
 Source: megatron/core/datasets/indexed_dataset.py of Megatron-LM. A document may have several sequences; this project
-writes one for each. Reading is a memory map: opening costs the same for a thousand documents and for a billion.
+writes one for each. LabelSpec is a memory map: opening costs the same for a thousand documents and for a billion.
 """
 
 from __future__ import annotations

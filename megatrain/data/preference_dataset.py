@@ -74,9 +74,9 @@ class PreferenceDataset(SFTDataset):
         """Return the sequence at `position`: of a pair the chosen answer where it is even."""
         if self.limit is not None and position >= self.limit:
             return self._sample([])
-        epoch, within = divmod(position, self.per_epoch)
+        epoch, within = divmod(position, self.samples_per_epoch)
         pair, side = self._order(epoch)(within // 2), within % 2
         return self._sample([self.chat(2 * pair + side)])
 
     def _make_order(self, epoch: int) -> Shuffle:
-        return Shuffle(self.per_epoch // 2, key=("pairs", self._seed, epoch))
+        return Shuffle(self.samples_per_epoch // 2, key=("pairs", self._seed, epoch))

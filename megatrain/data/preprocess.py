@@ -19,7 +19,8 @@ from typing import Any, Literal, NamedTuple, TextIO
 import numpy as np
 
 from megatrain.data.indexed_dataset import IndexedWriter, Tokens, token_dtype
-from megatrain.data.text_files import FileProblem, TextBlock, find_inputs, parse_block, read_blocks
+from megatrain.data.records import RecordProblem, TextBlock, parse_texts
+from megatrain.data.text_files import find_inputs, read_blocks
 from megatrain.data.tokenizer import end_of_document_id, load_tokenizer
 from megatrain.data.worker_processes import map_blocks
 from megatrain.errors import DataError
@@ -56,7 +57,7 @@ class EncodedBlock(NamedTuple):
     tokens: Tokens
     lengths: list[int]
     text_bytes: int
-    problems: list[FileProblem]
+    problems: list[RecordProblem]
 
 
 def preprocess(
@@ -124,7 +125,7 @@ def make_encoder(recipe: PreprocessSpec) -> Callable[[TextBlock], EncodedBlock]:
     tokenizer.no_padding()
 
     def encode(block: TextBlock) -> EncodedBlock:
-        texts, problems = parse_block(block, field=recipe.field)
+        texts, problems = parse_texts(block, field=recipe.field)
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         lengths = [len(some) + 1 for some in ids]

@@ -10,7 +10,8 @@ import numpy as np
 from megatrain.data.chat_format import BadSample
 from megatrain.data.chat_preprocess import SFTSpec, encode_record
 from megatrain.data.chat_template import ChatTemplate, Encoded
-from megatrain.data.text_files import FileProblem, find_inputs, parse_objects, read_blocks
+from megatrain.data.records import RecordProblem, parse_objects
+from megatrain.data.text_files import find_inputs, read_blocks
 from megatrain.errors import DataError
 
 _GREEN, _PLAIN = "\x1b[32;1m", "\x1b[0m"
@@ -50,7 +51,7 @@ def _samples(path: str, template: ChatTemplate, recipe: SFTSpec) -> Iterator[tup
                 chats = encode_record(record, template, recipe)
             except BadSample as error:
                 raise DataError(
-                    str(FileProblem(block.path, block.form, number, str(error)))
+                    str(RecordProblem(block.path, block.form, number, str(error)))
                 ) from None
             for encoded in chats:
                 yield f"{block.path}, {block.form} {number}", encoded

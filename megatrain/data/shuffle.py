@@ -1,12 +1,12 @@
-"""A shuffle that needs no memory: a keyed permutation of range(size), one index at a time.
+"""A shuffle without memory: a keyed permutation of range(size), computed one index at a time.
 
-Shuffling a list of a billion samples takes gigabytes on every rank and has to be stored to resume. A Feistel network
-with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002) gives the i-th entry of a
-pseudo-random permutation from the key alone:
+A shuffled list of a billion samples takes gigabytes on every rank and must be saved for a resume.
+A Feistel network with cycle walking computes the i-th entry of a pseudo-random permutation from the
+key alone (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002):
 
     index = left | right          bits split in two halves, 2**bits the first power of two >= size
-    left ^= mix(right), right ^= mix(left), ...            each round undoes itself, so no two indices meet
-    repeat while index >= size                              less than two walks on average
+    left ^= mix(right), right ^= mix(left), ...            each round is invertible: no collisions
+    repeat while index >= size                              fewer than two passes on average
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MASK = (1 << 64) - 1
 
 
 def keyed_integers(*key: int | str) -> tuple[int, ...]:
-    """Return eight 64-bit integers that depend on `key` alone, the same on every machine and version."""
+    """Returns eight 64-bit integers that depend on `key` alone, equal on all machines and versions."""
     text = "\0".join(str(part) for part in key).encode()
     return struct.unpack("<8Q", hashlib.blake2b(text, digest_size=64).digest())
 
@@ -37,7 +37,7 @@ class Shuffle:
         self._keys = keyed_integers("permutation", *key)[:_ROUNDS]
 
     def __call__(self, index: int) -> int:
-        """Return where `index` goes; both lie in [0, size)."""
+        """Returns the image of `index`; both are in [0, size)."""
         assert 0 <= index < self.size, (index, self.size)
         index = self._rounds(index)
         while index >= self.size:
@@ -53,7 +53,7 @@ class Shuffle:
 
 
 def _mix(value: int) -> int:
-    """Scatter 64 bits so that the low 32 depend on all of them; the constants are splitmix64's."""
+    """Mixes 64 bits so that the low 32 depend on all of them; the constants are splitmix64's."""
     value = value * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ value >> 32) * 0x94D049BB133111EB & _MASK
     return value >> 32

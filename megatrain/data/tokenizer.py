@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatrain.data.text_files import InputFiles, find_inputs, parse_block, read_blocks
+from megatrain.data.records import parse_texts
+from megatrain.data.text_files import InputFiles, find_inputs, read_blocks
 from megatrain.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -82,7 +83,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # of a damaged file the tokenizers library raises no other kind
-        raise DataError(f"{folder} {explain_missing(folder, error)}") from error
+        raise DataError(f"{folder} {describe_load_error(folder, error)}") from error
     if not tokenizer.is_fast:
         raise DataError(
             f"the tokenizer in {folder} has no tokenizer.json; only fast tokenizers are used"
@@ -90,7 +91,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def explain_missing(folder: str | Path, error: Exception) -> str:
+def describe_load_error(folder: str | Path, error: Exception) -> str:
     """What is wrong with a folder that transformers could load no tokenizer from."""
     if not any(
         any(Path(folder).glob(pattern)) for pattern in ("tokenizer*.json", "vocab.*", "*.model")
@@ -116,7 +117,7 @@ class _Counted:
 
     def texts(self) -> Iterator[list[str]]:
         for block in read_blocks(self._inputs.files, field=self._field):
-            texts, problems = parse_block(block, field=self._field)
+            texts, problems = parse_texts(block, field=self._field)
             if problems:
                 raise DataError(str(problems[0]))
             self.documents += len(texts)

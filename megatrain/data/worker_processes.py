@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from megatrain.data.text_files import TextBlock
+from megatrain.data.records import TextBlock
 from megatrain.errors import DataError
 
 Recipe = TypeVar("Recipe")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatrain.data.classification_dataset import encode, read_labelled
+from megatrain.data.classification_dataset import encode_text, read_labelled_texts
 from megatrain.errors import DataError
 from megatrain.evaluation import classification_metrics
 from megatrain.evaluation.loglikelihood import Scorer
@@ -123,9 +123,9 @@ def classification(
         raise DataError(f"there is no tokenizer beside {subject.model}; give data.tokenizer=FOLDER")
     classifier, as_read = scorer.classifier, reading(architecture)
     assert classifier is not None
-    texts = [text for path in subject.data for text in read_labelled(path, as_read)]
+    texts = [text for path in subject.data for text in read_labelled_texts(path, as_read)]
     encoded = [
-        encode(
+        encode_text(
             text,
             tokenizer,
             of_tokens=classifier.of_tokens,
@@ -154,7 +154,7 @@ def classification(
     figures |= {
         "samples": len(texts),
         "labelled": len(numbers),
-        "cut": sum(some.cut for some in encoded),
+        "cut": sum(some.is_truncated for some in encoded),
     }
     if classifier.problem != "single-label":
         return EvalResult(figures, {}, None)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from megatrain.data.text_files import find_inputs, parse_objects, read_blocks
+from megatrain.data.records import parse_objects
+from megatrain.data.text_files import find_inputs, read_blocks
 from megatrain.errors import DataError
 from megatrain.evaluation.windows import Row, row
 

@@ -13,14 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatrain.data.indexed_dataset import IndexedDataset
-from megatrain.data.text_files import (
-    FileProblem,
-    TextBlock,
-    find_inputs,
-    parse_block,
-    parse_objects,
-    read_blocks,
-)
+from megatrain.data.records import RecordProblem, TextBlock, parse_objects, parse_texts
+from megatrain.data.text_files import find_inputs, read_blocks
 from megatrain.errors import DataError
 
 
@@ -53,7 +47,7 @@ def read_texts(
 
 def _file_texts(path: str, tokenizer: Any, prefix: int | None, field: str) -> Iterator[Text]:
     for block in read_blocks(find_inputs([path]).files, field=field):
-        texts, problems = parse_block(block, field=field)
+        texts, problems = parse_texts(block, field=field)
         if problems:
             raise DataError(f"{problems[0]}{_other_fields(block, problems[0], field)}")
         for text, tokens in zip(
@@ -62,7 +56,7 @@ def _file_texts(path: str, tokenizer: Any, prefix: int | None, field: str) -> It
             yield _sized(text, tokens, prefix)
 
 
-def _other_fields(block: TextBlock, problem: FileProblem, field: str) -> str:
+def _other_fields(block: TextBlock, problem: RecordProblem, field: str) -> str:
     """Where a line lacks the field, those that it has; nothing for other problems."""
     if block.form != "line":
         return ""

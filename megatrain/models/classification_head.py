@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatrain.data.label_targets import decode
+from megatrain.data.label_targets import decode_targets
 from megatrain.distributed import collectives
 from megatrain.distributed.tensor_parallel import linear
 from megatrain.models.microbatch import Microbatch
@@ -44,7 +44,9 @@ class ClassificationHead(nn.Module):
         if self.outcomes is not None and not self.training:
             self.outcomes.append((scores.detach(), numbers))
         classifier = self.classifier
-        right = decode(numbers, problem=classifier.problem, num_labels=classifier.num_labels)
+        right = decode_targets(
+            numbers, problem=classifier.problem, num_labels=classifier.num_labels
+        )
         if classifier.problem == "single-label":
             smoothing = classifier.label_smoothing if self.training else 0.0
             return F.cross_entropy(scores, right, reduction="sum", label_smoothing=smoothing)

@@ -12,7 +12,7 @@ from megatrain.checkpoint.init_from_hf import Pretrained
 from megatrain.config.loader import Config
 from megatrain.config.validation import check
 from megatrain.data.split import Part
-from megatrain.data.tokenizer import explain_missing
+from megatrain.data.tokenizer import describe_load_error
 from megatrain.distributed import device as device_module
 from megatrain.errors import ConfigError, DataError
 from megatrain.models.config import TransformerConfig
@@ -167,7 +167,9 @@ def check_tokenizer(config: Config, a: TransformerConfig) -> None:
         size = len(AutoTokenizer.from_pretrained(config.data.tokenizer, local_files_only=True))
     except Exception as error:
         raise ConfigError(
-            "data.tokenizer", config.data.tokenizer, explain_missing(config.data.tokenizer, error)
+            "data.tokenizer",
+            config.data.tokenizer,
+            describe_load_error(config.data.tokenizer, error),
         ) from None
     if size > a.vocab_size:
         raise ConfigError(

@@ -15,7 +15,7 @@ from typing import Any
 from megatrain.config.fixes import IssueCollector
 from megatrain.config.loader import Config, has_tokenizer
 from megatrain.config.validation import problems, reset_invalid
-from megatrain.data.gpt_dataset import chosen_data, read_blend
+from megatrain.data.gpt_dataset import parse_blend, select_paths
 from megatrain.data.split import Part
 from megatrain.errors import ConfigError, DataError, UserError
 from megatrain.models.config import TransformerConfig
@@ -109,7 +109,7 @@ def _missing(config: Config, task: Task, which: Part) -> list[str]:
     try:
         paths = [
             path
-            for path, _ in read_blend(chosen_data(config.data, which)[0], setting=f"data.{which}")
+            for path, _ in parse_blend(select_paths(config.data, which)[0], setting=f"data.{which}")
         ]
     except UserError:
         return []  # said where settings are checked

@@ -140,7 +140,7 @@ class PretrainingTask(Task):
         return DataSource(
             open_dataset(
                 config.data,
-                which=which,
+                part=which,
                 sequence_length=config.data.sequence_length,
                 seed=config.run.seed,
                 vocab_size=architecture.vocab_size,

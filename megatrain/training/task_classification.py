@@ -15,12 +15,12 @@ from megatrain.config.loader import Config
 from megatrain.config.schema import non_default
 from megatrain.data.classification_dataset import (
     ClassificationDataset,
-    Reading,
+    LabelSpec,
     find_labels,
-    read_labelled,
+    read_labelled_texts,
 )
-from megatrain.data.gpt_dataset import chosen_data
-from megatrain.data.label_targets import MOST_CLASSES, decode
+from megatrain.data.gpt_dataset import select_paths
+from megatrain.data.label_targets import MAX_CLASSES, decode_targets
 from megatrain.data.shuffle import keyed_integers
 from megatrain.data.split import Part, split_documents
 from megatrain.data.tokenizer import load_tokenizer
@@ -106,11 +106,11 @@ class ClassificationTask(Task):
 
     def open(self, config: Config, architecture: TransformerConfig, which: Part) -> DataSource:
         """Samples of `data.train` or `data.valid`, augmented in training if asked."""
-        path, split = chosen_data(config.data, which)
+        path, split = select_paths(config.data, which)
         assert isinstance(path, str), "checked in `check`"
-        texts = read_labelled(path, reading(architecture))
+        texts = read_labelled_texts(path, reading(architecture))
         if split is not None:
-            first, last = split_documents(len(texts), split=split, which=which)
+            first, last = split_documents(len(texts), split=split, part=which)
             texts = texts[first:last]
         section, train = config.classification, which == "train"
         samples = ClassificationDataset(
@@ -120,21 +120,21 @@ class ClassificationTask(Task):
             sequence_length=config.data.sequence_length,
             padding=architecture.padding_token or 0,
             seed=keyed_integers("source", config.run.seed, which)[0],
-            how=section.augment if train else "none",
-            share=section.augment_share,
+            augmentation=section.augment if train else "none",
+            augment_share=section.augment_share,
         )
         epochs = config.train.epochs if train else 1
-        samples.limit = epochs * samples.per_epoch if epochs is not None else None
+        samples.limit = epochs * samples.samples_per_epoch if epochs is not None else None
         cut = (
-            f"; {samples.cut:,} cut at data.sequence_length={config.data.sequence_length}"
-            if samples.cut
+            f"; {samples.num_truncated:,} cut at data.sequence_length={config.data.sequence_length}"
+            if samples.num_truncated
             else ""
         )
         return DataSource(
             samples,
-            samples.per_epoch,
+            samples.samples_per_epoch,
             [
-                f"{path}: {samples.per_epoch:,} samples, {_classifier(architecture).num_labels} labels{cut}"
+                f"{path}: {samples.samples_per_epoch:,} samples, {_classifier(architecture).num_labels} labels{cut}"
             ],
         )
 
@@ -167,11 +167,11 @@ class ClassificationTask(Task):
             )
 
 
-def reading(architecture: TransformerConfig) -> Reading:
+def reading(architecture: TransformerConfig) -> LabelSpec:
     """What the model's records look like."""
     classifier = _classifier(architecture)
     labels = [architecture.config.id2label[number] for number in range(classifier.num_labels)]
-    return Reading(classifier.of_tokens, classifier.problem, labels)
+    return LabelSpec(classifier.of_tokens, classifier.problem, labels)
 
 
 def padding_token(hf: Any, tokenizer: Any) -> int:
@@ -206,11 +206,11 @@ def _labels(config: Config, hf: Any) -> list[str]:
             "is missing: it names the classes in the order of their numbers",
             f"of data.train it would be classification.labels=[{', '.join(found)}]",
         )
-    if section.problem == "multi-label" and len(labels) > MOST_CLASSES:
+    if section.problem == "multi-label" and len(labels) > MAX_CLASSES:
         raise ConfigError(
             "classification.labels",
             f"({len(labels)} labels)",
-            f"is more than the {MOST_CLASSES} of a multi-label problem",
+            f"is more than the {MAX_CLASSES} of a multi-label problem",
         )
     return labels
 
@@ -257,7 +257,7 @@ def _gathered(outcomes: list[tuple[Matrix, Matrix]], world: MeshAxis) -> tuple[M
 
 def figures_of(scores: Matrix, numbers: Matrix, classifier: ClassificationHeadConfig) -> Figures:
     """What a problem is measured by."""
-    right = decode(
+    right = decode_targets(
         torch.from_numpy(numbers), problem=classifier.problem, num_labels=classifier.num_labels
     ).numpy()
     if classifier.problem == "single-label":

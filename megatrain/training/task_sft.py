@@ -20,7 +20,7 @@ from megatrain.data.chat_preprocess import (
     read_counts,
 )
 from megatrain.data.chat_template import ChatTemplate
-from megatrain.data.gpt_dataset import BlendedDataset, chosen_data, read_blend
+from megatrain.data.gpt_dataset import BlendedDataset, parse_blend, select_paths
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.preference_dataset import PreferenceDataset
 from megatrain.data.preview import preview_samples
@@ -77,8 +77,8 @@ class SFTTask(Task):
 
     def prepare(self, config: Config, which: Part) -> None:
         """Tokenise the files, unless that was done."""
-        paths, _ = chosen_data(config.data, which)
-        for number, (path, _) in enumerate(read_blend(paths, setting=f"data.{which}")):
+        paths, _ = select_paths(config.data, which)
+        for number, (path, _) in enumerate(parse_blend(paths, setting=f"data.{which}")):
             prepare_data(
                 path,
                 _recipe(config),
@@ -89,8 +89,8 @@ class SFTTask(Task):
 
     def open(self, config: Config, architecture: TransformerConfig, which: Part) -> DataSource:
         """The sequences of `data.train` or `data.valid`."""
-        paths, split = chosen_data(config.data, which)
-        blend = read_blend(paths, setting=f"data.{which}")
+        paths, split = select_paths(config.data, which)
+        blend = parse_blend(paths, setting=f"data.{which}")
         sources, words = [], []
         for number, (path, _) in enumerate(blend):
             prefix = find_prepared(
@@ -108,13 +108,13 @@ class SFTTask(Task):
             )
             return DataSource(blended, None, words)
         epochs = config.train.epochs if which == "train" else 1
-        sources[0].limit = epochs * sources[0].per_epoch if epochs is not None else None
-        return DataSource(sources[0], sources[0].per_epoch, words)
+        sources[0].limit = epochs * sources[0].samples_per_epoch if epochs is not None else None
+        return DataSource(sources[0], sources[0].samples_per_epoch, words)
 
     def glance(self, config: Config, architecture: TransformerConfig, which: Part) -> None:
         """The first samples of each file, as they would be learnt."""
-        paths, _ = chosen_data(config.data, which)
-        for path, _ in read_blend(paths, setting=f"data.{which}"):
+        paths, _ = select_paths(config.data, which)
+        for path, _ in parse_blend(paths, setting=f"data.{which}"):
             for _ in preview_samples(path, _recipe(config), count=GLANCES, colour=False):
                 pass
 
@@ -122,7 +122,7 @@ class SFTTask(Task):
         """From data that are prepared, or so few that they can be prepared for this question alone."""
         paths = [
             path
-            for path, _ in read_blend(chosen_data(config.data, "train")[0], setting="data.train")
+            for path, _ in parse_blend(select_paths(config.data, "train")[0], setting="data.train")
         ]
         if all(
             is_prepared(
@@ -167,8 +167,8 @@ def describe(counts: Counts, samples: SFTDataset, config: Config) -> str:
     what = (
         f"{samples.num_chats:,} chats" if alone else f"{samples.num_chats // 2:,} pairs of answers"
     )
-    words = f"{what} in {samples.per_epoch:,} sequences, {samples.fill:.1%} full"
-    if alone and not config.data.packing and samples.fill < 0.7:
+    words = f"{what} in {samples.samples_per_epoch:,} sequences, {samples.fill_ratio:.1%} full"
+    if alone and not config.data.packing and samples.fill_ratio < 0.7:
         words += " (data.packing=true lets chats share them)"
     words += f"; {counts.trained / counts.tokens:.1%} of {counts.tokens:,} tokens are {'learnt' if alone else 'compared'}"
     if counts.cut:
@@ -188,8 +188,8 @@ def describe(counts: Counts, samples: SFTDataset, config: Config) -> str:
 def show(config: Config, *, count: int, colour: bool) -> Iterator[str]:
     """The first training samples, with what is learnt marked."""
     SFTTask().check(config)
-    paths, _ = chosen_data(config.data, "train")
-    path, _ = read_blend(paths, setting="data.train")[0]
+    paths, _ = select_paths(config.data, "train")
+    path, _ = parse_blend(paths, setting="data.train")[0]
     return preview_samples(path, _recipe(config), count=count, colour=colour)
 
 
@@ -198,7 +198,7 @@ def _open(config: Config, prefix: Path, split: str | None, which: Part, number: 
     each, kind = (1, SFTDataset) if config.task == "sft" else (2, PreferenceDataset)
     first, last = 0, dataset.num_documents // each
     if split is not None:
-        first, last = split_documents(last, split=split, which=which)
+        first, last = split_documents(last, split=split, part=which)
     return kind(
         dataset,
         sequence_length=config.data.sequence_length,

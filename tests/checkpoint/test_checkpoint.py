@@ -98,7 +98,7 @@ def test_is_a_transformers_folder_whose_loss_is_the_runs(finished):
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     config = configuration.load(finished / "run" / "config.yaml")
     samples = open_dataset(
-        config.data, which="valid", sequence_length=16, seed=config.run.seed, vocab_size=VOCABULARY
+        config.data, part="valid", sequence_length=16, seed=config.run.seed, vocab_size=VOCABULARY
     )
     loader = DataLoader(samples, global_batch_size=4, micro_batch_size=2, data_rank=0, data_size=1)
     batches = [batch for number in range(2) for batch in loader.microbatches(number)]

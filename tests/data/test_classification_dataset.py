@@ -13,23 +13,23 @@ from hypothesis import strategies as st
 from megatrain.data.classification_dataset import (
     ClassificationDataset,
     LabelledText,
-    Reading,
+    LabelSpec,
     find_labels,
     first_token_labels,
-    last_but_padding,
-    read_labelled,
+    last_token_index,
+    read_labelled_texts,
 )
-from megatrain.data.label_targets import decode, encode_classes, encode_value
+from megatrain.data.label_targets import decode_targets, encode_classes, encode_value
 from megatrain.data.text_augmentation import augment, mask_word, split_words
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.errors import DataError
 
 LABELS = ["red", "green", "blue"]
 SINGLE, MULTI, NUMBER, WORDS = (
-    Reading(False, "single-label", LABELS),
-    Reading(False, "multi-label", LABELS),
-    Reading(False, "regression", ["value"]),
-    Reading(True, "single-label", LABELS),
+    LabelSpec(False, "single-label", LABELS),
+    LabelSpec(False, "multi-label", LABELS),
+    LabelSpec(False, "regression", ["value"]),
+    LabelSpec(True, "single-label", LABELS),
 )
 
 
@@ -40,7 +40,9 @@ def test_several_classes_in_one_number(classes):
     assert (
         set(
             np.flatnonzero(
-                decode(torch.tensor([number]), problem="multi-label", num_labels=62)[0].numpy()
+                decode_targets(torch.tensor([number]), problem="multi-label", num_labels=62)[
+                    0
+                ].numpy()
             ).tolist()
         )
         == classes
@@ -51,7 +53,9 @@ def test_several_classes_in_one_number(classes):
 def test_a_float_in_one_number(value):
     number = encode_value(value)
     assert number >= 0
-    assert decode(torch.tensor([number, number]), problem="regression", num_labels=1).tolist() == [
+    assert decode_targets(
+        torch.tensor([number, number]), problem="regression", num_labels=1
+    ).tolist() == [
         [value],
         [value],
     ]
@@ -67,7 +71,7 @@ def test_every_form_of_label(tmp_path):
     def targets(reading, *records):
         return [
             target
-            for text in read_labelled(written(tmp_path, *records), reading)
+            for text in read_labelled_texts(written(tmp_path, *records), reading)
             for target in text.targets
         ]
 
@@ -81,10 +85,10 @@ def test_every_form_of_label(tmp_path):
 
 
 def test_names_that_are_numbers_are_names(tmp_path):
-    years = Reading(False, "single-label", ["1999", "2", "0"])
+    years = LabelSpec(False, "single-label", ["1999", "2", "0"])
     assert [
         text.targets
-        for text in read_labelled(
+        for text in read_labelled_texts(
             written(tmp_path, {"text": "a", "label": 0}, {"text": "a", "label": 1999}), years
         )
     ] == [[2], [0]]
@@ -148,7 +152,7 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path, name):
     )
     path = written(tmp_path, good, record)
     with pytest.raises(DataError) as error:
-        read_labelled(path, reading)
+        read_labelled_texts(path, reading)
     assert str(error.value).startswith(f"{path}, line 2: {sentence}")
 
 
@@ -157,9 +161,9 @@ def test_files_that_hold_no_labels(tmp_path):
     with pytest.raises(
         DataError, match=r"plain.txt is plain text; labels come in JSONL or parquet"
     ):
-        read_labelled(str(tmp_path / "plain.txt"), SINGLE)
+        read_labelled_texts(str(tmp_path / "plain.txt"), SINGLE)
     with pytest.raises(DataError, match="holds no text with a label"):
-        read_labelled(written(tmp_path), SINGLE)
+        read_labelled_texts(written(tmp_path), SINGLE)
 
 
 def samples(folder, texts, **more):
@@ -185,13 +189,13 @@ def test_a_texts_label_stands_at_the_last_token_that_is_not_padding(tokenizer_fo
         seen[int(sample.labels[place])] = int(place)
         tokens = tokenizer(texts[int(sample.labels[place])])["input_ids"][:8]
         assert sample.tokens.tolist() == tokens + [0] * (8 - len(tokens))
-    assert made.cut == 1
+    assert made.num_truncated == 1
     assert seen == {
         0: len(tokenizer("fox")["input_ids"]) - 1,
         1: 7,
         2: len(tokenizer("dog")["input_ids"]) - 1,
     }
-    assert last_but_padding([0, 0], 0) == 0
+    assert last_token_index([0, 0], 0) == 0
 
 
 def test_every_sample_once_an_epoch_and_padding_after_the_last(tokenizer_folder):
@@ -284,9 +288,13 @@ def test_about_a_share_of_words_changes():
 
 def test_a_text_looks_different_each_epoch_and_keeps_its_label(tokenizer_folder):
     text = LabelledText(split_words("the quick brown fox jumps over the lazy dog"), [2])
-    made = samples(tokenizer_folder, [text], sequence_length=64, how="delete", share=0.4)
+    made = samples(
+        tokenizer_folder, [text], sequence_length=64, augmentation="delete", augment_share=0.4
+    )
     seen = [made.fetch(epoch) for epoch in range(6)]
     assert len({tuple(sample.tokens.tolist()) for sample in seen}) > 3
     assert all(sample.labels.max() == 2 for sample in seen)
-    again = samples(tokenizer_folder, [text], sequence_length=64, how="delete", share=0.4)
+    again = samples(
+        tokenizer_folder, [text], sequence_length=64, augmentation="delete", augment_share=0.4
+    )
     assert again.fetch(4).tokens.tolist() == seen[4].tokens.tolist()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.data.gpt_dataset import IGNORED, BlendedDataset, GPTDataset, open_dataset
+from megatrain.data.gpt_dataset import IGNORE_INDEX, BlendedDataset, GPTDataset, open_dataset
 from megatrain.data.indexed_dataset import IndexedDataset, IndexedWriter
 from megatrain.errors import ConfigError, DataError
 
@@ -112,7 +112,7 @@ def test_without_a_mask_a_sample_is_one_stretch(tmp_path):
     sample = make_source(write(tmp_path / "a", [3] * 20)).fetch(0)
     assert sample.positions.tolist() == [0, 1, 2, 3]
     assert sample.documents.tolist() == [0, 0, 0, 0]
-    assert IGNORED not in sample.labels
+    assert IGNORE_INDEX not in sample.labels
     assert {field.dtype for field in sample} == {np.dtype(np.int64)}
 
 
@@ -141,7 +141,7 @@ def test_a_sample_of_many_small_documents(tmp_path):
     source = make_source(write(tmp_path / "a", [2] * 100), sequence_length=90, document_mask=True)
     for sample in epoch_of(source):
         assert len(set(sample.documents.tolist())) in (45, 46)
-        np.testing.assert_array_equal(sample.labels == IGNORED, sample.tokens % 2 == 1)
+        np.testing.assert_array_equal(sample.labels == IGNORE_INDEX, sample.tokens % 2 == 1)
 
 
 @settings(deadline=None, max_examples=30)
@@ -161,10 +161,10 @@ def test_the_document_mask_follows_the_documents(tmp_path_factory, lengths, seed
             same = owners[i] == owners[i - 1] and token[i] == token[i - 1] + 1
             assert document[i] == document[i - 1] + (not same)
             assert sample.positions[i] == (sample.positions[i - 1] + 1 if same else 0)
-            assert sample.labels[i - 1] == (token[i] if same else IGNORED)
+            assert sample.labels[i - 1] == (token[i] if same else IGNORE_INDEX)
         following = token[-1] + 1
         ends = following == len(owner) or owner[following] != owners[-1]
-        assert sample.labels[-1] == (IGNORED if ends else following)
+        assert sample.labels[-1] == (IGNORE_INDEX if ends else following)
 
 
 def test_a_range_of_documents_is_all_that_is_seen(tmp_path):
@@ -212,9 +212,9 @@ def section(**settings_):
     )
 
 
-def open_part(which="train", **settings_):
+def open_part(part="train", **settings_):
     return open_dataset(
-        section(**settings_), which=which, sequence_length=4, seed=1, vocab_size=VOCAB
+        section(**settings_), part=part, sequence_length=4, seed=1, vocab_size=VOCAB
     )
 
 
@@ -249,7 +249,7 @@ def test_a_blend_takes_its_share_of_each_source(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("which", "settings_", "message"),
+    ("part", "settings_", "message"),
     [
         ("train", {}, r"data\.train=null names no data"),
         ("valid", {"train": "a"}, r"data\.valid=null names no data"),
@@ -267,6 +267,6 @@ def test_a_blend_takes_its_share_of_each_source(tmp_path):
         ),
     ],
 )
-def test_settings_that_cannot_work(which, settings_, message):
+def test_settings_that_cannot_work(part, settings_, message):
     with pytest.raises(ConfigError, match=message):
-        open_part(which, **settings_)
+        open_part(part, **settings_)

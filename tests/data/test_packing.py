@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatrain.data.packing import one_each, pack
+from megatrain.data.packing import one_per_sequence, pack
 
 
 def contents(lengths, sequences):
@@ -19,7 +19,7 @@ def contents(lengths, sequences):
 
 def test_the_drawing():
     lengths = np.array([5, 3, 7, 2, 1])
-    assert contents(lengths, pack(lengths, room=8, seed=0)) == [[7, 1], [5, 3], [2]]
+    assert contents(lengths, pack(lengths, capacity=8, seed=0)) == [[7, 1], [5, 3], [2]]
 
 
 def plain_best_fit(lengths, room):
@@ -37,7 +37,7 @@ def plain_best_fit(lengths, room):
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(0, 3))
 def test_every_sample_once_never_too_many_and_as_the_rule_says(lengths, seed):
     lengths = np.array(lengths, dtype=np.int64)
-    packed = pack(lengths, room=20, seed=seed)
+    packed = pack(lengths, capacity=20, seed=seed)
     assert sorted(packed.order.tolist()) == list(range(len(lengths)))
     sums = [sum(some) for some in contents(lengths, packed)]
     assert sorted(20 - total for total in sums) == plain_best_fit(lengths.tolist(), 20)
@@ -46,7 +46,7 @@ def test_every_sample_once_never_too_many_and_as_the_rule_says(lengths, seed):
 
 def test_a_function_of_the_seed():
     lengths = np.random.default_rng(0).integers(1, 30, 300)
-    one, same, other = (pack(lengths, room=64, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (pack(lengths, capacity=64, seed=seed) for seed in (1, 1, 2))
     assert one.order.tolist() == same.order.tolist()
     assert one.order.tolist() != other.order.tolist()
 
@@ -60,9 +60,9 @@ def test_a_realistic_mix_fills_97_percent():
             .astype(np.int64)
             .clip(8, 2048)
         )
-        packed = pack(lengths, room=2048, seed=0)
+        packed = pack(lengths, capacity=2048, seed=0)
         fill = lengths.sum() / ((len(packed.starts) - 1) * 2048)
         assert fill >= 0.97, (median, spread, fill)
-        assert lengths.sum() / (len(one_each(20_000).starts) - 1) / 2048 < 0.6, (
+        assert lengths.sum() / (len(one_per_sequence(20_000).starts) - 1) / 2048 < 0.6, (
             "what packing is for"
         )

@@ -96,7 +96,7 @@ def test_pairs_stay_together_through_epochs_and_blends(recipe, tmp_path):
         )
     )
     samples = PreferenceDataset(data, sequence_length=80, packing=False, seed=3, padding=0)
-    assert samples.per_epoch == 14
+    assert samples.samples_per_epoch == 14
     orders = []
     for epoch in range(2):
         rows = [samples.fetch(14 * epoch + position) for position in range(14)]

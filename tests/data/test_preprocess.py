@@ -20,7 +20,7 @@ from megatrain.cli import preprocess as preprocess_verb
 from megatrain.data import text_files
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.preprocess import PreprocessSpec, make_encoder, preprocess
-from megatrain.data.text_files import TextBlock
+from megatrain.data.records import TextBlock
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.data.worker_processes import map_in_processes
 from megatrain.errors import DataError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatrain.data.gpt_dataset import IGNORED
+from megatrain.data.gpt_dataset import IGNORE_INDEX
 from megatrain.data.indexed_dataset import IndexedDataset, IndexedWriter
-from megatrain.data.sft_dataset import SFTDataset, encode_roles
+from megatrain.data.sft_dataset import SFTDataset, encode_loss_mask
 
 CHATS = [([1, 2, 3, 4, 5], [0, 0, 1, 0, 1]), ([6, 7, 8], [0, 1, 1]), ([9, 10], [0, 1])]
 
@@ -16,7 +16,7 @@ CHATS = [([1, 2, 3, 4, 5], [0, 0, 1, 0, 1]), ([6, 7, 8], [0, 1, 1]), ([9, 10], [
 def dataset(tmp_path):
     with IndexedWriter(tmp_path / "d", vocab_size=40) as writer:
         for tokens, trained in CHATS:
-            writer.add(encode_roles(np.array(tokens), np.array(trained, dtype=bool)))
+            writer.add(encode_loss_mask(np.array(tokens), np.array(trained, dtype=bool)))
     return IndexedDataset(tmp_path / "d")
 
 
@@ -33,8 +33,8 @@ def samples(dataset, **settings):
 def test_packed(dataset):
     """4 + 2 + 1 places of 8: as in the drawing, and one of padding."""
     packed = samples(dataset)
-    assert (packed.per_epoch, packed.num_chats, packed.fill) == (1, 3, 7 / 8)
-    x = IGNORED
+    assert (packed.samples_per_epoch, packed.num_chats, packed.fill_ratio) == (1, 3, 7 / 8)
+    x = IGNORE_INDEX
     assert lists(packed.fetch(0)) == [
         [1, 2, 3, 4, 6, 7, 9, 0],
         [x, 3, x, 5, 7, 8, 10, x],
@@ -45,14 +45,14 @@ def test_packed(dataset):
 
 def test_alone(dataset):
     alone = samples(dataset, packing=False, first=1, last=2)
-    x = IGNORED
+    x = IGNORE_INDEX
     assert lists(alone.fetch(0)) == [
         [6, 7, 0, 0, 0, 0, 0, 0],
         [7, 8, x, x, x, x, x, x],
         list(range(8)),
         [0] * 8,
     ]
-    assert (alone.per_epoch, alone.fill) == (1, 2 / 8)
+    assert (alone.samples_per_epoch, alone.fill_ratio) == (1, 2 / 8)
 
 
 def test_every_epoch_has_every_chat_in_an_order_of_its_own(dataset):
@@ -69,7 +69,7 @@ def test_every_epoch_has_every_chat_in_an_order_of_its_own(dataset):
 def test_beyond_the_limit_there_is_padding(dataset):
     alone = samples(dataset, packing=False)
     alone.limit = 4
-    assert (alone.fetch(3).labels != IGNORED).any()
+    assert (alone.fetch(3).labels != IGNORE_INDEX).any()
     for position in (4, 5, 100):
-        assert (alone.fetch(position).labels == IGNORED).all()
+        assert (alone.fetch(position).labels == IGNORE_INDEX).all()
         assert (alone.fetch(position).tokens == 0).all()

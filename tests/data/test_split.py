@@ -30,14 +30,14 @@ def test_what_is_no_split(split):
 
 
 def test_parts_are_contiguous_and_rounded_as_megatron_rounds():
-    assert split_documents(1000, split="969,30,1", which="train") == (0, 969)
-    assert split_documents(1000, split="969,30,1", which="valid") == (969, 999)
-    assert split_documents(33, split="98,2", which="train") == (0, 32)
-    assert split_documents(33, split="98,2", which="valid") == (32, 33)
+    assert split_documents(1000, split="969,30,1", part="train") == (0, 969)
+    assert split_documents(1000, split="969,30,1", part="valid") == (969, 999)
+    assert split_documents(33, split="98,2", part="train") == (0, 32)
+    assert split_documents(33, split="98,2", part="valid") == (32, 33)
 
 
 def test_an_empty_part_is_refused():
     with pytest.raises(
         ConfigError, match=r"data\.split=98,1,1 gives none of the 10 documents to valid"
     ):
-        split_documents(10, split="98,1,1", which="valid")
+        split_documents(10, split="98,1,1", part="valid")

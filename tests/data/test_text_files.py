@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from megatrain.data import text_files
-from megatrain.data.text_files import find_inputs, parse_block, read_blocks
+from megatrain.data.records import parse_texts
+from megatrain.data.text_files import find_inputs, read_blocks
 from megatrain.errors import DataError
 
 TEXTS = ["one", "two\nlines", "naïve 你好"]
@@ -22,7 +23,7 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 def read(*paths, field="text"):
     texts, problems = [], []
     for block in read_blocks(find_inputs(paths).files, field=field):
-        some, bad = parse_block(block, field=field)
+        some, bad = parse_texts(block, field=field)
         texts += some
         problems += map(str, bad)
     return texts, problems
@@ -76,7 +77,7 @@ def test_rows_without_a_value_and_wrong_columns(tmp_path):
     )
     with pytest.raises(DataError, match='has no column "body"; it has text, n'):
         read(path, field="body")
-    with pytest.raises(DataError, match='column "n" holds int64, not strings'):
+    with pytest.raises(DataError, match='column "n" must contain strings; it contains int64'):
         read(path, field="n")
 
 
@@ -89,7 +90,7 @@ def test_rows_without_a_value_and_wrong_columns(tmp_path):
         (b'{"text": null}', 'field "text" is not a string'),
         (b'{"text": 3}', 'field "text" is not a string'),
         (b'{"text": "\xff"}', "not valid UTF-8"),
-        (rb'{"text": "\ud800"}', 'field "text" holds half a surrogate pair'),
+        (rb'{"text": "\ud800"}', 'field "text" contains an unpaired surrogate'),
         (b'{"text": ""}', "empty text"),
         (b"", "empty line"),
         (b"[" * 100_000, "not valid JSON"),
@@ -188,7 +189,9 @@ def test_inputs_that_cannot_be_meant(tmp_path):
     (tmp_path / "a.doc").write_text("x")
     with pytest.raises(DataError, match=r"none\*.txt matches no file"):
         find_inputs([str(tmp_path / "none*.txt")])
-    with pytest.raises(DataError, match=r"a.doc is of a kind that is not read; known are .jsonl"):
+    with pytest.raises(
+        DataError, match=r"a.doc has a format that is not supported .supported: .jsonl"
+    ):
         find_inputs([tmp_path / "a.doc"])
     with pytest.raises(DataError, match=r"a.txt is named twice"):
         find_inputs([tmp_path / "a.txt", tmp_path])

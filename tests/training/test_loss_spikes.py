@@ -238,7 +238,7 @@ def data(tmp_path_factory):
 def poison(folder, positions):
     config = configuration.from_dict(settings(folder, "any"))
     source = open_dataset(
-        config.data, which="train", sequence_length=LENGTH, seed=config.run.seed, vocab_size=67
+        config.data, part="train", sequence_length=LENGTH, seed=config.run.seed, vocab_size=67
     )
     tokens = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r+")
     for position in positions:
@@ -326,7 +326,7 @@ def test_what_is_written_about_it(name, data, runs):
 def test_the_documents_passed_over_are_those_that_the_samples_have_tokens_of(data, runs):
     config = configuration.from_dict(settings(data, "any"))
     source = open_dataset(
-        config.data, which="train", sequence_length=LENGTH, seed=config.run.seed, vocab_size=67
+        config.data, part="train", sequence_length=LENGTH, seed=config.run.seed, vocab_size=67
     )
     dataset, expected = IndexedDataset(data / "tokens"), set()
     for position in range(FIRST, LAST + 1):

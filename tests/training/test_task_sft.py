@@ -245,7 +245,7 @@ def test_packed_equals_plain_torch_on_each_chat_alone(
         {**settings(files, parallel=parallel, data={"packing": True}, train=train), "model": model}
     )
     samples = SFTTask().open(checked(raw), read_config(load_hf_config(model)), "train").samples
-    assert samples.per_epoch < 0.8 * CHATS, "most share a sequence"
+    assert samples.samples_per_epoch < 0.8 * CHATS, "most share a sequence"
     chats = {tuple(tokens.tolist()): number for number, (tokens, _) in enumerate(read_chats(files))}
 
     def chats_of(step):
