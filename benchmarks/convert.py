@@ -29,7 +29,7 @@ from megatrain.conversion import writer
 from megatrain.conversion.convert import ConversionRequest, convert
 from megatrain.conversion.writer import plan_shards, write_model
 from megatrain.models.config import load_hf_config, read_config
-from megatrain.pipeline.stage_builder import whole_tensors
+from megatrain.models.counts import parameter_shapes
 
 MODEL = {
     "model_type": "llama",
@@ -72,7 +72,7 @@ def make_model(folder, fields=MODEL):
     config = load_hf_config(fields)
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
-    shapes = whole_tensors(read_config(config))
+    shapes = parameter_shapes(read_config(config))
     tensors = RandomModel(shapes)
     write_model(folder, plan_shards(shapes, tensors, 5 * 10**9), tensors, wrote=lambda count: None)
     return sum(writer.nbytes(tensors, name) for name in shapes)

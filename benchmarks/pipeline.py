@@ -44,7 +44,7 @@ MODEL = {
 WIDTH = 16
 """Of the hidden tensors where compute sleeps or is next to nothing."""
 
-Lap = Callable[[], Any]
+RunStep = Callable[[], Any]
 """One step of a contender; what it returns goes to the parent."""
 
 
@@ -59,7 +59,9 @@ class Ranks:
         make: (rank, ranks, **arguments) -> contenders by name, run in each process.
     """
 
-    def __init__(self, ranks: int, make: Callable[..., dict[str, Lap]], **arguments: Any) -> None:
+    def __init__(
+        self, ranks: int, make: Callable[..., dict[str, RunStep]], **arguments: Any
+    ) -> None:
         self.folder = tempfile.TemporaryDirectory()
         store = os.path.join(self.folder.name, "store")
         context = multiprocessing.get_context("spawn")
@@ -96,7 +98,7 @@ def serve(
     store: str,
     rank: int,
     ranks: int,
-    make: Callable[..., dict[str, Lap]],
+    make: Callable[..., dict[str, RunStep]],
     arguments: dict[str, Any],
 ) -> None:
     """A rank's life: laps until the parent is gone."""
@@ -191,7 +193,7 @@ def own_times(schedule: Schedule, lap: list[list[ActionTiming]]) -> Times:
     }
 
     class OwnTimes(Times):
-        def of(self, action: Action, stage: int) -> float:
+        def duration(self, action: Action, stage: int) -> float:
             return spent[stage, action]
 
     return OwnTimes([], [], [])
@@ -280,7 +282,7 @@ def sleeping_stage(seconds: float) -> Any:
 
 def chunk_with_loss(schedule: Schedule, rank: int) -> int | None:
     """The rank's chunk that is the model's last stage."""
-    end = schedule.placement.place(schedule.placement.stages - 1)
+    end = schedule.placement.location(schedule.placement.stages - 1)
     return end.chunk if end.rank == rank else None
 
 
@@ -290,16 +292,17 @@ def executor_lap(
     """A step of the schedule with tensors [1, WIDTH] and nothing but autograd; records go into the list."""
     import torch
 
-    from megatrain.pipeline.communication import add_communication, check_schedule
+    from megatrain.pipeline.communication import add_communication
     from megatrain.pipeline.executor import Executor
+    from megatrain.pipeline.verify import check_schedule
 
     microbatches = 1 + max(action.microbatch for action in schedule.actions[rank])
     check_schedule(schedule, microbatches)
     instructions = add_communication(schedule)[rank]
     executor = Executor(
         stage,
-        channels=channels,
-        flow_shape=(1, WIDTH),
+        communicator=channels,
+        hidden_shape=(1, WIDTH),
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -308,7 +311,7 @@ def executor_lap(
         torch.autograd.backward(output, grad)
 
     def lap(records: list[ActionTiming] | None) -> None:
-        executor.records = records
+        executor.action_timings = records
         executor.run(
             instructions, [None] * microbatches, backward=backward, loss_weight=torch.ones(())
         )  # type: ignore[list-item]
@@ -322,15 +325,15 @@ def recorded(lap: Callable[[list[ActionTiming]], None]) -> list[ActionTiming]:
     return records
 
 
-def make_sleepers(rank: int, ranks: int, part: float, microbatches: int) -> dict[str, Lap]:
+def make_sleepers(rank: int, ranks: int, part: float, microbatches: int) -> dict[str, RunStep]:
     from megatrain.distributed.mesh import MeshAxis
     from megatrain.pipeline.p2p import P2PCommunicator
-    from megatrain.pipeline.schedules import make_schedule
+    from megatrain.pipeline.schedules import build_schedule
 
     channels = P2PCommunicator(MeshAxis(rank, ranks, tuple(range(ranks))), ring=True)
-    laps: dict[str, Lap] = {}
+    laps: dict[str, RunStep] = {}
     for name in SCHEDULES:
-        schedule = make_schedule(name, ranks, microbatches)
+        schedule = build_schedule(name, ranks, microbatches)
         stage = sleeping_stage(part / schedule.placement.chunks)(chunk_with_loss(schedule, rank))
         laps[name] = functools.partial(recorded, executor_lap(schedule, rank, stage, channels))
     return laps
@@ -338,10 +341,10 @@ def make_sleepers(rank: int, ranks: int, part: float, microbatches: int) -> dict
 
 def simulated(name: str, ranks: int, microbatches: int, part: float) -> Timeline:
     """Every rank's forward, input and weight gradient `part` seconds each, whatever its chunks."""
-    from megatrain.pipeline.schedules import make_schedule
+    from megatrain.pipeline.schedules import build_schedule
     from megatrain.pipeline.simulator import even_times, simulate
 
-    schedule = make_schedule(name, ranks, microbatches)
+    schedule = build_schedule(name, ranks, microbatches)
     return simulate(
         schedule,
         even_times(schedule.placement, forward=part, input_gradient=part, weight_gradient=part),
@@ -381,7 +384,7 @@ def real_config(name: str, microbatches: int) -> dict[str, Any]:
     }
 
 
-def make_runners(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
+def make_runners(rank: int, ranks: int, microbatches: int) -> dict[str, RunStep]:
     import torch
 
     from megatrain.config import loader as configuration
@@ -400,7 +403,7 @@ def make_runners(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
         Batch(row[:, :-1], row[:, 1:], positions, torch.zeros_like(positions)) for row in rows
     ]
 
-    def contender(name: str) -> Lap:
+    def contender(name: str) -> RunStep:
         config = configuration.from_dict(real_config(name, microbatches))
         runner = StepRunner(
             config, architecture, make_mesh(rank, pipeline=ranks), torch.device("cpu")
@@ -408,7 +411,7 @@ def make_runners(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
         steps = iter(range(1, 10**6))
 
         def lap(records: list[ActionTiming]) -> None:
-            runner.executor.records = records
+            runner.executor.action_timings = records
             runner.train_step(next(steps), batches)
 
         return functools.partial(recorded, lap)
@@ -417,13 +420,13 @@ def make_runners(rank: int, ranks: int, microbatches: int) -> dict[str, Lap]:
 
 
 def real(args: argparse.Namespace) -> None:
-    from megatrain.pipeline.schedules import make_schedule
+    from megatrain.pipeline.schedules import build_schedule
     from megatrain.pipeline.simulator import simulate
 
     ranks = Ranks(2, make_runners, microbatches=args.microbatches)
     rows = {}
     for name, laps in race(ranks, list(SCHEDULES), args.laps).items():
-        schedule = make_schedule(name, 2, args.microbatches)
+        schedule = build_schedule(name, 2, args.microbatches)
         by_mean, by_own = (
             [simulate(schedule, times(schedule, lap)).bubble for lap in laps]
             for times in (measured_times, own_times)
@@ -494,7 +497,7 @@ def sleeping_blocks(seconds: list[float]) -> Any:
 
 def make_settled(
     rank: int, ranks: int, seconds: list[float], microbatches: int, folder: str
-) -> dict[str, Lap]:
+) -> dict[str, RunStep]:
     """1f1b as the model is cut by cost, and what auto settles on; `words` is what it says."""
     import json
 
@@ -525,7 +528,7 @@ def make_settled(
         Batch(row[:, :-1], row[:, 1:], positions, torch.zeros_like(positions)) for row in rows
     ]
 
-    def contender(name: str) -> Lap:
+    def contender(name: str) -> RunStep:
         raw = real_config(name, microbatches) | {
             "model": model,
             "run": {"output_dir": folder},
@@ -551,7 +554,7 @@ def make_settled(
         steps = iter(range(1, 10**6))
 
         def lap(records: list[ActionTiming]) -> None:
-            runner.executor.records = records
+            runner.executor.action_timings = records
             runner.train_step(next(steps), batches)
 
         return functools.partial(recorded, lap)
@@ -594,7 +597,7 @@ def auto(args: argparse.Namespace) -> None:
 # what an action costs
 
 
-def make_tiny(rank: int, ranks: int, microbatches: int, steps: int) -> dict[str, Lap]:
+def make_tiny(rank: int, ranks: int, microbatches: int, steps: int) -> dict[str, RunStep]:
     """Contenders whose every stage is one linear layer [1, WIDTH], and that layer's passes without any engine.
 
     A lap returns seconds for one step. Reductions over replicas and the optimizer's step are left out of all.
@@ -605,9 +608,9 @@ def make_tiny(rank: int, ranks: int, microbatches: int, steps: int) -> dict[str,
     from megatrain.distributed.mesh import MeshAxis
     from megatrain.models.transformer import HiddenStates
     from megatrain.pipeline.p2p import P2PCommunicator
-    from megatrain.pipeline.schedules import make_schedule
+    from megatrain.pipeline.schedules import build_schedule
 
-    def timed(step: Callable[[], None]) -> Lap:
+    def timed(step: Callable[[], None]) -> RunStep:
         def lap() -> float:
             dist.barrier()
             start = time.perf_counter()
@@ -620,8 +623,8 @@ def make_tiny(rank: int, ranks: int, microbatches: int, steps: int) -> dict[str,
     channels = P2PCommunicator(MeshAxis(rank, ranks, tuple(range(ranks))), ring=True)
     layer = torch.nn.Linear(WIDTH, WIDTH)
 
-    def ours(name: str) -> Lap:
-        schedule = make_schedule(name, ranks, microbatches)
+    def ours(name: str) -> RunStep:
+        schedule = build_schedule(name, ranks, microbatches)
         loss_chunk = chunk_with_loss(schedule, rank)
 
         def stage(
@@ -695,7 +698,7 @@ def pipeline_engine(ranks: int, microbatches: int) -> Callable[[], None]:
 
 
 def overhead(args: argparse.Namespace) -> None:
-    from megatrain.pipeline.schedules import make_schedule
+    from megatrain.pipeline.schedules import build_schedule
 
     ranks = Ranks(args.ranks, make_tiny, microbatches=args.microbatches, steps=args.steps)
     names = ["bare", "PipelineEngine", *SCHEDULES]
@@ -703,7 +706,7 @@ def overhead(args: argparse.Namespace) -> None:
         name: [max(lap) for lap in laps] for name, laps in race(ranks, names, args.laps).items()
     }
     counts = {
-        name: len(make_schedule(name, args.ranks, args.microbatches).actions[0])
+        name: len(build_schedule(name, args.ranks, args.microbatches).actions[0])
         for name in SCHEDULES
     }
     counts |= {"bare": 2 * args.microbatches, "PipelineEngine": 2 * args.microbatches}
@@ -720,7 +723,7 @@ def overhead(args: argparse.Namespace) -> None:
     def less_bare(name: str) -> list[float]:
         """The schedules' actions as many microbatches' passes as there are: the bare passes once for each chunk."""
         chunks = (
-            make_schedule(name, args.ranks, args.microbatches).placement.chunks
+            build_schedule(name, args.ranks, args.microbatches).placement.chunks
             if name in SCHEDULES
             else 1
         )

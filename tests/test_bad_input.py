@@ -110,7 +110,7 @@ SENTENCES = {
     "parallel.tensor=3": "parallel.tensor=3 does not fit num_attention_heads=4, num_key_value_heads=2 and intermediate_size=48",
     "parallel.tensor=8": "parallel.tensor=8 does not fit num_attention_heads=4",
     "model.num_key_value_heads=3": "model.num_key_value_heads=3 does not divide num_attention_heads=4",
-    "parallel.pipeline=5": "parallel.pipeline=5 is more than num_hidden_layers=4; use at most 4",
+    "parallel.pipeline=5": "parallel.pipeline=5 must be at most num_hidden_layers=4",
     "data.sequence_length=65": "data.sequence_length=65 is more than the model's 64 positions; use at most 64",
     # a batch that does not divide
     "train.micro_batch_size=3": "train.global_batch_size=4 is not a multiple of train.micro_batch_size=3 x data size 1",
@@ -136,8 +136,8 @@ SENTENCES = {
     "parallel.schedule=zb": "parallel.schedule=zb is not a schedule; did you mean zb-v?",
     "train.init_from=nowhere": "train.init_from=nowhere does not exist",
     # numbers beyond all measure
-    "parallel.pipeline=1e9": "parallel.pipeline=1000000000 is more than num_hidden_layers=4; use at most 4",
-    "parallel.pipeline=2 parallel.schedule=interleaved parallel.virtual=1e9": "parallel.pipeline=2 with 1000000000 chunks of layers a rank makes 2000000000 stages",
+    "parallel.pipeline=1e9": "parallel.pipeline=1000000000 must be at most num_hidden_layers=4",
+    "parallel.pipeline=2 parallel.schedule=interleaved parallel.virtual=1e9": "parallel.pipeline=2 with 1000000000 virtual stages per rank gives 2000000000 stages",
     "model.num_hidden_layers=1000000000": "model.num_hidden_layers=1000000000 is more than 100,000",
     "train.micro_batch_size=1 train.global_batch_size=1e9": "train.global_batch_size=1000000000 makes 1,000,000,000 microbatches of each replica in a step",
     "train.steps=1e30": "train.steps=1e+30 is beyond 9.2e+18",

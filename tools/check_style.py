@@ -73,6 +73,8 @@ _NOT_VERBS = frozenset(
         "Names",
     ]
 )
+_DRAWING = re.compile(r"^\s*\d+ {2}.*$", re.MULTILINE)
+"""A line of a drawing of a schedule: `0  F0 F1 ...`."""
 _SENTENCE_END = re.compile(r"(?<=[.;:?!])\s+|\n\s*\n|\n\s*[-*|]\s|\n(?=\s{4})")
 
 
@@ -146,6 +148,7 @@ def _is_verb(word: str) -> bool:
 
 
 def _long_sentences(text: str) -> Iterator[str]:
+    text = _DRAWING.sub("", text)
     for sentence in _SENTENCE_END.split(text):
         plain = re.sub(r"`[^`]*`", "x", sentence)
         words = [word for word in plain.split() if re.search(r"[A-Za-z]", word)]

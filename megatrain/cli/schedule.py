@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatrain.errors import ConfigError, UserError
-from megatrain.pipeline.communication import check_schedule
-from megatrain.pipeline.csv import write_schedule
 from megatrain.pipeline.plot import draw_svg, draw_text
-from megatrain.pipeline.registry import choose_schedule
+from megatrain.pipeline.registry import make_schedule
 from megatrain.pipeline.schedule import Schedule
+from megatrain.pipeline.schedule_csv import write_schedule
 from megatrain.pipeline.schedules import SCHEDULES
 from megatrain.pipeline.simulator import Timeline, even_times, simulate
+from megatrain.pipeline.verify import check_schedule
 from megatrain.planner.schedule_search import EvenCosts, find_candidates
 
 
@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     schedule = (
         _fastest(args)
         if args.name == "auto"
-        else choose_schedule(
-            args.name, ranks=args.ranks, microbatches=args.microbatches, virtual=args.virtual
+        else make_schedule(
+            args.name, ranks=args.ranks, microbatches=args.microbatches, virtual_stages=args.virtual
         )
     )
     check_schedule(schedule, args.microbatches)

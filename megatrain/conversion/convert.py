@@ -31,8 +31,8 @@ from megatrain.conversion.writer import BackgroundSync, plan_shards, write_model
 from megatrain.errors import CheckpointError
 from megatrain.models.classification_config import any_architecture
 from megatrain.models.config import TransformerConfig, load_hf_config
+from megatrain.models.counts import parameter_shapes
 from megatrain.ops.dtypes import DTYPES
-from megatrain.pipeline.stage_builder import whole_tensors
 
 NAME = "conversion.json"
 WORKING_BYTES = 1 << 30
@@ -78,7 +78,7 @@ def convert(request: ConversionRequest, *, say: Say) -> Path:
         raise CheckpointError(
             f"{source.folder} is a classifier, and language models are converted; transformers loads the folder as it is"
         )
-    expected = whole_tensors(architecture)
+    expected = parameter_shapes(architecture)
     source.adopt(architecture, expected)
     check_coverage(source, architecture, expected)
     say(f"{source.folder}: a {source.kind} of a {architecture.model_type}")

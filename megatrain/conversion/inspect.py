@@ -16,7 +16,7 @@ from megatrain.conversion.folders import HuggingFaceFolder, check_coverage, mode
 from megatrain.conversion.sources import nbytes
 from megatrain.errors import UserError
 from megatrain.models.classification_config import any_architecture
-from megatrain.pipeline.stage_builder import whole_tensors
+from megatrain.models.counts import parameter_shapes
 
 
 class TensorRow(NamedTuple):
@@ -60,7 +60,7 @@ def inspect(path: Path, hints: Hints, *, hashes: bool) -> InspectionReport:
     )
     source = open_source(folder, hints, checked=False)
     architecture = any_architecture(source.config)
-    expected = whole_tensors(architecture)
+    expected = parameter_shapes(architecture)
     try:
         source.adopt(architecture, expected)
         check_coverage(source, architecture, expected)

@@ -13,9 +13,10 @@ from megatrain.evaluation.spec import Kind
 from megatrain.evaluation.texts import is_indexed
 from megatrain.models.classification_config import any_architecture
 from megatrain.models.config import TransformerConfig, load_hf_config
+from megatrain.models.counts import parameter_shapes
 from megatrain.models.params import check_tensor_split
 from megatrain.pipeline.schedule import Placement
-from megatrain.pipeline.stage_builder import rank_specs, whole_tensors
+from megatrain.pipeline.stage_builder import rank_specs
 
 WINDOW, STRIDE = 2048, 512
 """Where not told: the model's positions up to 2048, as papers on language models mostly report, and the stride of
@@ -30,7 +31,7 @@ def check_model(config: Config) -> TransformerConfig:
     if config.train.dtype == "fp16" and not device.has_gpu():
         raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
     Pretrained(str(config.model), architecture, called="MODEL").check(
-        whole_tensors(architecture), new_head=False
+        parameter_shapes(architecture), new_head=False
     )
     return architecture
 

@@ -35,7 +35,7 @@ from megatrain.pipeline.communication import add_communication
 from megatrain.pipeline.executor import Executor, Stage
 from megatrain.pipeline.p2p import P2PCommunicator
 from megatrain.pipeline.schedule import Instruction
-from megatrain.pipeline.schedules import forward_only, make_schedule
+from megatrain.pipeline.schedules import build_schedule, forward_only
 
 ROUNDS_SORTED = 16
 """Rounds of rows that are read ahead, to be put together by length."""
@@ -67,8 +67,10 @@ class Scorer:
         self.microbatches = 4 * mesh.pipeline.size if mesh.pipeline.size > 1 else 1
         self.executor = Executor(
             self._forward,
-            channels=P2PCommunicator(mesh.pipeline, ring=False) if mesh.pipeline.size > 1 else None,
-            flow_shape=(0, 0, 0),
+            communicator=P2PCommunicator(mesh.pipeline, ring=False)
+            if mesh.pipeline.size > 1
+            else None,
+            hidden_shape=(0, 0, 0),
             dtype=DTYPES[config.train.dtype],
             device=device,
             activity=mesh.activity,
@@ -108,7 +110,7 @@ class Scorer:
             self.microbatch_factory.make(_batch(some, length), step=None, index=index)
             for index, some in enumerate(mine)
         ]
-        self.executor.flow_shape = (
+        self.executor.hidden_shape = (
             length // (self.mesh.tensor.size if self.config.parallel.sequence else 1),
             size,
             self.hidden_size,
@@ -140,7 +142,7 @@ class Scorer:
 
     def _make_instructions(self, count: int) -> list[Instruction]:
         return add_communication(
-            forward_only(make_schedule("1f1b", self.mesh.pipeline.size, count))
+            forward_only(build_schedule("1f1b", self.mesh.pipeline.size, count))
         )[self.mesh.pipeline.rank]
 
     def _forward(

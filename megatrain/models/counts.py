@@ -7,10 +7,19 @@ matrices and one more forward for full recomputation.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
+import torch
+
+from megatrain.config.schema import LoraConfig
+from megatrain.distributed.mesh import make_mesh
+from megatrain.distributed.sharding import parameters
 from megatrain.models.config import TransformerConfig, read_config
+from megatrain.models.lora import add_adapters
+from megatrain.models.params import ParamFactory
+from megatrain.models.transformer import build_layers, layer_specs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -49,6 +58,63 @@ def _tokens_seen(window: int | None, sequence_length: int) -> float:
         return sequence_length / 2
     # The first `window` tokens see half of the window on average, all later ones the whole of it.
     return window - window * window / (2 * sequence_length)
+
+
+def layer_costs(model_config: TransformerConfig, sequence_length: int) -> list[float]:
+    """Returns the multiplications per token of each layer's forward pass, from embedding to head.
+
+    The embedding is a lookup and costs one operation per hidden unit.
+    """
+    c = model_config
+    block = _block_weights(c) + c.num_heads * c.head_dim * sequence_length
+    return [
+        float(c.hidden_size),
+        *[float(block)] * c.num_layers,
+        float(c.hidden_size * c.vocab_size),
+    ]
+
+
+def count_parameters(model_config: TransformerConfig) -> int:
+    """Returns the number of parameters of the model, without padding."""
+    return count_module_parameters(_complete_model(model_config))[1]
+
+
+def parameter_shapes(model_config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the name and shape of each tensor of the model, as checkpoints store them."""
+    return {spec.name: spec.shape for spec, _ in parameters(_complete_model(model_config))}
+
+
+def count_adapter_parameters(model_config: TransformerConfig, lora: LoraConfig) -> int:
+    """Returns the number of trained parameters of the model with LoRA adapters."""
+    model = _complete_model(model_config)
+    add_adapters(model, model_config, lora, make_mesh(0, connect=False).tensor)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_module_parameters(module: torch.nn.Module) -> tuple[int, int]:
+    """Returns the elements that a module stores, and those that it owns.
+
+    The owned elements of all ranks add up to the model: replicated tensors count on one rank only,
+    padding nowhere.
+    """
+    stored = owned = 0
+    for spec, parameter in parameters(module):
+        stored += parameter.numel()
+        if spec.is_owner:
+            owned += math.prod(spec.part_shape())
+    return stored, owned
+
+
+def _complete_model(model_config: TransformerConfig) -> torch.nn.Module:
+    """Builds all layers for a single rank on the meta device."""
+    factory = ParamFactory(
+        model_config,
+        make_mesh(0, connect=False),
+        sequence=False,
+        dtype=torch.float32,
+        device="meta",
+    )
+    return build_layers(layer_specs(model_config), factory, recompute="none")
 
 
 # Dense peaks in FLOP/s, without sparsity and TF32, from the makers' data sheets. The first name found as words in the

@@ -1,7 +1,7 @@
-"""Runs a schedule: whatever list of actions passes the checker, on this rank's chunks of layers.
+"""Runs any verified schedule on this rank's stage.
 
-The executor knows nothing of which schedule it runs, of tensor ranks or of the optimizer. It holds, for each microbatch in
-flight, what went in and what came out, and moves tensors as the instruction list says.
+The executor knows nothing of the kind of schedule, of tensor parallelism or of the optimizer. It
+holds input and output of each microbatch in flight, and moves tensors as the instructions say.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megatrain.distributed.tensor_parallel import (
 )
 from megatrain.models.microbatch import Microbatch
 from megatrain.models.transformer import HiddenStates
-from megatrain.pipeline.p2p import P2PCommunicator, PendingRecv
-from megatrain.pipeline.schedule import Action, Instruction, Transfer, message
+from megatrain.pipeline.p2p import P2PCommunicator, PendingReceive
+from megatrain.pipeline.schedule import Action, Instruction, Message, P2POp, input_message
 
 
 class Stage(nn.Module):
-    """This rank's layers: one or more chunks, each a slice of the list of layers."""
+    """The layers of a rank: one or more chunks, each a list of layers."""
 
     def __init__(self, chunks: list[nn.ModuleList]) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Stage(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Of all chunks in turn."""
+        """The layers of all chunks in order."""
         return [layer for chunk in self.chunks for layer in chunk]  # type: ignore[attr-defined]
 
     def forward(
@@ -48,13 +48,13 @@ class Stage(nn.Module):
 
 
 class Backward(Protocol):
-    """Runs autograd from a stage's output and takes in the gradients; `last` marks the step's last microbatch."""
+    """Runs autograd from a stage's output; `last` marks the last microbatch of the step."""
 
     def __call__(self, output: Tensor, grad: Tensor, *, last: bool) -> None: ...
 
 
 class ActionTiming(NamedTuple):
-    """When an action ran, in seconds of time.perf_counter; from `start` to `ready` it waited for what it takes in."""
+    """Times of an action, by time.perf_counter; it waited for its input from `start` to `ready`."""
 
     action: Action
     start: float
@@ -62,40 +62,50 @@ class ActionTiming(NamedTuple):
     end: float
 
 
-Lap = Literal["other", "arrival", "F", "B", "I", "W"]
-"""What a rank has just ended: waiting for what an action takes in, an action, or anything else."""
+TimedPhase = Literal["other", "arrival", "F", "B", "I", "W"]
+"""A phase that has just ended: waiting for an input, an action, or anything else."""
 
 
-def no_timing(ended: Lap) -> None:
-    """Where nobody wants to know."""
+def no_timing(ended: TimedPhase) -> None:
+    """Ignores the end of a phase; the default of `Executor.timing`."""
 
 
 class Executor:
-    """Runs instruction lists over a rank's stage.
+    """Runs instruction lists on a rank's stage.
 
     Args:
-        stage: maps (flow, context, chunk) to the next flow, or at the model's end to the microbatch's summed loss.
-        channels: to the neighbouring ranks; unused with one rank.
-        flow_shape: of the hidden tensor between stages.
-        activity: where each action is noted as it begins, and what it waits for.
+        stage: maps (hidden states, microbatch, chunk) to the next hidden states, or in the last
+        stage
+            to the summed loss of the microbatch.
+        communicator: connection to the neighbouring ranks; None with one rank.
+        hidden_shape: shape of the hidden states between stages.
+        dtype: dtype of the hidden states.
+        device: device of the stage.
+        activity: records each action as it begins, and its input while it is missing.
+
+    Attributes:
+        action_timings: list to which each action's times are appended; None records nothing.
+        timing: callback at the end of each phase.
     """
 
     def __init__(
         self,
         stage: Callable[[HiddenStates | None, Microbatch, int], HiddenStates | Tensor],
         *,
-        channels: P2PCommunicator | None,
-        flow_shape: tuple[int, ...],
+        communicator: P2PCommunicator | None,
+        hidden_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         activity: RankActivity | None = None,
     ) -> None:
-        self.stage, self.channels, self.activity = stage, channels, activity or RankActivity()
-        self.flow_shape, self.dtype, self.device = flow_shape, dtype, device
-        self.records: list[ActionTiming] | None = None
-        """While it is a list, each action adds its entry."""
-        self.lap: Callable[[Lap], None] = no_timing
-        """Told of each end, at once."""
+        self.stage = stage
+        self.communicator = communicator
+        self.activity = activity or RankActivity()
+        self.hidden_shape = hidden_shape
+        self.dtype = dtype
+        self.device = device
+        self.action_timings: list[ActionTiming] | None = None
+        self.timing: Callable[[TimedPhase], None] = no_timing
 
     def run(
         self,
@@ -105,51 +115,55 @@ class Executor:
         backward: Backward | None,
         loss_weight: Tensor | None = None,
     ) -> list[Tensor]:
-        """Do all instructions of one step.
+        """Runs all instructions of a step.
 
         Args:
-            contexts: by microbatch.
-            backward: None in evaluation: nothing is kept then.
+            instructions: this rank's list of `communication.add_communication`.
+            microbatches: the microbatches of the step.
+            backward: runs autograd; None in evaluation, which keeps no activations.
             loss_weight: gradient of the step's loss with respect to a microbatch's summed loss.
 
-        Returns: the microbatches' summed losses on the rank of the last stage, nothing on the others.
+        Returns:
+            The summed loss of each microbatch on the rank of the last stage, an empty list on
+            others.
         """
         backwards = sum(isinstance(i, Action) and i.kind in ("B", "I") for i in instructions)
         if self.device.type == "cpu":
             instructions = receives_first(instructions)
-        run = _Run(self, microbatches, backward, loss_weight, backwards)
+        step = _StepExecution(self, microbatches, backward, loss_weight, backwards)
         for instruction in instructions:
-            if isinstance(instruction, Transfer):
-                run.move(instruction)
+            if isinstance(instruction, P2POp):
+                step.transfer(instruction)
             else:
-                run.compute(instruction)
-        if self.channels is not None:
+                step.compute(instruction)
+        if self.communicator is not None:
             self.activity.set("sending the last messages")
-            self.channels.finish()
-        return run.losses
+            self.communicator.finish()
+        return step.losses
 
 
 def receives_first(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """All receives posted before anything else is done; each channel's stay in order.
+    """Returns the instructions with all receives first, in order within each channel.
 
-    For CPUs: over gloo a posted receive is a message to the sender, which wakes a thread there and can interrupt its compute.
-    All at once they cost half as much or less, data then come without being asked for, and a send needs nothing of its
-    peer. Memory that no data have come to is not taken. On a GPU, where it would be, receives stay where they are.
+    For CPUs. A receive posted over gloo is a message to the sender, which wakes a thread there and
+    can interrupt its computation. Posted together, receives cost at most half as much, data are
+    sent without a request, and a send needs no action of its peer. Untouched receive buffers occupy
+    no memory on CPUs. On GPUs they would, so receives stay in their places there.
     """
 
     def is_receive(instruction: Instruction) -> bool:
-        return isinstance(instruction, Transfer) and instruction.direction == "receive"
+        return isinstance(instruction, P2POp) and instruction.direction == "receive"
 
     return sorted(instructions, key=lambda instruction: not is_receive(instruction))
 
 
 class _InFlight(NamedTuple):
-    entered: Tensor | None
+    input: Tensor | None
     output: Tensor
 
 
-class _Run:
-    """One step, and what it holds between its instructions."""
+class _StepExecution:
+    """State of one step between its instructions."""
 
     def __init__(
         self,
@@ -159,97 +173,97 @@ class _Run:
         loss_weight: Tensor | None,
         backwards: int,
     ) -> None:
-        self.executor, self.microbatches, self.backward, self.loss_weight = (
-            executor,
-            microbatches,
-            backward,
-            loss_weight,
-        )
+        self.executor = executor
+        self.microbatches = microbatches
+        self.backward = backward
+        self.loss_weight = loss_weight
         self.backwards_left = backwards
         self.losses: list[Tensor] = []
-        self.made: Tensor | None = None
-        """By the last action, for the transfer that stands behind it."""
-        self.arrived: dict[tuple[str, int, int], PendingRecv | Tensor] = {}
+        self.output: Tensor | None = None
+        """Output of the last action, consumed by the next transfer."""
+        self.inputs: dict[Message, PendingReceive | Tensor] = {}
         self.in_flight: dict[tuple[int, int], _InFlight] = {}
         self.deferred: dict[tuple[int, int], list[DeferredWeightGrad]] = {}
 
-    def move(self, transfer: Transfer) -> None:
-        executor, key = self.executor, (transfer.kind, transfer.microbatch, transfer.chunk)
-        if transfer.direction == "keep":
-            assert self.made is not None
-            self.arrived[key] = self.made.detach()
+    def transfer(self, op: P2POp) -> None:
+        """Sends the last output, stores it locally, or posts a receive."""
+        executor = self.executor
+        if op.direction == "local":
+            assert self.output is not None
+            self.inputs[op.message] = self.output.detach()
             return
-        assert executor.channels is not None
-        if transfer.direction == "receive":
-            self.arrived[key] = executor.channels.receive(
-                executor.flow_shape, executor.dtype, executor.device, transfer.peer
+        assert executor.communicator is not None
+        if op.direction == "receive":
+            self.inputs[op.message] = executor.communicator.receive(
+                executor.hidden_shape, executor.dtype, executor.device, op.peer
             )
         else:
-            assert self.made is not None
-            executor.channels.send(self.made, transfer.peer)
+            assert self.output is not None
+            executor.communicator.send(self.output, op.peer)
 
     def compute(self, action: Action) -> None:
-        lap = self.executor.lap
-        lap("other")
+        """Waits for an action's input and runs the action."""
+        timing = self.executor.timing
+        timing("other")
         start = time.perf_counter()
-        arrived = self._take(action)
+        arrived = self._wait_for_input(action)
         ready = time.perf_counter()
-        lap("arrival")
+        timing("arrival")
         self.executor.activity.set(action)
         if action.kind == "F":
-            self.made = self._forward(action, arrived)
+            self.output = self._forward(action, arrived)
         elif action.kind == "W":
             compute_deferred_weight_grads(self.deferred.pop((action.microbatch, action.chunk)))
         else:
-            self.made = self._backward(action, arrived)
-        lap(action.kind)
-        if self.executor.records is not None:
+            self.output = self._backward(action, arrived)
+        timing(action.kind)
+        if self.executor.action_timings is not None:
             if self.executor.device.type == "cuda":
                 torch.cuda.synchronize()
-            self.executor.records.append(ActionTiming(action, start, ready, time.perf_counter()))
+            self.executor.action_timings.append(
+                ActionTiming(action, start, ready, time.perf_counter())
+            )
 
-    def _take(self, action: Action) -> Tensor | None:
-        """What has come for the action, once it is here; nothing at the model's ends."""
+    def _wait_for_input(self, action: Action) -> Tensor | None:
+        """Returns the input of an action once it has arrived; None at the model's ends."""
         if action.kind == "W":
             return None
-        arrival = self.arrived.pop((message(action.kind), action.microbatch, action.chunk), None)
-        if not isinstance(arrival, PendingRecv):
+        message = input_message(action)
+        arrival = self.inputs.pop(message, None)
+        if not isinstance(arrival, PendingReceive):
             return arrival
-        self.executor.activity.set_waiting_for(
-            action if action.kind != "I" else action._replace(kind="B"), arrival.source
-        )
+        self.executor.activity.set_waiting_for(message, arrival.source)
         return arrival.wait()
 
-    def _forward(self, action: Action, entered: Tensor | None) -> Tensor | None:
-        """What goes to the next stage."""
-        keep = self.backward is not None
-        if entered is not None and keep:
-            entered.requires_grad_()
-        with torch.set_grad_enabled(keep):
-            hidden_states = None if entered is None else HiddenStates(entered)
-            result = self.executor.stage(
-                hidden_states, self.microbatches[action.microbatch], action.chunk
-            )
+    def _forward(self, action: Action, hidden: Tensor | None) -> Tensor | None:
+        """Returns the output for the next stage; None in the last."""
+        train = self.backward is not None
+        if hidden is not None and train:
+            hidden.requires_grad_()
+        with torch.set_grad_enabled(train):
+            hidden_states = None if hidden is None else HiddenStates(hidden)
+            microbatch = self.microbatches[action.microbatch]
+            result = self.executor.stage(hidden_states, microbatch, action.chunk)
         output = result if isinstance(result, Tensor) else result.hidden
-        if keep:
-            self.in_flight[action.microbatch, action.chunk] = _InFlight(entered, output)
+        if train:
+            self.in_flight[action.microbatch, action.chunk] = _InFlight(hidden, output)
         if isinstance(result, Tensor):
             self.losses.append(result.detach())
             return None
         return output
 
     def _backward(self, action: Action, arrived: Tensor | None) -> Tensor | None:
-        """What goes to the stage before."""
+        """Returns the gradient for the previous stage; None in the first."""
         key = (action.microbatch, action.chunk)
-        moved = self.in_flight.pop(key)
+        activation = self.in_flight.pop(key)
         gradient = arrived if arrived is not None else self.loss_weight
         assert gradient is not None
         assert self.backward is not None
         self.backwards_left -= 1
         last = self.backwards_left == 0
         deferred = self.deferred.setdefault(key, []) if action.kind == "I" else None
-        if not moved.output.requires_grad:
-            return None  # the first stage, all of it frozen
+        if not activation.output.requires_grad:
+            return None  # the first stage with all parameters frozen
         with defer_weight_grads(deferred) if deferred is not None else contextlib.nullcontext():
-            self.backward(moved.output, gradient, last=last)
-        return None if moved.entered is None else moved.entered.grad
+            self.backward(activation.output, gradient, last=last)
+        return None if activation.input is None else activation.input.grad

@@ -23,7 +23,8 @@ KINDS: dict[Kind, str] = {
 def draw_text(timeline: Timeline, width: int) -> str:
     """The schedule in lines of at most `width` characters.
 
-    Boxes that are too narrow for `F0` show the letter alone. Small letters are the chunks with odd numbers, dots idle time.
+    Boxes that are too narrow for `F0` show the letter alone. Small letters are the chunks with odd
+    numbers, dots idle time.
 
         0  F0 F1 B0--- B1---
         1  ...F0 B0--- F1 B1---

@@ -1,27 +1,34 @@
-"""What a rank does in a pipeline, as plain data.
+"""Schedules, placements and instructions as plain data.
 
-A schedule is a list of actions for each rank: `F0 F1 B0 ...`, the forward or backward of one microbatch through one of the
-rank's chunks of layers, and a placement that says which stage of the model each chunk is. An instruction list is a rank's
+A schedule lists the actions of each rank: `F0 F1 B0 ...`, the forward or backward pass of one
+microbatch through one of the rank's chunks. A chunk (Megatron's model chunk) holds the layers of
+one virtual stage; the placement maps chunks to stages of the model. An instruction list is a rank's
 actions with the sends and receives between them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 Kind = Literal["F", "B", "I", "W"]
-"""F forward; B backward; or a backward in two parts: I for the gradient of the input, W for those of the weights."""
+"""F forward; B backward; or its two parts: I input gradient, W weight gradients."""
 
-Message = Literal["F", "B"]
-"""What flows between stages: activations on the way forward (F), their gradients on the way back (B)."""
+Payload = Literal["F", "B"]
+"""Tensors that stages exchange: activations (F) or their gradients (B)."""
 
-Direction = Literal["send", "receive", "keep"]
+Shape = Literal["loop", "v"]
+"""Order in which chunks follow each other; see `Placement`."""
+
+Direction = Literal["send", "receive", "local"]
+
+_ACTION = re.compile(r"([FBIW])(\d{1,9})(?:\.(\d{1,9}))?")
 
 
 class Action(NamedTuple):
-    """Something that a rank computes: one microbatch through one chunk of its layers."""
+    """Computation of one microbatch in one chunk; `str` gives `F0`, or `F0.1` for chunk 1."""
 
     kind: Kind
     microbatch: int
@@ -31,43 +38,57 @@ class Action(NamedTuple):
         return f"{self.kind}{self.microbatch}" + (f".{self.chunk}" if self.chunk else "")
 
 
-class Transfer(NamedTuple):
-    """A message that leaves for, or comes from, a peer.
+def parse_action(text: str) -> Action | None:
+    """Returns the action that `str` writes as `text`, or None if there is none."""
+    match = _ACTION.fullmatch(text)
+    if match is None:
+        return None
+    return Action(cast(Kind, match[1]), int(match[2]), int(match[3] or 0))
 
-    `microbatch` and `chunk` are those of the action that the receiver does with it. `keep` is a message from a rank to
-    itself: nothing is sent, what the last action made is put aside for the one that takes it in.
+
+class Message(NamedTuple):
+    """A tensor between two stages, named after the action that consumes it."""
+
+    payload: Payload
+    microbatch: int
+    chunk: int
+
+    def __str__(self) -> str:
+        return str(Action(*self))
+
+
+class P2POp(NamedTuple):
+    """A send or receive.
+
+    `local` is a message from a rank to itself: the output of the last action is stored for the
+    action that consumes it, and nothing is sent.
     """
 
     direction: Direction
-    kind: Message
-    microbatch: int
-    chunk: int
+    message: Message
     peer: int
 
     def __str__(self) -> str:
-        what = Action(self.kind, self.microbatch, self.chunk)
-        return (
-            f"{self.direction} {what} "
-            + ("from" if self.direction == "receive" else "to")
-            + f" rank {self.peer}"
-        )
+        preposition = "from" if self.direction == "receive" else "to"
+        return f"{self.direction} {self.message} {preposition} rank {self.peer}"
 
 
-Instruction = Action | Transfer
+Instruction = Action | P2POp
 
 
 class StageLocation(NamedTuple):
-    """Where a stage lives."""
+    """Rank and chunk of a stage."""
 
     rank: int
     chunk: int
 
 
 class Placement(NamedTuple):
-    """Which stage of the model each chunk of each rank is; stages count from the model's first layers.
+    """Maps the chunks of all ranks to stages; stage 0 has the model's first layers.
 
-    A loop goes through the ranks in the same order again for each chunk; a v turns round, so that the turning point's two
-    stages are neighbours on one rank. For 4 ranks with 2 chunks each:
+    `loop` passes through the ranks in the same order for each chunk. `v` turns round after each
+    chunk, so that the two stages at the turning point are on one rank. For 4 ranks with 2 chunks
+    each:
 
         rank           0  1  2  3            rank        0  1  2  3
         loop, chunk 0  0  1  2  3            v, chunk 0  0  1  2  3
@@ -76,35 +97,36 @@ class Placement(NamedTuple):
 
     ranks: int
     chunks: int = 1
-    shape: Literal["loop", "v"] = "loop"
+    shape: Shape = "loop"
 
     @property
     def stages(self) -> int:
-        """Stages of the whole model."""
+        """Number of stages of the model."""
         return self.ranks * self.chunks
 
     def stage(self, rank: int, chunk: int) -> int:
-        """The stage that is this rank's chunk."""
-        return chunk * self.ranks + (self.ranks - 1 - rank if self._returns(chunk) else rank)
+        """Returns the stage of a rank's chunk."""
+        return chunk * self.ranks + (self.ranks - 1 - rank if self._is_reversed(chunk) else rank)
 
     def stages_of(self, rank: int) -> list[int]:
-        """This rank's stages, by chunk."""
+        """Returns the stages of a rank, by chunk."""
         return [self.stage(rank, chunk) for chunk in range(self.chunks)]
 
-    def place(self, stage: int) -> StageLocation:
-        """Where a stage lives; the inverse of `stage`."""
+    def location(self, stage: int) -> StageLocation:
+        """Returns rank and chunk of a stage; the inverse of `stage`."""
         chunk, position = divmod(stage, self.ranks)
-        return StageLocation(self.ranks - 1 - position if self._returns(chunk) else position, chunk)
+        rank = self.ranks - 1 - position if self._is_reversed(chunk) else position
+        return StageLocation(rank, chunk)
 
-    def taken_from(self, rank: int, action: Action) -> StageLocation | None:
-        """Who makes what the action takes in; None for W and at the model's ends."""
+    def producer(self, rank: int, action: Action) -> StageLocation | None:
+        """Returns the stage that computes an action's input; None for W and at the model's ends."""
         return self._neighbour(rank, action, forward=-1, backward=+1)
 
-    def given_to(self, rank: int, action: Action) -> StageLocation | None:
-        """Who takes in what the action makes; None for W and at the model's ends."""
+    def consumer(self, rank: int, action: Action) -> StageLocation | None:
+        """Returns the stage that needs an action's output; None for W and at the model's ends."""
         return self._neighbour(rank, action, forward=+1, backward=-1)
 
-    def _returns(self, chunk: int) -> bool:
+    def _is_reversed(self, chunk: int) -> bool:
         return self.shape == "v" and chunk % 2 == 1
 
     def _neighbour(
@@ -113,14 +135,15 @@ class Placement(NamedTuple):
         if action.kind == "W":
             return None
         stage = self.stage(rank, action.chunk) + (forward if action.kind == "F" else backward)
-        return self.place(stage) if 0 <= stage < self.stages else None
+        return self.location(stage) if 0 <= stage < self.stages else None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Each rank's actions in order, and the most activations that it says each rank holds.
+    """The actions of each rank in order, and the activations that each rank holds at most.
 
-    An activation is one microbatch's in one chunk, held from its forward until its backward, or its W, is done.
+    An activation is that of one microbatch in one chunk, held from its forward pass until its B or
+    W is done. `peaks` are the declared limits; `megatrain.pipeline.verify` proves them.
     """
 
     name: str
@@ -130,14 +153,24 @@ class Schedule:
     peaks: list[int]
     """By rank."""
 
+    @property
+    def microbatches(self) -> int:
+        """Number of microbatches."""
+        return 1 + max(action.microbatch for actions in self.actions for action in actions)
 
-def message(kind: Kind) -> Message:
-    """The message that an action takes in and makes: activations for F, gradients for B and I."""
+
+def payload_of(kind: Kind) -> Payload:
+    """Returns the payload of an action's input and output: activations for F, else gradients."""
     return "F" if kind == "F" else "B"
 
 
+def input_message(action: Action) -> Message:
+    """Returns the message that an action consumes."""
+    return Message(payload_of(action.kind), action.microbatch, action.chunk)
+
+
 def live_activations(actions: list[Action]) -> Iterator[int]:
-    """How many activations are held while each action runs."""
+    """Yields the number of activations held while each action runs."""
     live = 0
     for action in actions:
         live += action.kind == "F"
@@ -146,5 +179,5 @@ def live_activations(actions: list[Action]) -> Iterator[int]:
 
 
 def peak_activations(actions: list[Action]) -> int:
-    """The most activations held at once."""
+    """Returns the largest number of activations held at once."""
     return max(live_activations(actions), default=0)

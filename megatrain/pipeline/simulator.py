@@ -1,7 +1,7 @@
-"""How long a schedule takes: when each action starts and ends, given how long each kind of action takes on each stage.
+"""Simulates a schedule: start and end of each action, from the time of each kind on each stage.
 
-A rank does one action at a time, in its order, and starts it as soon as what it takes in is there. A message takes a while
-between two ranks and none on one rank, and ranks compute while messages travel.
+A rank runs one action at a time, in its order, and starts it once its input has arrived. Messages
+take time between ranks and none within a rank; ranks compute while messages travel.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatrain.pipeline.communication import ScheduleError
 from megatrain.pipeline.schedule import (
     Action,
     Message,
     Placement,
     Schedule,
-    message,
+    input_message,
+    payload_of,
     peak_activations,
 )
+from megatrain.pipeline.verify import ScheduleError
 
 
 @dataclass(frozen=True)
 class Times:
-    """How long one microbatch takes, in any unit: computing by stage, and a message from one rank to another.
+    """Time of one microbatch, in any unit: computation by stage, and of one message between ranks.
 
-    A whole backward (B) takes as long as its two parts.
+    B takes as long as I and W together.
     """
 
     forward: list[float]
@@ -32,38 +33,34 @@ class Times:
     weight_gradient: list[float]
     send: float = 0.0
 
-    def of(self, action: Action, stage: int) -> float:
-        """How long the action takes on the stage."""
-        forward, input_gradient, weight_gradient = (
-            self.forward[stage],
-            self.input_gradient[stage],
-            self.weight_gradient[stage],
-        )
-        return {
-            "F": forward,
-            "B": input_gradient + weight_gradient,
-            "I": input_gradient,
-            "W": weight_gradient,
-        }[action.kind]
+    def duration(self, action: Action, stage: int) -> float:
+        """Returns the time of an action on a stage."""
+        if action.kind == "F":
+            return self.forward[stage]
+        if action.kind == "I":
+            return self.input_gradient[stage]
+        if action.kind == "W":
+            return self.weight_gradient[stage]
+        return self.input_gradient[stage] + self.weight_gradient[stage]
 
 
 def even_times(
     placement: Placement,
     *,
-    forward: float,
-    input_gradient: float,
-    weight_gradient: float,
+    forward: float = 1.0,
+    input_gradient: float = 1.0,
+    weight_gradient: float = 1.0,
     send: float = 0.0,
 ) -> Times:
-    """Times by stage of a model that is cut evenly, from a microbatch's times on all of one rank's chunks together.
+    """Returns equal times for all stages, from the times of one microbatch in all chunks of a rank.
 
-    So schedules with one and with several chunks a rank can be compared: a rank has the same work in all.
+    A rank has the same work with one and with several chunks, so schedules can be compared.
     """
 
-    def share(whole: float) -> list[float]:
-        return [whole / placement.chunks] * placement.stages
+    def by_stage(rank_time: float) -> list[float]:
+        return [rank_time / placement.chunks] * placement.stages
 
-    return Times(share(forward), share(input_gradient), share(weight_gradient), send)
+    return Times(by_stage(forward), by_stage(input_gradient), by_stage(weight_gradient), send)
 
 
 class Span(NamedTuple):
@@ -76,7 +73,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """A schedule in time."""
+    """Start and end of each action of a schedule."""
 
     schedule: Schedule
     spans: list[list[Span]]
@@ -84,69 +81,88 @@ class Timeline:
 
     @property
     def makespan(self) -> float:
-        """When the last rank is done."""
+        """Time until the last rank has finished."""
         return max(spans[-1].end for spans in self.spans)
 
     @property
     def busy(self) -> list[float]:
-        """Time that each rank computes."""
+        """Computing time of each rank."""
         return [sum(span.end - span.start for span in spans) for spans in self.spans]
 
     @property
     def bubble(self) -> float:
-        """The idle share of ranks x makespan."""
+        """Idle share of ranks x makespan."""
         return 1 - sum(self.busy) / (len(self.spans) * self.makespan)
 
     @property
     def peak_activations(self) -> list[int]:
-        """By rank, in microbatch-chunks."""
+        """Most activations held by each rank, each of one microbatch in one chunk."""
         return [peak_activations(actions) for actions in self.schedule.actions]
 
 
-def simulate(schedule: Schedule, times: Times) -> Timeline:
-    """Start every action as early as its rank and what it takes in allow. Raises ScheduleError if ranks wait for ever."""
-    spans: list[list[Span]] = [[] for _ in schedule.actions]
-    arrivals: dict[tuple[Message, int, int, int], float] = {}
-    moved = True
-    while moved:
-        moved = False
-        for rank, actions in enumerate(schedule.actions):
-            while len(spans[rank]) < len(actions):
-                span = _next_span(
-                    schedule.placement,
-                    rank,
-                    actions[len(spans[rank])],
-                    spans[rank],
-                    arrivals,
-                    times,
-                )
-                if span is None:
-                    break
-                spans[rank].append(span)
-                moved = True
-    if any(len(done) < len(actions) for done, actions in zip(spans, schedule.actions, strict=True)):
-        raise ScheduleError("ranks wait for each other for ever")
-    return Timeline(schedule, spans)
+def simulate(schedule: Schedule, times: Times | None = None) -> Timeline:
+    """Simulates a schedule, with each action as early as its rank and its input allow.
+
+    Args:
+        schedule: the schedule, such as that of `make_schedule`. times: the time of each kind of
+        action on each stage, and of a message. By default F, I and W
+            take 1 on each rank, B takes 2, and messages take none.
+
+    Returns:
+        The timeline, with `makespan`, `bubble`, `busy` and `peak_activations`.
+
+    Raises:
+        ScheduleError: if the ranks deadlock.
+
+    Example:
+        >>> from megatrain.pipeline import make_schedule, simulate
+        >>> timeline = simulate(make_schedule("zb-h1", ranks=4, microbatches=8))
+        >>> timeline.makespan, round(timeline.bubble, 3), timeline.peak_activations
+        (27.0, 0.111, [4, 4, 4, 4])
+    """
+    times = even_times(schedule.placement) if times is None else times
+    simulation = _Simulation(schedule, times)
+    progress = True
+    while progress:
+        progress = sum(simulation.advance(rank) for rank in range(len(schedule.actions))) > 0
+    for spans, actions in zip(simulation.spans, schedule.actions, strict=True):
+        if len(spans) < len(actions):
+            raise ScheduleError("deadlock: ranks wait for each other")
+    return Timeline(schedule, simulation.spans)
 
 
-def _next_span(
-    placement: Placement,
-    rank: int,
-    action: Action,
-    done: list[Span],
-    arrivals: dict[tuple[Message, int, int, int], float],
-    times: Times,
-) -> Span | None:
-    """The action in time, or None as long as what it takes in is not made; what it makes goes into `arrivals`."""
-    start = done[-1].end if done else 0.0
-    if placement.taken_from(rank, action) is not None:
-        arrival = arrivals.get((message(action.kind), action.microbatch, rank, action.chunk))
-        if arrival is None:
-            return None
-        start = max(start, arrival)
-    end = start + times.of(action, placement.stage(rank, action.chunk))
-    target = placement.given_to(rank, action)
-    if target is not None:
-        travel = times.send if target.rank != rank else 0.0
-        arrivals[message(action.kind), action.microbatch, target.rank, target.chunk] = end + travel
-    return Span(action, start, end)
+class _Simulation:
+    """Spans of the actions done so far, and arrival times of messages by receiving rank."""
+
+    def __init__(self, schedule: Schedule, times: Times) -> None:
+        self.schedule = schedule
+        self.times = times
+        self.spans: list[list[Span]] = [[] for _ in schedule.actions]
+        self.arrivals: dict[tuple[int, Message], float] = {}
+
+    def advance(self, rank: int) -> bool:
+        """Runs a rank's actions until one lacks its input; returns True if any was run."""
+        spans = self.spans[rank]
+        before = len(spans)
+        for action in self.schedule.actions[rank][before:]:
+            start = self._start(rank, action, spans[-1].end if spans else 0.0)
+            if start is None:
+                break
+            stage = self.schedule.placement.stage(rank, action.chunk)
+            spans.append(Span(action, start, start + self.times.duration(action, stage)))
+            self._send(rank, spans[-1])
+        return len(spans) > before
+
+    def _start(self, rank: int, action: Action, free: float) -> float | None:
+        if self.schedule.placement.producer(rank, action) is None:
+            return free
+        arrival = self.arrivals.get((rank, input_message(action)))
+        return None if arrival is None else max(free, arrival)
+
+    def _send(self, rank: int, span: Span) -> None:
+        consumer = self.schedule.placement.consumer(rank, span.action)
+        if consumer is not None:
+            action = span.action
+            message = Message(payload_of(action.kind), action.microbatch, consumer.chunk)
+            travel = self.times.send if consumer.rank != rank else 0.0
+            self.arrivals[consumer.rank, message] = span.end + travel

@@ -8,44 +8,28 @@ import torch
 
 from megatrain.config.loader import Config
 from megatrain.distributed.mesh import ProcessMesh, make_mesh
-from megatrain.distributed.sharding import parameters
 from megatrain.models.config import TransformerConfig
-from megatrain.models.lora import add_adapters
+from megatrain.models.counts import count_module_parameters, count_parameters, layer_costs
 from megatrain.models.params import ParamFactory
-from megatrain.models.transformer import LayerSpec, build_chunks, build_layers, layer_specs
+from megatrain.models.transformer import LayerSpec, build_chunks, layer_specs
 from megatrain.pipeline.executor import Stage
-from megatrain.pipeline.partition import check_stages, cut_as_told, cut_layers
-from megatrain.pipeline.registry import check_choice, check_name, choose_schedule
+from megatrain.pipeline.partition import check_stages, cut_by_counts, cut_layers
+from megatrain.pipeline.registry import check_supported, find_spec, is_csv, make_schedule
 from megatrain.pipeline.schedule import Placement, Schedule
-from megatrain.pipeline.schedules import SCHEDULES, make_schedule
-
-
-def layer_costs(architecture: TransformerConfig, sequence_length: int) -> list[float]:
-    """Multiplications a token in each layer, forward: embedding looks up, blocks and head multiply."""
-    a = architecture
-    attention = (
-        a.hidden_size * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
-        + a.num_heads * a.head_dim * sequence_length
-    )
-    block = attention + a.hidden_size * a.intermediate_size * (3 if a.gated else 2)
-    return [
-        float(a.hidden_size),
-        *[float(block)] * a.num_layers,
-        float(a.hidden_size * a.vocab_size),
-    ]
+from megatrain.pipeline.schedules import SCHEDULES, build_schedule
 
 
 def run_schedule(config: Config, data_size: int) -> Schedule:
     """The schedule of a training step. On one rank there is nothing to fill: each backward follows its forward."""
     p, microbatches = config.parallel, config.microbatches(data_size)
     if p.pipeline == 1 or p.schedule == "auto":  # what auto begins with and may stay with
-        return make_schedule("1f1b", p.pipeline, microbatches)
-    return choose_schedule(
+        return build_schedule("1f1b", p.pipeline, microbatches)
+    return make_schedule(
         p.schedule,
         ranks=p.pipeline,
         microbatches=microbatches,
-        virtual=p.virtual,
-        sequences=config.train.micro_batch_size * data_size,
+        virtual_stages=p.virtual,
+        sequences_per_microbatch=config.train.micro_batch_size * data_size,
     )
 
 
@@ -53,23 +37,23 @@ def memory_schedule(config: Config, data_size: int) -> Schedule:
     """One in which each rank holds as much at once as in the run's: of no more microbatches than that takes, which on many stages are few."""
     p, microbatches = config.parallel, config.microbatches(data_size)
     name = "1f1b" if p.pipeline == 1 or p.schedule == "auto" else p.schedule
-    if name not in SCHEDULES or not SCHEDULES[name].settles:
+    if name not in SCHEDULES or not SCHEDULES[name].bounded_peak:
         return run_schedule(config, data_size)
-    check_choice(
+    check_supported(
         name,
         ranks=p.pipeline,
         microbatches=microbatches,
-        virtual=p.virtual,
-        sequences=config.train.micro_batch_size * data_size,
+        virtual_stages=p.virtual,
+        sequences_per_microbatch=config.train.micro_batch_size * data_size,
     )
-    return make_schedule(name, p.pipeline, min(microbatches, 2 * p.pipeline))
+    return build_schedule(name, p.pipeline, min(microbatches, 2 * p.pipeline))
 
 
 def check_pipeline(config: Config, architecture: TransformerConfig) -> None:
     """Refuse a schedule that there is not, and more stages than blocks, before a schedule of so many ranks is made."""
     p = config.parallel
-    if p.schedule != "auto" and not p.schedule.lower().endswith(".csv"):
-        check_name(p.schedule)
+    if p.schedule != "auto" and not is_csv(p.schedule):
+        find_spec(p.schedule)
     family = SCHEDULES.get(p.schedule)
     chunks = (
         1
@@ -92,7 +76,7 @@ def rank_specs(
     if told is None:
         cuts = cut_layers(costs, placement.stages, chunks=placement.chunks)
     else:
-        cuts = cut_as_told(told, costs, placement.stages, chunks=placement.chunks)
+        cuts = cut_by_counts(told, costs, placement.stages, chunks=placement.chunks)
     stages = [specs[cut.start : cut.stop] for cut in cuts]
     return [
         [stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)]
@@ -126,7 +110,7 @@ def build_layers_of(
     device: str,
     dtype: torch.dtype = torch.float32,
 ) -> Stage:
-    """These layers as a stage of the rank whose grid it is."""
+    """These layers as a stage of the rank whose mesh it is."""
     linears_on = "meta" if config.lora.quantize != "none" else None  # they are read one by one
     parts = ParamFactory(
         architecture,
@@ -163,7 +147,7 @@ def plan_ranks(
         plans.append(
             RankPlan(chunks, seen[kinds][0][0], sum(counted for _, counted in seen[kinds]))
         )
-    assert sum(plan.counted for plan in plans) == total_parameters(architecture), (
+    assert sum(plan.counted for plan in plans) == count_parameters(architecture), (
         "the ranks' parts are the model"
     )
     return plans
@@ -179,55 +163,10 @@ def _counts(
             rank * p.tensor + tensor_rank, tensor=p.tensor, pipeline=p.pipeline, connect=False
         )
         counts.append(
-            _count(
+            count_module_parameters(
                 build_layers_of(
                     chunks, config=config, architecture=architecture, mesh=mesh, device="meta"
                 )
             )
         )
     return counts
-
-
-def total_parameters(architecture: TransformerConfig) -> int:
-    """Parameters of the whole model, without padding."""
-    return _count(_whole_model(architecture))[1]
-
-
-def whole_tensors(architecture: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of each tensor of the model, as a checkpoint holds them."""
-    return {
-        declaration.name: declaration.shape
-        for declaration, _ in parameters(_whole_model(architecture))
-    }
-
-
-def adapter_parameters(config: Config, architecture: TransformerConfig) -> int:
-    """Parameters of the low-rank adapters of the whole model: all that is trained beside frozen weights."""
-    model = _whole_model(architecture)
-    add_adapters(model, architecture, config.lora, make_mesh(0, connect=False).tensor)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _whole_model(architecture: TransformerConfig) -> torch.nn.Module:
-    """All layers on one rank, without memory."""
-    parts = ParamFactory(
-        architecture,
-        make_mesh(0, connect=False),
-        sequence=False,
-        dtype=torch.float32,
-        device="meta",
-    )
-    return build_layers(layer_specs(architecture), parts, recompute="none")
-
-
-def _count(module: torch.nn.Module) -> tuple[int, int]:
-    """Elements held, and elements that count once in the whole model."""
-    held = counted = 0
-    for declaration, parameter in parameters(module):
-        held += parameter.numel()
-        if declaration.is_owner:
-            size = 1
-            for extent in declaration.part_shape():
-                size *= extent
-            counted += size
-    return held, counted

@@ -98,7 +98,7 @@ def measure(
     layer: nn.Module,
     microbatch: Microbatch,
     *,
-    flow_shape: tuple[int, ...],
+    hidden_shape: tuple[int, ...],
     dtype: torch.dtype,
     device: str,
     split: bool,
@@ -109,13 +109,13 @@ def measure(
     """
     layer.train()
     kept, forward, backward, left = _run(
-        layer, microbatch, flow_shape, dtype, device, deferred=None
+        layer, microbatch, hidden_shape, dtype, device, deferred=None
     )
     if not split:
         return ActivationFootprint(kept, forward, backward, left=left)
     waiting: list[DeferredWeightGrad] = []
     _, _, input_backward, deferred = _run(
-        layer, microbatch, flow_shape, dtype, device, deferred=waiting
+        layer, microbatch, hidden_shape, dtype, device, deferred=waiting
     )
     with TensorTracker() as live:
         compute_deferred_weight_grads(waiting)
@@ -127,7 +127,7 @@ def measure(
 def _run(
     layer: nn.Module,
     microbatch: Microbatch,
-    flow_shape: tuple[int, ...],
+    hidden_shape: tuple[int, ...],
     dtype: torch.dtype,
     device: str,
     *,
@@ -138,7 +138,7 @@ def _run(
     entered = (
         None
         if isinstance(layer, Embedding)
-        else torch.empty(flow_shape, dtype=dtype, device="meta", requires_grad=True)
+        else torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
     )
     there = [*parameters, *_tensors(microbatch), *([] if entered is None else [entered])]
     with ExitStack() as stack:

@@ -60,7 +60,7 @@ class CostModel:
         return sum(self.layers.get((kind, layer), 0.0) for kind in ("F", *backward))  # type: ignore[arg-type]
 
     def _seconds(self, kind: Kind, placement: Placement, stage: int, layers: range) -> float:
-        rank = placement.place(stage).rank
+        rank = placement.location(stage).rank
         return self._beside(kind, placement, stage, rank) + self.slowness[rank] * sum(
             self.layers.get((kind, layer), 0.0) for layer in layers
         )
@@ -82,7 +82,7 @@ def cost_model(measured: Measured) -> CostModel:
     taken = _with_deferred(measured)
     slowness = rank_slowness(measured)
     places = {
-        layer: measured.placement.place(stage).rank
+        layer: measured.placement.location(stage).rank
         for stage, cut in enumerate(measured.cut)
         for layer in cut
     }

@@ -10,9 +10,9 @@ from megatrain.checkpoint import retention
 from megatrain.config.loader import Config
 from megatrain.errors import ConfigError
 from megatrain.models.config import TransformerConfig
+from megatrain.models.counts import count_adapter_parameters, count_parameters
 from megatrain.ops.dtypes import DTYPES
 from megatrain.optim.param_groups import STATES
-from megatrain.pipeline.stage_builder import adapter_parameters, total_parameters
 
 
 class DiskEstimate(NamedTuple):
@@ -46,9 +46,9 @@ def estimate_disk(config: Config, architecture: TransformerConfig) -> DiskEstima
 def checkpoint_bytes(config: Config, architecture: TransformerConfig) -> int:
     """Weights in the run's dtype, masters and states in fp32: of the adapters alone where there are any."""
     trained = (
-        adapter_parameters(config, architecture)
+        count_adapter_parameters(architecture, config.lora)
         if config.lora.rank
-        else total_parameters(architecture)
+        else count_parameters(architecture)
     )
     return trained * (
         DTYPES[config.train.dtype].itemsize + 4 * (1 + len(STATES[config.optimizer.name]))

@@ -35,7 +35,7 @@ def list_schedule(
 ) -> Schedule:
     """A schedule for these times by these rules; its peaks are those that its actions have."""
     ranks = [_Rank(rank, placement, microbatches, times, rules) for rank in range(placement.ranks)]
-    first = placement.place(0)
+    first = placement.location(0)
     ranks[first.rank].arrive(
         [(0.0, Action("F", microbatch, first.chunk)) for microbatch in range(microbatches)]
     )
@@ -45,7 +45,7 @@ def list_schedule(
             (start, number) for number, start in enumerate(starts) if start is not None
         )
         action, end = ranks[number].take(at)
-        target = placement.given_to(number, action)
+        target = placement.consumer(number, action)
         if target is not None:
             kind: Kind = "F" if action.kind == "F" else ranks[number].backward
             travel = times.send if target.rank != number else 0.0
@@ -99,7 +99,7 @@ class _Rank:
         self.done.append(action)
         self.held += action.kind == "F"
         self.held -= action.kind in ("B", "W")
-        self.free = at + self.times.of(action, self.stages[action.chunk])
+        self.free = at + self.times.duration(action, self.stages[action.chunk])
         if action.kind == "F" and self.stages[action.chunk] == self.placement.stages - 1:
             self.coming.append((self.free, action._replace(kind=self.backward)))
         if action.kind == "I":
@@ -118,7 +118,7 @@ class _Rank:
         best = min(here, key=lambda item: self._order(item[1]))
         if best[1].kind == "W" and self.rules.look_ahead:
             later = self._next_arrival(at)
-            if later is not None and later < at + self.times.of(
+            if later is not None and later < at + self.times.duration(
                 best[1], self.stages[best[1].chunk]
             ):
                 return None

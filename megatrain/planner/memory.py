@@ -131,7 +131,7 @@ class _Layers:
         p, train = config.parallel, config.train
         self.dtype = DTYPES[train.dtype]
         length = config.data.sequence_length // (p.tensor if p.sequence else 1)
-        self.flow_shape = (length, train.micro_batch_size, architecture.hidden_size)
+        self.hidden_shape = (length, train.micro_batch_size, architecture.hidden_size)
         self.message_bytes = (
             length * train.micro_batch_size * architecture.hidden_size * self.dtype.itemsize
         )
@@ -181,7 +181,7 @@ class _Layers:
             self._seen[kind] = measure(
                 layer,
                 self.microbatch,
-                flow_shape=self.flow_shape,
+                hidden_shape=self.hidden_shape,
                 dtype=self.dtype,
                 device=self.device,
                 split=self.split,
@@ -291,7 +291,9 @@ class _Messages:
     def __init__(self, schedule: Schedule, rank: int, on_cpu: bool) -> None:
         self.placement, self.rank, self.on_cpu = schedule.placement, rank, on_cpu
         self.coming = sum(self._comes(action) for action in schedule.actions[rank]) if on_cpu else 0
-        self.leaving: deque[Action] = deque(maxlen=P2PCommunicator.HELD if on_cpu else 1)
+        self.leaving: deque[Action] = deque(
+            maxlen=P2PCommunicator.MAX_PENDING_SENDS if on_cpu else 1
+        )
         self.in_flight: set[tuple[int, int]] = set()
 
     @property
@@ -310,19 +312,19 @@ class _Messages:
             self.in_flight.add(action[1:])
         elif action.kind in ("B", "I"):
             self.in_flight.discard(action[1:])
-        place = self.placement.given_to(self.rank, action)
+        place = self.placement.consumer(self.rank, action)
         if place is not None and place.rank != self.rank:
             self.leaving.append(action)
 
     def enters(self, action: Action) -> bool:
         """Whether the chunk's forward takes in a message."""
         return (
-            self.placement.taken_from(self.rank, Action("F", action.microbatch, action.chunk))
+            self.placement.producer(self.rank, Action("F", action.microbatch, action.chunk))
             is not None
         )
 
     def _comes(self, action: Action) -> bool:
-        place = self.placement.taken_from(self.rank, action)
+        place = self.placement.producer(self.rank, action)
         return place is not None and place.rank != self.rank
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from megatrain.pipeline.schedule import Placement, Schedule
-from megatrain.pipeline.schedules import SCHEDULES, make_schedule
+from megatrain.pipeline.schedules import SCHEDULES, build_schedule
 from megatrain.pipeline.simulator import Times, even_times, simulate
 from megatrain.planner.cost_model import CostModel, Counts, cut_of, even_cuts, search_cuts
 from megatrain.planner.list_scheduler import SchedulingRules, list_schedule
@@ -84,10 +84,10 @@ def find_candidates(
 def _named(ranks: int, microbatches: int) -> Iterator[Schedule]:
     """Every schedule that could be best: gpipe waits as 1f1b does and holds more."""
     for name, family in SCHEDULES.items():
-        if name == "gpipe" or microbatches < family.fewest_microbatches(ranks):
+        if name == "gpipe" or microbatches < family.min_microbatches(ranks):
             continue
         for chunks in range(2, MOST_CHUNKS + 1) if family.any_chunks else [family.chunks]:
-            yield make_schedule(name, ranks, microbatches, chunks)
+            yield build_schedule(name, ranks, microbatches, chunks)
 
 
 def _rules(ranks: int, microbatches: int) -> list[SchedulingRules]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from megatrain.pipeline.schedule import Action, Kind, Message, Placement, Schedule, message
+from megatrain.pipeline.schedule import Action, Kind, Payload, Placement, Schedule, payload_of
 from megatrain.pipeline.simulator import Timeline, Times, simulate
 from megatrain.telemetry.trace_format import RankTrace, StepTrace, schedule_of
 
@@ -39,7 +39,7 @@ class MeasuredTimes(Times):
     by_kind: KindTimes
     single: dict[tuple[Action, int], float] | None = None
 
-    def of(self, action: Action, stage: int) -> float:
+    def duration(self, action: Action, stage: int) -> float:
         if self.single is not None:
             return self.single[action, stage]
         return self.by_kind[action.kind, stage]
@@ -137,22 +137,22 @@ def _mean_times(single: dict[tuple[Action, int], float]) -> KindTimes:
 def message_seconds(pipeline: list[RankTrace]) -> list[float]:
     """Of each message that its receiver was waiting for when it was sent: from the sender's end to the receiver's go."""
     placement = pipeline[0].placement
-    made: dict[tuple[Message, int, int], float] = {}
+    made: dict[tuple[Payload, int, int], float] = {}
     for trace in pipeline:
         for a in trace.actions:
             if a.action.kind != "W":
                 made[
-                    message(a.action.kind),
+                    payload_of(a.action.kind),
                     a.action.microbatch,
                     placement.stage(trace.pipeline, a.action.chunk),
                 ] = a.end
     seconds = []
     for trace in pipeline:
         for a in trace.actions:
-            source = placement.taken_from(trace.pipeline, a.action)
+            source = placement.producer(trace.pipeline, a.action)
             if source is None or source.rank == trace.pipeline:
                 continue
-            sent = made[message(a.action.kind), a.action.microbatch, placement.stage(*source)]
+            sent = made[payload_of(a.action.kind), a.action.microbatch, placement.stage(*source)]
             if sent > a.start:
                 seconds.append(max(a.ready - sent, 0.0))
     return seconds
@@ -328,7 +328,7 @@ def _stage_times(measured: Measured) -> list[StageTimes]:
         found.append(
             StageTimes(
                 stage,
-                measured.placement.place(stage).rank,
+                measured.placement.location(stage).rank,
                 title,
                 measured.by_kind["F", stage],
                 backward_seconds(measured.by_kind, stage),

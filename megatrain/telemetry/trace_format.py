@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.errors import UserError
-from megatrain.pipeline.communication import ScheduleError, check_schedule
 from megatrain.pipeline.schedule import Action, Placement, Schedule, peak_activations
+from megatrain.pipeline.verify import ScheduleError, check_schedule
 
 FOLDER = "trace"
 _NAME = re.compile(r"step-(\d{8})-rank-(\d{5})\.json")

@@ -28,13 +28,14 @@ from megatrain.distributed.collectives import all_reduce, broadcast_object
 from megatrain.distributed.mesh import MeshAxis, ProcessMesh
 from megatrain.errors import ConfigError
 from megatrain.models.config import TransformerConfig
-from megatrain.pipeline.csv import write_schedule
+from megatrain.models.counts import layer_costs
 from megatrain.pipeline.p2p import P2PCommunicator
 from megatrain.pipeline.partition import blocks_per_stage, cut_layers
-from megatrain.pipeline.registry import choose_schedule
+from megatrain.pipeline.registry import make_schedule
 from megatrain.pipeline.schedule import Schedule
+from megatrain.pipeline.schedule_csv import write_schedule
 from megatrain.pipeline.schedules import SCHEDULES
-from megatrain.pipeline.stage_builder import layer_costs, run_schedule
+from megatrain.pipeline.stage_builder import run_schedule
 from megatrain.planner.schedule_search import ScheduleCandidate, candidate_of, find_candidates
 from megatrain.training.calibrate import ScheduleProfiler
 
@@ -319,8 +320,11 @@ def _read(config: Config, asked: dict[str, Any]) -> _Choice | None:
         name = (
             str(path.with_name(ACTIONS)) if kept["schedule"].endswith(".csv") else kept["schedule"]
         )
-        schedule = choose_schedule(
-            name, ranks=config.parallel.pipeline, microbatches=microbatches, virtual=kept["virtual"]
+        schedule = make_schedule(
+            name,
+            ranks=config.parallel.pipeline,
+            microbatches=microbatches,
+            virtual_stages=kept["virtual"],
         )
         counts = [int(count) for count in kept["layers_per_stage"]]
         words = f"{schedule.name} with {counts} blocks by stage, as chosen when the run began ({path} keeps it)"

@@ -28,7 +28,7 @@ from megatrain.optim.null import NullOptimizer
 from megatrain.optim.param_groups import STATES
 from megatrain.pipeline.p2p import P2PCommunicator
 from megatrain.pipeline.schedule import Schedule
-from megatrain.pipeline.schedules import make_schedule
+from megatrain.pipeline.schedules import build_schedule
 from megatrain.planner.cost_model import cost_model
 from megatrain.planner.schedule_search import LayerBytes, MeasuredCosts
 from megatrain.telemetry.bubble_analysis import measure
@@ -116,7 +116,7 @@ class ScheduleProfiler:
         tracer = Tracer(runner, Path(), steps=range(2 * TRACED), keep=traces.append)
         plain = runner.schedule
         for number, schedule in enumerate(
-            (plain, make_schedule("zb-h1", self.mesh.pipeline.size, runner.microbatches))
+            (plain, build_schedule("zb-h1", self.mesh.pipeline.size, runner.microbatches))
         ):
             runner.set_schedule(schedule)
             for step in range(number * TRACED, (number + 1) * TRACED):

@@ -16,20 +16,13 @@ from megatrain.data.tokenizer import describe_load_error
 from megatrain.distributed import device as device_module
 from megatrain.errors import ConfigError, DataError
 from megatrain.models.config import TransformerConfig
+from megatrain.models.counts import count_adapter_parameters, count_parameters, parameter_shapes
 from megatrain.models.lora import target_names
 from megatrain.models.params import check_tensor_split
 from megatrain.models.quantize import check_bitsandbytes, check_blocks
 from megatrain.models.transformer import LayerSpec
 from megatrain.ops.fused import check_compile
-from megatrain.pipeline.stage_builder import (
-    adapter_parameters,
-    check_pipeline,
-    memory_schedule,
-    plan_ranks,
-    rank_specs,
-    total_parameters,
-    whole_tensors,
-)
+from megatrain.pipeline.stage_builder import check_pipeline, memory_schedule, plan_ranks, rank_specs
 from megatrain.telemetry import console
 from megatrain.telemetry.exporters import check_exporters
 from megatrain.training.task import DataSource, Task
@@ -152,7 +145,7 @@ def check_weights(config: Config, a: TransformerConfig, *, resumes: bool) -> Non
     if config.train.init_from is not None and (not resumes or config.lora.rank):
         if not Path(config.train.init_from).exists():
             raise no_start(config.train.init_from)
-        Pretrained(config.train.init_from, a).check(whole_tensors(a))
+        Pretrained(config.train.init_from, a).check(parameter_shapes(a))
 
 
 def check_tokenizer(config: Config, a: TransformerConfig) -> None:
@@ -336,7 +329,7 @@ def run_header(
     words = console.header(
         name=config.run_name,
         model=architecture.model_type,
-        num_parameters=total_parameters(architecture),
+        num_parameters=count_parameters(architecture),
         layout=layout,
         device=f"{world_size} ranks, {device}",
         dtype=config.train.dtype,
@@ -350,6 +343,6 @@ def run_header(
         words += "\n  compile the first step also compiles kernels, which can take a minute"
     if not config.lora.rank:
         return words
-    trained = adapter_parameters(config, architecture)
+    trained = count_adapter_parameters(architecture, config.lora)
     beside = " beside weights in 4 bits" if config.lora.quantize != "none" else ""
-    return f"{words}\n  lora    adapters of rank {config.lora.rank}{beside}: {trained:,} parameters are trained, {trained / total_parameters(architecture):.2%} of the model's"
+    return f"{words}\n  lora    adapters of rank {config.lora.rank}{beside}: {trained:,} parameters are trained, {trained / count_parameters(architecture):.2%} of the model's"

@@ -19,9 +19,10 @@ from megatrain.data.gpt_dataset import parse_blend, select_paths
 from megatrain.data.split import Part
 from megatrain.errors import ConfigError, DataError, UserError
 from megatrain.models.config import TransformerConfig
+from megatrain.models.counts import layer_costs
 from megatrain.models.quantize import check_bitsandbytes
 from megatrain.pipeline.partition import cut_layers
-from megatrain.pipeline.stage_builder import RankPlan, layer_costs, memory_schedule, plan_ranks
+from megatrain.pipeline.stage_builder import RankPlan, memory_schedule, plan_ranks
 from megatrain.planner.disk import (
     check_free_space,
     estimate_disk,

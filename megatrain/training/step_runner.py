@@ -26,12 +26,13 @@ from megatrain.models.transformer import Head
 from megatrain.ops.dtypes import DTYPES
 from megatrain.optim.lr_schedule import learning_rate
 from megatrain.optim.zero import StepResult, ZeroOptimizer
-from megatrain.pipeline.communication import add_communication, check_schedule
+from megatrain.pipeline.communication import add_communication
 from megatrain.pipeline.executor import Executor
 from megatrain.pipeline.p2p import P2PCommunicator
 from megatrain.pipeline.schedule import Schedule
 from megatrain.pipeline.schedules import forward_only
 from megatrain.pipeline.stage_builder import build_stage, run_schedule
+from megatrain.pipeline.verify import check_schedule
 from megatrain.training import nonfinite
 from megatrain.training.nonfinite import NonFiniteStep
 from megatrain.training.ref_logprobs import ReferenceLogProbs
@@ -121,8 +122,8 @@ class StepRunner:
             channels = P2PCommunicator(mesh.pipeline, ring=placement.chunks > 1)
         self.executor = Executor(
             self.optimizer.module,
-            channels=channels,
-            flow_shape=(length, config.train.micro_batch_size, architecture.hidden_size),
+            communicator=channels,
+            hidden_shape=(length, config.train.micro_batch_size, architecture.hidden_size),
             dtype=DTYPES[config.train.dtype],
             device=device,
             activity=mesh.activity,
@@ -214,12 +215,12 @@ class StepRunner:
         if self.ref_logprobs is not None:
             self.ref_logprobs.attach(microbatches)
         elif reference_mode(self.config) == "adapters-off":
-            records, self.executor.records = (
-                self.executor.records,
+            records, self.executor.action_timings = (
+                self.executor.action_timings,
                 None,
             )  # a traced step is its schedule's actions
             self._forward_without_adapters(microbatches)
-            self.executor.records = records
+            self.executor.action_timings = records
             for microbatch in microbatches:
                 microbatch.reference = microbatch.log_probs
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from megatrain.pipeline.executor import Executor, Lap
+from megatrain.pipeline.executor import Executor, TimedPhase
 
-KINDS: dict[Lap, str] = {
+KINDS: dict[TimedPhase, str] = {
     "arrival": "waiting",
     "F": "forward",
     "B": "backward",
@@ -31,9 +31,9 @@ class StepTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.on_stream = device.type == "cuda"
-        self._laps: list[tuple[Lap, Any]] = []
+        self._laps: list[tuple[TimedPhase, Any]] = []
 
-    def lap(self, ended: Lap) -> None:
+    def lap(self, ended: TimedPhase) -> None:
         if self.on_stream:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -57,9 +57,9 @@ class StepTimer:
 @contextlib.contextmanager
 def timed(executor: Executor, *, wanted: bool) -> Iterator[StepTimer]:
     """Take the laps of what the executor does inside, if `wanted`."""
-    stopwatch, before = StepTimer(executor.device), executor.lap
-    executor.lap = stopwatch.lap if wanted else before
+    stopwatch, before = StepTimer(executor.device), executor.timing
+    executor.timing = stopwatch.lap if wanted else before
     try:
         yield stopwatch
     finally:
-        executor.lap = before
+        executor.timing = before

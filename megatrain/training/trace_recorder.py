@@ -75,17 +75,17 @@ class Tracer:
         executor = self.runner.executor
         offset = self.clock.offset()
         device_module.reset_peak_memory(self.runner.device)
-        executor.records = []
+        executor.action_timings = []
         try:
             with layer_marks(own_layers(self.runner), self.runner.device) as marks:
                 started = time.perf_counter()
                 yield
                 seconds = time.perf_counter() - started
             actions = traced_actions(
-                executor.records, marks.all(), offset, on_stream=marks.on_stream
+                executor.action_timings, marks.all(), offset, on_stream=marks.on_stream
             )
         finally:
-            executor.records = None
+            executor.action_timings = None
         if self.keep is not None:
             self.keep(self._trace(step, seconds, actions, offset))
             return
@@ -146,7 +146,7 @@ def stage_titles(runner: StepRunner) -> list[list[str]]:
     """Of the layers, by stage of the model."""
     placement = runner.schedule.placement
     specs = rank_specs(runner.config, runner.architecture, placement)
-    places = [placement.place(stage) for stage in range(placement.stages)]
+    places = [placement.location(stage) for stage in range(placement.stages)]
     return [[spec.title for spec in specs[place.rank][place.chunk]] for place in places]
 
 

@@ -28,8 +28,9 @@ from megatrain.distributed.mesh import make_mesh
 from megatrain.distributed.sharding import parameters
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.models.config import load_hf_config, read_config
+from megatrain.models.counts import parameter_shapes
 from megatrain.optim.zero import Fragment
-from megatrain.pipeline.stage_builder import build_stage, whole_tensors
+from megatrain.pipeline.stage_builder import build_stage
 
 MODEL = {
     "model_type": "llama",
@@ -250,7 +251,7 @@ def read_run(folder):
     for path in sorted((folder / "run" / "checkpoints").glob("step-*")):
         own = read_config(load_hf_config(str(path)))
         pretrained = Pretrained(path, own)
-        pretrained.check(whole_tensors(own))
+        pretrained.check(parameter_shapes(own))
         pretrained.load_weights(build_stage(config, own, make_mesh(0, connect=False), "cpu"), 0)
 
 

@@ -16,7 +16,7 @@ from megatrain.config import loader as configuration
 from megatrain.distributed.reshard import intervals_of, make_flat_shard
 from megatrain.errors import CheckpointError
 from megatrain.models.config import load_hf_config, read_config
-from megatrain.pipeline.stage_builder import whole_tensors
+from megatrain.models.counts import parameter_shapes
 
 SIZES = {"vocab_size": 67, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = {
@@ -222,7 +222,7 @@ def check(folder, **fields):
     )
     architecture = read_config(load_hf_config(config.model))
     pretrained = Pretrained(folder, architecture)
-    pretrained.check(whole_tensors(architecture))
+    pretrained.check(parameter_shapes(architecture))
     return pretrained
 
 
@@ -262,7 +262,7 @@ def test_names_without_the_base_models_prefix(model, folders, tmp_path):
     stripped = check(resaved(folders[model], tmp_path / "base", change))
     assert all(
         stripped._home(name)
-        for name in whole_tensors(read_config(load_hf_config(str(folders[model]))))
+        for name in parameter_shapes(read_config(load_hf_config(str(folders[model]))))
     )
 
 

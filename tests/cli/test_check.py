@@ -98,7 +98,7 @@ MISTAKES = {
     "lr_schedule.warmup_steps=40": "lr_schedule.warmup_steps=40 is more than the 12 steps",
     "lr_schedule.min_lr=1": "lr_schedule.min_lr=1.0 is above optimizer.lr=0.0003",
     "parallel.tensor=3": "parallel.tensor=3 does not fit num_attention_heads=4",
-    "parallel.pipeline=5": "parallel.pipeline=5 is more than num_hidden_layers=4",
+    "parallel.pipeline=5": "parallel.pipeline=5 must be at most num_hidden_layers=4",
     "parallel.data=3": "train.global_batch_size=4 is not a multiple of train.micro_batch_size=2 x data size 3",
     "parallel.zero=2 parallel.pipeline=2": "parallel.zero=2 needs parallel.pipeline=1 and it is 2",
     "parallel.sequence=true": "parallel.sequence=true splits the sequence among tensor ranks",

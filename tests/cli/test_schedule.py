@@ -61,11 +61,11 @@ def test_files(capsys, tmp_path):
         (["zb", *SIZE], "error: parallel.schedule=zb is not a schedule"),
         (
             ["dualpipev", "--ranks", "4", "--microbatches", "4"],
-            "error: train.global_batch_size=4 makes 4 microbatches",
+            "error: train.global_batch_size=4 gives 4 microbatches",
         ),
         (
             ["zb-h1", *SIZE, "--virtual", "2"],
-            "error: parallel.virtual=2 and parallel.schedule=zb-h1 has one chunk",
+            "error: parallel.virtual=2 is not supported by parallel.schedule=zb-h1",
         ),
         (["none.csv", *SIZE], "error: parallel.schedule=none.csv cannot be read"),
         (["1f1b", *SIZE, "--svg", "/nowhere/x.svg"], "error: /nowhere/x.svg cannot be written"),

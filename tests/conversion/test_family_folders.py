@@ -37,7 +37,7 @@ def import_and_save(rank, world_size, root):
     from megatrain.checkpoint.train_state import TrainState
     from megatrain.distributed.mesh import make_mesh
     from megatrain.models.config import load_hf_config, read_config
-    from megatrain.pipeline.stage_builder import whole_tensors
+    from megatrain.models.counts import parameter_shapes
     from megatrain.training.step_runner import StepRunner
 
     for name in NAMES:
@@ -58,7 +58,7 @@ def import_and_save(rank, world_size, root):
             data=config.data_size(world_size),
         )
         pretrained = Pretrained(root / name / "hf", architecture)
-        pretrained.check(whole_tensors(architecture))
+        pretrained.check(parameter_shapes(architecture))
         runner = StepRunner(config, architecture, mesh, torch.device("cpu"), pretrained=pretrained)
         saver = Checkpointer(
             root / name / f"ours-{world_size}",

@@ -16,7 +16,7 @@ from megatrain.conversion.folders import check_coverage
 from megatrain.conversion.sources import row_blocks_of
 from megatrain.errors import UserError
 from megatrain.models.config import read_config
-from megatrain.pipeline.stage_builder import whole_tensors
+from megatrain.models.counts import parameter_shapes
 
 SMALL = {
     **LLAMA,
@@ -48,7 +48,7 @@ def read_through(folder, config):
     """Every tensor, as a conversion reads it."""
     source = open_source(folder, Hints(config=str(config)))
     architecture = read_config(source.config)
-    expected = whole_tensors(architecture)
+    expected = parameter_shapes(architecture)
     source.adopt(architecture, expected)
     check_coverage(source, architecture, expected)
     for name in expected:

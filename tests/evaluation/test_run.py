@@ -312,7 +312,7 @@ REFUSED = {
     "{model}": "there is nothing to evaluate on: give DATA",
     "{model} {texts} optimizer.lr=1": "optimizer.lr=1 is not read by `megatrain evaluate`; it reads run.output_dir",
     "{model} {texts} parallel.tensor=3": "parallel.tensor=3 does not fit num_attention_heads=4",
-    "{model} {texts} parallel.pipeline=4": "parallel.pipeline=4 is more than num_hidden_layers=3; use at most 3",
+    "{model} {texts} parallel.pipeline=4": "parallel.pipeline=4 must be at most num_hidden_layers=3",
     "{model} {texts} train.dtype=fp16": "train.dtype=fp16 needs a GPU",
     "{model} {texts} --window 65": "--window=65 must be from 1 to the model's 64 positions",
     "{model} {texts} --window 8 --stride 9": "--stride=9 must be from 1 to --window=8",

@@ -7,14 +7,17 @@ import threading
 
 import pytest
 
-from megatrain.pipeline.communication import (
-    ScheduleError,
-    add_communication,
-    check_instructions,
-    check_schedule,
+from megatrain.pipeline.communication import add_communication
+from megatrain.pipeline.schedule import (
+    Action,
+    Message,
+    P2POp,
+    Placement,
+    Schedule,
+    peak_activations,
 )
-from megatrain.pipeline.schedule import Action, Placement, Schedule, Transfer, peak_activations
-from megatrain.pipeline.schedules import SCHEDULES, make_schedule
+from megatrain.pipeline.schedules import SCHEDULES, build_schedule
+from megatrain.pipeline.verify import ScheduleError, check_instructions, check_schedule
 
 SIZES = [(1, 3, None), (2, 4, None), (3, 7, None), (4, 8, None)]
 
@@ -25,7 +28,7 @@ def schedules():
             *SIZES,
             *([(2, 5, 3), (3, 3, 4)] if name == "interleaved" else []),
         ]:
-            yield make_schedule(name, ranks, microbatches, chunks), microbatches
+            yield build_schedule(name, ranks, microbatches, chunks), microbatches
 
 
 def named(case):
@@ -54,12 +57,12 @@ def can_run(schedule):
                 needs.add((rank, actions[index - 1]))
             stage = schedule.placement.stage(rank, action.chunk)
             if action.kind == "F" and stage:
-                place = schedule.placement.place(stage - 1)
+                place = schedule.placement.location(stage - 1)
                 needs.add((place.rank, action._replace(chunk=place.chunk)))
             if action.kind in "BI":
                 needs.add((rank, action._replace(kind="F")))
                 if stage + 1 < schedule.placement.stages:
-                    place = schedule.placement.place(stage + 1)
+                    place = schedule.placement.location(stage + 1)
                     theirs = [
                         a
                         for a in schedule.actions[place.rank]
@@ -83,7 +86,7 @@ def can_run(schedule):
 
 def test_transfers_of_1f1b_as_drawn():
     assert [
-        " ".join(str(i) for i in rank) for rank in add_communication(make_schedule("1f1b", 2, 2))
+        " ".join(str(i) for i in rank) for rank in add_communication(build_schedule("1f1b", 2, 2))
     ] == [
         "F0 send F0 to rank 1 receive B0 from rank 1 F1 send F1 to rank 1 receive B1 from rank 1 B0 B1",
         "receive F0 from rank 0 F0 receive F1 from rank 0 B0 send B0 to rank 0 F1 B1 send B1 to rank 0",
@@ -91,13 +94,18 @@ def test_transfers_of_1f1b_as_drawn():
 
 
 def test_at_the_turning_point_of_a_v_the_result_is_kept():
-    v = make_schedule("zb-v", 2, 3)
+    v = build_schedule("zb-v", 2, 3)
     first, last = add_communication(v)
     assert {
-        (t.kind, t.chunk) for t in last if isinstance(t, Transfer) and t.direction == "keep"
-    } == {("F", 1), ("B", 0)}
-    assert not [t for t in first if isinstance(t, Transfer) and t.direction == "keep"]
-    assert last[last.index(Action("F", 0)) + 1] == Transfer("keep", "F", 0, 1, 1)
+        (t.message.payload, t.message.chunk)
+        for t in last
+        if isinstance(t, P2POp) and t.direction == "local"
+    } == {
+        ("F", 1),
+        ("B", 0),
+    }
+    assert not [t for t in first if isinstance(t, P2POp) and t.direction == "local"]
+    assert last[last.index(Action("F", 0)) + 1] == P2POp("local", Message("F", 0, 1), 1)
 
 
 @pytest.mark.parametrize("case", schedules(), ids=named)
@@ -110,11 +118,11 @@ def test_a_receive_is_posted_before_the_action_that_precedes_its_use(case):
             if isinstance(instruction, Action):
                 done += 1
             elif instruction.direction == "receive":
-                kinds = "F" if instruction.kind == "F" else "BI"
+                kinds = "F" if instruction.message.payload == "F" else "BI"
                 use = next(
                     n
                     for n, a in enumerate(computing)
-                    if a.kind in kinds and a[1:] == instruction[2:4]
+                    if a.kind in kinds and a[1:] == instruction.message[1:]
                 )
                 assert done <= max(use - 1, 0)
 
@@ -131,8 +139,8 @@ def run_on_threads(schedule, microbatches):
         try:
             for i in instructions:
                 if isinstance(i, Action):
-                    key = ("F" if i.kind == "F" else "B", i.microbatch, i.chunk)
-                    source = placement.taken_from(rank, i)
+                    key = Message("F" if i.kind == "F" else "B", i.microbatch, i.chunk)
+                    source = placement.producer(rank, i)
                     while source and source.rank != rank and key not in here:
                         here[posted[source.rank].pop(0)] = channels[source.rank, rank].get(
                             timeout=200
@@ -141,12 +149,12 @@ def run_on_threads(schedule, microbatches):
                         *(here.pop(key) if source else []),
                         (key[0], placement.stage(rank, i.chunk), i.microbatch),
                     ]
-                    if i.kind != "W" and placement.given_to(rank, i) is None:
+                    if i.kind != "W" and placement.consumer(rank, i) is None:
                         ends[key[0], i.microbatch] = made
                 elif i.direction == "receive":
-                    posted.setdefault(i.peer, []).append(i[1:4])
-                elif i.direction == "keep":
-                    here[i[1:4]] = made
+                    posted.setdefault(i.peer, []).append(i.message)
+                elif i.direction == "local":
+                    here[i.message] = made
                 else:
                     channels[rank, i.peer].put(made)
         except Exception as error:
@@ -178,7 +186,7 @@ def test_a_sender_and_a_receiver_of_other_orders_still_meet():
     schedule = Schedule(
         "reversed", Placement(2), [forwards + backwards, forwards[::-1] + backwards], [3, 3]
     )
-    assert [i.microbatch for i in add_communication(schedule)[1][:3]] == [0, 1, 2]
+    assert [op.message.microbatch for op in add_communication(schedule)[1][:3]] == [0, 1, 2]
     check_schedule(schedule, 3)
     run_on_threads(schedule, 3)
 
@@ -192,9 +200,7 @@ def test_a_dropped_action_is_named(case):
     for rank, actions in enumerate(schedule.actions):
         for index, action in enumerate(actions):
             # A whole backward's absence is one action; of a split one, the other half shows what is missing.
-            with pytest.raises(
-                ScheduleError, match=rf"rank {rank} lacks {action} and has nothing too much"
-            ):
+            with pytest.raises(ScheduleError, match=rf"rank {rank}: missing {action}$"):
                 check_schedule(
                     changed(schedule, rank, actions[:index] + actions[index + 1 :]), microbatches
                 )
@@ -205,7 +211,7 @@ def test_a_duplicated_action_is_named(case):
     schedule, microbatches = case
     for rank, actions in enumerate(schedule.actions):
         for index, action in enumerate(actions):
-            with pytest.raises(ScheduleError, match=f"rank {rank} does {action} 2 times"):
+            with pytest.raises(ScheduleError, match=f"rank {rank}: {action} occurs 2 times"):
                 check_schedule(
                     changed(schedule, rank, [*actions[:index], action, *actions[index:]]),
                     microbatches,
@@ -230,7 +236,9 @@ def test_a_swap_passes_only_where_it_can_run_in_the_declared_memory(case):
         except ScheduleError as error:
             passed, said = False, str(error)
         assert passed == can_run(mutant)
-        assert passed or any(words in said for words in ("before", "deadlock", "declares at most"))
+        assert passed or any(
+            words in said for words in ("precedes", "deadlock", "declared at most")
+        )
         verdicts.add(passed)
     assert False in verdicts
 
@@ -238,12 +246,12 @@ def test_a_swap_passes_only_where_it_can_run_in_the_declared_memory(case):
 @pytest.mark.parametrize(
     ("actions", "message"),
     [
-        ([["B0", "F0"]], "rank 0 does B0 before F0"),
-        ([["F0", "W0", "I0"]], "rank 0 does W0 before I0"),
-        ([["F0", "I0"]], "rank 0 lacks W0 and has nothing too much"),
-        ([["F0", "B0", "W0"]], "rank 0 lacks I0 and has B0 too much"),
-        ([["F0", "B0", "F1"]], "rank 0 lacks nothing and has F1 too much"),
-        ([["F0", "B0"], ["F0", "B0"]], "there are actions for 2 ranks and not 1"),
+        ([["B0", "F0"]], "rank 0: B0 precedes F0"),
+        ([["F0", "W0", "I0"]], "rank 0: W0 precedes I0"),
+        ([["F0", "I0"]], "rank 0: missing W0"),
+        ([["F0", "B0", "W0"]], "rank 0: missing I0; unexpected B0"),
+        ([["F0", "B0", "F1"]], "rank 0: unexpected F1"),
+        ([["F0", "B0"], ["F0", "B0"]], "actions for 2 ranks; expected 1"),
     ],
 )
 def test_messages(actions, message):
@@ -258,14 +266,14 @@ def test_a_deadlock_names_who_waits_where():
     back = [Action("B", 0), Action("B", 1)]
     crossed = Schedule("", Placement(2), [[a, back[0], b, back[1]], [b, a, *back]], [9, 9])
     with pytest.raises(
-        ScheduleError, match="deadlock: rank 0 waits for ever at B0, rank 1 waits for ever at F1"
+        ScheduleError, match="deadlock: rank 0 is blocked on B0, rank 1 is blocked on F1"
     ):
         check_schedule(crossed, 2)
 
 
 def test_more_activations_than_declared():
-    schedule = make_schedule("gpipe", 2, 4)
-    with pytest.raises(ScheduleError, match="rank 0 holds 4 activations and declares at most 3"):
+    schedule = build_schedule("gpipe", 2, 4)
+    with pytest.raises(ScheduleError, match="rank 0: holds 4 activations, declared at most 3"):
         check_schedule(Schedule("", schedule.placement, schedule.actions, [3, 4]), 4)
 
 
@@ -287,12 +295,12 @@ def test_activations_are_held_until_w():
 
 
 def mutate_instructions(kind, direction):
-    schedule = make_schedule("interleaved", 2, 4)
+    schedule = build_schedule("interleaved", 2, 4)
     lists = add_communication(schedule)
     where = [
         i
         for i, step in enumerate(lists[1])
-        if isinstance(step, Transfer) and step.direction == direction
+        if isinstance(step, P2POp) and step.direction == direction
     ]
     if kind == "drop":
         del lists[1][where[2]]
@@ -306,11 +314,11 @@ def mutate_instructions(kind, direction):
 @pytest.mark.parametrize(
     ("kind", "direction", "message"),
     [
-        ("drop", "receive", "deadlock: .* rank 1 waits for ever at F0.1"),
+        ("drop", "receive", "deadlock: .* rank 1 is blocked on F0.1"),
         ("drop", "send", "arrives"),
         ("duplicate", "receive", "arrives"),
         ("duplicate", "send", "arrives"),
-        ("swap", "receive", "rank 1 is to receive F0.1 from rank 0 and F1 arrives"),
+        ("swap", "receive", "rank 1: expects F0.1 from rank 0, but F1 arrives"),
         ("swap", "send", "arrives"),
     ],
 )
@@ -321,18 +329,18 @@ def test_wrong_transfers_are_refused(kind, direction, message):
 
 
 def test_a_kept_result_that_is_lost_or_left_over():
-    schedule = make_schedule("zb-v", 1, 1)
+    schedule = build_schedule("zb-v", 1, 1)
     lists = add_communication(schedule)
-    keep = next(step for step in lists[0] if isinstance(step, Transfer))
-    with pytest.raises(ScheduleError, match=r"waits for ever at F0\.1"):
+    keep = next(step for step in lists[0] if isinstance(step, P2POp))
+    with pytest.raises(ScheduleError, match=r"is blocked on F0\.1"):
         check_instructions([[step for step in lists[0] if step != keep]], schedule.placement)
-    with pytest.raises(ScheduleError, match=r"receives F0\.1 and does nothing with it"):
+    with pytest.raises(ScheduleError, match=r"rank 0: F0\.1 is never used"):
         check_instructions([[*lists[0], keep]], schedule.placement)
 
 
 def test_a_message_that_nobody_receives():
-    schedule = make_schedule("1f1b", 2, 1)
+    schedule = build_schedule("1f1b", 2, 1)
     lists = add_communication(schedule)
-    lists[0].append(Transfer("send", "F", 7, 0, 1))
-    with pytest.raises(ScheduleError, match="rank 0 sends F7 and rank 1 never receives it"):
+    lists[0].append(P2POp("send", Message("F", 7, 0), 1))
+    with pytest.raises(ScheduleError, match="rank 1 never receives F7 from rank 0"):
         check_instructions(lists, schedule.placement)

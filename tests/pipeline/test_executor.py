@@ -18,12 +18,13 @@ from megatrain.distributed.mesh import MeshAxis
 from megatrain.distributed.tensor_parallel import linear
 from megatrain.models.transformer import HiddenStates
 from megatrain.pipeline import executor as executor_file
-from megatrain.pipeline.communication import add_communication, check_instructions
-from megatrain.pipeline.csv import read_schedule, write_schedule
+from megatrain.pipeline.communication import add_communication
 from megatrain.pipeline.executor import Executor, receives_first
 from megatrain.pipeline.p2p import P2PCommunicator
-from megatrain.pipeline.schedule import Action, Transfer
-from megatrain.pipeline.schedules import SCHEDULES, forward_only, make_schedule
+from megatrain.pipeline.schedule import Action, P2POp
+from megatrain.pipeline.schedule_csv import read_schedule, write_schedule
+from megatrain.pipeline.schedules import SCHEDULES, build_schedule, forward_only
+from megatrain.pipeline.verify import check_instructions
 
 WIDTH, LOSS_WEIGHT = 4, 3.0
 
@@ -41,7 +42,7 @@ class Case(NamedTuple):
         return (
             read_schedule(self.file, self.ranks)
             if self.file
-            else make_schedule(self.name, self.ranks, self.microbatches, self.chunks)
+            else build_schedule(self.name, self.ranks, self.microbatches, self.chunks)
         )
 
 
@@ -126,7 +127,7 @@ class Watch(list):
     def append(self, record):
         super().append(record)
         self.alive.append(self.layers.alive())
-        self.held.append(0 if self.channels is None else len(self.channels._sending))
+        self.held.append(0 if self.channels is None else len(self.channels._sends))
 
 
 class Outcome(NamedTuple):
@@ -147,21 +148,21 @@ def autograd(output, grad, *, last):
 def run_case(rank, channels, case, monkeypatch, *, train=True):
     schedule = case.schedule() if train else forward_only(case.schedule())
     placement = schedule.placement
-    end = placement.place(placement.stages - 1)
+    end = placement.location(placement.stages - 1)
     layers = Layers(placement.stages_of(rank), end.chunk if end.rank == rank else None)
     steps = []
-    whole = executor_file._Run
+    whole = executor_file._StepExecution
     monkeypatch.setattr(
-        executor_file, "_Run", lambda *args: steps.append(whole(*args)) or steps[-1]
+        executor_file, "_StepExecution", lambda *args: steps.append(whole(*args)) or steps[-1]
     )
     executor = Executor(
         layers,
-        channels=channels,
-        flow_shape=case.shape,
+        communicator=channels,
+        hidden_shape=case.shape,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    executor.records = watch = Watch(layers, channels)
+    executor.action_timings = watch = Watch(layers, channels)
     losses = executor.run(
         add_communication(schedule)[rank],
         microbatches(case),
@@ -175,8 +176,8 @@ def run_case(rank, channels, case, monkeypatch, *, train=True):
             (
                 steps[0].in_flight,
                 steps[0].deferred,
-                steps[0].arrived,
-                channels._sending if channels else [],
+                steps[0].inputs,
+                channels._sends if channels else [],
             ),
         )
     )
@@ -296,7 +297,11 @@ def test_nothing_is_left_after_a_step(outcomes, case):
 
 
 def test_messages_are_let_go_while_the_step_runs(outcomes, case):
-    assert all(held <= P2PCommunicator.HELD for train, _ in outcomes[case] for held in train.held)
+    assert all(
+        held <= P2PCommunicator.MAX_PENDING_SENDS
+        for train, _ in outcomes[case]
+        for held in train.held
+    )
 
 
 def test_evaluation_keeps_nothing_and_has_the_same_losses(outcomes, case):
@@ -310,7 +315,7 @@ def test_evaluation_keeps_nothing_and_has_the_same_losses(outcomes, case):
 
 def test_a_schedule_from_a_file_runs(tmp_path):
     """One that no name has: ZB-H1 whose last rank does each W at once."""
-    named_schedule = make_schedule("zb-h1", 2, 4)
+    named_schedule = build_schedule("zb-h1", 2, 4)
     order = [Action(kind, k) for k in range(4) for kind in "FIW"]
     path = tmp_path / "mine.csv"
     path.write_text(
@@ -336,7 +341,7 @@ def test_receives_first_is_legal_and_changes_nothing_else(case):
     first = [receives_first(instructions) for instructions in lists]
     check_instructions(first, schedule.placement)
     for before, after in zip(lists, first, strict=True):
-        receives = [i for i in before if isinstance(i, Transfer) and i.direction == "receive"]
+        receives = [i for i in before if isinstance(i, P2POp) and i.direction == "receive"]
         assert after == receives + [i for i in before if i not in receives]
 
 
@@ -354,8 +359,8 @@ def run_broken(rank, world, case, folder):
 
     executor = Executor(
         stage,
-        channels=channels,
-        flow_shape=case.shape,
+        communicator=channels,
+        hidden_shape=case.shape,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from megatrain.errors import ConfigError
-from megatrain.pipeline.partition import cut_layers
+from megatrain.pipeline.partition import cut_by_counts, cut_layers
 from megatrain.pipeline.schedule import Placement
 
 
@@ -35,24 +35,49 @@ def test_chunks_of_all_ranks_are_all_stages():
 
 
 @pytest.mark.parametrize(
-    ("stages", "chunks", "message"),
+    ("stages", "chunks", "message", "fix"),
     [
-        (7, 1, "parallel.pipeline=7 is more than num_hidden_layers=6; use at most 6"),
+        (
+            7,
+            1,
+            "parallel.pipeline=7 must be at most num_hidden_layers=6",
+            {"parallel.pipeline": 6},
+        ),
         (
             8,
             2,
-            "parallel.pipeline=4 with 2 chunks of layers a rank makes 8 stages, more than num_hidden_layers=6; "
-            "use parallel.pipeline=3 or less, or a schedule or parallel.virtual with fewer chunks",
+            "parallel.pipeline=4 with 2 virtual stages per rank gives 8 stages, more than "
+            "num_hidden_layers=6; set at most 3, or use fewer virtual stages "
+            "(parallel.virtual, parallel.schedule)",
+            {"parallel.pipeline": 3},
         ),
         (
             16,
             8,
-            "parallel.pipeline=2 with 8 chunks of layers a rank makes 16 stages, more than num_hidden_layers=6; "
-            "use a schedule or parallel.virtual with fewer chunks",
+            "parallel.pipeline=2 with 8 virtual stages per rank gives 16 stages, more than "
+            "num_hidden_layers=6; use fewer virtual stages (parallel.virtual, parallel.schedule)",
+            {"parallel.schedule": "1f1b", "parallel.virtual": None},
         ),
     ],
 )
-def test_more_stages_than_blocks(stages, chunks, message):
+def test_more_stages_than_blocks(stages, chunks, message, fix):
     with pytest.raises(ConfigError) as error:
         cut_layers([1.0] * 8, stages, chunks=chunks)
     assert str(error.value) == message
+    assert error.value.fix == fix
+
+
+@pytest.mark.parametrize(
+    ("counts", "requirement"),
+    [
+        ([3, 2, 1], "has 3 numbers, but the model has 2 stages"),
+        ([6, 0], "must have at least one block in each stage"),
+        ([3, 4], "has the sum 7, but num_hidden_layers=6"),
+    ],
+)
+def test_counts_that_do_not_match_the_model(counts, requirement):
+    with pytest.raises(ConfigError) as error:
+        cut_by_counts(counts, [1.0] * 8, 2)
+    assert error.value.requirement == requirement
+    assert error.value.fix == {"parallel.layers_per_stage": [3, 3]}
+    assert cut_by_counts([3, 3], [1.0] * 8, 2) == [range(4), range(4, 8)]

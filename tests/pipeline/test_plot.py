@@ -5,14 +5,14 @@ from xml.etree import ElementTree
 import pytest
 
 from megatrain.pipeline.plot import draw_svg, draw_text
-from megatrain.pipeline.schedules import SCHEDULES, forward_only, make_schedule
+from megatrain.pipeline.schedules import SCHEDULES, build_schedule, forward_only
 from megatrain.pipeline.simulator import even_times, simulate
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def timeline(name, ranks=4, microbatches=8, send=0.0):
-    schedule = make_schedule(name, ranks, microbatches)
+    schedule = build_schedule(name, ranks, microbatches)
     return simulate(
         schedule,
         even_times(schedule.placement, forward=1, input_gradient=1, weight_gradient=1, send=send),
@@ -78,7 +78,7 @@ def test_the_picture_holds_each_action_where_it_is(name):
 
 
 def test_evaluation_can_be_drawn_and_names_are_escaped():
-    schedule = forward_only(make_schedule("zb-v", 2, 3))
+    schedule = forward_only(build_schedule("zb-v", 2, 3))
     named = type(schedule)("a<b>&.csv", schedule.placement, schedule.actions, schedule.peaks)
     made = simulate(
         named, even_times(named.placement, forward=1, input_gradient=1, weight_gradient=1)

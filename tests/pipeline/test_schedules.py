@@ -1,14 +1,16 @@
 """Schedules: their drawings as data, legal for every size, as fast as published, and no slower than torch's."""
 
+import inspect
 import itertools
+from textwrap import dedent
 
 import pytest
 
 from megatrain.pipeline import schedules
-from megatrain.pipeline.communication import check_schedule
 from megatrain.pipeline.schedule import Action, Placement
-from megatrain.pipeline.schedules import SCHEDULES, forward_only, make_schedule
+from megatrain.pipeline.schedules import SCHEDULES, build_schedule, forward_only
 from megatrain.pipeline.simulator import even_times, simulate
+from megatrain.pipeline.verify import check_schedule
 
 # (function, name, ranks, microbatches, chunks): one column of three characters a unit of time; small letters: second chunk.
 DRAWINGS = {
@@ -71,7 +73,7 @@ def timeline(
     weight_gradient=1.0,
     send=0.0,
 ):
-    schedule = make_schedule(name, ranks, microbatches, chunks)
+    schedule = build_schedule(name, ranks, microbatches, chunks)
     times = even_times(
         schedule.placement,
         forward=forward,
@@ -85,7 +87,7 @@ def timeline(
 def sizes(name):
     family = SCHEDULES[name]
     for ranks in range(1, 9):
-        few = family.fewest_microbatches(ranks)
+        few = family.min_microbatches(ranks)
         for microbatches in sorted(
             {
                 few,
@@ -108,7 +110,7 @@ def sizes(name):
 @pytest.mark.parametrize(("function", "name", "ranks", "microbatches", "chunks"), DRAWINGS)
 def test_a_schedule_is_as_drawn(function, name, ranks, microbatches, chunks):
     drawing = DRAWINGS[function, name, ranks, microbatches, chunks]
-    assert drawing.rstrip() in getattr(schedules, function).__doc__
+    assert dedent(drawing).strip() in inspect.getdoc(getattr(schedules, function))
     work = {
         "forward": chunks,
         "input_gradient": chunks,
@@ -124,7 +126,7 @@ def test_a_schedule_is_as_drawn(function, name, ranks, microbatches, chunks):
 def test_every_size_is_legal_and_holds_no_more_than_declared(name):
     tried = 0
     for ranks, microbatches, chunks in sizes(name):
-        schedule = make_schedule(name, ranks, microbatches, chunks)
+        schedule = build_schedule(name, ranks, microbatches, chunks)
         peaks = check_schedule(schedule, microbatches)
         check_schedule(forward_only(schedule), microbatches, backward=False)
         if microbatches >= 2 * ranks:
@@ -148,7 +150,7 @@ def test_placements():
     ]
     for shape, ranks, chunks in itertools.product(["loop", "v"], range(1, 6), range(1, 4)):
         placement = Placement(ranks, chunks, shape)
-        places = [placement.place(stage) for stage in range(placement.stages)]
+        places = [placement.location(stage) for stage in range(placement.stages)]
         assert [placement.stage(*place) for place in places] == list(range(placement.stages))
         assert len(set(places)) == placement.stages
 
@@ -156,19 +158,19 @@ def test_placements():
 def test_a_result_goes_to_the_next_stage_and_a_gradient_to_the_one_before():
     v = Placement(2, 2, "v")
     assert [
-        v.given_to(0, Action("F", 0)),
-        v.given_to(1, Action("F", 0)),
-        v.given_to(0, Action("F", 0, 1)),
+        v.consumer(0, Action("F", 0)),
+        v.consumer(1, Action("F", 0)),
+        v.consumer(0, Action("F", 0, 1)),
     ] == [(1, 0), (1, 1), None]
     assert [
-        v.given_to(1, Action("I", 0, 1)),
-        v.given_to(0, Action("B", 0)),
-        v.given_to(1, Action("W", 0)),
+        v.consumer(1, Action("I", 0, 1)),
+        v.consumer(0, Action("B", 0)),
+        v.consumer(1, Action("W", 0)),
     ] == [(1, 0), None, None]
     assert [
-        v.taken_from(0, Action("F", 0)),
-        v.taken_from(1, Action("F", 0, 1)),
-        v.taken_from(0, Action("B", 0, 1)),
+        v.producer(0, Action("F", 0)),
+        v.producer(1, Action("F", 0, 1)),
+        v.producer(0, Action("B", 0, 1)),
     ] == [None, (1, 0), None]
 
 
@@ -265,7 +267,7 @@ def torch_schedule(cls, ranks, microbatches, chunks, shape):
             Action(
                 kinds[part.computation_type.name],
                 part.microbatch_index,
-                placement.place(part.stage_index).chunk,
+                placement.location(part.stage_index).chunk,
             )
             for part in parts
         ]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatrain.pipeline.communication import ScheduleError
 from megatrain.pipeline.schedule import Action, Placement, Schedule
-from megatrain.pipeline.schedules import make_schedule
+from megatrain.pipeline.schedules import build_schedule
 from megatrain.pipeline.simulator import Times, even_times, simulate
+from megatrain.pipeline.verify import ScheduleError
 
 
 def starts(timeline):
@@ -16,7 +16,7 @@ def starts(timeline):
 
 def test_messages_take_their_time_between_ranks():
     times = Times([1, 1], [1, 1], [1, 1], send=0.5)
-    made = simulate(make_schedule("1f1b", 2, 2), times)
+    made = simulate(build_schedule("1f1b", 2, 2), times)
     assert starts(made) == [
         [("F0", 0, 1), ("F1", 1, 2), ("B0", 5, 7), ("B1", 8, 10)],
         [("F0", 1.5, 2.5), ("B0", 2.5, 4.5), ("F1", 4.5, 5.5), ("B1", 5.5, 7.5)],
@@ -27,7 +27,7 @@ def test_messages_take_their_time_between_ranks():
 
 def test_messages_on_one_rank_take_none():
     made = simulate(
-        make_schedule("zb-v", 1, 1),
+        build_schedule("zb-v", 1, 1),
         even_times(Placement(1, 2, "v"), forward=2, input_gradient=2, weight_gradient=2, send=9),
     )
     assert starts(made) == [
@@ -39,7 +39,7 @@ def test_messages_on_one_rank_take_none():
 def test_stages_may_differ():
     """Stage 1 is the slow one, on rank 1; stage 3, rank 0's second chunk in a V of two ranks, is the fast one."""
     times = Times([1, 4, 1, 0.5], [2, 2, 2, 1], [3, 1, 1, 1])
-    made = simulate(make_schedule("zb-v", 2, 1), times)
+    made = simulate(build_schedule("zb-v", 2, 1), times)
     assert starts(made) == [
         [
             ("F0", 0, 1),
@@ -62,7 +62,7 @@ def test_stages_may_differ():
 
 def test_a_whole_backward_takes_both_parts():
     times = Times([1], [2], [4])
-    assert [times.of(Action(kind, 0), 0) for kind in "FBIW"] == [1, 6, 2, 4]
+    assert [times.duration(Action(kind, 0), 0) for kind in "FBIW"] == [1, 6, 2, 4]
 
 
 def test_chunks_share_a_ranks_time():
@@ -71,7 +71,7 @@ def test_chunks_share_a_ranks_time():
     ) == Times([0.25] * 8, [0.5] * 8, [1] * 8, 3)
 
 
-def test_ranks_that_wait_for_ever():
+def test_deadlocks_are_errors():
     crossed = [[Action("B", 0), Action("F", 0)], [Action("F", 0), Action("B", 0)]]
-    with pytest.raises(ScheduleError, match="for ever"):
+    with pytest.raises(ScheduleError, match="deadlock"):
         simulate(Schedule("", Placement(2), crossed, [1, 1]), Times([1, 1], [1, 1], [1, 1]))

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from megatrain.pipeline.communication import check_schedule
 from megatrain.pipeline.schedule import Placement
-from megatrain.pipeline.schedules import make_schedule
+from megatrain.pipeline.schedules import build_schedule
 from megatrain.pipeline.simulator import Times, even_times, simulate
+from megatrain.pipeline.verify import check_schedule
 from megatrain.planner.list_scheduler import SchedulingRules, list_schedule
 
 
@@ -63,7 +63,7 @@ def test_legal_and_within_its_rules_whatever_the_times(seed):
 def test_on_even_stages_as_good_as_what_was_thought_out_for_them(placement, name):
     times = even_times(placement, forward=1, input_gradient=1, weight_gradient=1)
     made = simulate(list_schedule(placement, 8, times, SchedulingRules(held=4)), times)
-    named = simulate(make_schedule(name, 4, 8, placement.chunks), times)
+    named = simulate(build_schedule(name, 4, 8, placement.chunks), times)
     assert made.makespan <= named.makespan
     assert max(made.peak_activations) <= max(*named.peak_activations, 4 * placement.chunks)
 
@@ -78,7 +78,7 @@ def test_on_uneven_stages_better_than_what_was_thought_out_for_even_ones():
         simulate(schedule, times)
         for schedule in (
             list_schedule(placement, 8, times, SchedulingRules(held=4)),
-            make_schedule("zb-v", 4, 8),
+            build_schedule("zb-v", 4, 8),
         )
     )
     assert made.makespan < 0.93 * named.makespan

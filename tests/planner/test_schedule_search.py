@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from megatrain.pipeline.communication import check_schedule
 from megatrain.pipeline.schedule import Action, Placement, Schedule
-from megatrain.pipeline.schedules import SCHEDULES, make_schedule
+from megatrain.pipeline.schedules import SCHEDULES, build_schedule
 from megatrain.pipeline.simulator import Times, simulate
+from megatrain.pipeline.verify import check_schedule
 from megatrain.planner.cost_model import cost_model, cut_of
 from megatrain.planner.schedule_search import (
     EvenCosts,
@@ -42,7 +42,7 @@ class Truth:
         def of(layers, beside):
             return [
                 beside
-                + self.slowness[placement.place(stage).rank]
+                + self.slowness[placement.location(stage).rank]
                 * sum(layers[layer] for layer in cut[stage])
                 for stage in range(len(cut))
             ]
@@ -59,7 +59,7 @@ class Truth:
         placement, cut = Placement(len(counts)), cut_of(counts)
         times = self.times(placement, counts)
         kinds = {
-            (kind, stage): times.of(Action(kind, 0), stage)
+            (kind, stage): times.duration(Action(kind, 0), stage)
             for kind in "FBIW"
             for stage in range(len(counts))
         }
@@ -75,7 +75,7 @@ class Truth:
                     )
         titles = ["embedding", *(f"block {number}" for number in range(sum(counts))), "head"]
         return Measured(
-            make_schedule("1f1b", len(counts), 8), titles, cut, kinds, layers, 1.0, self.send
+            build_schedule("1f1b", len(counts), 8), titles, cut, kinds, layers, 1.0, self.send
         )
 
 
@@ -116,8 +116,8 @@ def test_from_one_cut_and_placement_all_others_are_predicted(seed):
     ]:
         predicted, true = known.times(placement, counts), model.times(placement, counts)
         for stage, kind in itertools.product(range(placement.stages), "FBIW"):
-            assert predicted.of(Action(kind, 0), stage) == pytest.approx(
-                true.of(Action(kind, 0), stage)
+            assert predicted.duration(Action(kind, 0), stage) == pytest.approx(
+                true.duration(Action(kind, 0), stage)
             ), (kind, stage)
 
 
@@ -125,7 +125,7 @@ def test_memory_by_hand():
     """1F1B on 2 ranks holds 2 microbatches on the first and 1 on the second; a V's first rank has the head too."""
     sizes = LayerBytes([100, 10, 10, 10, 10, 200], [1, 2, 2, 2, 2, 5])
     known = costs(truth(0, 4, 2), (2, 2), sizes)
-    assert known.memory(make_schedule("1f1b", 2, 4), (3, 1)) == [130 + 2 * 7, 210 + 7]
+    assert known.memory(build_schedule("1f1b", 2, 4), (3, 1)) == [130 + 2 * 7, 210 + 7]
     v = Schedule(
         "",
         Placement(2, 2, "v"),
@@ -143,7 +143,7 @@ def test_memory_by_hand():
         [2, 2],
     )
     assert known.memory(v, (1, 1, 1, 1)) == [110 + 210 + 3 + 7, 20 + 4]
-    assert most_held(make_schedule("gpipe", 2, 4), 0, [3.0, 1.0]) == 12
+    assert most_held(build_schedule("gpipe", 2, 4), 0, [3.0, 1.0]) == 12
 
 
 # -- what is found -----------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_on_even_stages(ranks, microbatches, fastest):
         assert (
             plans[0].seconds
             < 0.85
-            * candidate_of(EVEN, make_schedule("1f1b", ranks, microbatches), (1,) * ranks).seconds
+            * candidate_of(EVEN, build_schedule("1f1b", ranks, microbatches), (1,) * ranks).seconds
         )
 
 
@@ -177,7 +177,7 @@ def test_on_uneven_stages_every_plan_is_legal_and_takes_what_it_says(seed):
         assert simulate(
             plan.schedule, model.times(plan.schedule.placement, plan.counts)
         ).makespan == pytest.approx(plan.seconds)
-    one_f_one_b = make_schedule("1f1b", 2, 6)
+    one_f_one_b = build_schedule("1f1b", 2, 6)
     every = [
         simulate(one_f_one_b, model.times(Placement(2), (first, 8 - first))).makespan
         for first in range(1, 8)

@@ -11,7 +11,7 @@ import pytest
 
 from megatrain.__main__ import main
 from megatrain.pipeline.partition import blocks_per_stage
-from megatrain.pipeline.schedules import SCHEDULES, make_schedule
+from megatrain.pipeline.schedules import SCHEDULES, build_schedule
 from megatrain.pipeline.simulator import Times, simulate
 from megatrain.planner.cost_model import best_cut, cost_model, cut_of, rank_slowness
 from megatrain.report.bottlenecks import advise
@@ -112,14 +112,14 @@ def stage_times(counts, layers, *, slowness=(), beside=0.0, send=0.0):
 def test_even_stages_wait_for_their_neighbours_alone():
     """1F1B waits (ranks - 1) x (forward + backward)."""
     splits = break_down_waiting(
-        traced(make_schedule("1f1b", 4, 8), Times([1] * 4, [1] * 4, [1] * 4))
+        traced(build_schedule("1f1b", 4, 8), Times([1] * 4, [1] * 4, [1] * 4))
     )
     assert [tuple(split) for split in splits] == [pytest.approx((24, 9, 0, 0, 0))] * 4
 
 
 def test_a_slow_stage_is_imbalance():
     """Stage 1 takes twice as long: 1 + 4 x 6 + 2 in all, where stages of the mean, 4.5, would take (4 + 1) x 4.5."""
-    splits = break_down_waiting(traced(make_schedule("1f1b", 2, 4), Times([1, 2], [1, 2], [1, 2])))
+    splits = break_down_waiting(traced(build_schedule("1f1b", 2, 4), Times([1, 2], [1, 2], [1, 2])))
     assert tuple(splits[0]) == pytest.approx((12, 4.5, 10.5, 0, 0))
     assert tuple(splits[1]) == pytest.approx((24, 4.5, -1.5, 0, 0))
     assert [split.span for split in splits] == pytest.approx([27, 27])
@@ -127,7 +127,7 @@ def test_a_slow_stage_is_imbalance():
 
 def test_a_slow_link_is_communication():
     """(2 + 1) x 3 without messages, and 10 with these, as the simulator's test works out."""
-    pipeline = traced(make_schedule("1f1b", 2, 2), Times([1, 1], [1, 1], [1, 1], send=0.5))
+    pipeline = traced(build_schedule("1f1b", 2, 2), Times([1, 1], [1, 1], [1, 1], send=0.5))
     assert [tuple(split) for split in break_down_waiting(pipeline)] == [
         pytest.approx((6, 3, 0, 0, 1))
     ] * 2
@@ -138,13 +138,13 @@ def test_an_uneven_microbatch_is_neither():
     """Both stages take 2 in the mean, but stage 0 takes 5 for the first microbatch: stage 1 begins 3 later."""
 
     class Uneven(Times):
-        def of(self, action, stage):
+        def duration(self, action, stage):
             if action.kind == "F" and stage == 0:
                 return 5.0 if action.microbatch == 0 else 1.0
-            return super().of(action, stage)
+            return super().duration(action, stage)
 
     splits = break_down_waiting(
-        traced(make_schedule("gpipe", 2, 4), Uneven([2, 2], [1, 1], [0, 0]))
+        traced(build_schedule("gpipe", 2, 4), Uneven([2, 2], [1, 1], [0, 0]))
     )
     assert [tuple(split) for split in splits] == [pytest.approx((12, 3, 0, 3, 0))] * 2
 
@@ -152,7 +152,7 @@ def test_an_uneven_microbatch_is_neither():
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_parts_add_up_to_the_waiting(name):
     numbers_of = random.Random(name)
-    schedule = make_schedule(name, 3, 7)
+    schedule = build_schedule(name, 3, 7)
     times = Times(
         *([numbers_of.uniform(0.5, 2) for _ in range(schedule.placement.stages)] for _ in range(3)),
         send=0.3,
@@ -166,7 +166,7 @@ def test_parts_add_up_to_the_waiting(name):
 
 
 def test_replicas_and_steps_are_averaged():
-    schedule = make_schedule("1f1b", 2, 4)
+    schedule = build_schedule("1f1b", 2, 4)
     fast, slow = Times([1, 1], [1, 1], [1, 1]), Times([3, 3], [3, 3], [3, 3])
     steps = [
         StepTrace(
@@ -201,7 +201,7 @@ def block_times(**slow):
 
 def xray_of(name, ranks, microbatches, counts, layers, **more):
     """Of one step in which layers take what they are said to, on slow stages longer."""
-    schedule = make_schedule(name, ranks, microbatches)
+    schedule = build_schedule(name, ranks, microbatches)
     slow = {
         layer: slowness
         for cut, slowness in zip(cut_of(tuple(counts)), more.get("slowness", []), strict=False)
@@ -235,10 +235,10 @@ def test_a_slow_layer_is_named_and_the_cut_around_it():
     )
     assert "set parallel.layers_per_stage=[4, 2]" in advice.text
     before = simulate(
-        make_schedule("1f1b", 2, 8), stage_times([3, 3], block_times(block_4=3.0, block_6=0.25))
+        build_schedule("1f1b", 2, 8), stage_times([3, 3], block_times(block_4=3.0, block_6=0.25))
     ).makespan
     after = simulate(
-        make_schedule("1f1b", 2, 8), stage_times([4, 2], block_times(block_4=3.0, block_6=0.25))
+        build_schedule("1f1b", 2, 8), stage_times([4, 2], block_times(block_4=3.0, block_6=0.25))
     ).makespan
     assert advice.gain == pytest.approx((before - after) / (1.25 * before))
 
@@ -253,7 +253,7 @@ def test_no_cut_is_faster_than_the_one_advised(name, seed, monkeypatch):
     def layers(kind, layer):
         return 0.0 if layer == 0 and kind != "F" else times[layer] * (0.1 if layer == 0 else 1.0)
 
-    schedule = make_schedule(name, 2, 6)
+    schedule = build_schedule(name, 2, 6)
     stages = schedule.placement.stages
     start = [8 // stages] * stages
     measured = xray_of(name, 2, 6, start, layers, beside=0.2, send=0.05).measured
@@ -283,10 +283,10 @@ def test_a_slow_rank_is_not_its_layers_fault():
     assert advice[0].layers_per_stage == [5, 3]
     assert "block 4 alone" not in advice[0].text
     before = simulate(
-        make_schedule("1f1b", 2, 8), stage_times([4, 4], layers, slowness=[1.0, 1.5])
+        build_schedule("1f1b", 2, 8), stage_times([4, 4], layers, slowness=[1.0, 1.5])
     ).makespan
     after = simulate(
-        make_schedule("1f1b", 2, 8), stage_times([5, 3], layers, slowness=[1.0, 1.5])
+        build_schedule("1f1b", 2, 8), stage_times([5, 3], layers, slowness=[1.0, 1.5])
     ).makespan
     assert advice[0].gain == pytest.approx((before - after) / (1.25 * before), rel=0.02)
     assert any(
@@ -352,7 +352,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_page_holds_both_timelines_at_one_scale(name):
-    schedule = make_schedule(name, 2, 5)
+    schedule = build_schedule(name, 2, 5)
     counts = [2] * schedule.placement.stages
     xray = xray_of(name, 2, 5, counts, block_times(), send=0.5)
     text = render_timeline_page(xray, advise(xray))
@@ -401,7 +401,7 @@ def test_numbers_are_those_of_the_page():
 
 
 def test_the_chrome_trace_holds_each_action_and_wait():
-    schedule = make_schedule("1f1b", 2, 2)
+    schedule = build_schedule("1f1b", 2, 2)
     times = Times([1, 1], [1, 1], [1, 1], send=0.5)
     steps = [
         StepTrace(
@@ -436,12 +436,12 @@ def test_the_chrome_trace_holds_each_action_and_wait():
 def run_folder(tmp_path):
     """Two traced steps of two ranks, and one that an earlier run of three ranks left."""
     for trace in traced(
-        make_schedule("1f1b", 3, 4), Times([1] * 3, [1] * 3, [1] * 3), step=2, run=0.5
+        build_schedule("1f1b", 3, 4), Times([1] * 3, [1] * 3, [1] * 3), step=2, run=0.5
     ):
         write_trace(tmp_path, trace)
     for step in (4, 5):
         for trace in traced(
-            make_schedule("1f1b", 2, 4),
+            build_schedule("1f1b", 2, 4),
             Times([1, 2], [1, 2], [1, 2]),
             step=step,
             counts=[2, 2],
@@ -459,7 +459,7 @@ def test_what_is_written_is_read(run_folder):
     steps = read_traces(run_folder)
     assert [step.step for step in steps] == [4, 5], "an earlier run's trace is not mixed in"
     expected = traced(
-        make_schedule("1f1b", 2, 4),
+        build_schedule("1f1b", 2, 4),
         Times([1, 2], [1, 2], [1, 2]),
         step=4,
         counts=[2, 2],
@@ -528,7 +528,7 @@ def test_actions_that_are_no_whole_step(run_folder, capsys):
     raw = json.loads(path.read_text())
     raw["actions"] = raw["actions"][:-1]
     path.write_text(json.dumps(raw))
-    assert "does not hold the whole of step 5: rank 1 lacks B3" in refusal(capsys, run_folder)
+    assert "does not hold the whole of step 5: rank 1: missing B3" in refusal(capsys, run_folder)
 
 
 def test_a_page_that_cannot_be_written(run_folder, capsys):

@@ -24,9 +24,9 @@ from megatrain.config import loader as configuration
 from megatrain.distributed.mesh import make_mesh
 from megatrain.errors import ConfigError
 from megatrain.models.config import load_hf_config, read_config
-from megatrain.pipeline.registry import choose_schedule
+from megatrain.pipeline.registry import make_schedule
 from megatrain.pipeline.schedule import Placement
-from megatrain.pipeline.schedules import make_schedule
+from megatrain.pipeline.schedules import build_schedule
 from megatrain.pipeline.simulator import Times, simulate
 from megatrain.planner.list_scheduler import SchedulingRules, list_schedule
 from megatrain.planner.schedule_search import candidate_of
@@ -139,10 +139,10 @@ def test_a_slow_layer_is_cut_around(model, ranks, tmp_path):
             run_ranks(train_sleeping, ranks, config, folder=tmp_path), reference(model), losses=2e-6
         )
         kept = choice(tmp_path)
-        schedule = choose_schedule(
-            kept["schedule"], ranks=ranks, microbatches=4, virtual=kept["virtual"]
+        schedule = make_schedule(
+            kept["schedule"], ranks=ranks, microbatches=4, virtual_stages=kept["virtual"]
         )
-        base = make_schedule("1f1b", ranks, 4)
+        base = build_schedule("1f1b", ranks, 4)
         ratios.append(asleep(schedule, kept["layers_per_stage"]) / asleep(base, BY_COST[ranks]))
         if ratios[-1] < 0.9:
             break
@@ -220,7 +220,7 @@ def test_a_choice_for_something_else_does_not_count(tmp_path):
         "asked": {"data": 1, "micro_batch_size": 2},
     }
     (tmp_path / "schedule.json").write_text(json.dumps(kept))
-    assert _read(config, kept["asked"]).schedule == make_schedule("zb-v", 2, 4)
+    assert _read(config, kept["asked"]).schedule == build_schedule("zb-v", 2, 4)
     assert _read(config, {"data": 1, "micro_batch_size": 4}) is None
     for damaged in (
         "",

@@ -23,8 +23,8 @@ LAPS = [
 def executor():
     return Executor(
         lambda *arguments: None,
-        channels=None,
-        flow_shape=(1,),
+        communicator=None,
+        hidden_shape=(1,),
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -36,13 +36,13 @@ def test_a_lap_is_the_time_before_its_end_and_what_is_not_the_pipelines_is_left_
     mine = executor()
     with timed(mine, wanted=True) as watch:
         for ended, _ in LAPS:
-            mine.lap(ended)
+            mine.timing(ended)
     assert watch.seconds() == {"waiting": 3 + 1 + 0, "forward": 1, "backward": 9 + 50}
-    assert mine.lap is no_timing
+    assert mine.timing is no_timing
 
 
 def test_unwanted_laps_are_not_taken():
     mine = executor()
     with timed(mine, wanted=False) as watch:
-        mine.lap("F")
+        mine.timing("F")
     assert watch.seconds() == {}

@@ -24,7 +24,7 @@ from megatrain.evaluation.spec import EvalSpec, model_folder, trained_length
 from megatrain.evaluation.spec import make_config as make_evaluation
 from megatrain.models.classification_config import with_classifier
 from megatrain.models.config import FAMILIES
-from megatrain.pipeline.stage_builder import whole_tensors
+from megatrain.models.counts import parameter_shapes
 from megatrain.training.task_classification import ClassificationTask
 
 VOCABULARY, LENGTH, TEXTS, STEPS, LR = 290, 24, 22, 4, 1e-3
@@ -307,7 +307,7 @@ def test_tensors_are_those_of_transformers_own_classifier(family, of_tokens):
         theirs = {
             name: tuple(tensor.shape) for name, tensor in kind.from_config(hf).named_parameters()
         }
-    assert whole_tensors(with_classifier(hf, of_tokens=of_tokens)) == theirs
+    assert parameter_shapes(with_classifier(hf, of_tokens=of_tokens)) == theirs
 
 
 # ---------------------------------------------------------------------------------------------------------------------

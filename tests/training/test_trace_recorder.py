@@ -20,7 +20,7 @@ from megatrain.errors import ConfigError
 from megatrain.models.config import load_hf_config, read_config
 from megatrain.pipeline.executor import ActionTiming
 from megatrain.pipeline.schedule import Action, Placement
-from megatrain.pipeline.schedules import make_schedule
+from megatrain.pipeline.schedules import build_schedule
 from megatrain.pipeline.stage_builder import rank_specs
 from megatrain.report.bottlenecks import advise
 from megatrain.telemetry.bubble_analysis import profile_pipeline
@@ -93,7 +93,7 @@ def test_a_traced_run_records_every_action_and_layer_and_stays_itself(
         for pipeline in step.pipelines():
             assert [trace.pipeline for trace in pipeline] == list(range(ranks))
             data_size = world // (ranks * parallel.get("tensor", 1))
-            expected = make_schedule(parallel.get("schedule", "1f1b"), ranks, 4 // data_size)
+            expected = build_schedule(parallel.get("schedule", "1f1b"), ranks, 4 // data_size)
             assert schedule_of(pipeline).actions == expected.actions
             for trace in pipeline:
                 check_rank(trace)
@@ -135,7 +135,7 @@ def hooks_left(rank, world_size, raw, folder):
     with tracer.watch(2):
         during = sum(len(layer._forward_hooks) for layer in runner.stage.layers)
     with tracer.watch(4):
-        outside = runner.executor.records
+        outside = runner.executor.action_timings
     return (
         during,
         sum(
@@ -143,7 +143,7 @@ def hooks_left(rank, world_size, raw, folder):
             for layer in runner.stage.layers
         ),
         outside,
-        runner.executor.records,
+        runner.executor.action_timings,
     )
 
 
@@ -301,7 +301,7 @@ def stages_of(counts, placement):
     specs = rank_specs(config, read_config(load_hf_config(LLAMA)), placement)
     return [
         [spec.title for spec in specs[rank][chunk]]
-        for rank, chunk in map(placement.place, range(placement.stages))
+        for rank, chunk in map(placement.location, range(placement.stages))
     ]
 
 
@@ -320,10 +320,10 @@ def test_layers_of_each_stage_can_be_told():
 @pytest.mark.parametrize(
     ("counts", "rule"),
     [
-        ([6], "has 1 numbers and the model is cut into 2 stages"),
-        ([6, 0], "leaves a stage without a block"),
-        ([-1, 7], "leaves a stage without a block"),
-        ([3, 4], "adds up to 7 and num_hidden_layers=6"),
+        ([6], "has 1 numbers, but the model has 2 stages"),
+        ([6, 0], "must have at least one block in each stage"),
+        ([-1, 7], "must have at least one block in each stage"),
+        ([3, 4], "has the sum 7, but num_hidden_layers=6"),
     ],
 )
 def test_layers_that_are_no_cut(counts, rule):
@@ -331,5 +331,5 @@ def test_layers_that_are_no_cut(counts, rule):
         stages_of(counts, Placement(2))
     assert (
         str(error.value)
-        == f"parallel.layers_per_stage={counts} {rule}; for example [3, 3], or leave it out"
+        == f"parallel.layers_per_stage={counts} {rule}; use [3, 3], or leave it out"
     )
