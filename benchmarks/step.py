@@ -199,8 +199,12 @@ def serve(pipe, store, threads, rank, world_size, make, arguments):
             "MASTER_PORT": "29500",
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        from megatrain.distributed.device import disable_jit_extensions, free_memory, has_gpu
-        from megatrain.distributed.huge_pages import use_huge_pages
+        from megatrain.distributed.device import (
+            disable_jit_extensions,
+            free_memory,
+            has_gpu,
+            use_huge_pages,
+        )
 
         if not has_gpu():
             os.environ["DS_ACCELERATOR"] = "cpu"

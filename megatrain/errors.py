@@ -91,3 +91,8 @@ def format_override(name: str, value: object) -> str:
 
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return f"{name}={text.removesuffix('...' + chr(10)).strip().replace(', ', ',')}"
+
+
+def describe(error: UserError) -> str:
+    """Returns the message of an error and, on a second line, its fix."""
+    return f"{error}\n  fix: {error.fix_text}" if error.fix_text else str(error)

@@ -49,7 +49,7 @@ BANNED = re.compile(
     r"|stands? still|gets? on|got on|goes on|go on|went on|speaks?|spoken|tells?|told|voices?"
     r"|blame(s|d)?|paste|way out|ways out|x-?ray|verbs?|is worth|says so|is said|are said"
     r"|no whole checkpoint|whole checkpoints?|journal|misspelt|lays? over|laid over"
-    r"|gives up|is no [a-z]+|are no [a-z]+|at rest|a word|in words|let go|lets go"
+    r"|gives up|(?<!there )(is|are) no [a-z]+|at rest|a word|in words|let go|lets go"
     r"|culprit|lighter|glance|foresee|asked for no|knows? of|in vain|nothing is)\b",
     re.IGNORECASE,
 )

@@ -1,11 +1,13 @@
-"""What this machine gives a rank: its device, its share of the cores, and the environment that libraries read.
+"""The device of a rank, its CPU threads, its memory, and the environment that libraries read.
 
-deepspeed picks its accelerator once, when it is first imported, and OpenMP reads its threads when torch is. So entry
-points call `set_environment` before they import either.
+deepspeed selects its accelerator when it is first imported, and OpenMP its number of threads when
+torch is. Entry points therefore call `set_environment` before they import either.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import resource
 import sys
@@ -13,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatrain.distributed.env import RankEnv
-from megatrain.distributed.huge_pages import use_huge_pages
 from megatrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,83 +22,92 @@ if TYPE_CHECKING:
 
 
 def has_gpu() -> bool:
-    """Whether ranks of this machine train on GPUs. Looks without initialising CUDA: that forbids forks."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in (
-        "",
-        "-1",
-    ):
+    """Returns True if ranks of this machine train on GPUs.
+
+    Does not initialise CUDA, which forbids forks.
+    """
+    hides_gpus = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hides_gpus or os.environ.get("DS_ACCELERATOR") == "cpu":
         return False
-    # NVIDIA, AMD and Windows' Linux subsystem.
-    if not (
+    # Devices of NVIDIA, AMD and Windows Subsystem for Linux.
+    has_device = (
         any(Path("/dev").glob("nvidia[0-9]*"))
         or Path("/dev/kfd").exists()
         or Path("/dev/dxg").exists()
-    ):
+    )
+    if not has_device:
         return False
     import torch
 
     return torch.backends.cuda.is_built()
 
 
-def select_device(place: RankEnv) -> torch.device:
-    """The device of the rank at `place`; raises UserError when its machine shows too few GPUs."""
+def select_device(env: RankEnv) -> torch.device:
+    """Returns the device of a rank; raises UserError if its machine has too few GPUs."""
     import torch
 
     if not has_gpu():
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 1 and "SLURM_STEP_ID" in os.environ:
-        return torch.device("cuda", 0)  # srun --gpus-per-task shows each task its own GPU only
-    if place.local_rank >= count:
+        return torch.device("cuda", 0)  # srun --gpus-per-task shows each task only its own GPU
+    if env.local_rank >= count:
         raise UserError(
-            f"{place.local_size} ranks were started on this machine and it shows {count} GPUs: start one rank per GPU"
+            f"{env.local_size} ranks were started on this machine, which has {count} GPUs; start "
+            "one rank per GPU"
         )
-    return torch.device("cuda", place.local_rank)
+    return torch.device("cuda", env.local_rank)
 
 
 def set_environment(ranks_here: int) -> None:
-    """Set what deepspeed and OpenMP read at import; what the user has set stays."""
+    """Sets what deepspeed and OpenMP read at import, unless the user has set it."""
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_cores() // ranks_here)))
 
 
-def set_rank_environment(place: RankEnv) -> None:
-    """Set what torch and deepspeed read in a rank, and torch's threads, as it may be imported already; its heap, on CPUs."""
-    set_environment(place.local_size)
+def set_rank_environment(env: RankEnv) -> None:
+    """Sets what torch and deepspeed read in a rank, torch's threads, and on CPUs the heap."""
+    set_environment(env.local_size)
     os.environ |= {
-        "RANK": str(place.rank),
-        "WORLD_SIZE": str(place.world_size),
-        "LOCAL_RANK": str(place.local_rank),
-        "LOCAL_WORLD_SIZE": str(place.local_size),
-        "MASTER_ADDR": place.master_addr,
-        "MASTER_PORT": str(place.master_port),
+        "RANK": str(env.rank),
+        "WORLD_SIZE": str(env.world_size),
+        "LOCAL_RANK": str(env.local_rank),
+        "LOCAL_WORLD_SIZE": str(env.local_size),
+        "MASTER_ADDR": env.master_addr,
+        "MASTER_PORT": str(env.master_port),
     }
-    if place.master_addr in ("127.0.0.1", "localhost") and Path("/sys/class/net/lo").exists():
-        # All ranks are here, and a machine's own name need not resolve to an address it can reach.
+    if env.master_addr in ("127.0.0.1", "localhost") and Path("/sys/class/net/lo").exists():
+        # All ranks are local; the machine's own name may resolve to an unreachable address.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
     if not has_gpu():
-        use_huge_pages(_available_memory() // place.local_size)
+        use_huge_pages(_available_memory() // env.local_size)
 
 
 def disable_jit_extensions() -> None:
-    """Keep deepspeed from compiling its shared-memory collectives when a group starts on CPUs.
+    """Keeps deepspeed from compiling its shared-memory collectives when a group starts on CPUs.
 
-    The build takes a compiler and a minute, and one that was killed leaves a lock on which every later start hangs.
+    The build requires a compiler and a minute. A killed build leaves a lock on which every later
+    start hangs.
     """
     if has_gpu():
         return
     import deepspeed
 
-    # Written to after deepspeed's own probing, which fills the mapping on first access.
+    # Set after deepspeed's own detection, which fills the mapping at its first access.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def cpu_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def free_memory(device: torch.device, ranks_here: int) -> int:
-    """Bytes that a rank could still take: of its GPU, or its share of this machine's memory."""
+    """Returns the bytes that a rank can still allocate: of its GPU, or its share of the machine."""
     if device.type == "cuda":
         import torch
 
@@ -107,7 +117,7 @@ def free_memory(device: torch.device, ranks_here: int) -> int:
 
 
 def _available_memory() -> int:
-    """Of the machine, what is not in use; half of all where the system does not tell."""
+    """Returns the unused bytes of the machine; half of its memory if that is unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(
@@ -117,20 +127,15 @@ def _available_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class MemoryStats(NamedTuple):
-    """What a rank has held at most, in bytes, and what exactly that counts."""
+    """The peak memory of a rank in bytes, and the kind of memory that it counts."""
 
     size: int
     meaning: str
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Have `peak_memory` begin anew, where there is a way: on a GPU."""
+    """Resets `peak_memory` on GPUs; CPUs have no way to."""
     import torch
 
     if device.type == "cuda":
@@ -138,15 +143,54 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> MemoryStats:
-    """Of this process."""
+    """Returns the peak memory of this process."""
     import torch
 
     if device.type == "cuda":
-        return MemoryStats(
-            torch.cuda.max_memory_allocated(device), "allocated on the GPU during the step"
-        )
+        peak = torch.cuda.max_memory_allocated(device)
+        return MemoryStats(peak, "allocated on the GPU during the step")
     unit = 1 if sys.platform == "darwin" else 1024
-    return MemoryStats(
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "resident memory of the process since its start",
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return MemoryStats(peak, "resident memory of the process since its start")
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_HUGE_PAGE = 2 << 20
+_BLOCK = 1 << 30
+"""Bytes of one allocation: a request for more than the machine has is refused as a whole."""
+
+
+def use_huge_pages(size: int) -> None:
+    """Backs up to `size` bytes of the heap with huge pages and disables returning memory.
+
+    A step frees and allocates the same gigabytes again and again. glibc returns large blocks to
+    the system at once. The system then clears each page of 4 KiB at its next use, and so many pages
+    exceed a processor's TLB. The heap therefore keeps freed memory, in pages of 2 MiB where the
+    system has them on request (Linux, transparent_hugepage "madvise").
+
+    The addresses become memory as they are used. Without glibc, or with a limit on addresses,
+    nothing changes.
+    """
+    libc = ctypes.CDLL(None)
+    is_limited = any(
+        resource.getrlimit(limit)[0] != resource.RLIM_INFINITY
+        for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     )
+    if is_limited or not hasattr(libc, "mallopt") or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, (1 << 31) - 1)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    blocks = []
+    for _ in range(size // _BLOCK):
+        block = libc.malloc(_BLOCK)
+        if not block:
+            break
+        blocks.append(block)
+        start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+        length = (block + _BLOCK - start) // _HUGE_PAGE * _HUGE_PAGE
+        libc.madvise(start, length, mmap.MADV_HUGEPAGE)
+    for block in blocks:
+        libc.free(block)

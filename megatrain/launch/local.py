@@ -1,7 +1,8 @@
-"""Start the ranks of a run on this machine and watch over them.
+"""Starts and supervises the ranks of a run on this machine.
 
-On CPUs the ranks are forked from a parent that has imported torch, deepspeed and transformers once: the imports cost
-more CPU time than many a small run. CUDA does not survive a fork, so on GPUs they are spawned.
+On CPUs the ranks are forked from a process that has imported torch, deepspeed and transformers
+once: these imports take more CPU time than many small runs. CUDA does not survive a fork, so on
+GPUs the ranks are spawned.
 """
 
 from __future__ import annotations
@@ -26,52 +27,64 @@ from megatrain.distributed.activity import RankActivity
 from megatrain.distributed.env import RankEnv
 from megatrain.errors import ConfigError, UserError
 from megatrain.launch.rendezvous import GROUP_TIMEOUT
-from megatrain.launch.restarts import RestartPolicy
-from megatrain.launch.supervisor import STOP_SIGNALS, RankProcess, RunOutcome, Supervisor
-from megatrain.launch.worker import Target, start_rank
+from megatrain.launch.supervisor import (
+    STOP_SIGNALS,
+    RankProcess,
+    RestartPolicy,
+    RunOutcome,
+    Supervisor,
+)
+from megatrain.launch.worker import RankFunction, start_rank
 
-_HERE = "127.0.0.1"
+_LOOPBACK = "127.0.0.1"
 
 
-def run_local(target: Target, config: Config, *, world_size: int) -> int:
-    """Run `target(config, place, activity)` on `world_size` ranks of this machine; returns the run's exit code.
+def run_local(function: RankFunction, config: Config, *, world_size: int) -> int:
+    """Runs `function(config, env, activity)` on `world_size` ranks; returns the exit code.
 
-    `target` must be a function of a module, as spawned ranks import it. It finds torch.distributed set up. When a rank
-    fails the first cause is printed, the others are ended, and they are all started again as often as run.max_restarts says;
-    else the code is not 0.
+    torch.distributed is initialised when `function` starts. If a rank fails, the cause is printed
+    and the other ranks are ended. Then all are started again, up to run.max_restarts times.
+
+    Args:
+        function: a function of a module; spawned ranks import it.
+
+    Raises:
+        UserError: this machine has too few GPUs or CPU cores.
     """
-    _refuse_a_crowd(world_size)
+    _check_world_size(world_size)
     with _environment(world_size):
-        context, restarts = _context(world_size), RestartPolicy(config)
+        context = _start_context(world_size)
+        restarts = RestartPolicy(config)
         while True:
-            ended = _attempt(context, target, config, world_size)
-            if ended.failure is None or not restarts.again_after(ended):
-                return ended.code
+            outcome = _run_once(context, function, config, world_size)
+            if outcome.failure is None or not restarts.should_restart(outcome):
+                return outcome.code
             config = restarts.config()
 
 
-def _refuse_a_crowd(world_size: int) -> None:
-    """So many processes that the machine would only swap: a layout for a cluster, or a slip of the keys."""
-    most = max(64, 16 * device.cpu_cores())
-    if world_size > most and not device.has_gpu():  # those are counted
+def _check_world_size(world_size: int) -> None:
+    """Raises UserError for more ranks than the cores can run without swapping."""
+    cores = device.cpu_cores()
+    limit = max(64, 16 * cores)
+    if world_size > limit and not device.has_gpu():  # GPUs are counted
         raise UserError(
-            f"the layout asks for {world_size} ranks, and without a launcher all would start on this machine's {device.cpu_cores()} cores, "
-            f"which are good for {most} at most: choose a smaller layout, or start the run on several machines with torchrun or srun"
+            f"the layout requires {world_size} ranks, but without a launcher all of them start on "
+            f"this machine's {cores} cores, which support at most {limit}; choose a smaller "
+            "layout, or start the run on several machines with torchrun or srun"
         )
 
 
-def _attempt(
-    context: ForkContext | SpawnContext, target: Target, config: Config, world_size: int
+def _run_once(
+    context: ForkContext | SpawnContext, function: RankFunction, config: Config, world_size: int
 ) -> RunOutcome:
     with _listening(config.run.master_port) as listener:
+        port = listener.getsockname()[1]
         supervisor = Supervisor(config)
-        with supervisor.passing_signals_on():
+        with supervisor.forwarding_signals():
             for rank in range(world_size):
-                place = RankEnv(
-                    rank, world_size, rank, world_size, _HERE, listener.getsockname()[1]
-                )
-                supervisor.ranks.append(_start(context, target, config, place))
-            # Served from here, after the last fork: a rank that dies takes no store with it.
+                env = RankEnv(rank, world_size, rank, world_size, _LOOPBACK, port)
+                supervisor.ranks.append(_start(context, function, config, env))
+            # Hosted by this process, after the last fork: it outlives ranks that die.
             with _store(listener):
                 return supervisor.watch()
 
@@ -89,12 +102,18 @@ def _environment(world_size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _listening(port: int) -> Iterator[socket.socket]:
-    """The socket of the store, open before any rank starts: no other run can take its port in between."""
+    """Opens the store's socket before any rank starts, so that no other run can take the port."""
     try:
-        listener = socket.create_server((_HERE, port))
+        listener = socket.create_server((_LOOPBACK, port))
     except OSError as error:
-        rule = f"cannot be used ({error.strerror})"
-        raise ConfigError("run.master_port", port, rule, "0 takes a free port") from None
+        requirement = f"must be a free port ({error.strerror})"
+        raise ConfigError(
+            "run.master_port",
+            port,
+            requirement,
+            "0 picks a free port",
+            fix={"run.master_port": 0},
+        ) from None
     with listener:
         yield listener
 
@@ -116,7 +135,7 @@ def _store(listener: socket.socket) -> Iterator[None]:
     del store
 
 
-def _context(world_size: int) -> ForkContext | SpawnContext:
+def _start_context(world_size: int) -> ForkContext | SpawnContext:
     if not device.has_gpu():
         import_before_fork()
         return multiprocessing.get_context("fork")
@@ -125,73 +144,79 @@ def _context(world_size: int) -> ForkContext | SpawnContext:
     gpus = torch.cuda.device_count()
     if gpus < world_size:
         raise UserError(
-            f"the layout asks for {world_size} ranks and this machine shows {gpus} GPUs: choose a smaller layout, "
-            "start the run on several machines with torchrun or srun, or set DS_ACCELERATOR=cpu to train on CPUs"
+            f"the layout requires {world_size} ranks, but this machine has {gpus} GPUs; choose a "
+            "smaller layout, start the run on several machines with torchrun or srun, or set "
+            "DS_ACCELERATOR=cpu to train on CPUs"
         )
     return multiprocessing.get_context("spawn")
 
 
-# What deepspeed.initialize and a first optimizer step import on their own, at up to 4 s of CPU time in each rank.
 _IMPORTED_LATE = (
     "accelerate",
     "deepspeed.module_inject.auto_ep_layer",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # brings torch's compiler, half a second of each rank's start
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's compiler: half a second a rank
     "functorch.compile",
     "torch._dynamo",
     "transformers.modeling_utils",
     "transformers.models.auto.configuration_auto",
     "transformers.tokenization_utils_base",
 )
+"""Modules that deepspeed.initialize and the first optimizer step import, in up to 4 s a rank."""
 
 
 def import_before_fork() -> None:
-    """Import what every rank needs, in the parent that they are forked from."""
+    """Imports the modules that every rank needs into the process that ranks are forked from."""
     device.disable_jit_extensions()
     for name in _IMPORTED_LATE:
-        # Inner modules of libraries: where another version has none of that name, each rank imports what it needs.
+        # Other versions of the libraries may lack an inner module; each rank then imports its own.
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    # DeepSpeed collects garbage a dozen times as it starts: a rank need not look through all that libraries have made.
+    # DeepSpeed collects garbage a dozen times as it starts; frozen objects are not scanned.
     gc.freeze()
 
 
 def _start(
-    context: ForkContext | SpawnContext, target: Target, config: Config, place: RankEnv
+    context: ForkContext | SpawnContext, function: RankFunction, config: Config, env: RankEnv
 ) -> RankProcess:
     reader, writer = context.Pipe(duplex=False)
     step = context.RawValue("q", 0)
     process = context.Process(
         target=_rank_main,
-        args=(target, config, place, writer, step, os.getpid()),
-        name=f"megatrain rank {place.rank}",
+        args=(function, config, env, writer, step, os.getpid()),
+        name=f"megatrain rank {env.rank}",
     )
-    # Held back until the rank has its own handlers: it would run its copy of the parent's otherwise.
+    # Blocked until the rank has its own handlers: it would run its copy of the parent's.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     writer.close()
-    return RankProcess(place.rank, process, reader, step)
+    return RankProcess(env.rank, process, reader, step)
 
 
 def _rank_main(
-    target: Target, config: Config, place: RankEnv, writer: Connection, step: Any, parent: int
+    function: RankFunction,
+    config: Config,
+    env: RankEnv,
+    writer: Connection,
+    step: Any,
+    parent: int,
 ) -> None:
-    # A process group of its own: Ctrl-C in a terminal reaches the supervisor alone, and from there each rank once.
+    # A process group of its own: Ctrl-C reaches only the supervisor, which forwards it once.
     os.setpgid(0, 0)
-    _die_with(parent)
+    die_with_parent(parent)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    sys.exit(start_rank(target, config, place, report=writer.send, activity=RankActivity(step)))
+    sys.exit(start_rank(function, config, env, report=writer.send, activity=RankActivity(step)))
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, however that happens (Linux only)."""
+def die_with_parent(parent: int) -> None:
+    """Makes the kernel kill this process when process `parent` ends (Linux only)."""
     if sys.platform != "linux":
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)

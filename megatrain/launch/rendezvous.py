@@ -1,9 +1,10 @@
-"""Where the ranks of a run find each other, before any of them has a watchdog: a store, to which each says that it has come.
+"""The rendezvous of a run's ranks in a store, before any of them has a watchdog.
 
-    rank 0       waits for all, then says that they are there, or who is not
-    the others   wait for rank 0, then for its word
+    rank 0       waits for all ranks, then announces that all are there, or which are missing
+    other ranks  wait for rank 0, then for its announcement
 
-So ranks that never come are named once, by rank 0, and a rank 0 that never comes by those that know it best.
+Rank 0 names missing ranks once. If rank 0 itself is missing, the ranks that report it are rank 1
+and the first rank of each machine.
 """
 
 from __future__ import annotations
@@ -16,122 +17,129 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatrain.distributed import device
-from megatrain.distributed.env import RankEnv
-from megatrain.distributed.host_names import check_host_names
+from megatrain.distributed.env import RankEnv, check_host_names
 from megatrain.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# The first step of a large run, a slow file system or a long evaluation on one rank must not look like a hang.
 GROUP_TIMEOUT = timedelta(minutes=30)
+"""Timeout of collectives.
 
-_LEAST = 120.0
-"""Seconds between the first rank's start and the last one's that are nothing unusual, however soon a stall is to be noticed."""
-_TO_HEAR = 2.0
-"""How long rank 0, which may hold the store, stays for the others to hear that the run ends."""
-_TO_SPEAK = 10.0
-"""How much longer those wait whose words would be the same as others'."""
-_COME, _WORD = "megatrain/come/{}", "megatrain/all"
+The first step of a large run, a slow file system or a long evaluation on one rank must not exceed
+it.
+"""
+
+_MIN_TIMEOUT = 120.0
+"""Seconds that the start of a run's ranks may spread over, however short run.hang_timeout is."""
+_ANNOUNCE_SECONDS = 2.0
+"""Time that rank 0, which may host the store, leaves the other ranks to read its announcement."""
+_REPORT_DELAY = 10.0
+"""Time that a rank waits longer if other ranks report the same error."""
+_ARRIVED, _ANNOUNCEMENT = "megatrain/come/{}", "megatrain/all"
 
 
 class ReportedByRank0(UserError):
-    """What rank 0 says to the user: whoever else hears it leaves in silence."""
+    """An error that rank 0 reports to the user; the other ranks exit silently."""
 
 
-def timeout_of(hang_timeout: float) -> float:
-    """Seconds that ranks wait for each other here."""
-    return max(hang_timeout, _LEAST) if hang_timeout else GROUP_TIMEOUT.total_seconds()
+def rendezvous_timeout(hang_timeout: float) -> float:
+    """Returns the seconds that ranks wait for each other in the rendezvous."""
+    return max(hang_timeout, _MIN_TIMEOUT) if hang_timeout else GROUP_TIMEOUT.total_seconds()
 
 
-def rendezvous(place: RankEnv, *, supervised: bool, patience: float) -> Store:
-    """The store, once all ranks have come to it; a supervisor holds it, otherwise the launcher or rank 0 does.
+def rendezvous(env: RankEnv, *, supervised: bool, timeout: float) -> Store:
+    """Returns the store, once all ranks have joined.
+
+    The supervisor hosts the store, else the launcher or rank 0 does.
+
+    Args:
+        supervised: True if a supervisor of this machine started the rank.
+        timeout: seconds to wait for the other ranks.
 
     Raises:
-        UserError: some have not, within so many seconds.
-        SaidByRank0: the same, and rank 0 says it.
-        DistError: rank 0 cannot make the store.
+        UserError: ranks are missing after the timeout.
+        ReportedByRank0: the same, and rank 0 reports it.
+        DistError: rank 0 cannot create the store.
     """
     from torch.distributed import DistError
 
     try:
-        store = _connect(place, supervised, patience)
-        store.set(_COME.format(place.rank), socket.gethostname())
-        if place.rank == 0:
-            _wait_for_all(store, place, patience)
+        store = _connect(env, supervised, timeout)
+        store.set(_ARRIVED.format(env.rank), socket.gethostname())
+        if env.rank == 0:
+            _wait_for_all(store, env, timeout)
         else:
-            _wait_for_rank_0(store, place, patience)
+            _wait_for_rank_0(store, timeout)
     except DistError as error:
-        if place.rank == 0:
+        if env.rank == 0:
             raise
-        if place.rank != 1 and place.local_rank != 0:
-            time.sleep(_TO_SPEAK)
+        if env.rank != 1 and env.local_rank != 0:
+            time.sleep(_REPORT_DELAY)
+        reason = "did not start" if _is_timeout(error) else "is gone"
         raise UserError(
-            f"rank {place.rank} ({socket.gethostname()}) waited for rank 0 at {place.master_addr}:{place.master_port}, where ranks meet, and it "
-            f"{'never came' if _is_timeout(error) else 'is gone'} ({_first_line(error)}): see why it was not started or has ended, or what "
-            "keeps this machine from reaching it"
+            f"rank {env.rank} ({socket.gethostname()}) waited for rank 0 at "
+            f"{env.master_addr}:{env.master_port}, but rank 0 {reason} ({_first_line(error)}); "
+            "check the log of rank 0, and that this machine can reach its address"
         ) from None
     return store
 
 
-def _connect(place: RankEnv, supervised: bool, patience: float) -> Store:
+def _connect(env: RankEnv, supervised: bool, timeout: float) -> Store:
     from torch.distributed import PrefixStore, TCPStore
 
-    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    launcher_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not supervised:
-        check_host_names(place, gloo=not device.has_gpu())
-    # It does not wait for the others itself: in the end it would not say who they were.
+        check_host_names(env, gloo=not device.has_gpu())
+    # TCPStore itself does not wait for the workers: it could not name the missing ones.
     store = TCPStore(
-        place.master_addr,
-        place.master_port,
-        place.world_size,
-        is_master=place.rank == 0 and not supervised and not of_launcher,
-        timeout=timedelta(seconds=max(patience, _LEAST)),
+        env.master_addr,
+        env.master_port,
+        env.world_size,
+        is_master=env.rank == 0 and not supervised and not launcher_hosts_store,
+        timeout=timedelta(seconds=max(timeout, _MIN_TIMEOUT)),
         wait_for_workers=False,
         multi_tenant=not supervised,
     )
     store.set_timeout(GROUP_TIMEOUT)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if supervised or attempt is None or place.local_size < place.world_size:
+    if supervised or attempt is None or env.local_size < env.world_size:
         return store
-    # torchrun on one machine keeps its store through restarts, with the addresses that the attempt before has left there. (On
-    # several it makes a new one each time, and their counts may differ.)
+    # torchrun on one machine keeps its store over restarts, with the keys of the last attempt. On
+    # several machines it creates a new store each time, and their counts may differ.
     return PrefixStore(f"attempt-{attempt}", store)
 
 
-def _wait_for_all(store: Store, place: RankEnv, patience: float) -> None:
+def _wait_for_all(store: Store, env: RankEnv, timeout: float) -> None:
     from torch.distributed import DistStoreError
 
+    keys = [_ARRIVED.format(rank) for rank in range(env.world_size)]
     try:
-        store.wait(
-            [_COME.format(rank) for rank in range(place.world_size)], timedelta(seconds=patience)
-        )
+        store.wait(keys, timedelta(seconds=timeout))
     except DistStoreError:
-        missing = [
-            rank for rank in range(place.world_size) if not store.check([_COME.format(rank)])
-        ]
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         text = (
-            f"{_listed(missing)} of {place.world_size} did not come to {place.master_addr}:{place.master_port}, where ranks meet, in {patience:.0f} s "
-            "(run.hang_timeout, but two minutes at least): see why they were not started, or what keeps their machines from reaching this one"
+            f"{_format_ranks(missing)} of {env.world_size} did not connect to "
+            f"{env.master_addr}:{env.master_port} within {timeout:.0f} s (run.hang_timeout, at "
+            "least 120 s); check their logs, and that their machines can reach this address"
         )
-        store.set(_WORD, text)
-        time.sleep(_TO_HEAR)
+        store.set(_ANNOUNCEMENT, text)
+        time.sleep(_ANNOUNCE_SECONDS)
         raise UserError(text) from None
-    store.set(_WORD, "")
+    store.set(_ANNOUNCEMENT, "")
 
 
-def _wait_for_rank_0(store: Store, place: RankEnv, patience: float) -> None:
-    store.wait([_COME.format(0)], timedelta(seconds=patience))
-    store.wait(
-        [_WORD], timedelta(seconds=patience + _TO_SPEAK)
-    )  # it may have come later than this rank
-    if text := store.get(_WORD).decode():
-        time.sleep(2 * _TO_HEAR)  # who leaves first is what a launcher calls the cause
+def _wait_for_rank_0(store: Store, timeout: float) -> None:
+    store.wait([_ARRIVED.format(0)], timedelta(seconds=timeout))
+    # Rank 0 may have started later than this rank.
+    store.wait([_ANNOUNCEMENT], timedelta(seconds=timeout + _REPORT_DELAY))
+    if text := store.get(_ANNOUNCEMENT).decode():
+        time.sleep(2 * _ANNOUNCE_SECONDS)  # a launcher reports the first process that exits
         raise ReportedByRank0(text)
 
 
-def _listed(ranks: Sequence[int]) -> str:
-    """`ranks 2, 8-15`."""
+def _format_ranks(ranks: Sequence[int]) -> str:
+    """Returns the ranks as text, such as `ranks 2, 8-15`."""
     starts = [rank for rank in ranks if rank - 1 not in ranks]
     ends = [rank for rank in ranks if rank + 1 not in ranks]
     shown = ", ".join(

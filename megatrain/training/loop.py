@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Literal, NoReturn
 
@@ -19,7 +19,6 @@ from megatrain.data.text_files import is_supported
 from megatrain.distributed.activity import RankActivity, WorldGroup
 from megatrain.distributed.env import RankEnv
 from megatrain.errors import UserError
-from megatrain.launch.worker import Target
 from megatrain.telemetry.metrics import Value
 from megatrain.training import rollback
 from megatrain.training.checks import check_without_ranks
@@ -44,7 +43,10 @@ def finetune(config: Config, place: RankEnv, activity: RankActivity | None = Non
     _train(config, place, task_of(config, "finetune"), activity or RankActivity())
 
 
-VERBS: dict[str, Target] = {"pretrain": pretrain, "finetune": finetune}
+VERBS: dict[str, Callable[[Config, RankEnv, RankActivity], object]] = {
+    "pretrain": pretrain,
+    "finetune": finetune,
+}
 """Each verb's work on a rank."""
 
 

@@ -26,8 +26,8 @@ from megatrain.config.loader import Config, to_yaml
 from megatrain.distributed import device as device_module
 from megatrain.distributed.collectives import gather_objects
 from megatrain.distributed.env import RankEnv, attempt
+from megatrain.distributed.errors import is_lost_connection
 from megatrain.distributed.mesh import ProcessMesh
-from megatrain.launch.failures import describe_error
 from megatrain.models.config import TransformerConfig
 from megatrain.models.counts import flops_per_token, peak_flops
 from megatrain.telemetry import console
@@ -282,7 +282,7 @@ class RunLogger:
 
     def failed(self, error: Exception, progress: TrainState) -> None:
         """The run ends, for a reason of this rank's. Of a rank that is gone, who watches the ranks writes (events.write_failure)."""
-        if describe_error(error, 0).kind != "lost":
+        if not is_lost_connection(error):
             self.events.write(
                 "fail", step=progress.step, error=f"{type(error).__name__}: {error}"[:2000]
             )

@@ -1,4 +1,4 @@
-"""A rank that waits in a collective has noted it, wherever in a run that is: else nobody could say whom it waits for."""
+"""Every wait of a rank for other ranks is recorded in its activity, in all parts of a run."""
 
 import inspect
 import sys
@@ -41,18 +41,18 @@ BLOCKING = (
 )
 
 
-class Listener:
-    """Hears each call of torch.distributed that waits for other ranks, and what the rank has noted by then."""
+class Recorder:
+    """Records every blocking call of torch.distributed, and the activity at that time."""
 
     def __init__(self, activity):
-        self.activity, self.noted, self.unnoted = activity, set(), set()
+        self.activity, self.recorded, self.missing = activity, set(), set()
 
     def __call__(self, name):
         function = getattr(dist, name)
         signature = inspect.signature(function)
 
-        def heard(*args, **more):
-            given = signature.bind(*args, **more).arguments
+        def recording(*args, **options):
+            given = signature.bind(*args, **options).arguments
             alone = (
                 len(given.get("ranks") or range(2)) == 1
                 if name == "new_group"
@@ -64,10 +64,10 @@ class Listener:
                     for frame in _frames()
                     if frame.f_globals["__name__"].startswith(("megatrain", "deepspeed"))
                 )
-                (self.noted if self.activity.waits_for else self.unnoted).add((name, where))
-            return function(*args, **more)
+                (self.recorded if self.activity.waits_for else self.missing).add((name, where))
+            return function(*args, **options)
 
-        return patch.object(dist, name, heard)
+        return patch.object(dist, name, recording)
 
 
 def _frames():
@@ -78,10 +78,13 @@ def _frames():
 
 
 def pretrain(rank, world_size, raw):
-    """With a rollback at step 4 and a bad step after it; each rank on a machine of its own, as far as clocks know."""
+    """Trains with a rollback at step 4 and a non-finite step after it.
+
+    Each rank is on a machine of its own for the shared clock.
+    """
     config, activity = configuration.from_dict(raw), RankActivity()
     configuration.check(config)
-    listener, undone, refused = Listener(activity), [], []
+    recorder, undone, refused = Recorder(activity), [], []
 
     def first_to_undo(progress, train):
         if progress.step == 4 and not undone:
@@ -96,7 +99,7 @@ def pretrain(rank, world_size, raw):
         return False
 
     patches = [
-        *map(listener, BLOCKING),
+        *map(recorder, BLOCKING),
         patch.object(loop, "first_to_undo", first_to_undo),
         patch.object(ZeroOptimizer, "has_nonfinite", has_nonfinite),
         patch.object(trace_recorder, "machine_name", lambda: f"machine {rank}"),
@@ -109,7 +112,7 @@ def pretrain(rank, world_size, raw):
         )
     finally:
         patch.stopall()
-    return listener.noted, listener.unnoted
+    return recorder.recorded, recorder.missing
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +152,8 @@ def settings(data, folder, *, parallel, sections=(), **train):
     }
 
 
-def test_in_a_run_nothing_is_waited_for_without_a_note(data, tmp_path):
-    begun = settings(
+def test_every_wait_of_a_run_is_recorded(data, tmp_path):
+    first = settings(
         data,
         tmp_path,
         parallel={"pipeline": 2, "schedule": "auto"},
@@ -162,16 +165,16 @@ def test_in_a_run_nothing_is_waited_for_without_a_note(data, tmp_path):
             "profile": {"steps": [2, 3]},
         },
     )
-    goes_on = settings(data, tmp_path, parallel={"data": 2, "zero": 1}, steps=6, dtype="bf16")
+    resumed = settings(data, tmp_path, parallel={"data": 2, "zero": 1}, steps=6, dtype="bf16")
     found = [
-        each for raw in (begun, goes_on) for each in run_ranks(pretrain, 2, raw, folder=tmp_path)
+        each for raw in (first, resumed) for each in run_ranks(pretrain, 2, raw, folder=tmp_path)
     ]
-    noted = set().union(*(noted for noted, _ in found))
-    unnoted = set().union(*(unnoted for _, unnoted in found))
-    assert {where for _, where in unnoted if where.startswith("megatrain")} == set()
-    # DeepSpeed's own, outside a step: as the optimizer is made, and as masters become weights.
-    assert {name for name, _ in unnoted} <= {"broadcast", "all_gather_into_tensor"}
-    assert {name for name, _ in noted} >= {
+    recorded = set().union(*(recorded for recorded, _ in found))
+    missing = set().union(*(missing for _, missing in found))
+    assert {where for _, where in missing if where.startswith("megatrain")} == set()
+    # DeepSpeed's own collectives: at initialisation, and when masters are copied to weights.
+    assert {name for name, _ in missing} <= {"broadcast", "all_gather_into_tensor"}
+    assert {name for name, _ in recorded} >= {
         "all_gather_object",
         "broadcast_object_list",
         "all_reduce",
@@ -184,17 +187,17 @@ def test_in_a_run_nothing_is_waited_for_without_a_note(data, tmp_path):
 def objects(rank, world_size):
     activity = RankActivity()
     mesh = make_mesh(rank, tensor=2, pipeline=2, activity=activity)
-    heard, gather, broadcast = [], dist.all_gather_object, dist.broadcast_object_list
+    activities, gather, broadcast = [], dist.all_gather_object, dist.broadcast_object_list
 
-    def listening(function):
-        return lambda *args, **more: (
-            heard.append((activity.describe(), tuple(activity.waits_for))),
-            function(*args, **more),
+    def recording(function):
+        return lambda *args, **options: (
+            activities.append((activity.describe(), tuple(activity.waits_for))),
+            function(*args, **options),
         )[1]
 
     with (
-        patch.object(dist, "all_gather_object", listening(gather)),
-        patch.object(dist, "broadcast_object_list", listening(broadcast)),
+        patch.object(dist, "all_gather_object", recording(gather)),
+        patch.object(dist, "broadcast_object_list", recording(broadcast)),
     ):
         results = [
             (
@@ -203,17 +206,17 @@ def objects(rank, world_size):
             )
             for axis in (mesh.world, mesh.tensor, mesh.pipeline, mesh.data)
         ]
-    return results, heard, (activity.current_collective, tuple(activity.waits_for))
+    return results, activities, (activity.current_collective, tuple(activity.waits_for))
 
 
-def test_objects_go_along_an_axis_and_are_noted_while_they_do(tmp_path):
-    for rank, (results, heard, after) in enumerate(run_ranks(objects, 4, folder=tmp_path)):
+def test_object_collectives_are_recorded(tmp_path):
+    for rank, (results, activities, after) in enumerate(run_ranks(objects, 4, folder=tmp_path)):
         lines = [(0, 1, 2, 3), (0, 1) if rank < 2 else (2, 3), (rank % 2, rank % 2 + 2), (rank,)]
         assert results == [([{other: "x"} for other in line], (line[0], "y")) for line in lines]
         expected = [
-            (f"{verb} {name} (starting)", line)
+            (f"{collective} {name} (starting)", line)
             for name, line in zip(("world", "tensor", "pipeline"), lines, strict=False)
-            for verb in ("all-gather", "broadcast")
+            for collective in ("all-gather", "broadcast")
         ]
-        assert heard == expected, "alone nothing is exchanged"
+        assert activities == expected, "a group of one rank exchanges no messages"
         assert after == (None, ())

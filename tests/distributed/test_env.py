@@ -1,4 +1,4 @@
-"""A rank's place from the environment of each launcher, as they set it."""
+"""Ranks from the environment that each launcher sets."""
 
 import pytest
 
@@ -52,10 +52,10 @@ def test_launchers_that_set_rank(environ):
     assert from_environment(environ) == RankEnv(5, 8, 1, 4, "node1", 29500)
 
 
-def test_srun_meets_on_its_first_host():
-    place = from_environment(SRUN)
-    assert place[:5] == (5, 8, 1, 4, "node1")
-    assert 20000 <= place.master_port < 32000
+def test_srun_uses_its_first_host():
+    env = from_environment(SRUN)
+    assert env[:5] == (5, 8, 1, 4, "node1")
+    assert 20000 <= env.master_port < 32000
 
 
 def test_srun_ports_follow_from_job_and_step():
@@ -65,11 +65,11 @@ def test_srun_ports_follow_from_job_and_step():
     assert from_environment({**SRUN, "SLURM_STEP_ID": "1"}).master_port not in ports
 
 
-def test_what_a_batch_script_exports_is_taken_as_the_meeting_point():
-    place = from_environment(
+def test_rendezvous_address_of_a_batch_script():
+    env = from_environment(
         {**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234", "WORLD_SIZE": "8"}
     )
-    assert (place.master_addr, place.master_port) == ("10.0.0.1", 1234)
+    assert (env.master_addr, env.master_port) == ("10.0.0.1", 1234)
 
 
 def test_torchrun_inside_srun_is_torchrun():
@@ -83,7 +83,7 @@ def test_uneven_nodes():
 
 OUTSIDE = {
     "nothing": {},
-    "an exported meeting point": {"MASTER_ADDR": "node1", "MASTER_PORT": "1"},
+    "an exported rendezvous address": {"MASTER_ADDR": "node1", "MASTER_PORT": "1"},
     "a batch script": {
         "SLURM_JOB_ID": "41",
         "SLURM_NTASKS": "8",
@@ -102,7 +102,7 @@ def test_outside_a_launcher(environ):
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_part_of_a_launchers_variables(name):
+def test_missing_variables_of_a_launcher(name):
     environ = {key: value for key, value in TORCHRUN.items() if key != name}
     with pytest.raises(
         UserError, match=rf"^{name} is missing from the environment although .*RANK is set"
@@ -110,13 +110,13 @@ def test_part_of_a_launchers_variables(name):
         from_environment(environ)
 
 
-def test_local_rank_alone():
+def test_local_rank_without_rank():
     with pytest.raises(UserError, match=r"^RANK is missing"):
         from_environment({"LOCAL_RANK": "0"})
 
 
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"])
-def test_part_of_srun(name):
+def test_missing_variables_of_srun(name):
     environ = {key: value for key, value in SRUN.items() if key != name}
     with pytest.raises(UserError, match=rf"^{name} is missing"):
         from_environment(environ)
@@ -125,17 +125,17 @@ def test_part_of_srun(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"RANK": "8"}, "rank 8 .* is not below the world's 8 ranks"),
-        ({"LOCAL_RANK": "4"}, "local rank 4 .* is not below its machine's 4 ranks"),
-        ({"WORLD_SIZE": "eight"}, "WORLD_SIZE=eight .* is not a whole number"),
+        ({"RANK": "8"}, "rank 8 .* must be below the world size, 8"),
+        ({"LOCAL_RANK": "4"}, "local rank 4 .* must be below .* its machine, 4"),
+        ({"WORLD_SIZE": "eight"}, "WORLD_SIZE=eight .* must be a whole number"),
     ],
 )
-def test_values_that_cannot_be(change, message):
+def test_invalid_values(change, message):
     with pytest.raises(UserError, match=message):
         from_environment({**TORCHRUN, **change})
 
 
-def test_a_world_of_one_by_a_launcher():
+def test_launcher_with_one_rank():
     environ = {
         **TORCHRUN,
         "RANK": "0",
@@ -165,7 +165,7 @@ def test_hosts(node_list, names):
     assert " ".join(expand_hosts(node_list)) == names
 
 
-def test_one_rank_of_a_machine_speaks_before_ranks_meet():
+def test_one_rank_of_a_machine_prints():
     assert is_local_rank_zero({})
     assert not is_local_rank_zero(TORCHRUN)
     assert is_local_rank_zero({**TORCHRUN, "LOCAL_RANK": "0"})
@@ -182,5 +182,5 @@ def test_one_rank_of_a_machine_speaks_before_ranks_meet():
         ({"SLURM_RESTART_COUNT": "?"}, 1),
     ],
 )
-def test_starts_are_counted_by_whoever_starts_again(environ, number):
+def test_attempt_counts_restarts_of_slurm_and_torchrun(environ, number):
     assert attempt(environ) == number

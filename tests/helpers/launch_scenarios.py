@@ -1,7 +1,8 @@
-"""What ranks do in test_launch.py, and a server that starts them quickly.
+"""Scenarios of ranks for tests of launches, and a server that starts them quickly.
 
-The server imports torch and deepspeed once. For each line of JSON that it reads it forks a process that launches one
-scenario with its output in files, as a shell would; tests signal that process and ask for its exit code.
+The server imports torch and deepspeed once. For each line of JSON it forks a process that launches
+one scenario with its output in files, as a shell does. Tests signal that process and request its
+exit code.
 """
 
 import json
@@ -18,8 +19,8 @@ from megatrain.distributed import device
 from megatrain.distributed.activity import WorldGroup
 from megatrain.distributed.env import from_environment
 from megatrain.errors import DataError
-from megatrain.launch import supervisor, watchdog_coordinator
-from megatrain.launch.local import _die_with, import_before_fork, run_local
+from megatrain.launch import supervisor, watchdog
+from megatrain.launch.local import die_with_parent, import_before_fork, run_local
 from megatrain.launch.worker import start_rank
 
 
@@ -27,15 +28,15 @@ def folder_of(run):
     return Path(run.run.output_dir)
 
 
-def come_up(run, place):
-    """Leave a file with this rank's process id, whole from its first moment."""
-    new = folder_of(run) / f"new-{place.rank}"
+def announce(run, env):
+    """Writes a file with this rank's process id atomically."""
+    new = folder_of(run) / f"new-{env.rank}"
     new.write_text(str(os.getpid()))
-    new.rename(folder_of(run) / f"up-{place.rank}")
+    new.rename(folder_of(run) / f"up-{env.rank}")
 
 
-def meet():
-    """Wait for all ranks, as a collective in a step does."""
+def all_reduce():
+    """Waits for all ranks, as a collective of a step does."""
     import torch
     import torch.distributed
 
@@ -44,153 +45,153 @@ def meet():
     return int(total)
 
 
-def work(run, place, activity):
+def work(run, env, activity):
     import deepspeed
     import torch
 
     deepspeed.init_distributed()
-    logging.getLogger("megatrain").info("%d ranks met", meet())
+    logging.getLogger("megatrain").info("%d ranks met", all_reduce())
     asked = os.environ["OMP_NUM_THREADS"]
-    print(f"noise of rank {place.rank} with {torch.get_num_threads()} threads, {asked} asked for")
+    print(f"noise of rank {env.rank} with {torch.get_num_threads()} threads, {asked} asked for")
     os.system("echo noise of a child process")
 
 
-def raise_on_one(run, place, activity):
-    if place.rank == 1:
+def raise_on_one(run, env, activity):
+    if env.rank == 1:
         raise ValueError("the cause")
-    meet()
+    all_reduce()
 
 
-def consequence_first(run, place, activity):
-    meet()
-    if place.rank == 0:
+def consequence_first(run, env, activity):
+    all_reduce()
+    if env.rank == 0:
         raise RuntimeError("[gloo] Connection closed by peer")
     time.sleep(0.1)
     raise ValueError("the cause")
 
 
-def only_consequences(run, place, activity):
+def only_consequences(run, env, activity):
     raise RuntimeError("[gloo] Connection closed by peer")
 
 
-def raise_user_error(run, place, activity):
-    meet()  # a rank that finds nobody to join, because the others have failed before, has another thing to say
+def raise_user_error(run, env, activity):
+    all_reduce()  # a rank whose peers failed before it joined reports another error
     raise DataError("there is no file x.bin")
 
 
-def die(run, place, activity):
-    print(f"last words of rank {place.rank}")
-    if place.rank == 1:
+def die(run, env, activity):
+    print(f"last line of rank {env.rank}")
+    if env.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    meet()
+    all_reduce()
 
 
-def leave_with_3(run, place, activity):
-    if place.rank == 1:
+def leave_with_3(run, env, activity):
+    if env.rank == 1:
         sys.exit(3)
-    meet()
+    all_reduce()
 
 
-def count_signals(run, place, activity):
+def count_signals(run, env, activity):
     seen = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: seen.append(signal.Signals(number).name))
-    come_up(run, place)
+    announce(run, env)
     while not seen:
         time.sleep(0.02)
     time.sleep(0.5)
-    (folder_of(run) / f"seen-{place.rank}").write_text(" ".join(seen))
+    (folder_of(run) / f"seen-{env.rank}").write_text(" ".join(seen))
 
 
-def ignore_signals(run, place, activity):
+def ignore_signals(run, env, activity):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    sleep(run, place, activity)
+    sleep(run, env, activity)
 
 
-def sleep(run, place, activity):
-    come_up(run, place)
+def sleep(run, env, activity):
+    announce(run, env)
     time.sleep(600)
 
 
-# -- steps, in which something happens to a rank ------------------------------------------------------------------------
+# -- steps with an incident on one rank ----------------------------------------------------------
 
 
-def steps(activity, world_size, trouble, *, last=6):
-    """As a run of `last` steps notes them: data are loaded, work is done, and all meet."""
+def steps(activity, world_size, incident, *, last=6):
+    """Runs `last` steps: loads data, computes, joins a collective."""
     for step in range(1, last + 1):
         activity.begin_step(step)
         activity.set("loading data")
-        trouble(step)
+        incident(step)
         activity.set("F0")
         with activity.collective("all-reduce", WorldGroup(range(world_size), "data")):
-            meet()
+            all_reduce()
 
 
-def freeze(run, place, activity):
-    """The rank that run.seed names is stopped in step 3, in the middle of its work."""
-    come_up(run, place)
+def freeze(run, env, activity):
+    """Stops rank `run.seed` in step 3."""
+    announce(run, env)
 
-    def trouble(step):
-        if (step, place.rank) == (3, run.run.seed):
+    def incident(step):
+        if (step, env.rank) == (3, run.run.seed):
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    steps(activity, place.world_size, trouble)
+    steps(activity, env.world_size, incident)
 
 
-def sleep_over_data(run, place, activity):
-    come_up(run, place)
+def sleep_over_data(run, env, activity):
+    announce(run, env)
     steps(
         activity,
-        place.world_size,
-        lambda step: time.sleep(600) if (step, place.rank) == (3, 1) else None,
+        env.world_size,
+        lambda step: time.sleep(600) if (step, env.rank) == (3, 1) else None,
     )
 
 
-def vanish(run, place, activity):
-    """The rank that run.seed names is killed in step 3."""
-    come_up(run, place)
-    print(f"last words of rank {place.rank}")
+def vanish(run, env, activity):
+    """Kills rank `run.seed` in step 3."""
+    announce(run, env)
+    print(f"last line of rank {env.rank}")
 
-    def trouble(step):
-        if (step, place.rank) == (3, run.run.seed):
+    def incident(step):
+        if (step, env.rank) == (3, run.run.seed):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    steps(activity, place.world_size, trouble)
+    steps(activity, env.world_size, incident)
 
 
-def raise_in_step(run, place, activity):
-    def trouble(step):
-        if (step, place.rank) == (3, 1):
+def raise_in_step(run, env, activity):
+    def incident(step):
+        if (step, env.rank) == (3, 1):
             raise ValueError("the cause")
 
-    steps(activity, place.world_size, trouble)
+    steps(activity, env.world_size, incident)
 
 
-def raise_in_steps_to_come(run, place, activity):
-    """Rank 1 fails once in each of the first run.seed steps, whatever the start."""
+def raise_in_steps_to_come(run, env, activity):
+    """Fails once on rank 1 in each of the first `run.seed` steps."""
 
-    def trouble(step):
+    def incident(step):
         mark = folder_of(run) / f"failed-{step}"
-        if place.rank == 1 and step <= run.run.seed and not mark.exists():
+        if env.rank == 1 and step <= run.run.seed and not mark.exists():
             mark.touch()
             raise ValueError(f"the cause in step {step}")
 
-    steps(activity, place.world_size, trouble)
+    steps(activity, env.world_size, incident)
 
 
-def launch_locally(target, run, world_size):
-    return run_local(target, run, world_size=world_size)
+def launch_locally(function, run, world_size):
+    return run_local(function, run, world_size=world_size)
 
 
-def launch_as_torchrun(target, run, world_size):
-    """Start the ranks as a launcher does: RANK and its kin in the environment, nobody watching."""
+def launch_as_torchrun(function, run, world_size):
+    """Starts the ranks as a launcher does: with RANK etc. in the environment, unsupervised."""
     with reserved_port() as port:
-        return start_ranks(target, run, world_size, port)
+        return start_ranks(function, run, world_size, port)
 
 
-def launch_as_torchrun_again(target, run, world_size):
-    """As torchrun --max-restarts=1 does on one machine: its process holds the store, the same one for both starts."""
+def launch_as_torchrun_again(function, run, world_size):
+    """Starts ranks as torchrun --max-restarts=1 on one machine: one store for both attempts."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -199,13 +200,13 @@ def launch_as_torchrun_again(target, run, world_size):
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": str(attempt),
         }
-        code = start_ranks(target, run, world_size, store.port)
+        code = start_ranks(function, run, world_size, store.port)
         if code == 0:
             break
     return code
 
 
-def start_ranks(target, run, world_size, port):
+def start_ranks(function, run, world_size, port):
     children = []
     for rank in range(world_size):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -214,12 +215,12 @@ def start_ranks(target, run, world_size, port):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        children.append(in_a_fork(lambda: start_rank(target, run, from_environment(os.environ))))
+        children.append(in_a_fork(lambda: start_rank(function, run, from_environment(os.environ))))
     return ended(children, Path(run.run.output_dir))
 
 
 def ended(children, folder):
-    """The largest exit code of all ranks, once each has ended by itself; those that are stopped are killed then. `codes` has all."""
+    """Returns the largest exit code once all ranks have exited; stopped ranks are killed then."""
     codes, stopped = {}, set()
     while len(codes) < len(children):
         child, status = os.waitpid(-1, os.WUNTRACED)
@@ -247,43 +248,45 @@ def in_a_fork(function):
         os._exit(code)
 
 
-def start(order):
+def start(command):
     def launch():
         os.setsid()
         for name, fd in (("out", 1), ("err", 2)):
             os.dup2(
                 os.open(
-                    Path(order["folder"]) / name,
+                    Path(command["folder"]) / name,
                     os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND,
                 ),
                 fd,
             )
         run = loader.load(
-            None, ["train.steps=1", f"run.output_dir={order['folder']}", *order["overrides"]]
+            None, ["train.steps=1", f"run.output_dir={command['folder']}", *command["overrides"]]
         )
-        return globals()[order["launcher"]](globals()[order["scenario"]], run, order["world_size"])
+        return globals()[command["launcher"]](
+            globals()[command["scenario"]], run, command["world_size"]
+        )
 
     return in_a_fork(launch)
 
 
 def main():
-    import torch  # noqa: F401  before any thread is asked for, so that ranks have to set theirs
+    import torch  # noqa: F401  before the ranks set their threads
 
-    _die_with(os.getppid())
+    die_with_parent(os.getppid())
     device.set_environment(ranks_here=4)
     import_before_fork()
-    supervisor.SECONDS_FOR_CAUSES = watchdog_coordinator.SECONDS_FOR_CAUSES = (
-        60.0  # ranks of a busy machine take longer to say theirs
+    supervisor.SECONDS_FOR_CAUSES = watchdog.SECONDS_FOR_CAUSES = (
+        60.0  # on a busy machine reports take longer
     )
     del os.environ["OMP_NUM_THREADS"]
     for line in sys.stdin:
-        order = json.loads(line)
-        if "stop" in order:
+        command = json.loads(line)
+        if "stop" in command:
             break
-        if "wait" in order:
-            answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
+        if "wait" in command:
+            answer = os.waitstatus_to_exitcode(os.waitpid(command["wait"], 0)[1])
         else:
-            answer = start(order)
+            answer = start(command)
         print(answer, flush=True)
 
 

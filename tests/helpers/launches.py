@@ -1,4 +1,4 @@
-"""Starts what launch_scenarios.py holds, as a shell starts a launcher, and sees how it ends."""
+"""Starts the scenarios of launch_scenarios.py as a shell starts a launcher."""
 
 import json
 import os
@@ -13,20 +13,20 @@ import pytest
 from megatrain.telemetry import events
 
 LONG = 300
-"""Seconds that nothing here takes, on a machine however busy."""
+"""Seconds that no scenario takes, on any machine."""
 
 
 class Launched:
-    """A launch under way in its own process, and what it has written."""
+    """A running launch in a process of its own, and the files that it writes."""
 
     def __init__(self, server, folder, pid, world_size):
         self.server, self.folder, self.pid, self.world_size = server, folder, pid, world_size
 
     def wait(self):
-        return ask(self.server, {"wait": self.pid})
+        return request(self.server, {"wait": self.pid})
 
     def rank_pids(self):
-        """The process of each rank, once all are in their target."""
+        """Returns the process id of each rank, once all run their function."""
         files = [self.folder / f"up-{rank}" for rank in range(self.world_size)]
         until(lambda: all(file.exists() for file in files))
         return [int(file.read_text()) for file in files]
@@ -41,20 +41,20 @@ class Launched:
         return self.text(f"logs/rank-{rank:05d}.log")
 
     def lines(self, rank):
-        """Of the rank's log for programs."""
+        """Returns the lines of the rank's JSON log."""
         return [json.loads(line) for line in self.text(f"logs/rank-{rank:05d}.jsonl").splitlines()]
 
 
-def ask(server, order):
-    server.stdin.write(json.dumps(order) + "\n")
+def request(server, command):
+    server.stdin.write(json.dumps(command) + "\n")
     server.stdin.flush()
     return int(server.stdout.readline())
 
 
-def until(true, *, seconds=LONG):
+def until(condition, *, seconds=LONG):
     end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"waited {seconds} s for it"
+    while not condition():
+        assert time.monotonic() < end, f"the condition is not met after {seconds} s"
         time.sleep(0.02)
 
 
@@ -66,8 +66,8 @@ def runs(pid):
     return state != "Z"
 
 
-def signalled(pid):
-    """Whether it has ended; otherwise it is sent another SIGTERM."""
+def signal_again(pid):
+    """Returns True if the process has ended; sends another SIGTERM otherwise."""
     if runs(pid):
         os.kill(pid, signal.SIGTERM)
         time.sleep(0.2)
@@ -98,7 +98,7 @@ def server(extensions):
         },
     )
     yield process
-    # It is told to end: ranks that other tests have forked since hold the pipe too.
+    # Closing the pipe does not end it: ranks that other tests forked hold the pipe too.
     process.stdin.write(json.dumps({"stop": True}) + "\n")
     process.stdin.flush()
     assert process.wait(timeout=LONG) == 0
@@ -111,13 +111,13 @@ def launch(server, tmp_path):
     def start(scenario, *, world_size=4, launcher="launch_locally", overrides=(), name="."):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        order = {
+        command = {
             "scenario": scenario,
             "folder": str(folder),
             "world_size": world_size,
             "launcher": launcher,
         }
-        started.append(ask(server, {**order, "overrides": list(overrides)}))
+        started.append(request(server, {**command, "overrides": list(overrides)}))
         return Launched(server, folder, started[-1], world_size)
 
     yield start

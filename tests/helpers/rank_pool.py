@@ -32,9 +32,9 @@ def _serve(pipe: Connection, parent: int) -> None:
     import torch
 
     from megatrain.distributed.device import disable_jit_extensions
-    from megatrain.launch.local import _die_with
+    from megatrain.launch.local import die_with_parent
 
-    _die_with(parent)  # the end of a pipe that its siblings hold too would not be seen
+    die_with_parent(parent)  # the end of a pipe that its siblings hold too would not be seen
     torch.set_num_threads(1)
     disable_jit_extensions()
     silence = os.open(os.devnull, os.O_WRONLY)

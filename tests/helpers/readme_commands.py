@@ -145,9 +145,9 @@ def _serve() -> None:
     import transformers.models.auto.tokenization_auto  # noqa: F401
 
     import megatrain.training.loop  # noqa: F401
-    from megatrain.launch.local import _die_with, import_before_fork
+    from megatrain.launch.local import die_with_parent, import_before_fork
 
-    _die_with(os.getppid())
+    die_with_parent(os.getppid())
     import_before_fork()
     under_way: set[int] = set()
     for line in sys.stdin:

@@ -1,17 +1,17 @@
-"""Whom everyone waits for, from what each rank says it is in."""
+"""Finds the blocking ranks from the states of all ranks."""
 
 import pytest
 
-from megatrain.launch.diagnosis import ProcessState, compact, find_blocking_rank
+from megatrain.launch.diagnosis import RankState, compact, find_blocking_ranks
 
 WORLD = range(4)
 
 
 def states(**ranks):
-    """r0=(words, waits_for) ...: all in step 7, unless a third item says another."""
+    """Returns states from r0=(activity, waits_for[, step]), ...; the default step is 7."""
     return {
-        int(name[1:]): ProcessState(rest[0] if rest else 7, words, compact(waits), 60.0)
-        for name, (words, waits, *rest) in ranks.items()
+        int(name[1:]): RankState(rest[0] if rest else 7, activity, compact(waits), 60.0)
+        for name, (activity, waits, *rest) in ranks.items()
     }
 
 
@@ -25,7 +25,7 @@ CASES = {
         ),
         [3],
     ),
-    "who is not in the collective that the others are in": (
+    "the rank that is not in the collective": (
         states(
             r0=("all-reduce world (F3)", WORLD),
             r1=("all-reduce world (B3)", WORLD),
@@ -34,7 +34,7 @@ CASES = {
         ),
         [2],
     ),
-    "who is in another collective, which waits for somebody else": (
+    "the rank that a second collective waits for": (
         states(
             r0=("all-reduce world (x)", WORLD),
             r1=("all-reduce world (x)", WORLD),
@@ -43,7 +43,7 @@ CASES = {
         ),
         [3],
     ),
-    "who is a step behind in a collective of the same name": (
+    "the rank that is a step behind in a collective of the same name": (
         states(
             r0=("all-reduce world (x)", WORLD),
             r1=("all-reduce world (x)", WORLD),
@@ -52,7 +52,7 @@ CASES = {
         ),
         [3],
     ),
-    "who works, before a collective that is complete": (
+    "a working rank, before a complete collective": (
         states(
             r0=("all-reduce data (x)", (0, 1)),
             r1=("all-reduce data (x)", (0, 1)),
@@ -61,11 +61,11 @@ CASES = {
         ),
         [3],
     ),
-    "all of a collective that is complete and does not end": (
-        {rank: ProcessState(7, "all-reduce world (F3)", WORLD, 60.0) for rank in WORLD},
+    "all ranks of a complete collective that does not end": (
+        {rank: RankState(7, "all-reduce world (F3)", WORLD, 60.0) for rank in WORLD},
         [0, 1, 2, 3],
     ),
-    "the one that most wait for": (
+    "the rank that most wait for": (
         states(
             r0=("recv F0 from rank 1", (1,)),
             r1=("F0", ()),
@@ -74,7 +74,7 @@ CASES = {
         ),
         [1],
     ),
-    "nobody, in a circle": (
+    "none in a cycle": (
         states(
             r0=("recv F0 from rank 1", (1,)),
             r1=("recv B0 from rank 0", (0,)),
@@ -87,30 +87,30 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_everyone_waits_for(case):
-    given, awaited = CASES[case]
-    assert find_blocking_rank(given, []) == awaited
+def test_blocking_ranks(case):
+    given, expected = CASES[case]
+    assert find_blocking_ranks(given, []) == expected
     assert (
-        find_blocking_rank(
-            {rank: ProcessState.from_json(state.to_json()) for rank, state in given.items()}, []
+        find_blocking_ranks(
+            {rank: RankState.from_json(state.to_json()) for rank, state in given.items()}, []
         )
-        == awaited
+        == expected
     )
 
 
-def test_those_that_do_not_answer_are_the_ones():
+def test_silent_ranks_block():
     given, _ = CASES["the end of a chain of receives"]
-    assert find_blocking_rank(given, {5, 4}) == [4, 5]
+    assert find_blocking_ranks(given, {5, 4}) == [4, 5]
 
 
-def test_thousands_of_ranks_are_little():
-    """All of 4096 wait for one, and each of them names all others: with them compared in pairs this would take minutes."""
+def test_thousands_of_ranks():
+    """4096 ranks wait for one, each naming all others; comparing pairs would take minutes."""
     world = range(4096)
     given = {
-        rank: ProcessState(7, "all-reduce world (x)", compact(tuple(world)), 60.0)
+        rank: RankState(7, "all-reduce world (x)", compact(tuple(world)), 60.0)
         for rank in world
         if rank != 77
     }
-    given[77] = ProcessState(7, "loading data", (), 60.0)
-    assert find_blocking_rank(given, []) == [77]
+    given[77] = RankState(7, "loading data", (), 60.0)
+    assert find_blocking_ranks(given, []) == [77]
     assert all(len(str(state.to_json())) < 200 for state in given.values())

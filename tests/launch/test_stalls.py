@@ -1,4 +1,4 @@
-"""A run of which a rank freezes, dies or fails ends on all ranks, and says whom everyone waited for or what the cause was."""
+"""Runs in which a rank freezes, dies or fails: all ranks exit and the cause is reported."""
 
 import json
 import os
@@ -7,12 +7,12 @@ import signal
 import pytest
 from helpers.launches import runs
 
-SOON = ["run.hang_timeout=6"]
+SHORT_TIMEOUT = ["run.hang_timeout=6"]
 """Steps of these runs take milliseconds."""
 
 
-def test_a_rank_that_gets_nowhere_is_found_and_named_and_all_end(launch):
-    """All at once: they wait most of the time."""
+def test_frozen_rank_is_reported_and_all_exit(launch):
+    """All cases run at the same time: they wait most of it."""
     cases = [
         (launcher, frozen)
         for launcher in ("launch_locally", "launch_as_torchrun")
@@ -23,7 +23,7 @@ def test_a_rank_that_gets_nowhere_is_found_and_named_and_all_end(launch):
             "freeze",
             world_size=3,
             launcher=launcher,
-            overrides=[*SOON, f"run.seed={frozen}"],
+            overrides=[*SHORT_TIMEOUT, f"run.seed={frozen}"],
             name=f"{launcher}-{frozen}",
         )
         for launcher, frozen in cases
@@ -32,7 +32,7 @@ def test_a_rank_that_gets_nowhere_is_found_and_named_and_all_end(launch):
         "sleep_over_data",
         world_size=3,
         launcher="launch_as_torchrun",
-        overrides=SOON,
+        overrides=SHORT_TIMEOUT,
         name="sleeper",
     )
     for (launcher, frozen), run in zip(cases, frozen_runs, strict=True):
@@ -48,20 +48,22 @@ def test_a_rank_that_gets_nowhere_is_found_and_named_and_all_end(launch):
 
 def check_frozen(run, pids, frozen):
     text = run.text("err")
-    assert text.startswith("error: the run stands still: nothing has moved for ")
-    assert f"everyone waits for rank {frozen} (" in text
-    assert f"process {pids[frozen]}), which does not answer: it is stopped (SIGSTOP)" in text
-    assert text.count("stands still") == 1
+    assert text.startswith("error: training is stalled: no rank has made progress for ")
+    assert f"all ranks are waiting for rank {frozen} (" in text
+    assert (
+        f"process {pids[frozen]}), which does not answer: the process is stopped (SIGSTOP)" in text
+    )
+    assert text.count("stalled") == 1
     assert not any(runs(pid) for pid in pids)
     alive = {0, 1, 2} - {frozen}
-    assert {int(path.stem[-5:]) for path in (run.folder / "stacks").iterdir()} == alive
+    assert {int(path.stem[-5:]) for path in (run.folder / "stack_traces").iterdir()} == alive
     for rank in alive:
-        stacks = run.text(f"stacks/rank-{rank:05d}.txt")
+        stacks = run.text(f"stack_traces/rank-{rank:05d}.txt")
         assert "step 3, all-reduce data (F0), for " in stacks
         assert "in meet\n" in stacks
     (event,) = run.events("stall")
     assert event.step == 3
-    assert f"everyone waits for rank {frozen}" in event.fields["cause"]
+    assert f"all ranks are waiting for rank {frozen}" in event.fields["cause"]
 
 
 def check_sleeper(run):
@@ -69,14 +71,12 @@ def check_sleeper(run):
     assert run.wait() == 1
     assert f"process {pids[1]}), which has been in step 3, loading data for " in run.text("err")
     assert "  rank 2: step 3, all-reduce data (F0), for " in run.text("err")
-    assert "in sleep_over_data" in run.text("stacks/rank-00001.txt")
+    assert "in sleep_over_data" in run.text("stack_traces/rank-00001.txt")
     assert json.loads(run.text("codes")) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("killed", [0, 2])
-def test_under_a_launcher_a_killed_rank_is_named_with_its_last_words_by_one_that_lives(
-    launch, killed
-):
+def test_killed_rank_is_reported_by_another_under_a_launcher(launch, killed):
     run = launch(
         "vanish", world_size=3, launcher="launch_as_torchrun", overrides=[f"run.seed={killed}"]
     )
@@ -84,10 +84,10 @@ def test_under_a_launcher_a_killed_rank_is_named_with_its_last_words_by_one_that
     assert run.wait() == 1
     text = run.text("err")
     assert text.startswith(f"rank {killed} (")
-    assert f"process {pids[killed]}) ended without a word (often: killed" in text
-    assert f"last words of rank {killed}" in text
+    assert f"process {pids[killed]}) exited without reporting an error (often: killed" in text
+    assert f"last line of rank {killed}" in text
     assert text.splitlines()[-1].startswith(
-        "there is no whole checkpoint (checkpoint.save_every=0 saves at the end only): started again, the same command begins afresh"
+        "there is no complete checkpoint (checkpoint.save_every=0 saves only at the end)"
     )
     (event,) = run.events("fail")
     assert event.fields["cause"].startswith(f"rank {killed} (")
@@ -95,16 +95,16 @@ def test_under_a_launcher_a_killed_rank_is_named_with_its_last_words_by_one_that
     assert "Traceback" not in text
 
 
-def test_under_a_launcher_only_the_cause_is_shown(launch):
+def test_only_the_cause_is_printed_under_a_launcher(launch):
     run = launch("raise_in_step", world_size=3, launcher="launch_as_torchrun")
     assert run.wait() == 1
     assert run.text("err").startswith("rank 1 failed:\nTraceback")
     assert "ValueError: the cause\n" in run.text("err")
     assert run.text("err").count("Traceback") == 1
-    assert "the cause" in run.log(0)  # ends with the same words: whichever log one opens says why
+    assert "the cause" in run.log(0)  # the log of every rank ends with the cause
 
 
-def test_ranks_that_torchrun_starts_again_do_not_meet_those_of_the_start_before(launch):
+def test_ranks_restarted_by_torchrun_ignore_keys_of_the_last_attempt(launch):
     run = launch(
         "raise_in_steps_to_come",
         world_size=2,
@@ -116,7 +116,7 @@ def test_ranks_that_torchrun_starts_again_do_not_meet_those_of_the_start_before(
     assert json.loads(run.text("codes")) == [0, 0]
 
 
-def test_torchrun_is_told_what_to_show(tmp_path, monkeypatch):
+def test_elastic_error_file(tmp_path, monkeypatch):
     from megatrain.launch.failure_reporter import write_elastic_error_file
 
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
@@ -126,13 +126,15 @@ def test_torchrun_is_told_what_to_show(tmp_path, monkeypatch):
     failure = ProcessFailure(
         local_rank=0, pid=os.getpid(), exitcode=1, error_file=str(tmp_path / "error.json")
     )
-    assert failure.message["extraInfo"]["py_callstack"] == "the cause"  # what its report prints
+    assert (
+        failure.message["extraInfo"]["py_callstack"] == "the cause"
+    )  # torchrun's report prints it
 
 
-# -- restarts ---------------------------------------------------------------------------------------------------------------
+# -- restarts --------------------------------------------------------------------------------
 
 
-def test_ranks_are_started_again_until_they_are_through(launch):
+def test_ranks_are_restarted_until_they_finish(launch):
     run = launch(
         "raise_in_steps_to_come", world_size=2, overrides=["run.seed=2", "run.max_restarts=2"]
     )
@@ -148,30 +150,30 @@ def test_ranks_are_started_again_until_they_are_through(launch):
     ]
 
 
-def test_a_run_is_given_up_when_its_restarts_are_used_up(launch):
+def test_run_fails_after_max_restarts(launch):
     run = launch(
         "raise_in_steps_to_come", world_size=2, overrides=["run.seed=3", "run.max_restarts=1"]
     )
     assert run.wait() == 1
-    *_, given_up, way_on = run.text("err").splitlines()
-    assert given_up == "not restarted: it was restarted 1 times (run.max_restarts=1)"
-    assert way_on.startswith("there is no whole checkpoint (")
+    *_, not_restarted, hint = run.text("err").splitlines()
+    assert not_restarted == "not restarted: it was restarted 1 times (run.max_restarts=1)"
+    assert hint.startswith("there is no complete checkpoint (")
 
 
-def test_a_step_that_fails_twice_is_not_tried_again(launch):
+def test_step_that_fails_twice_is_not_restarted(launch):
     run = launch("vanish", world_size=2, overrides=["run.seed=1", "run.max_restarts=9"])
     assert run.wait() == 1
-    assert run.text("err").count("rank 1 was killed by SIGKILL") == 2
+    assert run.text("err").count("rank 1 was killed by signal SIGKILL") == 2
     assert (
         run.text("err").splitlines()[-2]
         == "not restarted: step 3 failed twice (run.max_restarts=9)"
     )
     assert [event.fields["restart"] for event in run.events("restart")] == [1]
-    (given_up,) = run.events("fail")
-    assert given_up.fields["reason"] == "step 3 failed twice"
+    (event,) = run.events("fail")
+    assert event.fields["reason"] == "step 3 failed twice"
 
 
-def test_what_the_user_wrote_is_not_tried_again(launch):
+def test_user_errors_are_not_restarted(launch):
     run = launch("raise_user_error", world_size=2, overrides=["run.max_restarts=9"])
     assert run.wait() == 1
     assert run.text("err") == "error: there is no file x.bin\n"

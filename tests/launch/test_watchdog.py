@@ -1,4 +1,4 @@
-"""Rank 0's watchdog and others', connected to each other, with a clock and a way to speak that the test holds."""
+"""Watchdogs of several ranks in one process, with a clock and reporters of the test."""
 
 import contextlib
 import select
@@ -7,17 +7,16 @@ import pytest
 
 from megatrain.distributed.activity import RankActivity, WorldGroup
 from megatrain.distributed.env import RankEnv
-from megatrain.launch import progress_monitor, watchdog_coordinator, watchdog_peer, watchdog_thread
+from megatrain.launch import watchdog, watchdog_thread
 from megatrain.launch.failure_reporter import claim_reporter, clear_claims, current_process
 from megatrain.launch.failures import FailureReport, RankExit
-from megatrain.launch.progress_monitor import ProgressMonitor
 from megatrain.launch.transport import connect, listen
-from megatrain.launch.watchdog_coordinator import WatchdogCoordinator
-from megatrain.launch.watchdog_peer import WatchdogPeer
+from megatrain.launch.watchdog import WatchdogCoordinator, WatchdogPeer
+from megatrain.launch.watchdog_thread import ProgressMonitor
 
 
 class Clock:
-    """Stands still until the test moves it. `cpu` is what the process has computed, in seconds."""
+    """A clock that the test advances. `cpu` is the CPU time of the process in seconds."""
 
     def __init__(self):
         self.now, self.cpu = 1000.0, 0.0
@@ -40,106 +39,108 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(watchdog_thread, "LOOK_SECONDS", 0.0)
-    for module in (watchdog_coordinator, watchdog_peer, progress_monitor):
+    monkeypatch.setattr(watchdog_thread, "POLL_SECONDS", 0.0)
+    for module in (watchdog, watchdog_thread):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(
-        progress_monitor.resource, "getrusage", lambda who: type("Usage", (), {"ru_majflt": 0})
+        watchdog_thread.resource, "getrusage", lambda who: type("Usage", (), {"ru_majflt": 0})
     )
     return clock
 
 
-class Left(Exception):
-    """In place of the end of a process."""
+class Exited(Exception):
+    """Raised in place of the exit of a process."""
 
 
-class Voice:
-    """Writes down what is said."""
+class Reporter:
+    """Records reports instead of printing them."""
 
     def __init__(self, rank, world_size, folder):
-        self.place, self.folder = (
+        self.env, self.folder = (
             RankEnv(rank, world_size, rank, world_size, "127.0.0.1", 1),
             folder,
         )
-        self.said, self.dumped, self.left, self.is_supervised = [], [], None, False
+        self.reports, self.dumped, self.exit_text, self.is_supervised = [], [], None, False
 
-    def say(self, failure, *, step=None):
-        self.said.append(failure)
-        return failure.text if isinstance(failure, FailureReport) else f"death of {failure.rank}"
+    def report(self, failure, *, step=None):
+        self.reports.append(failure)
+        return failure.text if isinstance(failure, FailureReport) else f"exit of {failure.rank}"
 
-    def dump(self, state):
-        self.dumped.append(state.words)
+    def dump_stacks(self, state):
+        self.dumped.append(state.activity)
 
-    def leave(self, text):
-        self.left = text
-        raise Left
+    def exit_process(self, text):
+        self.exit_text = text
+        raise Exited
 
 
 class Ranks:
-    """`size` watchdogs in this process; no thread of theirs runs, the test has them look."""
+    """`size` watchdogs in this process without threads; the test polls them."""
 
     def __init__(self, size, folder, clock, *, hang_timeout=100.0, token="token"):
         self.clock, self.activities = clock, [RankActivity() for _ in range(size)]
-        self.voices = [Voice(rank, size, folder) for rank in range(size)]
+        self.reporters = [Reporter(rank, size, folder) for rank in range(size)]
         listener = listen("127.0.0.1", peers=size)
         self.members = [
             WatchdogCoordinator(
                 self.activities[0],
-                self.voices[0],
+                self.reporters[0],
                 listener,
                 token="token",
                 hang_timeout=hang_timeout,
             )
         ]
         for rank in range(1, size):
-            wire = connect("127.0.0.1", listener.getsockname()[1])
+            connection = connect("127.0.0.1", listener.getsockname()[1])
             self.members.append(
                 WatchdogPeer(
                     self.activities[rank],
-                    self.voices[rank],
-                    wire,
+                    self.reporters[rank],
+                    connection,
                     token=token,
-                    hub=current_process(),
+                    coordinator=current_process(),
                     hang_timeout=hang_timeout,
                 )
             )
         self.frozen = set()
-        self.look()
+        self.advance()
 
-    def look(self, seconds=0.0):
-        """After so many seconds, second by second as threads look; until nothing more arrives where there are answers to arrive."""
+    def advance(self, seconds=0.0):
+        """Advances the clock second by second, and polls until no message is left."""
         end = self.clock.now + seconds
         while self.clock.now < end:
             self.clock.now = min(end, self.clock.now + 1)
-            self._turn()
-            if self.members[0]._question is not None:
+            self._poll()
+            if self.members[0]._query is not None:
                 self._settle()
-        self._turn()
+        self._poll()
         self._settle()
 
     def _settle(self):
-        """What is sent to this machine is there at once, or nearly: all may turn until none has heard anything for a moment."""
+        """Polls until no watchdog has received a message for 30 ms."""
         for _ in range(1000):
             if not select.select([member.selector for member in self._awake()], [], [], 0.03)[0]:
                 return
-            self._turn()
-        raise AssertionError("they never stop talking")
+            self._poll()
+        raise AssertionError("the watchdogs never stop sending")
 
-    def _turn(self):
+    def _poll(self):
         for member in self._awake():
-            with contextlib.suppress(Left):
-                member.turn()
+            with contextlib.suppress(Exited):
+                member.poll()
 
     def _awake(self):
         return [
             member
             for rank, member in enumerate(self.members)
-            if rank not in self.frozen and self.voices[rank].left is None and not member.closing
+            if rank not in self.frozen
+            and self.reporters[rank].exit_text is None
+            and not member.closing
         ]
 
     @property
-    def said(self):
-        return [what for voice in self.voices for what in voice.said]
+    def reports(self):
+        return [report for reporter in self.reporters for report in reporter.reports]
 
     def close(self):
         for member in self.members:
@@ -148,126 +149,124 @@ class Ranks:
 
 @pytest.fixture
 def ranks(tmp_path, clock):
-    made = []
+    created = []
 
-    def make(size=3, **more):
-        made.append(Ranks(size, tmp_path, clock, **more))
-        return made[-1]
+    def create(size=3, **options):
+        created.append(Ranks(size, tmp_path, clock, **options))
+        return created[-1]
 
-    yield make
-    for each in made:
-        each.close()
+    yield create
+    for group in created:
+        group.close()
 
 
-def test_nothing_is_said_while_any_rank_gets_on(ranks):
+def test_no_report_while_any_rank_makes_progress(ranks):
     run = ranks()
     for activity in run.activities:
         activity.begin_step(4)
     for _ in range(30):
-        run.look(seconds=10)
+        run.advance(seconds=10)
         run.activities[2].set("saving")
-    assert run.said == []
-    assert run.voices[1].dumped == []
-    run.look(seconds=120)
-    (stall,) = run.said
-    assert "everyone waits for rank" in stall.text
+    assert run.reports == []
+    assert run.reporters[1].dumped == []
+    run.advance(seconds=120)
+    (stall,) = run.reports
+    assert "all ranks are waiting for rank" in stall.text
 
 
-def test_the_rank_that_all_wait_for_is_named_once_and_all_leave(ranks):
+def test_blocking_rank_is_reported_once_and_all_exit(ranks):
     run = ranks()
     for activity in run.activities:
         activity.begin_step(4)
         activity.enter_collective("all-reduce", WorldGroup(range(3), "data"))
     run.activities[1].leave_collective()
     run.activities[1].set("loading data")
-    run.look(seconds=98)
-    assert run.said == []
-    run.look(seconds=4)
-    (stall,) = run.said
+    run.advance(seconds=98)
+    assert run.reports == []
+    run.advance(seconds=4)
+    (stall,) = run.reports
     assert (stall.kind, stall.rank) == ("stall", 0)
     first, *others, last = stall.text.splitlines()
-    assert first.startswith("the run stands still: nothing has moved for 10")
-    assert (
-        f"everyone waits for rank 1 ({current_process()}), which has been in step 4, loading data for 10"
-        in first
-    )
+    assert first.startswith("training is stalled: no rank has made progress for 10")
+    assert f"all ranks are waiting for rank 1 ({current_process()}), which has been in" in first
+    assert "which has been in step 4, loading data for 10" in first
     assert [line.rpartition(" for ")[0] for line in others] == [
         f"  rank {rank}: step 4, all-reduce data (beginning the step)," for rank in (0, 2)
     ]
-    assert last == f"the ranks' Python stacks are in {run.voices[0].folder / 'stacks'}"
-    assert [voice.left for voice in run.voices] == [stall.text] * 3
-    assert [len(voice.dumped) for voice in run.voices] == [1, 1, 1]
+    assert last == f"Python stacks of the ranks: {run.reporters[0].folder / 'stack_traces'}"
+    assert [reporter.exit_text for reporter in run.reporters] == [stall.text] * 3
+    assert [len(reporter.dumped) for reporter in run.reporters] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("frozen", [1, 2])
-def test_a_rank_that_does_not_answer_is_named(ranks, frozen):
+def test_silent_rank_is_reported(ranks, frozen):
     run = ranks()
     for activity in run.activities:
         activity.begin_step(4)
     run.frozen = {frozen}
-    run.look(seconds=105)
-    assert run.said == []  # a busy machine's rank has some seconds to answer
-    run.look(seconds=15)
-    (stall,) = run.said
+    run.advance(seconds=105)
+    assert run.reports == []  # a rank of a busy machine has some seconds to answer
+    run.advance(seconds=15)
+    (stall,) = run.reports
     assert (
-        f"everyone waits for rank {frozen} ({current_process()}), which does not answer"
+        f"all ranks are waiting for rank {frozen} ({current_process()}), which does not answer"
         in stall.text
     )
-    assert stall.text.endswith(", but for who does not answer")
+    assert stall.text.endswith(" (of the ranks that answered)")
     assert (
         "rank 0: step 4, beginning the step, for 11" in stall.text
-    )  # as it is now, not as it was when it was asked
+    )  # the state now, not at the time of the query
 
 
-def test_a_rank_that_was_stopped_for_a_while_ends_nothing(ranks):
+def test_rank_stopped_for_a_while_does_not_end_the_run(ranks):
     run = ranks()
     for activity in run.activities:
         activity.begin_step(4)
     run.frozen = {1}
-    run.look(seconds=108)  # all are asked, and it does not answer
+    run.advance(seconds=108)  # all are asked, and rank 1 does not answer
     run.frozen = set()
-    run.look(seconds=30)
-    assert run.said == []
-    run.look(seconds=100)
-    assert len(run.said) == 1
+    run.advance(seconds=30)
+    assert run.reports == []
+    run.advance(seconds=100)
+    assert len(run.reports) == 1
 
 
-def test_a_frozen_rank_0_is_named_by_rank_1(ranks):
+def test_frozen_rank_0_is_reported_by_rank_1(ranks):
     run = ranks()
     for activity in run.activities:
         activity.begin_step(4)
     run.frozen = {0}
-    run.look(seconds=125)
-    assert [len(voice.said) for voice in run.voices] == [0, 1, 0]
-    assert "everyone waits for rank 0" in run.voices[1].said[0].text
-    assert None not in (run.voices[1].left, run.voices[2].left)
+    run.advance(seconds=125)
+    assert [len(reporter.reports) for reporter in run.reporters] == [0, 1, 0]
+    assert "all ranks are waiting for rank 0" in run.reporters[1].reports[0].text
+    assert None not in (run.reporters[1].exit_text, run.reporters[2].exit_text)
 
 
-@pytest.mark.parametrize("trouble", ["frozen", "killed"])
-def test_of_two_machines_one_rank_speaks_for_a_lost_rank_0(ranks, trouble):
+@pytest.mark.parametrize("condition", ["frozen", "killed"])
+def test_one_rank_reports_a_lost_rank_0(ranks, condition):
     run = ranks(size=4)
-    run.clock.sleep = lambda seconds: None  # of one rank, which would keep all from looking
-    for rank, (voice, activity) in enumerate(zip(run.voices, run.activities, strict=True)):
-        voice.place = RankEnv(rank, 4, rank % 2, 2, "127.0.0.1", 1)
+    run.clock.sleep = lambda seconds: None  # one sleeping rank would advance the clock of all
+    for rank, (reporter, activity) in enumerate(zip(run.reporters, run.activities, strict=True)):
+        reporter.env = RankEnv(rank, 4, rank % 2, 2, "127.0.0.1", 1)
         activity.begin_step(4)
     run.frozen = {0}
-    if trouble == "killed":
-        for wire in run.members[0]._wires.values():
-            wire.close()
-    run.look(seconds=125)
-    (said,) = run.said
-    assert isinstance(said, RankExit) == (trouble == "killed")
-    assert None not in [voice.left for voice in run.voices[1:]]
-    if trouble == "frozen":  # it goes on, and finds nobody
+    if condition == "killed":
+        for connection in run.members[0]._connections.values():
+            connection.close()
+    run.advance(seconds=125)
+    (report,) = run.reports
+    assert isinstance(report, RankExit) == (condition == "killed")
+    assert None not in [reporter.exit_text for reporter in run.reporters[1:]]
+    if condition == "frozen":  # it continues and finds no other rank
         run.frozen = set()
         for member in run.members[1:]:
-            member._wire.close()
-        run.look(seconds=5)
-        assert run.voices[0].left is not None
-        assert run.said == [said]
+            member._connection.close()
+        run.advance(seconds=5)
+        assert run.reporters[0].exit_text is not None
+        assert run.reports == [report]
 
 
-def test_who_speaks_is_settled_once_for_each_start_of_a_run(tmp_path):
+def test_one_claim_per_start(tmp_path):
     assert [claim_reporter(tmp_path, token) for token in ("a", "a", "b", "a")] == [
         True,
         False,
@@ -277,105 +276,103 @@ def test_who_speaks_is_settled_once_for_each_start_of_a_run(tmp_path):
     clear_claims(tmp_path)
     assert list((tmp_path / "logs").iterdir()) == []
     (tmp_path / "file").touch()
-    assert claim_reporter(tmp_path / "file", "a"), (
-        "there is no such folder: better twice than not at all"
-    )
+    assert claim_reporter(tmp_path / "file", "a"), "without the folder every rank reports"
 
 
-def test_work_of_unknown_length_is_progress_and_waiting_is_not(clock):
+def test_cpu_time_is_progress_in_open_ended_phases_only(clock):
     activity = RankActivity()
     activity.set_phase("loading the checkpoint")
-    looks = ProgressMonitor(activity)
+    progress = ProgressMonitor(activity)
     for _ in range(100):
         clock.now, clock.cpu = clock.now + 1, clock.cpu + 0.2
-        looks.look()
-    assert looks.look() == 0
-    activity.begin_step(1)  # in a step only notes count: a rank that spins gets nowhere
-    looks.look()
+        progress.seconds_since_progress()
+    assert progress.seconds_since_progress() == 0
+    activity.begin_step(1)  # in a step only activities count: a spinning rank makes no progress
+    progress.seconds_since_progress()
     for _ in range(100):
         clock.now, clock.cpu = clock.now + 1, clock.cpu + 0.2
-        looks.look()
-    assert looks.look() == 100
+        progress.seconds_since_progress()
+    assert progress.seconds_since_progress() == 100
     activity.set_phase("saving")
     activity.enter_collective("all-gather", WorldGroup(range(3)))
-    looks.look()
+    progress.seconds_since_progress()
     for _ in range(100):
         clock.now, clock.cpu = clock.now + 1, clock.cpu + 0.2
-        looks.look()
-    assert looks.look() == 100
+        progress.seconds_since_progress()
+    assert progress.seconds_since_progress() == 100
 
 
-def test_a_process_that_was_stopped_itself_blames_nobody(clock):
+def test_stopped_process_reports_no_stall(clock):
     activity = RankActivity()
     activity.begin_step(1)
-    looks = ProgressMonitor(activity)
+    progress = ProgressMonitor(activity)
     clock.now += 1000
-    assert looks.look() == 0
+    assert progress.seconds_since_progress() == 0
 
 
-def test_hang_timeout_0_waits_for_ever(ranks):
+def test_hang_timeout_0_disables_stall_detection(ranks):
     run = ranks(hang_timeout=0.0)
     for activity in run.activities:
         activity.begin_step(4)
-    run.look(seconds=300)
-    assert run.said == []
+    run.advance(seconds=300)
+    assert run.reports == []
 
 
-def test_of_several_failures_the_cause_is_said(ranks):
+def test_cause_of_several_failures_is_reported(ranks):
     run = ranks()
     lost = FailureReport(1, "lost", "Connection closed by peer", 1000.0)
-    run.members[1]._wire.send({"kind": "failed", "report": lost._asdict()})
-    run.look(seconds=1)
-    assert run.said == []
+    run.members[1]._connection.send({"kind": "failed", "report": lost._asdict()})
+    run.advance(seconds=1)
+    assert run.reports == []
     cause = FailureReport(2, "error", "Traceback: the cause", 1000.5)
-    run.members[2]._wire.send({"kind": "failed", "report": cause._asdict()})
-    run.look()
-    assert run.said == [cause]
-    assert [voice.left for voice in run.voices] == [cause.text] * 3
+    run.members[2]._connection.send({"kind": "failed", "report": cause._asdict()})
+    run.advance()
+    assert run.reports == [cause]
+    assert [reporter.exit_text for reporter in run.reporters] == [cause.text] * 3
 
 
-def test_a_lost_connection_is_said_when_nothing_else_is_known(ranks):
+def test_lost_connection_is_reported_without_other_cause(ranks):
     run = ranks()
     lost = FailureReport(1, "lost", "Connection closed by peer", 1000.0)
-    run.members[1]._wire.send({"kind": "failed", "report": lost._asdict()})
-    run.look(seconds=3)
-    assert run.said == [lost]
+    run.members[1]._connection.send({"kind": "failed", "report": lost._asdict()})
+    run.advance(seconds=3)
+    assert run.reports == [lost]
 
 
-def test_a_rank_that_ends_without_a_goodbye_is_dead_and_one_that_says_it_has_finished(ranks):
+def test_connection_closed_without_bye_is_a_dead_rank(ranks):
     run = ranks()
-    run.members[1].part()
+    run.members[1].disconnect()
     run.frozen = {1}
-    run.look(seconds=5)
-    assert run.said == []
-    run.members[2]._wire.close()
+    run.advance(seconds=5)
+    assert run.reports == []
+    run.members[2]._connection.close()
     run.frozen = {1, 2}
-    run.look(seconds=2)
-    (death,) = run.said
-    assert isinstance(death, RankExit)
-    assert (death.rank, death.who) == (2, str(current_process()))
+    run.advance(seconds=2)
+    (exited,) = run.reports
+    assert isinstance(exited, RankExit)
+    assert (exited.rank, exited.process) == (2, str(current_process()))
 
 
-def test_once_rank_0_has_finished_the_others_go_on_alone(ranks):
+def test_peers_continue_after_rank_0_has_finished(ranks):
     run = ranks()
-    run.members[0].part()
+    run.members[0].disconnect()
     run.frozen = {0}
-    run.look(seconds=2)
+    run.advance(seconds=2)
     assert [member.closing for member in run.members[1:]] == [True, True]
-    assert run.said == []
+    assert run.reports == []
 
 
-def test_who_does_not_know_the_token_is_not_listened_to(ranks):
+def test_connection_without_token_is_refused(ranks):
     run = ranks(token="another")
     run.activities[0].begin_step(4)
-    run.look(seconds=3)
-    assert run.members[0]._wires == {}
+    run.advance(seconds=3)
+    assert run.members[0]._connections == {}
 
 
-def test_a_rank_that_never_came_is_named(ranks, clock):
+def test_rank_that_never_connected_is_reported(ranks, clock):
     run = ranks(size=3)
     run.members[0].world_size = 4
     for activity in run.activities:
         activity.begin_step(4)
-    run.look(seconds=120)
-    assert "everyone waits for rank 3, which never came" in run.said[0].text
+    run.advance(seconds=120)
+    assert "all ranks are waiting for rank 3, which never connected" in run.reports[0].text
