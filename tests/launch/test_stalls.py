@@ -60,7 +60,7 @@ def check_frozen(run, pids, frozen):
     for rank in alive:
         stacks = run.text(f"stack_traces/rank-{rank:05d}.txt")
         assert "step 3, all-reduce data (F0), for " in stacks
-        assert "in meet\n" in stacks
+        assert "in all_reduce\n" in stacks
     (event,) = run.events("stall")
     assert event.step == 3
     assert f"all ranks are waiting for rank {frozen}" in event.fields["cause"]
