@@ -154,9 +154,9 @@ def test_a_frozen_rank_ends_the_job_which_goes_on_when_queued_again(submit, undi
     process = job.mark(1).process
     os.kill(process, signal.SIGSTOP)
     assert job.wait() == "FAILED"
-    words = rf"error: the run stands still: nothing has moved for \d+ s \(run.hang_timeout\), and everyone waits for rank 1 \(node1, process {process}\)"
+    words = rf"error: training is stalled: no rank has made progress for \d+ s \(run.hang_timeout\); all ranks are waiting for rank 1 \(node1, process {process}\)"
     assert re.search(words, job.words()), job.words()
-    assert (job.output / "stacks/rank-00000.txt").exists()
+    assert (job.output / "stack_traces/rank-00000.txt").exists()
     assert not is_alive(process)
     job.requeue()
     assert job.wait() == "COMPLETED", job.words()
