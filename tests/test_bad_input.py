@@ -15,7 +15,7 @@ from megatrain.__main__ import main
 from megatrain.config.loader import load
 from megatrain.data.indexed_dataset import IndexedWriter
 from megatrain.errors import ConfigError
-from megatrain.training.checks import check_without_ranks
+from megatrain.training.preflight import check_start
 from megatrain.training.task import PretrainingTask
 
 VOCABULARY, LENGTH = 67, 16
@@ -118,14 +118,14 @@ SENTENCES = {
     # what does not go together
     "parallel.zero=2 parallel.pipeline=2": "parallel.zero=2 needs parallel.pipeline=1 and it is 2",
     "parallel.sequence=true": "parallel.sequence=true splits the sequence among tensor ranks and parallel.tensor=1",
-    "train.dtype=fp16": "train.dtype=fp16 needs a GPU; use bf16 or fp32 on CPUs",
+    "train.dtype=fp16": "train.dtype=fp16 requires a GPU; use bf16 or fp32 on CPUs",
     "data.valid=x data.split='9,1'": "data.split=9,1 cannot be used with data.valid",
     # data
     "data.train=null": "data.train=(nothing) is missing; give the prefix that `megatrain preprocess --output` wrote",
     "data.train=nowhere": "there is no file nowhere.idx; a data set is named without its .bin and .idx",
     'data.train=[{"path":"x"}]': "data.train={'path': 'x'} must have a path and a weight",
     "eval.every=5": "data.valid=null names no data; set it, or data.split=",
-    "data.tokenizer=nowhere": "data.tokenizer=nowhere is not a folder",
+    "data.tokenizer=nowhere": "data.tokenizer=nowhere does not exist",
     "data.train=": "data.train=(nothing) is missing",
     "data.train=/": "`/` is a folder at most; a data set is named by the prefix of its .bin and .idx",
     'data.train=[{"path":"x","weight":-1}]': "data weight=-1 must be a number above 0",
@@ -249,10 +249,9 @@ def test_a_tokenizer_larger_than_the_models_vocabulary(refusal, tmp_path):
     assert f"tokens of data.tokenizer={tmp_path}/tokenizer; set model.vocab_size=26" in said
     assert refusal("--dry-run", f"data.tokenizer={tmp_path}/tokenizer") == said
     (tmp_path / "empty").mkdir()
-    assert (
-        refusal(f"data.tokenizer={tmp_path}/empty")
-        == f"data.tokenizer={tmp_path}/empty is no tokenizer's folder: it has no tokenizer.json"
-    )
+    unreadable = refusal(f"data.tokenizer={tmp_path}/empty")
+    assert unreadable.startswith(f"data.tokenizer={tmp_path}/empty cannot be loaded: ")
+    assert "tokenizer.json" in unreadable
 
 
 def test_a_checkpoint_that_cannot_be_resumed_is_refused_by_a_dry_run_too(refusal):
@@ -279,7 +278,7 @@ def test_an_output_folder_of_which_a_part_cannot_be_written(refusal, tmp_path, n
     reason = "Is a directory" if "." in name else "Not a directory"
     assert (
         refusal()
-        == f"run.output_dir={tmp_path}/run holds {name} that cannot be written to ({reason})"
+        == f"run.output_dir={tmp_path}/run contains {name}, which cannot be written ({reason})"
     )
 
 
@@ -289,13 +288,13 @@ def test_a_layout_that_does_not_fit_a_launchers_ranks(run_file):
         ConfigError,
         match="tensor 2 x pipeline 2 does not divide the 6 ranks of this run; start a multiple of 4 ranks",
     ):
-        check_without_ranks(
-            load(run_file, ["parallel.tensor=2", "parallel.pipeline=2"]), 6, PretrainingTask()
+        check_start(
+            load(run_file, ["parallel.tensor=2", "parallel.pipeline=2"]), PretrainingTask(), 6
         )
     with pytest.raises(
         ConfigError, match="x data 2 needs 2 ranks and there are 4; start 2 ranks or leave"
     ):
-        check_without_ranks(load(run_file, ["parallel.data=2"]), 4, PretrainingTask())
+        check_start(load(run_file, ["parallel.data=2"]), PretrainingTask(), 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

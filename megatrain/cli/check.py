@@ -1,4 +1,7 @@
-"""`megatrain check CONFIG --nodes 4 --gpus-per-node 8`: whether a run can be started there, before the queue: no GPU, and seconds."""
+"""`megatrain check CONFIG --nodes 4 --gpus-per-node 8`: finds all errors of a run before it starts.
+
+Needs no GPU, takes seconds and changes nothing on disk.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import argparse
 import sys
 
 from megatrain.config.fixes import IssueCollector
-from megatrain.config.loader import Config, read
+from megatrain.config.loader import read
 from megatrain.distributed import device
 from megatrain.errors import UserError
 
-GPUS = {
+GPU_MEMORY_GIB = {
     "H100": 80,
     "H200": 141,
     "B200": 180,
@@ -21,14 +24,14 @@ GPUS = {
     "A10G": 24,
     "T4": 16,
 }
-"""GiB: what makers' data sheets call GB is nearly what their drivers show."""
+"""By GPU, the GB of the maker's data sheet, which are close to the GiB that the driver reports."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this verb's arguments."""
-    parser.add_argument("config", metavar="CONFIG", help="the run's YAML")
+    """Adds the arguments of the command."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the YAML"
+        "overrides", nargs="*", metavar="section.key=value", help="settings that override the YAML"
     )
     parser.add_argument(
         "--nodes", type=_positive, default=1, metavar="N", help="machines (default: 1)"
@@ -37,82 +40,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus-per-node",
         type=_positive,
         metavar="G",
-        help="ranks on each, one for a GPU (default: one replica's ranks)",
+        help="ranks per machine, one per GPU (default: the ranks of one replica)",
     )
-    parser.add_argument("--cpu", action="store_true", help="the ranks train on CPUs")
+    parser.add_argument("--cpu", action="store_true", help="train on CPUs")
     parser.add_argument(
         "--gpu-memory",
-        type=_memory,
+        type=_gib,
         metavar="GIB",
-        help=f"of a GPU, in GiB or by its name: {', '.join(GPUS)}",
+        help=f"memory of a GPU, in GiB or by name: {', '.join(GPU_MEMORY_GIB)}",
     )
     parser.add_argument(
         "--verb",
         choices=["pretrain", "finetune"],
-        help="what is to be done with the config (default: finetune where its data or task are finetuning's)",
+        help="command to check (default: finetune if the data or the task require it)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, print, and return 1 where anything is wrong."""
-    findings = IssueCollector()
-    config, wrong = read(args.config, args.overrides)
-    for error in wrong:
-        findings.add(error)
+    """Prints the plan and all errors of a run; returns 1 if there is one."""
+    issues = IssueCollector()
+    config, errors = read(args.config, args.overrides)
+    for error in errors:
+        issues.add(error)
     if args.nodes > 1 and args.gpus_per_node is None:
-        raise UserError("--nodes needs --gpus-per-node: how many ranks each machine has")
+        raise UserError("--nodes requires --gpus-per-node, the number of ranks per machine")
     ranks = args.gpus_per_node or config.model_ranks * (config.parallel.data or 1)
     on_gpu = not args.cpu and (
         args.gpus_per_node is not None or args.gpu_memory is not None or device.has_gpu()
     )
     device.set_environment(1)
     # Imports torch, so it comes after the environment is set.
+    from megatrain.planner.run_spec import Cluster
     from megatrain.training.loop import command_of, task_of
-    from megatrain.training.preflight import preflight
-    from megatrain.training.suggest import Cluster
+    from megatrain.training.preflight import validate_run
+    from megatrain.training.run_plan import check_output_parent, check_plan
 
-    place, verb = (
-        Cluster(args.nodes, ranks, "cuda" if on_gpu else "cpu", args.gpu_memory),
-        args.verb or command_of(config),
-    )
-    print(f"megatrain {verb} {args.config}")
-    for line in preflight(config, task_of(config, verb), place, findings):
+    command = args.verb or command_of(config)
+    cluster = Cluster(args.nodes, ranks, "cuda" if on_gpu else "cpu", args.gpu_memory)
+    print(f"megatrain {command} {args.config}")
+    spec = validate_run(config, task_of(config, command), cluster, issues)
+    check_output_parent(config, issues)
+    for line in check_plan(spec, issues) if spec is not None else ():
         print(line)
-    return _say(findings, config)
+    return _report(issues, config.run_name)
 
 
-def _say(findings: IssueCollector, config: Config) -> int:
-    sys.stdout.flush()  # before what goes to standard error
-    for warning in findings.warnings:
+def _report(issues: IssueCollector, run_name: str) -> int:
+    sys.stdout.flush()  # before standard error, for readers of both
+    for warning in issues.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    for finding in findings.errors:
-        print(
-            f"error: {finding.text}" + (f"\n  paste: {finding.paste}" if finding.paste else ""),
-            file=sys.stderr,
-        )
-    count = len(findings.errors)
-    if not count:
-        print(f"{config.run_name}: nothing is wrong")
-    else:
-        print(f"{config.run_name}: {count} error{'s' if count > 1 else ''}", file=sys.stderr)
-    return int(bool(count))
+    for issue in issues.errors:
+        print(f"error: {issue.text}", file=sys.stderr)
+        if issue.paste:
+            print(f"  fix: {issue.paste}", file=sys.stderr)
+    count = len(issues.errors)
+    if count:
+        print(f"{run_name}: {count} error{'s' if count > 1 else ''}", file=sys.stderr)
+        return 1
+    print(f"{run_name}: no errors found")
+    return 0
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
 
-def _memory(text: str) -> float:
-    if text.upper() in GPUS:
-        return GPUS[text.upper()]
+def _gib(text: str) -> float:
+    if text.upper() in GPU_MEMORY_GIB:
+        return GPU_MEMORY_GIB[text.upper()]
     try:
         size = float(text.lower().removesuffix("gib"))
     except ValueError:
         size = 0.0
     if not 0 < size < float("inf"):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number of GiB nor one of {', '.join(GPUS)}"
+            f"{text!r} must be a number of GiB or one of {', '.join(GPU_MEMORY_GIB)}"
         )
     return size

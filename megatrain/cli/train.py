@@ -52,8 +52,9 @@ def _train(args: argparse.Namespace) -> int:
     world_size = env.world_size if env else local_world_size(config)
     device.set_environment(env.local_size if env else world_size)
     # Imports torch, so it comes after the environment is set.
-    from megatrain.training.checks import check_without_ranks, dry_run
     from megatrain.training.loop import VERBS, task_of
+    from megatrain.training.preflight import check_start
+    from megatrain.training.run_plan import dry_run
 
     target, task = VERBS[args.command], task_of(config, args.command)
     if args.dry_run:
@@ -69,7 +70,7 @@ def _train(args: argparse.Namespace) -> int:
         )
     if env is not None:
         return start_rank(target, config, env)
-    check_without_ranks(config, world_size, task)
+    check_start(config, task, world_size)
     return run_local(target, config, world_size=world_size)
 
 

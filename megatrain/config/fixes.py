@@ -28,10 +28,10 @@ _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.])")
 
 def fix_for(error: UserError) -> str:
     """What to paste behind the command, or instead of it; empty where nothing is known to mend it."""
-    if not isinstance(error, ConfigError):
-        return next(iter(_WORD.findall(str(error).rpartition("; ")[2])), "")
     if error.fix_text:
         return error.fix_text
+    if not isinstance(error, ConfigError):
+        return next(iter(_WORD.findall(str(error).rpartition("; ")[2])), "")
     for rule in (_misspelt, _named, _left_out, _example, _number, _used, _default):
         if line := rule(error):
             return line
@@ -125,6 +125,7 @@ class Issue:
 
     text: str
     paste: str
+    error: UserError
 
 
 class IssueCollector:
@@ -139,9 +140,14 @@ class IssueCollector:
         """Each once: what several rules refuse is one mistake."""
         if isinstance(error, ConfigError):
             self._settings.add(error.setting)
-        finding = Issue(str(error), paste or fix_for(error))
+        finding = Issue(str(error), paste or fix_for(error), error)
         if finding.text not in [other.text for other in self.errors]:
             self.errors.append(finding)
+
+    def raise_first(self) -> None:
+        """Raises the first error, if there is one."""
+        for issue in self.errors:
+            raise issue.error
 
     def follows(self, error: ConfigError) -> bool:
         """Whether settings are missed of which one is there and could not be read."""

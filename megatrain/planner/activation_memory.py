@@ -1,12 +1,13 @@
-"""What a layer holds of one microbatch, found by running it without memory (torch's meta device).
+"""Measures the activation memory of a layer by running it on torch's meta device.
 
-Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) count what a transformer layer keeps for its backward by hand: sbh(34 + 5as/h)
-bytes in half precision. Here the very layers of the run are run, forward and backward, and the storages that live are counted (live.py):
-what autograd keeps of them, and the most that they take while they work. So what a layer of ours keeps, or recomputes, needs no
-formula of its own.
+Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) derive what a transformer layer keeps for
+its backward: sbh(34 + 5as/h) bytes in half precision. Here the run's own layers run forward and
+backward, and live storages are counted (tensor_tracker.py): the tensors that autograd keeps, and
+the peak. Recomputation, adapters and other layers therefore need no formula.
 
-One op is no op of ours, and keeps what its kernel keeps: fused attention, which has queries, keys, values, its result and one fp32
-number a token and head. `is_fused` says where torch has such a kernel.
+Fused attention is modelled explicitly, because its saved tensors depend on the kernel: queries,
+keys, values, output, and one fp32 number per token and head. `is_fused` lists where torch has such
+a kernel.
 """
 
 from __future__ import annotations
@@ -34,16 +35,18 @@ from megatrain.planner.tensor_tracker import TensorTracker
 
 
 class ActivationFootprint(NamedTuple):
-    """Bytes of a layer for one microbatch, or of a chunk of layers.
+    """Bytes of a layer, or of a chain of layers, for one microbatch.
+
+    Schedules with split backwards compute gradients of inputs (I) and of weights (W) apart.
 
     Attributes:
-        kept: from its forward until its backward is done.
-        forward: the most that it takes in its forward, `kept` included.
-        backward: the most that a whole backward takes beside what is kept.
-        deferred: kept for W, between the two parts of a backward; its result is counted in `backward`.
-        input_backward: the most that I takes beside what is kept, and what it defers included.
-        weight_backward: the most that W takes beside what is deferred.
-        left: gradients of weights that are put away only once the backward of all layers is done.
+        kept: from the forward until the backward is done.
+        forward: peak of the forward, with `kept`.
+        backward: peak of a full backward, without `kept`.
+        deferred: kept between I and W; its result is part of `backward`.
+        input_backward: peak of I, without `kept` and with `deferred`.
+        weight_backward: peak of W, without `deferred`.
+        left: weight gradients that are freed once the backward of all layers is done.
     """
 
     kept: int = 0
@@ -55,34 +58,42 @@ class ActivationFootprint(NamedTuple):
     left: int = 0
 
 
+class _Run(NamedTuple):
+    """Bytes of a forward and a backward: kept, both peaks, and left at the end."""
+
+    kept: int
+    forward: int
+    backward: int
+    left: int
+
+
 def layer_chain(layers: list[ActivationFootprint]) -> ActivationFootprint:
-    """Of layers one after the other: backwards go from the last to the first, each with all before it still kept."""
+    """Returns the footprint of layers in sequence.
+
+    In the backward of a layer, all layers before it still keep their activations.
+    """
     kept = forward = 0
     for layer in layers:
         forward = max(forward, kept + layer.forward)
         kept += layer.kept
     backward = input_backward = left = deferred = 0
-    held = kept
+    remaining = kept
     for layer in reversed(layers):
-        backward = max(backward, held - kept + left + layer.backward)
-        input_backward = max(input_backward, held - kept + left + deferred + layer.input_backward)
-        held -= layer.kept
+        base = remaining - kept + left
+        backward = max(backward, base + layer.backward)
+        input_backward = max(input_backward, base + deferred + layer.input_backward)
+        remaining -= layer.kept
         left += layer.left
         deferred += layer.deferred
+    weight_backward = max((layer.weight_backward for layer in layers), default=0)
     return ActivationFootprint(
-        kept,
-        forward,
-        backward,
-        deferred,
-        input_backward,
-        max((layer.weight_backward for layer in layers), default=0),
-        left,
+        kept, forward, backward, deferred, input_backward, weight_backward, left
     )
 
 
 def layer_signature(layer: nn.Module) -> tuple[Any, ...]:
-    """Equal for layers of equal footprint: layers differ in their parameters, and in what they attend to."""
-    kinds = [
+    """Returns a key that is equal for layers of equal footprint: parameters and attention masks."""
+    attention = [
         (module.window, module.rope_kind)
         for module in layer.modules()
         if isinstance(module, Attention)
@@ -90,7 +101,7 @@ def layer_signature(layer: nn.Module) -> tuple[Any, ...]:
     return (
         type(layer),
         tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in layer.parameters()),
-        tuple(kinds),
+        tuple(attention),
     )
 
 
@@ -101,26 +112,30 @@ def measure(
     hidden_shape: tuple[int, ...],
     dtype: torch.dtype,
     device: str,
-    split: bool,
+    splits_backward: bool,
 ) -> ActivationFootprint:
-    """The footprint of a layer on the meta device, as it would be on `device` (cuda or cpu).
+    """Returns the footprint that a layer on the meta device would have on `device`.
 
-    `split` when the run's schedule has backwards in two parts; else what those take is left out.
+    Args:
+        device: `cuda` or `cpu`.
+        splits_backward: whether to measure I and W, which only some schedules have.
     """
     layer.train()
-    kept, forward, backward, left = _run(
-        layer, microbatch, hidden_shape, dtype, device, deferred=None
-    )
-    if not split:
-        return ActivationFootprint(kept, forward, backward, left=left)
-    waiting: list[DeferredWeightGrad] = []
-    _, _, input_backward, deferred = _run(
-        layer, microbatch, hidden_shape, dtype, device, deferred=waiting
-    )
-    with TensorTracker() as live:
-        compute_deferred_weight_grads(waiting)
+    full = _run(layer, microbatch, hidden_shape, dtype, device, deferred=None)
+    if not splits_backward:
+        return ActivationFootprint(full.kept, full.forward, full.backward, left=full.left)
+    weight_grads: list[DeferredWeightGrad] = []
+    split = _run(layer, microbatch, hidden_shape, dtype, device, deferred=weight_grads)
+    with TensorTracker() as tracker:
+        compute_deferred_weight_grads(weight_grads)
     return ActivationFootprint(
-        kept, forward, backward, deferred - left, input_backward, live.peak, left
+        full.kept,
+        full.forward,
+        full.backward,
+        deferred=split.left - full.left,
+        input_backward=split.backward,
+        weight_backward=tracker.peak,
+        left=full.left,
     )
 
 
@@ -132,34 +147,32 @@ def _run(
     device: str,
     *,
     deferred: list[DeferredWeightGrad] | None,
-) -> tuple[int, int, int, int]:
-    """A forward and a backward: bytes kept, the most in the forward, the most in the backward beside what is kept, and left at the end."""
+) -> _Run:
+    """Runs forward and backward; the backward is I alone if `deferred` collects weight gradients."""
     parameters = list(layer.parameters())
-    entered = (
-        None
-        if isinstance(layer, Embedding)
-        else torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
-    )
-    there = [*parameters, *_tensors(microbatch), *([] if entered is None else [entered])]
+    hidden = None
+    if not isinstance(layer, Embedding):
+        hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
+    inputs = [*parameters, *_tensors(microbatch), *([] if hidden is None else [hidden])]
     with ExitStack() as stack:
-        live = stack.enter_context(TensorTracker(there))
-        stack.enter_context(_attending(device))
-        output = _forward(layer, None if entered is None else HiddenStates(entered), microbatch)
-        kept, forward = live.bytes, live.peak
-        live.reset_peak()
+        tracker = stack.enter_context(TensorTracker(inputs))
+        stack.enter_context(_fused_attention(device))
+        output = _forward(layer, None if hidden is None else HiddenStates(hidden), microbatch)
+        kept, forward = tracker.bytes, tracker.peak
+        tracker.reset_peak()
         gradient = torch.empty_like(output)
         if output.requires_grad:
             if deferred is not None:
                 stack.enter_context(defer_weight_grads(deferred))
             torch.autograd.backward(output, gradient)
-        backward = live.peak - kept
+        backward = tracker.peak - kept
         del output, gradient
-        if entered is not None:
-            entered.grad = None
-        left = live.bytes
+        if hidden is not None:
+            hidden.grad = None
+        left = tracker.bytes
     for parameter in parameters:
         parameter.grad = None
-    return kept, forward, backward, left
+    return _Run(kept, forward, backward, left)
 
 
 def _forward(
@@ -167,38 +180,35 @@ def _forward(
 ) -> Tensor:
     if isinstance(layer, ClassificationHead):
         assert hidden_states is not None
-        return _classify(layer, hidden_states, microbatch)
+        return _classification_loss(layer, hidden_states, microbatch)
     result = layer(hidden_states, microbatch)
     return result if isinstance(result, Tensor) else result.hidden
 
 
-def _classify(
+def _classification_loss(
     head: ClassificationHead, hidden_states: HiddenStates, microbatch: Microbatch
 ) -> Tensor:
-    """A classifier's loss with as many labelled tokens as there can be: without memory there are no labels to count."""
+    """Computes the loss for the largest possible number of labels: meta tensors have no values."""
     hidden = head.norm(hidden_states.hidden)
     if head.sequence:
         hidden = collectives.gather_to_replicated(hidden, head.axis)
-    rows = hidden.transpose(0, 1).flatten(0, 1)[
-        : microbatch.labels.numel() if head.classifier.of_tokens else microbatch.labels.shape[0]
-    ]
+    labels = microbatch.labels
+    num_labels = labels.numel() if head.classifier.of_tokens else labels.shape[0]
+    rows = hidden.transpose(0, 1).flatten(0, 1)[:num_labels]
     return linear(rows.clone(), head.weight, head.bias).float().log_softmax(-1).sum()
 
 
 def _tensors(microbatch: Microbatch) -> list[Tensor]:
-    """All that a context holds."""
+    """Returns all tensors of a microbatch."""
     fields = [
         microbatch.tokens,
         microbatch.labels,
         microbatch.positions,
         microbatch.documents,
         *microbatch.masks.values(),
+        *(tensor for rotation in microbatch.rotations.values() for tensor in rotation),
     ]
-    return [
-        tensor
-        for tensor in [*fields, *(part for turn in microbatch.rotations.values() for part in turn)]
-        if tensor is not None
-    ]
+    return [tensor for tensor in fields if tensor is not None]
 
 
 # -- fused attention ---------------------------------------------------------------------------------------------------
@@ -207,10 +217,12 @@ def _tensors(microbatch: Microbatch) -> list[Tensor]:
 def is_fused(
     device: str, *, dtype: torch.dtype, head_dim: int, masked: bool, grouped: bool
 ) -> bool:
-    """Whether torch's scaled_dot_product_attention keeps no scores: on CPUs always (torch 2.13, seen in its graph).
+    """Returns True if torch's scaled_dot_product_attention keeps no scores.
 
-    On GPUs by the conditions in torch's aten/native/transformers/cuda/sdp_utils.cpp: flash attention takes half precision, heads up
-    to 256 and no mask; the memory-efficient kernel takes masks and fp32, but no grouped heads. What neither takes is written out.
+    On CPUs it never keeps them (seen in the autograd graph of torch 2.13). On GPUs it depends on the
+    conditions in torch's aten/native/transformers/cuda/sdp_utils.cpp. Flash attention takes half
+    precision, heads up to 256 and no mask. The memory-efficient kernel takes masks and fp32, but no
+    grouped heads. Everything else is computed unfused.
     """
     if device == "cpu":
         return True
@@ -219,43 +231,43 @@ def is_fused(
 
 
 @contextmanager
-def _attending(device: str) -> Iterator[None]:
-    """Within it attention keeps what a fused kernel of the device would, where there is one; on the meta device torch writes it out."""
-    written_out = F.scaled_dot_product_attention
+def _fused_attention(device: str) -> Iterator[None]:
+    """Makes attention keep what the device's fused kernel keeps; the meta device has none."""
+    unfused = F.scaled_dot_product_attention
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
-        grouped = bool(more.get("enable_gqa"))
         if is_fused(
             device,
             dtype=query.dtype,
             head_dim=query.shape[-1],
             masked=attn_mask is not None,
-            grouped=grouped,
+            grouped=bool(options.get("enable_gqa")),
         ):
-            return _Fused.apply(query, key, value, attn_mask)
-        return written_out(query, key, value, attn_mask=attn_mask, **more)
+            return _FusedAttention.apply(query, key, value, attn_mask)
+        return unfused(query, key, value, attn_mask=attn_mask, **options)
 
     F.scaled_dot_product_attention = attend  # type: ignore[assignment]
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = written_out
+        F.scaled_dot_product_attention = unfused
 
 
-class _Fused(torch.autograd.Function):
-    """q [B, h, S, d], k and v [B, g, S, d] -> [B, h, S, d]; a mask of truths is made numbers, and kept."""
+class _FusedAttention(torch.autograd.Function):
+    """Stands for a fused kernel: q [B, h, S, d], k and v [B, g, S, d] -> [B, h, S, d].
+
+    A boolean mask is converted to numbers and kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        result, sums = (
-            torch.empty_like(query),
-            query.new_empty(query.shape[:-1], dtype=torch.float32),
-        )
-        numbers = None if mask is None else torch.empty_like(mask, dtype=query.dtype)
-        ctx.save_for_backward(query, key, value, result, sums, numbers)
-        return result
+        output = torch.empty_like(query)
+        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        bias = None if mask is None else torch.empty_like(mask, dtype=query.dtype)
+        ctx.save_for_backward(query, key, value, output, log_sums, bias)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:

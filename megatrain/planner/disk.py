@@ -1,4 +1,4 @@
-"""How large a run's checkpoints are, how many lie on the disk at once, and whether they have room."""
+"""The size of a run's checkpoints, the number kept at once, and the free disk space."""
 
 from __future__ import annotations
 
@@ -9,142 +9,130 @@ from typing import NamedTuple
 from megatrain.checkpoint import retention
 from megatrain.config.loader import Config
 from megatrain.errors import ConfigError
-from megatrain.models.config import TransformerConfig
-from megatrain.models.counts import count_adapter_parameters, count_parameters
 from megatrain.ops.dtypes import DTYPES
 from megatrain.optim.param_groups import STATES
+from megatrain.planner.run_spec import RunSpec
+from megatrain.text import format_bytes
 
 
 class DiskEstimate(NamedTuple):
-    """Bytes of one checkpoint, how many there are at once at most, how many are there already, and what is free at `place`."""
+    """Disk space of a run's checkpoints.
 
-    each: int
-    most: int
-    there: int
-    place: Path
-    free: int
+    Attributes:
+        checkpoint_bytes: size of one checkpoint.
+        num_kept: checkpoints at once; the least number if it depends on data of unknown size.
+        is_bounded: whether `num_kept` is the most.
+        num_existing: checkpoints of the run that exist already.
+        folder: the output folder, or its nearest parent that exists.
+        free_bytes: free space at `folder`.
+    """
+
+    checkpoint_bytes: int
+    num_kept: int
+    is_bounded: bool
+    num_existing: int
+    folder: Path
+    free_bytes: int
 
     @property
-    def needed(self) -> int:
-        return self.each * max(1, self.most - self.there)
+    def needed_bytes(self) -> int:
+        return self.checkpoint_bytes * max(1, self.num_kept - self.num_existing)
 
 
-def estimate_disk(config: Config, architecture: TransformerConfig) -> DiskEstimate:
-    """One more checkpoint than is kept: the oldest goes once the newest is whole."""
-    folder = Path(config.run.output_dir)
-    place = existing(folder)
-    there = len(retention.list_checkpoints(folder / "checkpoints"))
+def estimate_disk(spec: RunSpec) -> DiskEstimate:
+    """Returns the disk space of a run whose length is known in steps, tokens or epochs."""
+    output = Path(spec.config.run.output_dir)
+    folder = existing_folder(output)
+    checkpoint = spec.config.checkpoint
+    has_retention = checkpoint.keep_last > 0 and not checkpoint.keep_every
     return DiskEstimate(
-        checkpoint_bytes(config, architecture),
-        _most(config),
-        there,
-        place,
-        shutil.disk_usage(place).free,
+        checkpoint_bytes(spec),
+        _num_kept(spec),
+        spec.steps is not None or not checkpoint.save_every or has_retention,
+        len(retention.list_checkpoints(output / "checkpoints")),
+        folder,
+        shutil.disk_usage(folder).free,
     )
 
 
-def checkpoint_bytes(config: Config, architecture: TransformerConfig) -> int:
-    """Weights in the run's dtype, masters and states in fp32: of the adapters alone where there are any."""
-    trained = (
-        count_adapter_parameters(architecture, config.lora)
-        if config.lora.rank
-        else count_parameters(architecture)
-    )
-    return trained * (
-        DTYPES[config.train.dtype].itemsize + 4 * (1 + len(STATES[config.optimizer.name]))
-    )
+def checkpoint_bytes(spec: RunSpec) -> int:
+    """Returns the size of weights in the run's dtype, fp32 masters and fp32 optimizer state.
+
+    With LoRA these are the adapters' alone.
+    """
+    num_states = len(STATES[spec.config.optimizer.name])
+    weight_bytes = DTYPES[spec.config.train.dtype].itemsize
+    return spec.num_trained_parameters * (weight_bytes + 4 * (1 + num_states))
 
 
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+def existing_folder(path: Path) -> Path:
+    """Returns the path, or its nearest parent that exists."""
     return next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.exists())
 
 
-def _most(config: Config) -> int:
-    train = config.train
-    if train.epochs is not None:  # only the data say how many steps that is
-        return (
-            config.checkpoint.keep_last + 1
-            if config.checkpoint.keep_last and config.checkpoint.save_every
-            else 1
-        )
-    saves = (
-        max(1, -(-config.steps // config.checkpoint.save_every))
-        if config.checkpoint.save_every
-        else 1
-    )
-    kept = (
-        config.checkpoint.keep_last
-        + (config.stability.on_loss_spike == "rollback")
-        + (config.steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0)
-    )
-    return min(saves, kept + 1) if config.checkpoint.keep_last else saves
+def _num_kept(spec: RunSpec) -> int:
+    """Returns the number of checkpoints at once.
+
+    It is one more than the retention keeps: the oldest is deleted once the newest is complete.
+    """
+    config, steps = spec.config, spec.steps
+    checkpoint = config.checkpoint
+    if not checkpoint.save_every:
+        return 1
+    if steps is None:
+        return checkpoint.keep_last + 1 if checkpoint.keep_last else 1
+    saves = max(1, -(-steps // checkpoint.save_every))
+    if not checkpoint.keep_last:
+        return saves
+    multiples = steps // checkpoint.keep_every if checkpoint.keep_every else 0
+    for_rollback = config.stability.on_loss_spike == "rollback"
+    return min(saves, checkpoint.keep_last + for_rollback + multiples + 1)
 
 
-def is_open(config: Config) -> bool:
-    """Whether only the data say how many checkpoints are kept, since they say how many steps there are."""
-    train = config.train
-    return (
-        train.epochs is not None
-        and config.checkpoint.save_every > 0
-        and (not config.checkpoint.keep_last or config.checkpoint.keep_every > 0)
-    )
-
-
-def kept_in_words(config: Config, room: DiskEstimate) -> str:
-    """How many checkpoints there are to be at once."""
-    if is_open(config):
-        which = (
-            f"checkpoint.keep_every={config.checkpoint.keep_every} keeps those of its multiples"
-            if config.checkpoint.keep_last
+def describe_kept(config: Config, estimate: DiskEstimate) -> str:
+    """Returns the number of checkpoints at once, as text."""
+    checkpoint = config.checkpoint
+    if not estimate.is_bounded:
+        reason = (
+            f"checkpoint.keep_every={checkpoint.keep_every} keeps its multiples"
+            if checkpoint.keep_last
             else "checkpoint.keep_last=0 keeps all"
         )
-        return f"one each {config.checkpoint.save_every} steps, of a number of steps that the data say; {which}"
-    return f"{room.most} at once" if room.most > 1 else "one"
+        return (
+            f"one every {checkpoint.save_every} steps, and the number of steps depends on the data; "
+            f"{reason}"
+        )
+    return f"{estimate.num_kept} at once" if estimate.num_kept > 1 else "one"
 
 
-def open_warning(config: Config, room: DiskEstimate) -> str:
-    """What is said where nothing limits them."""
-    way_out = (
-        "leave checkpoint.keep_every out"
+def unbounded_warning(config: Config, estimate: DiskEstimate) -> str:
+    """Returns the warning about checkpoints whose number is unknown."""
+    hint = (
+        "set checkpoint.keep_every=0"
         if config.checkpoint.keep_last
         else "checkpoint.keep_last=3 keeps the newest three"
     )
     return (
-        f"how many checkpoints the run keeps follows from its epochs' steps, which only the data say: {in_bytes(room.free)} free hold "
-        f"{room.free // room.each:,} of {in_bytes(room.each)}; {way_out}"
+        "the number of checkpoints depends on the number of steps, which only the data determine: "
+        f"{format_bytes(estimate.free_bytes)} of free space hold "
+        f"{estimate.free_bytes // estimate.checkpoint_bytes:,} of "
+        f"{format_bytes(estimate.checkpoint_bytes)}; {hint}"
     )
 
 
-def check_free_space(config: Config, room: DiskEstimate) -> None:
-    """Refuse what does not fit, with as many checkpoints as do."""
-    if room.needed <= room.free:
+def check_free_space(config: Config, estimate: DiskEstimate) -> None:
+    """Raises ConfigError if the checkpoints do not fit, with the number that fits."""
+    if estimate.needed_bytes <= estimate.free_bytes:
         return
-    fits = room.free // room.each + room.there - 1
-    way_out = f"keep {fits}, or write elsewhere" if 1 <= fits < room.most else "write elsewhere"
-    fix = (
-        {"checkpoint.keep_last": fits}
-        if 1 <= fits < room.most
-        else {"run.output_dir": "/a/larger/disk"}
-    )
+    kept = estimate.num_kept
+    fitting = estimate.free_bytes // estimate.checkpoint_bytes + estimate.num_existing - 1
+    can_keep = 1 <= fitting < kept
     raise ConfigError(
         "run.output_dir",
         config.run.output_dir,
-        f"has {in_bytes(room.free)} free at {room.place}, and {room.most} checkpoints of "
-        f"{in_bytes(room.each)} take {in_bytes(room.needed)} more",
-        way_out,
-        fix=fix,
+        f"has {format_bytes(estimate.free_bytes)} free at {estimate.folder}, and {kept} "
+        f"checkpoints of {format_bytes(estimate.checkpoint_bytes)} need "
+        f"{format_bytes(estimate.needed_bytes)} more",
+        f"keep {fitting}, or use another disk" if can_keep else "use another disk",
+        fix={"checkpoint.keep_last": fitting} if can_keep else {"run.output_dir": "/a/larger/disk"},
     )
-
-
-def in_bytes(count: float) -> str:
-    """As disks are sold: a GB is 1e9 bytes."""
-    unit, size = next(
-        (
-            (unit, size)
-            for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
-            if count >= 0.9995 * size
-        ),
-        ("kB", 1e3),
-    )
-    return f"{count / size:,.3g} {unit}" if count < 1e15 else f"{count / 1e12:,.0f} TB"

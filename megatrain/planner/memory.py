@@ -1,11 +1,12 @@
-"""The memory of every rank of a layout, without a rank and without memory.
+"""Predicts the memory of every rank of a layout, without ranks and without allocating memory.
 
-Each stage is built on the meta device, each of its layers that differs from the others is run there (footprint.py), and the schedule's
-actions say how many microbatches each rank holds at once: at an action the rank holds weights, gradients, optimizer, what the
-microbatches in flight have kept, and what the action itself takes. The most of that, or of the update, is the rank's memory.
+Each stage is built on the meta device. Each distinct layer runs there once (activation_memory.py),
+and the schedule determines how many microbatches a rank holds at each action. A rank's memory is
+the maximum over its actions and the update: weights, gradients, optimizer state, activations of the
+microbatches in flight, and the temporaries of the action.
 
-Not in it: what the device's driver and communication libraries take for themselves, what an allocator rounds up or cannot use, and what
-a kernel takes inside one op.
+Not included: memory of the driver and of communication libraries, fragmentation, and memory that a
+kernel takes inside one op.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from megatrain.config.loader import Config
 from megatrain.data.dataloader import Batch
 from megatrain.distributed.mesh import make_mesh
 from megatrain.distributed.tensor_parallel import ColumnParallelLinear
-from megatrain.models.config import TransformerConfig
 from megatrain.models.lora import add_adapters
 from megatrain.models.losses import make_objective
 from megatrain.models.microbatch import Microbatch
@@ -33,12 +32,7 @@ from megatrain.ops.nf4 import NF4Weight
 from megatrain.pipeline.executor import Stage
 from megatrain.pipeline.p2p import P2PCommunicator
 from megatrain.pipeline.schedule import Action, Schedule
-from megatrain.pipeline.stage_builder import (
-    build_layers_of,
-    memory_schedule,
-    rank_specs,
-    run_schedule,
-)
+from megatrain.pipeline.stage_builder import build_layers_of, rank_specs
 from megatrain.planner.activation_memory import (
     ActivationFootprint,
     layer_chain,
@@ -46,19 +40,21 @@ from megatrain.planner.activation_memory import (
     measure,
 )
 from megatrain.planner.optimizer_memory import StateSizes, state_sizes
+from megatrain.planner.run_spec import RunSpec
 from megatrain.planner.tensor_tracker import TensorTracker
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What a rank holds, in bytes on its device.
+    """Bytes that a rank holds on its device.
 
     Attributes:
-        parameters: elements.
-        activations: of the microbatches in flight, at the moment that takes most.
-        working: what else there is at that moment: the action at work, messages, buffers, the step's microbatches.
-        update: what reducing and updating take, beside weights, gradients and optimizer; not at that moment.
-        host: in CPU memory, under offload.
+        parameters: number of elements.
+        activations: of the microbatches in flight, at the moment of peak memory.
+        working: everything else at that moment: temporaries of the action, messages, buffers and
+            the inputs of the step's microbatches.
+        update: temporaries of gradient reduction and update, which are at another moment.
+        host: bytes in CPU memory, with offload.
     """
 
     parameters: int
@@ -76,75 +72,79 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """The most at once."""
+        """Peak memory."""
         return self.states + max(self.activations + self.working, self.update)
 
 
-def predict(
-    config: Config,
-    architecture: TransformerConfig,
-    *,
-    data_size: int,
-    device: str,
-    schedule: Schedule | None = None,
-) -> list[RankMemory]:
-    """By pipeline rank, of any of its tensor and data ranks: those hold parts of the same size.
+def predict(spec: RunSpec, *, schedule: Schedule | None = None) -> list[RankMemory]:
+    """Returns the memory of each pipeline rank; its tensor and data ranks hold equal sizes.
 
-    `device`: cuda or cpu, of the ranks that train; `schedule`: in place of the config's own.
+    Args:
+        schedule: replaces the config's schedule.
     """
-    if schedule is None:  # on CPUs all messages of a step count, and on GPUs only what is held
-        schedule = (
-            run_schedule(config, data_size)
-            if device == "cpu"
-            else memory_schedule(config, data_size)
+    if schedule is None:
+        # CPUs hold all messages of a step, so every microbatch counts.
+        schedule = spec.schedule if spec.cluster.device == "cpu" else spec.memory_schedule
+    predictor = _Predictor(spec, schedule)
+    layers = rank_specs(spec.config, spec.model, schedule.placement)
+    return [predictor.predict_rank(rank, stages) for rank, stages in enumerate(layers)]
+
+
+def heaviest(ranks: Iterable[RankMemory]) -> int:
+    """Returns the pipeline rank with the highest peak memory."""
+    totals = [rank.total for rank in ranks]
+    return totals.index(max(totals))
+
+
+class _Predictor:
+    """Predicts the ranks of a run; each distinct layer is measured once."""
+
+    def __init__(self, spec: RunSpec, schedule: Schedule) -> None:
+        self.spec, self.schedule = spec, schedule
+        self.on_cpu = spec.cluster.device == "cpu"
+        self.splits_backward = any(
+            action.kind == "I" for actions in schedule.actions for action in actions
         )
-    layers = _Layers(
-        config,
-        architecture,
-        data_size,
-        device,
-        split=any(a.kind == "I" for actions in schedule.actions for a in actions),
-    )
-    specs = rank_specs(config, architecture, schedule.placement)
-    return [layers.rank(rank, chunks, schedule) for rank, chunks in enumerate(specs)]
+        config, parallel = spec.config, spec.config.parallel
+        self.dtype = DTYPES[config.train.dtype]
+        length = config.data.sequence_length // (parallel.tensor if parallel.sequence else 1)
+        self.hidden_shape = (length, config.train.micro_batch_size, spec.model.hidden_size)
+        self.message_bytes = torch.Size(self.hidden_shape).numel() * self.dtype.itemsize
+        self.microbatch, self.input_bytes = _meta_microbatch(spec)
+        self._footprints: dict[object, ActivationFootprint] = {}
 
-
-class _Layers:
-    """Footprints of a model's layers, each kind measured once."""
-
-    def __init__(
-        self,
-        config: Config,
-        architecture: TransformerConfig,
-        data_size: int,
-        device: str,
-        *,
-        split: bool,
-    ) -> None:
-        self.config, self.architecture, self.data_size, self.device, self.split = (
-            config,
-            architecture,
-            data_size,
-            device,
-            split,
+    def predict_rank(self, rank: int, layers: list[list[LayerSpec]]) -> RankMemory:
+        config = self.spec.config
+        stage = self._build_stage(rank, layers)
+        states = state_sizes(
+            stage,
+            optimizer=config.optimizer,
+            dtype=config.train.dtype,
+            zero=config.parallel.zero,
+            offload=config.parallel.offload == "cpu",
+            data_size=self.spec.data_size,
         )
-        p, train = config.parallel, config.train
-        self.dtype = DTYPES[train.dtype]
-        length = config.data.sequence_length // (p.tensor if p.sequence else 1)
-        self.hidden_shape = (length, train.micro_batch_size, architecture.hidden_size)
-        self.message_bytes = (
-            length * train.micro_batch_size * architecture.hidden_size * self.dtype.itemsize
+        peak = peak_of(
+            self.schedule,
+            rank,
+            self._stage_footprints(stage),
+            message_bytes=self.message_bytes,
+            on_cpu=self.on_cpu,
         )
-        self.microbatch, self.shared, self.each = _meta_microbatch(config, architecture)
-        self._seen: dict[object, ActivationFootprint] = {}
+        return self._rank_memory(stage, states, peak)
 
-    def rank(self, rank: int, specs: list[list[LayerSpec]], schedule: Schedule) -> RankMemory:
-        config, p = self.config, self.config.parallel
-        mesh = make_mesh(rank * p.tensor, tensor=p.tensor, pipeline=p.pipeline, connect=False)
+    def _build_stage(self, rank: int, layers: list[list[LayerSpec]]) -> Stage:
+        config, parallel = self.spec.config, self.spec.config.parallel
+        mesh = make_mesh(
+            rank * parallel.tensor,
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            connect=False,
+        )
         stage = build_layers_of(
-            specs,
+            layers,
             config=config,
-            architecture=self.architecture,
+            architecture=self.spec.model,
             mesh=mesh,
             device="meta",
             dtype=self.dtype,
@@ -152,45 +152,53 @@ class _Layers:
         if config.lora.quantize != "none":
             _quantize(stage)
         if config.lora.rank:
-            add_adapters(stage, self.architecture, config.lora, mesh.tensor)
-        sizes = state_sizes(stage, config, data_size=self.data_size)
-        quantized = quantized_weights(stage)
-        chunks = self._chunks(stage)
-        moment = peak_of(
-            schedule, rank, chunks, message_bytes=self.message_bytes, on_cpu=self.device == "cpu"
-        )
-        microbatch_bytes = self.shared + self.each * config.microbatches(self.data_size)
-        parameters = sum(parameter.numel() for parameter in stage.parameters()) + sum(
-            weight.shape.numel() for weight in quantized
-        )
-        sizes = sizes._replace(weights=sizes.weights + sum(weight.nbytes for weight in quantized))
-        return _whole(parameters, sizes, moment, microbatch_bytes, on_cpu=self.device == "cpu")
+            add_adapters(stage, self.spec.model, config.lora, mesh.tensor)
+        return stage
 
-    def _chunks(self, stage: Stage) -> list[ActivationFootprint]:
-        if self.config.parallel.zero < 2:
+    def _stage_footprints(self, stage: Stage) -> list[ActivationFootprint]:
+        """Returns the footprint of each virtual stage."""
+        if self.spec.config.parallel.zero < 2:
             for parameter in stage.parameters():
                 if parameter.requires_grad:
                     parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
-        return [layer_chain([self._layer(layer) for layer in chunk]) for chunk in stage.chunks]  # type: ignore[attr-defined]
+        return [
+            layer_chain([self._footprint(layer) for layer in chunk])  # type: ignore[attr-defined]
+            for chunk in stage.chunks
+        ]
 
-    def _layer(self, layer: torch.nn.Module) -> ActivationFootprint:
-        kind = layer_signature(layer)
-        if kind not in self._seen:
+    def _footprint(self, layer: torch.nn.Module) -> ActivationFootprint:
+        signature = layer_signature(layer)
+        if signature not in self._footprints:
             if isinstance(layer, Head):
-                layer.objective = make_objective(self.config.task, self.config.preference)
-            self._seen[kind] = measure(
+                config = self.spec.config
+                layer.objective = make_objective(config.task, config.preference)
+            self._footprints[signature] = measure(
                 layer,
                 self.microbatch,
                 hidden_shape=self.hidden_shape,
                 dtype=self.dtype,
-                device=self.device,
-                split=self.split,
+                device=self.spec.cluster.device,
+                splits_backward=self.splits_backward,
             )
-        return self._seen[kind]
+        return self._footprints[signature]
+
+    def _rank_memory(self, stage: Stage, states: StateSizes, peak: PeakMoment) -> RankMemory:
+        quantized = quantized_weights(stage)
+        num_parameters = sum(parameter.numel() for parameter in stage.parameters())
+        return RankMemory(
+            parameters=num_parameters + sum(weight.shape.numel() for weight in quantized),
+            weights=states.weights + sum(weight.nbytes for weight in quantized),
+            gradients=states.gradients,
+            optimizer=states.optimizer + (states.host if self.on_cpu else 0),
+            activations=peak.kept,
+            working=peak.working + states.buffers + self.input_bytes,
+            update=states.update + self.input_bytes,
+            host=0 if self.on_cpu else states.host,
+        )
 
 
 def _quantize(stage: Stage) -> None:
-    """In place of the linears' weights, what they become."""
+    """Replaces the weights of linear layers by 4-bit weights without memory."""
     for module in stage.modules():
         if isinstance(module, ColumnParallelLinear):
             weight = module.weight
@@ -198,53 +206,35 @@ def _quantize(stage: Stage) -> None:
             module.weight = NF4Weight.without_memory(weight)  # type: ignore[assignment]
 
 
-def _whole(
-    parameters: int, sizes: StateSizes, moment: PeakMoment, microbatch_bytes: int, *, on_cpu: bool
-) -> RankMemory:
-    optimizer = sizes.optimizer + (sizes.host if on_cpu else 0)
-    return RankMemory(
-        parameters,
-        sizes.weights,
-        sizes.gradients,
-        optimizer,
-        moment.kept,
-        moment.working + sizes.buffers + microbatch_bytes,
-        sizes.update + microbatch_bytes,
-        0 if on_cpu else sizes.host,
-    )
+def _meta_microbatch(spec: RunSpec) -> tuple[Microbatch, int]:
+    """Returns a microbatch on the meta device, and the bytes of all microbatches of a step.
 
-
-def _meta_microbatch(
-    config: Config, architecture: TransformerConfig
-) -> tuple[Microbatch, int, int]:
-    """A microbatch's context without memory; bytes that all of a step's microbatches share, and of each.
-
-    All of a step's are there from its start to its end, and with them the masks that their layers have asked for.
+    They exist from the start of the step to its end, with the masks that their layers request.
     """
+    config, model = spec.config, spec.model
     shape = (config.train.micro_batch_size, config.data.sequence_length)
-    microbatch_bytes = MicrobatchFactory(
-        config, architecture, make_mesh(0, connect=False), torch.device("meta")
-    )
-    windows = {architecture.window(layer) for layer in range(architecture.num_layers)}
+    factory = MicrobatchFactory(config, model, make_mesh(0, connect=False), torch.device("meta"))
+    windows = {model.window(layer) for layer in range(model.num_layers)}
     sizes = []
-    with TensorTracker() as live:
-        held = []
-        for index in range(2):
-            before = live.bytes
+    with TensorTracker() as tracker:
+        microbatches = []
+        for index in range(2):  # the second one shares tensors with the first
+            before = tracker.bytes
             batch = Batch(*(torch.empty(shape, dtype=torch.int64, device="meta") for _ in range(4)))
-            held.append(microbatch_bytes.make(batch, step=1, index=index))
+            microbatches.append(factory.make(batch, step=1, index=index))
             del batch
             for window in windows:
-                held[-1].mask(window)
-            sizes.append(live.bytes - before)
-    return held[0], sizes[0] - sizes[1], sizes[1]
+                microbatches[-1].mask(window)
+            sizes.append(tracker.bytes - before)
+    shared = sizes[0] - sizes[1]
+    return microbatches[0], shared + sizes[1] * spec.microbatches
 
 
-# -- a schedule's moments ----------------------------------------------------------------------------------------------
+# -- peak of a schedule ------------------------------------------------------------------------------------------------
 
 
 class PeakMoment(NamedTuple):
-    """What a rank holds while an action runs: activations kept, and what the action and the messages take beside them."""
+    """Bytes during an action: activations kept, and temporaries of the action with messages."""
 
     kept: int
     working: int
@@ -258,77 +248,75 @@ def peak_of(
     message_bytes: int,
     on_cpu: bool,
 ) -> PeakMoment:
-    """The moment at which a rank holds most, its chunks' footprints and one message's bytes given.
+    """Returns the moment at which a rank holds most.
 
-    A chunk that takes in a message keeps it until its backward is done. On CPUs all messages of a step have their place from its start
-    (`receives_first` in pipeline/executor.py), and the last ones sent may not have left; a GPU waits for what it needs.
+    A virtual stage keeps a received message until its backward is done. CPUs post all receives of a
+    step at its start (pipeline/executor.py), and the last sends may be pending. GPUs receive a
+    message when they need it.
+
+    Args:
+        chunks: the footprint of each virtual stage of the rank.
     """
     messages = _Messages(schedule, rank, on_cpu)
-    best, held = PeakMoment(0, 0), 0
+    peak, kept = PeakMoment(0, 0), 0
     for action in schedule.actions[rank]:
-        messages.take(action)
+        messages.receive(action)
         chunk = chunks[action.chunk]
-        entered = message_bytes if messages.enters(action) else 0
+        received = message_bytes if messages.is_received(action) else 0
         if action.kind == "F":
-            takes, after = entered + chunk.forward, held + entered + chunk.kept
+            needed, change = received + chunk.forward, received + chunk.kept
         elif action.kind == "B":
-            takes, after = chunk.backward, held - entered - chunk.kept
+            needed, change = chunk.backward, -received - chunk.kept
         elif action.kind == "I":
-            takes, after = chunk.input_backward, held - entered - chunk.kept + chunk.deferred
+            needed, change = chunk.input_backward, chunk.deferred - received - chunk.kept
         else:
-            takes, after = chunk.weight_backward, held - chunk.deferred
-        working = takes + messages.number * message_bytes
-        if held + working > best.kept + best.working:
-            best = PeakMoment(held, working)
-        held = after
-        messages.give(action)
-    return best
+            needed, change = chunk.weight_backward, -chunk.deferred
+        working = needed + messages.count * message_bytes
+        if kept + working > peak.kept + peak.working:
+            peak = PeakMoment(kept, working)
+        kept += change
+        messages.send(action)
+    return peak
 
 
 class _Messages:
-    """Those that have a place in memory and are not kept by an action: still to come, or not gone yet."""
+    """Messages in memory that no action keeps: posted receives and pending sends."""
 
     def __init__(self, schedule: Schedule, rank: int, on_cpu: bool) -> None:
         self.placement, self.rank, self.on_cpu = schedule.placement, rank, on_cpu
-        self.coming = sum(self._comes(action) for action in schedule.actions[rank]) if on_cpu else 0
-        self.leaving: deque[Action] = deque(
+        self.posted = (
+            sum(self._needs_message(action) for action in schedule.actions[rank]) if on_cpu else 0
+        )
+        self.pending: deque[Action] = deque(
             maxlen=P2PCommunicator.MAX_PENDING_SENDS if on_cpu else 1
         )
         self.in_flight: set[tuple[int, int]] = set()
 
     @property
-    def number(self) -> int:
-        """An output that its forward keeps is not counted again."""
-        return self.coming + sum(
-            action.kind != "F" or action[1:] not in self.in_flight for action in self.leaving
+    def count(self) -> int:
+        """Messages, without outputs that their forward keeps."""
+        return self.posted + sum(
+            action.kind != "F" or action[1:] not in self.in_flight for action in self.pending
         )
 
-    def take(self, action: Action) -> None:
-        if self.on_cpu and self._comes(action):
-            self.coming -= 1
+    def receive(self, action: Action) -> None:
+        if self.on_cpu and self._needs_message(action):
+            self.posted -= 1
 
-    def give(self, action: Action) -> None:
+    def send(self, action: Action) -> None:
         if action.kind == "F":
             self.in_flight.add(action[1:])
         elif action.kind in ("B", "I"):
             self.in_flight.discard(action[1:])
-        place = self.placement.consumer(self.rank, action)
-        if place is not None and place.rank != self.rank:
-            self.leaving.append(action)
+        target = self.placement.consumer(self.rank, action)
+        if target is not None and target.rank != self.rank:
+            self.pending.append(action)
 
-    def enters(self, action: Action) -> bool:
-        """Whether the chunk's forward takes in a message."""
-        return (
-            self.placement.producer(self.rank, Action("F", action.microbatch, action.chunk))
-            is not None
-        )
+    def is_received(self, action: Action) -> bool:
+        """Returns True if the forward of the action's virtual stage has an input from another."""
+        forward = Action("F", action.microbatch, action.chunk)
+        return self.placement.producer(self.rank, forward) is not None
 
-    def _comes(self, action: Action) -> bool:
-        place = self.placement.producer(self.rank, action)
-        return place is not None and place.rank != self.rank
-
-
-def heaviest(ranks: Iterable[RankMemory]) -> int:
-    """The pipeline rank that holds most."""
-    found = list(ranks)
-    return max(range(len(found)), key=lambda rank: found[rank].total)
+    def _needs_message(self, action: Action) -> bool:
+        source = self.placement.producer(self.rank, action)
+        return source is not None and source.rank != self.rank

@@ -1,7 +1,7 @@
-"""Counts the bytes of tensors that live, op by op, also of tensors without memory (torch's meta device).
+"""Counts the bytes of live tensors after each op, on any device, including torch's meta device.
 
-Every storage counts once, from the op that makes it until nothing holds it any more, however many views there are of it. What a
-kernel takes for itself inside one op is not seen.
+Every storage counts once, however many views it has, until its last reference is gone. Memory that
+a kernel takes inside one op is not seen.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from torch.utils._pytree import tree_iter
 
 
 class TensorTracker(TorchDispatchMode):
-    """While it is entered, tensors that ops make are counted; those that are there already only if given, and then as nothing.
+    """Context that counts the tensors that ops create in it.
 
     Attributes:
-        bytes: of what lives now.
-        peak: the most that has lived at once since the start, or since `reset_peak`.
+        bytes: bytes of live tensors.
+        peak: maximum of `bytes` since the start or the last `reset_peak`.
     """
 
-    def __init__(self, there: Iterable[Tensor] = ()) -> None:
+    def __init__(self, uncounted: Iterable[Tensor] = ()) -> None:
+        """Takes existing tensors, whose storages never count."""
         super().__init__()
         self.bytes = self.peak = 0
-        self._there = [tensor.untyped_storage() for tensor in there]
-        self._known = {storage._cdata for storage in self._there}
+        self._uncounted = [tensor.untyped_storage() for tensor in uncounted]
+        self._known = {storage._cdata for storage in self._uncounted}
 
     def reset_peak(self) -> None:
         self.peak = self.bytes
@@ -39,9 +40,9 @@ class TensorTracker(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         inputs: set[int] | None = None
-        for tensor in tree_iter(made):
+        for tensor in tree_iter(output):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
                 if inputs is None:
                     inputs = {
@@ -51,7 +52,7 @@ class TensorTracker(TorchDispatchMode):
                     }
                 if tensor.untyped_storage()._cdata not in inputs:
                     self._add(tensor)
-        return made
+        return output
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -59,8 +60,8 @@ class TensorTracker(TorchDispatchMode):
         self._known.add(key)
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._remove, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.bytes -= size

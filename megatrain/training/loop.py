@@ -21,8 +21,8 @@ from megatrain.distributed.env import RankEnv
 from megatrain.errors import UserError
 from megatrain.telemetry.metrics import Value
 from megatrain.training import rollback
-from megatrain.training.checks import check_without_ranks
 from megatrain.training.loss_spikes import first_to_undo, is_noticed, spike_since, spike_threshold
+from megatrain.training.preflight import check_start
 from megatrain.training.resume_check import ResumeCheck, remember_loss
 from megatrain.training.run_logger import describe_nonfinite
 from megatrain.training.setup import TrainComponents, early_stop, set_up
@@ -70,7 +70,7 @@ def task_of(config: Config, verb: str) -> Task:
 def _train(config: Config, place: RankEnv, task: Task, activity: RankActivity) -> None:
     if place.rank == 0:
         activity.set_phase("checking the config and making the data")
-        check_without_ranks(config, place.world_size, task)
+        check_start(config, task, place.world_size)
     if place.world_size > 1:
         with activity.collective("barrier", WorldGroup(range(place.world_size))):
             dist.barrier()  # what rank 0 makes of the data is there

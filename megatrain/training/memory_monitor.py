@@ -13,14 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatrain.config.loader import Config
 from megatrain.distributed import device as device_module
 from megatrain.distributed.mesh import ProcessMesh
-from megatrain.models.config import TransformerConfig
 from megatrain.pipeline.schedule import Schedule
 from megatrain.planner.memory import heaviest, predict
-
-GIB = 2**30
+from megatrain.planner.run_spec import RunSpec
+from megatrain.text import GIB
 
 
 class MemoryMonitor:
@@ -32,8 +30,7 @@ class MemoryMonitor:
 
     def __init__(
         self,
-        config: Config,
-        architecture: TransformerConfig,
+        spec: RunSpec,
         mesh: ProcessMesh,
         device: torch.device,
         schedule: Schedule | None,
@@ -41,13 +38,7 @@ class MemoryMonitor:
         self.device = device
         self.predicted = 0
         if mesh.rank == 0:
-            ranks = predict(
-                config,
-                architecture,
-                data_size=mesh.data.size,
-                device=device.type,
-                schedule=schedule,
-            )
+            ranks = predict(spec, schedule=schedule)
             self.predicted = ranks[heaviest(ranks)].total
         self._before, self._highest = (
             (0, 0)

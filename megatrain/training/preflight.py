@@ -1,361 +1,314 @@
-"""`megatrain check`: everything that can be known of a run on its ranks before one of them starts, without a GPU and in seconds.
+"""Validation of a run before its ranks start: for the start itself, `--dry-run` and `megatrain check`.
 
-All that is wrong is found and not the first alone: settings by themselves, the layout on the model, data, tokenizer and checkpoints, the
-memory of every rank, and disk space. Nothing is made or changed, on disk or anywhere.
+`validate_run` finds all errors of a run and changes nothing on disk. A start then prepares the data
+(`prepare_run`); a dry run and `megatrain check` print the plan (run_plan.py).
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
+import difflib
+import os
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from megatrain.checkpoint.init_from_hf import Pretrained
+from megatrain.checkpoint.resume import check as check_checkpoint
+from megatrain.checkpoint.resume import choose_start
 from megatrain.config.fixes import IssueCollector
 from megatrain.config.loader import Config, has_tokenizer
 from megatrain.config.validation import problems, reset_invalid
 from megatrain.data.gpt_dataset import parse_blend, select_paths
 from megatrain.data.split import Part
-from megatrain.errors import ConfigError, DataError, UserError
+from megatrain.data.tokenizer import load_tokenizer
+from megatrain.distributed import device as device_module
+from megatrain.errors import CheckpointError, ConfigError, DataError, UserError
 from megatrain.models.config import TransformerConfig
-from megatrain.models.counts import layer_costs
+from megatrain.models.counts import parameter_shapes
 from megatrain.models.quantize import check_bitsandbytes
-from megatrain.pipeline.partition import cut_layers
-from megatrain.pipeline.stage_builder import RankPlan, memory_schedule, plan_ranks
-from megatrain.planner.disk import (
-    check_free_space,
-    estimate_disk,
-    existing,
-    in_bytes,
-    is_open,
-    kept_in_words,
-    open_warning,
-)
-from megatrain.planner.memory import RankMemory, heaviest, predict
+from megatrain.planner.run_spec import Cluster, RunSpec, layout_errors
 from megatrain.telemetry.exporters import check_exporters
-from megatrain.training import checks
-from megatrain.training.suggest import GIB, NARROW, OTHERS, Cluster, suggest
 from megatrain.training.task import PretrainingTask, Task, text_instead
 
+_OUTPUT_FILES = ("checkpoints", "logs", "config.yaml", "metrics.jsonl", "events.jsonl")
 
-def preflight(config: Config, task: Task, place: Cluster, findings: IssueCollector) -> list[str]:
-    """Look at everything; what is wrong goes to the findings, and the lines say what the run would be."""
-    for problem in problems(config):
-        if not findings.follows(problem):
-            findings.add(problem)
+
+def check_start(config: Config, task: Task, world_size: int) -> RunSpec:
+    """Validates a run and prepares its data and output folder; raises the first error."""
+    device = "cuda" if device_module.has_gpu() else "cpu"
+    issues = IssueCollector()
+    spec = validate_run(config, task, Cluster(1, world_size, device), issues, read_data=False)
+    issues.raise_first()
+    assert spec is not None, "a run without errors has a spec"
+    check_output_folder(Path(config.run.output_dir))
+    for part in data_parts(config):
+        spec = prepare_part(spec, task, part)
+    return spec
+
+
+def prepare_part(spec: RunSpec, task: Task, part: Part) -> RunSpec:
+    """Prepares training or validation data; returns the spec with the size of training data."""
+    task.prepare(spec.config, part)
+    source = task.open(spec.config, spec.model, part)
+    return spec.with_samples(source.per_epoch) if part == "train" else spec
+
+
+def data_parts(config: Config) -> list[Part]:
+    """Returns the parts of the data that a run reads."""
+    return ["train", "valid"] if config.eval.every else ["train"]
+
+
+def validate_run(
+    config: Config,
+    task: Task,
+    cluster: Cluster,
+    issues: IssueCollector,
+    *,
+    file_issues: IssueCollector | None = None,
+    read_data: bool = True,
+) -> RunSpec | None:
+    """Validates a run without changing anything on disk.
+
+    Args:
+        issues: receives all errors.
+        file_issues: receives errors of missing files and packages instead of `issues`. A dry run
+            tolerates them, because another machine may have them.
+        read_data: whether to look for the data and read some samples. A start and a dry run read
+            all data afterwards.
+
+    Returns:
+        The spec; None if model and layout have errors.
+    """
+    file_issues = file_issues or issues
+    _add_setting_errors(config, issues)
     config = reset_invalid(config)
-    if findings.passes(lambda: checks.check_start(config)):
-        findings.attempt(lambda: task.check(config))
-    findings.attempt(lambda: check_bitsandbytes(config.lora))
-    findings.attempt(lambda: check_exporters(config))
-    _files(config, task, findings)
-    if checks.lacks_start(config):
-        return []
-    architecture = findings.attempt(lambda: task.architecture(config))
-    if architecture is None:
-        return []
-    findings.attempt(
-        lambda: checks.check_tokenizer(config, architecture),
-        paste=_make_tokenizer(config, architecture),
-    )
-    _starts(config, architecture, findings)
-    readable = [
-        which
-        for which in checks.parts_of(config)
-        if not _missing(config, task, which)
-        and findings.passes(partial(task.glance, config, architecture, which))
-    ]
-    epochs: list[str] = []
-    if (
-        config.train.epochs is not None
-        and "train" in readable
-        and not isinstance(task, PretrainingTask)
-    ):
-        config, epochs = _as_steps(config, task, architecture, findings)
-    lines = []
-    if _fits(config, architecture, place, findings):
-        lines = [
-            checks.run_header(config, architecture, place.world_size, _where(place)),
-            *epochs,
-            *_batch(config, place),
-        ]
-        lines += _memory(config, architecture, place, findings)
-    if _writable(config, findings) and {
-        config.train.steps,
-        config.train.tokens,
-        config.train.epochs,
-    } != {None}:
-        lines += _disk(config, architecture, findings)
-    return lines
+    if init_from_missing := _missing_init_from(config):
+        (issues if config.model == config.train.init_from else file_issues).add(init_from_missing)
+    else:
+        issues.attempt(lambda: task.check(config))
+    missing = _add_missing_data(config, task, file_issues) if read_data else set()
+    file_issues.attempt(lambda: check_bitsandbytes(config.lora))
+    issues.attempt(lambda: check_exporters(config))
+    if init_from_missing and config.model == config.train.init_from:
+        return None  # model and tokenizer are missing with it
+    model = issues.attempt(lambda: task.architecture(config))
+    if model is None:
+        return None
+    conflicts = list(layout_errors(config, model, cluster))
+    for conflict in conflicts:
+        issues.add(conflict)
+    _check_tokenizer(config, model, issues, file_issues)
+    _check_initial_state(config, model, issues)
+    spec = None if conflicts else RunSpec.create(config, model, cluster)
+    if read_data:
+        spec = _read_samples(config, model, spec, task, missing, issues)
+    return spec
+
+
+def _add_setting_errors(config: Config, issues: IssueCollector) -> None:
+    for error in problems(config):
+        if not issues.follows(error):
+            issues.add(error)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _files(config: Config, task: Task, findings: IssueCollector) -> None:
-    """Data that are not there, with the command that makes them."""
-    for which in checks.parts_of(config):
-        text = text_instead(config, which) if isinstance(task, PretrainingTask) else None
-        if text is not None:
-            findings.add(text)
+def _missing_init_from(config: Config) -> ConfigError | None:
+    """Returns an error if `train.init_from` does not exist, with the most similar folder as fix."""
+    start = config.train.init_from
+    if start is None or Path(start).exists():
+        return None
+    path = Path(start)
+    siblings = (
+        sorted(sibling.name for sibling in path.parent.iterdir() if sibling.is_dir())
+        if path.parent.is_dir()
+        else []
+    )
+    if similar := difflib.get_close_matches(path.name, siblings, n=1):
+        folder = str(path.parent / similar[0])
+        hint, fix = f"did you mean `{folder}`?", {"train.init_from": folder}
+        return ConfigError("train.init_from", start, "does not exist", hint, fix=fix)
+    command = _command_for_model(start)
+    return ConfigError("train.init_from", start, "does not exist", command=command)
+
+
+def _command_for_model(folder: str) -> str:
+    return "make demo" if folder.startswith("demo/") else f"megatrain convert SOURCE {folder}"
+
+
+def _add_missing_data(config: Config, task: Task, issues: IssueCollector) -> set[Part]:
+    """Adds an error with a command for each data file that does not exist.
+
+    Returns:
+        The parts of the data with a missing file.
+    """
+    missing: set[Part] = set()
+    for part in data_parts(config):
+        if isinstance(task, PretrainingTask) and (error := text_instead(config, part)):
+            issues.add(error)
+            missing.add(part)
             continue
-        for path in _missing(config, task, which):
-            findings.add(
-                DataError(f"data.{which}={path} is not there"), paste=_make_data(config, task, path)
-            )
+        for path in _missing_paths(config, task, part):
+            command = _command_for_data(config, task, path)
+            issues.add(DataError(f"data.{part}={path} does not exist", command=command))
+            missing.add(part)
+    return missing
 
 
-def _missing(config: Config, task: Task, which: Part) -> list[str]:
+def _missing_paths(config: Config, task: Task, part: Part) -> list[str]:
     try:
-        paths = [
-            path
-            for path, _ in parse_blend(select_paths(config.data, which)[0], setting=f"data.{which}")
-        ]
+        blend = parse_blend(select_paths(config.data, part)[0], setting=f"data.{part}")
     except UserError:
-        return []  # said where settings are checked
+        return []  # reported when the data are opened
+    paths = [path for path, _ in blend]
     if isinstance(task, PretrainingTask):
-        return [
-            path
-            for path in paths
-            if not any(Path(f"{path}{end}").exists() for end in (".idx", ".bin"))
-        ]
+        return [path for path in paths if not _has_indexed_dataset(path)]
     return [path for path in paths if "*" not in path and not Path(path).exists()]
 
 
-def _make_data(config: Config, task: Task, path: str) -> str:
+def _has_indexed_dataset(prefix: str) -> bool:
+    return any(Path(f"{prefix}{suffix}").exists() for suffix in (".idx", ".bin"))
+
+
+def _command_for_data(config: Config, task: Task, path: str) -> str:
+    if path.startswith("demo/functions"):
+        return f"python tools/gather_functions.py {config.data.train} --valid {config.data.valid}"
     if path.startswith("demo/"):
-        return (
-            "make demo"
-            if "functions" not in path
-            else f"python tools/gather_functions.py {config.data.train} --valid {config.data.valid}"
-        )
+        return "make demo"
     if isinstance(task, PretrainingTask):
-        return f"megatrain preprocess TEXTS.jsonl --tokenizer {config.data.tokenizer or 'TOKENIZER'} --output {path}"
+        tokenizer = config.data.tokenizer or "TOKENIZER"
+        return f"megatrain preprocess TEXTS.jsonl --tokenizer {tokenizer} --output {path}"
     return f"cp YOURS.jsonl {path}"
 
 
-def _make_tokenizer(config: Config, architecture: TransformerConfig) -> str:
-    """For one that is not there; else the error says more itself."""
-    folder = config.data.tokenizer
-    if folder is None or Path(folder).exists():
-        return ""
-    if folder == "demo/tokenizer":
-        return "make demo"
-    if config.train.init_from is not None or config.lora.rank:
-        return _own_tokenizer(config)
-    texts = "TEXTS.jsonl" if not folder.startswith("demo/") else config.data.train
-    return f"megatrain tokenizer {texts} --vocab-size {architecture.vocab_size} --output {folder}"
-
-
-def _own_tokenizer(config: Config) -> str:
-    """Weights that are there know a token by its number: a tokenizer trained anew would give the numbers other meanings."""
-    start = config.train.init_from
-    if start is None:
-        return "data.tokenizer=FOLDER_OF_THE_MODEL"
-    if not Path(start).exists():
-        return (
-            checks.make_start(start)
-            if start == config.data.tokenizer
-            else f"data.tokenizer={start}"
-        )
-    return (
-        f"data.tokenizer={start}" if has_tokenizer(start) else "data.tokenizer=FOLDER_OF_THE_MODEL"
-    )
-
-
-def _starts(config: Config, architecture: TransformerConfig, findings: IssueCollector) -> None:
-    """The checkpoint to resume from, the weights to start from, and the folder to write to."""
-    named = config.checkpoint.resume not in ("auto", "never")
-    path = findings.attempt(
-        lambda: checks.check_resume(config, architecture),
-        paste="checkpoint.resume=auto" if named else "",
-    )
-    start = config.train.init_from
-    if start is not None and not Path(start).exists():
-        findings.add(checks.no_start(start))
-    elif start is not None:
-        findings.attempt(
-            lambda: checks.check_weights(config, architecture, resumes=path is not None),
-            paste=_own_model(config, start),
-        )
-
-
-def _writable(config: Config, findings: IssueCollector) -> bool:
-    """Tried with a folder that is gone at once: who may write where is not only a matter of modes."""
-    place = existing(Path(config.run.output_dir))
-    try:
-        with tempfile.TemporaryDirectory(prefix=".check-", dir=place):
-            return True
-    except OSError as error:
-        findings.add(
-            ConfigError(
-                "run.output_dir", config.run.output_dir, f"cannot be written ({error.strerror})"
-            ),
-            paste=f"run.output_dir=runs/{Path(config.run.output_dir).name}",
-        )
-        return False
-
-
-def _own_model(config: Config, start: str) -> str:
-    return (
-        f"model={start}"
-        if (Path(start) / "config.json").is_file() and config.model != start
-        else ""
-    )
-
-
-# -- layout ------------------------------------------------------------------------------------------------------------
-
-
-def _where(place: Cluster) -> str:
-    kind = "GPUs" if place.device == "cuda" else "CPUs"
-    return f"{place.nodes} x {place.ranks_per_node} {kind}" if place.nodes > 1 else kind
-
-
-def _as_steps(
-    config: Config, task: Task, architecture: TransformerConfig, findings: IssueCollector
-) -> tuple[Config, list[str]]:
-    """The config with its epochs as steps, where the data tell their samples in a moment, and the line that says how many those are."""
-    source = findings.attempt(lambda: task.foresee(config, architecture))
-    with_steps = (
-        findings.attempt(lambda: checks.with_steps(config, source)) if source is not None else None
-    )
-    if with_steps is None:
-        return config, []
-    return with_steps, [f"  epochs  {config.train.epochs} x {source.per_epoch:,} samples"]
-
-
-def _batch(config: Config, place: Cluster) -> Iterator[str]:
-    data_size = config.data_size(place.world_size)
-    yield (
-        f"  batch   {config.train.global_batch_size} sequences = {config.microbatches(data_size)} microbatches of "
-        f"{config.train.micro_batch_size} on each of {data_size} replicas"
-    )
-
-
-def _fits(config: Config, a: TransformerConfig, place: Cluster, findings: IssueCollector) -> bool:
-    """Whether model, batch and ranks go together."""
-    rules = checks.layout_rules(config, a, place.world_size, on_gpu=place.device == "cuda")
-    passed = [findings.passes(rule) for rule in rules]  # each, and not up to the first that fails
-    if not all(passed):  # the cut is not reached when the batch does not divide
-        findings.attempt(
-            lambda: cut_layers(
-                layer_costs(a, config.data.sequence_length), config.parallel.pipeline
-            )
-        )
-        return False
-    _crossings(config, a, place, findings)
-    return True
-
-
-def _crossings(
-    config: Config, a: TransformerConfig, place: Cluster, findings: IssueCollector
+def _check_tokenizer(
+    config: Config, model: TransformerConfig, issues: IssueCollector, file_issues: IssueCollector
 ) -> None:
-    """Tensor ranks are neighbours, and exchange every layer's activations: between machines that is what a step waits for."""
-    p, g = config.parallel, place.ranks_per_node
-    if place.nodes == 1 or g % p.tensor == 0:
+    """Adds an error if the tokenizer is missing, unreadable or larger than the vocabulary."""
+    folder = config.data.tokenizer
+    if folder is None:
         return
-    inside = max(d for d in range(1, p.tensor + 1) if p.tensor % d == 0 and g % d == 0)
-    stages = p.pipeline * p.tensor // inside
-    words = f"parallel.tensor={inside}" + (
-        f" parallel.pipeline={stages}" if stages <= a.num_layers else ""
-    )
-    findings.warnings.append(
-        f"parallel.tensor={p.tensor} does not divide the {g} ranks of a machine: tensor groups leave it, and each layer waits for "
-        f"the network; {words} stays inside"
-    )
+    if not Path(folder).exists():
+        file_issues.add(_missing_tokenizer(config, folder, model.vocab_size))
+        return
+    try:
+        tokenizer = load_tokenizer(folder)
+    except DataError as error:
+        hint = "use the tokenizer of the model"
+        issues.add(ConfigError("data.tokenizer", folder, f"cannot be loaded: {error}", hint))
+        return
+    if len(tokenizer) > model.vocab_size:
+        requirement = f"is less than the {len(tokenizer)} tokens of data.tokenizer={folder}"
+        fix = {"model.vocab_size": len(tokenizer)}
+        hint = f"set model.vocab_size={len(tokenizer)}"
+        issues.add(ConfigError("model.vocab_size", model.vocab_size, requirement, hint, fix=fix))
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+def _missing_tokenizer(config: Config, folder: str, vocab_size: int) -> ConfigError:
+    """Returns the error with a command that creates the tokenizer.
+
+    Pretrained weights need their own tokenizer: a new one would assign other meanings to token ids.
+    """
+    error = partial(ConfigError, "data.tokenizer", folder, "does not exist")
+    start = config.train.init_from
+    if folder == "demo/tokenizer" or (folder == start and folder.startswith("demo/")):
+        return error(command="make demo")
+    if folder == start:
+        return error(command=_command_for_model(folder))
+    if start is not None and (has_tokenizer(start) or not Path(start).exists()):
+        return error(fix={"data.tokenizer": start})
+    if start is not None or config.lora.rank:
+        return error(fix={"data.tokenizer": "FOLDER_OF_THE_MODEL"})
+    texts = config.data.train if folder.startswith("demo/") else "TEXTS.jsonl"
+    return error(command=f"megatrain tokenizer {texts} --vocab-size {vocab_size} --output {folder}")
 
 
-def _memory(
-    config: Config, a: TransformerConfig, place: Cluster, findings: IssueCollector
-) -> list[str]:
-    """A table of the ranks that differ, and what is said of the heaviest."""
-    data_size = config.data_size(place.world_size)
-    ranks = predict(config, a, data_size=data_size, device=place.device)
-    plans = plan_ranks(config, a, memory_schedule(config, data_size).placement)
-    top = heaviest(ranks)
-    lines = [
-        "",
-        *table(config, plans, ranks, data_size),
-        "",
-        _heaviest(config, place, ranks[top], top),
+def _check_initial_state(config: Config, model: TransformerConfig, issues: IssueCollector) -> None:
+    """Adds an error if the checkpoint to resume from, or the pretrained weights, do not fit."""
+    checkpoint = None
+    try:
+        checkpoint = find_checkpoint(config, model)
+    except UserError as error:
+        if not error.fix_text and config.checkpoint.resume not in ("auto", "never"):
+            error.fix = {"checkpoint.resume": "auto"}
+        issues.add(error)
+    start = config.train.init_from
+    if start is None or not Path(start).exists() or (checkpoint and not config.lora.rank):
+        return
+    try:
+        Pretrained(start, model).check(parameter_shapes(model))
+    except CheckpointError as error:
+        has_config = (Path(start) / "config.json").is_file()
+        if not error.fix_text and config.model != start and has_config:
+            error.fix = {"model": start}
+        issues.add(error)
+
+
+def find_checkpoint(config: Config, model: TransformerConfig) -> Path | None:
+    """Returns the checkpoint that the run would resume from; raises if it does not fit the run.
+
+    With `checkpoint.verify=full` rank 0 checks it later, when it reads all files to choose one.
+    """
+    path, _ = choose_start(config)
+    if path is not None and config.checkpoint.verify != "full":
+        check_checkpoint(path, config, model)
+    return path
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def _read_samples(
+    config: Config,
+    model: TransformerConfig,
+    spec: RunSpec | None,
+    task: Task,
+    missing: set[Part],
+    issues: IssueCollector,
+) -> RunSpec | None:
+    """Reads some samples; returns the spec with the size of the training data if it is known."""
+    readable = [
+        part
+        for part in data_parts(config)
+        if part not in missing and issues.passes(partial(task.glance, config, model, part))
     ]
-    if any(rank.host for rank in ranks):
-        on_node = (
-            sum(sorted((rank.host for rank in ranks), reverse=True)[:1]) * place.ranks_per_node
-        )
-        lines.append(f"offload: up to {on_node / GIB:,.1f} GiB of a machine's own memory")
-    if place.gpu_gib is not None and ranks[top].total > place.gpu_gib * GIB:
-        words, paste = suggest(config, a, place, place.gpu_gib)
-        findings.add(
-            UserError(
-                f"the heaviest rank takes {ranks[top].total / GIB:,.1f} GiB and a GPU has {place.gpu_gib:g}; {words}"
-            ),
-            paste=paste,
-        )
-    elif place.gpu_gib is not None and ranks[top].total > NARROW * place.gpu_gib * GIB:
-        findings.warnings.append(
-            f"the heaviest rank takes {ranks[top].total / place.gpu_gib / GIB:.0%} of a GPU's {place.gpu_gib:g} GiB, and {OTHERS}"
-        )
-    return lines
+    has_epochs = config.train.epochs is not None and not isinstance(task, PretrainingTask)
+    if spec is None or not has_epochs or "train" not in readable:
+        return spec
+    source = issues.attempt(lambda: task.foresee(config, model))
+    if source is None:
+        return spec
+    return issues.attempt(lambda: spec.with_samples(source.per_epoch)) or spec
 
 
-def table(
-    config: Config, plans: list[RankPlan], ranks: list[RankMemory], data_size: int
-) -> Iterator[str]:
-    """One line for pipeline ranks with the same layers, with the memory of the one that takes most."""
-    alike = config.parallel.tensor * data_size
-    yield (
-        f"{'pipeline ranks':>14}{'ranks':>7}  {'layers':<34}{'parameters':>15}  {'weights':>8}{'gradients':>10}{'optimizer':>10}"
-        f"{'activations':>12}{'working':>8}{'GiB':>9}"
-    )
-    for group in _groups(plans):
-        top = max(group, key=lambda rank: ranks[rank].total)
-        memory, layers = ranks[top], ", ".join(checks.span(chunk) for chunk in plans[top].chunks)
-        sizes = [
-            memory.weights,
-            memory.gradients,
-            memory.optimizer,
-            memory.activations,
-            memory.working,
-            memory.total,
-        ]
-        cells = "".join(
-            f"{size / GIB:>{width}.2f}"
-            for size, width in zip(sizes, (8, 10, 10, 12, 8, 9), strict=True)
-        )
-        name = f"{group[0]}" if len(group) == 1 else f"{group[0]}-{group[-1]}"
-        yield f"{name:>14}{len(group) * alike:>7}  {layers:<34}{memory.parameters:>15,}  {cells}"
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
-def _groups(plans: list[RankPlan]) -> Iterator[list[int]]:
-    """Neighbours with layers of the same kinds."""
-    kinds: list[Any] = [[[spec.kind for spec in chunk] for chunk in plan.chunks] for plan in plans]
-    start = 0
-    for rank in range(1, len(plans) + 1):
-        if rank == len(plans) or kinds[rank] != kinds[start]:
-            yield list(range(start, rank))
-            start = rank
+def check_output_folder(folder: Path) -> None:
+    """Creates the output folder; raises ConfigError if it, or a file of an earlier run, is read-only."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_probe(folder)
+    except OSError as error:
+        raise output_error(folder, f"cannot be written ({error.strerror})") from None
+    for name in _OUTPUT_FILES:
+        path = folder / name
+        try:
+            if path.exists():
+                _write_probe(path) if "." not in name else path.open("ab").close()
+        except OSError as error:
+            requirement = f"contains {name}, which cannot be written ({error.strerror})"
+            raise output_error(folder, requirement) from None
 
 
-def _heaviest(config: Config, place: Cluster, memory: RankMemory, rank: int) -> str:
-    first = rank * config.data_size(place.world_size) * config.parallel.tensor
-    of = f" of a GPU's {place.gpu_gib:g}" if place.gpu_gib is not None else ""
-    return f"heaviest: {memory.total / GIB:,.2f} GiB{of} on pipeline rank {rank} (rank {first} and its peers), an estimate; see docs/check.md"
+def output_error(folder: Path, requirement: str) -> ConfigError:
+    """Returns the error of an output folder, with another folder as fix."""
+    fix = {"run.output_dir": f"runs/{folder.name}"}
+    return ConfigError("run.output_dir", str(folder), requirement, fix=fix)
 
 
-# -- disk --------------------------------------------------------------------------------------------------------------
-
-
-def _disk(config: Config, a: TransformerConfig, findings: IssueCollector) -> list[str]:
-    room = estimate_disk(config, a)
-    findings.attempt(lambda: check_free_space(config, room))
-    if is_open(config):
-        findings.warnings.append(open_warning(config, room))
-    return [
-        f"checkpoints: {in_bytes(room.each)} each, {kept_in_words(config, room)}; {in_bytes(room.free)} are free at {room.place}"
-    ]
+def _write_probe(folder: Path) -> None:
+    """Writes a file: permissions alone do not show whether a folder is writable."""
+    probe = folder / f".probe-{os.getpid()}"
+    probe.write_text("")
+    probe.unlink()

@@ -28,8 +28,8 @@ from megatrain.distributed.collectives import gather_objects
 from megatrain.distributed.env import RankEnv, attempt
 from megatrain.distributed.errors import is_lost_connection
 from megatrain.distributed.mesh import ProcessMesh
-from megatrain.models.config import TransformerConfig
 from megatrain.models.counts import flops_per_token, peak_flops
+from megatrain.planner.run_spec import RunSpec
 from megatrain.telemetry import console
 from megatrain.telemetry.events import EventLog
 from megatrain.telemetry.exporters import Exporters
@@ -37,8 +37,8 @@ from megatrain.telemetry.metrics import MetricsLog, Value
 from megatrain.telemetry.plots import loss_name, plot_loss
 from megatrain.telemetry.rank_log import rank_json_log
 from megatrain.training import rollback
-from megatrain.training.checks import run_header
 from megatrain.training.loss_spikes import SpikeThreshold
+from megatrain.training.run_plan import run_header
 from megatrain.training.step_runner import StepReport
 
 logger = logging.getLogger("megatrain")
@@ -56,11 +56,11 @@ _LEFT = (
 class RunLogger:
     """A run's journal, opened once `begin` has been called, which needs to know where the run goes on."""
 
-    def __init__(
-        self, config: Config, architecture: TransformerConfig, place: RankEnv, device: torch.device
-    ) -> None:
+    def __init__(self, spec: RunSpec, place: RankEnv, device: torch.device) -> None:
+        config, architecture = spec.config, spec.model
+        self._spec = spec
         self.folder, self.is_kept = Path(config.run.output_dir), place.rank == 0
-        self._config, self._architecture, self._world_size = config, architecture, place.world_size
+        self._config, self._world_size = config, place.world_size
         self._gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
         self._flops = flops_per_token(
             architecture.config,
@@ -86,9 +86,7 @@ class RunLogger:
     def open(self, lines: Iterable[str], *, mesh: ProcessMesh, path: Path | None, why: str) -> None:
         """The run's header, what there is to say of its data, and why it begins from checkpoint `path` or from none. All ranks call it."""
         if self.is_kept:
-            logger.info(
-                run_header(self._config, self._architecture, self._world_size, self._gpu or "cpu")
-            )
+            logger.info(run_header(self._spec, self._gpu or "cpu"))
         self.say([*lines, why])
         self._resumes = {} if path is None else {"from": path, "why": why}
         hosts = gather_objects(socket.gethostname(), mesh.world)

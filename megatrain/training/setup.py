@@ -21,13 +21,14 @@ from megatrain.distributed.collectives import broadcast_object
 from megatrain.distributed.env import RankEnv
 from megatrain.distributed.mesh import ProcessMesh, make_mesh
 from megatrain.models.config import TransformerConfig
+from megatrain.planner.run_spec import Cluster, RunSpec
 from megatrain.telemetry.metrics import FILE_NAME, read
 from megatrain.training import rollback
 from megatrain.training.autotune import resolve_schedule
-from megatrain.training.checks import parts_of, with_steps
 from megatrain.training.early_stopping import EarlyStopping
 from megatrain.training.loss_spikes import guards
 from megatrain.training.memory_monitor import MemoryMonitor
+from megatrain.training.preflight import data_parts
 from megatrain.training.ref_logprobs import BatchesOf, make_ref_logprobs
 from megatrain.training.resume_check import ResumeCheck
 from megatrain.training.run_logger import RunLogger
@@ -67,17 +68,19 @@ def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) ->
     """All ranks make theirs together."""
     architecture = task.architecture(asked)
     device, folder = device_module.select_device(place), Path(asked.run.output_dir)
-    sources = {which: task.open(asked, architecture, which) for which in parts_of(asked)}
-    config = with_steps(asked, sources["train"])
+    sources = {which: task.open(asked, architecture, which) for which in data_parts(asked)}
+    spec = RunSpec.create(asked, architecture, Cluster(1, place.world_size, device.type))
+    spec = spec.with_samples(sources["train"].per_epoch)
+    config = spec.config
     p = config.parallel
     mesh = make_mesh(
         place.rank,
         tensor=p.tensor,
         pipeline=p.pipeline,
-        data=config.data_size(place.world_size),
+        data=spec.data_size,
         activity=activity,
     )
-    journal = RunLogger(config, architecture, place, device)
+    journal = RunLogger(spec, place, device)
     path, why = _choose(config, architecture, mesh)
     journal.open(
         [words for source in sources.values() for words in source.words],
@@ -97,7 +100,8 @@ def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) ->
         ranks_here=place.local_size,
     )
     config = settled.config
-    gauge = MemoryMonitor(config, architecture, mesh, device, settled.schedule)
+    spec = dataclasses.replace(spec, config=config)
+    gauge = MemoryMonitor(spec, mesh, device, settled.schedule)
     runner = StepRunner(
         config,
         architecture,

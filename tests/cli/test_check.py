@@ -20,6 +20,7 @@ from megatrain.config import loader as configuration
 from megatrain.data.indexed_dataset import IndexedWriter
 from megatrain.models.config import load_hf_config, read_config
 from megatrain.planner.memory import predict
+from megatrain.planner.run_spec import Cluster, RunSpec
 
 MODEL = {
     "model_type": "llama",
@@ -62,7 +63,7 @@ class Said:
 
     def __init__(self, code, out, err):
         self.code, self.out, self.err = code, out, err
-        self.errors = dict(re.findall(r"^error: (.*)\n(?:  paste: (.*)\n)?", err, re.MULTILINE))
+        self.errors = dict(re.findall(r"^error: (.*)\n(?:  fix: (.*)\n)?", err, re.MULTILINE))
         self.warnings = re.findall(r"^warning: (.*)", err, re.MULTILINE)
 
 
@@ -78,7 +79,7 @@ def check(capfd):
 def test_a_run_that_works(check, run_file):
     said = check(run_file)
     assert (said.code, said.errors, said.warnings, said.err) == (0, {}, [], "")
-    assert said.out.splitlines()[-1] == "run: nothing is wrong"
+    assert said.out.splitlines()[-1] == "run: no errors found"
     assert "heaviest: " in said.out
     assert sorted(path.name for path in run_file.parent.iterdir()) == [
         "data.bin",
@@ -103,9 +104,9 @@ MISTAKES = {
     "parallel.zero=2 parallel.pipeline=2": "parallel.zero=2 needs parallel.pipeline=1 and it is 2",
     "parallel.sequence=true": "parallel.sequence=true splits the sequence among tensor ranks",
     "parallel.schedule=zbv parallel.pipeline=2": "parallel.schedule=zbv is not a schedule",
-    "parallel.virtual=3 parallel.schedule=zb-v parallel.pipeline=2": "parallel.virtual=3 and parallel.schedule=zb-v has 2 chunks",
+    "parallel.virtual=3 parallel.schedule=zb-v parallel.pipeline=2": "parallel.virtual=3 is not supported by parallel.schedule=zb-v (supported: 2)",
     "parallel.layers_per_stage=[1,2] parallel.pipeline=2": "parallel.layers_per_stage=[1, 2] ",
-    "train.dtype=fp16": "train.dtype=fp16 needs a GPU",
+    "train.dtype=fp16": "train.dtype=fp16 requires a GPU",
     "checkpoint.keep_every=4": "checkpoint.keep_every=4 has no meaning while checkpoint.keep_last=0",
     "profile.steps=[20,30]": "profile.steps=[20, 30] goes beyond the run's last step, 12",
     "stability.on_loss_spike=rollback checkpoint.save_every=0": "stability.on_loss_spike=rollback goes back to a checkpoint, and checkpoint.save_every=0 makes none",
@@ -193,11 +194,11 @@ def test_data_that_are_damaged_or_missing(check, run_file):
     assert "data.bin is 0 bytes long" in next(iter(check(run_file).errors))
     said = check(run_file, "data.train=nowhere", "data.tokenizer=words")
     assert (
-        said.errors["data.train=nowhere is not there"]
+        said.errors["data.train=nowhere does not exist"]
         == "megatrain preprocess TEXTS.jsonl --tokenizer words --output nowhere"
     )
     assert (
-        said.errors["data.tokenizer=words is not a folder"]
+        said.errors["data.tokenizer=words does not exist"]
         == "megatrain tokenizer TEXTS.jsonl --vocab-size 67 --output words"
     )
 
@@ -265,7 +266,7 @@ def test_a_world_that_the_layout_does_not_divide(check, run_file):
     )
     assert (
         check(run_file, "--nodes", "2").err
-        == "error: --nodes needs --gpus-per-node: how many ranks each machine has\n"
+        == "error: --nodes requires --gpus-per-node, the number of ranks per machine\n"
     )
 
 
@@ -273,14 +274,16 @@ def test_tensor_groups_that_leave_a_machine(check, run_file):
     said = check(run_file, "parallel.tensor=4", "--nodes", "2", "--gpus-per-node", "2")
     assert said.code == 0
     assert len(said.warnings) == 1
-    assert "parallel.tensor=2 parallel.pipeline=2 stays inside" in said.warnings[0]
+    assert "parallel.tensor=2 parallel.pipeline=2 keeps them on one machine" in said.warnings[0]
     assert (
         check(run_file, "parallel.tensor=2", "--nodes", "2", "--gpus-per-node", "2").warnings == []
     )
     (words,) = check(
         run_file, "parallel.tensor=4", "parallel.pipeline=4", "--nodes", "8", "--gpus-per-node", "2"
     ).warnings
-    assert words.endswith("; parallel.tensor=2 stays inside")  # there are no layers for 8 stages
+    assert words.endswith(
+        "; parallel.tensor=2 keeps them on one machine"
+    )  # there are no layers for 8 stages
 
 
 def test_a_gpu_that_is_too_small(check, run_file):
@@ -318,7 +321,7 @@ def test_a_gpu_that_nothing_makes_fit(check, run_file):
     words = ["model.hidden_size=512", "model.intermediate_size=2048", "--gpus-per-node", "2"]
     ((text, paste),) = check(run_file, *words, "--gpu-memory", "0.01GiB").errors.items()
     best, least, lacks, tried = re.search(
-        r"fits: with (.+) it takes least, ([\d.]+) GiB, which is ([\d.]+) too much \(tried: (.*)\); use larger GPUs",
+        r"fits: (.+) takes least, ([\d.]+) GiB, which is ([\d.]+) too much \(tried: (.*)\); use larger GPUs",
         text,
     ).groups()
     assert paste == ""
@@ -359,7 +362,7 @@ def test_a_gpu_that_is_filled_or_not_enough(check, run_file):
     ).errors.items()
     assert paste.split()[0] in ("parallel.tensor=2", "parallel.pipeline=2")
     assert re.search(
-        r"9\d% of a GPU, and driver, .* need some as well \(tried: .*parallel.pipeline=2", text
+        r"9\d% of a GPU, but driver, .* need memory too \(tried: .*parallel.pipeline=2", text
     )
     said = check(run_file, *words, "2", *paste.split(), "--gpu-memory", f"{two / 0.96}")
     assert (said.code, len(said.warnings)) == (0, 1)
@@ -400,7 +403,7 @@ def test_epochs_whose_steps_the_data_say(check, run_file):
     said = check(run_file, *words)
     assert "  work    2 epochs, in steps of 64 tokens" in said.out
     assert (
-        "one each 5 steps, of a number of steps that the data say; checkpoint.keep_last=0 keeps all"
+        "one every 5 steps, and the number of steps depends on the data; checkpoint.keep_last=0 keeps all"
         in said.out
     )
     assert len(said.warnings) == 1
@@ -416,7 +419,7 @@ def test_weights_that_are_there_keep_their_tokenizer(check, run_file):
     base = run_file.parent / "base"
     base.mkdir()
     (base / "tokenizer.json").write_text("{}")
-    lost = "data.tokenizer=words is not a folder"
+    lost = "data.tokenizer=words does not exist"
     assert (
         check(run_file, "data.tokenizer=words", "train.init_from=base").errors[lost]
         == "data.tokenizer=base"
@@ -457,9 +460,8 @@ def test_a_run_takes_what_was_said(tmp_path, run_file, check):
         json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     )
     config = configuration.load(run_file)
-    (memory,) = predict(
-        config, read_config(load_hf_config(config.model)), data_size=1, device="cpu"
-    )
+    model = read_config(load_hf_config(config.model))
+    (memory,) = predict(RunSpec.create(config, model, Cluster(1, 1, "cpu")))
     assert line["memory_predicted_gib"] == memory.total / 2**30
     assert line["memory_gib"] is None or line["memory_gib"] > 0
 
@@ -485,10 +487,10 @@ def test_each_config_lacks_nothing_but_its_files(name, check, monkeypatch, tmp_p
     assert said.out.startswith(f"megatrain {verb} ")
     loaded = configuration.load(file)
     wanted = {
-        f"data.train={loaded.data.train} is not there",
-        f"data.tokenizer={loaded.data.tokenizer} is not a folder",
+        f"data.train={loaded.data.train} does not exist",
+        f"data.tokenizer={loaded.data.tokenizer} does not exist",
     }
-    wanted |= {f"data.valid={loaded.data.valid} is not there"} if loaded.eval.every else set()
+    wanted |= {f"data.valid={loaded.data.valid} does not exist"} if loaded.eval.every else set()
     wanted |= (
         {f"train.init_from={loaded.train.init_from} does not exist"}
         if loaded.train.init_from

@@ -12,6 +12,7 @@ from megatrain.models.config import load_hf_config, read_config
 from megatrain.models.microbatch import Microbatch
 from megatrain.models.microbatches import MicrobatchFactory
 from megatrain.planner.memory import predict
+from megatrain.planner.run_spec import Cluster, RunSpec
 
 LENGTH, WINDOWS = 16, (5, None)
 ARCHITECTURE = read_config(load_hf_config(BASES["gemma3_text"]))
@@ -76,11 +77,8 @@ def test_a_ranks_memory_has_a_shared_mask_once():
                     "train": {"steps": 1, "global_batch_size": 2 * count, "micro_batch_size": 2},
                 }
             )
-            sizes.append(
-                predict(
-                    config, read_config(load_hf_config(config.model)), data_size=1, device="cpu"
-                )[0].working
-            )
+            model = read_config(load_hf_config(config.model))
+            sizes.append(predict(RunSpec.create(config, model, Cluster(1, 1, "cpu")))[0].working)
         return (sizes[1] - sizes[0]) / 4
 
     fields, rotations = 2 * 64 * 8, 2 * 64 * 8 * 4

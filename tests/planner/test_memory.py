@@ -18,6 +18,7 @@ from megatrain.models.config import load_hf_config, read_config
 from megatrain.pipeline.schedules import SCHEDULES, build_schedule
 from megatrain.planner.activation_memory import ActivationFootprint, is_fused
 from megatrain.planner.memory import peak_of, predict
+from megatrain.planner.run_spec import Cluster, RunSpec
 from megatrain.planner.tensor_tracker import TensorTracker
 
 LENGTH, MICRO, BUCKET = 64, 2, 20_000
@@ -38,6 +39,11 @@ def settings(model, *, dtype="fp32", recompute="none", sequences=8, name="adamw"
             "recompute": recompute,
         },
     }
+
+
+def make_spec(config, world_size=1, *, device="cpu"):
+    model = read_config(load_hf_config(config.model))
+    return RunSpec.create(config, model, Cluster(1, world_size, device))
 
 
 def storages():
@@ -110,12 +116,7 @@ def check_rows(rows, world_size, folder, *, low, high, exact=True):
     for number, raw in enumerate(rows):
         config = configuration.from_dict(raw)
         with patch("megatrain.optim.zero.BUCKET", BUCKET):
-            predicted = predict(
-                config,
-                read_config(load_hf_config(config.model)),
-                data_size=config.data_size(world_size),
-                device="cpu",
-            )
+            predicted = predict(make_spec(config, world_size))
         for of_rank in results:
             pipeline_rank, stays, added = of_rank[number]
             memory = predicted[pipeline_rank]
@@ -185,9 +186,7 @@ def test_adapters_and_weights_in_four_bits():
 
     def of(**lora):
         config = configuration.from_dict({**raw, "lora": lora})
-        (memory,) = predict(
-            config, read_config(load_hf_config(config.model)), data_size=1, device="cpu"
-        )
+        (memory,) = predict(make_spec(config))
         return memory
 
     whole, adapters, quantized = of(), of(rank=4), of(rank=4, quantize="nf4")
@@ -220,7 +219,7 @@ def test_classifiers_and_pairs(task, tmp_path):
     """Without memory there are no labels to look at, and every head is measured all the same."""
     raw = {**settings("llama", pipeline=2), "task": "dpo"}
     config = configuration.from_dict(raw)
-    pairs = predict(config, read_config(load_hf_config(config.model)), data_size=1, device="cuda")
+    pairs = predict(make_spec(config, 2, device="cuda"))
     from megatrain.models.classification_config import with_classifier
 
     hf = load_hf_config(config.model)
@@ -228,7 +227,7 @@ def test_classifiers_and_pairs(task, tmp_path):
     classifier = with_classifier(
         hf, of_tokens=task == "token-classification", dropout=0.1, label_smoothing=0.0
     )
-    labels = predict(config, classifier, data_size=1, device="cuda")
+    labels = predict(RunSpec.create(config, classifier, Cluster(1, 2, "cuda")))
     assert pairs[0].total == labels[0].total
     assert 0 < labels[1].total < pairs[1].total  # no logits of a vocabulary
 

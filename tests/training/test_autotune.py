@@ -31,7 +31,7 @@ from megatrain.pipeline.simulator import Times, simulate
 from megatrain.planner.list_scheduler import SchedulingRules, list_schedule
 from megatrain.planner.schedule_search import candidate_of
 from megatrain.training.autotune import _read
-from megatrain.training.checks import dry_run
+from megatrain.training.run_plan import dry_run
 from megatrain.training.task import PretrainingTask
 
 SLEEP, SLOW = 0.006, {1: 0.03}
@@ -342,6 +342,6 @@ def test_a_dry_run_says_that_it_will_be_measured(data, tmp_path):
         in text
     )
     assert "            0  4: embedding ... block 2" in text
-    assert "settled" not in dry_run(
+    assert "measured" not in dry_run(
         configuration.from_dict(settings(data, tmp_path, pipeline=1)), PretrainingTask()
     )
