@@ -35,7 +35,7 @@ VERBS = {
     "pretrain": Command("megatrain.cli.train", "train a model from a config"),
     "finetune": Command("megatrain.cli.train", "finetune a model on chats, preferences or labels"),
     "schedule": Command("megatrain.cli.schedule", "simulate and draw a pipeline schedule"),
-    "xray": Command("megatrain.cli.profile", "see where a run's time went, with advice"),
+    "profile": Command("megatrain.cli.profile", "show where a run's time went, with advice"),
     "report": Command(
         "megatrain.cli.report", "a run's curves, events and times as one page, on any device"
     ),
@@ -52,6 +52,9 @@ VERBS = {
         "megatrain.cli.config", "show every setting and its meaning, or a config as it resolves"
     ),
 }
+
+RENAMED_COMMANDS = {"xray": "profile"}
+"""Commands of older versions and their names today."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,6 +96,10 @@ def _run(words: list[str]) -> int:
     try:
         if not words or words[0].startswith("-"):
             return _without_command(words)
+        if words[0] in RENAMED_COMMANDS:
+            new = RENAMED_COMMANDS[words[0]]
+            print(f"`megatrain {words[0]}` was renamed: use `megatrain {new}`", file=sys.stderr)
+            return 2
         return _run_command(words[0], words[1:])
     except UserError as error:
         if is_local_rank_zero(os.environ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatrain.cli.arguments import positive_int
 from megatrain.config.fixes import IssueCollector
 from megatrain.config.loader import read
 from megatrain.distributed import device
@@ -34,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="section.key=value", help="settings that override the YAML"
     )
     parser.add_argument(
-        "--nodes", type=_positive, default=1, metavar="N", help="machines (default: 1)"
+        "--nodes", type=positive_int, default=1, metavar="N", help="machines (default: 1)"
     )
     parser.add_argument(
         "--gpus-per-node",
-        type=_positive,
+        type=positive_int,
         metavar="G",
         help="ranks per machine, one per GPU (default: the ranks of one replica)",
     )
@@ -99,12 +100,6 @@ def _report(issues: IssueCollector, run_name: str) -> int:
         return 1
     print(f"{run_name}: no errors found")
     return 0
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
 
 
 def _gib(text: str) -> float:

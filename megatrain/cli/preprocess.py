@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from megatrain.cli.arguments import positive_int
+
 if TYPE_CHECKING:
     from megatrain.data.preprocess import Preprocessed
 
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx"
     )
     parser.add_argument(
-        "--workers", type=_positive, metavar="N", help="processes (default: one for each core)"
+        "--workers", type=positive_int, metavar="N", help="processes (default: one for each core)"
     )
     parser.add_argument(
         "--field", default="text", help="field or column that holds the text (default: %(default)s)"
@@ -65,9 +67,3 @@ def describe(result: Preprocessed) -> list[str]:
             f"ignored {len(result.ignored)} files of other kinds or links to folders, such as {result.ignored[0]}"
         )
     return lines
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
-    return int(text)

@@ -85,7 +85,7 @@ class FailureReporter:
         Args:
             step: the step in which the run failed; 0 before the first.
         """
-        text = format_failure(failure, log_path(self._config, failure.rank))
+        text = format_failure(failure, log_path(self._config.run.output_dir, failure.rank))
         if isinstance(failure, FailureReport) and failure.kind == "stall":
             with EventLog(self.folder) as events:
                 events.write("stall", step=step, cause=failure.text)
@@ -101,7 +101,7 @@ class FailureReporter:
             summarize(failure),
             step=step - 1 if step else None,
             since=self._started_at,
-            of_user=is_user_error(failure),
+            is_user_error=is_user_error(failure),
         )
         return text
 

@@ -35,7 +35,7 @@ from megatrain.launch.failures import (
     summarize,
 )
 from megatrain.launch.worker import INTERRUPTED
-from megatrain.telemetry.events import EventLog, Name, write_failure
+from megatrain.telemetry.events import EventLog, EventName, write_failure
 from megatrain.telemetry.rank_log import log_path
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -171,7 +171,7 @@ class Supervisor:
         failure = cause or min(self.reports, key=lambda report: report.time)
         if isinstance(failure, RankExit) and failure.code == INTERRUPTED:
             return RunOutcome(INTERRUPTED)
-        _print_error(format_failure(failure, log_path(self.config, failure.rank)))
+        _print_error(format_failure(failure, log_path(self.config.run.output_dir, failure.rank)))
         return RunOutcome(1, failure, max(rank.step.value for rank in self.ranks))
 
 
@@ -223,7 +223,7 @@ class RestartPolicy:
                 summarize(failure),
                 step=outcome.last_completed_step,
                 since=self._started_at,
-                of_user=is_user_error(failure),
+                is_user_error=is_user_error(failure),
             )
             return False
         location = f"step {outcome.step}" if outcome.step else "the start"
@@ -253,7 +253,7 @@ class RestartPolicy:
         ]
         return {(path, stat.st_ino, stat.st_mtime_ns) for path, stat in folders}
 
-    def _write_event(self, event: Name, outcome: RunOutcome, **fields: object) -> None:
+    def _write_event(self, event: EventName, outcome: RunOutcome, **fields: object) -> None:
         assert outcome.failure is not None
         with EventLog(self._folder) as events:
             events.write(

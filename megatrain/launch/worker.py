@@ -58,7 +58,9 @@ def start_rank(
             None under a launcher.
     """
     try:
-        with rank_log.rank_streams(config, env) as streams:
+        with rank_log.rank_streams(
+            config.run.output_dir, env, verbose=config.run.verbose
+        ) as streams:
             return _run(function, config, env, streams, report, activity or RankActivity())
     except UserError as error:  # the log cannot be opened; later errors are handled in _run
         _fail(error, env, sys.stderr, report, watchdog=None)

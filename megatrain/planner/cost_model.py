@@ -14,7 +14,7 @@ from itertools import pairwise, permutations
 
 from megatrain.pipeline.partition import blocks_per_stage, cut_layers
 from megatrain.pipeline.schedule import Kind, Placement, Schedule
-from megatrain.telemetry.bubble_analysis import KindTimes, Measured, simulated
+from megatrain.telemetry.bubble_analysis import KindTimes, PipelineTimes, simulate_measured
 
 BEST_FEW = 8
 """Cuts from which the search goes on."""
@@ -29,7 +29,7 @@ Counts = tuple[int, ...]
 class CostModel:
     """Seconds of a microbatch for any placement of stages and any cut of the layers into them."""
 
-    measured: Measured
+    measured: PipelineTimes
     layers: dict[tuple[Kind, int], float]
     """On a rank of slowness 1."""
     beside: KindTimes
@@ -50,8 +50,8 @@ class CostModel:
     def makespan(self, cut: list[range], schedule: Schedule | None = None) -> float:
         """Of a whole schedule, the measured one unless given, with messages."""
         schedule = schedule or self.measured.schedule
-        return simulated(
-            schedule, self.times(schedule.placement, cut), send=self.measured.message
+        return simulate_measured(
+            schedule, self.times(schedule.placement, cut), send=self.measured.message_seconds
         ).makespan
 
     def layer_seconds(self, layer: int) -> float:
@@ -77,7 +77,7 @@ class CostModel:
         return max(statistics.fmean(known), 0.0) if known else 0.0
 
 
-def cost_model(measured: Measured) -> CostModel:
+def cost_model(measured: PipelineTimes) -> CostModel:
     """A model whose times for the measured cut are those that were measured."""
     taken = _with_deferred(measured)
     slowness = rank_slowness(measured)
@@ -102,7 +102,7 @@ def cost_model(measured: Measured) -> CostModel:
     )
 
 
-def _with_deferred(measured: Measured) -> dict[tuple[Kind, int], float]:
+def _with_deferred(measured: PipelineTimes) -> dict[tuple[Kind, int], float]:
     """Layers' times, each W shared out: a W does its layers' weights together.
 
     By what a layer's whole backward takes beyond its I where both were measured, else as the layers' I are.
@@ -136,7 +136,7 @@ def _give_to_embedding(taken: dict[tuple[Kind, int], float], beside: KindTimes) 
             taken[kind, 0] = taken.get((kind, 0), 0.0) + more
 
 
-def rank_slowness(measured: Measured) -> list[float]:
+def rank_slowness(measured: PipelineTimes) -> list[float]:
     """By rank, its fastest block beside the middle one of all ranks' fastest; 1 where one block says nothing of the rank."""
     fastest: list[float | None] = []
     for rank in range(measured.placement.ranks):
@@ -153,7 +153,7 @@ def rank_slowness(measured: Measured) -> list[float]:
     return [1.0 if seconds is None else seconds / middle for seconds in fastest]
 
 
-def _layer_seconds(measured: Measured, layer: int) -> float:
+def _layer_seconds(measured: PipelineTimes, layer: int) -> float:
     return sum(seconds for (_, place), seconds in measured.layers.items() if place == layer)
 
 

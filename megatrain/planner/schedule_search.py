@@ -198,7 +198,7 @@ class MeasuredCosts:
             [],
             [],
             [],
-            self.model.measured.message,
+            self.model.measured.message_seconds,
             by_kind=self.model.times(placement, cut_of(counts)),
         )
 

@@ -1,4 +1,4 @@
-"""Advice in words from an x-ray, with predictions that can be tested: what a step would take is simulated (costs.py)."""
+"""Advice in words from a profile, with predictions that can be tested: what a step would take is simulated (costs.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from megatrain.pipeline.partition import blocks_per_stage
 from megatrain.planner.cost_model import best_cut, cost_model, rank_slowness
-from megatrain.telemetry.bubble_analysis import LayerTimes, Measured, PipelineProfile
+from megatrain.telemetry.bubble_analysis import LayerTimes, PipelineProfile, PipelineTimes
 
 WORTH_IT = 0.01
 """The least share of a step's time to give advice for."""
@@ -27,9 +27,9 @@ class Advice(NamedTuple):
     gain: float | None = None
 
 
-def advise(xray: PipelineProfile) -> list[Advice]:
+def advise(profile: PipelineProfile) -> list[Advice]:
     """The most useful first; one sentence at least."""
-    found = [*_on_cut(xray), *_on_ranks(xray), *_on_parts(xray)]
+    found = [*_on_cut(profile), *_on_ranks(profile), *_on_parts(profile)]
     return found or [
         Advice(f"nothing to mend: no part of the waiting is {NOTABLE:.0%} of the step")
     ]
@@ -38,15 +38,15 @@ def advise(xray: PipelineProfile) -> list[Advice]:
 # -- sentences ---------------------------------------------------------------------------------------------------------
 
 
-def _on_cut(xray: PipelineProfile) -> list[Advice]:
+def _on_cut(profile: PipelineProfile) -> list[Advice]:
     """Whether another cut of the layers is faster."""
-    measured = xray.measured
+    measured = profile.measured
     if len(measured.cut) == 1:
         return []
     model = cost_model(measured)
     cut = best_cut(model)
     gain = (model.makespan(measured.cut) - model.makespan(cut)) / measured.step_seconds
-    problem, excess = _slowest_stage(xray)
+    problem, excess = _slowest_stage(profile)
     if gain >= WORTH_IT:
         counts = blocks_per_stage(cut)
         return [
@@ -63,34 +63,34 @@ def _on_cut(xray: PipelineProfile) -> list[Advice]:
     )
 
 
-def _slowest_stage(xray: PipelineProfile) -> tuple[str, float]:
+def _slowest_stage(profile: PipelineProfile) -> tuple[str, float]:
     """In words, and as a share above the mean."""
-    mean = statistics.fmean(stage.total for stage in xray.stages)
-    slowest = max(xray.stages, key=lambda stage: stage.total)
+    mean = statistics.fmean(stage.total for stage in profile.stages)
+    slowest = max(profile.stages, key=lambda stage: stage.total)
     excess = slowest.total / mean - 1
     words = f"stage {slowest.stage} is {excess:.0%} slower than the mean of the stages"
     slow = [
         f"{layer.title} alone takes {times:.1f} times the median block"
-        for layer, times in slow_layers(xray)
+        for layer, times in slow_layers(profile)
         if layer.stage == slowest.stage
     ]
     return words + (f" ({', '.join(slow[:3])})" if slow else ""), excess
 
 
-def slow_layers(xray: PipelineProfile) -> list[tuple[LayerTimes, float]]:
+def slow_layers(profile: PipelineProfile) -> list[tuple[LayerTimes, float]]:
     """Layers that take SLOW times the median block or more on ranks of one speed, and how many times; the slowest first."""
-    slowness = rank_slowness(xray.measured)
-    seconds = [layer.total / slowness[xray.stages[layer.stage].rank] for layer in xray.layers]
+    slowness = rank_slowness(profile.measured)
+    seconds = [layer.total / slowness[profile.stages[layer.stage].rank] for layer in profile.layers]
     middle = statistics.median(seconds[1:-1])
     slow = [
         (layer, taken / middle)
-        for layer, taken in zip(xray.layers, seconds, strict=True)
+        for layer, taken in zip(profile.layers, seconds, strict=True)
         if taken >= SLOW * middle > 0
     ]
     return sorted(slow, key=lambda found: -found[1])
 
 
-def _moves(measured: Measured, cut: list[range]) -> str:
+def _moves(measured: PipelineTimes, cut: list[range]) -> str:
     """`move block 3 from stage 1 to stage 0, ...`"""
     before = {layer: stage for stage, layers in enumerate(measured.cut) for layer in layers}
     moved: dict[tuple[int, int], list[int]] = {}
@@ -107,7 +107,7 @@ def _moves(measured: Measured, cut: list[range]) -> str:
     )
 
 
-def _named(measured: Measured, layers: list[int]) -> str:
+def _named(measured: PipelineTimes, layers: list[int]) -> str:
     """`block 3`, `blocks 3 and 4`, `blocks 3–5`."""
     if len(layers) == 1:
         return measured.titles[layers[0]]
@@ -117,9 +117,9 @@ def _named(measured: Measured, layers: list[int]) -> str:
     return f"blocks {first} and {last}" if len(layers) == 2 else f"blocks {first}–{last}"
 
 
-def _on_ranks(xray: PipelineProfile) -> list[Advice]:
+def _on_ranks(profile: PipelineProfile) -> list[Advice]:
     found = []
-    for rank, slowness in enumerate(rank_slowness(xray.measured)):
+    for rank, slowness in enumerate(rank_slowness(profile.measured)):
         if slowness >= SLOW_RANK:
             found.append(
                 Advice(
@@ -130,10 +130,10 @@ def _on_ranks(xray: PipelineProfile) -> list[Advice]:
     return found
 
 
-def _on_parts(xray: PipelineProfile) -> list[Advice]:
+def _on_parts(profile: PipelineProfile) -> list[Advice]:
     """What else is worth looking at, by its share of the ranks' time."""
-    total = xray.total
-    message = f"a message that is waited for takes {1e3 * xray.measured.message:.2g} ms"
+    total = profile.total
+    message = f"a message that is waited for takes {1e3 * profile.measured.message_seconds:.2g} ms"
     words = {
         "schedule": "is the schedule's own bubble: more microbatches in a step (a larger train.global_batch_size or a smaller "
         "train.micro_batch_size) or a schedule with less (`megatrain schedule` shows them, parallel.schedule=auto finds one) would shrink it",

@@ -33,7 +33,7 @@ details pre { overflow-x: auto; font-size: 12.5px; } summary { cursor: pointer; 
 }
 """
 _LARGEST_TIMELINE = 1 << 20
-"""Characters of a picture of the pipeline that a page may hold; `megatrain xray` draws any."""
+"""Characters of a picture of the pipeline that a page may hold; `megatrain profile` draws any."""
 
 
 _MOST_DOTS, _MOST_STEMS = 80, 200
@@ -91,7 +91,7 @@ PANELS = (
     Panel(
         "time that training stood still for saves",
         "s",
-        (("save_stall_seconds", "", "stems"),),
+        (("checkpoint_blocking_seconds", "", "stems"),),
         True,
     ),
 )
@@ -237,8 +237,10 @@ def _tiles(run: RunFolder) -> list[tuple[str, str]]:
         tiles.append(("model FLOPs utilisation", f"{curves['mfu'].mean:.1%}"))
     if "seconds" in curves:
         tiles.append(("in steps", duration(curves["seconds"].total)))
-    if "save_stall_seconds" in curves:
-        tiles.append(("stood still for saves", _duration(curves["save_stall_seconds"].total)))
+    if "checkpoint_blocking_seconds" in curves:
+        tiles.append(
+            ("stood still for saves", _duration(curves["checkpoint_blocking_seconds"].total))
+        )
     tiles.append(("started again", str(story.restarts)))
     tiles += [
         (words, str(story.count(name)))
@@ -400,12 +402,12 @@ def _lane(stage: StageTimes, longest: float) -> str:
 
 
 def _timeline(run: RunFolder) -> list[str]:
-    if run.xray is None:
+    if run.profile is None:
         return []
-    drawn = timelines(run.xray)
+    drawn = timelines(run.profile)
     if sum(map(len, drawn)) > _LARGEST_TIMELINE:
         return [
-            f'<p class="small">Steps were traced; their picture is too large for this page: <code>megatrain xray {escape(str(run.path))}</code> draws it.</p>'
+            f'<p class="small">Steps were traced; their picture is too large for this page: <code>megatrain profile {escape(str(run.path))}</code> draws it.</p>'
         ]
     return drawn
 

@@ -15,7 +15,7 @@ from megatrain.report.stage_times import StageTimes, read_stages
 from megatrain.telemetry import events
 from megatrain.telemetry.bubble_analysis import PipelineProfile, profile_pipeline
 from megatrain.telemetry.curves import Curve, Point, read_curves
-from megatrain.telemetry.metrics import FILE_NAME, UNDONE
+from megatrain.telemetry.metrics import FILE_NAME, rolled_back_path
 from megatrain.telemetry.trace_format import read_traces
 
 
@@ -31,7 +31,7 @@ class RunFolder(NamedTuple):
     """The loss of steps that a rollback took back."""
     story: EventTimeline
     stages: list[StageTimes]
-    xray: PipelineProfile | None
+    profile: PipelineProfile | None
     """Of the steps that it traced, if it did."""
     told: datetime | None
     """When it last wrote a figure."""
@@ -68,10 +68,10 @@ def read_run(path: Path) -> RunFolder:
         config,
         text,
         read_curves(metrics),
-        read_curves(path / UNDONE).get("loss"),
+        read_curves(rolled_back_path(path)).get("loss"),
         story,
         read_stages(path, story.start),
-        _xray(path),
+        _profile(path),
         told,
     )
 
@@ -86,8 +86,8 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
     return text, migrate(config) if isinstance(config, dict) else {}
 
 
-def _xray(path: Path) -> PipelineProfile | None:
+def _profile(path: Path) -> PipelineProfile | None:
     try:
         return profile_pipeline(read_traces(path))
-    except UserError:  # nothing was traced, or not whole yet; `megatrain xray` says what
+    except UserError:  # nothing was traced, or not whole yet; `megatrain profile` says what
         return None

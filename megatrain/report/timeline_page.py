@@ -36,38 +36,38 @@ MEANINGS = {
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def render_timeline_page(xray: PipelineProfile, advice: list[Advice]) -> str:
+def render_timeline_page(profile: PipelineProfile, advice: list[Advice]) -> str:
     """The whole page."""
     parts = [
-        *_head(xray),
+        *_head(profile),
         *_advice(advice),
-        *timelines(xray),
-        *_split_table(xray),
-        *_stage_table(xray),
-        *_layer_table(xray),
-        *_definitions(xray),
+        *timelines(profile),
+        *_split_table(profile),
+        *_stage_table(profile),
+        *_layer_table(profile),
+        *_definitions(profile),
     ]
-    return html_module.frame(f"x-ray of {xray.name}", parts)
+    return html_module.frame(f"x-ray of {profile.name}", parts)
 
 
-def _head(xray: PipelineProfile) -> list[str]:
-    measured, placement = xray.measured, xray.measured.placement
+def _head(profile: PipelineProfile) -> list[str]:
+    measured, placement = profile.measured, profile.measured.placement
     chunks = f" x {placement.chunks} chunks" if placement.chunks > 1 else ""
     others = (
-        f", {xray.replicas} x {xray.tensor} such pipelines (data x tensor)"
-        if xray.replicas * xray.tensor > 1
+        f", {profile.replicas} x {profile.tensor} such pipelines (data x tensor)"
+        if profile.replicas * profile.tensor > 1
         else ""
     )
     microbatches = 1 + max(action.microbatch for action in measured.schedule.actions[0])
     clock = (
-        f"clocks of machines aligned to {html_module.seconds(xray.clock_error)} or better"
-        if xray.clock_error
+        f"clocks of machines aligned to {html_module.seconds(profile.clock_error)} or better"
+        if profile.clock_error
         else "one clock for all ranks"
     )
     return [
-        f"<h1>X-ray of {escape(xray.name)}</h1>",
+        f"<h1>X-ray of {escape(profile.name)}</h1>",
         f'<p class="facts">{escape(measured.schedule.name)}, {placement.ranks} pipeline ranks{chunks}, {microbatches} microbatches{others}; '
-        f"{_steps(xray.steps)}, {html_module.seconds(measured.step_seconds)} a step, of which the pipeline {html_module.seconds(xray.span)}; {clock}.</p>",
+        f"{_steps(profile.steps)}, {html_module.seconds(measured.step_seconds)} a step, of which the pipeline {html_module.seconds(profile.span)}; {clock}.</p>",
     ]
 
 
@@ -108,9 +108,9 @@ class _Box(NamedTuple):
     """What the picture says of it when it is pointed at."""
 
 
-def timelines(xray: PipelineProfile) -> list[str]:
-    """Measured above ideal, at one scale."""
-    picture, chunks = xray.picture, xray.measured.placement.chunks
+def timelines(profile: PipelineProfile) -> list[str]:
+    """PipelineTimes above ideal, at one scale."""
+    picture, chunks = profile.timeline, profile.measured.placement.chunks
     zero = first_start(picture.pipeline)
     measured = [
         [
@@ -131,15 +131,15 @@ def timelines(xray: PipelineProfile) -> list[str]:
     scale = width / max(ends)
     replica = (
         f", data {picture.pipeline[0].data}, tensor {picture.pipeline[0].tensor}"
-        if xray.replicas * xray.tensor > 1
+        if profile.replicas * profile.tensor > 1
         else ""
     )
     return [
-        f"<h2>Measured: step {picture.step}{replica}, {html_module.seconds(ends[0])}, bubble {_bubble(measured, ends[0])}</h2>",
+        f"<h2>PipelineTimes: step {picture.step}{replica}, {html_module.seconds(ends[0])}, bubble {_bubble(measured, ends[0])}</h2>",
         f'<div class="wide">{_lanes(measured, ends[0], max(ends), scale, chunks)}',
         f"<h2>Ideal of the same schedule: {html_module.seconds(ends[1])}, bubble {_bubble(ideal, ends[1])}</h2>",
         f"{_lanes(ideal, ends[1], max(ends), scale, chunks)}</div>",
-        f'<p class="small">{_legend(xray)}</p>',
+        f'<p class="small">{_legend(profile)}</p>',
         '<p class="small">The ideal has the same actions, every stage at the stages\' mean time, and no communication. '
         "Numbers are microbatches; point at a box for its time.</p>",
     ]
@@ -210,9 +210,9 @@ def _axis(longest: float, scale: float, bottom: float) -> list[str]:
     return marks
 
 
-def _legend(xray: PipelineProfile) -> str:
-    chunks = xray.measured.placement.chunks
-    kinds = [kind for kind in KINDS if any(kind == found for found, _ in xray.measured.by_kind)]
+def _legend(profile: PipelineProfile) -> str:
+    chunks = profile.measured.placement.chunks
+    kinds = [kind for kind in KINDS if any(kind == found for found, _ in profile.measured.by_kind)]
     lines = [
         [
             html_module.key(
@@ -234,7 +234,7 @@ def _text(x: float, y: float, text: str, *, anchor: str = "start", size: float =
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _split_table(xray: PipelineProfile) -> list[str]:
+def _split_table(profile: PipelineProfile) -> list[str]:
     """Where each rank's time went, as a bar and in numbers."""
     heads = [
         "rank",
@@ -245,16 +245,18 @@ def _split_table(xray: PipelineProfile) -> list[str]:
     ]
     rows = [
         [f"{rank}", _split_bar(split), *_shares(split), html_module.size(memory)]
-        for rank, (split, memory) in enumerate(zip(xray.splits, xray.peak_memory, strict=True))
+        for rank, (split, memory) in enumerate(
+            zip(profile.breakdowns, profile.peak_memory, strict=True)
+        )
     ]
     whole = [
         "all",
-        _split_bar(xray.total),
-        *_shares(xray.total),
-        html_module.size(max(xray.peak_memory)),
+        _split_bar(profile.total),
+        *_shares(profile.total),
+        html_module.size(max(profile.peak_memory)),
     ]
     return [
-        f"<h2>Where the time went, of {html_module.seconds(xray.span)}</h2>",
+        f"<h2>Where the time went, of {html_module.seconds(profile.span)}</h2>",
         *html_module.table(heads, [*rows, whole], last_is_whole=True, left=(1,)),
     ]
 
@@ -275,8 +277,8 @@ def _split_bar(split: TimeBreakdown) -> str:
     return html_module.bars(lengths, whole=sum(max(seconds, 0.0) for seconds in split), width=180)
 
 
-def _stage_table(xray: PipelineProfile) -> list[str]:
-    mean = statistics.fmean(stage.total for stage in xray.stages)
+def _stage_table(profile: PipelineProfile) -> list[str]:
+    mean = statistics.fmean(stage.total for stage in profile.stages)
     rows = [
         [
             f"{stage.stage}",
@@ -286,7 +288,7 @@ def _stage_table(xray: PipelineProfile) -> list[str]:
             html_module.seconds(stage.backward),
             f"{stage.total / mean - 1:+.1%}".replace("-", "−"),
         ]
-        for stage in xray.stages
+        for stage in profile.stages
     ]
     return [
         "<h2>A microbatch on each stage</h2>",
@@ -296,13 +298,13 @@ def _stage_table(xray: PipelineProfile) -> list[str]:
     ]
 
 
-def _layer_table(xray: PipelineProfile) -> list[str]:
-    longest = max(layer.total for layer in xray.layers)
+def _layer_table(profile: PipelineProfile) -> list[str]:
+    longest = max(layer.total for layer in profile.layers)
     if not longest:
         return []
-    slow = {layer.layer for layer, _ in slow_layers(xray)}
+    slow = {layer.layer for layer, _ in slow_layers(profile)}
     rows = []
-    for layer in xray.layers:
+    for layer in profile.layers:
         lengths = [
             (seconds, _shade(kind, 0, 1))
             for kind, seconds in _forward_and_backward(layer.forward, layer.backward)
@@ -334,7 +336,7 @@ def _forward_and_backward(forward: float, backward: float) -> Iterable[tuple[Kin
     return (("F", forward), ("B", backward))
 
 
-def _definitions(xray: PipelineProfile) -> list[str]:
+def _definitions(profile: PipelineProfile) -> list[str]:
     meanings = [
         f"<dt>{html_module.key(PARTS[part][1], PARTS[part][0])}</dt><dd>{escape(meaning)}.</dd>"
         for part, meaning in MEANINGS.items()
@@ -345,7 +347,7 @@ def _definitions(xray: PipelineProfile) -> list[str]:
         "actions; the parts add up to it.</p>",
         "<dl>",
         *meanings,
-        f"<dt>peak memory</dt><dd>{escape(xray.memory)}.</dd>",
+        f"<dt>peak memory</dt><dd>{escape(profile.memory)}.</dd>",
         "<dt>predictions</dt><dd>the same simulation with other layers on the stages, each layer with its measured time; of the whole step's time, "
         "with the optimizer and all that is not the pipeline taken as it is.</dd></dl>",
     ]
@@ -354,24 +356,24 @@ def _definitions(xray: PipelineProfile) -> list[str]:
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def numbers(xray: PipelineProfile, advice: list[Advice]) -> dict[str, Any]:
+def numbers(profile: PipelineProfile, advice: list[Advice]) -> dict[str, Any]:
     """What the page says, for programs; seconds and bytes."""
-    measured = xray.measured
+    measured = profile.measured
     return {
         "schedule": measured.schedule.name,
-        "steps": xray.steps,
+        "steps": profile.steps,
         "step_seconds": measured.step_seconds,
-        "span_seconds": xray.span,
-        "ideal_span_seconds": xray.picture.ideal.makespan,
-        "bubble": xray.total.waiting / xray.span,
-        "message_seconds": measured.message,
-        "clock_error_seconds": xray.clock_error,
+        "span_seconds": profile.span,
+        "ideal_span_seconds": profile.timeline.ideal.makespan,
+        "bubble": profile.total.waiting / profile.span,
+        "message_seconds": measured.message_seconds,
+        "clock_error_seconds": profile.clock_error,
         "ranks": [
             {**split._asdict(), "peak_memory": memory}
-            for split, memory in zip(xray.splits, xray.peak_memory, strict=True)
+            for split, memory in zip(profile.breakdowns, profile.peak_memory, strict=True)
         ],
-        "stages": [stage._asdict() for stage in xray.stages],
-        "layers": [layer._asdict() for layer in xray.layers],
+        "stages": [stage._asdict() for stage in profile.stages],
+        "layers": [layer._asdict() for layer in profile.layers],
         "layers_per_stage": [
             sum(0 < layer < len(measured.titles) - 1 for layer in cut) for cut in measured.cut
         ],

@@ -1,19 +1,21 @@
-"""What a traced step tells: where each rank's time went, what each layer takes, and what would make the step faster.
+"""Analysis of traced steps: computing and waiting of each rank, and times of stages and layers.
 
-Over the span of a pipeline's actions, from the first one's start to the last one's end, a rank either computes or waits. Its waiting is split by simulating the same actions under ever fewer assumptions, always without any communication:
+Within the span of a pipeline's actions, from the start of the first to the end of the last, a rank
+computes or waits. Its waiting is split by simulating the same actions under ever fewer assumptions,
+always without communication:
 
-    even     every stage takes the stages' mean time for each kind of action
+    even     every stage takes the mean time of all stages for each kind of action
     stages   every stage takes its own mean
-    actions  every action takes what it really took
-    span     what was measured
+    actions  every action takes its measured time
+    span     the measured span
 
-    waiting for a neighbour   what the rank waits in `even`: the schedule's own bubble
-    imbalance of the stages   what it waits in `stages`, less that
-    uneven microbatches       what it waits in `actions`, less what it waits in `stages`
-    communication             the rest: messages on their way, and the host between actions
+    waiting for a neighbour   waiting in `even`: the schedule's own bubble
+    imbalance of the stages   waiting in `stages` minus that
+    uneven microbatches       waiting in `actions` minus waiting in `stages`
+    communication             the rest: messages in transit, and the host between actions
 
-These add up to the rank's waiting. A part can be negative: the slowest stage waits less than it would in an even pipeline.
-Numbers are means over the traced steps and over replicas and tensor ranks; what is added up or compared is a mean too.
+The parts add up to the rank's waiting. A part can be negative: the slowest stage waits less than it
+would in an even pipeline. Numbers are means over traced steps, replicas and tensor ranks.
 """
 
 from __future__ import annotations
@@ -21,10 +23,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from megatrain.pipeline.schedule import Action, Kind, Payload, Placement, Schedule, payload_of
+from megatrain.pipeline.schedule import (
+    Action,
+    Kind,
+    Message,
+    Placement,
+    Schedule,
+    input_message,
+    payload_of,
+)
 from megatrain.pipeline.simulator import Timeline, Times, simulate
 from megatrain.telemetry.trace_format import RankTrace, StepTrace, schedule_of
 
@@ -34,33 +44,34 @@ KindTimes = dict[tuple[Kind, int], float]
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredTimes(Times):
-    """Times of each kind of action on each stage, a whole backward's on its own; `single` are those of single actions."""
+    """Times of each kind of action on each stage; `by_action` overrides them by single actions."""
 
     by_kind: KindTimes
-    single: dict[tuple[Action, int], float] | None = None
+    by_action: dict[tuple[Action, int], float] | None = None
 
     def duration(self, action: Action, stage: int) -> float:
-        if self.single is not None:
-            return self.single[action, stage]
+        if self.by_action is not None:
+            return self.by_action[action, stage]
         return self.by_kind[action.kind, stage]
 
 
-def simulated(
+def simulate_measured(
     schedule: Schedule,
     by_kind: KindTimes,
     *,
-    single: dict[tuple[Action, int], float] | None = None,
+    by_action: dict[tuple[Action, int], float] | None = None,
     send: float = 0.0,
 ) -> Timeline:
-    """The schedule with measured times."""
-    return simulate(schedule, MeasuredTimes([], [], [], send, by_kind=by_kind, single=single))
+    """Simulates a schedule with measured times."""
+    times = MeasuredTimes([], [], [], send, by_kind=by_kind, by_action=by_action)
+    return simulate(schedule, times)
 
 
-# -- where the time went -----------------------------------------------------------------------------------------------
+# -- breakdown of a step -------------------------------------------------------------------------
 
 
 class TimeBreakdown(NamedTuple):
-    """Seconds of one rank in a step's span, as the head of this file defines them."""
+    """Seconds of one rank within a step's span; the module's docstring defines the parts."""
 
     compute: float
     schedule: float
@@ -78,48 +89,49 @@ class TimeBreakdown(NamedTuple):
 
 
 def span_of(pipeline: list[RankTrace]) -> float:
-    """Seconds from the first action's start to the last one's end."""
+    """Returns the seconds from the start of the first action to the end of the last."""
     return max(trace.actions[-1].end for trace in pipeline) - first_start(pipeline)
 
 
 def first_start(pipeline: list[RankTrace]) -> float:
-    """When the first action began to compute, on rank 0's clock."""
+    """Returns the time at which the first action began to compute, by rank 0's clock."""
     return min(trace.actions[0].ready for trace in pipeline)
 
 
 def break_down_waiting(pipeline: list[RankTrace]) -> list[TimeBreakdown]:
-    """By rank of one pipeline in one step."""
+    """Returns the breakdown of each rank of one pipeline in one step."""
     schedule, span = schedule_of(pipeline), span_of(pipeline)
-    single = _single_times(pipeline)
-    by_kind = _mean_times(single)
-    even, stages = simulated(schedule, even_times(by_kind)), simulated(schedule, by_kind)
-    actions = simulated(schedule, by_kind, single=single)
-    splits = []
+    by_action = _action_seconds(pipeline)
+    by_kind = _mean_by_kind(by_action)
+    even = simulate_measured(schedule, average_over_stages(by_kind))
+    stages = simulate_measured(schedule, by_kind)
+    actions = simulate_measured(schedule, by_kind, by_action=by_action)
+    breakdowns = []
     for rank, compute in enumerate(actions.busy):
         waits = [timeline.makespan - timeline.busy[rank] for timeline in (even, stages, actions)]
-        splits.append(
+        breakdowns.append(
             TimeBreakdown(
-                compute,
-                waits[0],
-                waits[1] - waits[0],
-                waits[2] - waits[1],
-                span - compute - waits[2],
+                compute=compute,
+                schedule=waits[0],
+                imbalance=waits[1] - waits[0],
+                microbatches=waits[2] - waits[1],
+                communication=span - compute - waits[2],
             )
         )
-    return splits
+    return breakdowns
 
 
-def even_times(by_kind: KindTimes) -> KindTimes:
-    """Each stage with the mean of all that do the kind."""
-    kinds = {kind for kind, _ in by_kind}
-    means = {
-        kind: statistics.fmean(seconds for (other, _), seconds in by_kind.items() if other == kind)
-        for kind in kinds
-    }
+def average_over_stages(by_kind: KindTimes) -> KindTimes:
+    """Returns times in which each stage has the mean of all stages for each kind."""
+    seconds: dict[Kind, list[float]] = {}
+    for (kind, _), value in by_kind.items():
+        seconds.setdefault(kind, []).append(value)
+    means = {kind: statistics.fmean(values) for kind, values in seconds.items()}
     return {(kind, stage): means[kind] for kind, stage in by_kind}
 
 
-def _single_times(pipeline: list[RankTrace]) -> dict[tuple[Action, int], float]:
+def _action_seconds(pipeline: list[RankTrace]) -> dict[tuple[Action, int], float]:
+    """Returns the computing time of each action by action and stage."""
     return {
         (a.action, trace.placement.stage(trace.pipeline, a.action.chunk)): a.end - a.ready
         for trace in pipeline
@@ -127,42 +139,42 @@ def _single_times(pipeline: list[RankTrace]) -> dict[tuple[Action, int], float]:
     }
 
 
-def _mean_times(single: dict[tuple[Action, int], float]) -> KindTimes:
+def _mean_by_kind(by_action: dict[tuple[Action, int], float]) -> KindTimes:
     found: dict[tuple[Kind, int], list[float]] = {}
-    for (action, stage), seconds in single.items():
+    for (action, stage), seconds in by_action.items():
         found.setdefault((action.kind, stage), []).append(seconds)
     return {key: statistics.fmean(seconds) for key, seconds in found.items()}
 
 
-def message_seconds(pipeline: list[RankTrace]) -> list[float]:
-    """Of each message that its receiver was waiting for when it was sent: from the sender's end to the receiver's go."""
+def message_times(pipeline: list[RankTrace]) -> list[float]:
+    """Returns the transit times of messages that their receivers were waiting for.
+
+    Each is the time from the end of the sender's action to the start of the receiver's.
+    """
     placement = pipeline[0].placement
-    made: dict[tuple[Payload, int, int], float] = {}
+    sent: dict[tuple[int, Message], float] = {}
     for trace in pipeline:
         for a in trace.actions:
-            if a.action.kind != "W":
-                made[
-                    payload_of(a.action.kind),
-                    a.action.microbatch,
-                    placement.stage(trace.pipeline, a.action.chunk),
-                ] = a.end
+            consumer = placement.consumer(trace.pipeline, a.action)
+            if consumer is not None and consumer.rank != trace.pipeline:
+                message = Message(payload_of(a.action.kind), a.action.microbatch, consumer.chunk)
+                sent[consumer.rank, message] = a.end
     seconds = []
     for trace in pipeline:
         for a in trace.actions:
-            source = placement.producer(trace.pipeline, a.action)
-            if source is None or source.rank == trace.pipeline:
+            if a.action.kind == "W":
                 continue
-            sent = made[payload_of(a.action.kind), a.action.microbatch, placement.stage(*source)]
-            if sent > a.start:
-                seconds.append(max(a.ready - sent, 0.0))
+            end = sent.get((trace.pipeline, input_message(a.action)))
+            if end is not None and end > a.start:
+                seconds.append(max(a.ready - end, 0.0))
     return seconds
 
 
-# -- the whole ---------------------------------------------------------------------------------------------------------
+# -- profile of a run ----------------------------------------------------------------------------
 
 
 class StageTimes(NamedTuple):
-    """One microbatch on one stage, seconds; a backward with all its parts."""
+    """Seconds of one microbatch on one stage; a backward includes I and W."""
 
     stage: int
     rank: int
@@ -176,7 +188,7 @@ class StageTimes(NamedTuple):
 
 
 class LayerTimes(NamedTuple):
-    """One microbatch in one layer, seconds; the backward as far as it could be told apart."""
+    """Seconds of one microbatch in one layer; the backward as far as it was measured."""
 
     layer: int
     title: str
@@ -190,146 +202,144 @@ class LayerTimes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Means over all traced pipelines."""
+class PipelineTimes:
+    """Mean times over all traced pipelines."""
 
     schedule: Schedule
     titles: list[str]
-    """Of all layers of the model."""
+    """Titles of all layers of the model."""
     cut: list[range]
     """The layers of each stage."""
     by_kind: KindTimes
     layers: dict[tuple[Kind, int], float]
     """By kind of action and layer."""
     step_seconds: float
-    message: float
-    """Median seconds of a message that its receiver was waiting for; 0 if none did."""
+    message_seconds: float
+    """Median transit time of messages that were waited for; 0 if there were none."""
 
     @property
     def placement(self) -> Placement:
         return self.schedule.placement
 
 
-def measure(
+def measure_pipelines(
     steps: list[StepTrace], average: Callable[[list[float]], float] = statistics.fmean
-) -> Measured:
-    """What the advice needs to know; `average` is taken over the actions of each kind.
+) -> PipelineTimes:
+    """Returns the times of traced steps; `average` is taken over the actions of each kind.
 
-    The steps may have had several schedules of one placement; the first one's counts as the measured one.
+    The steps may have several schedules with one placement; the result has the first one's schedule.
     """
     pipelines = [pipeline for step in steps for pipeline in step.pipelines()]
     stages = pipelines[0][0].stages
     kinds: dict[tuple[Kind, int], list[float]] = {}
     layers: dict[tuple[Kind, int], list[float]] = {}
     for pipeline in pipelines:
-        for (action, place), taken in _single_times(pipeline).items():
-            kinds.setdefault((action.kind, place), []).append(taken)
+        for (action, stage), seconds in _action_seconds(pipeline).items():
+            kinds.setdefault((action.kind, stage), []).append(seconds)
         for a in (a for trace in pipeline for a in trace.actions):
             for layer, seconds in a.layers.items():
                 layers.setdefault((a.action.kind, layer), []).append(seconds)
-    sent = [seconds for pipeline in pipelines for seconds in message_seconds(pipeline)]
-    bounds = [0]
-    for stage in stages:
-        bounds.append(bounds[-1] + len(stage))
-    return Measured(
+    messages = [seconds for pipeline in pipelines for seconds in message_times(pipeline)]
+    bounds = accumulate((len(titles) for titles in stages), initial=0)
+    return PipelineTimes(
         schedule_of(pipelines[0]),
-        [title for stage in stages for title in stage],
+        [title for titles in stages for title in titles],
         [range(first, last) for first, last in pairwise(bounds)],
         {key: average(values) for key, values in kinds.items()},
         {key: average(values) for key, values in layers.items()},
         statistics.fmean(step.seconds for step in steps),
-        statistics.median(sent) if sent else 0.0,
+        statistics.median(messages) if messages else 0.0,
     )
 
 
 @dataclass(frozen=True)
 class TimelineView:
-    """One pipeline in one step, measured and ideal: the traced step whose span is the median, its slowest pipeline."""
+    """The slowest pipeline of the step with the median span, measured and ideal."""
 
     step: int
     pipeline: list[RankTrace]
     ideal: Timeline
-    """All stages even, no communication."""
+    """All stages even, without communication."""
 
 
 @dataclass(frozen=True)
 class PipelineProfile:
-    """All that the page says; times in seconds."""
+    """All numbers of the profile page; times in seconds."""
 
-    measured: Measured
+    measured: PipelineTimes
     name: str
     steps: list[int]
     replicas: int
     tensor: int
-    splits: list[TimeBreakdown]
+    breakdowns: list[TimeBreakdown]
     """By pipeline rank."""
     peak_memory: list[int]
-    """Bytes by pipeline rank, the most of any step and replica."""
+    """Bytes by pipeline rank, the maximum over steps and replicas."""
     memory: str
+    """Description of the measured memory."""
     clock_error: float
     stages: list[StageTimes]
     layers: list[LayerTimes]
-    picture: TimelineView
+    timeline: TimelineView
 
     @property
     def span(self) -> float:
-        return self.splits[0].span
+        return self.breakdowns[0].span
 
     @property
     def total(self) -> TimeBreakdown:
         """The mean over ranks."""
-        return mean_breakdown(self.splits)
+        return mean_breakdown(self.breakdowns)
 
 
-def mean_breakdown(splits: list[TimeBreakdown]) -> TimeBreakdown:
-    """Part by part."""
-    return TimeBreakdown(*(statistics.fmean(parts) for parts in zip(*splits, strict=True)))
+def mean_breakdown(breakdowns: list[TimeBreakdown]) -> TimeBreakdown:
+    """Returns the mean of each part."""
+    return TimeBreakdown(*(statistics.fmean(parts) for parts in zip(*breakdowns, strict=True)))
 
 
 def profile_pipeline(steps: list[StepTrace]) -> PipelineProfile:
-    """All numbers of one run's traced steps."""
+    """Returns the profile of a run's traced steps."""
     pipelines = [pipeline for step in steps for pipeline in step.pipelines()]
     by_rank = zip(*(break_down_waiting(pipeline) for pipeline in pipelines), strict=True)
-    measured, everyone = measure(steps), [trace for step in steps for trace in step.ranks]
-    ranks = range(measured.placement.ranks)
-    first = everyone[0]
-    run = first.config.get("run", {})
+    measured = measure_pipelines(steps)
+    traces = [trace for step in steps for trace in step.ranks]
+    run = traces[0].config.get("run", {})
     return PipelineProfile(
         measured=measured,
         name=run.get("name") or run.get("output_dir", ""),
         steps=[step.step for step in steps],
-        replicas=1 + max(trace.data for trace in everyone),
-        tensor=1 + max(trace.tensor for trace in everyone),
-        splits=[mean_breakdown(list(of_rank)) for of_rank in by_rank],
+        replicas=1 + max(trace.data for trace in traces),
+        tensor=1 + max(trace.tensor for trace in traces),
+        breakdowns=[mean_breakdown(list(breakdowns)) for breakdowns in by_rank],
         peak_memory=[
-            max(trace.peak_memory for trace in everyone if trace.pipeline == rank) for rank in ranks
+            max(trace.peak_memory for trace in traces if trace.pipeline == rank)
+            for rank in range(measured.placement.ranks)
         ],
-        memory=first.memory,
-        clock_error=max(trace.clock_error for trace in everyone),
+        memory=traces[0].memory,
+        clock_error=max(trace.clock_error for trace in traces),
         stages=_stage_times(measured),
         layers=_layer_times(measured),
-        picture=_picture(steps),
+        timeline=_timeline_view(steps),
     )
 
 
-def backward_seconds(times: KindTimes, place: int) -> float:
-    """Of one microbatch: whole where backwards are whole, else both parts."""
-    if ("I", place) not in times:
-        return times.get(("B", place), 0.0)
-    split = times["I", place] + times.get(("W", place), 0.0)
-    return statistics.fmean([split, times["B", place]]) if ("B", place) in times else split
+def backward_seconds(times: KindTimes, index: int) -> float:
+    """Returns the time of a backward on a stage or layer: B, or I and W, or their mean if both occur."""
+    if ("I", index) not in times:
+        return times.get(("B", index), 0.0)
+    split = times["I", index] + times.get(("W", index), 0.0)
+    return statistics.fmean([split, times["B", index]]) if ("B", index) in times else split
 
 
-def _stage_times(measured: Measured) -> list[StageTimes]:
+def _stage_times(measured: PipelineTimes) -> list[StageTimes]:
     found = []
     for stage, layers in enumerate(measured.cut):
         first, last = measured.titles[layers.start], measured.titles[layers.stop - 1]
-        title = first if len(layers) == 1 else f"{first} to {last}"
         found.append(
             StageTimes(
                 stage,
                 measured.placement.location(stage).rank,
-                title,
+                first if len(layers) == 1 else f"{first} to {last}",
                 measured.by_kind["F", stage],
                 backward_seconds(measured.by_kind, stage),
             )
@@ -337,7 +347,7 @@ def _stage_times(measured: Measured) -> list[StageTimes]:
     return found
 
 
-def _layer_times(measured: Measured) -> list[LayerTimes]:
+def _layer_times(measured: PipelineTimes) -> list[LayerTimes]:
     return [
         LayerTimes(
             layer,
@@ -351,11 +361,9 @@ def _layer_times(measured: Measured) -> list[LayerTimes]:
     ]
 
 
-def _picture(steps: list[StepTrace]) -> TimelineView:
+def _timeline_view(steps: list[StepTrace]) -> TimelineView:
     slowest = [(max(step.pipelines(), key=span_of), step.step) for step in steps]
     pipeline, step = sorted(slowest, key=lambda found: span_of(found[0]))[(len(slowest) - 1) // 2]
-    return TimelineView(
-        step,
-        pipeline,
-        simulated(schedule_of(pipeline), even_times(_mean_times(_single_times(pipeline)))),
-    )
+    by_kind = _mean_by_kind(_action_seconds(pipeline))
+    ideal = simulate_measured(schedule_of(pipeline), average_over_stages(by_kind))
+    return TimelineView(step, pipeline, ideal)

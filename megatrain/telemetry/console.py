@@ -1,4 +1,4 @@
-"""The lines a run shows while it trains: what it is, and one line for each logged step."""
+"""Console lines of a training run: its header and one line per logged step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class StepLine(NamedTuple):
-    """A step as the console shows it. Rates are of the whole run, over all ranks."""
+    """Values of a step's line; rates are totals of all ranks."""
 
     step: int
     steps: int
@@ -31,15 +31,17 @@ def header(
     steps: int | None,
     epochs: int | None = None,
 ) -> str:
-    """The lines that open a run: what is trained, how it is spread, and how much there is to do."""
+    """Returns the first lines of a run: model, layout and number of steps."""
     budget = f"steps of {tokens_per_step:,} tokens"
     if epochs is not None:
         budget = f"{epochs} epoch{'s' if epochs > 1 else ''}, in {budget}"
     if steps is not None:
-        budget = f"{steps} steps x {tokens_per_step:,} tokens = {short_number(steps * tokens_per_step)} tokens"
+        total = short_number(steps * tokens_per_step)
+        budget = f"{steps} steps x {tokens_per_step:,} tokens = {total} tokens"
     return "\n".join(
         [
-            f"{name}: {model}, {short_number(num_parameters)} parameters ({num_parameters:,}), {dtype}",
+            f"{name}: {model}, {short_number(num_parameters)} parameters "
+            f"({num_parameters:,}), {dtype}",
             f"  layout  {layout} on {device}",
             f"  work    {budget}",
         ]
@@ -47,29 +49,34 @@ def header(
 
 
 def step_line(step: StepLine) -> str:
-    """One line; its columns stay in place from step to step."""
+    """Returns the line of a step; columns keep their width from step to step."""
     width = len(str(step.steps))
     left = (step.steps - step.step) * step.seconds_per_step
     return (
-        f"step {step.step:>{width}}/{step.steps}  loss {step.loss:7.4f}  grad {step.grad_norm:7.3f}  lr {step.lr:.2e}  "
-        f"{short_number(step.tokens_per_second):>6} tok/s  {_flops(step.flops_per_second):>12}  {duration(left)} left"
+        f"step {step.step:>{width}}/{step.steps}  loss {step.loss:7.4f}  "
+        f"grad {step.grad_norm:7.3f}  lr {step.lr:.2e}  "
+        f"{short_number(step.tokens_per_second):>6} tok/s  "
+        f"{_flops(step.flops_per_second):>12}  {duration(left)} left"
     )
 
 
 def evaluation_line(
     *, step: int, steps: int, loss: float, measured: Mapping[str, float] | None = None
 ) -> str:
-    """The line of an evaluation after `step`."""
-    return f"step {step:>{len(str(steps))}}/{steps}  validation loss {loss:.4f}{_measured(measured or {})}"
+    """Returns the line of an evaluation after `step`."""
+    metrics = _format_metrics(measured or {})
+    return f"step {step:>{len(str(steps))}}/{steps}  validation loss {loss:.4f}{metrics}"
 
 
-def _measured(figures: Mapping[str, float]) -> str:
+def _format_metrics(metrics: Mapping[str, float]) -> str:
     return "".join(
-        f"  {name.removeprefix('valid_')} {figures[name]:.4f}" for name in _SHOWN if name in figures
+        f"  {name.removeprefix('valid_')} {metrics[name]:.4f}"
+        for name in _CONSOLE_METRICS
+        if name in metrics
     )
 
 
-_SHOWN = (
+_CONSOLE_METRICS = (
     "valid_accuracy",
     "valid_f1_macro",
     "valid_mse",
@@ -77,22 +84,20 @@ _SHOWN = (
     "valid_rewards/margins",
     "valid_rewards/accuracy",
 )
-"""Of what a task measures; all of it is in metrics.jsonl."""
+"""Metrics of evaluations on the console; metrics.jsonl has all."""
 
 
 def short_number(value: float) -> str:
-    """Three digits and a unit: 1.24M, 80.3B, 950."""
+    """Returns a number with three digits and a unit: 1.24M, 80.3B, 950."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        # What would be rounded up to 1000 of a unit is 1.00 of the next.
-        if abs(value) >= size * 0.9995:
+        if abs(value) >= size * 0.9995:  # 999.5k is rounded to 1.00M
             return f"{_three_digits(value / size)}{unit}"
     return _three_digits(value)
 
 
 def duration(seconds: float) -> str:
-    """The two largest of days, hours, minutes and seconds: 2d03h, 4h05m, 3m20s, 12s."""
-    whole = round(seconds)
-    minutes, second = divmod(whole, 60)
+    """Returns a duration in its two largest units: 2d03h, 4h05m, 3m20s, 12s."""
+    minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     if days:

@@ -1,8 +1,8 @@
-"""Figures over steps, read from a metrics.jsonl of any length into a bounded number of pieces.
+"""Reads metrics over steps from a metrics.jsonl of any length into a bounded number of buckets.
 
-A curve begins with one piece a step. When it has too many, pieces become twice as long: neighbours are put together. Each piece
-knows its lowest and its highest value and where they were, so that a spike of one step in a million stays visible, and the mean
-of all its values. What has been read is not kept.
+A curve starts with one bucket per step. When it has too many, buckets double in length: neighbours are
+merged. Each bucket has its lowest and highest value with their steps, so that a spike of one step in a
+million stays visible, and the mean of all its values. The values themselves are not kept.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import numpy as np
 
 from megatrain import files
 
-PIECES = 800
-"""Of a curve, at most: about one a pixel."""
+MAX_BUCKETS = 800
+"""Buckets per curve, about one per pixel."""
 CHUNK = 1 << 15
-"""Lines that are read before they become pieces."""
-_MOST_CURVES = 100
+"""Lines that are read before they are merged into buckets."""
+_MAX_CURVES = 100
+_RENAMED = {"save_stall_seconds": "checkpoint_blocking_seconds"}
+"""Metrics of older versions and their names today."""
 
-_PIECE = np.dtype(
+_BUCKET = np.dtype(
     [
-        ("place", "i8"),
+        ("index", "i8"),
         ("count", "i8"),
         ("sum", "f8"),
         ("steps", "f8"),
@@ -42,116 +44,121 @@ class Point(NamedTuple):
 
 
 class Curve:
-    """One figure over steps.
+    """One metric over steps.
 
     Attributes:
-        count, total: of its values.
-        last: the point of the highest step; of one step that is there twice, the later.
+        count, total: number and sum of the values.
+        last: the point of the highest step; if that step occurs twice, the later one.
     """
 
-    def __init__(self, pieces: int = PIECES) -> None:
-        self.most, self.length = pieces, 1
-        self.count, self.total = 0, 0.0
+    def __init__(self, buckets: int = MAX_BUCKETS) -> None:
+        self.max_buckets = buckets
+        self.length = 1
+        """Steps per bucket."""
+        self.count = 0
+        self.total = 0.0
         self.last = Point(-1, np.nan)
-        self._pieces = np.zeros(0, _PIECE)
+        self._buckets = np.zeros(0, _BUCKET)
 
     def add(self, steps: list[int], values: list[float]) -> None:
-        new = np.zeros(len(steps), _PIECE)
+        """Adds values; steps may come in any order."""
+        new = np.zeros(len(steps), _BUCKET)
         new["count"] = 1
         new["steps"] = new["low_at"] = new["high_at"] = steps
         new["sum"] = new["low"] = new["high"] = values
-        self.count, self.total = self.count + len(steps), self.total + float(new["sum"].sum())
+        self.count += len(steps)
+        self.total += float(new["sum"].sum())
         end = len(steps) - 1 - int(np.argmax(new["steps"][::-1]))
         if steps[end] >= self.last.step:
             self.last = Point(steps[end], float(values[end]))
-        new["place"] = new["low_at"] // self.length
-        self._pieces = _together(np.concatenate([self._pieces, new]))
-        while len(self._pieces) > self.most:
+        new["index"] = new["low_at"] // self.length
+        self._buckets = _merge(np.concatenate([self._buckets, new]))
+        while len(self._buckets) > self.max_buckets:
             self.length *= 2
-            self._pieces["place"] //= 2
-            self._pieces = _together(self._pieces)
+            self._buckets["index"] //= 2
+            self._buckets = _merge(self._buckets)
 
     @property
     def lowest(self) -> Point:
-        at = self._pieces[np.argmin(self._pieces["low"])]
-        return Point(int(at["low_at"]), float(at["low"]))
+        """The point of the lowest value."""
+        bucket = self._buckets[np.argmin(self._buckets["low"])]
+        return Point(int(bucket["low_at"]), float(bucket["low"]))
 
     @property
     def highest(self) -> Point:
-        at = self._pieces[np.argmax(self._pieces["high"])]
-        return Point(int(at["high_at"]), float(at["high"]))
+        """The point of the highest value."""
+        bucket = self._buckets[np.argmax(self._buckets["high"])]
+        return Point(int(bucket["high_at"]), float(bucket["high"]))
 
     @property
     def mean(self) -> float:
+        """Mean of all values."""
         return self.total / self.count
 
     def points(self) -> list[Point]:
-        """The lowest and the highest of each piece, in the order of steps: every value, where pieces are one step long."""
-        found: list[Point] = []
-        for piece in self._pieces:
+        """Returns the lowest and highest point of each bucket by step; all points of short curves."""
+        points: list[Point] = []
+        for bucket in self._buckets:
             ends = {
-                Point(int(piece["low_at"]), float(piece["low"])),
-                Point(int(piece["high_at"]), float(piece["high"])),
+                Point(int(bucket["low_at"]), float(bucket["low"])),
+                Point(int(bucket["high_at"]), float(bucket["high"])),
             }
-            found += sorted(ends)
-        return found
+            points += sorted(ends)
+        return points
 
     def smooth(self, share: float = 0.04) -> list[Point]:
-        """The means of windows around each piece, `share` of all pieces wide."""
-        half = max(1, round(share * len(self._pieces) / 2))
-        sums = [
-            np.concatenate([[0], np.cumsum(self._pieces[name], dtype=np.float64)])
-            for name in ("sum", "count", "steps")
-        ]
-        here = np.arange(len(self._pieces))
-        first, end = np.maximum(here - half, 0), np.minimum(here + half + 1, len(here))
-        value, count, _ = (total[end] - total[first] for total in sums)
-        steps = self._pieces["steps"] / self._pieces["count"]
-        return [
-            Point(float(step), float(mean)) for step, mean in zip(steps, value / count, strict=True)
-        ]
+        """Returns the means of windows around each bucket, `share` of all buckets wide."""
+        half = max(1, round(share * len(self._buckets) / 2))
+        value_sums, count_sums = (
+            np.concatenate([[0], np.cumsum(self._buckets[name], dtype=np.float64)])
+            for name in ("sum", "count")
+        )
+        indices = np.arange(len(self._buckets))
+        first = np.maximum(indices - half, 0)
+        end = np.minimum(indices + half + 1, len(indices))
+        means = (value_sums[end] - value_sums[first]) / (count_sums[end] - count_sums[first])
+        steps = self._buckets["steps"] / self._buckets["count"]
+        return [Point(float(step), float(mean)) for step, mean in zip(steps, means, strict=True)]
 
 
-def _together(pieces: Array) -> Array:
-    """One piece for each place, in their order."""
-    by_low = pieces[np.lexsort((pieces["low"], pieces["place"]))]
-    firsts = np.flatnonzero(np.concatenate([[True], by_low["place"][1:] != by_low["place"][:-1]]))
+def _merge(buckets: Array) -> Array:
+    """Returns one bucket for each index, by index."""
+    by_low = buckets[np.lexsort((buckets["low"], buckets["index"]))]
+    firsts = np.flatnonzero(np.concatenate([[True], by_low["index"][1:] != by_low["index"][:-1]]))
     if len(firsts) == len(by_low):
         return by_low
-    result = by_low[firsts].copy()  # the lowest of each place stands first
-    by_high = pieces[np.lexsort((-pieces["high"], pieces["place"]))][firsts]
+    result = by_low[firsts].copy()  # the first of each index has the lowest value
+    by_high = buckets[np.lexsort((-buckets["high"], buckets["index"]))][firsts]
     result["high"], result["high_at"] = by_high["high"], by_high["high_at"]
     for name in ("count", "sum", "steps"):
         result[name] = np.add.reduceat(by_low[name], firsts)
     return result
 
 
-def read_curves(path: Path, *, pieces: int = PIECES) -> dict[str, Curve]:
-    """A curve for each figure of a metrics.jsonl, by name; lines that a kill tore are read over."""
+def read_curves(path: Path, *, buckets: int = MAX_BUCKETS) -> dict[str, Curve]:
+    """Returns a curve for each numeric metric of a metrics.jsonl; skips truncated lines."""
     curves: dict[str, Curve] = {}
-    waiting: dict[str, tuple[list[int], list[float]]] = {}
+    pending: dict[str, tuple[list[int], list[float]]] = {}
 
-    def take_in() -> None:
-        for name, (steps, values) in waiting.items():
-            curves.setdefault(name, Curve(pieces)).add(steps, values)
-        waiting.clear()
+    def flush() -> None:
+        for name, (steps, values) in pending.items():
+            curves.setdefault(name, Curve(buckets)).add(steps, values)
+        pending.clear()
 
     for number, line in enumerate(files.read(path), start=1):
-        step = line.get("step")
+        step = line.pop("step", None)
         if type(step) is not int:
             continue
-        for name, value in line.items():
-            if type(value) in (float, int, bool) and name != "step" and abs(value) < float("inf"):
-                if (
-                    name not in waiting
-                    and name not in curves
-                    and len(waiting) + len(curves) >= _MOST_CURVES
-                ):
-                    continue
-                steps, values = waiting.setdefault(name, ([], []))
+        for key, value in line.items():
+            if type(value) not in (float, int, bool) or not abs(value) < float("inf"):
+                continue
+            name = _RENAMED.get(key, key)
+            is_known = name in pending or name in curves
+            if is_known or len(pending) + len(curves) < _MAX_CURVES:
+                steps, values = pending.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(value)
         if number % CHUNK == 0:
-            take_in()
-    take_in()
+            flush()
+    flush()
     return curves

@@ -1,10 +1,12 @@
-"""What happened to a run, in the order in which it happened: RUN/events.jsonl, one JSON object a line.
+"""Events of a run in the order in which they happened: RUN/events.jsonl, one JSON object per line.
 
-    {"time": "2026-11-24T23:31:02.412+00:00", "event": "save", "step": 200, "path": "run/checkpoints/step-00000200", "seconds": 3.1, "stalled": 0.2}
+    {"time": "2026-11-24T23:31:02.412+00:00", "event": "save", "step": 200,
+     "path": "run/checkpoints/step-00000200", "seconds": 3.1}
 
-metrics.jsonl says of every step how it went, once, and forgets what a resume does again. Here nothing is taken back: a kill, the
-restart and the steps that were lost in between can be read off it. A line is appended with one write, so it is whole or, after
-a kill or on a full disk, torn; torn lines are read over. `step` is the last step done, where there is one.
+metrics.jsonl has each step once and drops steps that a resume repeats. Events are never removed, so
+failures, restarts and lost steps can be read from them. Each line is appended with one write; a
+line that a kill or a full disk truncated is skipped by readers. `step` is the last finished step,
+or None.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ logger = logging.getLogger("megatrain")
 
 FILE_NAME = "events.jsonl"
 
-Name = Literal[
+EventName = Literal[
     "start",
     "resume",
     "evaluate",
@@ -39,11 +41,11 @@ Name = Literal[
     "stop",
     "finish",
 ]
-"""`stop` is a run that was asked to, and will go on; `finish` one that has nothing left to do."""
+"""`stop` is a run that stopped before its last step; `finish` one that completed it."""
 
 
 class Event(NamedTuple):
-    """A line: when (with its zone), what, after which step, and what else is said of it."""
+    """One line: time with its zone, name, last finished step, and the other fields."""
 
     time: datetime
     event: str
@@ -52,13 +54,13 @@ class Event(NamedTuple):
 
 
 class EventLog:
-    """Appends to a run's events; without a folder it writes nothing, as on all ranks but one."""
+    """Appends to a run's events; without a folder, as on all ranks but one, it writes nothing."""
 
     def __init__(self, run_folder: Path | None) -> None:
         self._file = None if run_folder is None else LineFile(run_folder / FILE_NAME)
 
-    def write(self, event: Name, *, step: int | None = None, **fields: Any) -> None:
-        """Append a line. A run goes on where it cannot be written: it is worth more than its story."""
+    def write(self, event: EventName, *, step: int | None = None, **fields: Any) -> None:
+        """Appends an event. Write errors are logged and otherwise ignored."""
         if self._file is None:
             return
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
@@ -85,36 +87,37 @@ class EventLog:
 
 
 def write_failure(
-    run_folder: Path, cause: str, *, step: int | None, since: datetime, of_user: bool = False
+    run_folder: Path, cause: str, *, step: int | None, since: datetime, is_user_error: bool = False
 ) -> None:
-    """Append the `fail` of a run that cannot say so itself; nothing where its end since then is told already, by the rank that raised
-    or as a stall. What the user wrote (`of_user`) is no event of a run that has not begun."""
-    with contextlib.suppress(OSError):  # who speaks has ranks to end
-        told = {event.event for event in read(run_folder) if event.time >= since}
-        if not told & {"fail", "stall"} and ("start" in told or not of_user):
+    """Appends the `fail` event of a run whose ranks can no longer write it; ignores write errors.
+
+    Args:
+        run_folder: folder of the run. cause: description of the failure. step: last finished step.
+        since: start of the attempt. If a `fail` or `stall` event is newer, none is written.
+        is_user_error: True for errors in the user's settings, which are no event before the
+        `start`.
+    """
+    with contextlib.suppress(OSError):
+        newer = {event.event for event in read(run_folder) if event.time >= since}
+        if not newer & {"fail", "stall"} and ("start" in newer or not is_user_error):
             with EventLog(run_folder) as events:
                 events.write("fail", step=step, cause=cause)
 
 
 def read(run_folder: Path) -> Iterator[Event]:
-    """The events of a run's folder, the oldest first; none where the run wrote none. What is no whole event is left out."""
+    """Yields a run's events, the oldest first; skips invalid lines. A missing file has no events."""
     for raw in files.read(run_folder / FILE_NAME):
-        event = _event(raw)
+        event = _parse_event(raw)
         if event is not None:
             yield event
 
 
-def _event(raw: dict[str, Any]) -> Event | None:
+def _parse_event(raw: dict[str, Any]) -> Event | None:
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        time, name, step = (
-            datetime.fromisoformat(raw.pop("time")),
-            raw.pop("event"),
-            raw.pop("step", None),
-        )
-        if (
-            time.tzinfo is not None
-            and isinstance(name, str)
-            and (step is None or type(step) is int)
-        ):
+        time = datetime.fromisoformat(raw.pop("time"))
+        name = raw.pop("event")
+        step = raw.pop("step", None)
+        has_step = step is None or type(step) is int
+        if time.tzinfo is not None and isinstance(name, str) and has_step:
             return Event(time, name, step, raw)
     return None

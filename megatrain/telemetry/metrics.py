@@ -1,8 +1,9 @@
-"""What a run writes about its steps: metrics.jsonl and TensorBoard events.
+"""Metrics of a run: metrics.jsonl and TensorBoard events.
 
-metrics.jsonl holds one JSON object a line. Lines with `loss` are training steps, lines with `valid_loss` evaluations.
-Every step is there once: a run that resumes from step n first drops what was written about the steps after n. One that goes back to
-step n by itself moves it to undone.jsonl, where a step may come several times; `undone_at` is the step that the run had reached.
+metrics.jsonl has one JSON object per line. Lines with `loss` are training steps, lines with
+`valid_loss` evaluations. Each step occurs once: a run that resumes from step n first drops the
+lines of later steps. A rollback to step n moves them to rolled_back_metrics.jsonl, which can have a
+step several times; there `undone_at` is the step that the run had reached.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,76 +18,77 @@ from typing import TYPE_CHECKING, Any
 
 from megatrain import files
 from megatrain.errors import UserError
-from megatrain.files import LineFile
+from megatrain.files import LineFile, write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
-UNDONE = "undone.jsonl"
+ROLLED_BACK = "rolled_back_metrics.jsonl"
+_OLD_ROLLED_BACK = "undone.jsonl"
 
 Value = float | int | str | bool | None
 
 
 class MetricsLog:
-    """The metrics of one run, written by one rank.
+    """Writes the metrics of a run, on one rank.
 
-    `after_step` is the step that the run resumes from, 0 at a start; what the folder holds about later ones is dropped.
+    Args:
+        run_folder: folder of the run; lines of steps after `after_step` are dropped.
+        after_step: step from which the run resumes, 0 at a start.
     """
 
     def __init__(self, run_folder: Path | str, *, after_step: int) -> None:
         self.folder = Path(run_folder)
-        with self._writing():
+        with self._user_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._begin(after_step)
+            self._open(after_step)
 
-    def _begin(self, after_step: int) -> None:
+    def _open(self, after_step: int) -> None:
         self.after_step = after_step
-        drop_after(
-            self.folder / FILE_NAME, step=after_step or -1
-        )  # a run that starts evaluates at step 0, once more after a kill
+        # A run that starts evaluates at step 0, and again if it is restarted.
+        drop_after(self.folder / FILE_NAME, step=after_step or -1)
         self._file = LineFile(self.folder / FILE_NAME)
-        self._events: SummaryWriter | None = None
+        self._tensorboard: SummaryWriter | None = None
 
-    def go_back(self, *, to: int, reached: int) -> None:
-        """Go on after step `to` where the run had `reached` a later one; what was written about those in between is kept aside."""
-        with self._writing():
-            aside = LineFile(self.folder / UNDONE)
+    def roll_back(self, *, to_step: int, from_step: int) -> None:
+        """Moves the lines of all steps after `to_step` to rolled_back_metrics.jsonl."""
+        with self._user_errors():
+            rolled_back = LineFile(self.folder / ROLLED_BACK)
             for line in read(self.folder / FILE_NAME):
-                if line["step"] > to:
-                    aside.write({**line, "undone_at": reached})
-            aside.close()
+                if line["step"] > to_step:
+                    rolled_back.write({**line, "undone_at": from_step})
+            rolled_back.close()
             self.close()
-            self._begin(to)
+            self._open(to_step)
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
-        """Add a line about `step` and its numbers to the TensorBoard events; what is not finite is written as null."""
-        with self._writing():
+        """Writes the metrics of a step to both files; non-finite numbers become null in JSON."""
+        with self._user_errors():
             self._file.write({"step": step, **values})
             for name, value in values.items():
-                if (
-                    isinstance(value, int | float)
-                    and not isinstance(value, bool)
-                    and math.isfinite(value)
-                ):
-                    self._writer().add_scalar(name, value, step)
+                if isinstance(value, bool | str) or value is None:
+                    continue
+                if math.isfinite(value):
+                    self._tensorboard_writer().add_scalar(name, value, step)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A run does not go on without its metrics: no step of them may be missing."""
+    def _user_errors(self) -> Iterator[None]:
+        """Converts write errors to UserError, which ends the run: no step may lack its metrics."""
         try:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.folder / FILE_NAME} or tensorboard/ beside it cannot be written ({error.strerror}); checkpoints are as they "
-                "were: make room, and start the same command to go on"
+                f"{self.folder / FILE_NAME} or {self.folder / 'tensorboard'} cannot be written "
+                f"({error.strerror}); checkpoints are complete: free disk space and re-run the "
+                "same command to resume"
             ) from None
 
     def close(self) -> None:
         self._file.close()
-        if self._events is not None:
+        if self._tensorboard is not None:
             with contextlib.suppress(OSError):
-                self._events.close()
+                self._tensorboard.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -100,30 +101,32 @@ class MetricsLog:
     ) -> None:
         self.close()
 
-    def _writer(self) -> SummaryWriter:
-        if self._events is None:
-            # Takes a second to import, and needs none of it before the first step.
+    def _tensorboard_writer(self) -> SummaryWriter:
+        if self._tensorboard is None:
+            # Imported late: it takes a second, and the first metrics come after the first step.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(
+            self._tensorboard = SummaryWriter(
                 str(self.folder / "tensorboard"),
                 purge_step=self.after_step + 1 if self.after_step else None,
             )
-        return self._events
+        return self._tensorboard
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; what a kill cut short is left out."""
+    """Yields the lines of a metrics.jsonl; skips truncated lines."""
     return (line for line in files.read(path) if isinstance(line.get("step"), int))
 
 
+def rolled_back_path(run_folder: Path) -> Path:
+    """Returns the file of rolled-back metrics, also of runs of older versions."""
+    path = run_folder / ROLLED_BACK
+    return path if path.exists() else run_folder / _OLD_ROLLED_BACK
+
+
 def drop_after(path: Path, *, step: int) -> None:
-    """Keep the whole lines up to `step`, in one move: a kill leaves the file as it was or as it should be."""
+    """Drops the lines of all steps after `step`, atomically."""
     if not path.exists():
         return
-    new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
+    with write_atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

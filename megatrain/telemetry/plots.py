@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss, drawn from its metrics.jsonl, and which classes a classifier takes for which."""
+"""Plots of a run: its loss, from metrics.jsonl, and the confusion matrix of a classifier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatrain.telemetry.metrics import FILE_NAME
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's blue and vermillion, which readers of all kinds of colour sight tell apart; the marks differ too.
+# Blue and vermillion of Okabe and Ito's palette for colour-blind readers; the markers differ too.
 _TRAIN, _VALID = "#0072B2", "#D55E00"
 
 Matrix = np.ndarray[Any, np.dtype[Any]]
@@ -21,7 +21,7 @@ Points = tuple[list[float], list[float]]
 
 
 def loss_name(task: str, problem: str = "single-label") -> str:
-    """What a task's loss is, and of what it is the mean; `problem` is classification's."""
+    """Returns the name of a task's loss with its unit; `problem` is that of classification."""
     if task == "classification":
         return {
             "single-label": "cross-entropy loss (nats per text)",
@@ -38,13 +38,21 @@ def loss_name(task: str, problem: str = "single-label") -> str:
 
 
 def plot_loss(run_folder: Path | str, *, title: str = "", loss: str = "loss") -> Path:
-    """Draw the training loss and the evaluations over tokens (steps where lines hold none) into loss.png; `loss` is its axis."""
+    """Plots training and validation loss to loss.png and returns its path.
+
+    The x axis shows tokens, or steps if the metrics have no tokens.
+
+    Args:
+        run_folder: folder with metrics.jsonl.
+        title: title of the plot; by default the name of the folder.
+        loss: label of the y axis.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     folder = Path(run_folder)
     curves = read_curves(folder / FILE_NAME)
-    # Drawn without pyplot, which would take over the program's figures and choose a display.
+    # Without pyplot, which holds global state and may open a display.
     figure = Figure(figsize=(7, 4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -73,7 +81,7 @@ def plot_loss(run_folder: Path | str, *, title: str = "", loss: str = "loss") ->
 
 
 def plot_confusion_matrix(path: Path, matrix: Matrix, labels: list[str]) -> Path:
-    """Draw int [right class, said class] as shares of each row, with the counts in the cells where they can be read."""
+    """Plots an int matrix [label, prediction] as shares of each row; small matrices show counts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -82,10 +90,10 @@ def plot_confusion_matrix(path: Path, matrix: Matrix, labels: list[str]) -> Path
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the right class", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="share of the label", shrink=0.8)
     if len(labels) <= 40:
-        axes.set_xticks(range(len(labels)), [_short(label) for label in labels], rotation=90)
-        axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+        axes.set_xticks(range(len(labels)), [_shorten(label) for label in labels], rotation=90)
+        axes.set_yticks(range(len(labels)), [_shorten(label) for label in labels])
     if len(labels) <= 20:
         for row, column in np.ndindex(*matrix.shape):
             if matrix[row, column]:
@@ -98,19 +106,19 @@ def plot_confusion_matrix(path: Path, matrix: Matrix, labels: list[str]) -> Path
                     fontsize=8,
                     color="white" if shares[row, column] > 0.6 else "black",
                 )
-    axes.set_xlabel("class as told")
-    axes.set_ylabel("right class")
-    axes.set_title(f"{np.trace(matrix)} of {matrix.sum()} right")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label")
+    axes.set_title(f"{np.trace(matrix)} of {matrix.sum()} correct")
     canvas.print_png(str(path))
     return path
 
 
-def _short(label: str) -> str:
+def _shorten(label: str) -> str:
     return label if len(label) <= 20 else label[:19] + "…"
 
 
 def _points(curves: dict[str, Curve], name: str) -> Points:
-    """Tokens, or steps where lines hold none, and values."""
+    """Returns x values (tokens, or steps if there are none) and y values."""
     points = curves[name].points() if name in curves else []
     steps = [point.step for point in points]
     if "tokens" in curves:

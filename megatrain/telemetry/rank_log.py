@@ -1,11 +1,13 @@
-"""Where a rank's words go: the console for the reader of the run, a log file a rank for everything else.
+"""Console and log files of a rank.
 
-deepspeed, torch and the libraries below them print to file descriptors 1 and 2, some from C++. Those are pointed at
-`logs/rank-NNNNN.log` in the run's folder, and the console is kept apart for the one logger, which speaks there on
-rank 0 only. What the logger says stands in the log file too, and once more for programs in `logs/rank-NNNNN.jsonl`, with the
-rank's own figures:
+deepspeed, torch and their libraries print to file descriptors 1 and 2, some of them from C++. These
+are redirected to `logs/rank-NNNNN.log` in the run folder. The console is kept for the logger of
+rank 0. Log records also go to the log file, and as JSON to `logs/rank-NNNNN.jsonl`, together with
+the rank's own metrics:
 
-    {"time": "2026-11-24T23:31:02.412+00:00", "level": "INFO", "rank": 3, "host": "node7", "step": 20, "message": "figures", "forward": 0.41, ...}
+    {"time": "2026-11-24T23:31:02.412+00:00", "level": "INFO", "rank": 3, "host": "node7", "step":
+    20,
+     "message": "figures", "forward": 0.41, ...}
 """
 
 from __future__ import annotations
@@ -23,17 +25,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from megatrain.config.loader import Config
 from megatrain.distributed.env import RankEnv
 from megatrain.errors import ConfigError
 from megatrain.files import LineFile
 
-# Begins the line that a run appends to its logs first.
 START_OF_RUN = "=== "
+"""Start of the line with which each start of a run begins in its logs."""
 
 
 class LogStreams(NamedTuple):
-    """The console as the rank found it, its log file, and its log for programs."""
+    """The original console, the log file and the JSON log of a rank."""
 
     out: TextIO
     err: TextIO
@@ -41,53 +42,66 @@ class LogStreams(NamedTuple):
     lines: RankJsonLog
 
 
-def log_path(config: Config, rank: int) -> Path:
-    return Path(config.run.output_dir) / "logs" / f"rank-{rank:05d}.log"
+def log_path(output_dir: Path | str, rank: int) -> Path:
+    """Returns the path of a rank's log file."""
+    return Path(output_dir) / "logs" / f"rank-{rank:05d}.log"
 
 
 @contextlib.contextmanager
-def rank_streams(config: Config, place: RankEnv) -> Iterator[LogStreams]:
-    """Send file descriptors 1 and 2 to the rank's log (not with run.verbose) and set up the logger, until the end."""
-    log, lines = _open_logs(config, place)
+def rank_streams(output_dir: str, env: RankEnv, *, verbose: bool) -> Iterator[LogStreams]:
+    """Redirects file descriptors 1 and 2 to the rank's log and sets up the logger, until the block ends.
+
+    Args:
+        output_dir: the run folder (`run.output_dir`).
+        env: this rank.
+        verbose: True leaves file descriptors 1 and 2 at the console (`run.verbose`).
+
+    Raises:
+        ConfigError: if the logs cannot be written.
+    """
+    log, lines = _open_logs(output_dir, env)
     with (
         log,
         os.fdopen(os.dup(1), "w", buffering=1) as out,
         os.fdopen(os.dup(2), "w", buffering=1) as err,
     ):
         streams = LogStreams(out, err, log, lines)
-        if not config.run.verbose:
-            _point_at(log.fileno(), log.fileno())
+        if not verbose:
+            _redirect(log.fileno(), log.fileno())
         faulthandler.enable(file=log)
         try:
-            with _logger(streams, place):
+            with _logger(streams, env):
                 yield streams
         finally:
             faulthandler.disable()
-            _point_at(out.fileno(), err.fileno())
+            _redirect(out.fileno(), err.fileno())
 
 
-def _open_logs(config: Config, place: RankEnv) -> tuple[TextIO, RankJsonLog]:
-    path = log_path(config, place.rank)
+def _open_logs(output_dir: str, env: RankEnv) -> tuple[TextIO, RankJsonLog]:
+    path = log_path(output_dir, env.rank)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         log = _LogFile(path.open("ab"), encoding="utf-8", line_buffering=True)
-        lines = RankJsonLog(path.with_suffix(".jsonl"), place.rank)
+        lines = RankJsonLog(path.with_suffix(".jsonl"), env.rank)
     except OSError as error:
         raise ConfigError(
-            "run.output_dir", config.run.output_dir, f"cannot be written ({error})"
+            "run.output_dir",
+            output_dir,
+            f"cannot be written ({error})",
+            "set a folder that can be written",
         ) from None
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
     host, process = socket.gethostname(), os.getpid()
     print(
-        f"{START_OF_RUN}{now} rank {place.rank} of {place.world_size} on {host}, process {process}",
+        f"{START_OF_RUN}{now} rank {env.rank} of {env.world_size} on {host}, process {process}",
         file=log,
     )
-    lines.write("INFO", "start", world_size=place.world_size, process=process)
+    lines.write("INFO", "start", world_size=env.world_size, process=process)
     return log, lines
 
 
 class _LogFile(io.TextIOWrapper):
-    """What a full disk does not take is given up: a run, and the sentence that says why it ends, are worth more than its log."""
+    """A text file that ignores write errors: a full disk must not stop training."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -103,7 +117,7 @@ class _LogFile(io.TextIOWrapper):
             super().close()
 
 
-def _point_at(out: int, err: int) -> None:
+def _redirect(out: int, err: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -112,18 +126,18 @@ def _point_at(out: int, err: int) -> None:
 
 
 @contextlib.contextmanager
-def _logger(streams: LogStreams, place: RankEnv) -> Iterator[None]:
+def _logger(streams: LogStreams, env: RankEnv) -> Iterator[None]:
     to_log = logging.StreamHandler(streams.log)
     to_log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [to_log, streams.lines]
-    if place.rank == 0:
+    if env.rank == 0:
         to_console = logging.StreamHandler(streams.out)
         to_console.setFormatter(_ConsoleFormatter())
         handlers.append(to_console)
     logger = logging.getLogger("megatrain")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.handlers = list(handlers)
+    logger.handlers = handlers
     try:
         yield
     finally:
@@ -132,30 +146,32 @@ def _logger(streams: LogStreams, place: RankEnv) -> Iterator[None]:
 
 
 class RankJsonLog(logging.Handler):
-    """The logger's records as JSON lines, each with the step that the rank is at."""
+    """Writes log records as JSON lines with the rank's current step."""
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__()
-        self.rank, self.host, self.step = rank, socket.gethostname(), 0
+        self.rank = rank
+        self.host = socket.gethostname()
+        self.step = 0
         self._file: LineFile | None = LineFile(path)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.write(record.levelname, record.getMessage())
 
     def write(self, level: str, message: str, **fields: Any) -> None:
-        """A line that is not for people; a full disk costs the line and not the run."""
-        now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        about = {
-            "time": now,
+        """Writes a line of the JSON log only; write errors are ignored."""
+        line = {
+            "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
             "level": level,
             "rank": self.rank,
             "host": self.host,
             "step": self.step,
             "message": message,
+            **fields,
         }
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self._file.write({**about, **fields})
+                self._file.write(line)
 
     def close(self) -> None:
         super().close()
@@ -165,19 +181,13 @@ class RankJsonLog(logging.Handler):
 
 
 def rank_json_log() -> RankJsonLog | None:
-    """The structured log of this process, where it is a rank that has one."""
-    return next(
-        (
-            handler
-            for handler in logging.getLogger("megatrain").handlers
-            if isinstance(handler, RankJsonLog)
-        ),
-        None,
-    )
+    """Returns the JSON log of this process; None if it is not a rank of a run."""
+    handlers = logging.getLogger("megatrain").handlers
+    return next((handler for handler in handlers if isinstance(handler, RankJsonLog)), None)
 
 
 class _ConsoleFormatter(logging.Formatter):
-    """The bare message; a word in front when it is a warning or worse."""
+    """The bare message, with the level in front from warnings on."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)

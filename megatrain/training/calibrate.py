@@ -31,7 +31,7 @@ from megatrain.pipeline.schedule import Schedule
 from megatrain.pipeline.schedules import build_schedule
 from megatrain.planner.cost_model import cost_model
 from megatrain.planner.schedule_search import LayerBytes, MeasuredCosts
-from megatrain.telemetry.bubble_analysis import measure
+from megatrain.telemetry.bubble_analysis import measure_pipelines
 from megatrain.telemetry.trace_format import RankTrace, StepTrace
 from megatrain.training.step_runner import StepRunner
 from megatrain.training.trace_recorder import Layer, Tracer, own_layers
@@ -146,7 +146,7 @@ def _costs_of(traces: list[list[RankTrace]], sizes: list[LayerSize]) -> Measured
     steps = [StepTrace(of_step[0].step, list(of_step)) for of_step in zip(*traces, strict=True)]
     ordered = sorted(sizes)
     layers = LayerBytes([size.states for size in ordered], [size.activations for size in ordered])
-    return MeasuredCosts(cost_model(measure(steps, statistics.median)), layers)
+    return MeasuredCosts(cost_model(measure_pipelines(steps, statistics.median)), layers)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def validate_run(
         issues.attempt(lambda: task.check(config))
     missing = _add_missing_data(config, task, file_issues) if read_data else set()
     file_issues.attempt(lambda: check_bitsandbytes(config.lora))
-    issues.attempt(lambda: check_exporters(config))
+    issues.attempt(lambda: check_exporters(config.run))
     if init_from_missing and config.model == config.train.init_from:
         return None  # model and tokenizer are missing with it
     model = issues.attempt(lambda: task.architecture(config))

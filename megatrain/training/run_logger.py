@@ -22,7 +22,7 @@ from megatrain import __version__
 from megatrain.checkpoint import retention
 from megatrain.checkpoint.checkpointer import SaveResult
 from megatrain.checkpoint.train_state import TrainState
-from megatrain.config.loader import Config, to_yaml
+from megatrain.config.loader import Config, to_dict, to_yaml
 from megatrain.distributed import device as device_module
 from megatrain.distributed.collectives import gather_objects
 from megatrain.distributed.env import RankEnv, attempt
@@ -121,7 +121,14 @@ class RunLogger:
             return
         (self.folder / "config.yaml").write_text(to_yaml(asked), encoding="utf-8")
         self._metrics = MetricsLog(self.folder, after_step=progress.step)
-        self._exporters = Exporters(self._config, self.folder, after_step=progress.step)
+        self._exporters = Exporters(
+            self._config.run,
+            run_name=self._config.run_name,
+            log_every=self._config.train.log_every,
+            settings=to_dict(self._config),
+            run_folder=self.folder,
+            after_step=progress.step,
+        )
         if self._resumes:
             self.events.write("resume", step=progress.step, **self._resumes)
         if progress.step >= last > 0:
@@ -256,7 +263,7 @@ class RunLogger:
             first=back.samples,
             last=noticed.samples - 1,
         )
-        self._metrics.go_back(to=back.step, reached=noticed.step)
+        self._metrics.roll_back(to_step=back.step, from_step=noticed.step)
 
     def saved(self, saved: SaveResult | None) -> None:
         if saved is not None and self.is_kept:

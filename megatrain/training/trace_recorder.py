@@ -94,7 +94,7 @@ class Tracer:
         except OSError as error:  # the run is worth more than its trace
             logger.warning(f"the trace of step {step} cannot be written: {error}")
         if step == self.steps[-1] and self.runner.mesh.rank == 0:
-            logger.info(f"traced to step {step}; `megatrain xray {self.run_folder}` shows it")
+            logger.info(f"traced to step {step}; `megatrain profile {self.run_folder}` shows it")
 
     def _trace(
         self, step: int, seconds: float, actions: list[TracedAction], offset: Offset

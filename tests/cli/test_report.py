@@ -402,10 +402,10 @@ def test_a_picture_of_the_pipeline_is_there_where_steps_were_traced(folder, monk
     from megatrain.report import page as page_file
     from megatrain.report import run_folder as reading
 
-    monkeypatch.setattr(reading, "_xray", lambda path: "an x-ray")
-    monkeypatch.setattr(page_file, "timelines", lambda xray: [f"<h2>Measured: {xray}</h2>"])
-    assert "Measured: an x-ray" in page_of(folder).titles
-    monkeypatch.setattr(page_file, "timelines", lambda xray: ["x" * 2_000_000])
+    monkeypatch.setattr(reading, "_profile", lambda path: "a profile")
+    monkeypatch.setattr(page_file, "timelines", lambda profile: [f"<h2>Measured: {profile}</h2>"])
+    assert "Measured: a profile" in page_of(folder).titles
+    monkeypatch.setattr(page_file, "timelines", lambda profile: ["x" * 2_000_000])
     assert "their picture is too large for this page" in page_of(folder).words
 
 

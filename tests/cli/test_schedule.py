@@ -1,4 +1,4 @@
-"""`megatrain schedule`, as typed."""
+"""The command `megatrain schedule`."""
 
 import json
 
@@ -11,8 +11,8 @@ SIZE = ["--ranks", "4", "--microbatches", "8"]
 
 def test_json(capsys):
     assert main(["schedule", "1f1b", *SIZE, "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert shown == {
+    output = json.loads(capsys.readouterr().out)
+    assert output == {
         "makespan": 33,
         "bubble": pytest.approx(3 / 11),
         "peak_activations": [4, 3, 2, 1],
@@ -27,21 +27,21 @@ def test_json(capsys):
 def test_table_and_drawing_fit_the_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     assert main(["schedule", "zb-h1", *SIZE]) == 0
-    shown = capsys.readouterr().out
-    assert [line.split() for line in shown.splitlines()[:3]] == [
+    output = capsys.readouterr().out
+    assert [line.split() for line in output.splitlines()[:3]] == [
         ["rank", "busy", "bubble", "peak", "activations"],
         ["0", "24", "11.1%", "4"],
         ["1", "24", "11.1%", "4"],
     ]
-    assert "\nactivations: one is a microbatch's in all layers of a rank\n" in shown
-    assert "\n3  ......F0I0F1I1F2I2F3I3W0" in shown
-    assert max(map(len, shown.split("\n\n")[1].splitlines())) < 60
+    assert "\nactivations: one per microbatch, of all layers of a rank\n" in output
+    assert "\n3  ......F0I0F1I1F2I2F3I3W0" in output
+    assert max(map(len, output.split("\n\n")[1].splitlines())) < 60
 
 
-def test_the_unit_of_activations_is_said(capsys):
+def test_the_table_names_the_unit_of_activations(capsys):
     assert main(["schedule", "zb-v", *SIZE]) == 0
     assert (
-        "\nactivations: one is a microbatch's in one of the 2 chunks of a rank's layers; 2 are those of all its layers\n"
+        "\nactivations: one per microbatch and virtual stage; 2 are those of all layers\n"
         in capsys.readouterr().out
     )
 
@@ -56,7 +56,7 @@ def test_files(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["zb", *SIZE], "error: parallel.schedule=zb is not a schedule"),
         (
@@ -71,13 +71,13 @@ def test_files(capsys, tmp_path):
         (["1f1b", *SIZE, "--svg", "/nowhere/x.svg"], "error: /nowhere/x.svg cannot be written"),
     ],
 )
-def test_what_cannot_work(capsys, words, said):
-    assert main(["schedule", *words]) == 1
-    assert capsys.readouterr().err.startswith(said)
+def test_errors(capsys, arguments, message):
+    assert main(["schedule", *arguments]) == 1
+    assert capsys.readouterr().err.startswith(message)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ["--ranks", "0"],
         ["--microbatches", "x"],
@@ -87,23 +87,23 @@ def test_what_cannot_work(capsys, words, said):
         ["--times", "1,-1,1,0"],
     ],
 )
-def test_numbers_that_are_none(capsys, words):
+def test_invalid_arguments(capsys, arguments):
     with pytest.raises(SystemExit) as end:
-        main(["schedule", "1f1b", *SIZE, *words])
+        main(["schedule", "1f1b", *SIZE, *arguments])
     assert end.value.code == 2
 
 
-def test_auto_plans_from_times(capsys, tmp_path):
+def test_auto_finds_the_fastest_for_the_times(capsys, tmp_path):
     assert main(["schedule", "auto", *SIZE, "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert (shown["schedule"], shown["makespan"], max(shown["peak_activations"])) == (
+    output = json.loads(capsys.readouterr().out)
+    assert (output["schedule"], output["makespan"], max(output["peak_activations"])) == (
         "zb-v",
         25.5,
         8,
     )
     assert main(["schedule", "auto", *SIZE]) == 0
     assert capsys.readouterr().out.startswith(
-        "auto: zb-v, 2 chunks a rank in a V: the fastest for these times"
+        "auto: zb-v, 2 virtual stages per rank in a V: the fastest for these times"
     )
     few = ["--ranks", "4", "--microbatches", "4"]
     assert main(["schedule", "auto", *few, "--json", "--csv", str(tmp_path / "made.csv")]) == 0
@@ -114,5 +114,6 @@ def test_auto_plans_from_times(capsys, tmp_path):
     assert main(["schedule", "auto", *SIZE, "--virtual", "2"]) == 1
     assert (
         capsys.readouterr().err
-        == "error: --virtual=2 is given and auto chooses it; leave --virtual out, or name a schedule\n"
+        == "error: --virtual=2 is not supported with auto, which chooses it; "
+        "leave --virtual out, or name a schedule\n"
     )

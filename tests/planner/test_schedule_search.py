@@ -20,7 +20,7 @@ from megatrain.planner.schedule_search import (
     find_candidates,
     most_held,
 )
-from megatrain.telemetry.bubble_analysis import Measured
+from megatrain.telemetry.bubble_analysis import PipelineTimes
 
 EVEN = EvenCosts(1, 1, 1, 0)
 
@@ -74,7 +74,7 @@ class Truth:
                         self.input_gradient[layer] + self.weight_gradient[layer]
                     )
         titles = ["embedding", *(f"block {number}" for number in range(sum(counts))), "head"]
-        return Measured(
+        return PipelineTimes(
             build_schedule("1f1b", len(counts), 8), titles, cut, kinds, layers, 1.0, self.send
         )
 

@@ -1,4 +1,4 @@
-"""X-rays of made-up traces whose answers are known; advice against every cut there is; the page, and what cannot be read."""
+"""Profiles of synthetic traces with known results, advice against all cuts, the page, and errors."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from megatrain.report.bottlenecks import advise
 from megatrain.report.timeline_page import chrome_trace, numbers, render_timeline_page
 from megatrain.telemetry.bubble_analysis import (
     break_down_waiting,
-    message_seconds,
+    message_times,
     profile_pipeline,
 )
 from megatrain.telemetry.trace_format import (
@@ -31,7 +31,7 @@ from megatrain.telemetry.trace_format import (
 
 
 def titles(counts):
-    """By stage, of a model with so many blocks on each."""
+    """Returns the titles of each stage's layers for the given numbers of blocks."""
     blocks = iter(range(sum(counts)))
     stages = [[f"block {next(blocks)}" for _ in range(count)] for count in counts]
     return (
@@ -44,9 +44,9 @@ def titles(counts):
 def traced(
     schedule, times, *, counts=None, layers=None, step=1, data=0, replicas=1, run=1.0, memory=()
 ):
-    """What a step would leave behind that runs as simulated, some time after its ranks' clocks began.
+    """Returns the traces of a step that runs as simulated, starting at 50 s of the ranks' clocks.
 
-    `layers(kind, layer)` are the seconds of a layer; none are known when it is left out.
+    `layers(kind, layer)` are the seconds of a layer; None leaves them out.
     """
     placement = schedule.placement
     stages = titles(counts or [1] * placement.stages)
@@ -91,7 +91,7 @@ def traced(
 
 
 def stage_times(counts, layers, *, slowness=(), beside=0.0, send=0.0):
-    """Stage times that are the sums of their layers', some stages slower than others, with something beside the layers."""
+    """Returns stage times: sums of layer times, scaled by `slowness`, plus `beside` per action."""
     cut = cut_of(tuple(counts))
 
     def sums(kind):
@@ -131,7 +131,7 @@ def test_a_slow_link_is_communication():
     assert [tuple(split) for split in break_down_waiting(pipeline)] == [
         pytest.approx((6, 3, 0, 0, 1))
     ] * 2
-    assert message_seconds(pipeline) == pytest.approx([0.5, 0.5, 0.5])
+    assert message_times(pipeline) == pytest.approx([0.5, 0.5, 0.5])
 
 
 def test_an_uneven_microbatch_is_neither():
@@ -178,10 +178,15 @@ def test_replicas_and_steps_are_averaged():
         )
         for step in (20, 21)
     ]
-    xray = profile_pipeline(steps)
-    assert (xray.steps, xray.replicas, xray.tensor, xray.peak_memory) == ([20, 21], 2, 1, [8, 6])
-    assert [tuple(split) for split in xray.splits] == [pytest.approx((24, 6, 0, 0, 0))] * 2
-    assert xray.picture.pipeline[0].data == 1, "the slowest pipeline is shown"
+    profile = profile_pipeline(steps)
+    assert (profile.steps, profile.replicas, profile.tensor, profile.peak_memory) == (
+        [20, 21],
+        2,
+        1,
+        [8, 6],
+    )
+    assert [tuple(split) for split in profile.breakdowns] == [pytest.approx((24, 6, 0, 0, 0))] * 2
+    assert profile.timeline.pipeline[0].data == 1, "the slowest pipeline is shown"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +204,7 @@ def block_times(**slow):
     return of
 
 
-def xray_of(name, ranks, microbatches, counts, layers, **more):
+def profile_of(name, ranks, microbatches, counts, layers, **more):
     """Of one step in which layers take what they are said to, on slow stages longer."""
     schedule = build_schedule(name, ranks, microbatches)
     slow = {
@@ -226,8 +231,8 @@ def xray_of(name, ranks, microbatches, counts, layers, **more):
 
 def test_a_slow_layer_is_named_and_the_cut_around_it():
     """A head of a quarter block: stages take 9.25 and 15.75 a microbatch, then 12.25 and 12.75."""
-    xray = xray_of("1f1b", 2, 8, [3, 3], block_times(block_4=3.0, block_6=0.25))
-    advice = advise(xray)[0]
+    profile = profile_of("1f1b", 2, 8, [3, 3], block_times(block_4=3.0, block_6=0.25))
+    advice = advise(profile)[0]
     assert advice.layers_per_stage == [4, 2]
     assert advice.text.startswith(
         "stage 1 is 26% slower than the mean of the stages (block 4 alone takes 3.0 times the median block): "
@@ -256,7 +261,7 @@ def test_no_cut_is_faster_than_the_one_advised(name, seed, monkeypatch):
     schedule = build_schedule(name, 2, 6)
     stages = schedule.placement.stages
     start = [8 // stages] * stages
-    measured = xray_of(name, 2, 6, start, layers, beside=0.2, send=0.05).measured
+    measured = profile_of(name, 2, 6, start, layers, beside=0.2, send=0.05).measured
     monkeypatch.setattr(
         "megatrain.planner.cost_model.rank_slowness", lambda measured: [1.0, 1.0]
     )  # of blocks that differ it knows nothing
@@ -276,10 +281,10 @@ def test_no_cut_is_faster_than_the_one_advised(name, seed, monkeypatch):
 def test_a_slow_rank_is_not_its_layers_fault():
     """Rank 1 takes 1.5 times as long for the same: blocks that leave it become fast."""
     layers = block_times(block_8=0.01)
-    xray = xray_of("1f1b", 2, 8, [4, 4], layers, slowness=[1.0, 1.5])
-    slow, fast = rank_slowness(xray.measured)[::-1]
+    profile = profile_of("1f1b", 2, 8, [4, 4], layers, slowness=[1.0, 1.5])
+    slow, fast = rank_slowness(profile.measured)[::-1]
     assert slow / fast == pytest.approx(1.5)
-    advice = advise(xray)
+    advice = advise(profile)
     assert advice[0].layers_per_stage == [5, 3]
     assert "block 4 alone" not in advice[0].text
     before = simulate(
@@ -297,15 +302,15 @@ def test_a_slow_rank_is_not_its_layers_fault():
 
 def test_what_is_even_needs_no_other_cut():
     layers = block_times(block_32=0.25)
-    advice = advise(xray_of("1f1b", 2, 64, [16, 16], layers))
+    advice = advise(profile_of("1f1b", 2, 64, [16, 16], layers))
     assert [item.text for item in advice] == [
         "nothing to mend: no part of the waiting is 10% of the step"
     ]
 
 
 def test_the_schedules_own_bubble_and_messages_are_spoken_of():
-    xray = xray_of("1f1b", 4, 4, [2, 2, 2, 2], block_times(block_8=0.01), send=4.0)
-    words = [item.text for item in advise(xray)]
+    profile = profile_of("1f1b", 4, 4, [2, 2, 2, 2], block_times(block_8=0.01), send=4.0)
+    words = [item.text for item in advise(profile)]
     assert any(
         re.match(r"\d\d% of the ranks' time is the schedule's own bubble", text) for text in words
     )
@@ -316,9 +321,11 @@ def test_the_schedules_own_bubble_and_messages_are_spoken_of():
 
 
 def test_one_rank_has_nothing_to_move():
-    xray = xray_of("1f1b", 1, 4, [4], block_times())
-    assert all(item.layers_per_stage is None for item in advise(xray))
-    assert [tuple(split)[1:] for split in xray.splits] == [pytest.approx((0, 0, 0, 0), abs=1e-9)]
+    profile = profile_of("1f1b", 1, 4, [4], block_times())
+    assert all(item.layers_per_stage is None for item in advise(profile))
+    assert [tuple(split)[1:] for split in profile.breakdowns] == [
+        pytest.approx((0, 0, 0, 0), abs=1e-9)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,8 +361,8 @@ class Page(HTMLParser):
 def test_the_page_holds_both_timelines_at_one_scale(name):
     schedule = build_schedule(name, 2, 5)
     counts = [2] * schedule.placement.stages
-    xray = xray_of(name, 2, 5, counts, block_times(), send=0.5)
-    text = render_timeline_page(xray, advise(xray))
+    profile = profile_of(name, 2, 5, counts, block_times(), send=0.5)
+    text = render_timeline_page(profile, advise(profile))
     page = Page(text)
     assert page.open == []
     assert "X-ray of runs/a<b>" in page.words
@@ -373,7 +380,9 @@ def test_the_page_holds_both_timelines_at_one_scale(name):
         max(float(rect.get("x")) + float(rect.get("width")) for rect in found) - 70
         for found in boxes
     ]
-    assert ends[0] / ends[1] == pytest.approx(xray.span / xray.picture.ideal.makespan, rel=1e-3)
+    assert ends[0] / ends[1] == pytest.approx(
+        profile.span / profile.timeline.ideal.makespan, rel=1e-3
+    )
     width = float(measured.get("width"))
     assert all(
         float(rect.get("x")) + float(rect.get("width")) <= width
@@ -383,8 +392,8 @@ def test_the_page_holds_both_timelines_at_one_scale(name):
 
 
 def test_numbers_are_those_of_the_page():
-    xray = xray_of("1f1b", 2, 4, [3, 3], block_times(block_4=3.0))
-    found = json.loads(json.dumps(numbers(xray, advise(xray))))
+    profile = profile_of("1f1b", 2, 4, [3, 3], block_times(block_4=3.0))
+    found = json.loads(json.dumps(numbers(profile, advise(profile))))
     assert found["ranks"][0].keys() == {
         "compute",
         "schedule",
@@ -452,12 +461,12 @@ def run_folder(tmp_path):
 
 
 def file(run_folder, step, rank):
-    return run_folder / "trace" / f"step-{step:08d}-rank-{rank:05d}.json"
+    return run_folder / "traces" / f"step-{step:08d}-rank-{rank:05d}.json"
 
 
-def test_what_is_written_is_read(run_folder):
+def test_traces_are_read_as_written(run_folder):
     steps = read_traces(run_folder)
-    assert [step.step for step in steps] == [4, 5], "an earlier run's trace is not mixed in"
+    assert [step.step for step in steps] == [4, 5], "traces of an earlier attempt are ignored"
     expected = traced(
         build_schedule("1f1b", 2, 4),
         Times([1, 2], [1, 2], [1, 2]),
@@ -468,43 +477,43 @@ def test_what_is_written_is_read(run_folder):
     assert steps[0].ranks == expected
 
 
-def test_the_verb_writes_page_trace_and_numbers(run_folder, capsys, tmp_path_factory):
-    assert main(["xray", str(run_folder)]) == 0
+def test_the_command_writes_page_trace_and_numbers(run_folder, capsys, tmp_path_factory):
+    assert main(["profile", str(run_folder)]) == 0
     printed = capsys.readouterr().out
     assert "bubble 33.3%" in printed
-    assert (run_folder / "xray.html").exists()
-    assert json.loads((run_folder / "xray.trace.json").read_text())["traceEvents"]
+    assert (run_folder / "pipeline_profile.html").exists()
+    assert json.loads((run_folder / "pipeline_profile.trace.json").read_text())["traceEvents"]
     page = tmp_path_factory.mktemp("elsewhere") / "page.html"
-    assert main(["xray", str(run_folder), "--output", str(page), "--json"]) == 0
+    assert main(["profile", str(run_folder), "--output", str(page), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == [4, 5]
     assert page.exists()
     assert page.with_suffix(".trace.json").exists()
 
 
-def refusal(capsys, folder, *words):
-    assert main(["xray", str(folder), *words]) == 1
+def error_of(capsys, folder, *arguments):
+    assert main(["profile", str(folder), *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     return error
 
 
-def test_a_run_without_a_trace(capsys, tmp_path):
-    assert "holds no trace; set profile.steps" in refusal(capsys, tmp_path)
-    assert "is not a folder" in refusal(capsys, tmp_path / "nowhere")
+def test_a_run_without_traces(capsys, tmp_path):
+    assert "has no traces; set profile.steps" in error_of(capsys, tmp_path)
+    assert "is not a folder" in error_of(capsys, tmp_path / "nowhere")
 
 
 def test_missing_ranks(run_folder, capsys):
     file(run_folder, 5, 1).unlink()
-    assert "lacks step 5 of rank 1 (of 2)" in refusal(capsys, run_folder)
+    assert "step 5 of rank 1 (of 2) is missing" in error_of(capsys, run_folder)
     file(run_folder, 4, 0).unlink()
-    assert "lacks rank 0's file of step 4" in refusal(capsys, run_folder)
+    assert "step 4 of rank 0 is missing" in error_of(capsys, run_folder)
 
 
-def test_a_rank_of_another_run(run_folder, capsys):
+def test_a_rank_of_another_attempt(run_folder, capsys):
     path = file(run_folder, 4, 1)
     path.write_text(path.read_text().replace('"run": 1.0', '"run": 0.7'))
-    assert "is of another run" in refusal(capsys, run_folder)
+    assert "are of different attempts" in error_of(capsys, run_folder)
 
 
 @pytest.mark.parametrize(
@@ -517,21 +526,31 @@ def test_a_rank_of_another_run(run_folder, capsys):
         lambda text: text.replace('"actions": [', '"actions": [[1], '),
     ],
 )
-def test_a_damaged_file(run_folder, capsys, damage):
+def test_a_corrupt_file(run_folder, capsys, damage):
     path = file(run_folder, 5, 1)
     path.write_text(damage(path.read_text()))
-    assert f"{path} is damaged or no trace" in refusal(capsys, run_folder)
+    assert f"{path} is corrupt or not a trace" in error_of(capsys, run_folder)
 
 
-def test_actions_that_are_no_whole_step(run_folder, capsys):
+def test_a_step_with_missing_actions(run_folder, capsys):
     path = file(run_folder, 5, 1)
     raw = json.loads(path.read_text())
     raw["actions"] = raw["actions"][:-1]
     path.write_text(json.dumps(raw))
-    assert "does not hold the whole of step 5: rank 1: missing B3" in refusal(capsys, run_folder)
+    assert "step 5 is incomplete: rank 1: missing B3" in error_of(capsys, run_folder)
 
 
-def test_a_page_that_cannot_be_written(run_folder, capsys):
-    assert "cannot be written" in refusal(
+def test_write_errors_of_the_page(run_folder, capsys):
+    assert "cannot be written" in error_of(
         capsys, run_folder, "--output", str(run_folder / "no" / "page.html")
     )
+
+
+def test_the_old_name_of_the_command_is_an_error_with_the_new_one(run_folder, capsys):
+    assert main(["xray", str(run_folder)]) == 2
+    assert "`megatrain xray` was renamed: use `megatrain profile`" in capsys.readouterr().err
+
+
+def test_traces_of_older_versions_are_read(run_folder):
+    (run_folder / "traces").rename(run_folder / "trace")
+    assert [step.step for step in read_traces(run_folder)] == [4, 5]

@@ -1,4 +1,4 @@
-"""The lines that a run shows, as a reader sees them."""
+"""Console lines of a run."""
 
 import pytest
 
@@ -34,13 +34,13 @@ def test_the_header_and_step_lines():
         console.evaluation_line(step=50, steps=300, loss=3.1)
         == "step  50/300  validation loss 3.1000"
     )
-    figures = {
+    metrics = {
         "valid_rewards/accuracy": 0.75,
         "valid_rewards/margins": 0.5,
         "valid_log_probs/chosen": -9.0,
     }
     assert (
-        console.evaluation_line(step=1, steps=2, loss=0.6, measured=figures)
+        console.evaluation_line(step=1, steps=2, loss=0.6, measured=metrics)
         == "step 1/2  validation loss 0.6000  rewards/margins 0.5000  rewards/accuracy 0.7500"
     )
 

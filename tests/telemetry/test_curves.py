@@ -1,4 +1,4 @@
-"""Curves hold every spike of a run of any length in few pieces."""
+"""Curves keep every spike of a run of any length in few buckets."""
 
 import json
 
@@ -9,7 +9,7 @@ from megatrain.telemetry import curves
 from megatrain.telemetry.curves import Curve, Point, read_curves
 
 
-def test_a_short_curve_is_its_points():
+def test_a_short_curve_has_all_points():
     curve = Curve()
     curve.add([1, 2], [5.0, 4.0])
     curve.add([3], [6.0])
@@ -28,7 +28,7 @@ def test_a_short_curve_is_its_points():
 def test_a_long_curve_keeps_each_spike_and_the_means(chunk):
     values = np.random.default_rng(0).normal(size=5000)
     values[1234], values[4321] = 50.0, -60.0
-    curve = Curve(pieces=64)
+    curve = Curve(buckets=64)
     for first in range(0, 5000, chunk):
         curve.add(
             list(range(first, min(first + chunk, 5000))), values[first : first + chunk].tolist()
@@ -44,7 +44,7 @@ def test_a_long_curve_keeps_each_spike_and_the_means(chunk):
     assert (curve.lowest, curve.highest) == ((4321, -60.0), (1234, 50.0))
 
 
-def test_the_smoothed_curve_is_the_mean_around_each_piece():
+def test_smooth_is_the_mean_around_each_bucket():
     curve = Curve()
     curve.add(list(range(1, 101)), [float(step % 2) for step in range(1, 101)])
     smooth = curve.smooth(share=0.1)  # 5 to each side
@@ -52,9 +52,9 @@ def test_the_smoothed_curve_is_the_mean_around_each_piece():
     assert all(point.value == pytest.approx(0.5, abs=0.05) for point in smooth[5:-5])
 
 
-def test_steps_in_any_order_make_the_same_curve():
+def test_the_order_of_steps_does_not_matter():
     steps = np.random.default_rng(1).permutation(3000).tolist()
-    ordered, mixed = Curve(pieces=50), Curve(pieces=50)
+    ordered, mixed = Curve(buckets=50), Curve(buckets=50)
     ordered.add(sorted(steps), [float(step) for step in sorted(steps)])
     for step in steps:
         mixed.add([step], [float(step)])
@@ -62,7 +62,7 @@ def test_steps_in_any_order_make_the_same_curve():
     assert mixed.last == (2999, 2999.0)
 
 
-def test_a_file_is_read_by_names_and_what_is_no_number_is_left_out(tmp_path, monkeypatch):
+def test_only_finite_numbers_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "CHUNK", 2)
     lines = [
         {"step": 0, "valid_loss": 4.0},
@@ -83,7 +83,7 @@ def test_a_file_is_read_by_names_and_what_is_no_number_is_left_out(tmp_path, mon
     assert found["skipped"].total == 1
 
 
-def test_names_without_end_take_no_memory_without_end(tmp_path):
+def test_the_number_of_curves_is_limited(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         "".join(json.dumps({"step": step, f"name {step}": 1.0}) + "\n" for step in range(300))

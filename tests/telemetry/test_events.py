@@ -1,4 +1,4 @@
-"""events.jsonl keeps what happened, one line each, through kills, restarts and other writers."""
+"""events.jsonl keeps all events through kills, restarts and several writers."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ def names_of(folder):
     return [event.event for event in read(folder)]
 
 
-def test_a_line_says_when_what_and_after_which_step_and_is_there_at_once(tmp_path):
+def test_an_event_is_written_at_once_with_time_name_and_step(tmp_path):
     log = EventLog(tmp_path / "run")
     log.write(
         "save",
@@ -30,7 +30,7 @@ def test_a_line_says_when_what_and_after_which_step_and_is_there_at_once(tmp_pat
         stalled=float("nan"),
     )
     (line,) = (tmp_path / "run" / FILE_NAME).read_text().splitlines()
-    raw = json.loads(line, parse_constant=lambda word: pytest.fail(word))
+    raw = json.loads(line, parse_constant=pytest.fail)
     assert list(raw)[:3] == ["time", "event", "step"]
     (event,) = read(tmp_path / "run")
     assert event == Event(
@@ -43,21 +43,21 @@ def test_a_line_says_when_what_and_after_which_step_and_is_there_at_once(tmp_pat
     log.close()
 
 
-def test_another_start_adds_to_what_is_there(tmp_path):
+def test_another_attempt_appends(tmp_path):
     for step in (1, 2):
         with EventLog(tmp_path) as log:
             log.write("start", step=step)
     assert [event.step for event in read(tmp_path)] == [1, 2]
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+def test_no_folder_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with EventLog(None) as log:
         log.write("start", ranks=4)
     assert not list(tmp_path.iterdir())
 
 
-WRITE_FOR_EVER = """
+WRITE_ENDLESSLY = """
 import sys
 from pathlib import Path
 from megatrain.telemetry.events import EventLog
@@ -69,9 +69,9 @@ for step in range(10**9):
 """
 
 
-def test_after_kill_9_the_lines_before_are_there_and_another_start_adds_to_them(tmp_path):
+def test_lines_before_a_sigkill_are_kept_and_another_attempt_appends(tmp_path):
     writer = subprocess.Popen(
-        [sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE
+        [sys.executable, "-c", WRITE_ENDLESSLY, str(tmp_path)], stdout=subprocess.PIPE
     )
     assert writer.stdout.readline() == b"going\n"
     os.kill(writer.pid, signal.SIGKILL)
@@ -84,7 +84,7 @@ def test_after_kill_9_the_lines_before_are_there_and_another_start_adds_to_them(
     assert names_of(tmp_path)[len(before) :] == ["start"]
 
 
-def test_a_torn_line_is_read_over_and_costs_no_other(tmp_path):
+def test_a_truncated_line_is_skipped(tmp_path):
     with EventLog(tmp_path) as log:
         log.write("start")
     with (tmp_path / FILE_NAME).open("a") as file:
@@ -109,20 +109,20 @@ def test_a_torn_line_is_read_over_and_costs_no_other(tmp_path):
         '{"time": 7, "event": "save"}',
     ],
 )
-def test_what_is_no_event_is_left_out(tmp_path, line):
+def test_invalid_lines_are_skipped(tmp_path, line):
     (tmp_path / FILE_NAME).write_text(line + "\n")
     assert not list(read(tmp_path))
 
 
-def test_a_folder_without_events_has_none(tmp_path):
+def test_a_missing_file_has_no_events(tmp_path):
     assert not list(read(tmp_path))
 
 
-def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, monkeypatch):
+def test_write_errors_are_logged_and_ignored(tmp_path, monkeypatch):
     log = EventLog(tmp_path)
 
-    real, said = os.write, []
-    monkeypatch.setattr(logging.getLogger("megatrain"), "warning", said.append)
+    real, warnings = os.write, []
+    monkeypatch.setattr(logging.getLogger("megatrain"), "warning", warnings.append)
 
     def full(descriptor, data):
         if data.startswith(b"{"):
@@ -134,22 +134,22 @@ def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, monkeypatch):
         log.write("save", step=1)
     log.write("save", step=2)
     assert [event.step for event in read(tmp_path)] == [2]
-    assert said == ["events.jsonl cannot be written: No space left on device"]
+    assert warnings == ["events.jsonl cannot be written: No space left on device"]
     log.close()
 
 
-def test_a_rank_tells_of_its_own_failure_and_not_of_a_rank_that_is_gone(tmp_path):
-    journal = object.__new__(RunLogger)
-    journal.events = EventLog(tmp_path)
-    journal.failed(ValueError("no such thing"), TrainState(3, 0, 0))
-    journal.failed(RuntimeError("Connection reset by peer"), TrainState(4, 0, 0))
+def test_a_rank_writes_its_own_failure_and_no_lost_connection(tmp_path):
+    run_logger = object.__new__(RunLogger)
+    run_logger.events = EventLog(tmp_path)
+    run_logger.failed(ValueError("no such thing"), TrainState(3, 0, 0))
+    run_logger.failed(RuntimeError("Connection reset by peer"), TrainState(4, 0, 0))
     assert [(event.event, event.step, event.fields["error"]) for event in read(tmp_path)] == [
         ("fail", 3, "ValueError: no such thing")
     ]
 
 
 @pytest.mark.parametrize(
-    ("told", "of_user", "written"),
+    ("names", "is_user_error", "written"),
     [
         ([], False, 1),
         (["start"], False, 1),
@@ -159,14 +159,16 @@ def test_a_rank_tells_of_its_own_failure_and_not_of_a_rank_that_is_gone(tmp_path
         (["start"], True, 1),
     ],
 )
-def test_a_failure_that_no_rank_told_of_is_written_once(tmp_path, told, of_user, written):
-    began = datetime.now().astimezone() - timedelta(minutes=1)
+def test_a_failure_that_no_rank_reported_is_written_once(tmp_path, names, is_user_error, written):
+    start = datetime.now().astimezone() - timedelta(minutes=1)
     with EventLog(tmp_path) as log:
-        for name in told:
+        for name in names:
             log.write(name)
     before = len(list(read(tmp_path)))
     for _ in range(2):
-        write_failure(tmp_path, "rank 1 was killed", step=7, since=began, of_user=of_user)
+        write_failure(
+            tmp_path, "rank 1 was killed", step=7, since=start, is_user_error=is_user_error
+        )
     assert [
         (event.event, event.step, event.fields["cause"]) for event in list(read(tmp_path))[before:]
     ] == [("fail", 7, "rank 1 was killed")] * written
@@ -174,5 +176,5 @@ def test_a_failure_that_no_rank_told_of_is_written_once(tmp_path, told, of_user,
         tmp_path, "again", step=7, since=datetime.now().astimezone() + timedelta(minutes=1)
     )
     assert next(reversed(list(read(tmp_path)))).fields["cause"] == "again", (
-        "what an earlier start told does not count"
+        "events of earlier attempts do not count"
     )

@@ -1,9 +1,9 @@
-"""metrics.jsonl holds every step once, as valid JSON, whatever a kill or a resume does to it."""
+"""metrics.jsonl has each step once, as valid JSON, after kills, resumes and rollbacks."""
 
 import json
 import time
 
-from megatrain.telemetry.metrics import FILE_NAME, MetricsLog, read
+from megatrain.telemetry.metrics import FILE_NAME, MetricsLog, read, rolled_back_path
 
 
 def steps_of(folder):
@@ -29,13 +29,13 @@ def test_a_resume_drops_the_later_steps_and_keeps_each_once(tmp_path):
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_fresh_start_in_an_old_folder_begins_anew(tmp_path):
+def test_a_start_from_scratch_drops_old_lines(tmp_path):
     write(tmp_path, 1, 3, after_step=0)
     write(tmp_path, 1, 2, after_step=0)
     assert steps_of(tmp_path) == [1, 2]
 
 
-def test_a_start_after_a_kill_before_the_first_checkpoint_has_step_0_once(tmp_path):
+def test_a_restart_before_the_first_checkpoint_has_step_0_once(tmp_path):
     for _ in range(2):
         with MetricsLog(tmp_path, after_step=0) as log:
             log.write(0, {"valid_loss": 4.2})
@@ -43,7 +43,7 @@ def test_a_start_after_a_kill_before_the_first_checkpoint_has_step_0_once(tmp_pa
     assert steps_of(tmp_path) == [0, 1]
 
 
-def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
+def test_a_truncated_line_is_dropped(tmp_path):
     write(tmp_path, 1, 3, after_step=0)
     path = tmp_path / FILE_NAME
     path.write_text(path.read_text() + '{"step": 4, "lo')
@@ -52,15 +52,15 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
 
 
-def test_what_is_not_finite_is_null_and_every_line_is_strict_json(tmp_path):
+def test_non_finite_numbers_are_null_in_strict_json(tmp_path):
     with MetricsLog(tmp_path, after_step=0) as log:
         log.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "mfu": None})
 
-    def refuse(word):
-        raise AssertionError(word)
+    def fail(constant):
+        raise AssertionError(constant)
 
     (line,) = (tmp_path / FILE_NAME).read_text().splitlines()
-    assert json.loads(line, parse_constant=refuse) == {
+    assert json.loads(line, parse_constant=fail) == {
         "step": 1,
         "loss": None,
         "grad_norm": None,
@@ -78,3 +78,19 @@ def test_tensorboard_shows_the_resumed_steps_once(tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
     assert events.Tags()["scalars"] == ["loss"]
+
+
+def test_a_rollback_moves_the_later_steps_to_a_file(tmp_path):
+    with MetricsLog(tmp_path, after_step=0) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": float(step)})
+        log.roll_back(to_step=1, from_step=3)
+        log.write(2, {"loss": 9.0})
+    assert steps_of(tmp_path) == [1, 2]
+    moved = list(read(rolled_back_path(tmp_path)))
+    assert [(line["step"], line["undone_at"]) for line in moved] == [(2, 3), (3, 3)]
+
+
+def test_rolled_back_metrics_of_older_versions_are_found(tmp_path):
+    (tmp_path / "undone.jsonl").write_text('{"step": 2, "loss": 1.0, "undone_at": 3}\n')
+    assert [line["step"] for line in read(rolled_back_path(tmp_path))] == [2]

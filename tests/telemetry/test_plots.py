@@ -1,4 +1,4 @@
-"""loss.png is drawn from what the lines hold."""
+"""loss.png, drawn from metrics.jsonl."""
 
 import json
 import typing
@@ -18,14 +18,14 @@ VALID = [{"step": 3, "tokens": 300, "valid_loss": 2.1}]
 @pytest.mark.parametrize(
     "lines", [TRAIN + VALID, TRAIN, [], [{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}]]
 )
-def test_a_picture_is_drawn(tmp_path, lines):
+def test_a_png_is_written(tmp_path, lines):
     (tmp_path / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
     path = plots.plot_loss(tmp_path)
     assert path == tmp_path / "loss.png"
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluations_are_no_training_points(tmp_path):
+def test_training_and_validation_points_are_separate(tmp_path):
     (tmp_path / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in TRAIN + VALID))
     curves = read_curves(tmp_path / FILE_NAME)
     assert plots._points(curves, "loss") == ([100, 200, 300], [4.0, 3.0, 2.0])
@@ -34,9 +34,9 @@ def test_evaluations_are_no_training_points(tmp_path):
 
 def test_the_axis_names_the_loss_of_the_task(tmp_path, monkeypatch):
     (tmp_path / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in TRAIN))
-    named = []
+    labels = []
     monkeypatch.setattr(
-        plots, "_label", lambda axes, title, x_label, y_label: named.append(y_label)
+        plots, "_label", lambda axes, title, x_label, y_label: labels.append(y_label)
     )
     for task, problem in (
         ("sft", "single-label"),
@@ -44,7 +44,7 @@ def test_the_axis_names_the_loss_of_the_task(tmp_path, monkeypatch):
         ("classification", "regression"),
     ):
         plots.plot_loss(tmp_path, loss=plots.loss_name(task, problem))
-    assert named == [
+    assert labels == [
         "cross-entropy loss (nats per token)",
         "DPO loss (per pair)",
         "mean squared error",

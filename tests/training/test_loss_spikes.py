@@ -221,7 +221,7 @@ def killed_in(rank, world_size, raw, where):
         "loaded": (resume, "load"),
         "newer deleted": (retention, "delete"),
         "written down": (manifest, "sync"),
-        "undone": (MetricsLog, "go_back"),
+        "undone": (MetricsLog, "roll_back"),
     }
     return pretrain(rank, world_size, raw, fails=places[where])
 
@@ -296,10 +296,13 @@ def test_all_ranks_see_the_same_loss_and_decide_alike(name, data, runs):
 def test_what_is_written_about_it(name, data, runs):
     run = data / name
     assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1)), "each step once"
-    undone = lines(run, "undone.jsonl")
+    undone = lines(run, "rolled_back_metrics.jsonl")
     assert [line["step"] for line in undone] == list(range(BACK + 1, NOTICED + 1))
     assert all(line["undone_at"] == NOTICED for line in undone)
-    assert [step for step, loss in losses(run, "undone.jsonl") if loss > 4] == [BEGAN, NOTICED]
+    assert [step for step, loss in losses(run, "rolled_back_metrics.jsonl") if loss > 4] == [
+        BEGAN,
+        NOTICED,
+    ]
     (line,) = lines(run, rollback.FILE_NAME)
     assert (line["step"], line["spike_began"], line["noticed"], line["first"], line["last"]) == (
         BACK,

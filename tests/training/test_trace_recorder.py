@@ -84,7 +84,7 @@ def test_a_traced_run_records_every_action_and_layer_and_stays_itself(
             folder=tmp_path,
         )
     assert losses(tmp_path / "plain") == losses(tmp_path / "traced")
-    assert not (tmp_path / "plain" / "trace").exists()
+    assert not (tmp_path / "plain" / "traces").exists()
     steps = read_traces(tmp_path / "traced")
     assert [step.step for step in steps] == [2, 3]
     ranks = parallel.get("pipeline", 1)
