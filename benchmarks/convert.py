@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from megatrain.conversion import writer
-from megatrain.conversion.convert import ConversionRequest, convert
+from megatrain.conversion.convert import convert
 from megatrain.conversion.writer import plan_shards, write_model
 from megatrain.models.config import load_hf_config, read_config
 from megatrain.models.counts import parameter_shapes
@@ -74,7 +74,9 @@ def make_model(folder, fields=MODEL):
     config.save_pretrained(folder)
     shapes = parameter_shapes(read_config(config))
     tensors = RandomModel(shapes)
-    write_model(folder, plan_shards(shapes, tensors, 5 * 10**9), tensors, wrote=lambda count: None)
+    write_model(
+        folder, plan_shards(shapes, tensors, 5 * 10**9), tensors, on_write=lambda count: None
+    )
     return sum(writer.nbytes(tensors, name) for name in shapes)
 
 
@@ -132,12 +134,8 @@ def main() -> int:
             "cp and sync": lambda: subprocess.run(
                 f"cp -r {source} {target} && sync {target}/*", shell=True, check=True
             ),
-            "convert, no proof": lambda: convert(
-                ConversionRequest(source, target, to="hf", verify=False), say=lambda line: None
-            ),
-            "convert": lambda: convert(
-                ConversionRequest(source, target, to="hf"), say=lambda line: None
-            ),
+            "convert, no proof": lambda: convert(source, target, to="hf", verify=False),
+            "convert": lambda: convert(source, target, to="hf"),
         }
         seconds: dict[str, list[Cost]] = {name: [] for name in contestants}
         warm_up(root / "small")
@@ -162,7 +160,7 @@ def warm_up(root):
     make_model(
         root / "model", {**MODEL, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 100}
     )
-    convert(ConversionRequest(root / "model", root / "target", to="hf"), say=lambda line: None)
+    convert(root / "model", root / "target", to="hf")
 
 
 def report(seconds: dict[str, list[Cost]], size: int) -> None:

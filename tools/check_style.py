@@ -107,12 +107,20 @@ def _size(source: str) -> Iterator[Finding]:
         yield 1, f"the file has {lines} lines; at most {MAX_FILE_LINES}"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            length = (node.end_lineno or node.lineno) - node.lineno + 1 - _docstring_lines(node)
             if length > MAX_FUNCTION_LINES:
                 yield (
                     node.lineno,
                     f"`{node.name}` has {length} lines; at most {MAX_FUNCTION_LINES}",
                 )
+
+
+def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Returns the lines of the docstring: Args, Returns and Raises do not make a function long."""
+    if ast.get_docstring(node) is None:
+        return 0
+    first = node.body[0]
+    return (first.end_lineno or first.lineno) - first.lineno + 1
 
 
 def _docstrings(source: str, is_test: bool) -> Iterator[Finding]:

@@ -29,19 +29,27 @@ def write_hf_metadata(
     folder: Path, config: Config, architecture: TransformerConfig, chat: Chat | None
 ) -> None:
     """Write what transformers reads beside the weights; the tokenizer's files are copied from `data.tokenizer`."""
-    hf = type(architecture.config).from_dict(architecture.config.to_dict())
-    hf.architectures = [_class_name(hf, architecture)]
-    hf.dtype = str(DTYPES[config.train.dtype]).removeprefix("torch.")
-    hf.save_pretrained(folder)
+    hf = write_config(
+        folder, architecture, dtype=str(DTYPES[config.train.dtype]).removeprefix("torch.")
+    )
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer is not None else None
     if tokenizer is not None:
-        _copy_tokenizer(tokenizer, folder)
+        copy_tokenizer(tokenizer, folder)
     if chat is not None and chat.chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat.chat_template, encoding="utf-8")
     if architecture.classifier is None:
         _write_generation(folder, hf, tokenizer, chat)
     elif tokenizer is not None:
         _name_padding(folder, hf.pad_token_id)
+
+
+def write_config(folder: Path, architecture: TransformerConfig, *, dtype: str) -> Any:
+    """Writes config.json with the model's class and dtype, such as "bfloat16"; returns the config."""
+    hf = type(architecture.config).from_dict(architecture.config.to_dict())
+    hf.architectures = [_class_name(hf, architecture)]
+    hf.dtype = dtype
+    hf.save_pretrained(folder)
+    return hf
 
 
 def _class_name(hf: Any, architecture: TransformerConfig) -> str:
@@ -73,8 +81,8 @@ def _name_padding(folder: Path, token: int) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """Only what is a tokenizer's: its folder may be a whole model's."""
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Copies the files of a tokenizer, whose folder may contain a whole model."""
     for path in tokenizer.iterdir():
         if path.is_file() and any(path.match(pattern) for pattern in TOKENIZER_FILES):
             shutil.copy(path, folder / path.name)

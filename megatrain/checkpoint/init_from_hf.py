@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,9 +57,8 @@ class Pretrained:
         self._embedding, self._head = (
             f"{architecture.names[role].name}.weight" for role in ("embedding", "head")
         )
-        self._prefix = self._embedding.partition(".")[0] + "."
         self._classifier, self._called = architecture.classifier, called
-        self._former = {ours: theirs for theirs, ours in architecture.former_names.items()}
+        self._architecture = architecture
 
     def check(self, wanted: Mapping[str, tuple[int, ...]], *, new_head: bool = True) -> None:
         """Refuse the folder unless it holds exactly these tensors in these shapes. Reads no tensor but those of a tied head.
@@ -171,13 +170,8 @@ class Pretrained:
         homes: dict[str, list[str]] = {}
         for ours in {*wanted, self._head}:
             bare = ours.removeprefix(ADAPTED)  # of a classifier that is trained beside adapters
-            found = [
-                theirs
-                for theirs in (bare, bare.removeprefix(self._prefix), self._former.get(bare, bare))
-                if theirs in self.tensors
-            ]
-            if found:
-                homes[ours] = sorted(set(found), key=found.index)
+            if found := stored_names(bare, self._architecture, self.tensors):
+                homes[ours] = found
         if self._tied and self._embedding not in homes and self._head in homes:
             homes[self._embedding] = homes[self._head]
         return homes
@@ -218,6 +212,19 @@ class Pretrained:
                 f"{self._called}={self.folder} does not fit the model: its {self._head} is not its {self._embedding}, and the "
                 "model ties them; set model.tie_word_embeddings=false to train both"
             )
+
+
+def stored_names(
+    name: str, architecture: TransformerConfig, stored: Container[str] | HFFolder
+) -> list[str]:
+    """Returns the names under which a folder has a tensor of the model, more than one if ambiguous.
+
+    Candidates are the tensor's name, the name without the base model's prefix, and a former name.
+    """
+    prefix = architecture.names["embedding"].name.partition(".")[0] + "."
+    former = {new: old for old, new in architecture.former_names.items()}
+    candidates = (name, name.removeprefix(prefix), former.get(name, name))
+    return [candidate for candidate in dict.fromkeys(candidates) if candidate in stored]
 
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

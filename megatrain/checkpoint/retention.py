@@ -137,3 +137,16 @@ def select_checkpoint(run_folder: Path) -> Path:
     if skipped and is_local_rank_zero(os.environ):
         print(f"warning: using {newest}; skipped: {'; '.join(skipped)}", file=sys.stderr)
     return newest
+
+
+def find_model_folder(path: Path) -> Path:
+    """Returns the folder of a model: the path, or the selected checkpoint if it is a run's folder.
+
+    Raises CheckpointError if the path does not exist, or the run has no complete checkpoint.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; give a checkpoint, a Hugging Face folder or a run's folder"
+        )
+    is_run = (path / "checkpoints").is_dir() or any(path.glob("step-*"))
+    return select_checkpoint(path) if is_run and not (path / "config.json").exists() else path

@@ -1,7 +1,6 @@
-"""`megatrain generate CHECKPOINT --prompt TEXT`: let a model go on with a text, through transformers.
+"""`megatrain generate CHECKPOINT --prompt TEXT`: generate text from a checkpoint with transformers.
 
-On a CPU with room for it the model is loaded plainly; with GPUs, or where it is larger than memory, accelerate spreads it over
-devices, memory and disk.
+accelerate places the model on GPUs, CPU and, if it exceeds their memory, on disk.
 """
 
 from __future__ import annotations
@@ -11,124 +10,111 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-
-_ROOM = 0.9
-"""Share of a CPU's free memory that weights may take."""
+from megatrain.cli.convert import parse_size
+from megatrain.errors import CheckpointError, ConfigError, DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this verb's arguments."""
-    from megatrain.cli.convert import parse_size
-
+    """Adds the arguments of the command."""
     parser.add_argument(
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="a checkpoint, a run (its best one, else its newest) or a Hugging Face folder",
+        help="a checkpoint, a run (its best checkpoint, else its newest), or a Hugging Face folder",
     )
     parser.add_argument(
-        "--prompt",
-        required=True,
-        metavar="TEXT",
-        help="what to go on from; - reads it from standard input",
+        "--prompt", required=True, metavar="TEXT", help="text to continue; - reads standard input"
     )
     parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="the prompt is a user's message, in the tokenizer's chat template",
+        "--chat", action="store_true", help="send the prompt as a user's message of a chat"
     )
     parser.add_argument(
         "--max-new-tokens", type=_count, default=100, metavar="N", help="default: %(default)s"
     )
+    _add_sampling_arguments(parser)
+    parser.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], help="dtype (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="folder (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--memory",
+        type=parse_size,
+        metavar="SIZE",
+        help="CPU memory for weights, such as 8GB; the rest is read from disk (default: all free)",
+    )
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         type=_temperature,
         default=1.0,
         metavar="T",
-        help="0 takes the likeliest token each time (default: %(default)s)",
+        help="0 takes the most likely token (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-k", type=_count, metavar="K", help="draw from the K likeliest tokens (default: all)"
+        "--top-k", type=_count, metavar="K", help="sample from the K most likely tokens"
     )
     parser.add_argument(
         "--top-p",
-        type=_share,
+        type=_probability,
         metavar="P",
-        help="draw from the likeliest tokens that have P of the probability (default: all)",
+        help="sample from the most likely tokens whose probabilities sum to P",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
         metavar="N",
-        help="the same seed draws the same text (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dtype", choices=["bf16", "fp16", "fp32"], help="arithmetic (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="DIR",
-        help="folder of the tokenizer (default: the checkpoint's)",
-    )
-    parser.add_argument(
-        "--memory",
-        type=parse_size,
-        metavar="SIZE",
-        help="CPU memory for weights; what does not fit is read from disk "
-        "(default: most of what is free)",
+        help="seed of the sampling (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print prompt and continuation as they come."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # transformers imports it, and it speaks of kernels that nothing here uses
+    """Prints prompt and continuation as they are generated; returns the exit code."""
+    # transformers imports it, and it warns of kernels that are not used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
     from transformers import TextStreamer, set_seed
 
-    from megatrain.conversion.folders import model_folder
+    from megatrain.checkpoint.retention import find_model_folder
     from megatrain.data.tokenizer import load_tokenizer
 
-    folder = model_folder(args.checkpoint)
+    folder = find_model_folder(args.checkpoint)
     tokenizer = load_tokenizer(args.tokenizer or folder)
-    inputs = _inputs(
-        tokenizer, sys.stdin.read() if args.prompt == "-" else args.prompt, chat=args.chat
-    )
-    with tempfile.TemporaryDirectory(prefix="megatrain-generate-") as spare:
-        model = load_model(folder, dtype=args.dtype, memory=args.memory, spare=spare)
-        _check_room(model.config, inputs["input_ids"].shape[1], args.max_new_tokens)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    inputs = _tokenize(tokenizer, prompt, chat=args.chat)
+    padding = tokenizer.pad_token_id
+    sampling: dict[str, Any] = {"do_sample": False}
+    if args.temperature > 0:
+        sampling = {
+            "do_sample": True,
+            "temperature": args.temperature,
+            "top_k": args.top_k or 0,
+            "top_p": args.top_p or 1.0,
+        }
+    with tempfile.TemporaryDirectory(prefix="megatrain-generate-") as offload_folder:
+        model = load_model(
+            folder, dtype=args.dtype, memory=args.memory, offload_folder=offload_folder
+        )
+        _check_length(model.config, inputs["input_ids"].shape[1], args.max_new_tokens)
         set_seed(args.seed)
-        drawing: dict[str, Any] = {"do_sample": False}
-        if args.temperature > 0:
-            drawing = {
-                "do_sample": True,
-                "temperature": args.temperature,
-                "top_k": args.top_k or 0,
-                "top_p": args.top_p or 1.0,
-            }
         with torch.inference_mode():
             model.generate(
                 **inputs.to("cuda" if torch.cuda.is_available() else "cpu"),
                 max_new_tokens=args.max_new_tokens,
                 streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-                pad_token_id=tokenizer.pad_token_id
-                if tokenizer.pad_token_id is not None
-                else tokenizer.eos_token_id,
-                **drawing,
+                pad_token_id=tokenizer.eos_token_id if padding is None else padding,
+                **sampling,
             )
     return 0
 
 
-def _inputs(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
-    from megatrain.errors import ConfigError, DataError
-
+def _tokenize(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
     if chat and tokenizer.chat_template is None:
         raise DataError(
             f"the tokenizer in {tokenizer.name_or_path} has no chat template; leave --chat out"
@@ -142,85 +128,76 @@ def _inputs(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
         )
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
-        raise ConfigError(
-            "--prompt", repr(prompt), "holds no token", "give some text to go on from"
-        )
+        raise ConfigError("--prompt", repr(prompt), "has no token", "give some text to continue")
     return inputs
 
 
-def _check_room(config: Any, prompt: int, new: int) -> None:
-    from megatrain.errors import ConfigError
-
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and prompt + new > most:
+def _check_length(config: Any, prompt_length: int, new_tokens: int) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and prompt_length + new_tokens > positions:
         raise ConfigError(
             "--max-new-tokens",
-            new,
-            f"is too many after a prompt of {prompt} tokens: the model has {most} positions",
-            f"use at most {max(0, most - prompt)}",
+            new_tokens,
+            f"exceeds the model's {positions} positions after a prompt of {prompt_length} tokens",
+            f"use at most {max(0, positions - prompt_length)}",
         )
 
 
-def load_model(
-    folder: Path, *, dtype: str | None, memory: int | None, spare: str
-) -> torch.nn.Module:
-    """transformers' model of the folder, on one device or spread; `spare` is a folder for what fits nowhere else."""
+def load_model(folder: Path, *, dtype: str | None, memory: int | None, offload_folder: str) -> Any:
+    """Loads transformers' model of a folder, placed by accelerate.
+
+    Args:
+        folder: a Hugging Face folder.
+        dtype: "bf16", "fp16" or "fp32"; None for the checkpoint's.
+        memory: bytes of CPU memory for weights; None for what is free.
+        offload_folder: a folder for the weights that exceed the memory.
+
+    Raises:
+        CheckpointError: the folder is damaged, or transformers cannot load it.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     from megatrain.checkpoint.hf_folder import HFFolder
-    from megatrain.errors import CheckpointError
     from megatrain.ops.dtypes import DTYPES
 
     disable_progress_bar()
-    tensors = HFFolder(folder)  # says what is wrong with a damaged folder
-    size = sum(tensors.nbytes(name) for name in tensors.names())
-    wanted = "auto" if dtype is None else DTYPES[dtype]
-    where: dict[str, Any] = {}
-    limit = memory if memory is not None else int(_free_memory() * _ROOM)
-    if torch.cuda.is_available() or size > limit:
-        where = {"device_map": "auto", "offload_folder": spare}
-        if memory is not None:
-            where["max_memory"] = {
-                **{
-                    number: torch.cuda.mem_get_info(number)[0]
-                    for number in range(torch.cuda.device_count())
-                },
-                "cpu": memory,
-            }
+    HFFolder(folder)  # explains damages better than transformers
+    max_memory: dict[int | str, int] | None = None
+    if memory is not None:
+        gpus = range(torch.cuda.device_count())
+        max_memory = {**{gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus}, "cpu": memory}
     try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, local_files_only=True, **where
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if dtype is None else DTYPES[dtype],
+            local_files_only=True,
+            device_map="auto",
+            max_memory=max_memory,
+            offload_folder=offload_folder,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be loaded by transformers: {' '.join(str(error).split())[:300]}"
-        ) from None
+        message = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"transformers cannot load {folder}: {message}") from None
     return model.eval()
-
-
-def _free_memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
     return int(text)
 
 
 def _temperature(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a temperature from 0")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number of at least 0")
     return value
 
 
-def _share(text: str) -> float:
+def _probability(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not in (0, 1]")
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and at most 1")
     return value

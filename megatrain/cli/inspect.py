@@ -1,4 +1,4 @@
-"""`megatrain inspect CHECKPOINT`: what a checkpoint holds, and whether it is whole."""
+"""`megatrain inspect CHECKPOINT`: describe a checkpoint and check that it is complete."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this verb's arguments."""
+    """Adds the arguments of the command."""
     parser.add_argument(
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="a checkpoint, a run (its best one, else its newest), or whatever `megatrain convert` reads",
+        help="a checkpoint, a run (its best checkpoint, else its newest), "
+        "or any source of `megatrain convert`",
     )
     parser.add_argument(
         "--hashes",
         action="store_true",
-        help="read every byte of a checkpoint of ours, not sizes alone",
+        help="check the content of a megatrain checkpoint's files, not only their sizes",
     )
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON, no table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--config",
         metavar="CONFIG",
@@ -28,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; returns 1 when the checkpoint is not whole."""
+    """Prints the report; returns 1 if the checkpoint is incomplete or damaged."""
     from megatrain.conversion.detect_format import Hints
-    from megatrain.conversion.inspect import as_json, describe, inspect
+    from megatrain.conversion.inspect import format_report, inspect, to_json
 
-    found = inspect(args.checkpoint, Hints(config=args.config), hashes=args.hashes)
-    print(as_json(found) if args.json else "\n".join(describe(found)))
-    return 0 if found.whole else 1
+    report = inspect(args.checkpoint, Hints(config=args.config), hashes=args.hashes)
+    print(to_json(report) if args.json else "\n".join(format_report(report)))
+    return 0 if report.whole else 1

@@ -1,6 +1,7 @@
-"""One conversion from its source to a published folder, the parts in order.
+"""Converts a model: source, written folder, verification, publication.
 
-What is written lies in a hidden folder beside the target until it is whole and proven; then it is renamed.
+The output is written to a hidden folder next to the target, which is renamed to the target when it
+is complete and verified.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import fcntl
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,110 +21,169 @@ from typing import Any, Literal
 import torch
 
 from megatrain import __version__
-from megatrain.checkpoint import manifest
 from megatrain.checkpoint.hf_folder import HFFolder
-from megatrain.conversion import verify as verify_module
+from megatrain.checkpoint.hf_metadata import copy_tokenizer, write_config
+from megatrain.conversion import verify as verification
 from megatrain.conversion.detect_format import Hints, open_source
-from megatrain.conversion.folders import check_coverage
-from megatrain.conversion.hf_metadata import write_descriptions
-from megatrain.conversion.progress import ProgressBar
-from megatrain.conversion.sources import CastTensors, Source, nbytes
+from megatrain.conversion.sources import CastTensors, Source, check_coverage, nbytes
 from megatrain.conversion.to_checkpoint import OptimizerFiles
+from megatrain.conversion.verify import VerificationResult
 from megatrain.conversion.writer import BackgroundSync, plan_shards, write_model
 from megatrain.errors import CheckpointError
+from megatrain.files import flush_to_disk
 from megatrain.models.classification_config import any_architecture
 from megatrain.models.config import TransformerConfig, load_hf_config
 from megatrain.models.counts import parameter_shapes
 from megatrain.ops.dtypes import DTYPES
+from megatrain.progress import progress_bar
 
-NAME = "conversion.json"
+REPORT_FILE = "conversion.json"
 WORKING_BYTES = 1 << 30
-"""Memory beside the largest tensor in fp32: libraries, blocks being read and written, activations of the prompts."""
+"""Memory besides the largest tensor in fp32: libraries, blocks of files, activations."""
+
+TargetFormat = Literal["hf", "checkpoint"]
+Log = Callable[[str], None]
+
+_TO_CHECKPOINT = ("Hugging Face folder", "DeepSpeed universal checkpoint")
+"""Kinds of sources that become checkpoints unless the user chooses a format."""
 
 
 @dataclass(frozen=True)
-class ConversionRequest:
-    """What is wanted.
+class ConversionResult:
+    """A finished conversion.
 
     Attributes:
-        to: "hf" for a clean Hugging Face folder, "checkpoint" for one that a run resumes; None chooses by the source's kind.
-        dtype: bf16, fp16 or fp32; each tensor keeps its own when None.
-        verify: prove the target before it is published.
-        config: folder or config.json of the same model, for a source without one.
-        tokenizer: folder whose tokenizer goes with the target, instead of the source's.
-        vocab_size: rows of the embedding that are no padding, for a source that does not say it.
+        target: the written folder.
+        to: its format.
+        source_kind: the format of the source, for the user to read.
+        num_bytes: the size of all written tensors.
+        verification: the comparison with the source; None if it was skipped.
+        sha256: the SHA-256 of each tensor of the model; None if the verification was skipped.
     """
 
-    source: Path
     target: Path
-    to: Literal["hf", "checkpoint"] | None = None
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    max_shard_bytes: int = 5 * 10**9
-    verify: bool = True
-    config: str | None = None
-    tokenizer: Path | None = None
-    vocab_size: int | None = None
+    to: TargetFormat
+    source_kind: str
+    num_bytes: int
+    verification: VerificationResult | None
+    sha256: dict[str, str] | None
 
 
-_TO_CHECKPOINT = ("Hugging Face folder", "DeepSpeed universal checkpoint")
-Say = Callable[[str], None]
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: TargetFormat | None = None,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    verify: bool = True,
+    config: str | None = None,
+    tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+    log: Log | None = None,
+) -> ConversionResult:
+    """Converts a model into a Hugging Face folder or a checkpoint that a run resumes from.
 
+    The target appears complete and verified, or not at all.
 
-def convert(request: ConversionRequest, *, say: Say) -> Path:
-    """Write request.target and return it; on any failure it does not appear."""
-    check_target(request.target)
-    source = open_source(
-        request.source, Hints(request.config, request.tokenizer, request.vocab_size)
+    Args:
+        source: a checkpoint or run of megatrain, a Hugging Face folder, a checkpoint of Megatron-LM
+            (one file a rank, or torch_dist), or a universal checkpoint of DeepSpeed.
+        target: a new or empty folder.
+        to: "hf" or "checkpoint"; by default "checkpoint" for Hugging Face and universal sources.
+        dtype: the dtype of the weights; by default each tensor keeps its own.
+        max_shard_bytes: the largest size of a file.
+        verify: compare bytes and logits of source and target before the target appears.
+        config: a Hugging Face folder or config.json of the model, for a source without one.
+        tokenizer: the folder of the target's tokenizer; by default the source's.
+        vocab_size: rows of the embedding without padding, for a Megatron-LM checkpoint.
+        log: called with each line of output; by default the function is silent.
+
+    Returns:
+        The folder and the result of the verification.
+
+    Raises:
+        CheckpointError: the source is damaged, incomplete or not supported, the target is not
+            empty, the disk is too small, or the verification failed.
+        ConfigError: the model is of a family that is not supported.
+    """
+    source, target = Path(source), Path(target)
+    tokenizer = None if tokenizer is None else Path(tokenizer)
+    log = log or _discard
+    check_target(target)
+    opened = open_source(source, Hints(config, tokenizer, vocab_size))
+    architecture = _bind(opened)
+    log(f"{opened.folder}: {opened.kind} ({architecture.model_type})")
+    if opened.note:
+        log(f"  note      {opened.note}")
+    conversion = _Conversion(
+        source=opened,
+        architecture=architecture,
+        to=to or ("checkpoint" if opened.kind in _TO_CHECKPOINT else "hf"),
+        dtype=None if dtype is None else DTYPES[dtype],
+        max_shard_bytes=max_shard_bytes,
+        tokenizer=tokenizer,
+        log=log,
     )
+    conversion.log_plan()
+    conversion.check_disk(target)
+    with hidden_folder(target) as folder:
+        result = conversion.run(folder, target, verify=verify)
+        publish(folder, target)
+    log(f"wrote {target}")
+    return result
+
+
+def _discard(line: str) -> None:
+    pass
+
+
+def _bind(source: Source) -> TransformerConfig:
+    """Finds the tensors of the source's model; raises CheckpointError if one is missing."""
     architecture = any_architecture(source.config)
     if architecture.classifier is not None:
         raise CheckpointError(
-            f"{source.folder} is a classifier, and language models are converted; transformers loads the folder as it is"
+            f"{source.folder} is a classifier, but only language models are converted; "
+            "transformers loads the folder as it is"
         )
     expected = parameter_shapes(architecture)
-    source.adopt(architecture, expected)
+    source.bind(architecture, expected)
     check_coverage(source, architecture, expected)
-    say(f"{source.folder}: a {source.kind} of a {architecture.model_type}")
-    if source.note:
-        say(f"  note    {source.note}")
-    dtype = None if request.dtype is None else DTYPES[request.dtype]
-    to = request.to or ("checkpoint" if source.kind in _TO_CHECKPOINT else "hf")
-    work = _Work(request, source, architecture, dtype, to, list(expected), say)
-    work.announce()
-    with hidden_folder(request.target) as folder:
-        work.write(folder)
-        publish(folder, request.target)
-    say(f"wrote {request.target}")
-    return request.target
+    return architecture
 
 
 def check_target(target: Path) -> None:
-    """A target is a new name, or an empty folder."""
+    """Raises CheckpointError unless the target is missing or an empty folder."""
     if target.is_dir() and not target.is_symlink():
         if any(target.iterdir()):
             raise CheckpointError(f"{target} is not empty; give a new folder")
     elif target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target} is there and no folder; give a new one")
+        raise CheckpointError(f"{target} exists and is not a folder; give a new folder")
 
 
 @contextlib.contextmanager
 def hidden_folder(target: Path) -> Iterator[Path]:
-    """A fresh folder beside the target, which is gone at the end; what a killed conversion left there is cleared first."""
+    """Yields an empty folder next to the target and deletes it at the end, unless it was renamed.
+
+    Raises:
+        CheckpointError: another conversion writes the target, or the disk cannot be written.
+    """
     folder = target.parent / f".converting-{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from None
+        raise CheckpointError(f"{folder} cannot be created: {error.strerror}") from None
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"{target} is being written by another conversion; wait for it or give another folder"
+                f"{target} is being written by another conversion; "
+                "wait for it or give another folder"
             ) from None
         try:
-            _clear(folder)
+            _clear(folder)  # of a conversion that was killed
             yield folder
         except OSError as error:
             raise CheckpointError(
@@ -130,7 +192,7 @@ def hidden_folder(target: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def _clear(folder: Path) -> None:
@@ -142,118 +204,125 @@ def _clear(folder: Path) -> None:
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Make the folder the target in one step, on the disk too."""
+    """Flushes the folder to disk and renames it to the target."""
     for path in folder.rglob("*"):
-        manifest.fsync_folder(path)
-    manifest.fsync_folder(folder)
+        flush_to_disk(path)
+    flush_to_disk(folder)
     folder.rename(target)
-    manifest.fsync_folder(target.parent)
+    flush_to_disk(target.parent)
 
 
-class _Work:
-    """A conversion whose source was found good."""
+class _Conversion:
+    """The conversion of a bound source."""
 
     def __init__(
         self,
-        request: ConversionRequest,
+        *,
         source: Source,
         architecture: TransformerConfig,
+        to: TargetFormat,
         dtype: torch.dtype | None,
-        to: str,
-        names: list[str],
-        say: Say,
+        max_shard_bytes: int,
+        tokenizer: Path | None,
+        log: Log,
     ) -> None:
-        self.request, self.source, self.architecture, self.dtype, self.to, self.say = (
-            request,
-            source,
-            architecture,
-            dtype,
-            to,
-            say,
-        )
+        self.source, self.architecture = source, architecture
+        self.to, self.dtype, self.tokenizer, self.log = to, dtype, tokenizer, log
         self.tensors = CastTensors(source, dtype)
-        self.shards = plan_shards(names, self.tensors, request.max_shard_bytes)
-        self.names = names
+        self.names = list(parameter_shapes(architecture))
+        self.shards = plan_shards(self.names, self.tensors, max_shard_bytes)
         self.optimizer = OptimizerFiles(source, architecture) if to == "checkpoint" else None
-        self.num_bytes = sum(nbytes(self.tensors, name) for name in names) + (
-            0 if self.optimizer is None else self.optimizer.num_bytes
-        )
-
-    def announce(self) -> None:
-        """Sizes, and the memory that it will take, before anything is done; refuses a disk that is too small."""
-        parameters = sum(
-            nbytes(self.source, name) // self.source.dtype(name).itemsize for name in self.names
-        )
-        largest = max(self.names, key=lambda name: nbytes(self.source, name))
-        memory = (
-            nbytes(self.source, largest) // self.source.dtype(largest).itemsize * 4 + WORKING_BYTES
-        )
-        total = self.num_bytes
-        files = "1 file" if len(self.shards) == 1 else f"{len(self.shards)} files"
-        kind = "a Hugging Face folder" if self.optimizer is None else "a checkpoint to resume from"
-        self.say(
-            f"  to      {kind}, {len(self.names)} tensors, {parameters:,} parameters, {total / 1e9:.2f} GB in {files}"
-            f"{'' if self.optimizer is None else self._of_optimizer(self.optimizer)}"
-        )
-        self.say(
-            f"  memory  at most {memory / 2**30:.2f} GiB; the largest tensor is {largest} of {nbytes(self.source, largest) / 2**30:.2f} GiB"
-        )
-        if self.dtype in verify_module.WEIGHT_BOUND and any(
-            self.source.dtype(name).itemsize > 2 for name in self.names
-        ):
-            self.say(
-                f"  dtype   {self.request.dtype}: rounding changes a weight by at most {verify_module.WEIGHT_BOUND[self.dtype]:.2g} of itself"
-            )
-        existing = next(
-            path
-            for path in [self.request.target, *self.request.target.resolve().parents]
-            if path.exists()
-        )
-        free = shutil.disk_usage(existing).free
-        if free < total * 1.01 + 2**20:
-            raise CheckpointError(
-                f"{self.request.target} needs {total / 1e9:.3f} GB and its disk has {free / 1e9:.3f} GB free; nothing was written"
-            )
-
-    def _of_optimizer(self, optimizer: OptimizerFiles) -> str:
-        states = ", ".join(["masters", *optimizer.moments.states])
-        return f" and the optimizer's {states}, after {optimizer.moments.updates:,} updates"
-
-    def write(self, folder: Path) -> None:
-        """Everything that the target holds; the disk catches up while it is proven."""
-        catcher = BackgroundSync()
-        try:
-            self._write(folder, catcher)
-        finally:
-            catcher.wait()
-
-    def _write(self, folder: Path, catcher: BackgroundSync) -> None:
-        with ProgressBar(self.num_bytes, self.say) as progress:
-            write_model(folder, self.shards, self.tensors, wrote=progress.add, catcher=catcher)
-            if self.optimizer is not None:
-                self.optimizer.write(folder, wrote=progress.add, catcher=catcher)
-            write_descriptions(
-                folder, self.source, dtype=self.dtype_name(), tokenizer=self.request.tokenizer
-            )
-        figures = (
-            self._prove(folder)
-            if self.request.verify
-            else {"proof": None, "sha256_of_tensors": None}
-        )
-        self._report(folder, figures)
+        self.num_bytes = sum(nbytes(self.tensors, name) for name in self.names)
         if self.optimizer is not None:
-            self.optimizer.finish(folder, self.source)
+            self.num_bytes += self.optimizer.num_bytes
 
-    def _prove(self, folder: Path) -> dict[str, Any]:
+    def check_disk(self, target: Path) -> None:
+        """Raises CheckpointError if the disk of the target is too small."""
+        parents = [target, *target.resolve().parents]
+        free = shutil.disk_usage(next(path for path in parents if path.exists())).free
+        if free < self.num_bytes * 1.01 + 2**20:
+            raise CheckpointError(
+                f"{target} requires {self.num_bytes / 1e9:.3f} GB, but its disk has "
+                f"{free / 1e9:.3f} GB free; nothing was written"
+            )
+
+    def log_plan(self) -> None:
+        """Prints the sizes of the target and the memory that the conversion will take."""
+        elements = {
+            name: nbytes(self.source, name) // self.source.dtype(name).itemsize
+            for name in self.names
+        }
+        largest = max(self.names, key=lambda name: nbytes(self.source, name))
+        files = "1 file" if len(self.shards) == 1 else f"{len(self.shards)} files"
+        target = "Hugging Face folder"
+        if self.optimizer is not None:
+            target = (
+                f"checkpoint with {', '.join(self.optimizer.states)} of the optimizer "
+                f"after {self.optimizer.updates:,} updates"
+            )
+        self.log(
+            f"  target    {target}: {len(self.names)} tensors, {sum(elements.values()):,} "
+            f"parameters, {self.num_bytes / 1e9:.2f} GB in {files}"
+        )
+        self.log(
+            f"  memory    at most {(elements[largest] * 4 + WORKING_BYTES) / 2**30:.2f} GiB; the "
+            f"largest tensor is {largest} of {nbytes(self.source, largest) / 2**30:.2f} GiB"
+        )
+        bound = None if self.dtype is None else verification.WEIGHT_BOUND.get(self.dtype)
+        if bound is not None and any(self.source.dtype(n).itemsize > 2 for n in self.names):
+            self.log(f"  dtype     rounding changes a weight by at most {bound:.2g} of its value")
+
+    def run(self, folder: Path, target: Path, *, verify: bool) -> ConversionResult:
+        """Writes and verifies all files of the target in `folder`."""
+        sync = BackgroundSync()
+        try:
+            self._write(folder, sync)
+            found, hashes = self._verify(folder) if verify else (None, None)
+            self._write_report(folder, found, hashes)
+            if self.optimizer is not None:
+                self.optimizer.finish(folder, self.source)
+        finally:
+            sync.wait()
+        return ConversionResult(target, self.to, self.source.kind, self.num_bytes, found, hashes)
+
+    def _write(self, folder: Path, sync: BackgroundSync) -> None:
+        start = time.monotonic()
+        stream = None if self.log is _discard else sys.stderr
+        with progress_bar(
+            self.num_bytes, unit="B", description="  writing ", stream=stream
+        ) as progress:
+            write_model(folder, self.shards, self.tensors, on_write=progress.update, sync=sync)
+            if self.optimizer is not None:
+                self.optimizer.write(folder, on_write=progress.update, sync=sync)
+        self._write_metadata(folder)
+        rate = self.num_bytes / 1e6 / max(time.monotonic() - start, 1e-9)
+        self.log(f"  written   {self.num_bytes / 1e9:.2f} GB at {rate:,.0f} MB/s")
+
+    def _write_metadata(self, folder: Path) -> None:
+        """Writes config, generation config and tokenizer."""
+        from transformers import GenerationConfig
+
+        config = write_config(folder, self.architecture, dtype=self._dtype_name())
+        metadata = self.source.metadata_folder
+        generation = None if metadata is None else metadata / "generation_config.json"
+        if generation is not None and generation.is_file():
+            shutil.copyfile(generation, folder / generation.name)
+        else:
+            GenerationConfig.from_model_config(config).save_pretrained(folder)
+        tokenizer = self.tokenizer or metadata
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
+
+    def _verify(self, folder: Path) -> tuple[VerificationResult, dict[str, str]]:
         written = HFFolder(folder)
         if set(written.names()) != set(self.names):
             raise CheckpointError(
-                f"{folder} does not hold the tensors that were written: the disk is not to be trusted"
+                f"{folder} has other tensors than were written; check the disk of this machine"
             )
-        hashes = verify_module.check_bytes(written, self.tensors, self.names, folder)
+        hashes = verification.compare_bytes(written, self.tensors, self.names, folder)
         if self.optimizer is not None:
-            self.optimizer.check(folder)
-        found = verify_module.check_logits(
+            self.optimizer.verify(folder)
+        found = verification.compare_logits(
             self.source,
             written,
             load_hf_config(str(folder)),
@@ -261,27 +330,32 @@ class _Work:
             dtype=self.dtype,
             to=self.to,
         )
-        self.say(
-            f"  proof   {found.tensors} tensors read back as written; logits of {found.source_computed_by} and {found.target_computed_by} differ by "
-            f"at most {found.max_logit_difference:.3g} (allowed {found.bound:.3g})"
+        self.log(
+            f"  verified  {found.tensors} tensors have the same bytes; logits of "
+            f"{found.source_computed_by} and {found.target_computed_by} differ by at most "
+            f"{found.max_logit_difference:.3g} (allowed {found.bound:.3g})"
         )
         if found.rounding_difference is not None:
-            self.say(
-                f"          rounding to {self.request.dtype} changed logits by at most {found.rounding_difference:.3g}, the largest is {found.largest_logit:.3g}"
+            self.log(
+                f"            rounding changed logits by at most {found.rounding_difference:.3g}; "
+                f"the largest logit is {found.largest_logit:.3g}"
             )
-        return {"proof": found._asdict(), "sha256_of_tensors": dict(sorted(hashes.items()))}
+        return found, hashes
 
-    def _report(self, folder: Path, figures: dict[str, Any]) -> None:
+    def _write_report(
+        self, folder: Path, found: VerificationResult | None, hashes: dict[str, str] | None
+    ) -> None:
         import safetensors
         import transformers
 
-        report = {
+        report: dict[str, Any] = {
             "source": str(self.source.folder),
             "source_kind": self.source.kind,
             "to": self.to,
             "model_type": self.architecture.model_type,
-            "dtype": self.dtype_name(),
-            **figures,
+            "dtype": self._dtype_name(),
+            "proof": None if found is None else found._asdict(),
+            "sha256_of_tensors": None if hashes is None else dict(sorted(hashes.items())),
             "versions": {
                 "megatrain": __version__,
                 "torch": torch.__version__,
@@ -289,13 +363,12 @@ class _Work:
                 "safetensors": safetensors.__version__,
             },
         }
-        (folder / NAME).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        (folder / REPORT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
-    def dtype_name(self) -> str:
-        """Of most elements, as config.json names it."""
+    def _dtype_name(self) -> str:
+        """Returns the dtype of most bytes, as config.json names it."""
         sizes: dict[torch.dtype, int] = {}
         for name in self.names:
-            sizes[self.tensors.dtype(name)] = sizes.get(self.tensors.dtype(name), 0) + nbytes(
-                self.tensors, name
-            )
+            dtype = self.tensors.dtype(name)
+            sizes[dtype] = sizes.get(dtype, 0) + nbytes(self.tensors, name)
         return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")

@@ -1,6 +1,7 @@
-"""What a Megatron-LM checkpoint says of its model, and the transformers config of the same model.
+"""The `args` of a Megatron-LM checkpoint, and the transformers config of the same model.
 
-Its `args` are those of the training command. One that changes the maths is honoured or refused by name.
+The args are those of the training command. One that changes the computation is either supported or
+rejected by name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from megatrain.errors import CheckpointError
 
 @dataclass(frozen=True)
 class MegatronArgs:
-    """A decoder as Megatron-LM computes it. Sizes are of the whole model; `rope` names how frequencies are scaled."""
+    """A decoder as Megatron-LM computes it; sizes are those of the whole model."""
 
     num_layers: int
     hidden_size: int
@@ -39,7 +40,7 @@ class MegatronArgs:
     padded_vocab_size: int | None
 
 
-_PLAIN: dict[str, tuple[Any, ...]] = {
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (False,),
     "num_experts": (None, 0),
     "apply_layernorm_1p": (False,),
@@ -64,65 +65,68 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "moe_grouped_gemm": (False, None),
     "experimental_attention_variant": (None,),
 }
-"""Arguments that change the maths, with the values that mean the decoder which is read here."""
+"""Arguments that change the computation, with their supported values, the default first."""
 
 
-def read_args(args: Namespace, path: Path) -> MegatronArgs:
-    """The settings; refuses a model that is not read."""
-    given = vars(args)
-
-    def refuse(name: str, words: str) -> CheckpointError:
-        return CheckpointError(f"{path} was trained with {name}={given.get(name)}, {words}")
-
-    for name, allowed in _PLAIN.items():
-        if given.get(name, allowed[0]) not in allowed:
-            raise refuse(name, "which is not read; convert it with Megatron-LM's own tools")
-    positions = (
-        "rope"
-        if given.get("use_rotary_position_embeddings")
-        else given.get("position_embedding_type", "learned_absolute")
-    )
-    if positions not in ("rope", "learned_absolute"):
-        raise refuse("position_embedding_type", "and rope and learned_absolute are read")
-    norm = given.get("normalization", "LayerNorm")
-    if norm not in ("LayerNorm", "RMSNorm"):
-        raise refuse("normalization", "and LayerNorm and RMSNorm are read")
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
-        if not _is_count(given.get(name)):
-            raise refuse(name, "which should be a number from 1; name the model with --config")
-    hidden, heads = given["hidden_size"], given["num_attention_heads"]
-    gated, bias = bool(given.get("swiglu", False)), bool(given.get("add_bias_linear", True))
-    llama3 = bool(given.get("use_rope_scaling", False))
-    factor = (
-        given.get("rope_scaling_factor", 8.0)
-        if llama3
-        else given.get("rotary_seq_len_interpolation_factor")
-    )
-    tanh = given.get("openai_gelu", False) or given.get("bias_gelu_fusion", True)
+def read_args(args: Namespace, folder: Path) -> MegatronArgs:
+    """Returns the model that the args describe; raises CheckpointError if it is not supported."""
+    values = vars(args)
+    _check_supported(values, folder)
+    hidden_size, num_heads = values["hidden_size"], values["num_attention_heads"]
+    gated, bias = bool(values.get("swiglu", False)), bool(values.get("add_bias_linear", True))
+    llama3 = bool(values.get("use_rope_scaling", False))
+    if llama3:
+        factor = values.get("rope_scaling_factor", 8.0)
+    else:
+        factor = values.get("rotary_seq_len_interpolation_factor")
+    tanh = values.get("openai_gelu", False) or values.get("bias_gelu_fusion", True)
+    grouped = values.get("group_query_attention", False)
     return MegatronArgs(
-        num_layers=given["num_layers"],
-        hidden_size=hidden,
-        num_heads=heads,
-        num_groups=(given.get("num_query_groups") or heads)
-        if given.get("group_query_attention", False)
-        else heads,
-        head_dim=given.get("kv_channels") or hidden // heads,
-        ffn_size=given.get("ffn_hidden_size") or 4 * hidden,
-        max_positions=given["max_position_embeddings"],
-        norm=norm,
-        norm_eps=given.get("norm_epsilon", given.get("layernorm_epsilon", 1e-5)),
+        num_layers=values["num_layers"],
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_groups=(values.get("num_query_groups") or num_heads) if grouped else num_heads,
+        head_dim=values.get("kv_channels") or hidden_size // num_heads,
+        ffn_size=values.get("ffn_hidden_size") or 4 * hidden_size,
+        max_positions=values["max_position_embeddings"],
+        norm=values.get("normalization", "LayerNorm"),
+        norm_eps=values.get("norm_epsilon", values.get("layernorm_epsilon", 1e-5)),
         gated=gated,
         activation="silu" if gated else "gelu_tanh" if tanh else "gelu",
-        rotary=positions == "rope",
-        rope_base=float(given.get("rotary_base", 10000)),
+        rotary=_position_embedding(values) == "rope",
+        rope_base=float(values.get("rotary_base", 10000)),
         rope_factor=None if factor in (None, 1, 1.0) else float(factor),
         rope_llama3=llama3,
         mlp_bias=bias,
-        qkv_bias=bias or bool(given.get("add_qkv_bias", False)),
-        qk_norm=bool(given.get("qk_layernorm", False)),
-        tied=not given.get("untie_embeddings_and_output_weights", False),
-        padded_vocab_size=given.get("padded_vocab_size"),
+        qkv_bias=bias or bool(values.get("add_qkv_bias", False)),
+        qk_norm=bool(values.get("qk_layernorm", False)),
+        tied=not values.get("untie_embeddings_and_output_weights", False),
+        padded_vocab_size=values.get("padded_vocab_size"),
     )
+
+
+def _check_supported(values: dict[str, Any], folder: Path) -> None:
+    def error(name: str, requirement: str) -> CheckpointError:
+        return CheckpointError(f"{folder}: {name}={values.get(name)} in its args {requirement}")
+
+    for name, allowed in _SUPPORTED.items():
+        if values.get(name, allowed[0]) not in allowed:
+            raise error(name, "is not supported; convert it with Megatron-LM's own tools")
+    if _position_embedding(values) not in ("rope", "learned_absolute"):
+        raise error(
+            "position_embedding_type", "is not supported (supported: rope, learned_absolute)"
+        )
+    if values.get("normalization", "LayerNorm") not in ("LayerNorm", "RMSNorm"):
+        raise error("normalization", "is not supported (supported: LayerNorm, RMSNorm)")
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+        if not _is_count(values.get(name)):
+            raise error(name, "must be at least 1; name the model's config with --config")
+
+
+def _position_embedding(values: dict[str, Any]) -> Any:
+    if values.get("use_rotary_position_embeddings"):
+        return "rope"
+    return values.get("position_embedding_type", "learned_absolute")
 
 
 def _is_count(value: Any) -> bool:
@@ -130,85 +134,93 @@ def _is_count(value: Any) -> bool:
 
 
 def args_of_config(config: Any) -> MegatronArgs:
-    """The same, of a checkpoint without args, from the config that the user names."""
+    """Returns the model of a transformers config, for a checkpoint without args."""
     if config.model_type == "gpt2":
         return MegatronArgs(
-            config.n_layer,
-            config.n_embd,
-            config.n_head,
-            config.n_head,
-            config.n_embd // config.n_head,
-            config.n_inner or 4 * config.n_embd,
-            config.n_positions,
-            "LayerNorm",
-            config.layer_norm_epsilon,
-            False,
-            "gelu" if config.activation_function == "gelu" else "gelu_tanh",
-            False,
-            0.0,
-            None,
-            False,
-            True,
-            True,
-            False,
-            bool(config.tie_word_embeddings),
-            None,
+            num_layers=config.n_layer,
+            hidden_size=config.n_embd,
+            num_heads=config.n_head,
+            num_groups=config.n_head,
+            head_dim=config.n_embd // config.n_head,
+            ffn_size=config.n_inner or 4 * config.n_embd,
+            max_positions=config.n_positions,
+            norm="LayerNorm",
+            norm_eps=config.layer_norm_epsilon,
+            gated=False,
+            activation="gelu" if config.activation_function == "gelu" else "gelu_tanh",
+            rotary=False,
+            rope_base=0.0,
+            rope_factor=None,
+            rope_llama3=False,
+            mlp_bias=True,
+            qkv_bias=True,
+            qk_norm=False,
+            tied=bool(config.tie_word_embeddings),
+            padded_vocab_size=None,
         )
-    heads, rope = config.num_attention_heads, config.rope_parameters
-    bias = bool(getattr(config, "attention_bias", False))
+    num_heads, rope = config.num_attention_heads, config.rope_parameters
+    scaled = rope.get("rope_type", "default") != "default"
     return MegatronArgs(
-        config.num_hidden_layers,
-        config.hidden_size,
-        heads,
-        config.num_key_value_heads or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-        config.intermediate_size,
-        config.max_position_embeddings,
-        "RMSNorm",
-        config.rms_norm_eps,
-        True,
-        "silu",
-        True,
-        float(rope["rope_theta"]),
-        float(rope["factor"]) if rope.get("rope_type", "default") != "default" else None,
-        rope.get("rope_type") == "llama3",
-        bool(getattr(config, "mlp_bias", False)),
-        bias or config.model_type == "qwen2",
-        config.model_type == "qwen3",
-        bool(config.tie_word_embeddings),
-        None,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=num_heads,
+        num_groups=config.num_key_value_heads or num_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        ffn_size=config.intermediate_size,
+        max_positions=config.max_position_embeddings,
+        norm="RMSNorm",
+        norm_eps=config.rms_norm_eps,
+        gated=True,
+        activation="silu",
+        rotary=True,
+        rope_base=float(rope["rope_theta"]),
+        rope_factor=float(rope["factor"]) if scaled else None,
+        rope_llama3=rope.get("rope_type") == "llama3",
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        qkv_bias=bool(getattr(config, "attention_bias", False)) or config.model_type == "qwen2",
+        qk_norm=config.model_type == "qwen3",
+        tied=bool(config.tie_word_embeddings),
+        padded_vocab_size=None,
     )
 
 
-def config_fields(s: MegatronArgs, vocab_size: int, path: Path) -> dict[str, Any]:
-    """A transformers config of the model that the settings describe."""
-    if s.rotary and s.gated and s.norm == "RMSNorm":
-        return _llama_fields(s, vocab_size, path)
-    if not s.rotary and not s.gated and s.norm == "LayerNorm":
-        return _gpt2_fields(s, vocab_size, path)
+def config_fields(args: MegatronArgs, vocab_size: int, folder: Path) -> dict[str, Any]:
+    """Returns the fields of a transformers config of the model.
+
+    Raises:
+        CheckpointError: transformers has no such model.
+    """
+    if args.rotary and args.gated and args.norm == "RMSNorm":
+        return _llama_fields(args, vocab_size, folder)
+    if not args.rotary and not args.gated and args.norm == "LayerNorm":
+        return _gpt2_fields(args, vocab_size, folder)
     raise CheckpointError(
-        f"{path} is of no model that transformers has: {'rope' if s.rotary else 'learned positions'}, {s.norm} and "
-        f"{'swiglu' if s.gated else 'a plain MLP'}; Llama has rope, RMSNorm and swiglu, GPT-2 learned positions, LayerNorm and a plain MLP"
+        f"{folder}: transformers has no model with {'rope' if args.rotary else 'learned positions'}"
+        f", {args.norm} and {'swiglu' if args.gated else 'a plain MLP'} (supported: rope, RMSNorm "
+        "and swiglu as in Llama; learned positions, LayerNorm and a plain MLP as in GPT-2)"
     )
 
 
-def _llama_fields(s: MegatronArgs, vocab_size: int, path: Path) -> dict[str, Any]:
+def _llama_fields(args: MegatronArgs, vocab_size: int, folder: Path) -> dict[str, Any]:
     kinds = {
         (False, False, False): "llama",
         (True, True, False): "llama",
         (False, True, False): "qwen2",
         (False, False, True): "qwen3",
     }
-    kind = kinds.get((s.mlp_bias, s.qkv_bias, s.qk_norm))
+    kind = kinds.get((args.mlp_bias, args.qkv_bias, args.qk_norm))
     if kind is None:
         raise CheckpointError(
-            f"{path} is of no model that transformers has: add_bias_linear={s.mlp_bias}, biases of query, key and value={s.qkv_bias}, "
-            f"qk_layernorm={s.qk_norm}"
+            f"{folder}: transformers has no model with add_bias_linear={args.mlp_bias}, "
+            f"add_qkv_bias={args.qkv_bias} and qk_layernorm={args.qk_norm}"
         )
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": s.rope_base}
-    if s.rope_factor is not None:
-        rope |= {"rope_type": "llama3" if s.rope_llama3 else "linear", "factor": s.rope_factor}
-    if s.rope_llama3 and s.rope_factor is not None:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_base}
+    if args.rope_factor is not None:
+        rope |= {
+            "rope_type": "llama3" if args.rope_llama3 else "linear",
+            "factor": args.rope_factor,
+        }
+    if args.rope_llama3 and args.rope_factor is not None:
         rope |= {
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
@@ -217,50 +229,50 @@ def _llama_fields(s: MegatronArgs, vocab_size: int, path: Path) -> dict[str, Any
     fields = {
         "model_type": kind,
         "vocab_size": vocab_size,
-        "hidden_size": s.hidden_size,
-        "intermediate_size": s.ffn_size,
-        "num_hidden_layers": s.num_layers,
-        "num_attention_heads": s.num_heads,
-        "num_key_value_heads": s.num_groups,
-        "max_position_embeddings": s.max_positions,
-        "rms_norm_eps": s.norm_eps,
+        "hidden_size": args.hidden_size,
+        "intermediate_size": args.ffn_size,
+        "num_hidden_layers": args.num_layers,
+        "num_attention_heads": args.num_heads,
+        "num_key_value_heads": args.num_groups,
+        "max_position_embeddings": args.max_positions,
+        "rms_norm_eps": args.norm_eps,
         "rope_parameters": rope,
-        "tie_word_embeddings": s.tied,
+        "tie_word_embeddings": args.tied,
         "hidden_act": "silu",
     }
-    if kind == "qwen2" and s.head_dim * s.num_heads != s.hidden_size:
+    if kind == "qwen2" and args.head_dim * args.num_heads != args.hidden_size:
         raise CheckpointError(
-            f"{path} has kv_channels={s.head_dim}, and Qwen2 has hidden_size / heads"
+            f"{folder}: kv_channels={args.head_dim} in its args: Qwen2 requires hidden_size / heads"
         )
     if kind != "qwen2":
-        fields |= {"head_dim": s.head_dim, "attention_bias": s.qkv_bias}
+        fields |= {"head_dim": args.head_dim, "attention_bias": args.qkv_bias}
     if kind == "llama":
-        fields["mlp_bias"] = s.mlp_bias
+        fields["mlp_bias"] = args.mlp_bias
     return fields | {"bos_token_id": None, "eos_token_id": None}
 
 
-def _gpt2_fields(s: MegatronArgs, vocab_size: int, path: Path) -> dict[str, Any]:
-    wanted = {
-        "add_bias_linear": s.mlp_bias,
-        "biases of query, key and value": s.qkv_bias,
-        "no qk_layernorm": not s.qk_norm,
-        "as many query groups as heads": s.num_groups == s.num_heads,
-        "kv_channels of hidden_size / heads": s.head_dim * s.num_heads == s.hidden_size,
+def _gpt2_fields(args: MegatronArgs, vocab_size: int, folder: Path) -> dict[str, Any]:
+    required = {
+        "add_bias_linear": args.mlp_bias,
+        "biases of query, key and value": args.qkv_bias,
+        "no qk_layernorm": not args.qk_norm,
+        "as many query groups as heads": args.num_groups == args.num_heads,
+        "kv_channels of hidden_size / heads": args.head_dim * args.num_heads == args.hidden_size,
     }
-    for name, there in wanted.items():
-        if not there:
-            raise CheckpointError(f"{path} is of no model that transformers has: GPT-2 has {name}")
+    for name, holds in required.items():
+        if not holds:
+            raise CheckpointError(f"{folder}: GPT-2 in transformers requires {name}")
     return {
         "model_type": "gpt2",
         "vocab_size": vocab_size,
-        "n_embd": s.hidden_size,
-        "n_inner": s.ffn_size,
-        "n_layer": s.num_layers,
-        "n_head": s.num_heads,
-        "n_positions": s.max_positions,
-        "layer_norm_epsilon": s.norm_eps,
-        "activation_function": "gelu" if s.activation == "gelu" else "gelu_new",
-        "tie_word_embeddings": s.tied,
+        "n_embd": args.hidden_size,
+        "n_inner": args.ffn_size,
+        "n_layer": args.num_layers,
+        "n_head": args.num_heads,
+        "n_positions": args.max_positions,
+        "layer_norm_epsilon": args.norm_eps,
+        "activation_function": "gelu" if args.activation == "gelu" else "gelu_new",
+        "tie_word_embeddings": args.tied,
         "bos_token_id": None,
         "eos_token_id": None,
     }

@@ -1,13 +1,14 @@
-"""Megatron-LM's torch_dist checkpoints: whole tensors in chunks, as torch.distributed.checkpoint writes them, read without ranks.
+"""Megatron-LM's torch_dist checkpoints: whole tensors in chunks, read without ranks.
 
     iter_0001000/
-      .metadata                     for each tensor its size, its chunks and where their bytes are; a pickle
+      .metadata                     a pickle: each tensor's size, the boxes and files of its chunks
       __0_0.distcp ...              chunks, each as torch.save writes a tensor
       common.pt                     args
 
-The pickle is read with stand-ins for all of its classes, so that none of their code, nor any other, can run. Layers are tensors of
-their own (decoder.layers.3.x) or one tensor with the layers as first dim (decoder.layers.x). Fused linears are in the order that
-the ranks hold; gate and up of a gated MLP, which each rank holds half of, are whole one after the other.
+torch.distributed.checkpoint writes them. The pickle is read with stand-ins for all classes, so
+that no code can run. Layers are tensors of their own (decoder.layers.3.x) or one tensor with the
+layers as first dimension (decoder.layers.x). Fused linears are in the order of a single tensor
+rank: the gate and the up half of a gated MLP are each contiguous.
 """
 
 from __future__ import annotations
@@ -23,12 +24,17 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.tensor_io import is_plain
-from megatrain.conversion.megatron_legacy import Ranks, common_name, load_state, read_namespace
+from megatrain.conversion.megatron_legacy import (
+    RankShards,
+    common_name,
+    load_state,
+    read_namespace,
+)
 from megatrain.errors import CheckpointError
 
 
 class _Record:
-    """Stands in for any object of the metadata: keeps its state, and does nothing."""
+    """Stand-in for any object of the metadata: keeps its state without running code."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -86,11 +92,11 @@ class _Unpickler(pickle.Unpickler):
             return dict
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not of a checkpoint's metadata")
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's metadata")
 
 
 class _Chunk(NamedTuple):
-    """A box of a tensor and where its bytes are."""
+    """A box of a tensor, and the file and bytes of its content."""
 
     start: tuple[int, ...]
     size: tuple[int, ...]
@@ -99,147 +105,138 @@ class _Chunk(NamedTuple):
     length: int
 
 
-class _Stored(NamedTuple):
+class _StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: list[_Chunk]
 
 
-class _Place(NamedTuple):
-    """A tensor of the common names: the stored one, and which of its first dim where layers are stacked."""
+class _Tensor(NamedTuple):
+    """A tensor under its common name: a stored one, or one layer of a stacked one."""
 
-    stored: _Stored
+    stored: _StoredTensor
     layer: int | None
 
 
 class DistributedShard:
-    """The whole model, as the only tensor rank would hold it."""
+    """The whole model, as the shard of a single tensor rank."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._places = _places(_read_metadata(folder), folder)
+        self._tensors = _name_tensors(_read_metadata(folder), folder)
 
     def names(self) -> set[str]:
-        return set(self._places)
+        return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        stored, layer = self._places[name]
+        stored, layer = self._tensors[name]
         return stored.shape if layer is None else stored.shape[1:]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._places[name].stored.dtype
+        return self._tensors[name].stored.dtype
 
     def view(self, name: str) -> Tensor:
-        """Put together from its chunks, in memory of its own."""
-        stored, layer = self._places[name]
-        first, last = (
-            (0, stored.shape[0] if stored.shape else 1) if layer is None else (layer, layer + 1)
-        )
-        whole = torch.empty(
-            (last - first, *stored.shape[1:]) if stored.shape else (), dtype=stored.dtype
-        )
+        """Returns the tensor, assembled from its chunks in new memory."""
+        stored, layer = self._tensors[name]
+        first, last, shape = 0, (*stored.shape, 1)[0], stored.shape
+        if layer is not None:
+            first, last, shape = layer, layer + 1, (1, *stored.shape[1:])
+        tensor = torch.empty(shape, dtype=stored.dtype)
         for chunk in stored.chunks:
-            self._copy(chunk, stored.dtype, whole, first, last)
-        return whole if layer is None else whole[0]
+            self._copy_chunk(chunk, tensor, first, last)
+        return tensor if layer is None else tensor[0]
 
-    def _copy(
-        self, chunk: _Chunk, dtype: torch.dtype, whole: Tensor, first: int, last: int
-    ) -> None:
+    def _copy_chunk(self, chunk: _Chunk, tensor: Tensor, first: int, last: int) -> None:
+        """Copies a chunk's part of the rows [first, last) that `tensor` holds."""
         if not chunk.start:
-            whole.copy_(_read_chunk(self.folder, chunk, dtype))
+            tensor.copy_(_read_chunk(self.folder, chunk, tensor.dtype))
             return
-        low, high = max(first, chunk.start[0]), min(last, chunk.start[0] + chunk.size[0])
-        if low < high:
-            rest = tuple(
-                slice(start, start + size)
-                for start, size in zip(chunk.start[1:], chunk.size[1:], strict=True)
-            )
-            part = _read_chunk(self.folder, chunk, dtype)[
-                low - chunk.start[0] : high - chunk.start[0]
-            ]
-            whole[(slice(low - first, high - first), *rest)] = part
+        start, stop = max(first, chunk.start[0]), min(last, chunk.start[0] + chunk.size[0])
+        if start >= stop:
+            return
+        content = _read_chunk(self.folder, chunk, tensor.dtype)
+        box = tuple(slice(s, s + n) for s, n in zip(chunk.start[1:], chunk.size[1:], strict=True))
+        rows = content[start - chunk.start[0] : stop - chunk.start[0]]
+        tensor[(slice(start - first, stop - first), *box)] = rows
 
-    def let_go(self, name: str) -> None:
-        """Nothing: a view's memory is its own."""
+    def release(self, name: str) -> None:
+        """Does nothing: the memory of a view is its own."""
 
 
 def is_distributed(folder: Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def read_distributed(folder: Path) -> Ranks:
-    """The checkpoint, its tensors described and none of them read."""
+def read_distributed(folder: Path) -> RankShards:
+    """Reads the metadata and the args of a checkpoint, but no tensor."""
     args = None
     if (folder / "common.pt").is_file():
         args = read_namespace(load_state(folder / "common.pt"), folder / "common.pt")
-    return Ranks(folder, [DistributedShard(folder)], args, "torch_dist chunks")
+    return RankShards(folder, [DistributedShard(folder)], args, "torch_dist chunks")
 
 
-def _read_metadata(folder: Path) -> dict[str, _Stored]:
+def _read_metadata(folder: Path) -> dict[str, _StoredTensor]:
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
-            found = _Unpickler(file).load()
+            metadata = _Unpickler(file).load()
         return {
-            name: _stored(name, entry, found.storage_data)
-            for name, entry in found.state_dict_metadata.items()
+            name: _stored_tensor(name, entry, metadata.storage_data)
+            for name, entry in metadata.state_dict_metadata.items()
             if hasattr(entry, "size")
         }
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is refused: it is damaged or holds more than a checkpoint's metadata ({' '.join(str(error).split())[:150]})"
+            f"{path} is rejected: it is damaged or contains more than metadata ({_one_line(error)})"
         ) from None
-    except Exception as error:  # a damaged pickle can make anything of its stand-ins
+    except Exception as error:  # a damaged pickle can combine the stand-ins in any way
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+            f"{path} is damaged ({type(error).__name__}: {_one_line(error)})"
         ) from None
 
 
-def _stored(name: str, entry: Any, storage: dict[Any, Any]) -> _Stored:
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:150]
+
+
+def _stored_tensor(name: str, entry: Any, storage: dict[Any, Any]) -> _StoredTensor:
     dtype = entry.properties.state[0]
-    shape = _numbers(entry.size)
+    shape = _counts(entry.size)
     if not isinstance(name, str) or not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no name, or {dtype!r} no dtype")
-    chunks = []
-    for number, chunk in enumerate(entry.chunks):
-        index = _Record()
-        index.__setstate__({"fqn": name, "offset": chunk.offsets})
-        info = storage[index]
-        start, size = _numbers(chunk.offsets), _numbers(chunk.sizes)
-        if (
-            len(start) != len(shape)
-            or len(size) != len(shape)
-            or any(a + b > c for a, b, c in zip(start, size, shape, strict=True))
-        ):
-            raise ValueError(f"chunk {number} of {name} is not inside it")
-        file = info.relative_path
-        if (
-            not isinstance(file, str)
-            or file in ("", ".", "..")
-            or Path(file).name != file
-            or "\0" in file
-        ):
-            raise ValueError(
-                f"{name} is in {str(file)[:80]!r}, which is not the name of a file in the folder"
-            )
-        if getattr(info, "transform_descriptors", None):
-            raise ValueError(f"{name} is compressed or encrypted")
-        chunks.append(_Chunk(start, size, file, *_numbers((info.offset, info.length))))
-    if sum(math.prod(chunk.size) for chunk in chunks) != math.prod(shape) or any(
-        _meet(a, b) for i, a in enumerate(chunks) for b in chunks[:i]
-    ):
-        raise ValueError(f"the chunks of {name} are not the whole of it, each element once")
-    return _Stored(shape, dtype, chunks)
+        raise ValueError(f"{name!r} is not a name, or {dtype!r} is not a dtype")
+    chunks = [_chunk(name, shape, chunk, storage) for chunk in entry.chunks]
+    is_complete = sum(math.prod(chunk.size) for chunk in chunks) == math.prod(shape)
+    if not is_complete or any(_overlap(a, b) for i, a in enumerate(chunks) for b in chunks[:i]):
+        raise ValueError(f"the chunks of {name} do not contain each element exactly once")
+    return _StoredTensor(shape, dtype, chunks)
 
 
-def _numbers(values: Any) -> tuple[int, ...]:
+def _chunk(name: str, shape: tuple[int, ...], chunk: Any, storage: dict[Any, Any]) -> _Chunk:
+    index = _Record()
+    index.__setstate__({"fqn": name, "offset": chunk.offsets})
+    info = storage[index]
+    start, size = _counts(chunk.offsets), _counts(chunk.sizes)
+    if len(start) != len(shape) or len(size) != len(shape):
+        raise ValueError(f"a chunk of {name} has another number of dimensions")
+    if any(a + b > c for a, b, c in zip(start, size, shape, strict=True)):
+        raise ValueError(f"a chunk of {name} exceeds its shape")
+    file = info.relative_path
+    is_name = isinstance(file, str) and file not in ("", ".", "..") and Path(file).name == file
+    if not is_name or "\0" in file:
+        raise ValueError(f"{str(file)[:80]!r} of {name} must be a file in the same folder")
+    if getattr(info, "transform_descriptors", None):
+        raise ValueError(f"{name} is compressed or encrypted")
+    return _Chunk(start, size, file, *_counts((info.offset, info.length)))
+
+
+def _counts(values: Any) -> tuple[int, ...]:
     numbers = tuple(values)
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
-        raise ValueError(f"{numbers!r} are not all natural numbers")
+        raise ValueError(f"{numbers!r} must be non-negative integers")
     return numbers
 
 
-def _meet(a: _Chunk, b: _Chunk) -> bool:
+def _overlap(a: _Chunk, b: _Chunk) -> bool:
     return math.prod(a.size) * math.prod(b.size) > 0 and all(
         x < y + n and y < x + m for x, m, y, n in zip(a.start, a.size, b.start, b.size, strict=True)
     )
@@ -252,40 +249,37 @@ def _read_chunk(folder: Path, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
             file.seek(chunk.offset)
             content = file.read(chunk.length)
         if len(content) != chunk.length:
-            raise CheckpointError(f"{path} is cut short")
+            raise CheckpointError(f"{path} is truncated")
         tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # torch has no list of what a damaged file makes it raise
+    except Exception as error:  # torch does not document what a damaged file raises
         raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+            f"{path} cannot be read ({type(error).__name__}: {_one_line(error)})"
         ) from None
-    if (
-        not isinstance(tensor, Tensor)
-        or not is_plain(tensor)
-        or tuple(tensor.shape) != chunk.size
-        or tensor.dtype != dtype
-    ):
-        raise CheckpointError(f"{path} does not hold the chunk that .metadata tells of")
+    if not isinstance(tensor, Tensor) or not is_plain(tensor):
+        raise CheckpointError(f"{path}: a chunk is not a plain tensor")
+    if (tuple(tensor.shape), tensor.dtype) != (chunk.size, dtype):
+        raise CheckpointError(f"{path}: a chunk has another shape or dtype than .metadata says")
     return tensor.detach()
 
 
-def _places(stored: dict[str, _Stored], folder: Path) -> dict[str, _Place]:
-    """The model's tensors among all, each layer by itself."""
-    places: dict[str, _Place] = {}
+def _name_tensors(stored: dict[str, _StoredTensor], folder: Path) -> dict[str, _Tensor]:
+    """Returns the model's tensors by their common names, layers separately."""
+    tensors: dict[str, _Tensor] = {}
     for key, entry in stored.items():
-        plain = key.removeprefix("model.")
-        stacked = re.fullmatch(r"decoder\.layers\.(?!\d+\.)(.+)", plain)
-        if not plain.startswith(("embedding.", "decoder.", "output_layer.")):
+        bare = key.removeprefix("model.")
+        stacked = re.fullmatch(r"decoder\.layers\.(?!\d+\.)(.+)", bare)
+        if not bare.startswith(("embedding.", "decoder.", "output_layer.")):
             continue
         if stacked is not None and not entry.shape:
-            raise CheckpointError(f"{folder} holds {key} without a dim of layers")
-        numbers = [None] if stacked is None else list(range(entry.shape[0]))
-        for layer in numbers:
-            name = common_name(plain if stacked is None else f"decoder.layers.{layer}.{stacked[1]}")
+            raise CheckpointError(f"{folder} contains {key} without a dimension of layers")
+        layers = [None] if stacked is None else list(range(entry.shape[0]))
+        for layer in layers:
+            name = common_name(bare if stacked is None else f"decoder.layers.{layer}.{stacked[1]}")
             if name is None:
                 continue
-            if name in places:
-                raise CheckpointError(f"{folder} holds {name} twice")
-            places[name] = _Place(entry, layer)
-    return places
+            if name in tensors:
+                raise CheckpointError(f"{folder} contains {name} twice")
+            tensors[name] = _Tensor(entry, layer)
+    return tensors

@@ -1,10 +1,11 @@
-"""A Megatron-LM checkpoint of one file a rank, as its tensor ranks' parts of the whole model under one set of names.
+"""Megatron-LM checkpoints of one file a rank, as shards of tensor ranks under one set of names.
 
     iter_0001000/mp_rank_TT[_PPP]/model_optim_rng.pt        TT tensor rank, PPP pipeline rank
-      args, checkpoint_version, model (or model0, model1, ... with virtual pipeline stages), optimizer, ...
+      args, checkpoint_version, model (model0, model1, ... with virtual pipeline stages), ...
 
-Each stage numbers its layers from 0, and there have been several sets of names: of the `language_model`, of the core with norms of
-their own, of the core with norms inside the linears that follow them. All become the second one, layers numbered through.
+Each stage numbers its layers from 0. There are several sets of names: those of the old
+`language_model`, those of the core with separate norms, and those of the core with norms inside the
+linears that follow them. All become the second set, with consecutive layer numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _FILES = ("model_optim_rng.pt", "model_rng.pt")
 
 
 class InertObject:
-    """Stands in for an object of a checkpoint that is no tensor and not needed; keeps nothing."""
+    """Stand-in for an object of a checkpoint that is not needed; keeps nothing."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -37,8 +38,8 @@ class InertObject:
 
 _IGNORED = [
     *[
-        f"megatron.{place}.{name}"
-        for place in ("core.enums", "model.enums", "enums")
+        f"megatron.{module}.{name}"
+        for module in ("core.enums", "model.enums", "enums")
         for name in ("ModelType", "Fp8Recipe", "PositionEmbeddingType")
     ],
     *[
@@ -56,11 +57,11 @@ _IGNORED = [
     ],
     "_io.BytesIO",
 ]
-"""What Megatron-LM's own files hold beside tensors and args: enumerations, numpy's random state, settings of fp8."""
+"""Objects in Megatron-LM's files that are not needed: enums, random states, fp8 settings."""
 
 
 class RankShard(Protocol):
-    """What one tensor rank holds of the model, under the common names."""
+    """The tensors of one tensor rank, under the common names."""
 
     def names(self) -> set[str]: ...
 
@@ -69,14 +70,14 @@ class RankShard(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def view(self, name: str) -> Tensor:
-        """The tensor, not to be written to."""
+        """Returns the tensor, which must not be modified."""
 
-    def let_go(self, name: str) -> None:
-        """Give back what a view has taken of memory."""
+    def release(self, name: str) -> None:
+        """Frees the memory that a view has taken."""
 
 
 class MappedShard:
-    """The tensors of files that are mapped."""
+    """Tensors of memory-mapped files."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
@@ -93,59 +94,72 @@ class MappedShard:
     def view(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def let_go(self, name: str) -> None:
+    def release(self, name: str) -> None:
         release(self._tensors[name])
 
 
-class Ranks(NamedTuple):
-    """The model on each tensor rank, the training arguments if there are any, and how the folder is laid out, in words."""
+class RankShards(NamedTuple):
+    """A checkpoint by tensor ranks.
+
+    Attributes:
+        shards: the tensors of each tensor rank.
+        args: the args of the training command, None if they are missing.
+        layout: a description of the layout, for the user to read.
+    """
 
     folder: Path
-    parts: list[RankShard]
+    shards: list[RankShard]
     args: Namespace | None
     layout: str
 
 
 def find_iteration(path: Path) -> Path | None:
-    """The folder of the rank folders: the path itself, or the newest iteration that its tracker file names; None when it is neither."""
-    if (
-        any(_FOLDER.fullmatch(child.name) for child in path.iterdir())
-        or (path / ".metadata").is_file()
-    ):
+    """Returns the folder with the rank folders or .metadata: the path, or its newest iteration.
+
+    Returns None if the path is not a Megatron-LM checkpoint.
+
+    Raises:
+        CheckpointError: latest_checkpointed_iteration.txt is damaged, or its folder is missing.
+    """
+    has_ranks = any(_FOLDER.fullmatch(child.name) for child in path.iterdir())
+    if has_ranks or (path / ".metadata").is_file():
         return path
     tracker = path / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
         return None
-    word = tracker.read_bytes()[:100].decode("utf-8", errors="replace").strip()
-    if word != "release" and not re.fullmatch(r"\d{1,9}", word, re.ASCII):
-        raise CheckpointError(f"{tracker} names no iteration: {word!r}")
-    folder = path / ("release" if word == "release" else f"iter_{int(word):07d}")
+    content = tracker.read_bytes()[:100].decode("utf-8", errors="replace").strip()
+    if content != "release" and not re.fullmatch(r"\d{1,9}", content, re.ASCII):
+        raise CheckpointError(f"{tracker} contains {content!r}, which is not an iteration")
+    folder = path / ("release" if content == "release" else f"iter_{int(content):07d}")
     if not folder.is_dir():
-        raise CheckpointError(f"{tracker} names {folder.name}, which is not there")
+        raise CheckpointError(f"{tracker} names {folder.name}, which is missing")
     return folder
 
 
-def read_ranks(folder: Path) -> Ranks:
-    """All ranks' files, their tensors mapped and none of them read."""
+def read_rank_files(folder: Path) -> RankShards:
+    """Maps the files of all ranks into memory, without reading tensors."""
     files = _rank_files(folder)
-    tensor, pipeline = 1 + max(t for t, _ in files), 1 + max(p for _, p in files)
-    for place in ((t, p) for p in range(pipeline) for t in range(tensor)):
-        if place not in files:
-            raise CheckpointError(
-                f"{folder} lacks tensor rank {place[0]} of pipeline rank {place[1]}, of {tensor} x {pipeline} ranks"
-            )
+    tensor_size, pipeline_size = 1 + max(t for t, _ in files), 1 + max(p for _, p in files)
+    for p in range(pipeline_size):
+        for t in range(tensor_size):
+            if (t, p) not in files:
+                raise CheckpointError(
+                    f"{folder} lacks tensor rank {t} of pipeline rank {p} "
+                    f"({tensor_size} x {pipeline_size} ranks)"
+                )
     args: Namespace | None = None
-    parts: list[RankShard] = []
-    for t in range(tensor):
+    shards: list[RankShard] = []
+    for t in range(tensor_size):
         stages = []
-        for p in range(pipeline):
+        for p in range(pipeline_size):
             state = load_state(files[t, p])
-            found = read_namespace(state, files[t, p])
-            args = args or found
-            stages.append(_chunks(state, files[t, p]))
-        parts.append(MappedShard(_number_through(stages, folder)))
-    _check_degrees(args, tensor, pipeline, folder)
-    return Ranks(folder, parts, args, f"tensor {tensor} x pipeline {pipeline} ranks")
+            stage_args = read_namespace(state, files[t, p])
+            args = args or stage_args
+            stages.append(_virtual_stages(state, files[t, p]))
+        shards.append(MappedShard(_merge_stages(stages, folder)))
+    _check_sizes(args, tensor_size, pipeline_size, folder)
+    layout = f"tensor {tensor_size} x pipeline {pipeline_size} ranks"
+    return RankShards(folder, shards, args, layout)
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
@@ -156,73 +170,83 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
         match = _FOLDER.fullmatch(child.name)
         if match is None:
             raise CheckpointError(
-                f"{child} is of a layout that is not read (experts have ranks of their own); mp_rank_TT or mp_rank_TT_PPP is"
+                f"{child} is a folder of expert ranks, which are not supported "
+                "(supported: mp_rank_TT, mp_rank_TT_PPP)"
             )
         path = next((child / name for name in _FILES if (child / name).is_file()), None)
         if path is None:
-            raise CheckpointError(f"{child} holds neither {' nor '.join(_FILES)}")
+            raise CheckpointError(f"{child} contains neither {' nor '.join(_FILES)}")
         files[int(match[1]), int(match[2] or 0)] = path
     return files
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What one of Megatron-LM's own files holds; its tensors mapped, its enumerations and random states left out."""
-    if not zipfile.is_zipfile(path):  # which alone can be mapped
+    """Returns the content of one of Megatron-LM's files: tensors are mapped, enums are dropped.
+
+    Raises:
+        CheckpointError: the file is damaged, older than torch 1.6, or contains code.
+    """
+    if not zipfile.is_zipfile(path):  # the only format that can be mapped
         raise CheckpointError(
-            f"{path} is damaged, or was written by torch before 1.6; load and save it once with a newer one"
+            f"{path} is damaged, or was written by torch before 1.6; load and save it with a newer "
+            "torch"
         )
     state = load_without_code(path, [Namespace, *((InertObject, name) for name in _IGNORED)])
     if not isinstance(state, dict):
         raise CheckpointError(
-            f"{path} holds a {type(state).__name__} and no checkpoint of Megatron-LM"
+            f"{path} contains a {type(state).__name__}, not a checkpoint of Megatron-LM"
         )
     return state
 
 
 def read_namespace(state: dict[str, Any], path: Path) -> Namespace | None:
-    """The training arguments, if they are there; refuses a version of old."""
+    """Returns the args of the training command, None if they are missing.
+
+    Raises:
+        CheckpointError: the checkpoint is too old, or the args are not a Namespace.
+    """
     version = state.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < 2:
         raise CheckpointError(
-            f"{path} is of checkpoint_version {version}, which orders query, key and value otherwise; "
-            "load and save it once with a newer Megatron-LM"
+            f"{path} has checkpoint_version {version}, which orders query, key and value otherwise "
+            "(supported: 2 and newer); load and save it with a newer Megatron-LM"
         )
     args = state.get("args")
     if args is not None and not isinstance(args, Namespace):
-        raise CheckpointError(f"{path} has args that are a {type(args).__name__} and no Namespace")
+        raise CheckpointError(f"{path}: args must be a Namespace, not {type(args).__name__}")
     return args
 
 
-def _chunks(state: dict[str, Any], path: Path) -> list[dict[str, Tensor]]:
-    """The virtual stages of one file, under the common names."""
+def _virtual_stages(state: dict[str, Any], path: Path) -> list[dict[str, Tensor]]:
+    """Returns the tensors of each virtual stage of a file, under the common names."""
     if "model" in state:
-        return [_named(state["model"], path)]
-    numbers = [f"model{number}" for number in range(len(state)) if f"model{number}" in state]
-    if not numbers:
-        raise CheckpointError(f"{path} holds no model")
-    return [_named(state[name], path) for name in numbers]
+        return [_flatten(state["model"], path)]
+    names = [f"model{number}" for number in range(len(state)) if f"model{number}" in state]
+    if not names:
+        raise CheckpointError(f"{path} contains no model")
+    return [_flatten(state[name], path) for name in names]
 
 
-def _named(model: Any, path: Path) -> dict[str, Tensor]:
-    flat: dict[str, Tensor] = {}
+def _flatten(model: Any, path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
 
-    def walk(prefix: str, value: Any, depth: int) -> None:
+    def visit(prefix: str, value: Any, depth: int) -> None:
         if isinstance(value, dict) and depth < 6:
-            for name, inner in value.items():
-                walk(f"{prefix}.{name}" if prefix else str(name), inner, depth + 1)
+            for name, child in value.items():
+                visit(f"{prefix}.{name}" if prefix else str(name), child, depth + 1)
         elif isinstance(value, Tensor):
             if not is_plain(value):
-                raise CheckpointError(f"{path} holds {prefix[:120]}, which is not a plain tensor")
+                raise CheckpointError(f"{path}: {prefix[:120]} is not a plain tensor")
             name = common_name(prefix)
             if name is not None:
-                flat[name] = value.detach()
+                tensors[name] = value.detach()
         elif value is not None and not isinstance(value, InertObject):
             raise CheckpointError(
-                f"{path} holds {prefix[:120]}, which is a {type(value).__name__} and no tensor"
+                f"{path}: {prefix[:120]} must be a tensor, not {type(value).__name__}"
             )
 
-    walk("", model, 0)
-    return flat
+    visit("", model, 0)
+    return tensors
 
 
 _RENAMED = [
@@ -249,7 +273,7 @@ _RENAMED = [
 
 
 def common_name(name: str) -> str | None:
-    """The name in the core's set with norms of their own; None for what is no parameter."""
+    """Returns the name in the core's set with separate norms; None if it is not a parameter."""
     if name.endswith("_extra_state") or name.endswith("rotary_pos_emb.inv_freq"):
         return None
     for pattern, common in _RENAMED:
@@ -257,13 +281,21 @@ def common_name(name: str) -> str | None:
     return name
 
 
-def _number_through(stages: list[list[dict[str, Tensor]]], folder: Path) -> dict[str, Tensor]:
-    """Stages by pipeline rank and chunk, whose layers count from 0, as one model: chunk by chunk, in each rank by rank."""
-    whole: dict[str, Tensor] = {}
-    before = 0
-    if len({len(chunks) for chunks in stages}) != 1:
-        raise CheckpointError(f"{folder} has pipeline ranks of different numbers of virtual stages")
-    for stage in (chunks[number] for number in range(len(stages[0])) for chunks in stages):
+def _merge_stages(stages: list[list[dict[str, Tensor]]], folder: Path) -> dict[str, Tensor]:
+    """Returns one model with consecutive layer numbers.
+
+    Args:
+        stages: by pipeline rank and virtual stage. The layers of virtual stage 0 of all ranks come
+            before those of virtual stage 1.
+        folder: the checkpoint, for messages.
+    """
+    model: dict[str, Tensor] = {}
+    num_layers = 0
+    if len({len(rank_stages) for rank_stages in stages}) != 1:
+        raise CheckpointError(
+            f"{folder} has pipeline ranks with different numbers of virtual stages"
+        )
+    for stage in (stage for stages_of_all in zip(*stages, strict=True) for stage in stages_of_all):
         layers = {
             int(match[1])
             for name in stage
@@ -273,29 +305,33 @@ def _number_through(stages: list[list[dict[str, Tensor]]], folder: Path) -> dict
             raise CheckpointError(
                 f"{folder} has a stage with layers {sorted(layers)[:8]}, which do not count from 0"
             )
-        for name, tensor in stage.items():
-            moved = _moved(name, before)
-            if moved in whole:
-                raise CheckpointError(f"{folder} holds {moved} on two stages")
-            whole[moved] = tensor
-        before += len(layers)
-    return whole
+        for stage_name, tensor in stage.items():
+            name = _shift_layer(stage_name, num_layers)
+            if name in model:
+                raise CheckpointError(f"{folder} contains {name} on two stages")
+            model[name] = tensor
+        num_layers += len(layers)
+    return model
 
 
-def _moved(name: str, layers: int) -> str:
+def _shift_layer(name: str, offset: int) -> str:
     match = re.match(r"decoder\.layers\.(\d+)\.", name)
-    return (
-        name if match is None else f"decoder.layers.{int(match[1]) + layers}.{name[match.end() :]}"
-    )
+    if match is None:
+        return name
+    return f"decoder.layers.{int(match[1]) + offset}.{name[match.end() :]}"
 
 
-def _check_degrees(args: Namespace | None, tensor: int, pipeline: int, folder: Path) -> None:
-    for name, found in (
-        ("tensor_model_parallel_size", tensor),
-        ("pipeline_model_parallel_size", pipeline),
-    ):
-        told = getattr(args, name, found)
-        if told != found:
+def _check_sizes(
+    args: Namespace | None, tensor_size: int, pipeline_size: int, folder: Path
+) -> None:
+    found = {
+        "tensor_model_parallel_size": tensor_size,
+        "pipeline_model_parallel_size": pipeline_size,
+    }
+    for name, size in found.items():
+        expected = getattr(args, name, size)
+        if expected != size:
             raise CheckpointError(
-                f"{folder} holds {found} ranks where its args say {name}={told}: some are missing"
+                f"{folder} contains {size} ranks, but its args have {name}={expected}; "
+                "ranks are missing"
             )

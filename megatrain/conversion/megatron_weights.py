@@ -1,9 +1,10 @@
-"""A Megatron-LM checkpoint as a source: its tensors put together from tensor ranks, under Hugging Face's names.
+"""A Megatron-LM checkpoint as a source: tensors merged over tensor ranks, under Hugging Face names.
 
-By rank the fused linears hold, with G groups of queries on the rank and n queries to a group, each of head_dim rows,
+Each rank has the rows of fused linears in this order. A group has n queries, a key and a value,
+each of head_dim rows:
 
-    linear_qkv    | q ... q k v | q ... q k v | ...      G times (n + 2)
-    linear_fc1    | gate | up |                          of this rank's features, where the MLP is gated
+    linear_qkv    | q ... q k v | q ... q k v | ...      G groups of n + 2 heads
+    linear_fc1    | gate | up |                          the rank's features, if the MLP is gated
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ from torch import Tensor
 
 from megatrain.checkpoint.tensor_io import Index
 from megatrain.conversion.megatron_args import MegatronArgs
-from megatrain.conversion.megatron_legacy import Ranks
+from megatrain.conversion.megatron_legacy import RankShards
 from megatrain.errors import CheckpointError
 from megatrain.models.config import TransformerConfig
 
 
 class WeightMapping(NamedTuple):
-    """How a tensor of Hugging Face's is made: of which one of Megatron's, of which piece of it, and whether transposed."""
+    """The origin of a Hugging Face tensor.
+
+    Attributes:
+        name: the tensor of Megatron-LM.
+        rows: its rows, a key of _ROWS.
+        transposed: whether Hugging Face stores it transposed.
+    """
 
     name: str
-    piece: str = "all"
+    rows: str = "all"
     transposed: bool = False
 
 
@@ -66,25 +73,25 @@ FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
 def weight_mapping(name: str) -> WeightMapping | None:
-    """Of a tensor of Hugging Face's; None for a name that Megatron-LM has nothing for."""
+    """Returns the origin of a Hugging Face tensor; None if Megatron-LM has no such tensor."""
     if name in _OUTSIDE:
         return WeightMapping(_OUTSIDE[name])
     match = _LAYER.fullmatch(name)
     if match is None:
         return None
-    gpt2 = match[1] == "transformer.h"
-    found = (_GPT2 if gpt2 else _LLAMA).get(match[3])
-    if found is None:
+    is_gpt2 = match[1] == "transformer.h"
+    origin = (_GPT2 if is_gpt2 else _LLAMA).get(match[3])
+    if origin is None:
         return None
     return WeightMapping(
-        f"decoder.layers.{match[2]}.{found[0]}.{match[4]}",
-        found[1],
-        gpt2 and match[4] == "weight" and not match[3].startswith("ln_"),
+        f"decoder.layers.{match[2]}.{origin[0]}.{match[4]}",
+        origin[1],
+        is_gpt2 and match[4] == "weight" and not match[3].startswith("ln_"),
     )
 
 
 def split_dim(name: str) -> int | None:
-    """The dim along which tensor ranks hold parts of one of Megatron's tensors; None where each holds all of it."""
+    """Returns the dimension that tensor ranks split; None for a tensor that all ranks hold."""
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return 1
     columns = (
@@ -99,190 +106,199 @@ def split_dim(name: str) -> int | None:
 
 
 class MegatronCheckpoint:
-    """The source. One tensor is put together at a time, and kept until another is asked for."""
+    """A Megatron-LM checkpoint. It merges one tensor at a time and keeps it until the next one."""
 
     kind = "Megatron-LM checkpoint"
-    own_code = "a decoder on Megatron-LM's tensors"
+    implementation = "a decoder on Megatron-LM's tensors"
 
     def __init__(
         self,
-        ranks: Ranks,
-        settings: MegatronArgs,
+        ranks: RankShards,
+        args: MegatronArgs,
         config: Any,
         *,
-        extras: Path | None,
+        metadata_folder: Path | None,
         note: str = "",
     ) -> None:
-        self.ranks, self.settings, self.config, self.extras, self.note = (
-            ranks,
-            settings,
-            config,
-            extras,
-            note,
-        )
-        self.folder = ranks.folder
-        self.kind = f"{MegatronCheckpoint.kind} of {ranks.layout}"
-        self._recipes: dict[str, WeightMapping] = {}
-        self._last: tuple[str, Tensor] | None = None
+        self.folder, self.shards, self.args = ranks.folder, ranks.shards, args
+        self.config, self.metadata_folder, self.note = config, metadata_folder, note
+        self.kind = f"{MegatronCheckpoint.kind}, {ranks.layout}"
+        self._mappings: dict[str, WeightMapping] = {}
+        self._cached: tuple[str, Tensor] | None = None
 
-    def adopt(self, architecture: TransformerConfig, expected: dict[str, tuple[int, ...]]) -> None:
-        """Find each tensor of the model, and refuse a checkpoint that holds others or whose ranks disagree."""
-        if self.config.model_type not in FAMILIES:
+    def bind(self, architecture: TransformerConfig, expected: dict[str, tuple[int, ...]]) -> None:
+        """Finds the tensors of the model.
+
+        Raises:
+            CheckpointError: the checkpoint has other tensors, or its ranks disagree.
+        """
+        model_type = self.config.model_type
+        if model_type not in FAMILIES:
             raise CheckpointError(
-                f"--config names a {self.config.model_type}, and of Megatron-LM's checkpoints {', '.join(FAMILIES)} are read"
+                f"--config is a {model_type}, which is not supported for Megatron-LM checkpoints "
+                f"(supported: {', '.join(FAMILIES)})"
             )
-        held = [part.names() for part in self.ranks.parts]
-        for number, names in enumerate(held):
-            if names != held[0]:
-                raise CheckpointError(
-                    f"{self.folder} holds {min(names ^ held[0])} on some tensor ranks and not on rank {number if min(names ^ held[0]) in held[0] else 0}"
-                )
+        stored = self._common_names()
         for name in expected:
-            found = weight_mapping(name)
-            if found is not None and found.name in held[0]:
-                self._recipes[name] = found
-        left = held[0] - {found.name for found in self._recipes.values()}
-        if self.settings.tied and "output_layer.weight" in left:
-            left.discard("output_layer.weight")
-            self._check_equal("output_layer.weight", "embedding.word_embeddings.weight")
-        if left:
+            mapping = weight_mapping(name)
+            if mapping is not None and mapping.name in stored:
+                self._mappings[name] = mapping
+        unused = stored - {mapping.name for mapping in self._mappings.values()}
+        if self.args.tied and "output_layer.weight" in unused:
+            unused.discard("output_layer.weight")
+            self._check_tied_head()
+        if unused:
             raise CheckpointError(
-                f"{self.folder} holds {min(left)}, for which a {self.config.model_type} of its settings has no place"
+                f"{self.folder} contains {min(unused)}, which a {model_type} of its args does not "
+                "have"
             )
-        for name in held[0]:
-            self._check_shapes(name)
-
-    def _check_equal(self, copy: str, original: str) -> None:
-        for part in self.ranks.parts:
-            if original not in part.names() or not torch.equal(
-                part.view(copy), part.view(original)
-            ):
-                raise CheckpointError(
-                    f"{self.folder} is of tied embeddings, and its last stage's copy of them has other values than the first stage's"
-                )
-
-    def _check_shapes(self, name: str) -> None:
-        first, *others = self.ranks.parts
-        shape = first.shape(name)
-        for rank, other in enumerate(others, start=1):
-            if other.shape(name) != shape or other.dtype(name) != first.dtype(name):
-                raise CheckpointError(
-                    f"{self.folder} holds {name} of shape {other.shape(name)} on tensor rank {rank} and {shape} on rank 0"
-                )
-            if split_dim(name) is None and not torch.equal(first.view(name), other.view(name)):
-                raise CheckpointError(
-                    f"{self.folder} holds {name} with other values on tensor rank {rank} than on rank 0, and all ranks hold the same of it"
-                )
-        if name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
-            s = self.settings
-            rows = s.num_groups * (s.num_heads // s.num_groups + 2) * s.head_dim
-            if s.num_groups % len(self.ranks.parts) or shape[0] * len(self.ranks.parts) != rows:
-                raise CheckpointError(
-                    f"{self.folder} holds {name} of {shape[0]} rows on each of {len(self.ranks.parts)} tensor ranks, and "
-                    f"{s.num_heads} heads in {s.num_groups} groups of head_dim {s.head_dim} make {rows}"
-                )
-        if (
-            self.settings.gated
-            and name.endswith(("linear_fc1.weight", "linear_fc1.bias"))
-            and shape[0] % 2
-        ):
-            raise CheckpointError(
-                f"{self.folder} holds {name} of {shape[0]} rows, which are not gate and up of equal size"
-            )
+        for name in stored:
+            self._check_ranks(name)
+            self._check_fused_rows(name)
 
     def names(self) -> list[str]:
-        return list(self._recipes)
+        return list(self._mappings)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        made, s = self._recipes[name], self.settings
-        shape = list(self.ranks.parts[0].shape(made.name))
-        dim = split_dim(made.name)
+        mapping, args = self._mappings[name], self.args
+        shape = list(self.shards[0].shape(mapping.name))
+        dim = split_dim(mapping.name)
         if dim is not None:
-            shape[dim] *= len(self.ranks.parts)
+            shape[dim] *= len(self.shards)
         rows = {
-            "query": s.num_heads * s.head_dim,
-            "key": s.num_groups * s.head_dim,
-            "value": s.num_groups * s.head_dim,
+            "query": args.num_heads * args.head_dim,
+            "key": args.num_groups * args.head_dim,
+            "value": args.num_groups * args.head_dim,
             "gate": shape[0] // 2,
             "up": shape[0] // 2,
         }
-        shape[0] = rows.get(made.piece, shape[0])
-        if _of_vocabulary(made.name):
+        shape[0] = rows.get(mapping.rows, shape[0])
+        if _has_vocab_rows(mapping.name):
             shape[0] = min(shape[0], self.config.vocab_size)
-        return tuple(reversed(shape) if made.transposed else shape)
+        return tuple(reversed(shape) if mapping.transposed else shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.ranks.parts[0].dtype(self._recipes[name].name)
+        return self.shards[0].dtype(self._mappings[name].name)
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        return self._whole(name)[index or ()].clone(memory_format=torch.contiguous_format)
+        return self._merge(name)[index or ()].clone(memory_format=torch.contiguous_format)
 
-    def _whole(self, name: str) -> Tensor:
-        if self._last is None or self._last[0] != name:
-            self._last = None
-            made = self._recipes[name]
-            parts = [part.view(made.name) for part in self.ranks.parts]
-            whole = _PIECES[made.piece](parts, self.settings, split_dim(made.name))
-            if _of_vocabulary(made.name):
-                whole = whole[: self.config.vocab_size]
-            self._last = (
-                name,
-                (whole.t() if made.transposed else whole).clone(
-                    memory_format=torch.contiguous_format
-                ),
-            )
-            for part in self.ranks.parts:
-                part.let_go(made.name)
-        return self._last[1]
-
-    def own_logits(self, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """[B, S, V], from the ranks' tensors as they are, rounded to the dtype first."""
+    def logits(self, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Returns logits [B, S, V] from the stored tensors, each cast to `dtype` first."""
         from megatrain.conversion.megatron_model import MegatronModel
 
-        return MegatronModel(self.ranks.parts, self.settings, dtype).logits(tokens)[
-            ..., : self.config.vocab_size
-        ]
+        logits = MegatronModel(self.shards, self.args, dtype).logits(tokens)
+        return logits[..., : self.config.vocab_size]
+
+    def _merge(self, name: str) -> Tensor:
+        if self._cached is None or self._cached[0] != name:
+            self._cached = None  # frees it first
+            mapping = self._mappings[name]
+            parts = [shard.view(mapping.name) for shard in self.shards]
+            values = _ROWS[mapping.rows](parts, self.args, split_dim(mapping.name))
+            if _has_vocab_rows(mapping.name):
+                values = values[: self.config.vocab_size]
+            values = values.t() if mapping.transposed else values
+            self._cached = (name, values.clone(memory_format=torch.contiguous_format))
+            for shard in self.shards:
+                shard.release(mapping.name)
+        return self._cached[1]
+
+    def _common_names(self) -> set[str]:
+        """Returns the names of the stored tensors, which must be the same on all tensor ranks."""
+        first = self.shards[0].names()
+        for rank, shard in enumerate(self.shards):
+            different = shard.names() ^ first
+            if different:
+                name = min(different)
+                raise CheckpointError(
+                    f"{self.folder}: {name} is missing on tensor rank "
+                    f"{rank if name in first else 0}"
+                )
+        return first
+
+    def _check_tied_head(self) -> None:
+        embedding = "embedding.word_embeddings.weight"
+        for shard in self.shards:
+            if embedding not in shard.names() or not torch.equal(
+                shard.view("output_layer.weight"), shard.view(embedding)
+            ):
+                raise CheckpointError(
+                    f"{self.folder} has tied embeddings, but the last stage's copy differs from "
+                    "the first stage's"
+                )
+
+    def _check_ranks(self, name: str) -> None:
+        """Checks that all tensor ranks have the same shape, and the same values unless split."""
+        first, *others = self.shards
+        shape, dtype = first.shape(name), first.dtype(name)
+        for rank, other in enumerate(others, start=1):
+            if (other.shape(name), other.dtype(name)) != (shape, dtype):
+                raise CheckpointError(
+                    f"{self.folder}: {name} has shape {other.shape(name)} on tensor rank {rank} "
+                    f"and {shape} on rank 0"
+                )
+            if split_dim(name) is None and not torch.equal(first.view(name), other.view(name)):
+                raise CheckpointError(
+                    f"{self.folder}: {name} has other values on tensor rank {rank} than on rank 0, "
+                    "but is not split"
+                )
+
+    def _check_fused_rows(self, name: str) -> None:
+        args, size, rows = self.args, len(self.shards), self.shards[0].shape(name)[:1]
+        if name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
+            heads = args.num_groups * (args.num_heads // args.num_groups + 2)
+            if args.num_groups % size or rows[0] * size != heads * args.head_dim:
+                raise CheckpointError(
+                    f"{self.folder}: {name} has {rows[0]} rows on each of {size} tensor ranks, but "
+                    f"{args.num_heads} heads in {args.num_groups} groups of head_dim "
+                    f"{args.head_dim} require {heads * args.head_dim} in total"
+                )
+        is_fc1 = name.endswith(("linear_fc1.weight", "linear_fc1.bias"))
+        if args.gated and is_fc1 and rows[0] % 2:
+            raise CheckpointError(
+                f"{self.folder}: {name} has {rows[0]} rows, which cannot be split into gate and up"
+            )
 
 
-def _of_vocabulary(name: str) -> bool:
+def _has_vocab_rows(name: str) -> bool:
     return name.endswith(("word_embeddings.weight", "output_layer.weight"))
 
 
-def _all(parts: list[Tensor], s: MegatronArgs, dim: int | None) -> Tensor:
+RowSelector = Callable[[list[Tensor], MegatronArgs, int | None], Tensor]
+"""Merges rows of a tensor from its parts on all tensor ranks, given the dimension that is split."""
+
+
+def _all_rows(parts: list[Tensor], args: MegatronArgs, dim: int | None) -> Tensor:
     return parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _of_groups(
-    first: int, count: int
-) -> Callable[[list[Tensor], MegatronArgs, int | None], Tensor]:
-    """Heads [first, first + count) of each group, counted from the end where negative; count 0 takes all queries."""
+def _heads(select: Callable[[Tensor], Tensor]) -> RowSelector:
+    """Returns a selector of heads from groups [G, n + 2, head_dim, ...] of each rank."""
 
-    def take(parts: list[Tensor], s: MegatronArgs, dim: int | None) -> Tensor:
-        queries = s.num_heads // s.num_groups
-        start, number = (first, count) if count else (0, queries)
-        pieces = []
-        for part in parts:
-            groups = part.view(-1, queries + 2, s.head_dim, *part.shape[1:])
-            place = start if start >= 0 else queries + 2 + start
-            pieces.append(groups[:, place : place + number].flatten(0, 2))
-        return torch.cat(pieces)
+    def rows(parts: list[Tensor], args: MegatronArgs, dim: int | None) -> Tensor:
+        heads_per_group = args.num_heads // args.num_groups + 2
+        groups = [part.view(-1, heads_per_group, args.head_dim, *part.shape[1:]) for part in parts]
+        return torch.cat([select(group).flatten(0, 2) for group in groups])
 
-    return take
+    return rows
 
 
-def _half(number: int) -> Callable[[list[Tensor], MegatronArgs, int | None], Tensor]:
-    return lambda parts, s, dim: torch.cat([part.chunk(2)[number] for part in parts])
+def _half(number: int) -> RowSelector:
+    return lambda parts, args, dim: torch.cat([part.chunk(2)[number] for part in parts])
 
 
-_QUERY, _KEY, _VALUE = _of_groups(0, 0), _of_groups(-2, 1), _of_groups(-1, 1)
-_PIECES: dict[str, Callable[[list[Tensor], MegatronArgs, int | None], Tensor]] = {
-    "all": _all,
+_QUERY = _heads(lambda groups: groups[:, :-2])
+_KEY = _heads(lambda groups: groups[:, -2:-1])
+_VALUE = _heads(lambda groups: groups[:, -1:])
+_ROWS: dict[str, RowSelector] = {
+    "all": _all_rows,
     "query": _QUERY,
     "key": _KEY,
     "value": _VALUE,
     "gate": _half(0),
     "up": _half(1),
-    "query, key, value": lambda parts, s, dim: torch.cat(
-        [take(parts, s, dim) for take in (_QUERY, _KEY, _VALUE)]
+    "query, key, value": lambda parts, args, dim: torch.cat(
+        [rows(parts, args, dim) for rows in (_QUERY, _KEY, _VALUE)]
     ),
 }

@@ -1,50 +1,68 @@
-"""Proof that a written folder is the model it was made from: every tensor's hash, and logits of two implementations.
+"""Verification of a converted model: the bytes of every tensor, and logits of two implementations.
 
-A Hugging Face folder is computed by transformers and what it was made from by the layers that train, or, for a Megatron-LM
-checkpoint, by a decoder that works on Megatron's own tensors; a checkpoint of ours is computed by our layers and its source by
-transformers. So names, splits, transposes and config are proven by code that knows nothing of the conversion. Where the dtype
-is lowered the source is rounded to it first, which leaves the same bound, and the whole difference is reported beside it.
+A Hugging Face folder is computed by transformers, its source by our layers; a megatrain checkpoint
+the other way round. A Megatron-LM checkpoint is computed by a decoder that works on Megatron's own
+tensors. Names, splits, transposes and the config are thus verified by code that shares nothing with
+the conversion. If the conversion lowers the dtype, the source is rounded to it first, so that the
+same bound holds; the difference to the exact source is reported as well.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
+import io
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatrain.checkpoint.hf_folder import HFFolder
 from megatrain.checkpoint.tensor_io import raw_bytes
-from megatrain.conversion.logits import fixed_prompts, our_logits, transformers_logits
-from megatrain.conversion.sources import CastTensors, Readable, Source, row_blocks_of
+from megatrain.config.loader import Config
+from megatrain.conversion.sources import CastTensors, Source, TensorReader, read_row_blocks
+from megatrain.conversion.streamed_forward import row_blocks, streamed, with_values
+from megatrain.data.dataloader import Batch
+from megatrain.distributed.mesh import make_mesh
+from megatrain.distributed.sharding import ShardSpec, shard_spec
 from megatrain.errors import CheckpointError
 from megatrain.models.config import TransformerConfig
+from megatrain.models.microbatches import MicrobatchFactory
+from megatrain.models.params import ParamFactory
+from megatrain.models.transformer import build_layers, layer_specs
 
 BOUND = 2e-5
-"""Largest difference of two fp32 implementations, as a share of the largest logit (at least 1)."""
+"""Largest allowed difference of fp32 logits, relative to the largest logit (at least 1)."""
 
 WEIGHT_BOUND = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
-"""Largest relative change of a weight by rounding to nearest; below fp16's smallest normal number, 6.1e-5, it may be more."""
+"""Largest relative change of a weight by rounding to nearest, above 6.1e-5 (normal in fp16)."""
+
+NUM_PROMPTS, PROMPT_LENGTH = 2, 24
+_OUR_LAYERS = "our layers"
 
 
 @runtime_checkable
-class ComputesItself(Protocol):
-    """A source with a forward of its own, from its tensors as they lie there; `own_code` says by whom."""
+class HasOwnForward(Protocol):
+    """A source with a forward pass of its own, on its tensors as they are stored.
 
-    own_code: str
+    Attributes:
+        implementation: a name of that code, for the user to read.
+    """
 
-    def own_logits(self, tokens: Tensor, dtype: torch.dtype | None) -> Tensor: ...
+    implementation: str
+
+    def logits(self, tokens: Tensor, dtype: torch.dtype | None) -> Tensor: ...
 
 
 class VerificationResult(NamedTuple):
-    """What was found equal, as conversion.json keeps it.
+    """The result of a verification, as conversion.json stores it.
 
     Attributes:
-        max_logit_difference, bound: between source (in the target's dtype) and target.
-        rounding_difference: between the source in its own dtype and the target; None when the dtype is the source's.
+        max_logit_difference: between the source, cast to the target's dtype, and the target.
+        rounding_difference: between the exact source and the target; None without a cast.
     """
 
     tensors: int
@@ -57,39 +75,44 @@ class VerificationResult(NamedTuple):
     rounding_difference: float | None = None
 
 
-def check_bytes(
-    written: Readable, source: Readable, names: list[str], path: Path
+def compare_bytes(
+    written: TensorReader, source: TensorReader, names: list[str], path: Path
 ) -> dict[str, str]:
-    """Read back every tensor and compare it with the source's, block by block; returns the SHA-256 of each."""
+    """Compares every written tensor with the source; returns the SHA-256 of each.
+
+    Raises:
+        CheckpointError: a tensor differs in shape, dtype or any byte.
+    """
     hashes = {}
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as thread:
         for name in names:
-            digest = hashlib.sha256()
-            hashing: list[Future[None]] = []
-            if written.shape(name) != source.shape(name) or written.dtype(name) != source.dtype(
-                name
+            if (written.shape(name), written.dtype(name)) != (
+                source.shape(name),
+                source.dtype(name),
             ):
                 raise CheckpointError(
-                    f"{path} does not hold {name} as it was written: the disk is not to be trusted"
+                    f"{path}: {name} has another shape or dtype than was written; check the disk"
                 )
-            for found, expected in zip(
-                row_blocks_of(written, name), row_blocks_of(source, name), strict=True
-            ):
-                held = raw_bytes(found)
-                if not torch.equal(held, raw_bytes(expected)):
+            digest = hashlib.sha256()
+            pending: Future[None] | None = None
+            blocks = zip(read_row_blocks(written, name), read_row_blocks(source, name), strict=True)
+            for found, expected in blocks:
+                content = raw_bytes(found)
+                if not torch.equal(content, raw_bytes(expected)):
                     raise CheckpointError(
-                        f"{path} holds {name} with other bytes than were written: the disk or the memory is not to be trusted"
+                        f"{path}: {name} has other bytes than were written; "
+                        "check the disk and the memory of this machine"
                     )
-                for future in hashing:
-                    future.result()
-                hashing = [beside.submit(digest.update, memoryview(held.numpy()))]
-            for future in hashing:
-                future.result()
+                if pending is not None:
+                    pending.result()
+                pending = thread.submit(digest.update, memoryview(content.numpy()))
+            if pending is not None:
+                pending.result()
             hashes[name] = digest.hexdigest()
     return hashes
 
 
-def check_logits(
+def compare_logits(
     source: Source,
     folder: HFFolder,
     config: Any,
@@ -98,47 +121,61 @@ def check_logits(
     dtype: torch.dtype | None,
     to: str,
 ) -> VerificationResult:
-    """Compare the logits of source and written folder on fixed prompts."""
+    """Compares the logits of source and written folder on fixed prompts.
+
+    Args:
+        source: a bound source.
+        folder: the written tensors.
+        config: the transformers config that was written.
+        architecture: the same model as our layers read it.
+        dtype: the dtype of the target, None if each tensor keeps its own.
+        to: "hf" or "checkpoint", the format of the target.
+
+    Raises:
+        CheckpointError: the source's logits are not finite, or differ by more than the bound.
+    """
     tokens = fixed_prompts(architecture)
-    by_transformers = to == "hf"
-    if by_transformers:
+    to_hf = to == "hf"
+    if to_hf:
         found = transformers_logits(config, folder, folder.names(), tokens)
     else:
         found = our_logits(architecture, folder, tokens)
-    rounded, implementation = source_logits(
-        source, architecture, tokens, dtype=dtype, by_transformers=not by_transformers
+    expected, implementation = _source_logits(
+        source, architecture, tokens, dtype=dtype, by_transformers=not to_hf
     )
-    largest = float(rounded.abs().max())
-    if not rounded.isfinite().all():
+    if not expected.isfinite().all():
         raise CheckpointError(
-            f"{source.folder} is no sound model: its own logits are not finite; --no-verify converts it as it is"
+            f"{source.folder}: the model's own logits are not finite; "
+            "--no-verify converts it without a comparison"
         )
+    largest = float(expected.abs().max())
     bound = BOUND * max(1.0, largest)
-    difference = _difference(found, rounded)
+    difference = _max_difference(found, expected)
     if not difference <= bound:
         raise CheckpointError(
-            f"{source.folder} and what was made of it differ: their logits by {difference:.3g}, and rounding allows {bound:.3g}; "
-            "nothing was published. This is a mistake of the converter, not of yours"
+            f"the logits of {source.folder} and of the converted model differ by {difference:.3g} "
+            f"(allowed {bound:.3g}); nothing was published. This is a bug in megatrain; "
+            "please report it"
         )
-    whole = None
+    rounding_difference = None
     if dtype is not None and any(source.dtype(name) != dtype for name in source.names()):
-        exact, _ = source_logits(
-            source, architecture, tokens, dtype=None, by_transformers=not by_transformers
+        exact, _ = _source_logits(
+            source, architecture, tokens, dtype=None, by_transformers=not to_hf
         )
-        whole = _difference(found, exact)
+        rounding_difference = _max_difference(found, exact)
     return VerificationResult(
-        len(source.names()),
-        difference,
-        bound,
-        largest,
-        tuple(tokens.shape),
-        implementation,
-        "transformers" if by_transformers else "our layers",
-        whole,
+        tensors=len(source.names()),
+        max_logit_difference=difference,
+        bound=bound,
+        largest_logit=largest,
+        prompts=tuple(tokens.shape),
+        source_computed_by=implementation,
+        target_computed_by="transformers" if to_hf else _OUR_LAYERS,
+        rounding_difference=rounding_difference,
     )
 
 
-def source_logits(
+def _source_logits(
     source: Source,
     architecture: TransformerConfig,
     tokens: Tensor,
@@ -146,18 +183,113 @@ def source_logits(
     dtype: torch.dtype | None,
     by_transformers: bool,
 ) -> tuple[Tensor, str]:
-    """Logits of the source, and by whose code. A source that knows its own way to compute them goes it."""
-    if isinstance(source, ComputesItself):
-        return source.own_logits(tokens, dtype), source.own_code
-    rounded = CastTensors(source, dtype)
+    """Returns logits [B, S, V] of the source cast to `dtype`, and the code that computed them."""
+    if isinstance(source, HasOwnForward):
+        return source.logits(tokens, dtype), source.implementation
+    tensors = CastTensors(source, dtype)
     if by_transformers:
-        return transformers_logits(source.config, rounded, source.names(), tokens), "transformers"
-    return our_logits(architecture, rounded, tokens), "our layers"
+        return transformers_logits(source.config, tensors, source.names(), tokens), "transformers"
+    return our_logits(architecture, tensors, tokens), _OUR_LAYERS
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
+def _max_difference(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape:
         raise CheckpointError(
-            f"source and target give logits of different shapes: {tuple(other.shape)} and {tuple(one.shape)}"
+            f"source and target have logits of different shapes: {tuple(other.shape)} and "
+            f"{tuple(one.shape)}"
         )
     return float((one - other).abs().max())
+
+
+def fixed_prompts(architecture: TransformerConfig) -> Tensor:
+    """Returns tokens int64 [B, S], the same for all models of this vocabulary size."""
+    generator = torch.Generator().manual_seed(20)
+    length = min(PROMPT_LENGTH, architecture.max_positions)
+    return torch.randint(0, architecture.vocab_size, (NUM_PROMPTS, length), generator=generator)
+
+
+def build_meta_model(architecture: TransformerConfig) -> nn.ModuleList:
+    """Returns all layers for one rank, on the meta device."""
+    params = ParamFactory(
+        architecture,
+        make_mesh(0, connect=False),
+        sequence=False,
+        dtype=torch.float32,
+        device="meta",
+    )
+    return build_layers(layer_specs(architecture), params, recompute="none").eval()
+
+
+@torch.no_grad()
+def our_logits(architecture: TransformerConfig, tensors: TensorReader, tokens: Tensor) -> Tensor:
+    """Returns logits [B, S, V] of our layers in fp32, which hold one matrix at a time."""
+    layers = build_meta_model(architecture)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    microbatches = MicrobatchFactory(
+        Config(), architecture, make_mesh(0, connect=False), torch.device("cpu")
+    )
+    batch = Batch(tokens, tokens, positions, torch.zeros_like(tokens))
+    microbatch = microbatches.make(batch, step=None, index=0)
+
+    def read(parameter: nn.Parameter, rows: slice | None) -> Tensor:
+        return read_parameter(tensors, shard_spec(parameter), rows).float()
+
+    with streamed(layers, read):
+        hidden_states = None
+        for layer in layers[:-1]:
+            hidden_states = layer(hidden_states, microbatch)
+        head: Any = layers[-1]
+        blocks = []
+        for rows in row_blocks(head.weight):
+            with with_values(head, "weight", read(head.weight, rows)):
+                blocks.append(head.logits(hidden_states))
+    return torch.cat(blocks, dim=-1).transpose(0, 1)
+
+
+def read_parameter(tensors: TensorReader, spec: ShardSpec, rows: slice | None = None) -> Tensor:
+    """Returns the values of a parameter of our layers, or some of its rows."""
+    regions = spec.regions()
+    if rows is not None and len(regions) == 1 and not spec.transposed:
+        first, *others = regions[0].whole
+        stored_rows = slice(first.start + rows.start, first.start + rows.stop)
+        return tensors.read(spec.name, (stored_rows, *others))
+    part = torch.empty(spec.part_shape(), dtype=tensors.dtype(spec.name))
+    for region in regions:
+        part[region.part] = tensors.read(spec.name, region.whole)
+    values = part.t() if spec.transposed else part
+    return values if rows is None else values[rows]
+
+
+@torch.no_grad()
+def transformers_logits(
+    config: Any, tensors: TensorReader, names: list[str], tokens: Tensor
+) -> Tensor:
+    """Returns logits [B, S, V] of transformers' model in fp32, which holds one matrix at a time."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False), contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+    model.tie_weights()  # the meta device unties them
+    known = set(names)
+    name_map = {
+        id(parameter): name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name in known
+    }
+    missing = [
+        name for name, parameter in model.named_parameters() if id(parameter) not in name_map
+    ]
+    if missing:
+        raise AssertionError(
+            f"transformers' {type(model).__name__} requires {missing[0]}, which was not converted"
+        )
+
+    def read(parameter: nn.Parameter, rows: slice | None) -> Tensor:
+        return tensors.read(name_map[id(parameter)], None if rows is None else (rows,)).float()
+
+    with streamed(model, read):
+        logits: Tensor = model(tokens, use_cache=False).logits
+    return logits

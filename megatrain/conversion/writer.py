@@ -1,8 +1,8 @@
-"""Writes safetensors block by block: the header follows from names, dtypes and shapes, so that no tensor has to be whole in memory.
+"""Writes safetensors files block by block.
 
-Bytes that lie in a file as they are to be written are copied by the system, as `cp` does, and never come to this process.
-
-While blocks are written a second thread has the disk catch up.
+The header follows from names, dtypes and shapes, so that no tensor has to fit into memory. Tensors
+whose bytes lie in a file as they are to be written are copied by the kernel, as `cp` does. A second
+thread flushes to disk meanwhile.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 
 from megatrain.checkpoint.hf_folder import shard_names, write_weight_map
-from megatrain.checkpoint.manifest import fsync_folder
 from megatrain.checkpoint.tensor_io import ByteSpan, make_header, raw_bytes
-from megatrain.conversion.sources import HasSpans, Readable, nbytes, row_blocks_of
+from megatrain.conversion.sources import HasByteSpans, TensorReader, nbytes, read_row_blocks
 from megatrain.errors import CheckpointError
+from megatrain.files import flush_to_disk
 
-_WRITTEN = (
+_WRITABLE = (
     torch.float64,
     torch.float32,
     torch.float16,
@@ -35,31 +35,31 @@ _WRITTEN = (
     torch.bool,
 )
 
-_BEHIND = 128 << 20
-"""Bytes after which the disk is asked to catch up."""
+_FLUSH_BYTES = 128 << 20
+"""Bytes after which a flush to disk is started."""
 
-_COPIED_BYTES = 64 << 20
-_NOT_COPIED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system says that does not copy between files."""
+_COPY_BYTES = 64 << 20
+_COPY_UNSUPPORTED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of file systems that cannot copy between files."""
 
 
 class BackgroundSync:
-    """Has the disk write what the system still holds in memory, beside other work, so that little is left to wait for at the end."""
+    """Flushes files to disk in a thread, while others are written."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
-        self._done: list[Future[None]] = []
+        self._flushes: list[Future[None]] = []
 
-    def catch_up(self, path: Path) -> None:
-        """Begin with what the file holds now, unless the disk is still busy with what it was asked before."""
-        if not self._done or self._done[-1].done():
-            self._done.append(self._thread.submit(fsync_folder, path))
+    def start_flush(self, path: Path) -> None:
+        """Starts to flush what the file contains now, unless a flush is running."""
+        if not self._flushes or self._flushes[-1].done():
+            self._flushes.append(self._thread.submit(flush_to_disk, path))
 
     def wait(self) -> None:
-        """Until nothing is under way; raises the OSError of a write that failed."""
+        """Waits for all flushes; raises the OSError of one that failed."""
         self._thread.shutdown()
-        for future in self._done:
-            future.result()
+        for flush in self._flushes:
+            flush.result()
 
 
 class OutputShard(NamedTuple):
@@ -69,8 +69,8 @@ class OutputShard(NamedTuple):
     tensors: list[str]
 
 
-def plan_shards(names: Iterable[str], tensors: Readable, max_bytes: int) -> list[OutputShard]:
-    """Cut the tensors, in their order, into files of at most `max_bytes`; a larger tensor has a file of its own."""
+def plan_shards(names: Iterable[str], tensors: TensorReader, max_bytes: int) -> list[OutputShard]:
+    """Assigns tensors, in order, to files of at most `max_bytes`, or of one larger tensor."""
     groups: list[list[str]] = [[]]
     size = 0
     for name in names:
@@ -88,84 +88,83 @@ def plan_shards(names: Iterable[str], tensors: Readable, max_bytes: int) -> list
 def write_model(
     folder: Path,
     shards: list[OutputShard],
-    tensors: Readable,
+    tensors: TensorReader,
     *,
-    wrote: Callable[[int], None],
-    catcher: BackgroundSync | None = None,
+    on_write: Callable[[int], None],
+    sync: BackgroundSync | None = None,
 ) -> None:
-    """Write all shards and their index. `wrote` is told of each block's bytes."""
+    """Writes all shards and their index; calls `on_write` with the bytes of each block."""
     for shard in shards:
-        write_file(folder / shard.file, shard.tensors, tensors, wrote=wrote, catcher=catcher)
+        write_file(folder / shard.file, shard.tensors, tensors, on_write=on_write, sync=sync)
     if len(shards) > 1:
         total = sum(nbytes(tensors, name) for shard in shards for name in shard.tensors)
-        homes = {name: shard.file for shard in shards for name in shard.tensors}
-        write_weight_map(folder, dict(sorted(homes.items())), total_size=total)
+        weight_map = {name: shard.file for shard in shards for name in shard.tensors}
+        write_weight_map(folder, dict(sorted(weight_map.items())), total_size=total)
 
 
 def write_file(
     path: Path,
     names: list[str],
-    tensors: Readable,
+    tensors: TensorReader,
     *,
-    wrote: Callable[[int], None],
-    catcher: BackgroundSync | None = None,
+    on_write: Callable[[int], None],
+    sync: BackgroundSync | None = None,
 ) -> None:
-    """Write one safetensors file; the catcher has the disk follow."""
+    """Writes one safetensors file; calls `on_write` with the bytes of each block."""
     # Wider elements first: each tensor then begins at a multiple of its element's size.
     names = sorted(names, key=lambda name: -tensors.dtype(name).itemsize)
-    behind = 0
+    unflushed = 0
     with path.open("wb", buffering=0) as file:
         _write_all(file.fileno(), memoryview(_header(names, tensors)))
-        for count in (
-            count for name in names for count in _write_tensor(file.fileno(), tensors, name)
-        ):
-            wrote(count)
-            behind += count
-            if catcher is not None and behind >= _BEHIND:
-                catcher.catch_up(path)
-                behind = 0
+        for name in names:
+            for count in _write_tensor(file.fileno(), tensors, name):
+                on_write(count)
+                unflushed += count
+                if sync is not None and unflushed >= _FLUSH_BYTES:
+                    sync.start_flush(path)
+                    unflushed = 0
 
 
-def _write_tensor(handle: int, tensors: Readable, name: str) -> Iterator[int]:
-    """Write it in parts; yields the bytes of each."""
-    span = tensors.span(name) if isinstance(tensors, HasSpans) else None
-    if span is not None and span.start < span.stop and _copies_files(span, handle):
-        begin = os.lseek(handle, 0, os.SEEK_CUR)
+def _write_tensor(descriptor: int, tensors: TensorReader, name: str) -> Iterator[int]:
+    """Writes a tensor in blocks; yields the bytes of each."""
+    span = tensors.span(name) if isinstance(tensors, HasByteSpans) else None
+    if span is not None and span.start < span.stop and _can_copy(span, descriptor):
+        start = os.lseek(descriptor, 0, os.SEEK_CUR)
         try:
-            yield from _copy_span(span, handle)
+            yield from _copy_span(span, descriptor)
             return
         except OSError as error:
-            if error.errno not in _NOT_COPIED:
+            if error.errno not in _COPY_UNSUPPORTED:
                 raise
-            os.lseek(handle, begin, os.SEEK_SET)
-    for block in row_blocks_of(tensors, name):
-        _write_all(handle, memoryview(raw_bytes(block).numpy()))
+            os.lseek(descriptor, start, os.SEEK_SET)
+    for block in read_row_blocks(tensors, name):
+        _write_all(descriptor, memoryview(raw_bytes(block).numpy()))
         yield block.nbytes
 
 
-def _copies_files(span: ByteSpan, handle: int) -> bool:
-    """Whether the system copies between these files."""
-    return hasattr(os, "copy_file_range") and span.path.stat().st_dev == os.fstat(handle).st_dev
+def _can_copy(span: ByteSpan, descriptor: int) -> bool:
+    same_device = span.path.stat().st_dev == os.fstat(descriptor).st_dev
+    return hasattr(os, "copy_file_range") and same_device
 
 
-def _copy_span(span: ByteSpan, handle: int) -> Iterator[int]:
+def _copy_span(span: ByteSpan, descriptor: int) -> Iterator[int]:
     with span.path.open("rb") as source:
-        at = span.start
-        while at < span.stop:
-            count = os.copy_file_range(
-                source.fileno(), handle, min(span.stop - at, _COPIED_BYTES), at
-            )
+        offset = span.start
+        while offset < span.stop:
+            size = min(span.stop - offset, _COPY_BYTES)
+            count = os.copy_file_range(source.fileno(), descriptor, size, offset)
             if count == 0:
-                raise CheckpointError(f"{span.path} has become shorter while it was read")
-            at += count
+                raise CheckpointError(f"{span.path} became shorter while it was read")
+            offset += count
             yield count
 
 
-def _header(names: list[str], tensors: Readable) -> bytes:
+def _header(names: list[str], tensors: TensorReader) -> bytes:
     for name in names:
-        if tensors.dtype(name) not in _WRITTEN:
+        if tensors.dtype(name) not in _WRITABLE:
             raise CheckpointError(
-                f"{name} is of {tensors.dtype(name)}, which is not written; convert with --dtype bf16, fp16 or fp32"
+                f"{name} has dtype {tensors.dtype(name)}, which is not supported; "
+                "use --dtype bf16, fp16 or fp32"
             )
     return make_header(
         [(name, tensors.dtype(name), tensors.shape(name)) for name in names],
@@ -173,6 +172,6 @@ def _header(names: list[str], tensors: Readable) -> bytes:
     )
 
 
-def _write_all(handle: int, view: memoryview) -> None:
+def _write_all(descriptor: int, view: memoryview) -> None:
     while view:
-        view = view[os.write(handle, view) :]
+        view = view[os.write(descriptor, view) :]

@@ -8,9 +8,9 @@ from megatrain.checkpoint.init_from_hf import Pretrained
 from megatrain.config.loader import Config
 from megatrain.distributed import device
 from megatrain.errors import ConfigError
-from megatrain.evaluation.multiple_choice import looks_like_choices
+from megatrain.evaluation.multiple_choice import has_questions
+from megatrain.evaluation.perplexity import is_indexed
 from megatrain.evaluation.spec import Kind
-from megatrain.evaluation.texts import is_indexed
 from megatrain.models.classification_config import any_architecture
 from megatrain.models.config import TransformerConfig, load_hf_config
 from megatrain.models.counts import parameter_shapes
@@ -75,4 +75,4 @@ def choose_kind(asked: Kind | None, data: Sequence[str], architecture: Transform
         return "classification"
     if asked is not None:
         return asked
-    return "choices" if not is_indexed(data[0]) and looks_like_choices(data[0]) else "perplexity"
+    return "choices" if not is_indexed(data[0]) and has_questions(data[0]) else "perplexity"

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness on a model that is spread over ranks: `pip install megatrain[eval]`.
+"""Tasks of lm-evaluation-harness on a distributed model; requires `pip install megatrain[eval]`.
 
-Every rank runs the harness on the same tasks and puts the same requests to the model together, so that the harness need not
-know of ranks. Tasks that compare likelihoods and those that roll over texts are answered; those that generate are refused,
-since any checkpoint is a folder that the harness's own `hf` model generates from.
+All ranks run the harness on the same tasks and pass the same requests to the model together; the
+harness itself runs as on a single process. Tasks that compare likelihoods or roll over texts are
+supported. Tasks that generate are not: the harness's own `hf` model reads any checkpoint's folder.
 """
 
 from __future__ import annotations
@@ -15,88 +15,64 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from megatrain.errors import ConfigError, UserError
-from megatrain.evaluation.loglikelihood import Scorer
+from megatrain.evaluation.loglikelihood import Row, Scorer
 from megatrain.evaluation.multiple_choice import make_request
-from megatrain.evaluation.progress import ProgressBar
+from megatrain.evaluation.perplexity import make_rows
 from megatrain.evaluation.spec import EvalSpec
-from megatrain.evaluation.windows import Row, rows
 
 
 class HarnessModel(LM):
-    """What the harness asks a model for. All ranks call it together, with the same requests."""
+    """A model of the harness. All ranks call it together, with the same requests."""
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        tokenizer: Any,
-        *,
-        prefix: int | None,
-        window: int,
-        stride: int | None = None,
-        progress: ProgressBar | None = None,
-    ) -> None:
+    def __init__(self, scorer: Scorer, tokenizer: Any, *, prefix: int | None, window: int) -> None:
         super().__init__()
         self.scorer, self.tokenizer, self.prefix, self.window = scorer, tokenizer, prefix, window
-        self.stride = window if stride is None else stride
-        self.progress = progress or ProgressBar(silent=True)
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Of each continuation after its context, and whether greedy decoding would give it."""
-        made = [self._request(*instance.args) for instance in requests]
-        return [
-            (score.loglikelihood, score.greedy)
-            for score in self.scorer.scores(self.progress.watch(made))
-        ]
+        """Returns each continuation's log-likelihood and whether it is the greedy one."""
+        rows = [self._make_row(*request.args) for request in requests]
+        return [(score.loglikelihood, score.greedy) for score in self.scorer.scores(rows)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of each whole text."""
-        made = [list(self._rows(instance.args[0])) for instance in requests]
-        scores = self.scorer.scores(self.progress.watch(row for some in made for row in some))
-        return [sum(next(scores).loglikelihood for _ in some) for some in made]
+        """Returns the log-likelihood of each text."""
+        texts = [self._make_rows(request.args[0]) for request in requests]
+        scores = self.scorer.scores(row for rows in texts for row in rows)
+        return [sum(next(scores).loglikelihood for _ in rows) for rows in texts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Refused."""
+        """Raises UserError: generation is not supported."""
         raise UserError(
-            "this task generates text, which `megatrain evaluate` does not; run it with the harness itself: "
-            "lm_eval --model hf --model_args pretrained=FOLDER --tasks ..."
+            "tasks that generate text are not supported by `megatrain evaluate`; run them with the "
+            "harness itself",
+            command="lm_eval --model hf --model_args pretrained=FOLDER --tasks TASKS",
         )
 
-    def _request(self, context: str, continuation: str) -> Row:
+    def _make_row(self, context: str, continuation: str) -> Row:
         return make_request(
             context, continuation, tokenizer=self.tokenizer, prefix=self.prefix, window=self.window
         ).row
 
-    def _rows(self, text: str) -> list[Row]:
+    def _make_rows(self, text: str) -> list[Row]:
         tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         before = [] if self.prefix is None else [self.prefix]
-        return list(rows([*before, *tokens], window=self.window, stride=self.stride))
+        return list(make_rows([*before, *tokens], window=self.window, stride=self.window))
 
 
-def run_tasks(
-    subject: EvalSpec, scorer: Scorer, tokenizer: Any, prefix: int | None, progress: ProgressBar
-) -> dict[str, Any]:
-    """The harness's figures, named `task/metric`; only rank 0 is sure to get them."""
-    if tokenizer is None:
-        raise ConfigError(
-            "data.tokenizer",
-            "(nothing)",
-            "is missing and the harness's tasks are text",
-            "give a tokenizer's folder",
-        )
-    manager = _task_manager(subject)
-    model = HarnessModel(scorer, tokenizer, prefix=prefix, window=subject.window, progress=progress)
+def run_tasks(spec: EvalSpec, scorer: Scorer, tokenizer: Any, prefix: int | None) -> dict[str, Any]:
+    """Returns the harness's metrics as `task/metric`; on other ranks than 0 they may be empty."""
+    manager = _find_tasks(spec)
     found = simple_evaluate(
-        model=model,
-        tasks=list(subject.tasks),
+        model=HarnessModel(scorer, tokenizer, prefix=prefix, window=spec.window),
+        tasks=list(spec.tasks),
         task_manager=manager,
-        limit=subject.limit,
-        num_fewshot=subject.num_fewshot,
+        limit=spec.limit,
+        num_fewshot=spec.num_fewshot,
         log_samples=False,
         bootstrap_iters=0,
     )
-    if found is None:  # the harness gives its results to the first rank of a machine alone
+    if found is None:  # the harness returns its results on the first rank of a machine only
         return {}
     return {
         f"{task}/{metric.removesuffix(',none')}": value
@@ -106,21 +82,26 @@ def run_tasks(
     }
 
 
-def _task_manager(subject: EvalSpec) -> TaskManager:
-    """One that knows the tasks; the harness's own thousands take seconds to list, so the user's folder alone comes first."""
+def _find_tasks(spec: EvalSpec) -> TaskManager:
+    """Returns a manager that knows the tasks.
+
+    The harness takes seconds to list its own thousands, so the user's folder alone comes first.
+    """
     manager = None
-    if subject.include_path is not None:
-        if not Path(subject.include_path).is_dir():
-            raise ConfigError("--include-path", subject.include_path, "is not a folder")
-        manager = TaskManager(include_path=subject.include_path, include_defaults=False)
-    if manager is None or any(task not in manager.all_tasks for task in subject.tasks):
-        manager = TaskManager(include_path=subject.include_path)
-    unknown = [task for task in subject.tasks if task not in manager.all_tasks]
+    if spec.include_path is not None:
+        if not Path(spec.include_path).is_dir():
+            raise ConfigError(
+                "--include-path", spec.include_path, "must be a folder", "give a folder of tasks"
+            )
+        manager = TaskManager(include_path=spec.include_path, include_defaults=False)
+    if manager is None or any(task not in manager.all_tasks for task in spec.tasks):
+        manager = TaskManager(include_path=spec.include_path)
+    unknown = [task for task in spec.tasks if task not in manager.all_tasks]
     if unknown:
         raise ConfigError(
             "--tasks",
             unknown[0],
-            "is not a task that lm-evaluation-harness knows",
-            "see `lm_eval ls tasks`, or give --include-path FOLDER for tasks of your own",
+            "is not a task of lm-evaluation-harness",
+            "see `lm_eval ls tasks`, or give --include-path FOLDER for your own tasks",
         )
     return manager

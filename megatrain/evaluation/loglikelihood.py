@@ -1,7 +1,8 @@
-"""Log-likelihoods of rows of tokens under a model that is spread over ranks, without optimizer or gradients.
+"""Log-likelihoods of rows of tokens under a model that is spread over ranks, without gradients.
 
-All ranks are given the same rows in the same order and get the same scores. Rows are put together by length, so that little is
-computed of padding: it stands behind what counts, where causal attention never looks.
+All ranks pass the same rows in the same order and get the same scores. Rows of similar length are
+computed together, so that there is little padding. It follows the tokens, where causal attention
+does not see it.
 
     rows, sorted by length      | microbatches of one round, all of one length
     data rank 0                 | 0 2 4 ...
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,6 @@ from megatrain.data.dataloader import Batch
 from megatrain.distributed import collectives
 from megatrain.distributed.mesh import MeshAxis, ProcessMesh
 from megatrain.distributed.tensor_parallel import vocab_parallel_cross_entropy
-from megatrain.evaluation.windows import IGNORED, Row
 from megatrain.models.classification_head import ClassificationHead
 from megatrain.models.config import TransformerConfig
 from megatrain.models.microbatch import Microbatch
@@ -37,21 +37,48 @@ from megatrain.pipeline.p2p import P2PCommunicator
 from megatrain.pipeline.schedule import Instruction
 from megatrain.pipeline.schedules import build_schedule, forward_only
 
-ROUNDS_SORTED = 16
-"""Rounds of rows that are read ahead, to be put together by length."""
+IGNORED = -100
+"""Label of a token that is not scored."""
+
+SORTED_ROUNDS = 16
+"""Rounds of rows that are read ahead and sorted by length."""
 
 Item = TypeVar("Item")
 
 
+class ProgressBar(Protocol):
+    """The part of tqdm that a scorer uses."""
+
+    def update(self, n: float) -> Any: ...
+
+
+class Row(NamedTuple):
+    """Tokens for one forward pass, and as many labels, IGNORED where no prediction is scored."""
+
+    tokens: list[int]
+    labels: list[int]
+
+
+def make_row(tokens: Sequence[int], *, scored: int) -> Row:
+    """Returns a row that predicts the last `scored` tokens from those before them."""
+    unscored = len(tokens) - 1 - scored
+    assert unscored >= 0, (len(tokens), scored)
+    return Row(list(tokens[:-1]), [IGNORED] * unscored + list(tokens[1 + unscored :]))
+
+
 class Score(NamedTuple):
-    """Of the labels that count in a row: the sum of their log-likelihoods, and whether each was the likeliest token."""
+    """The summed log-likelihood of a row's labels, and whether each is the most likely token."""
 
     loglikelihood: float
     greedy: bool
 
 
 class Scorer:
-    """A rank's stage in evaluation. All ranks call its methods together."""
+    """The stage of this rank in an evaluation. All ranks call its methods together.
+
+    Attributes:
+        num_tokens: tokens of all rows so far, without padding.
+    """
 
     def __init__(
         self,
@@ -60,16 +87,20 @@ class Scorer:
         architecture: TransformerConfig,
         mesh: ProcessMesh,
         device: torch.device,
+        *,
+        progress: ProgressBar | None = None,
     ) -> None:
-        self.config, self.mesh, self.device, self.stage = config, mesh, device, stage.eval()
+        self.num_tokens, self.progress = 0, progress
+        self.stage, self.mesh, self.device = stage.eval(), mesh, device
+        self.micro_batch_size = config.train.micro_batch_size
+        self.length_multiple = mesh.tensor.size if config.parallel.sequence else 1
         self.hidden_size, self.classifier = architecture.hidden_size, architecture.classifier
-        self.microbatch_factory = MicrobatchFactory(config, architecture, mesh, device)
-        self.microbatches = 4 * mesh.pipeline.size if mesh.pipeline.size > 1 else 1
+        self.microbatches = MicrobatchFactory(config, architecture, mesh, device)
+        is_pipelined = mesh.pipeline.size > 1
+        self.microbatches_per_round = 4 * mesh.pipeline.size if is_pipelined else 1
         self.executor = Executor(
             self._forward,
-            communicator=P2PCommunicator(mesh.pipeline, ring=False)
-            if mesh.pipeline.size > 1
-            else None,
+            communicator=P2PCommunicator(mesh.pipeline, ring=False) if is_pipelined else None,
             hidden_shape=(0, 0, 0),
             dtype=DTYPES[config.train.dtype],
             device=device,
@@ -79,71 +110,73 @@ class Scorer:
 
     @property
     def rows_per_round(self) -> int:
-        """Rows that all ranks together take at once."""
-        return self.microbatches * self.config.train.micro_batch_size * self.mesh.data.size
+        """Rows that all ranks together compute at once."""
+        return self.microbatches_per_round * self.micro_batch_size * self.mesh.data.size
 
     def scores(self, rows: Iterable[Row]) -> Iterator[Score]:
-        """Of a language model: one score a row, in the rows' order."""
-        return (Score(-loss, misses == 0) for loss, misses in self.told(rows))
+        """Yields the score of each row under a language model, in order."""
+        return (Score(-loss, misses == 0) for loss, misses in self.outputs(rows))
 
-    def told(self, rows: Iterable[Row]) -> Iterator[list[float]]:
-        """What the head says of each row, in the rows' order: `_row_scores` or `_class_scores`."""
-        waiting = iter(rows)
-        while block := list(islice(waiting, ROUNDS_SORTED * self.rows_per_round)):
-            order = sorted(range(len(block)), key=lambda index: -len(block[index].tokens))
-            found: dict[int, list[float]] = {}
-            for indices in _parts(order, self.rows_per_round):
-                found.update(
-                    zip(indices, self._round([block[index] for index in indices]), strict=True)
-                )
-            yield from (found[index] for index in range(len(block)))
+    def outputs(self, rows: Iterable[Row]) -> Iterator[list[float]]:
+        """Yields what the head computes for each row, in order.
 
-    def _round(self, rows: list[Row]) -> list[list[float]]:
-        """Of at most `rows_per_round` rows."""
-        size, replicas = self.config.train.micro_batch_size, self.mesh.data.size
-        asked = len(rows)
-        count = -(-asked // (size * replicas))
-        length = self._padded(max(len(row.tokens) for row in rows))
-        rows = [*rows, *[Row([], [])] * (count * size * replicas - len(rows))]
-        mine = list(_parts(rows, size))[self.mesh.data.rank :: replicas]
+        For a language model it is the loss and the number of labels that are not the most likely
+        token; for a classifier the score of each class; for a token classifier each token's class.
+        """
+        rows = iter(rows)
+        while block := list(islice(rows, SORTED_ROUNDS * self.rows_per_round)):
+            by_length = sorted(range(len(block)), key=lambda index: -len(block[index].tokens))
+            outputs: dict[int, list[float]] = {}
+            for indices in _split(by_length, self.rows_per_round):
+                round_rows = [block[index] for index in indices]
+                outputs.update(zip(indices, self._run_round(round_rows), strict=True))
+                self._count(round_rows)
+            yield from (outputs[index] for index in range(len(block)))
+
+    def _run_round(self, rows: list[Row]) -> list[list[float]]:
+        """Returns the outputs of at most `rows_per_round` rows."""
+        size, replicas = self.micro_batch_size, self.mesh.data.size
+        num_rows = len(rows)
+        count = -(-num_rows // (size * replicas))
+        longest = max(len(row.tokens) for row in rows)
+        length = -(-longest // self.length_multiple) * self.length_multiple
+        rows = [*rows, *[Row([], [])] * (count * size * replicas - num_rows)]
+        local = list(_split(rows, size))[self.mesh.data.rank :: replicas]
         microbatches = [
-            self.microbatch_factory.make(_batch(some, length), step=None, index=index)
-            for index, some in enumerate(mine)
+            self.microbatches.make(_make_batch(group, length), step=None, index=index)
+            for index, group in enumerate(local)
         ]
-        self.executor.hidden_shape = (
-            length // (self.mesh.tensor.size if self.config.parallel.sequence else 1),
-            size,
-            self.hidden_size,
-        )
-        results = self.executor.run(self._instructions(count), microbatches, backward=None)
-        return self._gathered(results, count, self._width(length))[:asked]
+        self.executor.hidden_shape = (length // self.length_multiple, size, self.hidden_size)
+        outputs = self.executor.run(self._instructions(count), microbatches, backward=None)
+        return self._gather(outputs, count, self._output_width(length))[:num_rows]
 
-    def _padded(self, length: int) -> int:
-        unit = self.mesh.tensor.size if self.config.parallel.sequence else 1
-        return -(-length // unit) * unit
+    def _count(self, rows: list[Row]) -> None:
+        count = sum(len(row.tokens) for row in rows)
+        self.num_tokens += count
+        if self.progress is not None:
+            self.progress.update(count)
 
-    def _width(self, length: int) -> int:
-        """Numbers that the head says of a row."""
+    def _output_width(self, length: int) -> int:
+        """Returns the number of outputs of a row."""
         if self.classifier is None:
             return 2
         return length if self.classifier.of_tokens else self.classifier.num_labels
 
-    def _gathered(self, results: list[Tensor], count: int, width: int) -> list[list[float]]:
-        """What the last stage of each replica found, on all ranks and in the rows' order."""
+    def _gather(self, outputs: list[Tensor], count: int, width: int) -> list[list[float]]:
+        """Returns the outputs of the last stages of all replicas on all ranks, in order of rows."""
         table = torch.zeros(
-            (count, self.mesh.data.size, self.config.train.micro_batch_size, width),
+            (count, self.mesh.data.size, self.micro_batch_size, width),
             dtype=torch.float64,
             device=self.device,
         )
-        if results and self.mesh.tensor.rank == 0:
-            table[:, self.mesh.data.rank] = torch.stack(results)
+        if outputs and self.mesh.tensor.rank == 0:
+            table[:, self.mesh.data.rank] = torch.stack(outputs)
         collectives.all_reduce(table, self.mesh.world)
         return table.view(-1, width).tolist()
 
     def _make_instructions(self, count: int) -> list[Instruction]:
-        return add_communication(
-            forward_only(build_schedule("1f1b", self.mesh.pipeline.size, count))
-        )[self.mesh.pipeline.rank]
+        schedule = forward_only(build_schedule("1f1b", self.mesh.pipeline.size, count))
+        return add_communication(schedule)[self.mesh.pipeline.rank]
 
     def _forward(
         self, hidden_states: HiddenStates | None, microbatch: Microbatch, chunk: int
@@ -152,79 +185,78 @@ class Scorer:
         for layer in layers:
             hidden_states = layer(hidden_states, microbatch)
         if isinstance(last, Head):
-            return _row_scores(last, hidden_states, microbatch)
-        return (
-            _class_scores(last, hidden_states, microbatch)
-            if isinstance(last, ClassificationHead)
-            else last(hidden_states, microbatch)
-        )
+            return _row_losses(last, hidden_states, microbatch)
+        if isinstance(last, ClassificationHead):
+            return _class_outputs(last, hidden_states, microbatch)
+        return last(hidden_states, microbatch)
 
 
-def _parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    return (items[first : first + size] for first in range(0, len(items), size))
+def _split(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _batch(rows: Sequence[Row], length: int) -> Batch:
+def _make_batch(rows: Sequence[Row], length: int) -> Batch:
     tokens = torch.zeros((len(rows), length), dtype=torch.int64)
     labels = torch.full((len(rows), length), IGNORED)
     for index, row in enumerate(rows):
         tokens[index, : len(row.tokens)] = torch.tensor(row.tokens, dtype=torch.int64)
         labels[index, : len(row.labels)] = torch.tensor(row.labels, dtype=torch.int64)
-    return Batch(
-        tokens, labels, torch.arange(length).expand(len(rows), length), torch.zeros_like(tokens)
-    )
+    positions = torch.arange(length).expand(len(rows), length)
+    return Batch(tokens, labels, positions, torch.zeros_like(tokens))
 
 
-def _row_scores(head: Head, hidden_states: HiddenStates | None, microbatch: Microbatch) -> Tensor:
-    """Of each row the summed loss, and how many labels were not the likeliest token: float64 [B, 2]."""
+def _row_losses(head: Head, hidden_states: HiddenStates | None, microbatch: Microbatch) -> Tensor:
+    """Returns float64 [B, 2]: each row's loss and its number of labels that are not the top token."""
     assert hidden_states is not None
     logits = head.logits(hidden_states).flatten(0, 1)
     labels = microbatch.labels.t().reshape(-1)
-    misses = _misses(logits, labels, start=head.start, vocab_size=head.vocab_size, axis=head.axis)
+    start, vocab_size, axis = head.start, head.vocab_size, head.axis
+    misses = _find_misses(logits, labels, start=start, vocab_size=vocab_size, axis=axis)
     losses = vocab_parallel_cross_entropy(
-        logits, labels, start=head.start, vocab_size=head.vocab_size, axis=head.axis
+        logits, labels, start=start, vocab_size=vocab_size, axis=axis
     )
-    rows = microbatch.labels.shape[0]
-    return torch.stack(
-        [losses.double().view(-1, rows).sum(0), misses.double().view(-1, rows).sum(0)], dim=1
-    )
+    num_rows = microbatch.labels.shape[0]
+    columns = [values.double().view(-1, num_rows).sum(0) for values in (losses, misses)]
+    return torch.stack(columns, dim=1)
 
 
-def _class_scores(
+def _class_outputs(
     head: ClassificationHead, hidden_states: HiddenStates | None, microbatch: Microbatch
 ) -> Tensor:
-    """Of each row the scores of all classes, or the class told of each labelled token and -1 elsewhere: float64 [B, classes or S]."""
+    """Returns float64 [B, classes] scores; for tokens [B, S] classes, -1 without a label."""
     scores, _ = head.scores(hidden_states, microbatch)
     labelled = microbatch.labels >= 0
     if head.classifier.of_tokens:
-        told = torch.full(labelled.shape, -1.0, dtype=torch.float64, device=scores.device)
-        told[labelled] = scores.argmax(1).double()
-        return told
-    told = torch.zeros(
-        (labelled.shape[0], head.classifier.num_labels), dtype=torch.float64, device=scores.device
-    )
-    told[labelled.any(1)] = scores.double()
-    return told
+        classes = torch.full(labelled.shape, -1.0, dtype=torch.float64, device=scores.device)
+        classes[labelled] = scores.argmax(1).double()
+        return classes
+    shape = (labelled.shape[0], head.classifier.num_labels)
+    outputs = torch.zeros(shape, dtype=torch.float64, device=scores.device)
+    outputs[labelled.any(1)] = scores.double()
+    return outputs
 
 
-def _misses(
+def _find_misses(
     logits: Tensor, labels: Tensor, *, start: int, vocab_size: int, axis: MeshAxis
 ) -> Tensor:
-    """Which labels are below another token's logit, bool [n], from this rank's logits [n, V/t]."""
-    real = max(0, min(logits.shape[1], vocab_size - start))
+    """Returns bool [n]: whether another token has a larger logit than the label.
+
+    Args:
+        logits: this rank's part [n, V/t].
+        labels: [n]; IGNORED labels are not misses.
+        start: the first token of this rank's part.
+        vocab_size: V without padding.
+        axis: the tensor axis.
+    """
+    num_tokens = max(0, min(logits.shape[1], vocab_size - start))
     lowest = torch.finfo(torch.float32).min
-    top = (
-        logits[:, :real].amax(1).float()
-        if real
-        else logits.new_full((logits.shape[0],), lowest, dtype=torch.float32)
-    )
+    if num_tokens:
+        largest = logits[:, :num_tokens].amax(1).float()
+    else:
+        largest = logits.new_full((logits.shape[0],), lowest, dtype=torch.float32)
     local = labels - start
-    here = (local >= 0) & (local < real)
-    own = (
-        logits.gather(1, local.masked_fill(~here, 0)[:, None])
-        .squeeze(1)
-        .float()
-        .masked_fill(~here, lowest)
-    )
-    both = collectives.all_reduce(torch.stack([top, own]), axis, op=dist.ReduceOp.MAX)
+    is_local = (local >= 0) & (local < num_tokens)
+    label_logits = logits.gather(1, local.masked_fill(~is_local, 0)[:, None]).squeeze(1).float()
+    label_logits = label_logits.masked_fill(~is_local, lowest)
+    both = collectives.all_reduce(torch.stack([largest, label_logits]), axis, op=dist.ReduceOp.MAX)
     return (both[0] > both[1]) & (labels >= 0)

@@ -1,188 +1,197 @@
-"""An evaluation from settings to its results file, on every rank."""
+"""Evaluates a model on local ranks, or on those that a launcher started."""
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
-import math
-import re
-import time
-from concurrent.futures import ThreadPoolExecutor
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatrain import __version__
 from megatrain.config.loader import Config
-from megatrain.distributed import device as device_module
-from megatrain.distributed.activity import RankActivity
-from megatrain.distributed.env import RankEnv
-from megatrain.distributed.mesh import make_mesh
-from megatrain.evaluation import fingerprint, measure
-from megatrain.evaluation.loglikelihood import Scorer
-from megatrain.evaluation.measure import EvalResult
-from megatrain.evaluation.model import open_scorer, open_tokenizer, prefix_token
-from megatrain.evaluation.progress import ProgressBar
-from megatrain.evaluation.spec import EvalSpec, describe_settings
-from megatrain.models.classification_config import any_architecture
-from megatrain.models.config import TransformerConfig, load_hf_config
-from megatrain.telemetry.console import duration
-from megatrain.telemetry.plots import plot_confusion_matrix
+from megatrain.distributed import device
+from megatrain.distributed.env import from_environment
+from megatrain.errors import ConfigError, UserError, format_override
+from megatrain.evaluation.spec import EvalSpec, Kind, make_config, model_folder, trained_length
+from megatrain.launch.local import run_local
+from megatrain.launch.worker import start_rank
 
-logger = logging.getLogger("megatrain")
 
-Results = dict[str, Any]
-"""What the results file holds; see `docs/evaluate.md`."""
+@dataclass(frozen=True)
+class EvalResult:
+    """The result of an evaluation.
+
+    Attributes:
+        kind: "perplexity", "choices", "classification", or "harness" for tasks.
+        metrics: the metrics by name.
+        classes: the metrics of each class of a classifier.
+        path: the results file; None on other ranks than 0 of a launcher.
+        content: the content of the results file.
+    """
+
+    kind: str
+    metrics: dict[str, Any]
+    classes: dict[str, dict[str, float]]
+    path: Path | None
+    content: dict[str, Any]
 
 
 def evaluate(
-    config: Config, place: RankEnv, activity: RankActivity | None = None, *, subject: EvalSpec
-) -> Results:
-    """Measure on this rank together with all others; rank 0 writes and prints. All return the same figures, but for the harness's."""
-    architecture = any_architecture(load_hf_config(config.model))
-    data_size = config.data_size(place.world_size)
-    device = device_module.select_device(place)
-    mesh = make_mesh(
-        place.rank,
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        data=data_size,
-        activity=activity,
-    )
-    mesh.activity.set_phase("evaluating")
-    folder = Path(subject.model)
-    tokenizer = open_tokenizer(config, architecture)
-    prefix = prefix_token(tokenizer, architecture)
-    scorer = open_scorer(folder, config, architecture, mesh, device)
-    progress = ProgressBar(silent=subject.as_json)
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        # Beside the evaluation, on the rank that writes them down.
-        hashing = (
-            thread.submit(_hashes, subject, config.data.tokenizer) if place.rank == 0 else None
-        )
-        measured = _measure(subject, scorer, tokenizer, prefix, architecture, progress)
-        hashed = hashing.result() if hashing is not None else {}
-    results = {
-        "kind": subject.kind,
-        "figures": _plain(measured.figures),
-        "classes": measured.classes,
-        "model": {
-            "path": subject.model,
-            "sha256": hashed.get("model"),
-            "model_type": architecture.model_type,
-        },
-        "tokenizer": {"path": config.data.tokenizer, "sha256": hashed.get("tokenizer")},
-        "data": {"paths": [*subject.data, *subject.tasks], "sha256": hashed.get("data")},
-        "settings": describe_settings(subject, config, place.world_size),
-        "versions": {"megatrain": __version__, "torch": torch.__version__},
-        "seconds": round(progress.seconds, 3),
-        "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    if place.rank == 0:
-        path = write(results, Path(config.run.output_dir), subject)
-        if measured.confusion is not None:
-            plot_confusion_matrix(
-                path.with_suffix(".png"), measured.confusion, list(measured.classes)
-            )
-        logger.info(
-            json.dumps(results, indent=1)
-            if subject.as_json
-            else f"{table(results)}\n\nwritten to {path}"
-        )
-    return results
-
-
-def _measure(
-    subject: EvalSpec,
-    scorer: Scorer,
-    tokenizer: Any,
-    prefix: int | None,
-    architecture: TransformerConfig,
-    progress: ProgressBar,
+    model: str | Path,
+    data: str | Path | Sequence[str | Path] = (),
+    *,
+    kind: Kind | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    field: str = "text",
+    tasks: Sequence[str] = (),
+    include_path: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> EvalResult:
-    if subject.kind == "harness":
-        from megatrain.evaluation.lm_eval import run_tasks
+    """Evaluates a model, writes the results file and prints a table.
 
-        return EvalResult(run_tasks(subject, scorer, tokenizer, prefix, progress), {}, None)
-    if subject.kind == "choices":
-        return EvalResult(
-            measure.choices(subject, scorer, tokenizer, prefix, progress).figures(), {}, None
-        )
-    if subject.kind == "classification":
-        return measure.classification(subject, scorer, tokenizer, architecture, progress)
-    return EvalResult(
-        measure.perplexity(
-            subject, scorer, tokenizer, prefix, architecture.vocab_size, progress
-        ).figures(),
-        {},
-        None,
-    )
+    It runs on local ranks, one for each part of `parallel.tensor`, `pipeline` and `data`, or on the
+    ranks of a launcher, which all call it.
 
+    Args:
+        model: a checkpoint, a Hugging Face folder, or a run's folder for its best checkpoint.
+        data: text, JSONL or parquet files, or the prefixes of indexed datasets.
+        kind: what to measure; by default it follows from the model and the data.
+        window: tokens that the model sees at once; by default its positions, up to 2048.
+        stride: tokens that each window after a document's first scores; by default 512.
+        field: the field with the text, in JSONL and parquet files.
+        tasks: tasks of lm-evaluation-harness, instead of data; requires megatrain[eval].
+        include_path: a folder with tasks of your own.
+        limit: documents of each task.
+        num_fewshot: examples before each question of a task.
+        overrides: settings such as `{"parallel.tensor": 2, "train.dtype": "bf16"}`.
 
-def _hashes(subject: EvalSpec, tokenizer: str | None) -> dict[str, str | None]:
-    return {
-        "model": fingerprint.model_hash(Path(subject.model)),
-        "tokenizer": fingerprint.tokenizer_hash(tokenizer),
-        "data": fingerprint.data_hash(subject.data) if subject.data else None,
-    }
+    Returns:
+        The metrics and the path of the results file.
 
-
-def write(results: Results, folder: Path, subject: EvalSpec) -> Path:
-    """Write the results file, named after what was measured on what, whole or not at all.
-
-    The same evaluation, made again, replaces its own file; one of another model, other data or other settings has another name.
+    Raises:
+        ConfigError: a setting is invalid, or does not fit the model.
+        CheckpointError: the model is damaged or incomplete.
+        DataError: a file is missing or has another format.
+        UserError: a rank failed; the cause was printed.
     """
-    name = re.sub(r"[^\w.-]+", "_", Path((*subject.tasks, *subject.data)[0]).name)
-    path = folder / f"{subject.kind}-{name}-{fingerprint.identity(results)}.json"
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return new.replace(path)
-
-
-def table(results: Results) -> str:
-    """The figures for people."""
-    settings, model = results["settings"], results["model"]
-    layout = f"tensor {settings['tensor']} x pipeline {settings['pipeline']} x data {settings['data']}, {settings['dtype']}"
-    lines = [
-        f"{results['kind']} of {', '.join(results['data']['paths'])}",
-        f"  model     {model['path']} ({model['model_type']})",
-        f"  settings  window {settings['window']}, stride {settings['stride']}, {layout}",
-        f"  time      {duration(results['seconds'])}, {results['tokens_per_second']:,.0f} tokens/s",
-        "",
-    ]
-    width = max(len(name) for name in results["figures"])
-    lines += [
-        f"  {name:<{width}}  {_shown(value):>14}" for name, value in results["figures"].items()
-    ]
-    if results["classes"]:
-        names = list(next(iter(results["classes"].values())))
-        width = max(len(label) for label in results["classes"])
-        lines += ["", "  " + " " * width + "".join(f"{name:>11}" for name in names)]
-        lines += [
-            f"  {label:<{width}}"
-            + "".join(f"{row[name]:>11.{0 if name == 'support' else 4}f}" for name in names)
-            for label, row in results["classes"].items()
-        ]
-    return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:,.5g}"
-        if isinstance(value, float) and abs(value) >= 1000
-        else (f"{value:.5f}" if isinstance(value, float) else str(value))
+    paths = [data] if isinstance(data, str | Path) else data
+    config, spec = prepare(
+        str(model),
+        [str(path) for path in paths],
+        [format_override(name, value) for name, value in (overrides or {}).items()],
+        kind=kind,
+        window=window,
+        stride=stride,
+        field=field,
+        tasks=tasks,
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+    )
+    with tempfile.TemporaryDirectory(prefix="megatrain-evaluate-") as folder:
+        code = start(config, spec, output=Path(folder))
+        env = from_environment(os.environ)
+        file = Path(folder, f"{env.rank if env else 0}.json")
+        if code or not file.exists():
+            raise UserError(f"the evaluation failed with exit code {code}")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    path = content.pop("path", None)
+    return EvalResult(
+        kind=content["kind"],
+        metrics=content["figures"],
+        classes=content["classes"],
+        path=None if path is None else Path(path),
+        content=content,
     )
 
 
-def _plain(figures: dict[str, Any]) -> dict[str, Any]:
-    """As JSON knows them: what is not finite is null."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in figures.items()
-    }
+def prepare(
+    model: str,
+    data: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    kind: Kind | None,
+    window: int | None,
+    stride: int | None,
+    field: str,
+    tasks: Sequence[str],
+    include_path: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    as_json: bool = False,
+) -> tuple[Config, EvalSpec]:
+    """Returns the settings and the spec of an evaluation, validated without ranks."""
+    harness = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
+    _check_inputs(data, tasks, harness)
+    folder = model_folder(model)
+    config = make_config(folder, overrides)
+    device.set_environment(_local_size(config))
+    # Imports torch, so it comes after the environment is set.
+    from megatrain.evaluation import checks
+
+    architecture = checks.check_model(config)
+    window, stride = checks.make_windows(
+        architecture, window=window, stride=stride, trained=trained_length(folder)
+    )
+    spec = EvalSpec(
+        str(folder),
+        tuple(data),
+        "harness" if tasks else checks.choose_kind(kind, data, architecture),
+        window,
+        stride,
+        field,
+        as_json,
+        tuple(tasks),
+        include_path,
+        limit,
+        num_fewshot,
+    )
+    return config, spec
+
+
+def start(config: Config, spec: EvalSpec, *, output: Path | None = None) -> int:
+    """Runs an evaluation on the ranks of a launcher or on local ones; returns the exit code."""
+    from megatrain.evaluation.rank import evaluate_rank
+
+    target = functools.partial(evaluate_rank, spec=spec, output=output)
+    env = from_environment(os.environ)
+    if env is not None:
+        return start_rank(target, config, env)
+    return run_local(target, config, world_size=_local_size(config))
+
+
+def _local_size(config: Config) -> int:
+    """Returns the number of ranks on this machine."""
+    env = from_environment(os.environ)
+    return env.local_size if env else config.model_ranks * (config.parallel.data or 1)
+
+
+def _check_inputs(data: Sequence[str], tasks: Sequence[str], harness: Mapping[str, Any]) -> None:
+    if tasks and data:
+        raise ConfigError(
+            "--tasks",
+            ",".join(tasks),
+            f"requires no DATA, but {data[0]} is given",
+            "leave one of them out",
+        )
+    if not tasks and not data:
+        raise UserError("DATA (files, or an indexed dataset's prefix) or --tasks is required")
+    if tasks and find_spec("lm_eval") is None:
+        raise ConfigError(
+            "--tasks",
+            ",".join(tasks),
+            "requires lm-evaluation-harness",
+            command="pip install 'megatrain[eval]'",
+        )
+    for name, value in harness.items():
+        if value is not None and not tasks:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}", value, "requires --tasks", "give --tasks too"
+            )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megatrain.checkpoint import manifest
-from megatrain.checkpoint.retention import select_checkpoint
+from megatrain.checkpoint.retention import find_model_folder
 from megatrain.checkpoint.train_state import train_state_path
 from megatrain.config import loader as configuration
 from megatrain.config.loader import Config
@@ -55,13 +55,7 @@ class EvalSpec(NamedTuple):
 
 def model_folder(given: str) -> Path:
     """The folder of a model: itself, or of a run's folder the checkpoint that it calls its best, or else the newest whole one."""
-    path = Path(given)
-    if not path.exists():
-        raise CheckpointError(
-            f"{given} does not exist; give a checkpoint, a Hugging Face folder or a run's folder"
-        )
-    if (path / "checkpoints").is_dir() and not (path / "config.json").exists():
-        path = select_checkpoint(path)
+    path = find_model_folder(Path(given))
     if (path / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{path} holds adapters alone; `megatrain finetune CONFIG --merge` makes RUN/merged of them and their model"

@@ -1,17 +1,17 @@
-"""`megatrain generate` draws what transformers draws, also from a model larger than the memory it is given."""
+"""`megatrain generate` gives the text of transformers, also if the model exceeds the memory."""
 
 import pytest
 import torch
 from helpers.tiny_folders import LLAMA, make_folder
 
 from megatrain.__main__ import main
-from megatrain.cli import generate as generate_verb
+from megatrain.cli import generate as generate_command
 from megatrain.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of random weights with a tokenizer of bytes."""
+    """A model of random weights and a byte-level tokenizer."""
     root = tmp_path_factory.mktemp("generating")
     (root / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 3)
     tokenizer = train_tokenizer([root / "text.txt"], vocab_size=270, output=root / "model")
@@ -31,10 +31,10 @@ def generate(capsys, folder, *words):
     return capsys.readouterr().out
 
 
-def test_the_likeliest_tokens_are_those_of_transformers(folder, capsys):
+def test_greedy_text_equals_transformers(folder, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    said = generate(capsys, folder, "--temperature", "0")
+    output = generate(capsys, folder, "--temperature", "0")
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder).eval(),
         AutoTokenizer.from_pretrained(folder),
@@ -44,12 +44,12 @@ def test_the_likeliest_tokens_are_those_of_transformers(folder, capsys):
     with torch.inference_mode():
         for _ in range(12):
             tokens = torch.cat((tokens, model(tokens).logits[:, -1:].argmax(-1)), dim=1)
-    assert said.startswith("one two")
-    assert said.rstrip("\n") == tokenizer.decode(tokens[0], skip_special_tokens=True).rstrip("\n")
+    assert output.startswith("one two")
+    assert output.rstrip("\n") == tokenizer.decode(tokens[0], skip_special_tokens=True).rstrip("\n")
     assert tokens.shape[1] == prompt + 12
 
 
-def test_a_seed_draws_the_same_text_and_another_one_another(folder, capsys):
+def test_seed_determines_the_text(folder, capsys):
     one = generate(capsys, folder, "--seed", "1")
     assert generate(capsys, folder, "--seed", "1") == one
     assert generate(capsys, folder, "--seed", "2") != one
@@ -58,11 +58,11 @@ def test_a_seed_draws_the_same_text_and_another_one_another(folder, capsys):
     )
 
 
-def test_a_model_larger_than_memory_is_read_from_disk(folder, capsys, monkeypatch):
+def test_model_larger_than_memory_is_read_from_disk(folder, capsys, monkeypatch):
     plain = generate(capsys, folder, "--temperature", "0")
-    loaded, load = [], generate_verb.load_model
+    loaded, load = [], generate_command.load_model
     monkeypatch.setattr(
-        generate_verb,
+        generate_command,
         "load_model",
         lambda *args, **more: loaded.append(load(*args, **more)) or loaded[-1],
     )
@@ -73,14 +73,14 @@ def test_a_model_larger_than_memory_is_read_from_disk(folder, capsys, monkeypatc
 
 
 BAD = {
-    "the model has 64 positions; use at most": ["--max-new-tokens", "64"],
+    "exceeds the model's 64 positions after a prompt of": ["--max-new-tokens", "64"],
     "has no chat template; leave --chat out": ["--chat"],
     "/nowhere does not exist, and a tokenizer": ["--tokenizer", "/nowhere"],
 }
 
 
 @pytest.mark.parametrize("sentence", BAD)
-def test_what_cannot_work_is_said(sentence, folder, capsys):
+def test_invalid_requests_are_rejected(sentence, folder, capsys):
     assert main(["generate", str(folder), "--prompt", "one", *BAD[sentence]]) == 1
     assert sentence in capsys.readouterr().err
 
@@ -89,16 +89,16 @@ def test_what_cannot_work_is_said(sentence, folder, capsys):
     "words",
     [["--temperature", "-1"], ["--top-p", "2"], ["--top-k", "0"], ["--max-new-tokens", "x"]],
 )
-def test_flags_out_of_range(words, folder, capsys):
+def test_options_out_of_range(words, folder, capsys):
     with pytest.raises(SystemExit):
         main(["generate", str(folder), "--prompt", "one", *words])
     assert words[0] in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint(folder, tmp_path, capsys):
+def test_damaged_checkpoint(folder, tmp_path, capsys):
     import shutil
 
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:5000])
     assert main(["generate", str(copy), "--prompt", "one"]) == 1
-    assert "cut short" in capsys.readouterr().err
+    assert "is truncated or corrupt" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`megatrain inspect` tells what a folder holds, and whether it is whole."""
+"""`megatrain inspect` describes a folder and checks that it is complete."""
 
 import json
 import os
@@ -26,27 +26,27 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def test_a_checkpoint_of_ours(run, capsys):
+def test_megatrain_checkpoint(run, capsys):
     assert main(["inspect", str(run)]) == 0
-    said = capsys.readouterr().out
-    assert f"{run / 'checkpoints' / 'step-00000002'}: a megatrain checkpoint" in said
-    assert "model      llama, 25,408 parameters, 0.000 GB in 29 tensors" in said
-    assert "step 2, 128 tokens, 2 updates" in said
-    assert "tensor 2, pipeline 2, data 1" in said
-    assert "num_hidden_layers 3" in said
-    assert "every file's size is as written" in said
+    output = capsys.readouterr().out
+    assert f"{run / 'checkpoints' / 'step-00000002'}: megatrain checkpoint" in output
+    assert "model      llama, 25,408 parameters, 0.000 GB in 29 tensors" in output
+    assert "step 2, 128 tokens, 2 updates" in output
+    assert "tensor 2, pipeline 2, data 1" in output
+    assert "num_hidden_layers 3" in output
+    assert "complete: the size of every file matches the manifest" in output
     line = next(
         line
-        for line in said.splitlines()
+        for line in output.splitlines()
         if line.startswith("model.layers.0-2.self_attn.q_proj.weight")
     )
     assert line.split()[1:6] == ["32", "x", "32", "float32", "3"]
-    assert "optimizer/rank-00003.safetensors" in said or "optimizer/" in said
+    assert "optimizer/rank-00003.safetensors" in output or "optimizer/" in output
     assert main(["inspect", str(run), "--hashes"]) == 0
-    assert "every file's hash is as written" in capsys.readouterr().out
+    assert "complete: the hash of every file matches the manifest" in capsys.readouterr().out
 
 
-def test_as_json(run, capsys):
+def test_json(run, capsys):
     assert main(["inspect", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["whole"]
@@ -56,7 +56,7 @@ def test_as_json(run, capsys):
     assert found["config"]["hidden_size"] == 32
 
 
-def test_damage_is_said_and_is_a_failure(run, tmp_path, capsys):
+def test_damage_is_reported_and_exits_with_1(run, tmp_path, capsys):
     copy = shutil.copytree(run / "checkpoints" / "step-00000002", tmp_path / "copy")
     shard = sorted(copy.glob("*.safetensors"))[0]
     content = bytearray(shard.read_bytes())
@@ -64,54 +64,50 @@ def test_damage_is_said_and_is_a_failure(run, tmp_path, capsys):
     shard.write_bytes(content)
     assert main(["inspect", str(copy)]) == 0
     assert main(["inspect", str(copy), "--hashes"]) == 1
-    assert (
-        f"integrity  has other content in {shard.name} than was written" in capsys.readouterr().out
-    )
+    assert f"integrity  has a corrupt {shard.name}" in capsys.readouterr().out
     os.truncate(shard, 1000)
     assert main(["inspect", str(copy)]) == 1
-    assert "it is cut short" in capsys.readouterr().err
+    assert "is truncated or corrupt" in capsys.readouterr().err
 
 
-def test_a_hugging_face_folder_that_lacks_a_layer(tmp_path, capsys):
+def test_hugging_face_folder_without_a_layer(tmp_path, capsys):
     make_folder(tmp_path / "model", LLAMA)
     assert main(["inspect", str(tmp_path / "model")]) == 0
-    assert (
-        "every tensor of the model is there in its shape, and no other" in capsys.readouterr().out
-    )
+    assert "complete: the tensors and shapes are those of the config" in capsys.readouterr().out
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     assert main(["inspect", str(tmp_path / "model")]) == 1
-    assert "integrity" in (said := capsys.readouterr().out)
-    assert "lacks model.layers.2." in said
+    assert "integrity" in (output := capsys.readouterr().out)
+    assert "lacks model.layers.2." in output
 
 
-def test_a_checkpoint_of_megatron_lm(tmp_path, capsys):
+def test_megatron_checkpoint(tmp_path, capsys):
     write_megatron(tmp_path / "run", random_model(LLAMA), tensor=2, pipeline=2)
     assert main(["inspect", str(tmp_path / "run")]) == 0
-    said = capsys.readouterr().out
-    assert "a Megatron-LM checkpoint of tensor 2 x pipeline 2 ranks" in said
-    assert "mp_rank_01_001/model_optim_rng.pt" in said
+    output = capsys.readouterr().out
+    assert "Megatron-LM checkpoint, tensor 2 x pipeline 2 ranks" in output
+    assert "mp_rank_01_001/model_optim_rng.pt" in output
 
 
-def test_a_converted_checkpoint_has_no_layout(tmp_path, capsys):
+def test_converted_checkpoint_has_no_layout(tmp_path, capsys):
     make_folder(tmp_path / "model", LLAMA)
     assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--no-verify"]) == 0
     assert main(["inspect", str(tmp_path / "out")]) == 0
-    assert (
-        "\n  layout     none: it was converted, no run has written it\n" in capsys.readouterr().out
-    )
+    assert "\n  layout     none (converted, not written by a run)\n" in capsys.readouterr().out
 
 
-def test_a_folder_that_is_not_there(tmp_path, capsys):
+def test_missing_folder(tmp_path, capsys):
     for words in (
         ["inspect", "nowhere"],
         ["convert", "nowhere", "out"],
         ["generate", "nowhere", "--prompt", "x"],
     ):
         assert main(words) == 1
-        assert capsys.readouterr().err == "error: nowhere does not exist\n"
+        assert capsys.readouterr().err.startswith(
+            "error: nowhere does not exist; give a checkpoint"
+        )
 
 
-def test_a_folder_of_nothing(tmp_path, capsys):
+def test_empty_folder(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
-    assert "is of no kind that is read" in capsys.readouterr().err
+    assert "has no supported format" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A conversion writes what its source holds, proves it, and appears whole or not at all."""
+"""A conversion writes the tensors of its source, verifies them, and appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from megatrain.cli.convert import parse_size
 from megatrain.conversion import convert as convert_module
-from megatrain.conversion import hf_metadata, writer
+from megatrain.conversion import writer
 
 TIED = {**LLAMA, "tie_word_embeddings": True}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A folder of each, in several shards."""
+    """A folder of each model, in several shards."""
     root = tmp_path_factory.mktemp("sources")
     return {
         name: (make_folder(root / name, fields), root / name)[1]
@@ -37,19 +37,19 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def source(folders, tmp_path):
-    """A copy of the Llama that a test may damage."""
+    """A copy of the Llama folder that a test may damage."""
     return Path(shutil.copytree(folders["llama"], tmp_path / "source"))
 
 
-def to_hf(source, target, *words):
-    return convert(source, target, "--to", "hf", *words)
+def to_hf(source, target, *options):
+    return convert(source, target, "--to", "hf", *options)
 
 
-def refused(capfd, *words):
-    """What is said when nothing is written."""
-    target = Path(words[1])
+def error_of(capfd, *arguments):
+    """Returns the message of a conversion that fails without writing."""
+    target = Path(arguments[1])
     before = sorted(target.iterdir()) if target.is_dir() else None
-    assert convert(*words) == 1
+    assert convert(*arguments) == 1
     assert (sorted(target.iterdir()) if target.is_dir() else None) == before
     assert not [path for path in target.parent.iterdir() if path.name.startswith(".converting")]
     err = capfd.readouterr().err
@@ -59,16 +59,16 @@ def refused(capfd, *words):
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
-def test_consolidates_to_one_file_with_the_same_bytes(name, folders, tmp_path, capfd):
+def test_one_file_has_the_same_bytes(name, folders, tmp_path, capfd):
     assert to_hf(folders[name], tmp_path / "out", "--max-shard-size", "1TB") == 0
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == [
         "model.safetensors"
     ]
     assert tensors_of(tmp_path / "out") == tensors_of(folders[name])
-    said = capfd.readouterr().out
-    assert "a Hugging Face folder of a" in said
-    assert "memory  at most 1.00 GiB; the largest tensor is" in said
-    assert "(100%)" in said
+    output = capfd.readouterr().out
+    assert ": Hugging Face folder (" in output
+    assert "memory    at most 1.00 GiB; the largest tensor is" in output
+    assert "written   0.00 GB at" in output
     figures = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert figures["proof"]["max_logit_difference"] <= 1e-5
     assert (
@@ -82,7 +82,7 @@ def test_consolidates_to_one_file_with_the_same_bytes(name, folders, tmp_path, c
     )
 
 
-def test_is_loaded_by_transformers_with_the_same_logits_and_nothing_missing(folders, tmp_path):
+def test_transformers_loads_it_with_the_same_logits(folders, tmp_path):
     from transformers import AutoModelForCausalLM
 
     assert to_hf(folders["tied"], tmp_path / "out", "--max-shard-size", "30KB") == 0
@@ -94,7 +94,7 @@ def test_is_loaded_by_transformers_with_the_same_logits_and_nothing_missing(fold
         assert torch.equal(one(tokens).logits, two.eval()(tokens).logits)
 
 
-def test_shards_are_as_small_as_asked_and_the_index_is_theirs(folders, tmp_path):
+def test_shards_and_their_index(folders, tmp_path):
     assert to_hf(folders["llama"], tmp_path / "out", "--max-shard-size", "25KB") == 0
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
@@ -108,16 +108,14 @@ def test_shards_are_as_small_as_asked_and_the_index_is_theirs(folders, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_a_lower_dtype_rounds_to_nearest_and_says_what_that_changes(
-    dtype, folders, tmp_path, capfd
-):
+def test_lower_dtype_rounds_to_nearest_and_reports_the_difference(dtype, folders, tmp_path, capfd):
     assert to_hf(folders["gpt2"], tmp_path / "out", "--dtype", dtype) == 0
-    said = capfd.readouterr().out
+    output = capfd.readouterr().out
     assert (
-        f"rounding changes a weight by at most {'0.002' if dtype == 'bf16' else '0.00024'} of itself"
-        in said
+        f"rounding changes a weight by at most {'0.002' if dtype == 'bf16' else '0.00024'} of its value"
+        in output
     )
-    assert f"rounding to {dtype} changed logits by at most" in said
+    assert "rounding changed logits by at most" in output
     to = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     before = {
         name: tensor
@@ -134,16 +132,16 @@ def test_a_lower_dtype_rounds_to_nearest_and_says_what_that_changes(
     )
 
 
-def test_what_fp16_cannot_hold_is_refused(source, tmp_path, capfd):
+def test_values_beyond_fp16_are_rejected(source, tmp_path, capfd):
     edit(source, lambda tensors: tensors["model.norm.weight"].fill_(7e4))
     assert (
-        "model.norm.weight holds 7e+04, which is beyond what fp16 can hold; use bf16 or fp32"
-        in refused(capfd, source, tmp_path / "out", "--to", "hf", "--dtype", "fp16")
+        "model.norm.weight contains 7e+04, which exceeds the range of fp16; use --dtype bf16 or fp32"
+        in error_of(capfd, source, tmp_path / "out", "--to", "hf", "--dtype", "fp16")
     )
 
 
-def test_old_files_without_the_base_models_prefix_and_with_buffers(folders, tmp_path):
-    """As the hub's own GPT-2 is."""
+def test_bin_files_without_prefix_and_with_buffers(folders, tmp_path):
+    """The Hugging Face hub's GPT-2 has this format."""
     old = tmp_path / "old"
     old.mkdir()
     shutil.copy(folders["gpt2"] / "config.json", old)
@@ -162,7 +160,7 @@ def test_old_files_without_the_base_models_prefix_and_with_buffers(folders, tmp_
     assert tensors_of(tmp_path / "out") == tensors_of(folders["gpt2"])
 
 
-def test_the_tokenizer_goes_along(source, tmp_path):
+def test_tokenizer_is_copied(source, tmp_path):
     (source / "tokenizer.json").write_text('{"a": 1}')
     (source / "notes.bin").write_text("no")
     (source / "vocab.txt").write_text("x")
@@ -181,23 +179,25 @@ def test_the_tokenizer_goes_along(source, tmp_path):
     assert not (tmp_path / "again" / "vocab.txt").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a mismatch is never published
+# A mismatch is never published.
 
 
-def test_a_config_that_computes_otherwise_is_not_published(source, tmp_path, capfd, monkeypatch):
-    def write(folder, *args, **more):
-        hf_metadata.write_descriptions(folder, *args, **more)
+def test_config_with_other_logits_is_not_published(source, tmp_path, capfd, monkeypatch):
+    write_config = convert_module.write_config
+
+    def write(folder, *args, **options):
+        written = write_config(folder, *args, **options)
         config = json.loads((folder / "config.json").read_text())
         config["rope_parameters"]["rope_theta"] = 100.0
         (folder / "config.json").write_text(json.dumps(config))
+        return written
 
-    monkeypatch.setattr(convert_module, "write_hf_metadata", write)
-    assert "their logits by" in refused(capfd, source, tmp_path / "out", "--to", "hf")
+    monkeypatch.setattr(convert_module, "write_config", write)
+    assert "the logits of" in error_of(capfd, source, tmp_path / "out", "--to", "hf")
     assert to_hf(source, tmp_path / "out", "--no-verify") == 0
 
 
-def test_a_bit_that_flips_on_its_way_to_the_disk_is_found(source, tmp_path, capfd, monkeypatch):
+def test_flipped_bit_on_disk_is_found(source, tmp_path, capfd, monkeypatch):
     write_all, count = writer._write_all, []
 
     def flip(handle, view):
@@ -207,78 +207,78 @@ def test_a_bit_that_flips_on_its_way_to_the_disk_is_found(source, tmp_path, capf
         write_all(handle, memoryview(content))
 
     monkeypatch.setattr(writer, "_write_all", flip)
-    monkeypatch.setattr(writer, "_copies_files", lambda *args: False)
-    assert "with other bytes than were written" in refused(
+    monkeypatch.setattr(writer, "_can_copy", lambda *args: False)
+    assert "has other bytes than were written" in error_of(
         capfd, source, tmp_path / "out", "--to", "hf"
     )
 
 
-def test_a_copy_from_the_wrong_place_is_found(source, tmp_path, capfd, monkeypatch):
+def test_copy_from_a_wrong_offset_is_found(source, tmp_path, capfd, monkeypatch):
     copy = writer._copy_span
     monkeypatch.setattr(
         writer,
         "_copy_span",
         lambda span, handle: copy(span._replace(start=span.start - 4, stop=span.stop - 4), handle),
     )
-    assert "with other bytes than were written" in refused(
+    assert "has other bytes than were written" in error_of(
         capfd, source, tmp_path / "out", "--to", "hf"
     )
 
 
-@pytest.mark.parametrize("how", ["other disks", "refused"])
-def test_where_the_system_copies_no_files_the_bytes_are_the_same(
-    how, source, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("how", ["other disks", "unsupported"])
+def test_same_bytes_without_copy_file_range(how, source, tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    if how == "refused":
+    if how == "unsupported":
         monkeypatch.setattr(os, "copy_file_range", refuse)
     else:
-        monkeypatch.setattr(writer, "_copies_files", lambda *args: False)
+        monkeypatch.setattr(writer, "_can_copy", lambda *args: False)
     assert to_hf(source, tmp_path / "out") == 0
     assert tensors_of(tmp_path / "out") == tensors_of(source)
 
 
-def test_a_tensor_read_wrongly_shows_in_the_logits(source, tmp_path, capfd, monkeypatch):
-    """What is written is then hashed as it was read: only a second implementation can tell."""
-    from megatrain.conversion import logits
+def test_wrongly_read_tensor_is_found_by_the_logits(source, tmp_path, capfd, monkeypatch):
+    """The hashes are those of the wrong values: only a second implementation finds it."""
+    from megatrain.conversion import verify
 
-    read = logits.read_declared
+    read = verify.read_parameter
     monkeypatch.setattr(
-        logits,
-        "read_declared",
+        verify,
+        "read_parameter",
         lambda tensors, declaration, rows=None: (
             read(tensors, declaration, rows).flip(0)
             if declaration.name.endswith("0.self_attn.q_proj.weight")
             else read(tensors, declaration, rows)
         ),
     )
-    assert "their logits by" in refused(capfd, source, tmp_path / "out", "--to", "hf")
+    assert "the logits of" in error_of(capfd, source, tmp_path / "out", "--to", "hf")
 
 
-def test_a_model_without_finite_logits(source, tmp_path, capfd):
+def test_model_without_finite_logits_is_rejected(source, tmp_path, capfd):
     edit(source, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
-    assert "its own logits are not finite; --no-verify converts it as it is" in refused(
+    assert "own logits are not finite; --no-verify converts it without a comparison" in error_of(
         capfd, source, tmp_path / "out", "--to", "hf"
     )
     assert to_hf(source, tmp_path / "out", "--no-verify") == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# whole or not there
+# The target is complete or does not exist.
 
 
-def test_killed_in_the_middle_leaves_no_half_folder_and_the_next_run_clears_up(source, tmp_path):
+def test_killed_conversion_leaves_no_target_and_the_next_one_cleans_up(source, tmp_path):
     code = (
-        "import os, sys\nfrom megatrain.conversion import writer\nfrom megatrain.__main__ import main\n"
+        "import os, sys\nfrom megatrain.conversion import writer\n"
+        "from megatrain.__main__ import main\n"
         "write, count = writer._write_all, []\n"
-        "def die(*args):\n    count.append(1)\n    write(*args)\n    len(count) == 9 and os.kill(os.getpid(), 9)\n"
-        "writer._write_all, writer._copies_files = die, lambda *args: False\nmain(['convert', *sys.argv[1:]])"
+        "def die(*args):\n"
+        "    count.append(1)\n    write(*args)\n    len(count) == 9 and os.kill(os.getpid(), 9)\n"
+        "writer._write_all, writer._can_copy = die, lambda *args: False\n"
+        "main(['convert', *sys.argv[1:]])"
     )
-    words = [str(source), str(tmp_path / "out"), "--to", "hf"]
+    arguments = [str(source), str(tmp_path / "out"), "--to", "hf"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *words],
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         timeout=200,
@@ -289,13 +289,13 @@ def test_killed_in_the_middle_leaves_no_half_folder_and_the_next_run_clears_up(s
     left = tmp_path / ".converting-out"
     assert (left / "model.safetensors").stat().st_size > 0
     (left / "more").mkdir()
-    assert convert(*words) == 0
+    assert convert(*arguments) == 0
     assert not left.exists()
     assert tensors_of(tmp_path / "out") == tensors_of(source)
     assert not (tmp_path / "out" / "more").exists()
 
 
-def test_a_second_conversion_to_the_same_folder_waits_for_none(source, tmp_path, capfd):
+def test_second_conversion_to_the_same_folder_fails(source, tmp_path, capfd):
     hidden = tmp_path / ".converting-out"
     hidden.mkdir()
     (hidden / "theirs").write_text("x")
@@ -309,7 +309,7 @@ def test_a_second_conversion_to_the_same_folder_waits_for_none(source, tmp_path,
     assert (hidden / "theirs").exists()
 
 
-def test_a_full_disk_leaves_nothing(source, tmp_path, capfd, monkeypatch):
+def test_full_disk_leaves_no_target(source, tmp_path, capfd, monkeypatch):
     write_all, count = writer._write_all, []
 
     def full(handle, view):
@@ -319,42 +319,41 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, capfd, monkeypatch):
         write_all(handle, view)
 
     monkeypatch.setattr(writer, "_write_all", full)
-    monkeypatch.setattr(writer, "_copies_files", lambda *args: False)
-    assert "cannot be written: No space left on device; nothing was published" in refused(
+    monkeypatch.setattr(writer, "_can_copy", lambda *args: False)
+    assert "cannot be written: No space left on device; nothing was published" in error_of(
         capfd, source, tmp_path / "out", "--to", "hf"
     )
 
 
-def test_free_space_is_looked_at_first(source, tmp_path, capfd, monkeypatch):
+def test_free_space_is_checked_first(source, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5000})())
     monkeypatch.setattr(
         convert_module, "write_model", lambda *args, **more: pytest.fail("something was written")
     )
-    assert "needs 0.000 GB and its disk has 0.000 GB free; nothing was written" in refused(
+    assert "requires 0.000 GB, but its disk has 0.000 GB free; nothing was written" in error_of(
         capfd, source, tmp_path / "out", "--to", "hf"
     )
 
 
-def test_a_target_that_holds_something_is_left_alone(source, tmp_path, capfd):
+def test_nonempty_target_is_rejected(source, tmp_path, capfd):
     target = tmp_path / "out"
     target.mkdir()
     (target / "mine").write_text("x")
-    assert f"{target} is not empty; give a new folder" in refused(
+    assert f"{target} is not empty; give a new folder" in error_of(
         capfd, source, target, "--to", "hf"
     )
     (target / "mine").unlink()
     assert to_hf(source, target) == 0
     file = tmp_path / "file"
     file.write_text("x")
-    assert "is there and no folder" in refused(capfd, source, file, "--to", "hf")
+    assert "exists and is not a folder" in error_of(capfd, source, file, "--to", "hf")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sources that are not whole
+# Incomplete and damaged sources.
 
 
 def edit(folder, change):
-    """Change tensors of the folder, all in one file afterwards."""
+    """Changes tensors of the folder and writes all to one file."""
     tensors = {
         name: tensor
         for path in sorted(folder.glob("*.safetensors"))
@@ -379,38 +378,42 @@ DAMAGES = {
     "lacks model.layers.1.mlp.up_proj.weight": lambda folder: edit(
         folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")
     ),
-    "holds model.extra, for which a llama of its config has no place": lambda folder: edit(
+    "contains model.extra, which the llama of its config does not have": lambda folder: edit(
         folder, lambda t: t.update({"model.extra": torch.ones(2)})
     ),
-    "of shape (48, 32), and its config makes it (64, 32)": lambda folder: set_config(
+    "of shape (48, 32), but its config requires (64, 32)": lambda folder: set_config(
         folder, intermediate_size=64
     ),
     "lacks model.layers.2.": lambda folder: set_config(folder, num_hidden_layers=3),
-    "holds model.layers.1.": lambda folder: set_config(folder, num_hidden_layers=1),
-    "holds lm_head.weight with other values than the embedding, and its config ties them": untie,
+    "contains model.layers.1.": lambda folder: set_config(folder, num_hidden_layers=1),
+    "contains lm_head.weight with other values than the embedding, but its config ties them": untie,
     "model.quantization_config": lambda folder: set_config(
         folder, quantization_config={"quant_method": "fp8"}
     ),
-    "is a classifier, and language models are converted": lambda folder: set_config(
+    "is a classifier, but only language models are converted": lambda folder: set_config(
         folder, architectures=["LlamaForSequenceClassification"], pad_token_id=0
     ),
     "model.model_type=": lambda folder: set_config(folder, model_type="opt"),
-    "is of no kind that is read": lambda folder: (folder / "config.json").unlink(),
-    "holds no model": lambda folder: [path.unlink() for path in folder.glob("*.safetensors*")],
-    "is missing or no file": lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(),
-    "it is cut short": lambda folder: os.truncate(sorted(folder.glob("*.safetensors"))[0], 9000),
+    "has no supported format": lambda folder: (folder / "config.json").unlink(),
+    "contains no model": lambda folder: [path.unlink() for path in folder.glob("*.safetensors*")],
+    "is missing or not a regular file": lambda folder: sorted(folder.glob("*.safetensors"))[
+        0
+    ].unlink(),
+    "is truncated or corrupt": lambda folder: os.truncate(
+        sorted(folder.glob("*.safetensors"))[0], 9000
+    ),
     "has no manifest.json": lambda folder: (folder / "train_state.json").write_text("{}"),
 }
 
 
 @pytest.mark.parametrize("sentence", DAMAGES)
-def test_a_damaged_source_is_refused(sentence, source, tmp_path, capfd):
+def test_damaged_source_is_rejected(sentence, source, tmp_path, capfd):
     DAMAGES[sentence](source)
-    assert sentence in refused(capfd, source, tmp_path / "out", "--to", "hf")
+    assert sentence in error_of(capfd, source, tmp_path / "out", "--to", "hf")
 
 
-def test_a_source_that_is_not_there(tmp_path, capfd):
-    assert "/nowhere does not exist" in refused(capfd, "/nowhere", tmp_path / "out")
+def test_missing_source(tmp_path, capfd):
+    assert "/nowhere does not exist" in error_of(capfd, "/nowhere", tmp_path / "out")
 
 
 def test_sizes():
@@ -425,13 +428,13 @@ def test_sizes():
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "5 apples", "nan"])
-def test_no_sizes(text, capsys):
+def test_invalid_sizes(text, capsys):
     with pytest.raises(SystemExit):
         convert("a", "b", f"--max-shard-size={text}")
-    assert "is no size" in capsys.readouterr().err
+    assert "must be" in capsys.readouterr().err
 
 
-def test_the_tool_is_the_verb(source, tmp_path):
+def test_tool_runs_the_command(source, tmp_path):
     done = subprocess.run(
         [sys.executable, TOOLS / "convert_checkpoint.py", source, source],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Each family as transformers makes it, into ours at several layouts, and back: the same bytes, the same logits."""
+"""Families of transformers become checkpoints of several layouts and return bit-exact."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ PAIRS = [
 ]
 NAMES = sorted(VARIANTS)
 FORMER = {"embed_out.weight": "lm_head.weight"}
-"""transformers saves a GPT-NeoX's head by the name that it had once, and loads it by either."""
+"""transformers saves the head of GPT-NeoX under its former name, and loads both names."""
 
 
 def layouts(name):
-    """A layout of four ranks for each variant, and one of two ranks that another variant of its family does not have."""
+    """Returns a layout of four ranks, and one of two ranks that differs between variants."""
     return {4: {"tensor": 2, "pipeline": 2}, 2: PAIRS[NAMES.index(name) % len(PAIRS)]}
 
 
 def import_and_save(rank, world_size, root):
-    """On the ranks of a layout, each variant's folder into a checkpoint."""
+    """Saves the folder of each variant as a checkpoint, on the ranks of its layout."""
     from megatrain.checkpoint.checkpointer import Checkpointer
     from megatrain.checkpoint.hf_metadata import write_hf_metadata
     from megatrain.checkpoint.init_from_hf import Pretrained
@@ -86,7 +86,7 @@ def imported(tmp_path_factory):
 
 @pytest.mark.parametrize("world_size", [4, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_comes_back_with_the_same_bytes_and_logits(name, world_size, imported, tmp_path, capfd):
+def test_round_trip_keeps_bytes_and_logits(name, world_size, imported, tmp_path, capfd):
     assert convert(imported / name / f"ours-{world_size}", tmp_path / "out", "--to", "hf") == 0, (
         capfd.readouterr().err
     )

@@ -1,4 +1,4 @@
-"""Sources with mutated bytes: read, or refused with a sentence; nothing else happens, and nothing outside is touched."""
+"""Sources with mutated bytes are read or rejected with a message, without side effects."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from helpers.megatron_layout import write_megatron
 from helpers.tiny_folders import LLAMA, make_folder
 
 from megatrain.conversion.detect_format import Hints, open_source
-from megatrain.conversion.folders import check_coverage
-from megatrain.conversion.sources import row_blocks_of
+from megatrain.conversion.sources import check_coverage, read_row_blocks
 from megatrain.errors import UserError
 from megatrain.models.config import read_config
 from megatrain.models.counts import parameter_shapes
@@ -30,8 +29,8 @@ CASES = 60
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A tiny model in each kind, the file that is mutated, and the config."""
+def root_folder(tmp_path_factory):
+    """A tiny model in each format."""
     root = tmp_path_factory.mktemp("fuzzed")
     model = make_folder(root / "hf", SMALL)
     write_megatron(root / "megatron", model, tensor=2)
@@ -45,20 +44,20 @@ def made(tmp_path_factory):
 
 
 def read_through(folder, config):
-    """Every tensor, as a conversion reads it."""
+    """Reads every tensor as a conversion does."""
     source = open_source(folder, Hints(config=str(config)))
     architecture = read_config(source.config)
     expected = parameter_shapes(architecture)
-    source.adopt(architecture, expected)
+    source.bind(architecture, expected)
     check_coverage(source, architecture, expected)
     for name in expected:
-        assert sum(len(block) for block in row_blocks_of(source, name)) == expected[name][0]
+        assert sum(len(block) for block in read_row_blocks(source, name)) == expected[name][0]
     if hasattr(source, "moments"):
         source.moments()
 
 
 def mutated(content, chance):
-    """Bytes flipped, cleared, cut off, moved or doubled."""
+    """Flips, clears, truncates, moves or doubles bytes."""
     content = bytearray(content)
     kind = chance.choice(["flip", "flip", "many", "clear", "cut", "move", "double"])
     at = chance.randrange(len(content))
@@ -83,7 +82,7 @@ def mutated(content, chance):
 
 
 def mutate_pickle(content, chance):
-    """The same inside a sound archive, where the description of the tensors is."""
+    """Mutates the description of the tensors inside a valid archive."""
     packed = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(content)) as before,
@@ -100,9 +99,11 @@ def mutate_pickle(content, chance):
 
 @pytest.mark.parametrize("kind", ["megatron", "universal"])
 @pytest.mark.parametrize("how", [mutated, mutate_pickle], ids=["file", "pickle"])
-def test_reads_or_refuses(kind, how, made):
-    files = sorted((made / kind).rglob("model_optim_rng.pt" if kind == "megatron" else "*.pt"))
-    everything = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+def test_mutated_files_are_read_or_rejected(kind, how, root_folder):
+    files = sorted(
+        (root_folder / kind).rglob("model_optim_rng.pt" if kind == "megatron" else "*.pt")
+    )
+    everything = {path: path.read_bytes() for path in root_folder.rglob("*") if path.is_file()}
     refusals = []
     for number in range(CASES):
         chance = random.Random(f"{kind} {how.__name__} {number}")
@@ -110,21 +111,23 @@ def test_reads_or_refuses(kind, how, made):
         whole = everything[path]
         path.write_bytes(how(whole, chance))
         try:
-            read_through(made / kind, made / "hf")
+            read_through(root_folder / kind, root_folder / "hf")
         except UserError as error:
             refusals.append(str(error))
         except Exception as error:
             raise AssertionError(f"case {number} of {path.name}: {type(error).__name__}") from error
         finally:
             path.write_bytes(whole)
-    assert {path: path.read_bytes() for path in made.rglob("*") if path.is_file()} == everything
+    assert {
+        path: path.read_bytes() for path in root_folder.rglob("*") if path.is_file()
+    } == everything
     assert 0 < len(refusals) < CASES, "some mutations are of what is not read"
     assert [words for words in refusals if not 20 < len(words) < 600 or "\n" in words] == []
 
 
-def test_the_whole_ones_are_read(made):
+def test_intact_files_are_read(root_folder):
     for kind in ("megatron", "universal", "hf"):
         if kind == "hf":
-            open_source(made / kind, Hints())
+            open_source(root_folder / kind, Hints())
         else:
-            read_through(made / kind, made / "hf")
+            read_through(root_folder / kind, root_folder / "hf")

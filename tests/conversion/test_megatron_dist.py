@@ -1,4 +1,4 @@
-"""Megatron-LM's torch_dist checkpoints, written by torch.distributed.checkpoint itself on two ranks, read by none of it."""
+"""Megatron-LM's torch_dist checkpoints, which torch.distributed.checkpoint writes on two ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASES = {
 
 
 def save_in_chunks(rank, world_size, states):
-    """Each tensor split over the ranks by rows or columns, or held by both."""
+    """Writes tensors that are split over ranks by rows or columns, or replicated."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -66,11 +66,11 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_becomes_the_model_that_it_was_written_from(name, written, tmp_path, capfd):
+def test_conversion_restores_the_original_model(name, written, tmp_path, capfd):
     folder = written / name / "run"
     assert len(list((folder / "iter_0000007").glob("*.distcp"))) == 2
     assert convert(folder, tmp_path / "out", "--vocab-size", "67") == 0, capfd.readouterr().err
-    assert "a Megatron-LM checkpoint of torch_dist chunks" in capfd.readouterr().out
+    assert "Megatron-LM checkpoint, torch_dist chunks (" in capfd.readouterr().out
     assert tensors_of(tmp_path / "out") == tensors_of(written / name / "hf")
     proof = json.loads((tmp_path / "out" / "conversion.json").read_text())["proof"]
     assert proof["source_computed_by"] == "a decoder on Megatron-LM's tensors"
@@ -87,13 +87,13 @@ class Runs:
         return (Path.touch, (self.path,))
 
 
-def test_no_code_of_the_metadata_runs(written, tmp_path):
+def test_metadata_runs_no_code(written, tmp_path):
     folder = shutil.copytree(written / "llama" / "run" / "iter_0000007", tmp_path / "copy")
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     metadata.planner_data = Runs(tmp_path / "ran")
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(
-        CheckpointError, match=r"is refused: .*touch is not of a checkpoint's metadata"
+        CheckpointError, match=r"is rejected: .*touch is not part of a checkpoint's metadata"
     ):
         DistributedShard(folder)
     assert not (tmp_path / "ran").exists()
@@ -105,7 +105,7 @@ def change_metadata(folder, change):
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def lead_out(metadata):
+def point_outside(metadata):
     next(iter(metadata.storage_data.values())).relative_path = "../x"
 
 
@@ -114,13 +114,11 @@ def largest(folder):
 
 
 DAMAGES = {
-    "which is not the name of a file in the folder": lambda folder: change_metadata(
-        folder, lead_out
-    ),
-    "each element once": lambda folder: change_metadata(
+    "must be a file in the same folder": lambda folder: change_metadata(folder, point_outside),
+    "do not contain each element exactly once": lambda folder: change_metadata(
         folder, lambda m: m.state_dict_metadata["output_layer.weight"].chunks.pop()
     ),
-    "is not inside it": lambda folder: change_metadata(
+    "exceeds its shape": lambda folder: change_metadata(
         folder,
         lambda m: setattr(
             m.state_dict_metadata["output_layer.weight"].chunks[0], "sizes", torch.Size((99, 99))
@@ -130,12 +128,12 @@ DAMAGES = {
         (folder / ".metadata").read_bytes()[:-40]
     ),
     "cannot be read": lambda folder: largest(folder).unlink(),
-    "is cut short": lambda folder: os.truncate(largest(folder), 100),
+    "is truncated": lambda folder: os.truncate(largest(folder), 100),
 }
 
 
 @pytest.mark.parametrize("sentence", DAMAGES)
-def test_a_damaged_one_is_refused(sentence, written, tmp_path, capfd):
+def test_damaged_checkpoint_is_rejected(sentence, written, tmp_path, capfd):
     folder = shutil.copytree(written / "llama" / "run" / "iter_0000007", tmp_path / "copy")
     DAMAGES[sentence](folder)
     assert convert(folder, tmp_path / "out", "--vocab-size", "67") == 1
@@ -145,7 +143,7 @@ def test_a_damaged_one_is_refused(sentence, written, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
-def test_mutated_metadata_and_chunks_are_read_or_refused(written, tmp_path):
+def test_mutated_metadata_and_chunks_are_read_or_rejected(written, tmp_path):
     folder = shutil.copytree(written / "llama" / "run" / "iter_0000007", tmp_path / "copy")
     files = [folder / ".metadata", *folder.glob("*.distcp")]
     whole = {path: path.read_bytes() for path in files}

@@ -1,4 +1,4 @@
-"""Megatron-LM's checkpoints become the transformers models that they were written from, at any layout and under any of its names."""
+"""Megatron-LM's checkpoints of all layouts and names become the original transformers models."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_becomes_the_model_that_it_was_written_from(case, tmp_path, capfd):
+def test_conversion_restores_the_original_model(case, tmp_path, capfd):
     fields, layout = CASES[case]
     model = make_folder(tmp_path / "hf", fields)
     write_megatron(tmp_path / "run" / "iter_0000007", model, **layout)
@@ -78,11 +78,11 @@ def test_becomes_the_model_that_it_was_written_from(case, tmp_path, capfd):
     assert convert(tmp_path / "run", tmp_path / "out", "--vocab-size", "67") == 0, (
         capfd.readouterr().err
     )
-    said = capfd.readouterr().out
+    output = capfd.readouterr().out
     tensor, pipeline = layout.get("tensor", 1), layout.get("pipeline", 1)
     assert (
-        f"a Megatron-LM checkpoint of tensor {tensor} x pipeline {pipeline} ranks of a {fields['model_type']}"
-        in said
+        f"Megatron-LM checkpoint, tensor {tensor} x pipeline {pipeline} ranks ({fields['model_type']})"
+        in output
     )
     assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "hf")
     figures = json.loads((tmp_path / "out" / "conversion.json").read_text())["proof"]
@@ -106,12 +106,12 @@ def written(tmp_path):
     return tmp_path / "run"
 
 
-def test_lower_dtype_padding_and_tokenizer(tmp_path, capfd):
+def test_lower_dtype_and_padding(tmp_path, capfd):
     model = make_folder(tmp_path / "hf", LLAMA)
     write_megatron(tmp_path / "run", model, tensor=2, padded=72)
     assert convert(tmp_path / "run", tmp_path / "out", "--dtype", "bf16") == 0
     assert (
-        "all 72 rows of the embedding are kept, Megatron-LM's padding among them"
+        "keeping all 72 rows of the embedding, including Megatron-LM's padding"
         in capfd.readouterr().out
     )
     found = tensors_of(tmp_path / "out")
@@ -119,12 +119,12 @@ def test_lower_dtype_padding_and_tokenizer(tmp_path, capfd):
     assert {dtype for dtype, _, _ in found.values()} == {torch.bfloat16}
 
 
-def test_without_args_the_config_is_named(tmp_path, capfd):
+def test_checkpoint_without_args_requires_a_config(tmp_path, capfd):
     model = make_folder(tmp_path / "hf", {**LLAMA, "model_type": "mistral"})
     write_megatron(tmp_path / "run", model, tensor=2, padded=72, args=False)
     assert convert(tmp_path / "run", tmp_path / "out") == 1
     assert (
-        "holds no args, which would say what the model is; name a Hugging Face config with --config"
+        "has no args, which describe the model; name its Hugging Face config with --config"
         in capfd.readouterr().err
     )
     assert convert(tmp_path / "run", tmp_path / "out", "--config", tmp_path / "hf") == 0
@@ -132,9 +132,9 @@ def test_without_args_the_config_is_named(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("broken", ["query", "gate", "transposed heads"])
-def test_a_wrong_split_does_not_pass_the_proof(broken, written, tmp_path, capfd, monkeypatch):
+def test_wrong_split_fails_the_verification(broken, written, tmp_path, capfd, monkeypatch):
     """Tensors of the right names and shapes, from the wrong rows."""
-    pieces = dict(megatron_weights._PIECES)
+    pieces = dict(megatron_weights._ROWS)
     if broken == "query":
         pieces["query"] = lambda parts, s, dim: torch.cat(parts)[: s.num_heads * s.head_dim]
     elif broken == "gate":
@@ -146,14 +146,13 @@ def test_a_wrong_split_does_not_pass_the_proof(broken, written, tmp_path, capfd,
             .transpose(0, 1)
             .flatten(0, 1)
         )
-    monkeypatch.setattr(megatron_weights, "_PIECES", pieces)
+    monkeypatch.setattr(megatron_weights, "_ROWS", pieces)
     assert convert(written, tmp_path / "out") == 1
-    assert "their logits by" in capfd.readouterr().err
+    assert "the logits of" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints that are damaged or not read
+# Damaged and unsupported checkpoints.
 
 
 def change(folder, edit, rank="mp_rank_01_001"):
@@ -182,23 +181,23 @@ def all_args(name, value):
 
 NORM = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
 DAMAGES = {
-    "lacks tensor rank 1 of pipeline rank 1, of 2 x 2 ranks": lambda folder: shutil.rmtree(
+    "lacks tensor rank 1 of pipeline rank 1 (2 x 2 ranks)": lambda folder: shutil.rmtree(
         folder / "mp_rank_01_001"
     ),
-    "holds neither model_optim_rng.pt nor model_rng.pt": lambda folder: (
+    "contains neither model_optim_rng.pt nor model_rng.pt": lambda folder: (
         folder / "mp_rank_00_000" / "model_optim_rng.pt"
     ).unlink(),
-    "is of a layout that is not read": lambda folder: (folder / "mp_rank_00_000_000").mkdir(),
-    "on some tensor ranks and not on rank 1": lambda folder: change(
-        folder, lambda s: s["model"].pop(NORM)
-    ),
-    "with other values on tensor rank 1 than on rank 0": lambda folder: change(
+    "is a folder of expert ranks, which are not supported": lambda folder: (
+        folder / "mp_rank_00_000_000"
+    ).mkdir(),
+    "is missing on tensor rank 1": lambda folder: change(folder, lambda s: s["model"].pop(NORM)),
+    "has other values on tensor rank 1 than on rank 0": lambda folder: change(
         folder, lambda s: s["model"][NORM].add_(1)
     ),
-    "of shape (30,) on tensor rank 1 and (32,) on rank 0": lambda folder: change(
+    "has shape (30,) on tensor rank 1 and (32,) on rank 0": lambda folder: change(
         folder, lambda s: s["model"].update({NORM: torch.ones(30)})
     ),
-    "holds decoder.layers.1.mlp.router.weight": lambda folder: [
+    "contains decoder.layers.1.mlp.router.weight": lambda folder: [
         change(
             folder,
             lambda s: s["model"].update({"decoder.layers.0.mlp.router.weight": torch.ones(3)}),
@@ -206,31 +205,29 @@ DAMAGES = {
         )
         for rank in (0, 1)
     ],
-    "which is a list and no tensor": lambda folder: change(
+    "must be a tensor, not list": lambda folder: change(
         folder, lambda s: s["model"].update({"decoder.x": [1]})
     ),
-    "is of checkpoint_version 0": lambda folder: change(
+    "has checkpoint_version 0": lambda folder: change(
         folder, lambda s: s.pop("checkpoint_version")
     ),
-    "holds no model": lambda folder: change(folder, lambda s: s.pop("model")),
+    "contains no model": lambda folder: change(folder, lambda s: s.pop("model")),
     "which do not count from 0": lambda folder: change(
         folder, lambda s: s["model"].update({"decoder.layers.5.x": torch.ones(1)})
     ),
-    "holds 2 ranks where its args say pipeline_model_parallel_size=4": all_args(
+    "contains 2 ranks, but its args have pipeline_model_parallel_size=4": all_args(
         "pipeline_model_parallel_size", 4
     ),
-    "trained with num_experts=8, which is not read": all_args("num_experts", 8),
-    "trained with position_embedding_type=alibi, and rope and learned_absolute are read": all_args(
+    "num_experts=8 in its args is not supported": all_args("num_experts", 8),
+    "position_embedding_type=alibi in its args is not supported": all_args(
         "position_embedding_type", "alibi"
     ),
-    "trained with rotary_percent=0.5": all_args("rotary_percent", 0.5),
-    "trained with num_layers=two": all_args("num_layers", "two"),
-    "make 128": all_args("kv_channels", 16),
-    "is of no model that transformers has: rope, RMSNorm and a plain MLP": all_args(
-        "swiglu", False
-    ),
+    "rotary_percent=0.5 in its args": all_args("rotary_percent", 0.5),
+    "num_layers=two in its args must be at least 1": all_args("num_layers", "two"),
+    "require 128 in total": all_args("kv_channels", 16),
+    "transformers has no model with rope, RMSNorm and a plain MLP": all_args("swiglu", False),
     "lacks model.layers.2.": all_args("num_layers", 3),
-    "rows, which are not gate and up of equal size": lambda folder: [
+    "rows, which cannot be split into gate and up": lambda folder: [
         change(
             folder,
             lambda s: s["model"].update(
@@ -240,14 +237,14 @@ DAMAGES = {
         )
         for rank in (0, 1)
     ],
-    "its last stage's copy of them has other values": all_args(
+    "the last stage's copy differs from the first stage's": all_args(
         "untie_embeddings_and_output_weights", False
     ),
 }
 
 
 @pytest.mark.parametrize("sentence", DAMAGES)
-def test_a_damaged_checkpoint_is_refused(sentence, written, tmp_path, capfd):
+def test_damaged_checkpoint_is_rejected(sentence, written, tmp_path, capfd):
     DAMAGES[sentence](written)
     assert convert(written, tmp_path / "out", "--vocab-size", "67") == 1
     err = capfd.readouterr().err
@@ -257,13 +254,13 @@ def test_a_damaged_checkpoint_is_refused(sentence, written, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("word", ["nine", "../7", "12345678901", "8"])
-def test_a_tracker_that_leads_nowhere(word, written, tmp_path, capfd):
+def test_tracker_without_a_folder(word, written, tmp_path, capfd):
     root = tmp_path / "root"
     root.mkdir()
     shutil.copytree(written, root / "iter_0000007")
     (root / "latest_checkpointed_iteration.txt").write_text(word)
     assert convert(root, tmp_path / "out") == 1
-    assert "latest_checkpointed_iteration.txt names" in capfd.readouterr().err
+    assert "latest_checkpointed_iteration.txt " in capfd.readouterr().err
 
 
 class Runs:
@@ -277,7 +274,7 @@ class Runs:
 
 
 @pytest.mark.parametrize("place", ["model", "args", "rng_state"])
-def test_no_code_of_a_checkpoint_runs(place, written, tmp_path, capfd):
+def test_checkpoint_runs_no_code(place, written, tmp_path, capfd):
     trace = tmp_path / "ran"
     change(
         written,
@@ -289,18 +286,18 @@ def test_no_code_of_a_checkpoint_runs(place, written, tmp_path, capfd):
     )
     assert convert(written, tmp_path / "out") == 1
     assert (
-        "is refused: it is damaged or holds more than tensors, which could run code when read"
+        "is damaged, or contains more than tensors, which could run code when it is read"
         in capfd.readouterr().err
     )
     assert not trace.exists()
 
 
-def test_more_than_one_source_of_the_vocabulary(written, tmp_path, capfd):
+def test_conflicting_vocabulary_sizes(written, tmp_path, capfd):
     assert (
         convert(written, tmp_path / "out", "--config", tmp_path / "hf", "--vocab-size", "60") == 1
     )
-    assert "--vocab-size 60 is not the 67 of --config" in capfd.readouterr().err
+    assert "--vocab-size 60 differs from vocab_size=67 of --config" in capfd.readouterr().err
     assert convert(tmp_path / "hf", tmp_path / "out", "--vocab-size", "60") == 1
-    assert "has a config.json of its own" in capfd.readouterr().err
+    assert "has a config.json; leave --config" in capfd.readouterr().err
     assert convert(written, tmp_path / "out", "--vocab-size", "80") == 1
-    assert "of shape (68, 32), and its config makes it (80, 32)" in capfd.readouterr().err
+    assert "of shape (68, 32), but its config requires (80, 32)" in capfd.readouterr().err

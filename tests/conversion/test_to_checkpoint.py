@@ -1,4 +1,4 @@
-"""What is converted to a checkpoint is resumed by a run: with the losses of init_from, or of the run that the moments are of."""
+"""Runs resume from converted checkpoints, with the losses of init_from or of the original run."""
 
 from __future__ import annotations
 
@@ -69,16 +69,13 @@ ROWS = [
 ]
 
 
-def test_a_hugging_face_folder_becomes_a_checkpoint_that_goes_on_as_init_from_does(
-    root, tmp_path, capfd
-):
+def test_resuming_a_converted_folder_equals_init_from(root, tmp_path, capfd):
     for name in MODELS:
         assert convert(root / name, tmp_path / name, "--max-shard-size", "20KB") == 0, (
             capfd.readouterr().err
         )
-        said = capfd.readouterr().out
-        assert "to      a checkpoint to resume from" in said
-        assert "and the optimizer's master, after 0 updates" in said.replace("masters", "master")
+        output = capfd.readouterr().out
+        assert "target    checkpoint with master of the optimizer after 0 updates" in output
         assert manifest.find_problem(tmp_path / name, hashes=True) is None
         assert (tmp_path / name / "train_state.json").is_file()
     for world_size in (4, 2):
@@ -104,7 +101,7 @@ def test_a_hugging_face_folder_becomes_a_checkpoint_that_goes_on_as_init_from_do
         assert losses(tmp_path / f"init-{number}")[0] != losses(tmp_path / f"init-{number}")[1]
 
 
-def test_and_back_with_the_same_bytes(root, tmp_path):
+def test_round_trip_keeps_bytes(root, tmp_path):
     assert convert(root / "gpt2", tmp_path / "ours") == 0
     assert convert(tmp_path / "ours", tmp_path / "theirs") == 0
     assert tensors_of(tmp_path / "theirs") == tensors_of(root / "gpt2")
@@ -115,7 +112,7 @@ def test_and_back_with_the_same_bytes(root, tmp_path):
     )
 
 
-def test_masters_keep_what_a_lower_dtype_loses(root, tmp_path):
+def test_master_weights_keep_the_original_precision(root, tmp_path):
     assert convert(root / "llama", tmp_path / "ours", "--dtype", "bf16") == 0
     masters = load_file(tmp_path / "ours" / "optimizer" / "rank-00000.safetensors")
     exact = {
@@ -127,13 +124,12 @@ def test_masters_keep_what_a_lower_dtype_loses(root, tmp_path):
     assert {dtype for dtype, _, _ in tensors_of(tmp_path / "ours").values()} == {torch.bfloat16}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DeepSpeed's universal checkpoints
+# DeepSpeed's universal checkpoints.
 
 
 @pytest.fixture(scope="module")
 def universal(root, tmp_path_factory):
-    """A run of four steps, and its state after two as DeepSpeed's universal folder has it."""
+    """A run of four steps, and its state after two as a universal checkpoint."""
     folder = tmp_path_factory.mktemp("universal")
     run_ranks(
         pretrain_all,
@@ -165,13 +161,13 @@ def universal(root, tmp_path_factory):
     return folder
 
 
-def test_a_universal_checkpoint_goes_on_as_its_run_did(root, universal, tmp_path, capfd):
+def test_resuming_a_universal_checkpoint_equals_its_run(root, universal, tmp_path, capfd):
     assert convert(universal, tmp_path / "ours", "--config", root / "llama") == 0, (
         capfd.readouterr().err
     )
-    said = capfd.readouterr().out
-    assert "a DeepSpeed universal checkpoint of a llama" in said
-    assert "and the optimizer's masters, exp_avg, exp_avg_sq, after 2 updates" in said
+    output = capfd.readouterr().out
+    assert "DeepSpeed universal checkpoint (llama)" in output
+    assert "checkpoint with master, exp_avg, exp_avg_sq of the optimizer after 2 updates" in output
     run_ranks(
         pretrain_all,
         1,
@@ -189,7 +185,7 @@ def test_a_universal_checkpoint_goes_on_as_its_run_did(root, universal, tmp_path
     assert losses(tmp_path / "run", after=2) == losses(universal / "run", after=2)
 
 
-def test_a_universal_checkpoints_weights_as_a_hugging_face_folder(root, universal, tmp_path):
+def test_universal_checkpoint_to_hugging_face(root, universal, tmp_path):
     assert (
         convert(
             universal,
@@ -211,23 +207,23 @@ NORM = "zero/module.model.norm.weight"
 DAMAGES = {
     "lacks model.norm.weight": lambda folder: shutil.rmtree(folder / NORM),
     "lacks fp32.pt": lambda folder: (folder / NORM / "fp32.pt").unlink(),
-    "lacks exp_avg.pt of model.norm.weight and has it of others": lambda folder: (
+    "lacks exp_avg.pt of model.norm.weight, but has it for others": lambda folder: (
         folder / NORM / "exp_avg.pt"
     ).unlink(),
-    "which says how many updates the moments are of": lambda folder: (
-        folder / NORM / "step.pt"
-    ).unlink(),
-    "after different numbers of updates": lambda folder: torch.save(
+    "step.pt is missing": lambda folder: (folder / NORM / "step.pt").unlink(),
+    "contain different or invalid numbers of updates": lambda folder: torch.save(
         torch.tensor(3.0), folder / NORM / "step.pt"
     ),
     "of shape (30,)": lambda folder: torch.save(
         {"param": torch.ones(30)}, folder / NORM / "fp32.pt"
     ),
-    "exp_avg.pt is of shape (31,)": lambda folder: torch.save(
+    "exp_avg.pt has shape (31,)": lambda folder: torch.save(
         {"param": torch.ones(31)}, folder / NORM / "exp_avg.pt"
     ),
-    "holds no plain tensor": lambda folder: torch.save({"param": [1]}, folder / NORM / "fp32.pt"),
-    "for which a llama of its config has no place": lambda folder: shutil.copytree(
+    "does not contain a plain tensor": lambda folder: torch.save(
+        {"param": [1]}, folder / NORM / "fp32.pt"
+    ),
+    "which the llama of its config does not have": lambda folder: shutil.copytree(
         folder / NORM, folder / "zero" / "module.model.other.weight"
     ),
     "with other values than the embedding": lambda folder: torch.save(
@@ -236,12 +232,14 @@ DAMAGES = {
     "with the prefix module. and without": lambda folder: shutil.copytree(
         folder / NORM, folder / "zero" / "model.norm.weight"
     ),
-    "is refused": lambda folder: torch.save({"param": Path("x")}, folder / NORM / "fp32.pt"),
+    "is damaged, or contains more than tensors": lambda folder: torch.save(
+        {"param": Path("x")}, folder / NORM / "fp32.pt"
+    ),
 }
 
 
 @pytest.mark.parametrize("sentence", DAMAGES)
-def test_a_damaged_universal_checkpoint_is_refused(sentence, root, universal, tmp_path, capfd):
+def test_damaged_universal_checkpoint_is_rejected(sentence, root, universal, tmp_path, capfd):
     shutil.copytree(universal / "zero", tmp_path / "copy" / "zero")
     DAMAGES[sentence](tmp_path / "copy")
     assert convert(tmp_path / "copy", tmp_path / "out", "--config", root / "llama") == 1
@@ -251,6 +249,6 @@ def test_a_damaged_universal_checkpoint_is_refused(sentence, root, universal, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_universal_checkpoint_without_a_config(universal, tmp_path, capfd):
+def test_universal_checkpoint_requires_a_config(universal, tmp_path, capfd):
     assert convert(universal, tmp_path / "out") == 1
     assert "name its Hugging Face config with --config" in capfd.readouterr().err

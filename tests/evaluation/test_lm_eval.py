@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's own tasks on our ranks, from local files: the same figures as its own transformers model."""
+"""Tasks of lm-evaluation-harness give the metrics of its own transformers model."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def datasets_in(home):
-    """What the harness makes of the files goes there instead of the home folder, and nothing is asked of the network."""
+    """Keeps the cache of datasets in a folder and the harness offline."""
     import datasets
 
     settings = datasets.config
@@ -109,11 +109,11 @@ def datasets_in(home):
 
 
 def on_rank(rank, world_size, config, subject, home):
-    from megatrain.evaluation.run import evaluate
+    from megatrain.evaluation.rank import evaluate_rank
 
     with datasets_in(f"{home}/{rank}"):
-        return evaluate(
-            config, RankEnv(rank, world_size, rank, world_size, "127.0.0.1", 29500), subject=subject
+        return evaluate_rank(
+            config, RankEnv(rank, world_size, rank, world_size, "127.0.0.1", 29500), spec=subject
         )
 
 
@@ -131,7 +131,7 @@ def asked(folder, *, tasks=TASKS):
 
 
 @pytest.mark.parametrize("words", [["parallel.tensor=2"], ["parallel.pipeline=2"]])
-def test_equals_the_harness_own_model(folder, tmp_path, words):
+def test_metrics_equal_the_harness_model(folder, tmp_path, words):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -162,10 +162,9 @@ def test_equals_the_harness_own_model(folder, tmp_path, words):
         )
 
 
-def test_a_task_that_is_unknown(folder, monkeypatch):
+def test_unknown_task_is_rejected(folder, monkeypatch):
     from megatrain.evaluation import lm_eval as lm_eval_module
     from megatrain.evaluation.lm_eval import run_tasks
-    from megatrain.evaluation.progress import ProgressBar
 
     every = lm_eval_module.TaskManager  # takes ten seconds to list the harness's own
     monkeypatch.setattr(
@@ -175,7 +174,5 @@ def test_a_task_that_is_unknown(folder, monkeypatch):
             include_path=include_path, include_defaults=False
         ),
     )
-    with pytest.raises(
-        ConfigError, match="--tasks=no_such is not a task that lm-evaluation-harness knows"
-    ):
-        run_tasks(asked(folder, tasks=("no_such",)), None, object(), 0, ProgressBar(silent=True))
+    with pytest.raises(ConfigError, match="--tasks=no_such is not a task of lm-evaluation-harness"):
+        run_tasks(asked(folder, tasks=("no_such",)), None, object(), 0)

@@ -1,4 +1,4 @@
-"""What people see of an evaluation: lines while it runs, a table, and a hash that says what was measured."""
+"""The output of an evaluation: progress, table, and the hash in the name of its file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import json
 
 import pytest
 
+from megatrain import progress
 from megatrain.checkpoint import manifest
 from megatrain.errors import DataError
-from megatrain.evaluation import fingerprint, progress
-from megatrain.evaluation.run import table, write
+from megatrain.evaluation import fingerprint, rank
+from megatrain.evaluation.perplexity import read_documents
+from megatrain.evaluation.results import format_results, write_results
 from megatrain.evaluation.spec import EvalSpec, make_config, model_name
-from megatrain.evaluation.texts import read_texts
-from megatrain.evaluation.windows import Row
 
 RESULTS = {
     "kind": "classification",
@@ -38,8 +38,8 @@ RESULTS = {
 }
 
 
-def test_the_table():
-    assert table(RESULTS).splitlines() == [
+def test_table():
+    assert format_results(RESULTS).splitlines() == [
         "classification of a.jsonl, b.jsonl",
         "  model     there (llama)",
         "  settings  window 64, stride 32, tensor 2 x pipeline 1 x data 1, bf16",
@@ -56,28 +56,25 @@ def test_the_table():
     ]
 
 
-@pytest.mark.parametrize("silent", [False, True])
-def test_lines_while_it_runs(monkeypatch, silent):
-    said = []
-    monkeypatch.setattr(progress, "_SECONDS", 0.0)
-    monkeypatch.setattr(progress.logger, "info", said.append)
-    watched = progress.ProgressBar(silent=silent)
-    assert list(watched.watch([Row([1, 2], [2, 3]), Row([1], [2])])) == [
-        Row([1, 2], [2, 3]),
-        Row([1], [2]),
-    ]
-    assert (watched.rows, watched.tokens) == (2, 3)
-    assert [line.split(" tokens")[0].strip() for line in said] == (
-        [] if silent else ["1 rows, 2.00", "2 rows, 3.00"]
-    )
+@pytest.mark.parametrize("as_json", [False, True])
+def test_progress_is_logged_except_for_json(monkeypatch, as_json):
+    lines = []
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(rank.logger, "info", lines.append)
+    spec = EvalSpec("model", ("a",), "perplexity", 8, 8, "text", as_json=as_json)
+    with rank._progress(0, spec) as bar:
+        bar.update(1200)
+        bar.update(300)
+    found = [line.split(" tokens")[0].strip() for line in lines]
+    assert found[1:3] == ([] if as_json else ["evaluating: 1.20k", "evaluating: 1.50k"])
 
 
-def test_a_checkpoints_hashes_are_those_of_its_manifest(tmp_path, monkeypatch):
-    """Not read again where the manifest knows them; the same as of a copy without one."""
+def test_hashes_of_a_manifest_are_used(tmp_path, monkeypatch):
+    """The hash equals that of a copy without a manifest."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "tokenizer.json").write_text("another file")
-    plain = fingerprint.model_hash(tmp_path)
+    plain = fingerprint.hash_model(tmp_path)
     records = [
         manifest.make_record(tmp_path, tmp_path / name)._asdict()
         for name in ("config.json", "model.safetensors", "tokenizer.json")
@@ -85,8 +82,8 @@ def test_a_checkpoints_hashes_are_those_of_its_manifest(tmp_path, monkeypatch):
     (tmp_path / manifest.MANIFEST).write_text(
         json.dumps({"format": manifest.FORMAT, "files": records})
     )
-    monkeypatch.setattr(fingerprint, "file_hash", lambda path: pytest.fail(f"{path} was read"))
-    assert fingerprint.model_hash(tmp_path) == plain
+    monkeypatch.setattr(fingerprint, "hash_file", lambda path: pytest.fail(f"{path} was read"))
+    assert fingerprint.hash_model(tmp_path) == plain
     lines = "".join(
         f"{name} {hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}\n"
         for name in ("config.json", "model.safetensors")
@@ -94,8 +91,8 @@ def test_a_checkpoints_hashes_are_those_of_its_manifest(tmp_path, monkeypatch):
     assert plain == hashlib.sha256(lines.encode()).hexdigest()
 
 
-def test_an_evaluation_of_something_else_has_another_file(tmp_path):
-    """And the same again, from wherever, replaces its own."""
+def test_another_evaluation_has_another_file(tmp_path):
+    """The same evaluation overwrites its file, whatever the paths."""
     subject = EvalSpec("there", ("a.jsonl",), "perplexity", 64, 32, "text")
     first: dict = {
         **RESULTS,
@@ -105,11 +102,11 @@ def test_an_evaluation_of_something_else_has_another_file(tmp_path):
         "tokenizer": {"path": "there", "sha256": "3" * 64},
         "settings": {**RESULTS["settings"], "tokenizer": "there"},
     }
-    path = write(first, tmp_path, subject)
+    path = write_results(first, tmp_path, subject)
     assert path.name.startswith("perplexity-a.jsonl-")
     again = copy.deepcopy({**first, "figures": {"loss": 1.0}, "seconds": 2.0})
     again["model"]["path"] = again["tokenizer"]["path"] = again["settings"]["tokenizer"] = "/moved"
-    assert write(again, tmp_path, subject) == path
+    assert write_results(again, tmp_path, subject) == path
     others = []
     for part, name in (
         ("model", "sha256"),
@@ -120,20 +117,20 @@ def test_an_evaluation_of_something_else_has_another_file(tmp_path):
     ):
         other = copy.deepcopy(first)
         other[part][name] = "other"
-        others.append(write(other, tmp_path, subject))
+        others.append(write_results(other, tmp_path, subject))
     tasks = [
         {**first, "kind": "harness", "data": {"paths": [name], "sha256": None}}
         for name in ("one", "two")
     ]
     others += [
-        write(results, tmp_path, subject._replace(kind="harness", tasks=("one",)))
+        write_results(results, tmp_path, subject._replace(kind="harness", tasks=("one",)))
         for results in tasks
     ]
     assert len({path, *others}) == 8
     assert json.loads(path.read_text()) == again
 
 
-def test_the_folder_of_results_tells_models_apart(tmp_path):
+def test_folder_of_results_identifies_the_model(tmp_path):
     folders = [
         tmp_path / name
         for name in ("one/checkpoints/step-00000002", "two/checkpoints/step-00000002", "model")
@@ -149,15 +146,15 @@ def test_the_folder_of_results_tells_models_apart(tmp_path):
     assert make_config(folders[0], []).run.output_dir == "runs/evaluate/one-step-00000002"
 
 
-def test_a_line_without_the_field_says_what_it_has(tmp_path):
+def test_missing_field_lists_the_others(tmp_path):
     file = tmp_path / "chats.jsonl"
     file.write_text('{"messages": [], "id": 1}\n')
     with pytest.raises(
         DataError,
-        match=r'chats.jsonl, line 1: no field "text"; it has messages, id, and --field says which of them is the text',
+        match=r'chats.jsonl, line 1: no field "text"; it has messages, id: name the field of the text with --field',
     ):
         list(
-            read_texts(
+            read_documents(
                 [str(file)],
                 tokenizer=lambda *args, **more: {"input_ids": []},
                 prefix=None,
@@ -168,7 +165,7 @@ def test_a_line_without_the_field_says_what_it_has(tmp_path):
     file.write_text('{"text": 3}\n')
     with pytest.raises(DataError, match=r'line 1: field "text" is not a string$'):
         list(
-            read_texts(
+            read_documents(
                 [str(file)],
                 tokenizer=lambda *args, **more: {"input_ids": []},
                 prefix=None,

@@ -1,4 +1,4 @@
-"""Figures on every layout equal transformers' own on the same windows, and what the verb refuses."""
+"""Metrics on every layout equal those of transformers; invalid evaluations are rejected."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Texts, questions, a tokenizer, an indexed dataset of the texts, and models of transformers' making."""
+    """Texts, questions, a tokenizer, an indexed dataset of the texts, and transformers models."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("evaluate")
@@ -86,10 +86,10 @@ def folder(tmp_path_factory):
 
 
 def evaluate_on_rank(rank, world_size, config, subjects):
-    from megatrain.evaluation.run import evaluate
+    from megatrain.evaluation.rank import evaluate_rank
 
     place = RankEnv(rank, world_size, rank, world_size, "127.0.0.1", 29500)
-    return [evaluate(config, place, subject=subject) for subject in subjects]
+    return [evaluate_rank(config, place, spec=subject) for subject in subjects]
 
 
 def evaluated(folder, model, world, words, *, tmp_path):
@@ -116,7 +116,7 @@ def evaluated(folder, model, world, words, *, tmp_path):
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    """transformers' losses over windows written down again, and likelihoods of each choice."""
+    """Losses of transformers over windows, and the accuracies of its choices."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -185,7 +185,7 @@ def only_file(folder, pattern):
     LAYOUTS,
     ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
 )
-def test_equals_transformers(folder, reference, tmp_path, model, world, words):
+def test_metrics_equal_transformers(folder, reference, tmp_path, model, world, words):
     (texts, indexed, questions), output = evaluated(folder, model, world, words, tmp_path=tmp_path)
     loss, tokens, accuracies = reference(model)
     figures = texts["figures"]
@@ -213,7 +213,7 @@ def scores_on_rank(rank, world_size, config, folder, rows):
     from megatrain.distributed import device as device_module
     from megatrain.distributed.mesh import make_mesh
     from megatrain.evaluation.checks import check_model
-    from megatrain.evaluation.model import open_scorer
+    from megatrain.evaluation.rank import open_scorer
 
     p = config.parallel
     mesh = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
@@ -225,10 +225,10 @@ def scores_on_rank(rank, world_size, config, folder, rows):
 
 @pytest.mark.parametrize("words", [["parallel.tensor=2"], ["parallel.pipeline=2"]])
 def test_scores_of_single_rows(folder, tmp_path, words):
-    """Each row's sum and whether greedy decoding gives its labels, in the rows' order whatever their lengths."""
+    """Scores are in the order of rows, whatever their lengths."""
     from transformers import AutoModelForCausalLM
 
-    from megatrain.evaluation.windows import row
+    from megatrain.evaluation.loglikelihood import make_row
 
     generator = torch.Generator().manual_seed(3)
     network = AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
@@ -238,9 +238,8 @@ def test_scores_of_single_rows(folder, tmp_path, words):
     ]
     with torch.inference_mode():
         for number, sequence in enumerate(sequences):
-            for _ in range(
-                3
-            ):  # what the model itself would say, or what it would of the first half of its vocabulary
+            # Greedy tokens of the model, or of the first half of its vocabulary.
+            for _ in range(3):
                 part = network(torch.tensor([sequence])).logits[
                     0, -1, : None if number % 2 == 0 else VOCABULARY // 2
                 ]
@@ -255,7 +254,7 @@ def test_scores_of_single_rows(folder, tmp_path, words):
                     bool((logprobs.argmax(-1) == last).all()),
                 )
             )
-    rows = [row(sequence, scored=min(3, len(sequence) - 1)) for sequence in sequences]
+    rows = [make_row(sequence, scored=min(3, len(sequence) - 1)) for sequence in sequences]
     config = make_config(folder / "llama", ["train.micro_batch_size=2", *words])
     for scores in run_ranks(scores_on_rank, 2, config, folder / "llama", rows, folder=tmp_path):
         assert [score.greedy for score in scores] == [greedy for _, greedy in expected]
@@ -265,20 +264,20 @@ def test_scores_of_single_rows(folder, tmp_path, words):
         )
 
 
-def test_hashes_tell_what_was_evaluated(folder, tmp_path):
-    from megatrain.evaluation.fingerprint import data_hash, model_hash
+def test_hashes_identify_model_and_data(folder, tmp_path):
+    from megatrain.evaluation.fingerprint import hash_data, hash_model
 
     copy = tmp_path / "another name"
     shutil.copytree(folder / "llama", copy)
-    assert model_hash(copy) == model_hash(folder / "llama") != model_hash(folder / "gpt2")
+    assert hash_model(copy) == hash_model(folder / "llama") != hash_model(folder / "gpt2")
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert model_hash(copy) != model_hash(folder / "llama")
-    assert data_hash([str(folder / "texts.jsonl")]) != data_hash([str(folder / "indexed")])
+    assert hash_model(copy) != hash_model(folder / "llama")
+    assert hash_data([str(folder / "texts.jsonl")]) != hash_data([str(folder / "indexed")])
 
 
-def test_as_a_command_on_two_ranks(folder, tmp_path):
-    """One JSON on standard output and nothing else."""
+def test_command_on_two_ranks(folder, tmp_path):
+    """Standard output has one JSON object."""
     command = [
         sys.executable,
         "-m",
@@ -303,30 +302,31 @@ def test_as_a_command_on_two_ranks(folder, tmp_path):
     assert printed["settings"]["tensor"] == 2
 
 
-REFUSED = {
+INVALID = {
     "{adapters} {texts}": "{adapters} holds adapters alone; `megatrain finetune CONFIG --merge` makes RUN/merged of them",
     "nowhere {texts}": "nowhere does not exist; give a checkpoint, a Hugging Face folder or a run's folder",
     "{empty} {texts}": "{empty} is no model: it has no config.json; give a checkpoint, a Hugging Face folder or a run's folder",
     "{model} nowhere.jsonl": "nowhere.jsonl does not exist",
     "{model} nowhere-*.jsonl": "nowhere-*.jsonl matches no file",
-    "{model}": "there is nothing to evaluate on: give DATA",
+    "{model}": "DATA (files, or an indexed dataset's prefix) or --tasks is required",
     "{model} {texts} optimizer.lr=1": "optimizer.lr=1 is not read by `megatrain evaluate`; it reads run.output_dir",
     "{model} {texts} parallel.tensor=3": "parallel.tensor=3 does not fit num_attention_heads=4",
     "{model} {texts} parallel.pipeline=4": "parallel.pipeline=4 must be at most num_hidden_layers=3",
     "{model} {texts} train.dtype=fp16": "train.dtype=fp16 needs a GPU",
     "{model} {texts} --window 65": "--window=65 must be from 1 to the model's 64 positions",
     "{model} {texts} --window 8 --stride 9": "--stride=9 must be from 1 to --window=8",
-    "{model} {texts} --limit 3": "--limit=3 is of lm-evaluation-harness; give --tasks too",
-    "{model} {texts} --tasks arc_easy": "--tasks=arc_easy brings its own data",
+    "{model} {texts} --limit 3": "--limit=3 requires --tasks; give --tasks too",
+    "{model} {texts} --tasks arc_easy": "--tasks=arc_easy requires no DATA",
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_be_evaluated(folder, capsys, monkeypatch, words):
+@pytest.mark.parametrize("words", INVALID)
+def test_invalid_evaluations_are_rejected(folder, capsys, monkeypatch, words):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(
-        "megatrain.cli.evaluate.run_local", lambda *args, **more: pytest.fail("ranks were started")
+        "megatrain.evaluation.run.run_local",
+        lambda *args, **more: pytest.fail("ranks were started"),
     )
     names = {
         "model": folder / "llama",
@@ -338,4 +338,4 @@ def test_what_cannot_be_evaluated(folder, capsys, monkeypatch, words):
     names["adapters"].mkdir(exist_ok=True)
     (names["adapters"] / "adapter_config.json").write_text("{}")
     assert main(["evaluate", *words.format(**names).split()]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {REFUSED[words].format(**names)}")
+    assert capsys.readouterr().err.startswith(f"error: {INVALID[words].format(**names)}")

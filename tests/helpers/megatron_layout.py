@@ -1,6 +1,7 @@
-"""Writes a transformers model as Megatron-LM would have saved it, from the published layout of names, ranks and fused tensors.
+"""Writes a transformers model as Megatron-LM would have saved it.
 
-Written apart from the converter: by loops over heads and ranks, as the layout is told.
+It follows the published layout of names, ranks and fused tensors with loops over heads and ranks, and
+shares no code with the conversion.
 """
 
 from __future__ import annotations
@@ -30,84 +31,88 @@ MODULES["megatron.core.enums"].ModelType = ModelType
 
 
 def fused_qkv(q, k, v, heads, groups):
-    """Of each group: its queries, its key, its value."""
+    """Returns the queries, the key and the value of each group in turn."""
     head = q.shape[0] // heads
     rows = []
     for group in range(groups):
         for query in range(heads // groups):
-            at = (group * (heads // groups) + query) * head
-            rows.append(q[at : at + head])
+            start = (group * (heads // groups) + query) * head
+            rows.append(q[start : start + head])
         rows += [k[group * head : (group + 1) * head], v[group * head : (group + 1) * head]]
     return torch.cat(rows)
 
 
 def llama_layer(state, layer, heads, groups):
-    """Core names of one layer, whole."""
-    at = f"model.layers.{layer}."
-    of = {name.removeprefix(at): tensor for name, tensor in state.items() if name.startswith(at)}
+    """Returns the unsplit tensors of a layer under core names."""
+    prefix = f"model.layers.{layer}."
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
     found = {
-        "input_layernorm.weight": of["input_layernorm.weight"],
-        "pre_mlp_layernorm.weight": of["post_attention_layernorm.weight"],
-        "self_attention.linear_proj.weight": of["self_attn.o_proj.weight"],
-        "mlp.linear_fc2.weight": of["mlp.down_proj.weight"],
+        "input_layernorm.weight": tensors["input_layernorm.weight"],
+        "pre_mlp_layernorm.weight": tensors["post_attention_layernorm.weight"],
+        "self_attention.linear_proj.weight": tensors["self_attn.o_proj.weight"],
+        "mlp.linear_fc2.weight": tensors["mlp.down_proj.weight"],
     }
     for kind in ("weight", "bias"):
-        if f"self_attn.q_proj.{kind}" in of:
+        if f"self_attn.q_proj.{kind}" in tensors:
             found[f"self_attention.linear_qkv.{kind}"] = fused_qkv(
-                *(of[f"self_attn.{x}_proj.{kind}"] for x in "qkv"), heads, groups
+                *(tensors[f"self_attn.{x}_proj.{kind}"] for x in "qkv"), heads, groups
             )
-        if f"mlp.gate_proj.{kind}" in of:
+        if f"mlp.gate_proj.{kind}" in tensors:
             found[f"mlp.linear_fc1.{kind}"] = (
-                of[f"mlp.gate_proj.{kind}"],
-                of[f"mlp.up_proj.{kind}"],
+                tensors[f"mlp.gate_proj.{kind}"],
+                tensors[f"mlp.up_proj.{kind}"],
             )
-    for theirs, ours in (
+    for hf_name, name in (
         ("self_attn.o_proj.bias", "self_attention.linear_proj.bias"),
         ("mlp.down_proj.bias", "mlp.linear_fc2.bias"),
         ("self_attn.q_norm.weight", "self_attention.q_layernorm.weight"),
         ("self_attn.k_norm.weight", "self_attention.k_layernorm.weight"),
     ):
-        if theirs in of:
-            found[ours] = of[theirs]
+        if hf_name in tensors:
+            found[name] = tensors[hf_name]
     return found
 
 
 def gpt2_layer(state, layer, heads, groups):
-    of = {
+    tensors = {
         name.removeprefix(f"transformer.h.{layer}."): tensor
         for name, tensor in state.items()
         if name.startswith(f"transformer.h.{layer}.")
     }
     found = {}
     for kind in ("weight", "bias"):
-        plain = {
-            name: of[f"{name}.{kind}"].t() if kind == "weight" else of[f"{name}.{kind}"]
+        weights = {
+            name: tensors[f"{name}.{kind}"].t() if kind == "weight" else tensors[f"{name}.{kind}"]
             for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         }
         found |= {
-            f"input_layernorm.{kind}": of[f"ln_1.{kind}"],
-            f"pre_mlp_layernorm.{kind}": of[f"ln_2.{kind}"],
+            f"input_layernorm.{kind}": tensors[f"ln_1.{kind}"],
+            f"pre_mlp_layernorm.{kind}": tensors[f"ln_2.{kind}"],
             f"self_attention.linear_qkv.{kind}": fused_qkv(
-                *plain["attn.c_attn"].chunk(3), heads, groups
+                *weights["attn.c_attn"].chunk(3), heads, groups
             ),
-            f"self_attention.linear_proj.{kind}": plain["attn.c_proj"],
-            f"mlp.linear_fc1.{kind}": plain["mlp.c_fc"],
-            f"mlp.linear_fc2.{kind}": plain["mlp.c_proj"],
+            f"self_attention.linear_proj.{kind}": weights["attn.c_proj"],
+            f"mlp.linear_fc1.{kind}": weights["mlp.c_fc"],
+            f"mlp.linear_fc2.{kind}": weights["mlp.c_proj"],
         }
     return found
 
 
 def whole_tensors(model, *, stacked):
-    """The model under core names, gate above up; layers as tensors of their own or as the first dim of one."""
+    """Returns the model under core names; `stacked` puts layers into the first dimension."""
     config, state = (
         model.config,
         {name: tensor.detach() for name, tensor in model.state_dict().items()},
     )
-    gpt2 = config.model_type == "gpt2"
+    is_gpt2 = config.model_type == "gpt2"
     heads = config.num_attention_heads
     layers = [
-        (gpt2_layer if gpt2 else llama_layer)(
-            state, layer, heads, heads if gpt2 else config.num_key_value_heads
+        (gpt2_layer if is_gpt2 else llama_layer)(
+            state, layer, heads, heads if is_gpt2 else config.num_key_value_heads
         )
         for layer in range(config.num_hidden_layers)
     ]
@@ -129,8 +134,8 @@ def whole_tensors(model, *, stacked):
             for number, layer in enumerate(layers)
             for name, value in layer.items()
         }
-    at = "transformer" if gpt2 else "model"
-    outside = {
+    base = "transformer" if is_gpt2 else "model"
+    renames = {
         "wte.weight": "embedding.word_embeddings.weight",
         "wpe.weight": "embedding.position_embeddings.weight",
         "embed_tokens.weight": "embedding.word_embeddings.weight",
@@ -141,9 +146,9 @@ def whole_tensors(model, *, stacked):
         },
     }
     found |= {
-        ours: state[f"{at}.{theirs}"]
-        for theirs, ours in outside.items()
-        if f"{at}.{theirs}" in state
+        name: state[f"{base}.{hf_name}"]
+        for hf_name, name in renames.items()
+        if f"{base}.{hf_name}" in state
     }
     if not config.tie_word_embeddings:
         found["output_layer.weight"] = state["lm_head.weight"]
@@ -151,7 +156,7 @@ def whole_tensors(model, *, stacked):
 
 
 def rank_part(name, value, rank, size):
-    """What one tensor rank holds of a whole tensor."""
+    """Returns the part of a tensor that one tensor rank holds."""
     if isinstance(value, tuple):
         return torch.cat([rank_part(name, half, rank, size) for half in value])
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
@@ -167,7 +172,7 @@ def rank_part(name, value, rank, size):
 
 
 def te_name(name):
-    """Transformer Engine keeps a norm inside the linear after it."""
+    """Returns the name of Transformer Engine, which keeps a norm inside the next linear."""
     return name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_").replace(
         "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"
     )
@@ -186,8 +191,8 @@ def legacy_name(name):
 
 
 def arguments(config, tensor, pipeline, **more):
-    gpt2 = config.model_type == "gpt2"
-    groups = config.n_head if gpt2 else config.num_key_value_heads
+    is_gpt2 = config.model_type == "gpt2"
+    groups = config.n_head if is_gpt2 else config.num_key_value_heads
     common = {
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
@@ -203,7 +208,7 @@ def arguments(config, tensor, pipeline, **more):
         "num_experts": None,
         "iteration": 7,
     }
-    if gpt2:
+    if is_gpt2:
         own = {
             "ffn_hidden_size": 4 * config.n_embd,
             "position_embedding_type": "learned_absolute",
@@ -233,84 +238,91 @@ def arguments(config, tensor, pipeline, **more):
 def write_megatron(
     folder, model, *, tensor=1, pipeline=1, virtual=1, names="te", padded=None, args=True, **more
 ):
-    """One file a rank, with what else such files hold beside the model."""
-    config, state = (
-        model.config,
-        {name: tensor.detach() for name, tensor in model.state_dict().items()},
-    )
-    gpt2 = config.model_type == "gpt2"
+    """Writes one file a rank, with the other objects that such files contain.
+
+    Args:
+        folder: the iteration's folder.
+        model: a transformers model.
+        tensor, pipeline, virtual: the layout.
+        names: "te", "core" or "legacy".
+        padded: rows of the embedding.
+        args: whether the files have args.
+        more: further args.
+    """
+    stages = _split_stages(model, pipeline * virtual, tensor, padded)
+    for rank in range(tensor):
+        for stage in range(pipeline):
+            chunks = [
+                renamed(
+                    {
+                        name: rank_part(name, value, rank, tensor)
+                        for name, value in stages[chunk * pipeline + stage].items()
+                    },
+                    names,
+                    model.config,
+                )
+                for chunk in range(virtual)
+            ]
+            suffix = "" if pipeline == 1 else f"_{stage:03d}"
+            rank_folder = folder / f"mp_rank_{rank:02d}{suffix}"
+            rank_folder.mkdir(parents=True)
+            rank_args = arguments(model.config, tensor, pipeline, **more) if args else None
+            with mock.patch.dict(sys.modules, MODULES):
+                torch.save(_rank_file(chunks, rank_args), rank_folder / "model_optim_rng.pt")
+
+
+def _split_stages(model, count, tensor, padded):
+    """Returns the tensors of each stage, whose layers count from 0."""
+    config = model.config
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    is_gpt2 = config.model_type == "gpt2"
     heads = config.num_attention_heads
-    groups = heads if gpt2 else config.num_key_value_heads
-    make, at = (gpt2_layer, "transformer") if gpt2 else (llama_layer, "model")
-    layers = [make(state, layer, heads, groups) for layer in range(config.num_hidden_layers)]
+    groups = heads if is_gpt2 else config.num_key_value_heads
+    make_layer, norm = (gpt2_layer, "transformer.ln_f") if is_gpt2 else (llama_layer, "model.norm")
+    layers = [make_layer(state, layer, heads, groups) for layer in range(config.num_hidden_layers)]
+    size = len(layers) // count
 
     def pad(table):
         rows = (padded or -(-len(table) // tensor) * tensor) - len(table)
         return torch.cat([table, torch.randn(rows, table.shape[1])]) if rows else table
 
-    words = pad(state["transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"])
-    head = words if config.tie_word_embeddings else pad(state["lm_head.weight"])
-    final = {
-        f"final_layernorm.{kind}": state[f"{at}.{'ln_f' if gpt2 else 'norm'}.{kind}"]
-        for kind in ("weight", "bias")
-        if f"{at}.{'ln_f' if gpt2 else 'norm'}.{kind}" in state
+    embedding = pad(state["transformer.wte.weight" if is_gpt2 else "model.embed_tokens.weight"])
+    head = embedding if config.tie_word_embeddings else pad(state["lm_head.weight"])
+    stages = [
+        {
+            f"decoder.layers.{number}.{name}": value
+            for number, layer in enumerate(layers[first : first + size])
+            for name, value in layer.items()
+        }
+        for first in range(0, len(layers), size)
+    ]
+    stages[0]["embedding.word_embeddings.weight"] = embedding
+    if is_gpt2:
+        stages[0]["embedding.position_embeddings.weight"] = state["transformer.wpe.weight"]
+    for kind in ("weight", "bias"):
+        if f"{norm}.{kind}" in state:
+            stages[-1][f"decoder.final_layernorm.{kind}"] = state[f"{norm}.{kind}"]
+    if not config.tie_word_embeddings or count > 1:
+        stages[-1]["output_layer.weight"] = head
+    return stages
+
+
+def _rank_file(chunks, args):
+    numbered = {f"model{number}": chunk for number, chunk in enumerate(chunks)}
+    content = {"model": chunks[0]} if len(chunks) == 1 else numbered
+    content |= {
+        "checkpoint_version": 3.0,
+        "iteration": 7,
+        "rng_state": [
+            {
+                "random_rng_state": random.getstate(),
+                "np_rng_state": np.random.get_state(),
+                "torch_rng_state": torch.get_rng_state(),
+            }
+        ],
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
     }
-    count = len(layers) // (pipeline * virtual)
-    with mock.patch.dict(sys.modules, MODULES):
-        for rank in range(tensor):
-            for stage in range(pipeline):
-                chunks = []
-                for chunk in range(virtual):
-                    first = (chunk * pipeline + stage) * count
-                    whole = {
-                        f"decoder.layers.{number}.{name}": value
-                        for number in range(count)
-                        for name, value in layers[first + number].items()
-                    }
-                    if first == 0:
-                        whole["embedding.word_embeddings.weight"] = words
-                        if gpt2:
-                            whole["embedding.position_embeddings.weight"] = state[
-                                "transformer.wpe.weight"
-                            ]
-                    if first + count == len(layers):
-                        whole |= {f"decoder.{name}": value for name, value in final.items()}
-                        if not config.tie_word_embeddings or pipeline * virtual > 1:
-                            whole["output_layer.weight"] = head
-                    chunks.append(
-                        renamed(
-                            {
-                                name: rank_part(name, value, rank, tensor)
-                                for name, value in whole.items()
-                            },
-                            names,
-                            config,
-                        )
-                    )
-                content = (
-                    {"model": chunks[0]}
-                    if virtual == 1
-                    else {f"model{number}": chunk for number, chunk in enumerate(chunks)}
-                )
-                content |= {
-                    "checkpoint_version": 3.0,
-                    "iteration": 7,
-                    "rng_state": [
-                        {
-                            "random_rng_state": random.getstate(),
-                            "np_rng_state": np.random.get_state(),
-                            "torch_rng_state": torch.get_rng_state(),
-                        }
-                    ],
-                    "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
-                }
-                if args:
-                    content["args"] = arguments(config, tensor, pipeline, **more)
-                place = folder / (
-                    f"mp_rank_{rank:02d}" if pipeline == 1 else f"mp_rank_{rank:02d}_{stage:03d}"
-                )
-                place.mkdir(parents=True)
-                torch.save(content, place / "model_optim_rng.pt")
+    return content if args is None else {**content, "args": args}
 
 
 def renamed(part, names, config):

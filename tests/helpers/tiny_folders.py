@@ -1,4 +1,4 @@
-"""Tiny models made by transformers, and the verb as a user calls it."""
+"""Tiny models of transformers, and `megatrain convert` as a user calls it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positi
 
 
 def random_model(fields, seed=0):
-    """transformers' own model of a config, every parameter random so that each counts."""
+    """Returns a transformers model whose parameters are all random."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = dict(fields)
@@ -41,7 +41,7 @@ def make_folder(folder, fields, seed=0, shard="20KB"):
 
 
 def tensors_of(folder):
-    """Every tensor's dtype and bytes."""
+    """Returns dtype, shape and bytes of every tensor."""
     from safetensors import safe_open
 
     found = {}
@@ -57,7 +57,7 @@ def tensors_of(folder):
     return found
 
 
-def convert(*words):
+def convert(*arguments):
     from megatrain.__main__ import main
 
-    return main(["convert", *map(str, words)])
+    return main(["convert", *map(str, arguments)])

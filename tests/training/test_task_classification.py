@@ -323,9 +323,9 @@ def train(files, tmp_path, problem, *, run, world, **sections):
 
 
 def evaluate(rank, world_size, config, subject):
-    from megatrain.evaluation.run import evaluate
+    from megatrain.evaluation.rank import evaluate_rank
 
-    return evaluate(config, place(rank, world_size), subject=subject)
+    return evaluate_rank(config, place(rank, world_size), spec=subject)
 
 
 def evaluated(folder, data, tmp_path, parallel, *, window=None):
