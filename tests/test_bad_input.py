@@ -143,7 +143,7 @@ SENTENCES = {
     "train.steps=1e30": "train.steps=1e+30 is beyond 9.2e+18",
     "parallel.tensor=-2": "parallel.tensor=-2 must be at least 1",
     "data.sequence_length=0": "data.sequence_length=0 must be at least 1",
-    "checkpoint.resume=nowhere": "checkpoint.resume=nowhere is not a folder; give a checkpoint's folder, `auto` or `never`",
+    "checkpoint.resume=nowhere": "checkpoint.resume=nowhere is not a folder; use a checkpoint's folder, `auto` or `never`",
 }
 
 

@@ -1,11 +1,11 @@
-"""Saves without stopping: tensors are copied to CPU memory, a thread writes them, and the ranks agree later that all is there.
+"""Saves checkpoints in the background while training continues.
 
-    step k          all ranks copy their share, and go on; each has a thread that writes its files, and tells nobody
-    step k+1, ...   the message in which ranks tell each step whether to stop also says who still writes
-    nobody writes   they exchange what they wrote; rank 0 writes indices and manifest and renames the folder
+    step k          all ranks copy their tensors to CPU memory; a thread on each writes its files
+    step k+1, ...   the message in which ranks agree whether to stop also says who still writes
+    all are done    they exchange what they wrote; rank 0 writes indices and manifest and renames
 
-So no thread ever uses a process group. One save is under way at a time. When a writer failed on any rank, the run fails on
-all ranks at the step that learns of it, and the checkpoints before are as they were.
+No thread uses a process group. At most one save is in progress. If a writer failed on any rank, the
+run fails on all ranks at the step that learns of it; earlier checkpoints are not affected.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,21 +22,22 @@ from safetensors import SafetensorError
 from megatrain.checkpoint import retention, writer
 from megatrain.checkpoint.manifest import LEFTOVERS, TEMPORARY
 from megatrain.checkpoint.snapshot import CheckpointShard, take_shard
-from megatrain.checkpoint.train_state import TrainState
+from megatrain.checkpoint.train_state import RunDescription, TrainState, write_train_state
 from megatrain.checkpoint.writer import WrittenShard
-from megatrain.config.loader import Config
 from megatrain.distributed.collectives import gather_objects
 from megatrain.distributed.mesh import ProcessMesh
 from megatrain.errors import CheckpointError
-from megatrain.models.config import TransformerConfig
 from megatrain.optim.zero import ZeroOptimizer
-
-Describe = Callable[[Path], None]
-"""Writes what goes with a checkpoint's tensors: model config, tokenizer."""
 
 
 class SaveResult(NamedTuple):
-    """A checkpoint that is there; how long training stood still for it, and how long its writing took beside training."""
+    """A complete checkpoint.
+
+    Attributes:
+        path: its folder.
+        stalled: seconds that training was blocked.
+        seconds: seconds that this rank's thread wrote.
+    """
 
     path: Path
     stalled: float
@@ -44,78 +45,96 @@ class SaveResult(NamedTuple):
 
 
 class Checkpointer:
-    """The checkpoints of a run. All ranks call its methods together and in the same order.
+    """Saves the checkpoints of a run. All ranks call its methods together, in the same order.
+
+    Args:
+        folder: the folder of the run's checkpoints.
+        optimizer: this rank's optimizer and stage.
+        mesh: the process mesh.
+        run: the constant part of `train_state.json`.
+        keep_last: newest checkpoints to keep; 0 keeps all.
+        keep_every: also keep multiples of this step; 0 for none.
+        adapter_config: content of `adapter_config.json` for a LoRA run.
+        write_metadata: writes model config and tokenizer into a checkpoint's folder.
 
     Attributes:
-        stalled: seconds that training has stood still for saves since this was last set to 0.
+        stalled: seconds that saves have blocked training since the caller last set it to 0.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        zero: ZeroOptimizer,
-        config: Config,
-        architecture: TransformerConfig,
+        optimizer: ZeroOptimizer,
         mesh: ProcessMesh,
-        describe: Describe,
+        run: RunDescription,
+        keep_last: int,
+        keep_every: int,
+        adapter_config: Mapping[str, Any] | None,
+        write_metadata: Callable[[Path], None],
     ) -> None:
-        self.folder, self.stalled = folder, 0.0
-        self._zero, self._config, self._architecture, self._mesh, self._describe = (
-            zero,
-            config,
-            architecture,
-            mesh,
-            describe,
-        )
+        self.folder = folder
+        self.stalled = 0.0
+        self._optimizer = optimizer
+        self._mesh = mesh
+        self._run = run
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._adapter_config = adapter_config
+        self._write_metadata = write_metadata
         self._writing: _Writing | None = None
         self._deleting: threading.Thread | None = None
         if mesh.rank == 0:
-            self._clear()
+            self._delete_leftovers()
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's thread is at work."""
+        """True while this rank's thread writes."""
         return self._writing is not None and self._writing.thread.is_alive()
 
     def save(
-        self, progress: TrainState, *, prune: bool = True, back_to: int | None = None
+        self, state: TrainState, *, prune: bool = True, rollback_step: int | None = None
     ) -> SaveResult | None:
-        """Begin to save; returns the checkpoint before, where that had to be waited for.
+        """Starts to save; returns the previous checkpoint if it was still being written.
 
-        `prune` lets older ones go once it is there, but for the newest of at most step `back_to`, which the run may have to go back to.
+        Args:
+            state: the run's state.
+            prune: delete older checkpoints once this one is complete.
+            rollback_step: keep the newest complete checkpoint at or before this step.
+
+        Raises:
+            CheckpointError: a rank could not prepare its files, or the disk is too small.
         """
-        before = self.finish()
+        previous = self.finish()
         started = time.perf_counter()
-        final = self.folder / f"step-{progress.step:08d}"
+        final = self.folder / f"step-{state.step:08d}"
         temporary = self.folder / f"{TEMPORARY}{final.name}"
-        self._together(lambda: self._prepare(temporary))
-        content = take_shard(self._zero, self._mesh)
-        needed = sum(self._together(lambda: content.nbytes))
-        self._together(lambda: _check_space(self.folder, needed), cleanup=temporary)
+        self._on_all_ranks(lambda: self._prepare(temporary))
+        shard = take_shard(self._optimizer, self._mesh)
+        needed = sum(self._on_all_ranks(lambda: shard.nbytes))
+        self._on_all_ranks(lambda: _check_space(self.folder, needed), cleanup=temporary)
         self._writing = _Writing(
-            lambda: self._write(temporary, content, progress), final, temporary, prune, back_to
+            lambda: self._write(temporary, shard, state), final, temporary, prune, rollback_step
         )
         self._writing.stalled = time.perf_counter() - started
         self.stalled += self._writing.stalled
-        return before
+        return previous
 
     def proceed(self, *, anyone_writes: bool) -> SaveResult | None:
-        """Publish what all ranks have written; `anyone_writes` is the same on all ranks."""
+        """Publishes the checkpoint if all ranks have written; `anyone_writes` is global."""
         writing = self._writing
         if writing is None or anyone_writes:
             return None
         started = time.perf_counter()
         self._writing = None
         writing.thread.join()
-        shares: list[WrittenShard] = self._together(writing.result, cleanup=writing.temporary)
-        self._together(lambda: self._commit(writing, shares), cleanup=writing.temporary)
+        shards: list[WrittenShard] = self._on_all_ranks(writing.result, cleanup=writing.temporary)
+        self._on_all_ranks(lambda: self._commit(writing, shards), cleanup=writing.temporary)
         stalled = time.perf_counter() - started
         self.stalled += stalled
         return SaveResult(writing.final, writing.stalled + stalled, writing.seconds)
 
     def finish(self) -> SaveResult | None:
-        """Wait for the save that is under way and publish it."""
+        """Waits for the save in progress and publishes it."""
         started = time.perf_counter()
         if self._writing is not None:
             self._writing.thread.join()
@@ -126,58 +145,53 @@ class Checkpointer:
             self._deleting.join()
         return None if saved is None else saved._replace(stalled=saved.stalled + waited)
 
-    def _clear(self) -> None:
-        """Delete what a killed run left half written or half deleted."""
-        for left in [path for prefix in LEFTOVERS for path in self.folder.glob(f"{prefix}*")]:
-            shutil.rmtree(left, ignore_errors=True)
+    def _delete_leftovers(self) -> None:
+        """Deletes folders that a killed run was writing or deleting."""
+        for path in [path for prefix in LEFTOVERS for path in self.folder.glob(f"{prefix}*")]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _prepare(self, temporary: Path) -> None:
         if self._mesh.rank == 0:
             writer.prepare(temporary)
 
-    def _write(
-        self, temporary: Path, content: CheckpointShard, progress: TrainState
-    ) -> WrittenShard:
+    def _write(self, temporary: Path, shard: CheckpointShard, state: TrainState) -> WrittenShard:
         if self._mesh.rank == 0:
-            self._describe(temporary)
-            writer.write_train_state(
-                temporary,
-                progress,
-                config=self._config,
-                architecture=self._architecture,
-                mesh=self._mesh,
-            )
+            self._write_metadata(temporary)
+            write_train_state(temporary, state, self._run)
         return writer.write_shard(
-            temporary, content, rank=self._mesh.rank, stage=self._mesh.pipeline.rank
+            temporary, shard, rank=self._mesh.rank, stage=self._mesh.pipeline.rank
         )
 
-    def _commit(self, writing: _Writing, shares: list[WrittenShard]) -> None:
-        if self._mesh.rank == 0:
-            writer.commit(
-                writing.temporary,
-                writing.final,
-                shares,
-                states=self._zero.states,
-                config=self._config,
-                architecture=self._architecture,
-            )
-        if self._mesh.rank == 0 and writing.prune:
-            checkpoint = self._config.checkpoint
+    def _commit(self, writing: _Writing, shards: list[WrittenShard]) -> None:
+        if self._mesh.rank != 0:
+            return
+        writer.commit(
+            writing.temporary,
+            writing.final,
+            shards,
+            states=self._optimizer.state.names,
+            adapter_config=self._adapter_config,
+        )
+        if writing.prune:
             old = retention.find_deletable(
                 self.folder,
-                keep_last=checkpoint.keep_last,
-                keep_every=checkpoint.keep_every,
+                keep_last=self._keep_last,
+                keep_every=self._keep_every,
                 best=retention.find_best(self.folder.parent),
-                rollback_step=writing.back_to,
+                rollback_step=writing.rollback_step,
                 current_step=retention.step_number(writing.final),
             )
             self._deleting = threading.Thread(target=retention.delete, args=(old,), daemon=True)
             self._deleting.start()
 
-    def _together(self, work: Callable[[], Any], *, cleanup: Path | None = None) -> list[Any]:
-        """Do the rank's work; when it failed on any rank, raise the first failure on all. Returns all ranks' results."""
+    def _on_all_ranks(self, work: Callable[[], Any], *, cleanup: Path | None = None) -> list[Any]:
+        """Runs `work` and returns the results of all ranks.
+
+        If it failed on any rank, raises the first failure on all of them.
+        """
+        outcome: tuple[Any, str | None]
         try:
-            outcome: tuple[Any, str | None] = (work(), None)
+            outcome = (work(), None)
         except (
             OSError,
             RuntimeError,
@@ -192,12 +206,12 @@ class Checkpointer:
         if failure is not None:
             if cleanup is not None and self._mesh.rank == 0:
                 shutil.rmtree(cleanup, ignore_errors=True)
-            raise CheckpointError(f"{failure}; the checkpoints before it are as they were")
+            raise CheckpointError(f"{failure}; earlier checkpoints are not affected")
         return [result for result, _ in outcomes]
 
 
 class _Writing:
-    """A thread's work, its result or what it raised."""
+    """A save in progress: its thread, and the result or the error."""
 
     def __init__(
         self,
@@ -205,11 +219,12 @@ class _Writing:
         final: Path,
         temporary: Path,
         prune: bool,
-        back_to: int | None,
+        rollback_step: int | None,
     ) -> None:
-        self.final, self.temporary, self.prune, self.back_to = final, temporary, prune, back_to
+        self.final, self.temporary = final, temporary
+        self.prune, self.rollback_step = prune, rollback_step
         self.stalled, self.seconds = 0.0, 0.0
-        self._share: WrittenShard | None = None
+        self._shard: WrittenShard | None = None
         self._error: Exception | None = None
         self.thread = threading.Thread(
             target=self._run, args=(work,), name="checkpoint", daemon=True
@@ -219,21 +234,22 @@ class _Writing:
     def _run(self, work: Callable[[], WrittenShard]) -> None:
         started = time.perf_counter()
         try:
-            self._share = work()
-        except Exception as error:  # raised again where the ranks agree on the outcome
+            self._shard = work()
+        except Exception as error:  # raised again by `result`, where the ranks agree
             self._error = error
         self.seconds = time.perf_counter() - started
 
     def result(self) -> WrittenShard:
         if self._error is not None:
             raise self._error
-        assert self._share is not None
-        return self._share
+        assert self._shard is not None
+        return self._shard
 
 
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"it takes {needed / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free (No space left on device)"
+            f"{folder} has {free / 1e6:,.1f} MB free and {needed / 1e6:,.1f} MB are needed "
+            "(No space left on device)"
         )

@@ -1,8 +1,8 @@
 """The tensors of a Hugging Face model folder, read by name and slice.
 
 The folder holds one or many safetensors files, or the older .bin files. Opening it checks that each
-tensor is in one file, that the index and the files list the same tensors, and that no name leads
-out of the folder. Files are mapped: a rank reads only the slices that it needs.
+tensor is in one file and that the index and the files list the same tensors. No name may lead out
+of the folder. Files are mapped: a rank reads only the slices that it needs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class HFFolder:
         files: the files of tensors, in order.
         bytes_read: bytes of tensors and slices that `read` and `copy` have returned.
 
-    Raises CheckpointError if a file or tensor is missing, damaged, there twice or out of the folder.
+    Raises CheckpointError if a file or tensor is missing, damaged, duplicate or out of the folder.
     """
 
     def __init__(self, folder: Path | str) -> None:

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder that are no tensors: config, how to generate, tokenizer and chat template."""
+"""The files of a Hugging Face folder besides weights: config, generation config, tokenizer."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatrain.config.loader import Config
+import torch
+
 from megatrain.models.config import TransformerConfig
-from megatrain.ops.dtypes import DTYPES
 
 TOKENIZER_FILES = ("*token*.json", "*.jinja", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 
 
 class Chat(NamedTuple):
-    """What a model that was finetuned on chats needs to go on with them.
+    """The chat format that a model was finetuned with.
 
-    chat_template: its text where it is not the tokenizer's own; stop_tokens: ids at which an answer ends.
+    Attributes:
+        chat_template: its text; None if it is the tokenizer's own.
+        stop_tokens: ids at which an answer ends.
     """
 
     chat_template: str | None
@@ -26,34 +28,45 @@ class Chat(NamedTuple):
 
 
 def write_hf_metadata(
-    folder: Path, config: Config, architecture: TransformerConfig, chat: Chat | None
+    folder: Path,
+    architecture: TransformerConfig,
+    *,
+    dtype: torch.dtype,
+    tokenizer: str | None,
+    chat: Chat | None,
 ) -> None:
-    """Write what transformers reads beside the weights; the tokenizer's files are copied from `data.tokenizer`."""
-    hf = write_config(
-        folder, architecture, dtype=str(DTYPES[config.train.dtype]).removeprefix("torch.")
-    )
-    tokenizer = Path(config.data.tokenizer) if config.data.tokenizer is not None else None
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, folder)
+    """Writes the files that transformers reads besides the weights.
+
+    Args:
+        folder: the folder to write to.
+        architecture: the model.
+        dtype: of the weights.
+        tokenizer: folder of the tokenizer's files, which are copied.
+        chat: the chat format; None for other models.
+    """
+    hf_config = write_config(folder, architecture, dtype=str(dtype).removeprefix("torch."))
+    tokenizer_folder = None if tokenizer is None else Path(tokenizer)
+    if tokenizer_folder is not None:
+        copy_tokenizer(tokenizer_folder, folder)
     if chat is not None and chat.chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat.chat_template, encoding="utf-8")
     if architecture.classifier is None:
-        _write_generation(folder, hf, tokenizer, chat)
-    elif tokenizer is not None:
-        _name_padding(folder, hf.pad_token_id)
+        _write_generation_config(folder, hf_config, tokenizer_folder, chat)
+    elif tokenizer_folder is not None:
+        _set_pad_token(folder, hf_config.pad_token_id)
 
 
 def write_config(folder: Path, architecture: TransformerConfig, *, dtype: str) -> Any:
-    """Writes config.json with the model's class and dtype, such as "bfloat16"; returns the config."""
-    hf = type(architecture.config).from_dict(architecture.config.to_dict())
-    hf.architectures = [_class_name(hf, architecture)]
-    hf.dtype = dtype
-    hf.save_pretrained(folder)
-    return hf
+    """Writes config.json with the model's class and dtype, such as "bfloat16"; returns it."""
+    hf_config = type(architecture.config).from_dict(architecture.config.to_dict())
+    hf_config.architectures = [_class_name(hf_config, architecture)]
+    hf_config.dtype = dtype
+    hf_config.save_pretrained(folder)
+    return hf_config
 
 
-def _class_name(hf: Any, architecture: TransformerConfig) -> str:
-    """Of the model in transformers."""
+def _class_name(hf_config: Any, architecture: TransformerConfig) -> str:
+    """Returns the name of the model's class in transformers."""
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
@@ -61,18 +74,18 @@ def _class_name(hf: Any, architecture: TransformerConfig) -> str:
     )
 
     classifier = architecture.classifier
-    kinds = AutoModelForCausalLM
+    auto_class = AutoModelForCausalLM
     if classifier is not None:
-        kinds = (
+        auto_class = (
             AutoModelForTokenClassification
             if classifier.of_tokens
             else AutoModelForSequenceClassification
         )
-    return str(kinds._model_mapping[type(hf)].__name__)
+    return str(auto_class._model_mapping[type(hf_config)].__name__)
 
 
-def _name_padding(folder: Path, token: int) -> None:
-    """Tell the tokenizer what texts of a batch are padded with, where it has no word for it: classifiers are asked in batches."""
+def _set_pad_token(folder: Path, token: int) -> None:
+    """Sets the tokenizer's padding token if it has none: classifiers are used in batches."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -81,31 +94,34 @@ def _name_padding(folder: Path, token: int) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """Copies the files of a tokenizer, whose folder may contain a whole model."""
-    for path in tokenizer.iterdir():
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the tokenizer's files only: their folder may contain a full model."""
+    for path in source.iterdir():
         if path.is_file() and any(path.match(pattern) for pattern in TOKENIZER_FILES):
             shutil.copy(path, folder / path.name)
 
 
-def _write_generation(folder: Path, hf: Any, tokenizer: Path | None, chat: Chat | None) -> None:
-    """How to generate, as the config implies it; for chats as the tokenizer's folder says, and ending where answers ended in training."""
+def _write_generation_config(
+    folder: Path, hf_config: Any, tokenizer: Path | None, chat: Chat | None
+) -> None:
+    """Writes `generation_config.json`.
+
+    It follows from the config. For chats it is the tokenizer folder's, with the tokens at which
+    answers ended in training added.
+    """
     from transformers import GenerationConfig
 
-    GenerationConfig.from_model_config(hf).save_pretrained(folder)
+    GenerationConfig.from_model_config(hf_config).save_pretrained(folder)
     if chat is None:
         return
     file = folder / "generation_config.json"
-    theirs = None if tokenizer is None else tokenizer / file.name
+    source = None if tokenizer is None else tokenizer / file.name
+    source = source if source is not None and source.is_file() else file
     # As JSON: transformers refuses to write some of the files that it reads.
-    generation = json.loads(
-        (theirs if theirs is not None and theirs.is_file() else file).read_text(encoding="utf-8")
-    )
-    before = generation.get("eos_token_id")
-    ends = [
-        *chat.stop_tokens,
-        *(before if isinstance(before, list) else [] if before is None else [before]),
-    ]
-    if ends:
+    generation = json.loads(source.read_text(encoding="utf-8"))
+    previous = generation.get("eos_token_id")
+    if not isinstance(previous, list):
+        previous = [] if previous is None else [previous]
+    if ends := [*chat.stop_tokens, *previous]:
         generation["eos_token_id"] = list(dict.fromkeys(ends))
     file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")

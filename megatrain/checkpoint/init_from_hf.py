@@ -1,7 +1,8 @@
-"""Starts a run from a Hugging Face folder: every tensor of it is used and every parameter filled, or the run stops.
+"""Starts a run from the weights of a Hugging Face folder.
 
-Each rank reads the slices that it holds and no more. Weights are filled before DeepSpeed takes them over; where they are then
-rounded to the run's dtype, the fp32 masters are filled once more from what the file holds.
+Every tensor of the folder must be used and every parameter be loaded; anything else is an error.
+Each rank reads only the slices that it holds. Weights are loaded before DeepSpeed takes them over.
+If they are rounded to the run's dtype, the fp32 masters are loaded from the files afterwards.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import json
 import re
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatrain.checkpoint.hf_folder import HFFolder
 from megatrain.distributed.reshard import intervals_of, make_flat_shard
@@ -21,28 +22,32 @@ from megatrain.distributed.sharding import ShardSpec, parameters
 from megatrain.errors import CheckpointError
 from megatrain.models.config import TransformerConfig, differences, load_hf_config
 from megatrain.models.init import initialize_parameter
-from megatrain.models.lora import PREFIX as ADAPTED
-from megatrain.ops.dtypes import DTYPES
-from megatrain.optim.zero import Fragment, ZeroOptimizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from megatrain.models.lora import PREFIX as ADAPTER_PREFIX
+from megatrain.optim.zero import ZeroOptimizer
+from megatrain.optim.zero_state import Fragment
 
 BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
-"""What old versions of transformers saved beside the weights: masks and rotary frequencies, which follow from the config."""
+"""Masks and rotary frequencies that old versions of transformers saved; the config implies them."""
 
-_OF_LABELS = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id")
-"""What a classifier made of a language model has of its own."""
+_CLASSIFIER_FIELDS = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id")
+"""Fields of a config in which a classifier differs from its language model."""
 
-_SHOWN = 8
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_MAX_LISTED = 8
 """Names of tensors in one error."""
 
 
 class Pretrained:
-    """The tensors of a folder under the names that the model gives them.
+    """The tensors of a Hugging Face folder, under the names of a model's parameters.
+
+    Args:
+        folder: the folder.
+        architecture: the model to load.
+        setting: the setting or argument that names the folder, for errors.
 
     Attributes:
-        tensors: the folder; its `bytes_read` counts what this rank has read.
+        tensors: the folder's tensors; `bytes_read` counts what this rank has read.
     """
 
     def __init__(
@@ -50,167 +55,163 @@ class Pretrained:
         folder: Path | str,
         architecture: TransformerConfig,
         *,
-        called: str = "train.init_from",
+        setting: str = "train.init_from",
     ) -> None:
         self.folder, self.tensors = folder, HFFolder(folder)
         self._tied = architecture.tied
         self._embedding, self._head = (
             f"{architecture.names[role].name}.weight" for role in ("embedding", "head")
         )
-        self._classifier, self._called = architecture.classifier, called
+        self._classifier, self._setting = architecture.classifier, setting
         self._architecture = architecture
 
-    def check(self, wanted: Mapping[str, tuple[int, ...]], *, new_head: bool = True) -> None:
-        """Refuse the folder unless it holds exactly these tensors in these shapes. Reads no tensor but those of a tied head.
+    def check(self, expected: Mapping[str, tuple[int, ...]], *, new_head: bool = True) -> None:
+        """Raises CheckpointError unless the folder contains exactly the expected tensors.
 
-        With `new_head` a classifier may be made from a language model, whose head is not used and which has no classifier's.
+        Reads no tensors except those of a tied head. With `new_head` a classifier may start from a
+        language model, whose head is not used and which has no classification head.
         """
-        homes = self._homes(wanted)
-        used = {theirs for ours in wanted for theirs in homes.get(ours, [])[:1]}
+        name_map = self._name_map(expected)
+        used = {name_map[name][0] for name in expected if name in name_map}
         if self._tied:
-            used |= set(homes.get(self._head, [])) & set(self.tensors.names())
-        twice = sorted(theirs for ours in wanted for theirs in homes.get(ours, [])[1:])
+            used |= set(name_map.get(self._head, [])) & set(self.tensors.names())
+        duplicates = sorted(other for name in expected for other in name_map.get(name, [])[1:])
         if self._classifier is not None and new_head:
-            used |= {self._head} & set(
-                self.tensors.names()
-            )  # of the language model that the classifier is made from
-        problems = [
-            _listed(
-                "missing",
-                (
-                    name
-                    for name in wanted
-                    if name not in homes and not (new_head and self._is_new(name))
-                ),
-            ),
-            _listed(
-                "unexpected",
-                (
-                    n
-                    for n in sorted(self.tensors.names())
-                    if n not in used and n not in twice and not BUFFERS.search(n)
-                ),
-            ),
-            _listed("there twice, with the prefix and without", twice),
-            _listed("of another shape", self._misshapen(homes, wanted)),
-            _listed(
-                "not of floating point",
-                (n for n in sorted(used) if self.tensors.dtype(n) not in _FLOATS),
-            ),
+            used |= {self._head} & set(self.tensors.names())  # the language model's head
+        missing = [
+            name
+            for name in expected
+            if name not in name_map and not (new_head and self._is_new(name))
         ]
-        words = "; ".join(problem for problem in problems if problem)
-        if words:
+        unexpected = [
+            name
+            for name in sorted(self.tensors.names())
+            if name not in used and name not in duplicates and not BUFFERS.search(name)
+        ]
+        not_floats = [name for name in sorted(used) if self.tensors.dtype(name) not in _FLOATS]
+        problems = [
+            _listed("missing", missing),
+            _listed("unexpected", unexpected),
+            _listed("both with and without the prefix", duplicates),
+            _listed("of another shape", self._wrong_shapes(name_map, expected)),
+            _listed("not floating point", not_floats),
+        ]
+        if any(problems):
+            text = "; ".join(problem for problem in problems if problem)
+            fix = {}
+            if [name for name in expected if name not in name_map] == [self._head]:
+                fix = {"model.tie_word_embeddings": True}
+                text += "; a tied head requires model.tie_word_embeddings=true"
             raise CheckpointError(
-                f"{self._called}={self.folder} does not fit the model: {words}{self._hint(homes, wanted)}"
+                f"{self._setting}={self.folder} does not fit the model: {text}", fix=fix
             )
-        self._check_tied(homes)
+        self._check_tied(name_map)
 
-    def notes(self, config: PreTrainedConfig) -> list[str]:
-        """In which fields a run's own `model` is not the folder's, in words for the user; tensors alone do not tell."""
+    def describe_differences(self, config: Mapping[str, Any]) -> list[str]:
+        """Returns a sentence on each field in which the run's model differs from the folder's."""
         if not (Path(self.folder) / "config.json").is_file():
             return []
-        there = json.loads(json.dumps(load_hf_config(str(self.folder)).to_dict(), default=str))
+        stored = json.loads(json.dumps(load_hf_config(str(self.folder)).to_dict(), default=str))
         return [
-            f"model.{name} is {here} and {self._called} was saved with {theirs}"
-            for name, theirs, here in differences(there, config)
-            if name not in _OF_LABELS
+            f"model.{name} is {new} and {self._setting} was saved with {old}"
+            for name, old, new in differences(stored, dict(config))
+            if name not in _CLASSIFIER_FIELDS
         ]
 
     def load_weights(self, stage: nn.Module, seed: int) -> None:
-        """Fill each parameter with its part of the folder's tensor; one that the folder does not name is initialised."""
+        """Loads the stage's parameters; parameters that the folder lacks are initialised."""
         with torch.no_grad():
-            for declaration, parameter in parameters(stage):
-                self.load_parameter(declaration, parameter, seed)
+            for spec, parameter in parameters(stage):
+                self.load_parameter(spec, parameter, seed)
 
-    def load_parameter(self, declaration: ShardSpec, parameter: nn.Parameter, seed: int) -> None:
-        """The same of one parameter; without gradients."""
-        home = self._home(declaration.name)
-        if home is None:
-            initialize_parameter(declaration, parameter, seed)
-        else:
-            parameter.zero_()
-            self._fill_part(declaration, parameter, home)
+    def load_parameter(self, spec: ShardSpec, parameter: nn.Parameter, seed: int) -> None:
+        """Loads one parameter, or initialises it if the folder lacks it; call without gradients."""
+        name = self._name_of(spec.name)
+        if name is None:
+            initialize_parameter(spec, parameter, seed)
+            return
+        parameter.zero_()
+        part = spec.part_of(parameter)
+        for region in spec.regions():
+            self.tensors.copy(name, region.whole, to=part[region.part])
 
-    def load_master_weights(self, zero: ZeroOptimizer) -> None:
-        """Give the masters what the weights lost when they were rounded; all ranks call it together."""
-        dtype = DTYPES[zero.config.train.dtype]
-        if dtype == torch.float32:
+    def load_master_weights(self, optimizer: ZeroOptimizer) -> None:
+        """Loads the bits of masters that rounding the weights lost; all ranks call it together."""
+        if optimizer.dtype == torch.float32:
             return
         with torch.no_grad():
-            for fragment in zero.fragments():
-                home = self._home(fragment.sharding.name)
-                if home is not None and self.tensors.dtype(home) != dtype:
-                    self._fill_master(fragment, home)
-        zero.copy_masters_to_weights()
+            for fragment in optimizer.state.fragments():
+                name = self._name_of(fragment.sharding.name)
+                if name is not None and self.tensors.dtype(name) != optimizer.dtype:
+                    self._load_master(fragment, name)
+        optimizer.state.copy_masters_to_weights()
 
-    def _fill_part(self, declaration: ShardSpec, parameter: Tensor, home: str) -> None:
-        part = declaration.part_of(parameter)
-        for region in declaration.regions():
-            self.tensors.copy(home, region.whole, to=part[region.part])
-
-    def _fill_master(self, fragment: Fragment, home: str) -> None:
-        """Row by row in the parameter's orientation, whole rows in one go where they are neighbours."""
-        s, master = fragment.sharding, fragment.tensors["master"]
-        whole = self.tensors.view(home)
-        whole = whole.t() if s.transposed else whole
-        row = whole[0].numel()
-        for start, local, length in zip(
-            *intervals_of(make_flat_shard(s, fragment.shape, fragment.start, master.numel())),
-            strict=True,
-        ):
+    def _load_master(self, fragment: Fragment, name: str) -> None:
+        """Copies intervals of full rows in the parameter's orientation."""
+        spec, master = fragment.sharding, fragment.tensors["master"]
+        full = self.tensors.view(name)
+        full = full.t() if spec.transposed else full
+        row = full[0].numel()
+        piece = make_flat_shard(spec, fragment.shape, fragment.start, master.numel())
+        for start, local, length in zip(*intervals_of(piece), strict=True):
             first = start // row
-            rows = whole[first : -(-(start + length) // row)].reshape(-1)
-            master[local : local + length].copy_(
-                rows[start - first * row : start - first * row + length]
-            )
-            self.tensors.bytes_read += int(length) * whole.element_size()
+            rows = full[first : -(-(start + length) // row)].reshape(-1)
+            offset = start - first * row
+            master[local : local + length].copy_(rows[offset : offset + length])
+            self.tensors.bytes_read += int(length) * full.element_size()
+        self.tensors.release(name)
 
-    def _homes(self, wanted: Iterable[str]) -> dict[str, list[str]]:
-        """The names in the folder of each tensor of the model: as it is called, without the base model's prefix, or as it was called."""
-        homes: dict[str, list[str]] = {}
-        for ours in {*wanted, self._head}:
-            bare = ours.removeprefix(ADAPTED)  # of a classifier that is trained beside adapters
-            if found := stored_names(bare, self._architecture, self.tensors):
-                homes[ours] = found
-        if self._tied and self._embedding not in homes and self._head in homes:
-            homes[self._embedding] = homes[self._head]
-        return homes
+    def _name_map(self, expected: Iterable[str]) -> dict[str, list[str]]:
+        """Returns the folder's names of each parameter; see `stored_names`."""
+        name_map: dict[str, list[str]] = {}
+        for name in {*expected, self._head}:
+            base = name.removeprefix(ADAPTER_PREFIX)  # of a classifier trained beside adapters
+            if found := stored_names(base, self._architecture, self.tensors):
+                name_map[name] = found
+        if self._tied and self._embedding not in name_map and self._head in name_map:
+            name_map[self._embedding] = name_map[self._head]
+        return name_map
+
+    def _name_of(self, name: str) -> str | None:
+        """Returns the folder's name of a parameter; None if the folder lacks it."""
+        return next(iter(self._name_map([name]).get(name, [])), None)
 
     def _is_new(self, name: str) -> bool:
-        """Whether a tensor is a classifier's own, which starts as it is initialised where the folder has none."""
+        """Returns True for a parameter of the classification head."""
         return self._classifier is not None and name.rpartition(".")[0] == self._classifier.name
 
-    def _home(self, ours: str) -> str | None:
-        return next(iter(self._homes([ours]).get(ours, [])), None)
-
-    def _misshapen(
-        self, homes: dict[str, list[str]], wanted: Mapping[str, tuple[int, ...]]
+    def _wrong_shapes(
+        self, name_map: dict[str, list[str]], expected: Mapping[str, tuple[int, ...]]
     ) -> list[str]:
-        there = {ours: self.tensors.shape(homes[ours][0]) for ours in wanted if ours in homes}
+        found = {
+            name: self.tensors.shape(name_map[name][0]) for name in expected if name in name_map
+        }
         return [
-            f"{ours} ({_times(shape)} there, {_times(wanted[ours])} by the config)"
-            for ours, shape in there.items()
-            if shape != wanted[ours]
+            f"{name} ({_shape(shape)} in the folder, {_shape(expected[name])} by the config)"
+            for name, shape in found.items()
+            if shape != expected[name]
         ]
 
-    def _hint(self, homes: dict[str, list[str]], wanted: Mapping[str, tuple[int, ...]]) -> str:
-        if [name for name in wanted if name not in homes] == [self._head]:
-            return "; a head that is the embedding wants model.tie_word_embeddings=true"
-        return ""
-
-    def _check_tied(self, homes: dict[str, list[str]]) -> None:
-        """A head saved beside the embedding that it is tied to has to be the same; compared a slab of rows at a time."""
-        if not self._tied or self._head not in homes or homes[self._head] == homes[self._embedding]:
+    def _check_tied(self, name_map: dict[str, list[str]]) -> None:
+        """Raises CheckpointError if a tied head is stored and differs from the embedding."""
+        if not self._tied or self._head not in name_map:
             return
-        head, embedding = (
-            self.tensors.view(homes[name][0]) for name in (self._head, self._embedding)
-        )
-        if head.shape != embedding.shape or not all(
+        if name_map[self._head] == name_map[self._embedding]:
+            return
+        names = [name_map[name][0] for name in (self._head, self._embedding)]
+        head, embedding = (self.tensors.view(name) for name in names)
+        # Blocks of rows bound the memory.
+        is_equal = head.shape == embedding.shape and all(
             torch.equal(a, b) for a, b in zip(head.split(4096), embedding.split(4096), strict=True)
-        ):
+        )
+        for name in names:
+            self.tensors.release(name)
+        if not is_equal:
             raise CheckpointError(
-                f"{self._called}={self.folder} does not fit the model: its {self._head} is not its {self._embedding}, and the "
-                "model ties them; set model.tie_word_embeddings=false to train both"
+                f"{self._setting}={self.folder} does not fit the model, which ties {self._head} to "
+                f"{self._embedding}: the folder's differ; set model.tie_word_embeddings=false to "
+                "train both",
+                fix={"model.tie_word_embeddings": False},
             )
 
 
@@ -227,14 +228,10 @@ def stored_names(
     return [candidate for candidate in dict.fromkeys(candidates) if candidate in stored]
 
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def _times(shape: tuple[int, ...]) -> str:
+def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
 
 
-def _listed(what: str, names: Iterable[str]) -> str:
-    found = list(names)
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f"{what}: {', '.join(found[:_SHOWN])}{more}" if found else ""
+def _listed(kind: str, names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return f"{kind}: {', '.join(names[:_MAX_LISTED])}{more}" if names else ""

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatrain.errors import CheckpointError
+from megatrain.files import TEMPORARY_PREFIX, flush_to_disk
 
 MANIFEST = "manifest.json"
 FORMAT = 3
 """2: optimizer/index.json. 3: train_state.json, named trainer.json before."""
 
-TEMPORARY, TRASH = ".tmp-", ".trash-"
+TEMPORARY, TRASH = TEMPORARY_PREFIX, ".trash-"
 """Prefixes of folders that are being written or deleted."""
 
 LEFTOVERS = (TEMPORARY, TRASH, ".writing-", ".deleting-")
@@ -68,7 +69,7 @@ def commit(temporary: Path, final: Path, records: list[FileRecord]) -> None:
         shutil.rmtree(trash, ignore_errors=True)
     else:
         temporary.rename(final)
-    fsync_folder(final.parent)
+    flush_to_disk(final.parent)
 
 
 def write(folder: Path, records: list[FileRecord]) -> None:
@@ -78,16 +79,7 @@ def write(folder: Path, records: list[FileRecord]) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    fsync_folder(folder)
-
-
-def fsync_folder(path: Path) -> None:
-    """Flushes a file, or a folder's entries, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush_to_disk(folder)
 
 
 def find_problem(folder: Path, *, hashes: bool = False) -> str | None:
@@ -114,7 +106,7 @@ def find_problem(folder: Path, *, hashes: bool = False) -> str | None:
         if path.stat().st_size != entry.size:
             return f"has {path.stat().st_size} bytes in {entry.path} instead of {entry.size}"
         if hashes and make_record(folder, path).sha256 != entry.sha256:
-            return f"has a corrupt {entry.path}: its SHA-256 differs from the manifest's"
+            return f"has other content in {entry.path} than was written"
     return None
 
 

@@ -1,16 +1,23 @@
-"""A LoRA run's checkpoint: a PEFT adapter folder, with the optimizer of the adapters alone beside it.
+"""Checkpoints of LoRA runs, as PEFT adapter folders, and merging adapters into their base model.
 
-step-00000100/
-  adapter_config.json  adapter_model.safetensors      what `peft` loads; the base model stays where it is
-  optimizer/ ...  train_state.json  manifest.json          as in every checkpoint
+    step-00000100/
+      adapter_config.json  adapter_model.safetensors      what `peft` loads, without the base model
+      optimizer/ ...  train_state.json  manifest.json     as in every checkpoint
+
+Merging works on files alone, one at a time, in fp32, and stores each tensor in its own dtype. W is
+stored as [out, in], or as [in, out] if the adapter has fan_in_fan_out (GPT-2). The formula is in
+`models/lora.py`. A classifier's own matrix, which was trained in full, replaces the language
+model's head.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +27,7 @@ from torch import Tensor
 from megatrain.checkpoint import manifest, resume
 from megatrain.checkpoint.hf_folder import HFFolder, shard_names, write_weight_map
 from megatrain.checkpoint.train_state import STATE_FILES
-from megatrain.config.loader import Config
+from megatrain.config.schema import LoraConfig
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.models.config import TransformerConfig, load_hf_config, read_config
 from megatrain.models.lora import PREFIX, linear_names
@@ -28,21 +35,20 @@ from megatrain.models.lora import PREFIX, linear_names
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 
 
-def write_config(folder: Path, config: Config, architecture: TransformerConfig) -> None:
-    """Write adapter_config.json in PEFT's words."""
-    lora = config.lora
+def make_adapter_config(
+    lora: LoraConfig, architecture: TransformerConfig, *, init_from: str | None
+) -> dict[str, Any]:
+    """Returns the content of `adapter_config.json`; `init_from` is the base model's folder."""
     targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
     if lora.targets == "all-linear":
-        targets = list(
-            dict.fromkeys(name.rpartition(".")[2] for name in linear_names(architecture))
-        )
+        names = (name.rpartition(".")[2] for name in linear_names(architecture))
+        targets = list(dict.fromkeys(names))
     classifier = architecture.classifier
-    kind = "CAUSAL_LM" if classifier is None else "TOKEN_CLS" if classifier.of_tokens else "SEQ_CLS"
-    base = None if config.train.init_from is None else str(Path(config.train.init_from).resolve())
-    said = {
+    task = "CAUSAL_LM" if classifier is None else "TOKEN_CLS" if classifier.of_tokens else "SEQ_CLS"
+    return {
         "peft_type": "LORA",
-        "task_type": kind,
-        "base_model_name_or_path": base,
+        "task_type": task,
+        "base_model_name_or_path": None if init_from is None else str(Path(init_from).resolve()),
         "inference_mode": True,
         "bias": "none",
         "r": lora.rank,
@@ -54,16 +60,15 @@ def write_config(folder: Path, config: Config, architecture: TransformerConfig) 
         "fan_in_fan_out": architecture.transposed,
         "modules_to_save": None if classifier is None else [classifier.name],
     }
-    (folder / CONFIG).write_text(json.dumps(said, indent=2), encoding="utf-8")
 
 
-def join(
-    folder: Path,
-    records: list[manifest.FileRecord],
-    config: Config,
-    architecture: TransformerConfig,
+def join_shards(
+    folder: Path, records: list[manifest.FileRecord], adapter_config: Mapping[str, Any]
 ) -> list[manifest.FileRecord]:
-    """Make of a model's shards, which hold adapters alone, the one file that PEFT expects, and say what it is; returns all files."""
+    """Turns model files, which contain adapters only, into PEFT's one file and its config.
+
+    Returns the records of all files.
+    """
     shards = [record.path for record in records if record.path.startswith("model")]
     tensors: dict[str, Tensor] = {}
     for name in (name for name in shards if name.endswith(".safetensors")):
@@ -72,7 +77,7 @@ def join(
     save_file(tensors, folder / MODEL, metadata={"format": "pt"})
     for path in folder.glob("model*.safetensors*"):  # the shards, and their index
         path.unlink()
-    write_config(folder, config, architecture)
+    (folder / CONFIG).write_text(json.dumps(adapter_config, indent=2), encoding="utf-8")
     kept = [record for record in records if record.path not in shards]
     return [*kept, *(manifest.make_record(folder, folder / name) for name in (CONFIG, MODEL))]
 
@@ -86,11 +91,13 @@ class LoraWeights(NamedTuple):
 
 
 class Adapter:
-    """A PEFT adapter folder of ours, read whole: adapters are small.
+    """The tensors of a PEFT adapter folder that a run wrote, in memory.
 
     Attributes:
-        modules: by the name of the linear in the base model.
-        whole: tensors that were trained themselves, by their names in the model.
+        modules: adapters by the name of the linear layer in the base model.
+        full: tensors that were trained in full, by their names in the model.
+
+    Raises CheckpointError if a file is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,17 +108,17 @@ class Adapter:
             self.scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
             with safe_open(folder / MODEL, framework="pt") as source:
                 tensors = {name: source.get_tensor(name).float() for name in source.keys()}  # noqa: SIM118
-            names = [
-                name.removesuffix(".lora_A.weight")
-                for name in tensors
-                if name.endswith(".lora_A.weight")
-            ]
-            low = tuple(f"{name}.lora_" for name in names)
-            self.whole = {
-                name.removeprefix(PREFIX): tensor
-                for name, tensor in tensors.items()
-                if not name.startswith(low)
-            }
+        except (OSError, SafetensorError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise self._unreadable(error) from None
+        suffix = ".lora_A.weight"
+        names = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+        prefixes = tuple(f"{name}.lora_" for name in names)
+        self.full = {
+            name.removeprefix(PREFIX): tensor
+            for name, tensor in tensors.items()
+            if not name.startswith(prefixes)
+        }
+        try:
             self.modules = {
                 name.removeprefix(PREFIX): LoraWeights(
                     tensors[f"{name}.lora_A.weight"],
@@ -120,55 +127,78 @@ class Adapter:
                 )
                 for name in names
             }
-        except (OSError, SafetensorError, KeyError, TypeError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"{folder} is no readable adapter: {type(error).__name__} {error}"
-            ) from None
+        except KeyError as error:
+            raise self._unreadable(error) from None
 
-    def merged(self, weight: Tensor, low: LoraWeights) -> Tensor:
-        """The weight with its adapter, in the weight's dtype and orientation."""
-        wide = weight.float().t() if self.transposed else weight.float()
-        wide = torch.addmm(wide, low.b, low.a, alpha=self.scale)
-        if low.magnitude is not None:
-            wide = wide * (low.magnitude / wide.norm(dim=1))[:, None]
-        return (wide.t() if self.transposed else wide).to(weight.dtype).contiguous()
+    def _unreadable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder} is not a readable adapter: {type(error).__name__} {error}"
+        )
+
+    def merge(self, weight: Tensor, lora: LoraWeights) -> Tensor:
+        """Returns the weight with its adapter, in the weight's dtype and orientation."""
+        merged = weight.float().t() if self.transposed else weight.float()
+        merged = torch.addmm(merged, lora.b, lora.a, alpha=self.scale)
+        if lora.magnitude is not None:
+            merged = merged * (lora.magnitude / merged.norm(dim=1))[:, None]
+        return (merged.t() if self.transposed else merged).to(weight.dtype).contiguous()
 
 
-def merge_run(config: Config) -> Path:
-    """Merge the adapter of a run's newest checkpoint, or of the one that `checkpoint.resume` names, into RUN/merged."""
-    if config.lora.rank == 0:
+def merge_run(
+    output_dir: Path | str, *, lora: LoraConfig, task: str, init_from: str | None, resume_from: str
+) -> Path:
+    """Merges the adapter of a run into its base model and returns the folder, RUN/merged.
+
+    Args:
+        output_dir: the run folder.
+        lora: the section `lora` of the run's config.
+        task: the run's task.
+        init_from: the base model.
+        resume_from: the setting `checkpoint.resume`; `auto` takes the newest checkpoint.
+
+    Raises:
+        ConfigError: the run has no adapter.
+        CheckpointError: the run lacks a checkpoint, or it is of other adapters.
+    """
+    if lora.rank == 0:
         raise ConfigError(
             "lora.rank",
             0,
-            "makes no adapter that could be merged",
-            "the run's checkpoints are whole models as they are",
+            "must be at least 1 to merge adapters",
+            "checkpoints of this run are full models already",
         )
-    assert config.train.init_from is not None, "checked with the config"
-    path, why = resume.choose_start(config)
+    assert init_from is not None, "validated with the config: adapters require a base model"
+    path, reason = resume.choose_start(
+        output_dir, resume=resume_from, init_from=init_from, has_adapters=True
+    )
     if path is None:
-        raise CheckpointError(f"there is no checkpoint to merge ({why})")
-    resume.check_adapter(path, config)
-    return merge_adapter(path, Path(config.train.init_from), Path(config.run.output_dir) / "merged")
+        raise CheckpointError(f"{output_dir} has no checkpoint to merge ({reason})")
+    resume.check_adapter(path, task=task, lora=dataclasses.asdict(lora))
+    return merge_adapter(path, Path(init_from), Path(output_dir) / "merged")
 
 
 @torch.no_grad()
 def merge_adapter(adapter_folder: Path, base: Path, output: Path) -> Path:
-    """Write `output`, a Hugging Face folder of the base model with the adapter in its weights; it appears whole or not at all."""
-    added, tensors = Adapter(adapter_folder), HFFolder(base)
-    homes = {_in_base(name, tensors): low for name, low in added.modules.items()}
-    left_out = _head_names(base) if added.whole else set()
+    """Writes `output`: the base model's folder with the adapter merged into its weights.
+
+    The folder appears complete or not at all. Raises CheckpointError if the adapter does not fit
+    the base model or a file cannot be read or written.
+    """
+    adapter, tensors = Adapter(adapter_folder), HFFolder(base)
+    modules = {_base_name(name, tensors): lora for name, lora in adapter.modules.items()}
+    dropped = _head_names(base) if adapter.full else set()
     temporary = output.with_name(f"{manifest.TEMPORARY}{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write_model(temporary, added, tensors, homes, left_out)
-        # The config is the base's, as its weights' dtype is; what else both folders have is the adapter's.
-        _copy_others(base, temporary, but=("generation_config.json",) if added.whole else ())
-        _copy_others(
+        _write_model(temporary, adapter, tensors, modules, dropped)
+        # The config is the base's, as its weights' dtype is; other common files are the adapter's.
+        _copy_metadata(base, temporary, but=("generation_config.json",) if adapter.full else ())
+        _copy_metadata(
             adapter_folder, temporary, but=(CONFIG, "config.json", *STATE_FILES, "README.md")
         )
-        if added.whole:
-            _describe_classifier(adapter_folder, base, temporary)
+        if adapter.full:
+            _write_classifier_config(adapter_folder, base, temporary)
         records = [manifest.make_record(temporary, path) for path in sorted(temporary.iterdir())]
         manifest.commit(temporary, output, records)
     except (OSError, SafetensorError) as error:
@@ -178,82 +208,78 @@ def merge_adapter(adapter_folder: Path, base: Path, output: Path) -> Path:
     return output
 
 
-def _copy_others(source: Path, target: Path, *, but: tuple[str, ...]) -> None:
-    """Copy what is no tensors: config, tokenizer, chat template."""
+def _copy_metadata(source: Path, target: Path, *, but: tuple[str, ...]) -> None:
+    """Copies config, tokenizer and chat template: all files except those of tensors."""
     for path in source.iterdir():
-        if (
-            path.is_file()
-            and path.name not in (manifest.MANIFEST, *but)
-            and not path.name.endswith((".safetensors", ".bin", ".index.json"))
-        ):
+        is_tensors = path.name.endswith((".safetensors", ".bin", ".index.json"))
+        if path.is_file() and not is_tensors and path.name not in (manifest.MANIFEST, *but):
             shutil.copy(path, target / path.name)
 
 
-def _in_base(module: str, tensors: HFFolder) -> str:
-    """The weight's name in the base's files, which may leave out the first part of it (GPT-2's own do)."""
+def _base_name(module: str, tensors: HFFolder) -> str:
+    """Returns the weight's name in the base's files, which may lack the prefix (GPT-2's do)."""
     for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
         if name in tensors:
             return name
     raise CheckpointError(
-        f"{tensors.folder} holds no {module}.weight, which the adapter changes; is it the model that the adapter was trained on?"
+        f"{tensors.folder} lacks {module}.weight, which the adapter changes; check that the "
+        "adapter was trained on this model"
     )
 
 
 def _head_names(base: Path) -> set[str]:
-    """What the head of a language model may be called in its files."""
+    """Returns the names that the head of a language model can have in its files."""
     architecture = read_config(load_hf_config(str(base)))
     head = f"{architecture.names['head'].name}.weight"
-    return {head, *(theirs for theirs, ours in architecture.former_names.items() if ours == head)}
+    return {head, *(old for old, new in architecture.former_names.items() if new == head)}
 
 
-def _describe_classifier(adapter_folder: Path, base: Path, target: Path) -> None:
-    """The config is the adapter's, which knows the classes; the dtype is the base's, as its weights are."""
-    config, theirs = (
+def _write_classifier_config(adapter_folder: Path, base: Path, target: Path) -> None:
+    """Writes the adapter's config, which has the classes, with the dtype of the base's weights."""
+    config, base_config = (
         manifest.read_json(folder / "config.json") for folder in (adapter_folder, base)
     )
-    config["dtype"] = theirs.get("dtype", theirs.get("torch_dtype", config.get("dtype")))
+    default = base_config.get("torch_dtype", config.get("dtype"))
+    config["dtype"] = base_config.get("dtype", default)
     (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _write_model(
     folder: Path,
-    added: Adapter,
+    adapter: Adapter,
     tensors: HFFolder,
-    homes: dict[str, LoraWeights],
-    left_out: set[str],
+    modules: dict[str, LoraWeights],
+    dropped: set[str],
 ) -> None:
-    """In the base's files, but for one of which nothing is left; what is whole goes to the last."""
-    contents = [
-        names
-        for file in tensors.files
-        if (
-            names := [
-                name for name in file.names() if name not in left_out and name not in added.whole
-            ]
-        )
-    ]
+    """Writes the base's files with merged weights; fully trained tensors go to the last one."""
+    excluded = dropped | set(adapter.full)
+    contents = [[name for name in file.names() if name not in excluded] for file in tensors.files]
+    contents = [names for names in contents if names]
     weight_map: dict[str, str] = {}
-    total = 0
+    total_size = 0
     for number, (file, names) in enumerate(zip(shard_names(len(contents)), contents, strict=True)):
-        shard = {name: _merged(name, added, tensors, homes) for name in names}
+        shard = {name: _merged(name, adapter, tensors, modules) for name in names}
         if number == len(contents) - 1:
-            dtype = tensors.dtype(next(iter(homes)))
-            shard |= {name: tensor.to(dtype) for name, tensor in added.whole.items()}
+            dtype = tensors.dtype(next(iter(modules)))
+            shard |= {name: tensor.to(dtype) for name, tensor in adapter.full.items()}
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-        total += sum(tensor.nbytes for tensor in shard.values())
+        total_size += sum(tensor.nbytes for tensor in shard.values())
     if len(contents) > 1:
-        write_weight_map(folder, weight_map, total_size=total)
+        write_weight_map(folder, weight_map, total_size=total_size)
 
 
-def _merged(name: str, added: Adapter, tensors: HFFolder, homes: dict[str, LoraWeights]) -> Tensor:
+def _merged(
+    name: str, adapter: Adapter, tensors: HFFolder, modules: dict[str, LoraWeights]
+) -> Tensor:
     weight = tensors.read(name)
-    if name not in homes:
+    if name not in modules:
         return weight
-    low = homes[name]
-    outputs, inputs = weight.shape[::-1] if added.transposed else weight.shape
-    if (low.b.shape[0], low.a.shape[1]) != (outputs, inputs):
+    lora = modules[name]
+    outputs, inputs = weight.shape[::-1] if adapter.transposed else weight.shape
+    if (lora.b.shape[0], lora.a.shape[1]) != (outputs, inputs):
         raise CheckpointError(
-            f"{tensors.folder} has {name} of shape {tuple(weight.shape)}, and {added.folder} is for [{low.b.shape[0]}, {low.a.shape[1]}]"
+            f"{tensors.folder} contains {name} of shape {tuple(weight.shape)} and "
+            f"{adapter.folder} is for [{lora.b.shape[0]}, {lora.a.shape[1]}]"
         )
-    return added.merged(weight, low)
+    return adapter.merge(weight, lora)

@@ -1,213 +1,241 @@
-"""Takes a run up again from a checkpoint: bit for bit on the layout that wrote it, to rounding on any other.
+"""Resuming a run from a checkpoint.
 
-What a resume must not change is refused, since the run would no longer be the one that was begun: the model, the update rule,
-and what decides which samples come next. Layout, ZeRO, schedule, offload and dtype may change.
+A resume is bit-exact on the layout that wrote the checkpoint, and exact up to rounding on others.
+Layout, ZeRO stage, schedule, offloading and dtype may change. Changes of the model, the update rule
+and whatever determines the order of samples are refused, since the run would become another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatrain.checkpoint import manifest, retention
 from megatrain.checkpoint.optimizer_state import OptimizerState
 from megatrain.checkpoint.train_state import (
+    RunDescription,
     TrainState,
-    TrainStateFile,
-    describe_layout,
     read_train_state,
     train_state_path,
 )
-from megatrain.config.loader import Config
 from megatrain.distributed.collectives import gather_objects
 from megatrain.distributed.mesh import ProcessMesh
 from megatrain.errors import CheckpointError, format_value
-from megatrain.models.config import TransformerConfig, differences
+from megatrain.models.config import differences
 from megatrain.optim.zero import ZeroOptimizer
 
 
-def choose_start(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
-    """The checkpoint that `checkpoint.resume` means, and a sentence on why; a named one must be there and whole.
+def choose_start(
+    output_dir: Path | str,
+    *,
+    resume: str,
+    init_from: str | None,
+    has_adapters: bool = False,
+    hashes: bool = False,
+) -> tuple[Path | None, str]:
+    """Returns the checkpoint to resume from, None for a new start, and a sentence that explains it.
 
-    `hashes` has `auto` compare not only the sizes of files with those written but their content as well.
+    Args:
+        output_dir: the run folder.
+        resume: the setting `checkpoint.resume`: `auto`, `never` or a checkpoint's folder.
+        init_from: the setting `train.init_from`.
+        has_adapters: True for a LoRA run, which reads the base model at a resume too.
+        hashes: with `auto`, also compare the contents of files with their hashes.
+
+    Raises:
+        CheckpointError: the named checkpoint is missing or incomplete.
     """
-    wish, folder, source = (
-        config.checkpoint.resume,
-        Path(config.run.output_dir) / "checkpoints",
-        config.train.init_from,
-    )
-    afresh = "starting afresh" if source is None else f"starting from {source}"
-    instead = (
-        ""
-        if source is None or config.lora.rank
-        else f"; train.init_from={source} was where the run began and is not read again"
-    )
-    if wish == "never":
-        return None, f"{afresh}: checkpoint.resume=never{_left_by_another(folder, after=0)}"
-    if wish == "auto":
-        newest, passed = manifest.find_newest(folder, hashes=hashes)
-        words = "".join(f"; passed over: {text}" for text in passed)
+    folder = Path(output_dir) / "checkpoints"
+    origin = "starting from scratch" if init_from is None else f"starting from {init_from}"
+    unread = ""
+    if init_from is not None and not has_adapters:
+        unread = f"; train.init_from={init_from} is not read again"
+    if resume == "never":
+        return None, f"checkpoint.resume=never; {origin}{_describe_later(folder, step=0)}"
+    if resume == "auto":
+        newest, skipped = manifest.find_newest(folder, hashes=hashes)
+        reasons = "".join(f"; skipped: {reason}" for reason in skipped)
         if newest is None:
-            return None, f"{afresh}: no whole checkpoint in {folder}{words}"
-        return newest, f"resuming from {newest}, the newest whole checkpoint{words}{instead}"
-    path = Path(wish)
+            return None, f"no complete checkpoint in {folder}; {origin}{reasons}"
+        return newest, f"resuming from {newest}, the newest complete checkpoint{reasons}{unread}"
+    path = Path(resume)
+    _check_named(path, resume)
+    later = _describe_later(folder, step=read_train_state(path).state.step)
+    return path, f"resuming from {path}, as checkpoint.resume requests{unread}{later}"
+
+
+def _check_named(path: Path, resume: str) -> None:
     if not path.is_dir():
         raise CheckpointError(
-            f"checkpoint.resume={wish} is not a folder; give a checkpoint's folder, `auto` or `never`"
+            f"checkpoint.resume={resume} is not a folder; use a checkpoint's folder, `auto` or "
+            "`never`",
+            fix={"checkpoint.resume": "auto"},
         )
-    wrong = manifest.find_problem(path, hashes=True)
-    if wrong is not None:
-        newest = max(
-            [*retention.list_checkpoints(path / "checkpoints"), *retention.list_checkpoints(path)],
-            default=None,
+    problem = manifest.find_problem(path, hashes=True)
+    if problem is not None:
+        folders = (path / "checkpoints", path)
+        found = [found for folder in folders for found in retention.list_checkpoints(folder)]
+        newest = max(found, default=None)
+        hint = "use another checkpoint or `auto`"
+        if newest is not None:
+            hint = f"use one of the run's checkpoints, such as {newest}"
+        raise CheckpointError(
+            f"checkpoint.resume={resume} {problem}; {hint}",
+            fix={"checkpoint.resume": "auto" if newest is None else str(newest)},
         )
-        way_out = (
-            "choose another checkpoint or `auto`"
-            if newest is None
-            else f"name one of the run's checkpoints, such as {newest}"
-        )
-        raise CheckpointError(f"checkpoint.resume={wish} {wrong}; {way_out}")
-    return (
-        path,
-        f"resuming from {path}, as checkpoint.resume names it{instead}{_left_by_another(folder, after=read_train_state(path).state.step)}",
-    )
 
 
-def _left_by_another(folder: Path, *, after: int) -> str:
-    """What is said of checkpoints that lie ahead of where the run begins: `auto` would take one of them, not the run's own."""
-    ahead = max(retention.list_checkpoints(folder), default=None)
-    if ahead is None or retention.step_number(ahead) <= after:
+def _describe_later(folder: Path, *, step: int) -> str:
+    """Returns a warning about checkpoints after `step`, which `auto` would resume from."""
+    newest = max(retention.list_checkpoints(folder), default=None)
+    if newest is None or retention.step_number(newest) <= step:
         return ""
-    return f"; {ahead} lies ahead, and checkpoint.resume=auto would go on from there: move it away, or give another run.output_dir"
-
-
-def _another_folder(path: Path, config: Config) -> str:
-    """What to do about a checkpoint that is not the run's."""
-    output = config.run.output_dir
-    if config.checkpoint.resume != "auto":
-        return "name one of this model, or begin without any with checkpoint.resume=never"
     return (
-        f"it is in the run's folder: give the run another, such as run.output_dir={_free(output)}"
+        f"; {newest} is of a later step and checkpoint.resume=auto would resume from it: move it "
+        "away or set another run.output_dir"
     )
 
 
-def _free(folder: str) -> str:
-    """The folder's name with a number that is not taken."""
-    number = 2
-    while Path(f"{folder}-{number}").exists():
-        number += 1
-    return f"{folder}-{number}"
+def check(path: Path, run: RunDescription) -> None:
+    """Raises CheckpointError unless the run may resume from a checkpoint.
 
-
-def check(path: Path, config: Config, architecture: TransformerConfig) -> None:
-    """Refuse a checkpoint of another model or rule, or whose samples would not go on; needs no ranks."""
-    trainer = read_train_state(path)
-    check_adapter(path, config)
-    for name, there, here in differences(trainer.model, architecture.config)[:1]:
+    Model, task, adapters and update rule must be those of the checkpoint, and the same samples
+    must follow. Needs no other ranks.
+    """
+    stored = read_train_state(path).run
+    check_adapter(path, task=run.config["task"], lora=run.config["lora"])
+    for name, old, new in differences(stored.model, run.model)[:1]:
+        hint, fix = _use_another_folder(run.config)
         raise CheckpointError(
-            f"{path} is of another model: its {name} is {format_value(there)} and the run's is {format_value(here)}; {_another_folder(path, config)}"
+            f"{path} is of another model: its {name} is {format_value(old)} and the run's is "
+            f"{format_value(new)}; {hint}",
+            fix=fix,
         )
-    _check_same(path, config, trainer)
-
-
-def load(path: Path, *, zero: ZeroOptimizer, config: Config, mesh: ProcessMesh) -> TrainState:
-    """Fill masters, states and weights from the pieces that are this rank's; all ranks call it together."""
-    trainer = read_train_state(path)
-    folder = OptimizerState(path / "optimizer")
-    wanted = set()
-    for fragment in zero.fragments():
-        folder.fill(fragment)
-        wanted.add(fragment.sharding.name)
-    unused = folder.names().difference(*gather_objects(wanted, mesh.world))
-    if unused:
-        raise CheckpointError(
-            f"{folder.folder} holds {min(unused)}, which this run has no place for"
-        )
-    zero.updates = trainer.state.updates
-    zero.loss_scaling = trainer.state.loss_scaling
-    zero.copy_masters_to_weights()
-    if trainer.state.samples < 0:
-        return trainer.state._replace(samples=trainer.state.step * config.train.global_batch_size)
-    return trainer.state
-
-
-def _check_same(path: Path, config: Config, trainer: TrainStateFile) -> None:
-    """Refuse settings that a resume must not change."""
-    for section, name, why in _FIXED:
-        here = getattr(getattr(config, section), name)
-        there = trainer.config[section].get(name, here)  # a converted checkpoint binds no run
-        if there != here:
+    for section, name, reason in _FIXED:
+        setting, new = f"{section}.{name}", run.config[section][name]
+        old = stored.config[section].get(name, new)  # a converted checkpoint has no settings
+        if old != new:
             raise CheckpointError(
-                f"{path} was written with {section}.{name}={format_value(there)} and this run has {format_value(here)}: {why}; set "
-                f"{section}.{name}={format_value(there)}, or start a new run from its weights with train.init_from={path}"
+                f"{path} was written with {setting}={format_value(old)} and this run has "
+                f"{format_value(new)}: {reason}; set {setting}={format_value(old)}, or start a new "
+                f"run from its weights with train.init_from={path}",
+                fix={setting: old},
             )
 
 
 _FIXED = [
-    ("optimizer", "name", "one rule's states mean nothing to another"),
-    ("train", "global_batch_size", "which samples come next follows from the step and the batch"),
-    ("data", "sequence_length", "which tokens are a sample follows from it"),
-    ("run", "seed", "the order of samples follows from it"),
+    ("optimizer", "name", "update rules do not share their moments"),
+    ("train", "global_batch_size", "step and batch size determine the next samples"),
+    ("data", "sequence_length", "it determines the tokens of a sample"),
+    ("run", "seed", "it determines the order of samples"),
 ]
 
 
-def describe_differences(path: Path, config: Config, mesh: ProcessMesh) -> list[str]:
-    """What is not as it was when the checkpoint was written, in words for the user."""
-    trainer = read_train_state(path)
-    there, here = trainer.layout, describe_layout(config.parallel, data=mesh.data.size)
+def _use_another_folder(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns hint and fix for a checkpoint that is not the run's."""
+    if config["checkpoint"]["resume"] != "auto":
+        fix = {"checkpoint.resume": "never"}
+        return "use one of this model, or start without any: checkpoint.resume=never", fix
+    output_dir, number = config["run"]["output_dir"], 2
+    while Path(f"{output_dir}-{number}").exists():
+        number += 1
+    unused = f"{output_dir}-{number}"
+    hint = f"it is in the run's folder: use another, such as run.output_dir={unused}"
+    return hint, {"run.output_dir": unused}
+
+
+def load(
+    path: Path, *, optimizer: ZeroOptimizer, global_batch_size: int, mesh: ProcessMesh
+) -> TrainState:
+    """Loads this rank's masters, moments and weights; all ranks call it together.
+
+    Returns the run's state. Raises CheckpointError if the checkpoint does not fit the model.
+    """
+    state = read_train_state(path).state
+    stored = OptimizerState(path / "optimizer")
+    loaded = set()
+    for fragment in optimizer.state.fragments():
+        stored.load(fragment)
+        loaded.add(fragment.sharding.name)
+    unused = stored.names().difference(*gather_objects(loaded, mesh.world))
+    if unused:
+        raise CheckpointError(
+            f"{stored.folder} contains {min(unused)}, which is not a parameter of this model"
+        )
+    optimizer.state.updates = state.updates
+    optimizer.loss_scaling = state.loss_scaling
+    optimizer.state.copy_masters_to_weights()
+    return state if state.samples >= 0 else state._replace(samples=state.step * global_batch_size)
+
+
+def describe_differences(path: Path, run: RunDescription) -> list[str]:
+    """Returns a sentence on each change since the checkpoint that a resume allows."""
+    stored = read_train_state(path).run
     found = []
     moved = [
-        f"{name} {there[name]} -> {value}"
-        for name, value in here.items()
-        if there.get(name, value) != value
+        f"{name} {stored.layout[name]} -> {value}"
+        for name, value in run.layout.items()
+        if stored.layout.get(name, value) != value
     ]
     if moved:
         found.append(f"resuming on another layout, equal up to rounding: {', '.join(moved)}")
-    dtype = trainer.config["train"].get("dtype", config.train.dtype)
-    if dtype != config.train.dtype:
+    new = run.config["train"]["dtype"]
+    old = stored.config["train"].get("dtype", new)
+    if old != new:
         found.append(
-            f"train.dtype was {dtype} and is {config.train.dtype}: fp32 masters and moments go on exactly, weights are rounded anew"
+            f"train.dtype changed from {old} to {new}: masters and moments are loaded exactly, "
+            "weights are rounded again"
         )
-    if trainer.config["data"].get("train", config.data.train) != config.data.train:
+    new = run.config["data"]["train"]
+    old = stored.config["data"].get("train", new)
+    if old != new:
         found.append(
-            f"data.train was {trainer.config['data'].get('train')} and is {config.data.train}: the order goes on at the same sample"
+            f"data.train changed from {old} to {new}: continuing at the same sample position"
         )
     return found
 
 
-def check_adapter(path: Path, config: Config) -> None:
-    """Refuse a checkpoint of another task or of other adapters: its weights would fit, or not, and mean something else."""
-    task, there = _adapter_settings(path)
-    here = config.lora
-    if task is not None and task != config.task:  # a converted checkpoint binds no run
+def check_adapter(path: Path, *, task: str, lora: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a checkpoint is of another task or other adapters.
+
+    Its weights could fit nevertheless, with another meaning. `lora` is the section of the config.
+    """
+    stored_task, stored = _adapter_settings(path)
+    if stored_task is not None and stored_task != task:  # a converted checkpoint has no task
         raise CheckpointError(
-            f"{path} was written with task={task} and this run has task={config.task}; start a new run, with another run.output_dir, "
-            "from its weights with train.init_from"
+            f"{path} was written with task={stored_task} and this run has task={task}; start a new "
+            "run, with another run.output_dir, from its weights with train.init_from",
+            fix={"task": stored_task},
         )
-    if bool(there["rank"]) != bool(here.rank):
-        words = ["whole weights", "adapters"]
+    rank = lora["rank"]
+    if bool(stored["rank"]) != bool(rank):
+        kinds = ["full weights", "adapters"]
         raise CheckpointError(
-            f"{path} holds {words[bool(there['rank'])]} and this run, with lora.rank={here.rank}, trains {words[bool(here.rank)]}; "
-            f"set lora.rank={there['rank']}, or start another run"
+            f"{path} contains {kinds[bool(stored['rank'])]} and this run, with lora.rank={rank}, "
+            f"trains {kinds[bool(rank)]}; set lora.rank={stored['rank']}, or start another run",
+            fix={"lora.rank": stored["rank"]},
         )
-    for name in ("rank", "alpha", "targets", "rslora", "dora", "quantize") if here.rank else ():
-        value = there.get(
-            name, "none" if name == "quantize" else None
-        )  # what was written before there was such a setting
-        if value != getattr(here, name):
+    if rank == 0:
+        return
+    for name in ("rank", "alpha", "targets", "rslora", "dora", "quantize"):
+        default = "none" if name == "quantize" else None  # older checkpoints have no `quantize`
+        old, new = stored.get(name, default), lora[name]
+        if old != new:
             raise CheckpointError(
-                f"{path} was written with lora.{name}={format_value(value)} and this run has lora.{name}={format_value(getattr(here, name))}; "
-                f"resume with lora.{name}={format_value(value)}, or start another run"
+                f"{path} was written with lora.{name}={format_value(old)} and this run has "
+                f"lora.{name}={format_value(new)}; resume with lora.{name}={format_value(old)}, or "
+                "start another run",
+                fix={f"lora.{name}": old},
             )
 
 
 def _adapter_settings(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The task, if it names one, and the `lora` section of the checkpoint's config."""
-    content = manifest.read_json(train_state_path(path)).get("config")
-    if isinstance(content, dict):
-        lora = content.get("lora", {"rank": 0})
+    """Returns the task, if there is one, and the section `lora` of a checkpoint's config."""
+    file = train_state_path(path)
+    config = manifest.read_json(file).get("config")
+    if isinstance(config, dict):
+        lora = config.get("lora", {"rank": 0})
         if isinstance(lora, dict) and isinstance(lora.get("rank"), int):
-            return content.get("task"), lora
-    raise CheckpointError(
-        f"{train_state_path(path)} is damaged: its config says nothing that can be read of lora"
-    )
+            return config.get("task"), lora
+    raise CheckpointError(f"{file} is damaged: its config has no readable section lora")

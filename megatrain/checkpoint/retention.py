@@ -15,6 +15,7 @@ from pathlib import Path
 from megatrain.checkpoint import manifest
 from megatrain.distributed.env import is_local_rank_zero
 from megatrain.errors import CheckpointError
+from megatrain.files import write_atomically
 
 BEST_FILE = "best_checkpoint.json"
 _OLD_BEST_FILE = "best.json"
@@ -80,11 +81,9 @@ def delete(folders: Iterable[Path]) -> None:
 
 def write_best(run_folder: Path, *, step: int, metric: str, value: float) -> None:
     """Records atomically that the checkpoint of `step` is the best so far."""
-    new = run_folder / f"{BEST_FILE}.new"
-    new.write_text(
-        json.dumps({"step": step, "metric": metric, "value": value}) + "\n", encoding="utf-8"
-    )
-    new.replace(run_folder / BEST_FILE)
+    content = {"step": step, "metric": metric, "value": value}
+    with write_atomically(run_folder / BEST_FILE) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     (run_folder / _OLD_BEST_FILE).unlink(missing_ok=True)
 
 

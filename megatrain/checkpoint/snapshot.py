@@ -1,6 +1,7 @@
-"""What a rank has to write, copied to CPU memory, so that training can go on while it is written.
+"""Copies of a rank's tensors in CPU memory, so that training continues while they are written.
 
-The first data rank of each stage gathers the stage's tensors from its tensor ranks; each rank has its own pieces of the optimizer.
+The first data-parallel rank of each stage gathers the stage's tensors from its tensor-parallel
+ranks. Each rank writes its own pieces of the optimizer's state.
 """
 
 from __future__ import annotations
@@ -12,64 +13,64 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.optimizer_state import OptimizerSnapshot, snapshot
+from megatrain.checkpoint.optimizer_state import OptimizerSnapshot, copy_fragments
 from megatrain.distributed.collectives import all_gather, gather_objects
 from megatrain.distributed.mesh import ProcessMesh
-from megatrain.distributed.sharding import ShardSpec, parameters
+from megatrain.distributed.sharding import parameters
 from megatrain.optim.zero import ZeroOptimizer
 
 
 class CheckpointShard(NamedTuple):
-    """A rank's share of a checkpoint: whole tensors of the model by name, and its pieces of the optimizer."""
+    """One rank's part of a checkpoint: full model tensors by name, and optimizer pieces."""
 
     model: dict[str, Tensor]
     optimizer: OptimizerSnapshot
 
     @property
     def nbytes(self) -> int:
-        return sum(
-            tensor.nbytes for tensor in [*self.model.values(), *self.optimizer.tensors.values()]
-        )
+        tensors = [*self.model.values(), *self.optimizer.tensors.values()]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
-def take_shard(zero: ZeroOptimizer, mesh: ProcessMesh) -> CheckpointShard:
-    """This rank's share; all ranks call it together. Without ZeRO all replicas hold the same optimizer, and the first has it."""
-    held = zero.config.parallel.zero > 0 or mesh.data.rank == 0
-    return CheckpointShard(
-        dict(_whole_tensors(zero, mesh)), snapshot(zero.fragments() if held else ())
-    )
+def take_shard(optimizer: ZeroOptimizer, mesh: ProcessMesh) -> CheckpointShard:
+    """Copies this rank's part of a checkpoint; all ranks call it together.
 
-
-def _whole_tensors(zero: ZeroOptimizer, mesh: ProcessMesh) -> Iterator[tuple[str, Tensor]]:
-    """Each whole tensor of this stage that is trained in turn, on tensor rank 0 of data rank 0; the other ranks only take part.
-
-    A tensor that several parameters share (fused query, key, value) comes when the last of them was gathered.
+    Without ZeRO all replicas hold the same optimizer state, and the first one writes it.
     """
-    if mesh.data.rank != 0 and zero.config.parallel.zero != 3:
+    holds_state = optimizer.zero_stage > 0 or mesh.data.rank == 0
+    fragments = optimizer.state.fragments() if holds_state else ()
+    return CheckpointShard(dict(_full_tensors(optimizer, mesh)), copy_fragments(fragments))
+
+
+def _full_tensors(optimizer: ZeroOptimizer, mesh: ProcessMesh) -> Iterator[tuple[str, Tensor]]:
+    """Yields the full trained tensors of this stage on tensor rank 0 of data rank 0.
+
+    Other ranks only take part in the collectives. A tensor that several parameters share (fused
+    query, key, value) is yielded once the last of them is gathered.
+    """
+    if mesh.data.rank != 0 and optimizer.zero_stage != 3:
         return
-    mine = [
-        (declaration, parameter)
-        for declaration, parameter in parameters(zero.stage)
+    trained = [
+        (spec, parameter)
+        for spec, parameter in parameters(optimizer.stage)
         if parameter.requires_grad
     ]
-    declarations = gather_objects(
-        [replace(declaration, grad_reduce_axes=()) for declaration, _ in mine], mesh.tensor
+    specs_by_rank = gather_objects(
+        [replace(spec, grad_reduce_axes=()) for spec, _ in trained], mesh.tensor
     )
-    last = {declaration.name: index for index, (declaration, _) in enumerate(mine)}
-    building: dict[str, Tensor] = {}
-    for index, (declaration, parameter) in enumerate(mine):
-        weights = zero.full_weights(parameter)
+    last = {spec.name: index for index, (spec, _) in enumerate(trained)}
+    incomplete: dict[str, Tensor] = {}
+    for index, (spec, parameter) in enumerate(trained):
+        weights = optimizer.state.full_weights(parameter)
         parts = all_gather(weights[None].contiguous(), mesh.tensor)
-        if mesh.data.rank != 0 or mesh.tensor.rank != 0 or not _written_here(declarations, index):
+        specs = [rank_specs[index] for rank_specs in specs_by_rank]
+        # The other end's copy of a tied embedding has no owner and is not written.
+        is_written = any(rank_spec.is_owner for rank_spec in specs)
+        if mesh.data.rank != 0 or mesh.tensor.rank != 0 or not is_written:
             continue
-        if declaration.name not in building:
-            building[declaration.name] = torch.empty(declaration.shape, dtype=weights.dtype)
-        for their, part in zip(declarations, parts, strict=True):
-            their[index].put(their[index].part_of(part).cpu(), building[declaration.name])
-        if last[declaration.name] == index:
-            yield declaration.name, building.pop(declaration.name)
-
-
-def _written_here(declarations: list[list[ShardSpec]], index: int) -> bool:
-    """A tensor is written by the stage that counts it; the other end's copy of a tied embedding is not."""
-    return any(their[index].is_owner for their in declarations)
+        if spec.name not in incomplete:
+            incomplete[spec.name] = torch.empty(spec.shape, dtype=weights.dtype)
+        for rank_spec, part in zip(specs, parts, strict=True):
+            rank_spec.put(rank_spec.part_of(part).cpu(), incomplete[spec.name])
+        if last[spec.name] == index:
+            yield spec.name, incomplete.pop(spec.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +12,8 @@ from megatrain.config.schema import ParallelConfig
 from megatrain.errors import CheckpointError
 from megatrain.optim.loss_scale import LossScale
 
-FILE_NAME = "train_state.json"
-_OLD_FILE_NAME = "trainer.json"
-"""The name in formats 1 and 2; still read."""
-
-
-STATE_FILES = (FILE_NAME, _OLD_FILE_NAME)
+STATE_FILES = ("train_state.json", "trainer.json")
+"""The name of the file, and its name in formats 1 and 2, which are still read."""
 
 
 class TrainState(NamedTuple):
@@ -44,20 +41,25 @@ class TrainState(NamedTuple):
     spike_since: int = 0
 
 
-class TrainStateFile(NamedTuple):
-    """The content of `train_state.json`.
+class RunDescription(NamedTuple):
+    """The part of `train_state.json` that is the same in all checkpoints of an attempt.
 
     Attributes:
-        state: the run's state.
         layout: sizes of the mesh axes and what else decides how tensors are sharded.
         config: the run's config, by section.
-        model: the Hugging Face config of the model.
+        model: the model's Hugging Face config.
     """
 
-    state: TrainState
     layout: dict[str, Any]
     config: dict[str, Any]
     model: dict[str, Any]
+
+
+class TrainStateFile(NamedTuple):
+    """The content of `train_state.json`."""
+
+    state: TrainState
+    run: RunDescription
 
 
 def describe_layout(parallel: ParallelConfig, *, data: int) -> dict[str, Any]:
@@ -77,9 +79,16 @@ def describe_layout(parallel: ParallelConfig, *, data: int) -> dict[str, Any]:
 
 
 def train_state_path(folder: Path) -> Path:
-    """Returns the path of a checkpoint's `train_state.json`, or of its older name if that exists."""
+    """Returns the path of a checkpoint's `train_state.json`, or of the older `trainer.json`."""
     new, old = (folder / name for name in STATE_FILES)
     return old if old.exists() and not new.exists() else new
+
+
+def write_train_state(folder: Path, state: TrainState, run: RunDescription) -> None:
+    """Writes `train_state.json`."""
+    content = {**state._asdict(), **run._asdict()}
+    text = json.dumps(content, indent=1, default=str)
+    (folder / STATE_FILES[0]).write_text(text, encoding="utf-8")
 
 
 def read_train_state(folder: Path) -> TrainStateFile:
@@ -92,9 +101,8 @@ def read_train_state(folder: Path) -> TrainStateFile:
         objects = (content["layout"], content["model"], config, *sections)
         if not all(isinstance(value, dict) for value in objects):
             raise ValueError("a section must be a JSON object")
-        return TrainStateFile(
-            _parse_state(content), content["layout"], migrate(config), content["model"]
-        )
+        run = RunDescription(content["layout"], migrate(config), content["model"])
+        return TrainStateFile(_parse_state(content), run)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__} {str(error)[:120]})"

@@ -92,5 +92,13 @@ def _merge(args: argparse.Namespace) -> int:
 
     env = from_environment(os.environ)
     if env is None or env.rank == 0:  # one process of a launcher is enough
-        print(f"merged into {merge_run(load(args.config, args.overrides))}")
+        config = load(args.config, args.overrides)
+        merged = merge_run(
+            config.run.output_dir,
+            lora=config.lora,
+            task=config.task,
+            init_from=config.train.init_from,
+            resume_from=config.checkpoint.resume,
+        )
+        print(f"merged into {merged}")
     return 0

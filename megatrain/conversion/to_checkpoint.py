@@ -7,7 +7,6 @@ them. Without moments, a run starts with zero moments, as at step 0.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from megatrain.checkpoint import manifest
 from megatrain.checkpoint.optimizer_state import NamedFlatShard, flat_shard_key, write_index
 from megatrain.checkpoint.tensor_io import Index, SafetensorsFile
-from megatrain.checkpoint.train_state import FILE_NAME, TrainState
+from megatrain.checkpoint.train_state import RunDescription, TrainState, write_train_state
 from megatrain.conversion.sources import Source, TensorReader
 from megatrain.conversion.verify import build_meta_model, compare_bytes, read_parameter
 from megatrain.conversion.writer import BackgroundSync, write_file
@@ -110,14 +109,9 @@ class OptimizerFiles:
     def finish(self, folder: Path, source: Source) -> None:
         """Writes the manifest and a train state that fixes no setting of the resumed run."""
         state = TrainState(self.updates, 0, self.updates)
-        content: dict[str, Any] = {
-            **state._asdict(),
-            "layout": {},
-            "config": {name: {} for name in ("run", "data", "parallel", "train", "optimizer")},
-            "model": source.config.to_dict(),
-        }
-        text = json.dumps(content, indent=1, default=str)
-        (folder / FILE_NAME).write_text(text, encoding="utf-8")
+        sections = ("run", "data", "parallel", "train", "optimizer")
+        config: dict[str, Any] = {name: {} for name in sections}
+        write_train_state(folder, state, RunDescription({}, config, source.config.to_dict()))
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest.write(folder, [manifest.make_record(folder, path) for path in files])
 

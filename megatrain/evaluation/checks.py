@@ -30,7 +30,7 @@ def check_model(config: Config) -> TransformerConfig:
     rank_specs(config, architecture, Placement(config.parallel.pipeline))
     if config.train.dtype == "fp16" and not device.has_gpu():
         raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
-    Pretrained(str(config.model), architecture, called="MODEL").check(
+    Pretrained(str(config.model), architecture, setting="MODEL").check(
         parameter_shapes(architecture), new_head=False
     )
     return architecture

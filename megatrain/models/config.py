@@ -315,9 +315,9 @@ class FieldDifference(NamedTuple):
 _SAYS_NOTHING = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
 
 
-def differences(there: dict[str, Any], here: PreTrainedConfig) -> list[FieldDifference]:
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[FieldDifference]:
     """The fields in which a config, as it was read from JSON, is of another model than `here`."""
-    ours = json.loads(json.dumps(here.to_dict(), default=str))
+    ours = json.loads(json.dumps(here, default=str))
     names = sorted(set(ours) | set(there))
     return [
         FieldDifference(name, there.get(name), ours.get(name))

@@ -1,4 +1,4 @@
-"""Lion (arXiv 2302.06675, algorithm 2), which torch does not have; deepspeed's needs a compiler."""
+"""Lion (arXiv 2302.06675, algorithm 2); torch has none and deepspeed's requires a compiler."""
 
 from __future__ import annotations
 

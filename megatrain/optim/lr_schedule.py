@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: nothing to save, nothing to step."""
+"""The learning rate as a function of the step, without state."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from megatrain.config.schema import LrScheduleConfig
 
 
 def learning_rate(step: int, *, peak: float, schedule: LrScheduleConfig, steps: int) -> float:
-    """The rate of step `step`, the first being 1. Warm-up is linear from 0 and reaches the peak at `warmup_steps`.
+    """Returns the learning rate of step `step`, counted from 1.
 
-    After it: cosine (SGDR, arXiv 1608.03983, one cycle), linear, constant, wsd (warm-up, stable, linear decay; MiniCPM,
-    arXiv 2404.06395) or inverse_sqrt (Transformer, arXiv 1706.03762, scaled to meet the peak).
+    Warm-up is linear from 0 and reaches `peak` at `warmup_steps`. Then the rate follows the
+    schedule's name: cosine (SGDR, arXiv 1608.03983, one cycle), linear, constant, wsd (warm-up,
+    stable, linear decay; MiniCPM, arXiv 2404.06395), or inverse_sqrt (Transformer, arXiv
+    1706.03762, scaled to meet the peak).
     """
     warmup, end = schedule.warmup_steps, schedule.decay_steps or steps
     if step <= warmup:

@@ -1,37 +1,32 @@
-"""Stands where the optimizer does while a run is only measured: gradients are made as in the run, and thrown away."""
+"""An optimizer that discards gradients, used while schedules are measured."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
-from megatrain.config.loader import Config
-from megatrain.distributed.mesh import ProcessMesh
-from megatrain.ops.dtypes import DTYPES
 from megatrain.optim.zero import StepResult, ZeroOptimizer
 
 
 class NullOptimizer(ZeroOptimizer):
-    """A stage in the run's dtype whose gradients accumulate in fp32 and change nothing; without DeepSpeed, masters and states."""
+    """Accumulates gradients in fp32 as a training run does and discards them.
 
-    def __init__(
-        self, stage: nn.Module, *, config: Config, mesh: ProcessMesh, microbatches: int
-    ) -> None:
-        self.config, self.mesh, self.partitioned = config, mesh, False
-        self.stage = stage.to(DTYPES[config.train.dtype])
+    It has no DeepSpeed engine, masters or moments.
+    """
+
+    def __init__(self, stage: nn.Module, *, dtype: torch.dtype, **_: Any) -> None:
+        self.stage, self.dtype = stage.to(dtype), dtype
+        self.partitions_gradients = self._has_own_main_grads = False
         self.trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
-        self._take_main_grads()
-
-    _bf16 = False
-
-    @property
-    def loss_scale(self) -> float:
-        return 1.0
+        self._attach_main_grads()
 
     @property
     def _scaler(self) -> None:
         return None
 
     def step(self, lr: float) -> StepResult:
-        """In place of an update."""
+        """Discards the gradients."""
         self.zero_grad()
         return StepResult(0.0, True)

@@ -18,15 +18,17 @@ STATES = {
     "sgd": ("momentum_buffer",),
     "lion": ("exp_avg",),
 }
-"""What each rule keeps for an element, beside the weight itself."""
-
+"""Moments that each update rule keeps for every element."""
 
 LANES = 16
-"""fp32 elements in a CPU's widest registers: torch's fused rules round what is left over at the end of a tensor in another way."""
+"""fp32 elements in a CPU's widest registers.
+
+torch's fused update rules round the remainder at the end of a tensor differently.
+"""
 
 
 def decays(parameter: nn.Parameter, config: OptimizerConfig) -> bool:
-    """Whether weight decay is the parameter's."""
+    """Returns True if weight decay applies to the parameter."""
     kind = shard_spec(parameter).kind
     return kind == "matrix" or (kind == "embedding" and config.decay_embeddings)
 
@@ -34,7 +36,10 @@ def decays(parameter: nn.Parameter, config: OptimizerConfig) -> bool:
 def decay_groups(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
-    """Two groups: matrices (and embeddings where asked) decay; biases and norms do not, as in GPT-2 and Llama."""
+    """Returns two groups: matrices (and optionally embeddings) decay, biases and norms do not.
+
+    As in GPT-2 and Llama. Empty groups are left out.
+    """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in parameters:
@@ -47,21 +52,22 @@ def decay_groups(
 
 
 def is_at_both_ends(parameter: nn.Parameter) -> bool:
-    """Whether first and last stage hold a copy each: a tied matrix."""
+    """Returns True for a tied matrix, of which first and last stage hold a copy each."""
     return any(axis.name == "embedding_group" for axis in shard_spec(parameter).grad_reduce_axes)
 
 
 def lane_padding(group: Sequence[nn.Parameter], *, shards: int) -> int:
-    """Elements to add to a group with a tied matrix, so that no share of it has a rest: both ends then update their copies to the same bits."""
-    return (
-        -sum(parameter.numel() for parameter in group) % (LANES * shards)
-        if any(map(is_at_both_ends, group))
-        else 0
-    )
+    """Returns the elements to add to a group with a tied matrix so that no shard has a remainder.
+
+    Both ends then update their copies to the same bits.
+    """
+    if not any(map(is_at_both_ends, group)):
+        return 0
+    return -sum(parameter.numel() for parameter in group) % (LANES * shards)
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's own rules in their fused kernels; fp32 states."""
+    """Returns the optimizer: torch's fused implementations, or Lion."""
     betas = (config.betas[0], config.betas[1])
     rules: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "adamw": lambda: torch.optim.AdamW(

@@ -1,150 +1,149 @@
-"""The one adapter to DeepSpeed: sharding of the optimizer, reduction over replicas, norm, clipping and the step.
+"""The optimizer of a stage: DeepSpeed ZeRO for sharding, reduction over replicas, norm and step.
 
-Gradients of stages below 2 accumulate in fp32 buffers, `parameter.main_grad`, that live as long as the run: linear layers add
-to them in place, the rest is added after each backward. Before a step they are summed over the axes that each
-parameter declares, then handed to DeepSpeed. ZeRO 0 is ZeRO 1 over a group of this rank alone, after a reduction of ours. ZeRO 2
-and 3 let DeepSpeed take the gradients as autograd makes them.
+Below ZeRO 2, gradients accumulate in fp32 buffers, `parameter.main_grad`, that live as long as the
+run: linear layers add to them in place, other gradients are added after each backward. Before a
+step they are summed over the axes that each parameter declares, then handed to DeepSpeed. ZeRO 0
+is ZeRO 1 over a group of this rank alone, after a reduction over replicas here. ZeRO 2 and 3 let
+DeepSpeed take the gradients as autograd creates them.
 
-Of a tied matrix first and last stage update a copy each, and checkpoints hold one: the two stay the same to the bit.
+First and last stage each update a copy of a tied matrix, and checkpoints hold one of them. The two
+copies are bit-identical.
 
-All private calls into DeepSpeed 0.19 are in this file; tests/optim/test_zero.py holds them to plain torch.
+All private calls into DeepSpeed 0.19 are in this file and zero_state.py; tests/optim/test_zero.py
+compares the results with plain torch.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatrain.config.loader import Config
+from megatrain.config.schema import OptimizerConfig, ParallelConfig
 from megatrain.distributed import collectives
 from megatrain.distributed.mesh import MeshAxis, ProcessMesh
-from megatrain.distributed.sharding import ShardSpec, declare, parameters, shard_spec
+from megatrain.distributed.sharding import shard_spec
 from megatrain.optim.loss_scale import LossScale
-from megatrain.optim.param_groups import (
-    STATES,
-    decay_groups,
-    decays,
-    is_at_both_ends,
-    lane_padding,
-    make_optimizer,
-)
-
-BUCKET = 50_000_000
-"""Elements reduced at a time."""
+from megatrain.optim.param_groups import is_at_both_ends
+from megatrain.optim.zero_engine import BUCKET, make_engine
+from megatrain.optim.zero_state import ZeroState
 
 
 class StepResult(NamedTuple):
-    """`rescaled`: not applied, since gradients were too large for fp16 at the loss scale, which can still fall."""
+    """The outcome of a step.
+
+    Attributes:
+        grad_norm: norm of the whole gradient before clipping.
+        applied: False if the gradients were not finite.
+        rescaled: the step was skipped and the loss scale lowered, as gradients overflowed fp16.
+    """
 
     grad_norm: float
     applied: bool
     rescaled: bool = False
 
 
-class Fragment(NamedTuple):
-    """The run of elements of one parameter whose optimizer state this rank holds, as views that can be written to.
-
-    Attributes:
-        shape: of this rank's parameter, padding included; under ZeRO 3 the parameter itself has none.
-        start: of the flattened parameter.
-        tensors: by name: `master` and the states of the update rule, each fp32 [n].
-    """
-
-    sharding: ShardSpec
-    parameter: nn.Parameter
-    shape: tuple[int, ...]
-    start: int
-    tensors: dict[str, Tensor]
-
-
 class ZeroOptimizer:
     """A stage's optimizer.
 
+    Args:
+        stage: the stage, whose parameters carry a `ShardSpec`.
+        settings: update rule, weight decay and clipping.
+        parallel: ZeRO stage and offloading.
+        dtype: of weights and activations.
+        mesh: the process mesh.
+        microbatches: microbatches of a step.
+
     Attributes:
-        module: what to call for a forward: the stage, or under ZeRO 2 and 3 DeepSpeed's engine around it.
-        trained: parameters that are trained; the frozen ones have neither gradients nor masters nor states.
+        zero_stage: 0 to 3.
+        trained: the trained parameters; frozen ones have neither gradients nor optimizer state.
+        partitions_gradients: True for ZeRO 2 and 3.
+        state: masters and moments by name and slice.
     """
 
     def __init__(
-        self, stage: nn.Module, *, config: Config, mesh: ProcessMesh, microbatches: int
+        self,
+        stage: nn.Module,
+        *,
+        settings: OptimizerConfig,
+        parallel: ParallelConfig,
+        dtype: torch.dtype,
+        mesh: ProcessMesh,
+        microbatches: int,
     ) -> None:
-        import deepspeed
-
-        self.config, self.mesh, self.stage = config, mesh, stage
-        self.partitioned = config.parallel.zero >= 2
-        model = _with_stand_ins(stage, config, mesh)
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for declaration, parameter in parameters(stage):
-            # DeepSpeed's norm: the first mark counts a parameter on every rank, the second on none.
-            parameter.tensor_model_parallel = declaration.is_owner  # type: ignore[attr-defined]
-            parameter.ds_pipe_replicated = not declaration.is_owner  # type: ignore[attr-defined]
-        groups = decay_groups(self.trained, config.optimizer)
-        with _fp16_allowed_on_cpus():
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model,
-                optimizer=make_optimizer(groups, config.optimizer),
-                config=_engine_config(config, microbatches),
-                mpu=_Mpu(mesh, shard=config.parallel.zero > 0),
-                dist_init_required=False,
-            )
-        self.engine.enable_backward_allreduce = self.partitioned
-        # With fp32 buffers of its own for gradients.
-        self._bf16 = not self.partitioned and hasattr(self.optimizer, "fp32_groups_gradients")
-        if self.partitioned:
-            self._watch_in_hooks()
-            self._sum_in_hooks()
+        self.stage, self.dtype, self.mesh = stage, dtype, mesh
+        self.zero_stage = parallel.zero
+        self.partitions_gradients = parallel.zero >= 2
+        self._offloads = parallel.offload == "cpu"
+        self.engine, self.optimizer, self.trained = make_engine(
+            stage,
+            settings=settings,
+            parallel=parallel,
+            dtype=dtype,
+            mesh=mesh,
+            microbatches=microbatches,
+        )
+        self.engine.enable_backward_allreduce = self.partitions_gradients
+        self._has_own_main_grads = not self.partitions_gradients and hasattr(
+            self.optimizer, "fp32_groups_gradients"
+        )
+        """DeepSpeed keeps fp32 buffers for gradients itself (bf16)."""
+        if self.partitions_gradients:
+            self._track_max_in_hooks()
+            self._reduce_in_hooks()
         else:
-            self._take_main_grads()
-        self._make_states()
+            self._attach_main_grads()
+        self.state = ZeroState(
+            self.optimizer,
+            rule=settings.name,
+            zero_stage=parallel.zero,
+            trained=self.trained,
+            data_rank=mesh.data.rank,
+        )
         if self._scaler is not None:
-            self._scaler.raise_error_at_min_scale = False  # bad steps are counted by who calls
+            self._scaler.raise_error_at_min_scale = False  # the caller counts skipped steps
 
     @property
     def module(self) -> Callable[..., Any]:
-        return self.engine if self.partitioned else self.stage
+        """The module to call for a forward pass: the stage, or DeepSpeed's engine around it."""
+        return self.engine if self.partitions_gradients else self.stage
 
     @property
     def loss_scale(self) -> float:
-        """What a loss's gradient is to be multiplied by; DeepSpeed's own backward, which ZeRO 2 and 3 take, does it itself."""
-        return (
-            float(self.optimizer.loss_scale)
-            if self.config.train.dtype == "fp16" and not self.partitioned
-            else 1.0
-        )
+        """Factor to multiply the loss's gradient by; DeepSpeed's own backward includes it."""
+        if self._scaler is None or self.partitions_gradients:
+            return 1.0
+        return float(self.optimizer.loss_scale)
 
     @property
     def _scaler(self) -> Any:
-        return self.optimizer.loss_scaler if self.config.train.dtype == "fp16" else None
+        return self.optimizer.loss_scaler if self.dtype == torch.float16 else None
 
     @property
     def loss_scaling(self) -> LossScale | None:
-        """Its state, None where there is none: a resume goes on with it."""
+        """State of the loss scale, for checkpoints; None unless the dtype is fp16."""
         scaler = self._scaler
-        return (
-            None
-            if scaler is None
-            else LossScale(
-                scaler.cur_scale, scaler.cur_hysteresis, scaler.last_overflow_iter, scaler.cur_iter
-            )
+        if scaler is None:
+            return None
+        return LossScale(
+            scaler.cur_scale, scaler.cur_hysteresis, scaler.last_overflow_iter, scaler.cur_iter
         )
 
     @loss_scaling.setter
     def loss_scaling(self, state: LossScale | None) -> None:
-        if state is not None and (scaler := self._scaler) is not None:
-            scaler.cur_scale, scaler.cur_hysteresis, scaler.last_overflow_iter, scaler.cur_iter = (
-                state
-            )
+        scaler = self._scaler
+        if state is not None and scaler is not None:
+            scaler.cur_scale, scaler.cur_hysteresis = state.scale, state.patience
+            scaler.last_overflow_iter, scaler.cur_iter = state.last_overflow, state.steps
 
-    # -- gradients ---------------------------------------------------------------------------------------------------
+    # -- gradients ---------------------------------------------------------------------------------
 
-    def _take_main_grads(self) -> None:
-        """DeepSpeed's own fp32 buffers where it keeps them (bf16), else ours."""
-        if self._bf16:
+    def _attach_main_grads(self) -> None:
+        """Gives each parameter a `main_grad`: DeepSpeed's fp32 buffer (bf16), else a new one."""
+        parameter: Any
+        if self._has_own_main_grads:
             for group, grads in zip(
                 self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True
             ):
@@ -152,46 +151,47 @@ class ZeroOptimizer:
                     parameter.main_grad = grad.view_as(parameter)
         else:
             for parameter in self.trained:
-                parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+                parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
 
-    def _watch_in_hooks(self) -> None:
-        """Keep the largest element of each gradient that autograd makes, over the microbatches of a step."""
-        self._largest = [torch.zeros((), device=parameter.device) for parameter in self.trained]
+    def _main_grads(self) -> list[Tensor]:
+        return [parameter.main_grad for parameter in self.trained]  # type: ignore[misc]
 
-        def watch(place: int) -> Callable[[Tensor], None]:
+    def _track_max_in_hooks(self) -> None:
+        """Tracks the largest element of each gradient over the microbatches of a step."""
+        self._max_abs = [torch.zeros((), device=parameter.device) for parameter in self.trained]
+
+        def track(index: int) -> Callable[[Tensor], None]:
             def hook(grad: Tensor) -> None:
-                self._largest[place] = torch.maximum(
-                    self._largest[place], _largest_of([grad])[0].float()
-                )
+                largest = _max_abs_of([grad])[0].float()
+                self._max_abs[index] = torch.maximum(self._max_abs[index], largest)
 
             return hook
 
-        for place, parameter in enumerate(self.trained):
-            parameter.register_hook(watch(place))
+        for index, parameter in enumerate(self.trained):
+            parameter.register_hook(track(index))
 
     def max_abs_gradients(self) -> Tensor:
-        """Of each trained parameter the largest element of this rank's own gradient since the last step; not a number if one is none.
+        """Returns the largest absolute local gradient of each trained parameter, fp32 [n].
 
-        Before the step, in which ranks add up theirs. Over the microbatches' sum, with ZeRO 2 and 3 over each of them.
+        Covers the time since the last step, before ranks sum their gradients; NaN if an element
+        is NaN. It is the maximum of the summed microbatches, or with ZeRO 2 and 3 of each of them.
         """
         if not self.trained:
             return torch.zeros(0)
-        if not self.partitioned:
-            return _largest_of([parameter.main_grad for parameter in self.trained])  # type: ignore[attr-defined]
-        largest, self._largest = (
-            torch.stack(self._largest),
-            [torch.zeros_like(size) for size in self._largest],
-        )
+        if not self.partitions_gradients:
+            return _max_abs_of(self._main_grads())
+        largest = torch.stack(self._max_abs)
+        self._max_abs = [torch.zeros_like(value) for value in self._max_abs]
         return largest
 
-    def has_nonfinite(self, largest: Tensor) -> bool:
-        """Whether no step is to be taken with these gradients. In fp16 the step itself finds out, since it looks for the loss scale."""
-        return self.config.train.dtype != "fp16" and not bool(torch.isfinite(largest).all())
+    def has_nonfinite(self, max_abs: Tensor) -> bool:
+        """Returns True if the step must be skipped; in fp16 the step itself checks for overflow."""
+        return self.dtype != torch.float16 and not bool(torch.isfinite(max_abs).all())
 
-    def _sum_in_hooks(self) -> None:
-        """ZeRO 2 and 3 reduce a gradient as soon as it is there, so what must be summed first is summed in its hook."""
+    def _reduce_in_hooks(self) -> None:
+        """Sums gradients over their declared axes in hooks, before DeepSpeed reduces them."""
 
-        def summed(axes: tuple[MeshAxis, ...]) -> Callable[[Tensor], Tensor]:
+        def reduce(axes: tuple[MeshAxis, ...]) -> Callable[[Tensor], Tensor]:
             def hook(grad: Tensor) -> Tensor:
                 grad = grad.clone()
                 for axis in axes:
@@ -201,392 +201,159 @@ class ZeroOptimizer:
             return hook
 
         for parameter in self.trained:
-            if shard_spec(parameter).grad_reduce_axes:
-                parameter.register_hook(summed(shard_spec(parameter).grad_reduce_axes))
+            if axes := shard_spec(parameter).grad_reduce_axes:
+                parameter.register_hook(reduce(axes))
 
     def backward(self, output: Tensor, grad: Tensor, *, last: bool) -> None:
-        """Autograd from a stage's output; gradients are accumulated in fp32 afterwards."""
-        if self.partitioned:
+        """Runs autograd from a stage's output and accumulates gradients in fp32.
+
+        `last` marks the last microbatch of a step.
+        """
+        if self.partitions_gradients:
             self.engine.set_gradient_accumulation_boundary(last)
             self.engine.backward((output * grad).sum(), scale_wrt_gas=False)
             return
         torch.autograd.backward(output, grad)
+        parameter: Any
         for parameter in self.trained:
-            # In half precision without its own buffers DeepSpeed's hook has moved the gradient to grad_accum.
+            # In half precision without its own buffers DeepSpeed moves the gradient to grad_accum.
             for name in ("grad", "grad_accum"):
                 if getattr(parameter, name, None) is not None:
-                    parameter.main_grad.add_(getattr(parameter, name))  # type: ignore[attr-defined]
+                    parameter.main_grad.add_(getattr(parameter, name))
                     setattr(parameter, name, None)
 
     def zero_grad(self) -> None:
-        """Forget the gradients of a step that is not to be taken."""
-        if self.partitioned:
+        """Discards the gradients of a step that is skipped."""
+        if self.partitions_gradients:
             self.optimizer.zero_grad()
-            self._forget_reduced()
+            self._drop_reduced()
             return
-        for parameter in self.trained:
-            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+        for grad in self._main_grads():
+            grad.zero_()
 
-    def _forget_reduced(self) -> None:
-        """Drop what DeepSpeed has reduced and not used; its own step leaves it when gradients overflow under offload."""
+    def _drop_reduced(self) -> None:
+        """Drops reduced gradients that DeepSpeed did not use.
+
+        Its own step keeps them when gradients overflow under offloading.
+        """
         self.optimizer.averaged_gradients = {}
-        if self.config.parallel.zero < 3:
+        if self.zero_stage < 3:
             self.optimizer.all_grad_tensors = {}
             self.optimizer.micro_step_id = -1
-        if self.config.parallel.offload == "cpu":
+        if self._offloads:
             self.optimizer.reset_cpu_buffers()
 
-    def _sum_declared(self, *, ends: bool) -> None:
-        """All-reduce main_grads over the axes their parameters declare, one message an axis; those at both ends of the pipeline, or all others."""
+    def _reduce_declared_axes(self, *, both_ends: bool) -> None:
+        """Sums main_grads over the axes that their parameters declare, one message for each axis.
+
+        `both_ends` selects the parameters that first and last stage share, or all others.
+        """
         by_axis: dict[tuple[int, ...], tuple[MeshAxis, list[Tensor]]] = {}
-        for parameter in self.trained:
-            for axis in (
-                shard_spec(parameter).grad_reduce_axes if is_at_both_ends(parameter) == ends else ()
-            ):
-                by_axis.setdefault(axis.ranks, (axis, []))[1].append(parameter.main_grad)  # type: ignore[attr-defined]
+        for parameter, grad in zip(self.trained, self._main_grads(), strict=True):
+            if is_at_both_ends(parameter) == both_ends:
+                for axis in shard_spec(parameter).grad_reduce_axes:
+                    by_axis.setdefault(axis.ranks, (axis, []))[1].append(grad)
         for axis, grads in by_axis.values():
             _all_reduce_together(grads, axis)
 
     def _reduce(self) -> None:
-        """Average over replicas and put the result where DeepSpeed's step looks.
+        """Averages gradients over replicas and puts the result where DeepSpeed's step reads it.
 
-        In which order replicas are added depends on the place in a message. So the two ends come last: a sum of two numbers has one order.
+        The order in which replicas are summed depends on the position in a message. Parameters at
+        both ends are therefore summed over the ends last: a sum of two numbers has one order.
         """
-        self._sum_declared(ends=False)
-        if self._bf16:
-            self.optimizer.fp32_groups_has_gradients = [
-                [True] * len(group) for group in self.optimizer.bf16_groups
-            ]
-            for flat in (
-                self.optimizer.fp32_groups_gradients_flat if self.mesh.data.size > 1 else []
-            ):
-                for part in flat.split(BUCKET):
-                    collectives.all_reduce(part, self.mesh.data)
-                flat.div_(self.mesh.data.size)
-            self._sum_declared(ends=True)
+        self._reduce_declared_axes(both_ends=False)
+        data = self.mesh.data
+        if self._has_own_main_grads:
+            self._average_flat_grads(data)
+            self._reduce_declared_axes(both_ends=True)
             return
-        if self.config.parallel.zero == 0 and self.mesh.data.size > 1:
-            grads = [parameter.main_grad for parameter in self.trained]  # type: ignore[attr-defined]
-            _all_reduce_together(grads, self.mesh.data)
+        if self.zero_stage == 0 and data.size > 1:
+            grads = self._main_grads()
+            _all_reduce_together(grads, data)
             for grad in grads:
-                grad.div_(self.mesh.data.size)
-        elif self.mesh.data.size > 2:
-            self._add_replicas_of_ends()
-        self._sum_declared(ends=True)
+                grad.div_(data.size)
+        elif data.size > 2:
+            self._sum_replicas_of_both_ends()
+        self._reduce_declared_axes(both_ends=True)
+        parameter: Any
         for parameter in self.trained:
             if parameter.dtype == torch.float32:
-                parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
+                parameter.grad = parameter.main_grad
             else:
-                parameter.grad_accum = parameter.main_grad.clone()  # type: ignore[attr-defined]
+                parameter.grad_accum = parameter.main_grad.clone()
         self.optimizer.set_gradient_accumulation_boundary(True)
-        with self.mesh.activity.collective("all-reduce", self.mesh.data):
+        with self.mesh.activity.collective("all-reduce", data):
             self.optimizer.reduce_gradients(pipeline_parallel=False)
 
-    def _add_replicas_of_ends(self) -> None:
-        """Where DeepSpeed adds replicas up, the first brings the sum of what both ends hold, and the others nothing."""
-        for parameter in filter(is_at_both_ends, self.trained):
-            collectives.all_reduce(parameter.main_grad, self.mesh.data)  # type: ignore[attr-defined]
-            if self.mesh.data.rank > 0:
-                parameter.main_grad.zero_()  # type: ignore[attr-defined]
+    def _average_flat_grads(self, data: MeshAxis) -> None:
+        groups = self.optimizer.bf16_groups
+        self.optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in groups]
+        if data.size == 1:
+            return
+        for flat in self.optimizer.fp32_groups_gradients_flat:
+            for bucket in flat.split(BUCKET):
+                collectives.all_reduce(bucket, data)
+            flat.div_(data.size)
 
-    # -- the step ----------------------------------------------------------------------------------------------------
+    def _sum_replicas_of_both_ends(self) -> None:
+        """Sums what both ends hold here; DeepSpeed then adds the first replica's sum and zeros."""
+        for parameter, grad in zip(self.trained, self._main_grads(), strict=True):
+            if is_at_both_ends(parameter):
+                collectives.all_reduce(grad, self.mesh.data)
+                if self.mesh.data.rank > 0:
+                    grad.zero_()
+
+    # -- the step ----------------------------------------------------------------------------------
 
     def step(self, lr: float) -> StepResult:
-        """Reduce, clip and update; gradients are empty afterwards. Not applied when the norm is not finite."""
+        """Reduces and clips the gradients, updates the weights and clears the gradients.
+
+        The update is skipped if the norm is not finite.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        falls = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
-        activity, world = self.mesh.activity, self.mesh.world
+        scaler, activity, world = self._scaler, self.mesh.activity, self.mesh.world
+        can_fall = scaler is not None and scaler.cur_scale > scaler.min_scale
         activity.set("optimizer step")
-        if self.partitioned:
+        if self.partitions_gradients:
             with activity.collective("update", world):
                 self.engine.step()
         else:
             self._reduce()
             with activity.collective("update", world):
                 self.engine._take_model_step(None)
-            if not self._bf16:
+            if not self._has_own_main_grads:
                 self.zero_grad()
         overflow = bool(getattr(self.optimizer, "overflow", False))
-        if overflow and not self._bf16:
-            self._forget_reduced()
-        return StepResult(
-            float(self.optimizer._global_grad_norm), not overflow, rescaled=overflow and falls
-        )
-
-    # -- state by name and slice -------------------------------------------------------------------------------------
-
-    def _make_states(self) -> None:
-        """Create the states before the first step, so that saving and loading never meet an optimizer without them."""
-        rule = self.config.optimizer.name
-        if self.config.parallel.zero == 3:
-            masters = self.optimizer.fp32_partitioned_groups_flat
-        else:
-            masters = [
-                flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]
-            ]
-        for flat in masters:
-            state = self.optimizer.optimizer.state[flat]
-            for name in STATES[rule]:
-                state[name] = torch.zeros_like(flat.detach())
-            if rule in ("adam", "adamw"):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """What a fragment has tensors of."""
-        return ("master", *STATES[self.config.optimizer.name])
-
-    @property
-    def updates(self) -> int:
-        """Updates applied so far, as the rule's bias correction counts them."""
-        return int(
-            max(
-                (
-                    float(state["step"])
-                    for state in self.optimizer.optimizer.state.values()
-                    if "step" in state
-                ),
-                default=0,
-            )
-        )
-
-    @updates.setter
-    def updates(self, count: int) -> None:
-        for state in self.optimizer.optimizer.state.values():
-            if "step" in state:
-                state["step"] = torch.full_like(torch.as_tensor(state["step"]), float(count))
-
-    def fragments(self) -> Iterator[Fragment]:
-        """This rank's share of masters and states, in the order of the parameters."""
-        if self.config.parallel.zero == 3:
-            yield from self._fragments_of_weights()
-            return
-        lp_groups = (
-            self.optimizer.bf16_groups
-            if hasattr(self.optimizer, "bf16_groups")
-            else self.optimizer.bit16_groups
-        )
-        for lp_group, group in zip(lp_groups, self.optimizer.optimizer.param_groups, strict=True):
-            (flat,) = group["params"]
-            state = self.optimizer.optimizer.state[flat]
-            for parameter in lp_group:
-                mapping = parameter._hp_mapping
-                if mapping is None or not shard_spec(parameter).name:
-                    continue
-                place = mapping.hp_fragment_address
-                held = {"master": flat.detach()} | {
-                    name: state[name]
-                    for name in STATES[self.config.optimizer.name]
-                    if name in state
-                }
-                tensors = {
-                    name: tensor.narrow(0, place.start, place.numel)
-                    for name, tensor in held.items()
-                }
-                yield Fragment(
-                    shard_spec(parameter),
-                    parameter,
-                    tuple(parameter.shape),
-                    mapping.lp_fragment_address.start,
-                    tensors,
-                )
-
-    def _fragments_of_weights(self) -> Iterator[Fragment]:
-        keys = {"master": None, **{name: name for name in STATES[self.config.optimizer.name]}}
-        view = self.optimizer._get_fp32_opt_state_partition
-        for parameter in self.trained:
-            share = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-            start = self.mesh.data.rank * share
-            count = max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]
-            if count:
-                tensors = {
-                    name: view(parameter, True, key)[0].detach().view(-1)[:count]
-                    for name, key in keys.items()
-                }
-                yield Fragment(
-                    shard_spec(parameter), parameter, tuple(parameter.ds_shape), start, tensors
-                )  # type: ignore[attr-defined]
-
-    def copy_masters_to_weights(self) -> None:
-        """Make the model's weights what the masters say, on all replicas; after loading."""
-        if self.config.parallel.zero == 3:
-            for group in range(len(self.optimizer.fp16_groups)):
-                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        else:
-            self.optimizer.update_lp_params()
-
-    def full_weights(self, parameter: nn.Parameter) -> Tensor:
-        """This tensor rank's weights, gathered over replicas under ZeRO 3; all of them call it together."""
-        if self.config.parallel.zero != 3:
-            return parameter.detach()
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
+        if overflow and not self._has_own_main_grads:
+            self._drop_reduced()
+        grad_norm = float(self.optimizer._global_grad_norm)
+        return StepResult(grad_norm, not overflow, rescaled=overflow and can_fall)
 
 
-def _with_stand_ins(stage: nn.Module, config: Config, mesh: ProcessMesh) -> nn.Module:
-    """The stage, and numbers that are no part of the model: one for each of the optimizer's groups that another stage has and this one has
-    not, and what `lane_padding` asks for.
-
-    DeepSpeed reduces the norm group by group: a rank without a group would leave the others waiting for ever. All ranks call it together.
-    """
-    like, trained = (
-        next(stage.parameters()),
-        [parameter for parameter in stage.parameters() if parameter.requires_grad],
-    )
-    kinds: list[Literal["matrix", "bias"]] = ["matrix", "bias"]
-    groups = [
-        [
-            parameter
-            for parameter in trained
-            if decays(parameter, config.optimizer) == (kind == "matrix")
-        ]
-        for kind in kinds
-    ]
-    anywhere = torch.tensor(
-        [len(group) > 0 for group in groups], dtype=torch.int32, device=like.device
-    )
-    anywhere = collectives.all_reduce(anywhere, mesh.model_parallel_group, op=dist.ReduceOp.MAX)
-    shards = mesh.data.size if config.parallel.zero else 1
-    sizes = [
-        lane_padding(group, shards=shards) if group else int(there)
-        for group, there in zip(groups, anywhere.tolist(), strict=True)
-    ]
-    stand_ins = [
-        declare(
-            nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device)),
-            ShardSpec("", (size,), kind=kind, is_owner=False),
-        )
-        for kind, size in zip(kinds, sizes, strict=True)
-        if size
-    ]
-    return (
-        nn.ModuleDict({"stage": stage, "stand_ins": nn.ParameterList(stand_ins)})
-        if stand_ins
-        else stage
-    )
-
-
-def _largest_of(grads: list[Tensor]) -> Tensor:
-    """Each one's largest magnitude, in one read of it; not a number if an element is none."""
-    ends = [
+def _max_abs_of(grads: list[Tensor]) -> Tensor:
+    """Returns the largest magnitude of each tensor, reading it once; NaN if an element is NaN."""
+    bounds = [
         torch.aminmax(grad.detach()) if grad.numel() else (grad.new_zeros(()),) * 2
         for grad in grads
     ]
     return torch.maximum(
-        -torch.stack([low for low, _ in ends]), torch.stack([high for _, high in ends])
+        -torch.stack([low for low, _ in bounds]), torch.stack([high for _, high in bounds])
     )
 
 
 def _all_reduce_together(grads: list[Tensor], axis: MeshAxis) -> None:
-    """Sum over the axis in messages of at most BUCKET elements, in place."""
+    """Sums over the axis in place, in messages of at most BUCKET elements."""
     bucket: list[Tensor] = []
     for grad in [*grads, None]:
         if grad is None or sum(t.numel() for t in bucket) + grad.numel() > BUCKET:
             if bucket:
                 flat = torch.cat([t.reshape(-1) for t in bucket])
                 collectives.all_reduce(flat, axis)
-                for tensor, part in zip(
-                    bucket, flat.split([t.numel() for t in bucket]), strict=True
-                ):
+                parts = flat.split([t.numel() for t in bucket])
+                for tensor, part in zip(bucket, parts, strict=True):
                     tensor.copy_(part.view_as(tensor))
             bucket = []
         if grad is not None:
             bucket.append(grad)
-
-
-@contextlib.contextmanager
-def _fp16_allowed_on_cpus() -> Iterator[None]:
-    """Lets DeepSpeed build an fp16 engine on every CPU.
-
-    DeepSpeed asks oneDNN for native fp16 instructions, which many CPUs lack. torch computes fp16 on all of them.
-    """
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        yield
-        return
-    accelerator.is_fp16_supported = lambda: True
-    try:
-        yield
-    finally:
-        del accelerator.is_fp16_supported
-
-
-def _engine_config(config: Config, microbatches: int) -> dict[str, Any]:
-    p = config.parallel
-    zero: dict[str, Any] = {
-        "stage": max(1, p.zero),
-        "overlap_comm": False,
-        "contiguous_gradients": p.zero >= 2,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": 2 * BUCKET,
-        "memory_efficient_linear": False,
-        "stage3_param_persistence_threshold": 0,
-    }
-    if p.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": microbatches if p.zero >= 2 else 1,
-        "gradient_clipping": config.optimizer.grad_clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.train.dtype == "bf16"},
-        "fp16": {"enabled": config.train.dtype == "fp16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "steps_per_print": 10**9,
-    }
-
-
-class _Mpu:
-    """Our grid in the words DeepSpeed asks for; without `shard` its data-parallel group is this rank alone."""
-
-    def __init__(self, mesh: ProcessMesh, *, shard: bool) -> None:
-        self.mesh = mesh
-        alone = MeshAxis(0, 1, (mesh.rank,))
-        self.data = mesh.data if shard else alone
-
-    def _group(self, axis: MeshAxis) -> Any:
-        return axis.group if axis.group is not None else self.mesh.self_group
-
-    def get_data_parallel_group(self) -> Any:
-        return self._group(self.data)
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return list(self.data.ranks)
-
-    def get_data_parallel_rank(self) -> int:
-        return self.data.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.data.size
-
-    def get_model_parallel_group(self) -> Any:
-        return self._group(self.mesh.model_parallel_group)
-
-    def get_model_parallel_rank(self) -> int:
-        return self.mesh.model_parallel_group.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.mesh.model_parallel_group.size
-
-    def get_tensor_model_parallel_group(self) -> Any:
-        return self._group(self.mesh.tensor)
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self.mesh.tensor.rank
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self.mesh.tensor.size
-
-    def get_pipe_parallel_world_size(self) -> int:
-        return self.mesh.pipeline.size
-
-    def get_pipe_parallel_group(self) -> Any:
-        return self._group(self.mesh.pipeline)

@@ -10,9 +10,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatrain.config.loader import Config
+from megatrain.checkpoint import resume
+from megatrain.checkpoint.train_state import RunDescription, describe_layout
+from megatrain.config.loader import Config, to_dict
 from megatrain.config.validation import problems
 from megatrain.errors import ConfigError, UserError
 from megatrain.models.config import TransformerConfig
@@ -209,3 +212,23 @@ def replace_settings(config: Config, settings: Mapping[str, Any]) -> Config:
         changed = dataclasses.replace(getattr(config, section), **{key: value})
         config = dataclasses.replace(config, **{section: changed})
     return config
+
+
+def choose_start(config: Config, *, hashes: bool = False) -> tuple[Path | None, str]:
+    """Returns the checkpoint to resume from, None for a new start, and a sentence on why.
+
+    `hashes` compares the contents of files with the manifest, which reads all of them.
+    """
+    return resume.choose_start(
+        config.run.output_dir,
+        resume=config.checkpoint.resume,
+        init_from=config.train.init_from,
+        has_adapters=config.lora.rank > 0,
+        hashes=hashes,
+    )
+
+
+def describe_run(config: Config, model: TransformerConfig, *, data_size: int) -> RunDescription:
+    """Returns the part of `train_state.json` that all checkpoints of this run share."""
+    layout = describe_layout(config.parallel, data=data_size)
+    return RunDescription(layout, to_dict(config), model.config.to_dict())

@@ -11,7 +11,7 @@ from typing import Literal, NoReturn
 import torch
 import torch.distributed as dist
 
-from megatrain.checkpoint import resume as loading
+from megatrain.checkpoint import resume
 from megatrain.checkpoint.retention import restore_best, write_best
 from megatrain.checkpoint.train_state import TrainState
 from megatrain.config.loader import Config
@@ -239,8 +239,11 @@ class _Run:
                 f"the run went back to {target.path} {target.times} times (stability.max_rollbacks) and has trouble again at step {since}: lower "
                 "optimizer.lr, take an older checkpoint with checkpoint.resume=FOLDER, or look at the data that skipped_samples.jsonl names"
             )
-        back = loading.load(
-            target.path, zero=self.runner.optimizer, config=self.config, mesh=self.runner.mesh
+        back = resume.load(
+            target.path,
+            optimizer=self.runner.optimizer,
+            global_batch_size=self.config.train.global_batch_size,
+            mesh=self.runner.mesh,
         )
         back = rollback.pass_over(folder, back, world=self.runner.mesh.world)
         self.journal.write(reached.step, values)
@@ -288,7 +291,7 @@ class _Run:
         self.saved.add(step)
         self.journal.saved(
             self.saver.save(
-                self.progress, prune=self.watch.has_seen_an_update(step), back_to=back_to
+                self.progress, prune=self.watch.has_seen_an_update(step), rollback_step=back_to
             )
         )
 

@@ -11,9 +11,8 @@ import os
 from functools import partial
 from pathlib import Path
 
+from megatrain.checkpoint import resume
 from megatrain.checkpoint.init_from_hf import Pretrained
-from megatrain.checkpoint.resume import check as check_checkpoint
-from megatrain.checkpoint.resume import choose_start
 from megatrain.config.fixes import IssueCollector
 from megatrain.config.loader import Config, has_tokenizer
 from megatrain.config.validation import problems, reset_invalid
@@ -25,7 +24,13 @@ from megatrain.errors import CheckpointError, ConfigError, DataError, UserError
 from megatrain.models.config import TransformerConfig
 from megatrain.models.counts import parameter_shapes
 from megatrain.models.quantize import check_bitsandbytes
-from megatrain.planner.run_spec import Cluster, RunSpec, layout_errors
+from megatrain.planner.run_spec import (
+    Cluster,
+    RunSpec,
+    choose_start,
+    describe_run,
+    layout_errors,
+)
 from megatrain.telemetry.exporters import check_exporters
 from megatrain.training.task import PretrainingTask, Task, text_instead
 
@@ -251,7 +256,7 @@ def find_checkpoint(config: Config, model: TransformerConfig) -> Path | None:
     """
     path, _ = choose_start(config)
     if path is not None and config.checkpoint.verify != "full":
-        check_checkpoint(path, config, model)
+        resume.check(path, describe_run(config, model, data_size=1))  # layouts may differ
     return path
 
 

@@ -101,7 +101,7 @@ def commit(
     file = files.LineFile(folder / FILE_NAME)
     file.write(line)
     file.close()
-    manifest.fsync_folder(folder / FILE_NAME)
+    files.flush_to_disk(folder / FILE_NAME)
 
 
 def resume(folder: Path, progress: TrainState, *, world: MeshAxis) -> TrainState:
@@ -141,7 +141,7 @@ def _forget_after(folder: Path, step: int) -> None:
     for line in kept:
         file.write(line)
     file.close()
-    manifest.fsync_folder(new)
+    files.flush_to_disk(new)
     new.replace(path)
 
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from megatrain.checkpoint import resume as loading
+from megatrain.checkpoint import resume
 from megatrain.checkpoint.checkpointer import Checkpointer
 from megatrain.checkpoint.hf_metadata import write_hf_metadata
 from megatrain.checkpoint.init_from_hf import Pretrained
+from megatrain.checkpoint.peft import make_adapter_config
 from megatrain.checkpoint.train_state import TrainState
 from megatrain.config.loader import Config
 from megatrain.data.dataloader import DataLoader
@@ -21,7 +22,8 @@ from megatrain.distributed.collectives import broadcast_object
 from megatrain.distributed.env import RankEnv
 from megatrain.distributed.mesh import ProcessMesh, make_mesh
 from megatrain.models.config import TransformerConfig
-from megatrain.planner.run_spec import Cluster, RunSpec
+from megatrain.ops.dtypes import DTYPES
+from megatrain.planner.run_spec import Cluster, RunSpec, choose_start, describe_run
 from megatrain.telemetry.metrics import FILE_NAME, read
 from megatrain.training import rollback
 from megatrain.training.autotune import resolve_schedule
@@ -112,19 +114,37 @@ def set_up(asked: Config, place: RankEnv, task: Task, activity: RankActivity) ->
         channels=settled.channels,
     )
     progress = TrainState(0, 0, 0, samples=0)
+    run = describe_run(config, architecture, data_size=mesh.data.size)
     if path is not None:
         activity.set_phase("loading the checkpoint")
-        journal.say(loading.describe_differences(path, config, mesh))
-        progress = loading.load(path, zero=runner.optimizer, config=config, mesh=mesh)
+        journal.say(resume.describe_differences(path, run))
+        progress = resume.load(
+            path,
+            optimizer=runner.optimizer,
+            global_batch_size=config.train.global_batch_size,
+            mesh=mesh,
+        )
     progress = rollback.resume(folder, progress, world=mesh.world)
     chat = task.chat(config) if mesh.rank == 0 else None
     saver = Checkpointer(
         folder / "checkpoints",
-        zero=runner.optimizer,
-        config=config,
-        architecture=architecture,
+        optimizer=runner.optimizer,
         mesh=mesh,
-        describe=lambda folder: write_hf_metadata(folder, config, architecture, chat),
+        run=run,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        adapter_config=make_adapter_config(
+            config.lora, architecture, init_from=config.train.init_from
+        )
+        if config.lora.rank
+        else None,
+        write_metadata=lambda folder: write_hf_metadata(
+            folder,
+            architecture,
+            dtype=DTYPES[config.train.dtype],
+            tokenizer=config.data.tokenizer,
+            chat=chat,
+        ),
     )
     valid = (
         Validation(_loader(config, mesh, sources["valid"]), _eval_batches(config, sources["valid"]))
@@ -167,9 +187,9 @@ def _choose(
     found: tuple[Path | None, str] = (None, "")
     if mesh.rank == 0:
         mesh.activity.set_phase("looking for a checkpoint")
-        path, why = loading.choose_start(config, hashes=config.checkpoint.verify == "full")
+        path, why = choose_start(config, hashes=config.checkpoint.verify == "full")
         if path is not None:
-            loading.check(path, config, architecture)
+            resume.check(path, describe_run(config, architecture, data_size=mesh.data.size))
         found = path, why
     found = broadcast_object(found, mesh.world)
     mesh.activity.set_phase("building the model")
@@ -183,7 +203,7 @@ def _pretrained(
     if config.train.init_from is None or (path is not None and not config.lora.rank):
         return None
     pretrained = Pretrained(config.train.init_from, architecture)
-    journal.warn(pretrained.notes(architecture.config))
+    journal.warn(pretrained.describe_differences(architecture.config.to_dict()))
     return pretrained
 
 

@@ -111,7 +111,14 @@ class StepRunner:
         set_magnitudes(stage)
         for head in (layer for layer in stage.layers if isinstance(layer, Head)):
             head.objective = self.objective
-        self.optimizer = optimizer(stage, config=config, mesh=mesh, microbatches=self.microbatches)
+        self.optimizer = optimizer(
+            stage,
+            settings=config.optimizer,
+            parallel=config.parallel,
+            dtype=DTYPES[config.train.dtype],
+            mesh=mesh,
+            microbatches=self.microbatches,
+        )
         if pretrained is not None:
             pretrained.load_master_weights(self.optimizer)
         self.stage = stage

@@ -1,7 +1,8 @@
-"""A checkpoint is a Hugging Face folder, whole or not there; what is wrong with one is said."""
+"""Checkpoints are complete Hugging Face folders, and errors name the damage of others."""
 
 from __future__ import annotations
 
+import doctest
 import hashlib
 import json
 import os
@@ -18,10 +19,15 @@ from helpers.rank_pool import run_ranks
 from helpers.training_runs import merge_sections, pretrain, write_tokens
 
 from megatrain.__main__ import main
-from megatrain.checkpoint import manifest
+from megatrain.checkpoint import manifest, resume, retention
+from megatrain.checkpoint.checkpoint import Checkpoint
+from megatrain.checkpoint.hf_folder import HFFolder
 from megatrain.config import loader as configuration
 from megatrain.data.dataloader import DataLoader
 from megatrain.data.gpt_dataset import open_dataset
+from megatrain.errors import CheckpointError
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.planner.run_spec import choose_start, describe_run
 
 VOCABULARY = 67
 MODEL = {
@@ -64,7 +70,7 @@ def pretrain_in_shards(rank, world_size, raw, shard_bytes):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of three steps at tensor 2 x pipeline 2, its model in several shards, with a checkpoint at each step."""
+    """A run of three steps at tensor 2 x pipeline 2, with a checkpoint of several files at each."""
     folder = tmp_path_factory.mktemp("finished")
     write_tokens(folder / "tokens")
     raw = settings(folder, parallel={"tensor": 2, "pipeline": 2})
@@ -75,7 +81,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it that a test may damage."""
+    """A copy of `finished` that a test may damage."""
     shutil.copytree(finished / "run", tmp_path / "run")
     for suffix in (".bin", ".idx"):
         shutil.copy(finished / f"tokens{suffix}", tmp_path)
@@ -89,7 +95,7 @@ def newest(folder):
     return sorted((folder / "run" / "checkpoints").glob("step-*"))[-1]
 
 
-def test_is_a_transformers_folder_whose_loss_is_the_runs(finished):
+def test_transformers_loads_it_with_the_loss_of_the_run(finished):
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -114,7 +120,7 @@ def test_is_a_transformers_folder_whose_loss_is_the_runs(finished):
     assert float(torch.stack(losses).mean()) == pytest.approx(last["valid_loss"], rel=2e-6)
 
 
-def test_shards_and_index_hold_each_tensor_once_and_no_padding(finished):
+def test_each_tensor_is_in_one_file_without_padding(finished):
     from safetensors import safe_open
 
     folder = newest(finished)
@@ -137,7 +143,7 @@ def test_shards_and_index_hold_each_tensor_once_and_no_padding(finished):
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
 
 
-def test_manifest_lists_every_file_with_its_size_and_hash_and_nothing_is_pickled(finished):
+def test_manifest_lists_all_files_and_none_is_pickled(finished):
     folder = newest(finished)
     listed = {
         entry["path"]: entry
@@ -180,51 +186,51 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("sentence", DAMAGES)
-def test_auto_takes_the_newest_whole_one_and_says_what_is_wrong_with_newer(run, sentence):
+def test_find_newest_skips_damaged_checkpoints_with_a_reason(run, sentence):
     DAMAGES[sentence](newest(run))
-    (run / "run" / "checkpoints" / ".writing-step-00000009").mkdir()
-    chosen, passed = manifest.find_newest(run / "run" / "checkpoints")
-    assert chosen is not None
-    assert chosen.name == "step-00000002"
-    (words,) = passed
-    assert words.startswith("step-00000003 ")
-    assert sentence in words
+    (run / "run" / "checkpoints" / ".tmp-step-00000009").mkdir()
+    newest_complete, skipped = manifest.find_newest(run / "run" / "checkpoints")
+    assert newest_complete is not None
+    assert newest_complete.name == "step-00000002"
+    (reason,) = skipped
+    assert reason.startswith("step-00000003 ")
+    assert sentence in reason
 
 
-def refusal(run, capfd, monkeypatch, *words):
-    """What the command says before it would start ranks."""
+def refusal(run, capfd, monkeypatch, *overrides):
+    """Returns the error that the command prints before it would start ranks."""
     monkeypatch.setattr(
         "megatrain.cli.train.run_local", lambda *args, **more: pytest.fail("ranks were started")
     )
-    assert main(["pretrain", str(run / "run.yaml"), *words]) == 1
+    assert main(["pretrain", str(run / "run.yaml"), *overrides]) == 1
     err = capfd.readouterr().err
     assert err.count("\n") == 1
     return err
 
 
-def test_a_named_one_that_is_missing(run, capfd, monkeypatch):
-    assert "checkpoint.resume=/nowhere is not a folder; give a checkpoint's folder" in refusal(
+def test_resume_from_a_missing_folder_is_refused(run, capfd, monkeypatch):
+    assert "checkpoint.resume=/nowhere is not a folder; use a checkpoint's folder" in refusal(
         run, capfd, monkeypatch, "checkpoint.resume=/nowhere"
     )
 
 
-def test_a_named_one_with_a_flipped_byte(run, capfd, monkeypatch):
+def test_resume_from_a_corrupt_folder_is_refused(run, capfd, monkeypatch):
     damaged = newest(run) / "optimizer" / "rank-00002.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
-    words = refusal(run, capfd, monkeypatch, f"checkpoint.resume={newest(run)}")
-    assert "has other content in optimizer/rank-00002.safetensors than was written" in words
+    error = refusal(run, capfd, monkeypatch, f"checkpoint.resume={newest(run)}")
+    assert "has other content in optimizer/rank-00002.safetensors than was written" in error
 
 
-@pytest.mark.parametrize("words", [(), ("checkpoint.resume=NEWEST",)], ids=["auto", "named"])
-def test_one_of_another_model(run, capfd, monkeypatch, words):
-    words = [word.replace("NEWEST", str(newest(run))) for word in words]
-    said = refusal(run, capfd, monkeypatch, *words, "model.intermediate_size=64")
-    assert "is of another model: its intermediate_size is 48 and the run's is 64" in said
+@pytest.mark.parametrize("overrides", [(), ("checkpoint.resume=NEWEST",)], ids=["auto", "named"])
+def test_resume_with_another_model_is_refused(run, capfd, monkeypatch, overrides):
+    overrides = [override.replace("NEWEST", str(newest(run))) for override in overrides]
+    error = refusal(run, capfd, monkeypatch, *overrides, "model.intermediate_size=64")
+    assert "is of another model: its intermediate_size is 48 and the run's is 64" in error
 
 
-def test_a_finished_run_started_again_does_nothing(run):
+def test_restart_of_a_finished_run_changes_nothing(run):
     before = {
         path: path.read_bytes()
         for path in (run / "run" / "checkpoints").rglob("*")
@@ -242,7 +248,7 @@ def test_a_finished_run_started_again_does_nothing(run):
     assert (run / "run" / "metrics.jsonl").read_text() == metrics
 
 
-def test_no_steps_save_the_model_as_initialised(tmp_path):
+def test_a_run_of_no_steps_saves_the_initial_model(tmp_path):
     from transformers import AutoModelForCausalLM
 
     write_tokens(tmp_path / "tokens")
@@ -258,7 +264,7 @@ def test_no_steps_save_the_model_as_initialised(tmp_path):
     assert line["valid_loss"] == pytest.approx(np.log(VOCABULARY), rel=0.02)
 
 
-def test_keep_last_keeps_the_newest(tmp_path):
+def test_keep_last_keeps_the_newest_checkpoints(tmp_path):
     write_tokens(tmp_path / "tokens")
     run_ranks(
         pretrain,
@@ -274,7 +280,7 @@ def test_keep_last_keeps_the_newest(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a file system that one checkpoint of this size fits on and two do not."""
+    """A folder on a file system with room for one checkpoint but not for two."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if (
@@ -283,12 +289,12 @@ def small_disk(tmp_path):
             ["mount", "-t", "tmpfs", "-o", "size=640k", "none", folder], check=False
         ).returncode
     ):
-        pytest.skip("mounting a small file system takes root")
+        pytest.skip("mounting a file system requires root")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(small_disk, tmp_path):
+def test_a_full_disk_ends_the_run_but_not_the_previous_checkpoint(small_disk, tmp_path):
     write_tokens(tmp_path / "tokens")
     raw = settings(tmp_path, eval={"every": 0}, run={"output_dir": str(small_disk / "run")})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
@@ -300,3 +306,62 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(small_disk, t
     (kept,) = (small_disk / "run" / "checkpoints").iterdir()
     assert kept.name == "step-00000001"
     assert manifest.find_problem(kept, hashes=True) is None
+
+
+# -- class Checkpoint, old formats -----------------------------------------------------------------
+
+
+def test_example_of_checkpoint(finished):
+    finder = doctest.DocTestFinder(recurse=False)
+    (example,) = finder.find(Checkpoint, globs={"run": finished / "run"})
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_checkpoint_reads_tensors_lazily(run):
+    checkpoint = Checkpoint(newest(run))
+    folder = HFFolder(newest(run))
+    assert list(checkpoint.tensors) == folder.names()
+    assert all(torch.equal(checkpoint.tensors[name], folder.read(name)) for name in folder.names())
+    assert "lm_head.weight" not in checkpoint.tensors
+    with pytest.raises(KeyError, match=r"lm_head\.weight"):
+        checkpoint.tensors["lm_head.weight"]
+
+
+def test_checkpoint_verify_names_the_damage(run):
+    damaged = newest(run) / "optimizer" / "rank-00002.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    checkpoint = Checkpoint(newest(run))
+    checkpoint.verify("sizes")
+    with pytest.raises(CheckpointError, match=r"other content in optimizer/rank-00002"):
+        checkpoint.verify()
+    os.truncate(damaged, 100)
+    with pytest.raises(CheckpointError, match=r"has 100 bytes in optimizer/rank-00002"):
+        checkpoint.verify("sizes")
+    assert Checkpoint(run / "run").step == 2, "the newest complete one"
+    shutil.rmtree(run / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match="must be the folder of a checkpoint or of a run"):
+        Checkpoint(run / "run")
+
+
+def test_a_checkpoint_of_the_old_format_is_read(run):
+    folder = newest(run)
+    (folder / "train_state.json").rename(folder / "trainer.json")
+    content = json.loads((folder / "manifest.json").read_text())
+    content["format"] = 2
+    for entry in content["files"]:
+        entry["path"] = entry["path"].replace("train_state.json", "trainer.json")
+    (folder / "manifest.json").write_text(json.dumps(content))
+    (run / "run" / "best.json").write_text('{"step": 3, "metric": "valid_loss", "value": 1.0}')
+    checkpoint = Checkpoint(run / "run")
+    checkpoint.verify()
+    assert (checkpoint.path, checkpoint.step) == (folder, 3)
+    assert retention.find_best(run / "run") == folder
+    config = configuration.load(run / "run.yaml")
+    path, _ = choose_start(config, hashes=True)
+    assert path == folder
+    resume.check(path, describe_run(config, read_config(load_hf_config(MODEL)), data_size=1))
+    retention.write_best(run / "run", step=2, metric="valid_loss", value=0.5)
+    assert retention.find_best(run / "run").name == "step-00000002"
+    assert not (run / "run" / "best.json").exists()

@@ -1,4 +1,4 @@
-"""Saving goes on beside training: what is written is what was there when it began, all ranks agree, and failures are the run's."""
+"""Background saves write the state at their start, and fail on all ranks together."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatrain.data.dataloader import Batch
 from megatrain.distributed.mesh import make_mesh
 from megatrain.errors import CheckpointError
 from megatrain.models.config import load_hf_config, read_config
+from megatrain.planner.run_spec import describe_run
 
 MODEL = {
     "model_type": "llama",
@@ -33,7 +34,7 @@ MODEL = {
 
 
 class Run:
-    """A runner at tensor 2 with its saver, whose writing can be held up."""
+    """A runner at tensor 2 with its checkpointer, whose writer can be delayed."""
 
     def __init__(self, rank, folder):
         from megatrain.training.step_runner import StepRunner
@@ -49,13 +50,15 @@ class Run:
         )
         architecture, mesh = read_config(load_hf_config(MODEL)), make_mesh(rank, tensor=2)
         self.runner = StepRunner(self.config, architecture, mesh, torch.device("cpu"))
-        self.saver = Checkpointer(
+        self.checkpointer = Checkpointer(
             folder,
-            zero=self.runner.optimizer,
-            config=self.config,
-            architecture=architecture,
+            optimizer=self.runner.optimizer,
             mesh=mesh,
-            describe=lambda folder: None,
+            run=describe_run(self.config, architecture, data_size=mesh.data.size),
+            keep_last=2,
+            keep_every=0,
+            adapter_config=None,
+            write_metadata=lambda folder: None,
         )
         self.folder, self.rank = folder, rank
 
@@ -70,8 +73,8 @@ class Run:
         return {name: p.detach().clone() for name, p in self.runner.stage.named_parameters()}
 
 
-def held_up(event, *, fail_on=None):
-    """write_shard, once the event is set; on rank `fail_on` it fails."""
+def delayed(event, *, fail_on=None):
+    """Returns a `write_shard` that waits for the event, and fails on rank `fail_on`."""
     real = checkpointer.writer.write_shard
 
     def write_shard(temporary, content, *, rank, stage):
@@ -83,29 +86,29 @@ def held_up(event, *, fail_on=None):
     return write_shard
 
 
-def goes_on_while_it_is_written(rank, world_size, folder):
+def train_during_a_save(rank, world_size, folder):
     run, event, patch = Run(rank, folder), threading.Event(), pytest.MonkeyPatch()
     run.step(1)
-    run.saver.save(TrainState(1, 32, 1, losses=(4.0,)))
-    run.saver.finish()
-    patch.setattr(checkpointer.writer, "write_shard", held_up(event))
-    run.saver.save(TrainState(10, 32, 1, losses=(4.0,)))  # the same state again
+    run.checkpointer.save(TrainState(1, 32, 1, losses=(4.0,)))
+    run.checkpointer.finish()
+    patch.setattr(checkpointer.writer, "write_shard", delayed(event))
+    run.checkpointer.save(TrainState(10, 32, 1, losses=(4.0,)))  # the same state again
     before = run.weights()
     for number in (2, 3):
         run.step(number)
-        assert run.saver.is_writing
-        assert run.saver.proceed(anyone_writes=True) is None
+        assert run.checkpointer.is_writing
+        assert run.checkpointer.proceed(anyone_writes=True) is None
     assert any(not torch.equal(now, before[name]) for name, now in run.weights().items())
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000001"]
     event.set()
-    saved = run.saver.finish()
+    saved = run.checkpointer.finish()
     patch.undo()
-    return saved.path, run.saver.stalled > 0
+    return saved.path, run.checkpointer.stalled > 0
 
 
-def test_training_goes_on_and_what_was_there_at_the_start_is_written(tmp_path):
+def test_a_save_during_training_writes_the_state_at_its_start(tmp_path):
     for path, stalled in run_ranks(
-        goes_on_while_it_is_written, 2, tmp_path / "checkpoints", folder=tmp_path
+        train_during_a_save, 2, tmp_path / "checkpoints", folder=tmp_path
     ):
         assert path == tmp_path / "checkpoints" / "step-00000010"
         assert stalled
@@ -121,16 +124,16 @@ def test_training_goes_on_and_what_was_there_at_the_start_is_written(tmp_path):
     assert len(HFFolder(one).names()) == 21
 
 
-def fails_on_one_rank(rank, world_size, folder):
+def fail_on_one_rank(rank, world_size, folder):
     run, event, patch = Run(rank, folder), threading.Event(), pytest.MonkeyPatch()
     event.set()
-    run.saver.save(TrainState(1, 0, 0))
-    run.saver.finish()
-    patch.setattr(checkpointer.writer, "write_shard", held_up(event, fail_on=1))
-    run.saver.save(TrainState(2, 0, 0))
+    run.checkpointer.save(TrainState(1, 0, 0))
+    run.checkpointer.finish()
+    patch.setattr(checkpointer.writer, "write_shard", delayed(event, fail_on=1))
+    run.checkpointer.save(TrainState(2, 0, 0))
     errors = []
     with pytest.raises(CheckpointError) as raised:
-        run.saver.finish()
+        run.checkpointer.finish()
     errors.append(str(raised.value))
     patch.undo()
     patch.setattr(
@@ -139,51 +142,54 @@ def fails_on_one_rank(rank, world_size, folder):
         lambda path: type("Usage", (), {"free": 1000 if rank == 1 else 10**12}),
     )
     with pytest.raises(CheckpointError) as raised:
-        run.saver.save(TrainState(3, 0, 0))
+        run.checkpointer.save(TrainState(3, 0, 0))
     patch.undo()
     return [*errors, str(raised.value)]
 
 
-def test_a_failure_on_one_rank_is_the_runs_and_spares_what_was_there(tmp_path):
-    first, second = run_ranks(fails_on_one_rank, 2, tmp_path, folder=tmp_path)
+def test_a_failure_on_one_rank_fails_all_and_keeps_earlier_checkpoints(tmp_path):
+    first, second = run_ranks(fail_on_one_rank, 2, tmp_path, folder=tmp_path)
     assert first == second
-    assert (
-        first[0]
-        == "rank 1 could not write the checkpoint: [Errno 5] the disk is on fire; the checkpoints before it are as they were"
+    prefix, suffix = (
+        "rank 1 could not write the checkpoint:",
+        "earlier checkpoints are not affected",
     )
-    assert first[1].startswith("rank 1 could not write the checkpoint: it takes 0.3 MB and ")
-    assert f"{tmp_path} has 0.0 MB free (No space left on device)" in first[1]
+    assert first[0] == f"{prefix} [Errno 5] the disk is on fire; {suffix}"
+    assert first[1] == (
+        f"{prefix} {tmp_path} has 0.0 MB free and 0.3 MB are needed (No space left on device); "
+        f"{suffix}"
+    )
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-00000001"]
     assert manifest.find_problem(tmp_path / "step-00000001", hashes=True) is None
 
 
-def one_after_the_other(rank, world_size, folder):
+def save_repeatedly(rank, world_size, folder):
     run, event, patch = Run(rank, folder), threading.Event(), pytest.MonkeyPatch()
-    patch.setattr(checkpointer.writer, "write_shard", held_up(event))
-    assert run.saver.save(TrainState(1, 0, 0)) is None
+    patch.setattr(checkpointer.writer, "write_shard", delayed(event))
+    assert run.checkpointer.save(TrainState(1, 0, 0)) is None
     threading.Timer(0.2, event.set).start()
-    first = run.saver.save(TrainState(2, 0, 0))
-    paths = [first.path, run.saver.finish().path, run.saver.finish()]
+    first = run.checkpointer.save(TrainState(2, 0, 0))
+    paths = [first.path, run.checkpointer.finish().path, run.checkpointer.finish()]
     for step in (3, 4):
-        run.saver.save(TrainState(step, 0, 0), prune=step == 4)
-        run.saver.finish()
+        run.checkpointer.save(TrainState(step, 0, 0), prune=step == 4)
+        run.checkpointer.finish()
         paths.append(sorted(path.name for path in folder.glob("step-*")) if rank == 0 else None)
     patch.undo()
     return paths
 
 
-def test_one_save_at_a_time_and_old_ones_go(tmp_path):
-    (tmp_path / "c" / ".writing-step-00000007" / "optimizer").mkdir(parents=True)
-    (tmp_path / "c" / ".deleting-step-00000001").mkdir()
-    first, _ = run_ranks(one_after_the_other, 2, tmp_path / "c", folder=tmp_path)
+def test_saves_are_sequential_and_old_checkpoints_are_deleted(tmp_path):
+    (tmp_path / "c" / ".tmp-step-00000007" / "optimizer").mkdir(parents=True)
+    (tmp_path / "c" / ".trash-step-00000001").mkdir()
+    first, _ = run_ranks(save_repeatedly, 2, tmp_path / "c", folder=tmp_path)
     assert first[:3] == [tmp_path / "c" / "step-00000001", tmp_path / "c" / "step-00000002", None]
     assert first[3:] == [[f"step-{step:08d}" for step in steps] for steps in ([1, 2, 3], [3, 4])]
-    assert not list((tmp_path / "c").glob(".*")), "what a killed run left is cleared away"
+    assert not list((tmp_path / "c").glob(".*")), "leftovers of a killed run are deleted"
 
 
-def make(folder, steps, *, damaged=()):
+def make_checkpoints(folder, steps, *, damaged=()):
     for step in steps:
-        path = folder / f".writing-step-{step:08d}"
+        path = folder / f".tmp-step-{step:08d}"
         path.mkdir(parents=True)
         (path / "x").write_text(str(step))
         manifest.commit(path, folder / f"step-{step:08d}", [manifest.make_record(path, path / "x")])
@@ -192,7 +198,7 @@ def make(folder, steps, *, damaged=()):
 
 
 @pytest.mark.parametrize(
-    ("last", "every", "damaged", "gone"),
+    ("last", "every", "damaged", "deleted"),
     [
         (0, 0, (), []),
         (2, 0, (), [10, 20, 30]),
@@ -206,18 +212,18 @@ def make(folder, steps, *, damaged=()):
         (1, 20, (50,), [10, 30]),
     ],
 )
-def test_what_goes_and_what_is_kept(last, every, damaged, gone, tmp_path):
-    make(tmp_path, (10, 20, 30, 40, 50), damaged=damaged)
+def test_retention(last, every, damaged, deleted, tmp_path):
+    make_checkpoints(tmp_path, (10, 20, 30, 40, 50), damaged=damaged)
     old = retention.find_deletable(tmp_path, keep_last=last, keep_every=every)
-    assert [path.name for path in old] == [f"step-{step:08d}" for step in gone]
+    assert [path.name for path in old] == [f"step-{step:08d}" for step in deleted]
     retention.delete(old)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {f"step-{step:08d}" for step in (10, 20, 30, 40, 50) if step not in gone}
-    assert any(manifest.find_problem(tmp_path / name) is None for name in left)
+    remaining = {path.name for path in tmp_path.iterdir()}
+    assert remaining == {f"step-{step:08d}" for step in (10, 20, 30, 40, 50) if step not in deleted}
+    assert any(manifest.find_problem(tmp_path / name) is None for name in remaining)
 
 
-def test_checkpoints_ahead_of_the_run_neither_go_nor_count(tmp_path):
-    make(tmp_path, (10, 20, 30, 40, 50))
+def test_checkpoints_after_the_current_step_are_ignored(tmp_path):
+    make_checkpoints(tmp_path, (10, 20, 30, 40, 50))
     assert [
         path.name
         for path in retention.find_deletable(tmp_path, keep_last=1, keep_every=0, current_step=30)
@@ -229,7 +235,7 @@ def test_checkpoints_ahead_of_the_run_neither_go_nor_count(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("back_to", "damaged", "gone"),
+    ("rollback_step", "damaged", "deleted"),
     [
         (45, (), [10, 20, 30]),
         (40, (), [10, 20, 30]),
@@ -239,11 +245,11 @@ def test_checkpoints_ahead_of_the_run_neither_go_nor_count(tmp_path):
         (60, (), [10, 20, 30, 40]),
     ],
 )
-def test_what_a_run_may_go_back_to_is_kept(back_to, damaged, gone, tmp_path):
-    make(tmp_path, (10, 20, 30, 40, 50), damaged=damaged)
+def test_the_checkpoint_for_a_rollback_is_kept(rollback_step, damaged, deleted, tmp_path):
+    make_checkpoints(tmp_path, (10, 20, 30, 40, 50), damaged=damaged)
     assert [
         path.name
         for path in retention.find_deletable(
-            tmp_path, keep_last=1, keep_every=0, rollback_step=back_to
+            tmp_path, keep_last=1, keep_every=0, rollback_step=rollback_step
         )
-    ] == [f"step-{step:08d}" for step in gone]
+    ] == [f"step-{step:08d}" for step in deleted]

@@ -1,6 +1,7 @@
-"""Whatever is wrong with a folder, reading it ends in a CheckpointError or ConfigError: no crash, no wait, no code run, nothing touched outside.
+"""Reading a damaged folder raises CheckpointError or ConfigError, or succeeds.
 
-Real folders are damaged at random, a byte, a value, a file at a time or several at once. Each case is a seed, and so can be run again alone.
+It never crashes, blocks, runs code or touches other files. Real folders are damaged at random: a
+byte, a value, a file, or several. Each case is a seed and can be run alone.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from megatrain.distributed.sharding import parameters
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.models.config import load_hf_config, read_config
 from megatrain.models.counts import parameter_shapes
-from megatrain.optim.zero import Fragment
+from megatrain.optim.zero_state import Fragment
 from megatrain.pipeline.stage_builder import build_stage
+from megatrain.planner.run_spec import choose_start, describe_run
 
 MODEL = {
     "model_type": "llama",
@@ -49,7 +51,7 @@ BLOCKS, CASES = 12, 60
 
 
 class Trap:
-    """Unpickled, it would write a file."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, target):
         self.target = target
@@ -70,13 +72,13 @@ def settings(folder):
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A model in each form, one of them with a trap in it, and a run with two checkpoints."""
+    """A model in each format, one with a `Trap` inside, and a run with two checkpoints."""
     folder = tmp_path_factory.mktemp("bases")
     for kind in KINDS:
         write(folder / kind, kind)
     write(folder / "trap", "bin")
     torch.save(
-        {"a": torch.zeros(2), "b": Trap(folder / "it ran")},
+        {"a": torch.zeros(2), "b": Trap(folder / "trap ran")},
         folder / "trap" / "pytorch_model.bin",
         _use_new_zipfile_serialization=False,
     )
@@ -87,7 +89,7 @@ def bases(tmp_path_factory):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # damage
 
 
@@ -137,7 +139,7 @@ def damage_bytes(path, dice):
 
 
 def damage_json(path, dice):
-    """Change, drop or double something somewhere in the JSON."""
+    """Changes, drops, duplicates or renames a random value of the JSON."""
     try:
         value = json.loads(path.read_text())
     except ValueError:
@@ -172,7 +174,7 @@ def damage_json(path, dice):
 
 
 def damage_file(path, dice):
-    """The file as a whole: gone, another's, or no file any more."""
+    """Deletes, copies or replaces a file."""
     kind = dice.choice(["gone", "swap", "folder", "fifo", "loop", "copy"])
     others = [other for other in path.parent.iterdir() if other.is_file() and other != path]
     if kind == "copy":
@@ -209,8 +211,8 @@ def damage(folder, dice):
             way(path, dice)
 
 
-def agree(folder):
-    """Have the manifest agree with the files, so that what reads them is reached."""
+def update_manifest(folder):
+    """Makes the manifest match the files, so that the code after its check is reached."""
     records = [
         manifest.make_record(folder, path)
         for path in sorted(folder.rglob("*"))
@@ -221,7 +223,7 @@ def agree(folder):
         (folder / manifest.MANIFEST).write_text(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading
 
 
@@ -232,13 +234,14 @@ def read_model(folder):
 
 
 def read_run(folder):
-    """What a resume and a start from its folder do, without ranks."""
+    """Does what a resume and a start from the folder do, without ranks."""
     config = configuration.from_dict(settings(folder))
     architecture = read_config(load_hf_config(MODEL))
-    path, _ = resume.choose_start(config, hashes=True)
+    path, _ = choose_start(config, hashes=True)
     if path is not None:
-        resume.check(path, config, architecture)
-        resume.describe_differences(path, config, make_mesh(0, connect=False))
+        run = describe_run(config, architecture, data_size=1)
+        resume.check(path, run)
+        resume.describe_differences(path, run)
         optimizer = OptimizerState(path / "optimizer")
         for declaration, parameter in parameters(
             build_stage(config, architecture, make_mesh(0, connect=False), "cpu")
@@ -247,7 +250,7 @@ def read_run(folder):
                 state: torch.zeros(parameter.numel())
                 for state in ("master", "exp_avg", "exp_avg_sq")
             }
-            optimizer.fill(Fragment(declaration, parameter, tuple(parameter.shape), 0, states))
+            optimizer.load(Fragment(declaration, parameter, tuple(parameter.shape), 0, states))
     for path in sorted((folder / "run" / "checkpoints").glob("step-*")):
         own = read_config(load_hf_config(str(path)))
         pretrained = Pretrained(path, own)
@@ -255,15 +258,15 @@ def read_run(folder):
         pretrained.load_weights(build_stage(config, own, make_mesh(0, connect=False), "cpu"), 0)
 
 
-def too_long(number, frame):
+def fail_on_timeout(number, frame):
     raise AssertionError("reading has not ended")
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))
-def test_a_damaged_folder_is_a_clear_error_or_is_read(block, bases, tmp_path):
+def test_a_damaged_folder_is_refused_or_read(block, bases, tmp_path):
     outside = {path: path.read_bytes() for path in sorted(bases.rglob("*")) if path.is_file()}
     refused = 0
-    before = signal.signal(signal.SIGALRM, too_long)
+    before = signal.signal(signal.SIGALRM, fail_on_timeout)
     try:
         for case in range(CASES):
             seed = block * CASES + case
@@ -274,7 +277,7 @@ def test_a_damaged_folder_is_a_clear_error_or_is_read(block, bases, tmp_path):
             damage(folder / kind, dice)
             if kind == "run" and dice.random() < 0.6:
                 for path in (folder / "run" / "checkpoints").glob("step-*"):
-                    agree(path)
+                    update_manifest(path)
             signal.alarm(240)
             try:
                 read_run(folder) if kind == "run" else read_model(folder / kind)
@@ -287,10 +290,8 @@ def test_a_damaged_folder_is_a_clear_error_or_is_read(block, bases, tmp_path):
             shutil.rmtree(folder)
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert CASES // 4 < refused < CASES, (
-        "some are refused, and some damage is not seen without hashes"
-    )
-    assert not (bases / "it ran").exists()
+    assert CASES // 4 < refused < CASES, "some are refused, and some damage shows only in hashes"
+    assert not (bases / "trap ran").exists()
     assert {
         path: path.read_bytes() for path in sorted(bases.rglob("*")) if path.is_file()
     } == outside

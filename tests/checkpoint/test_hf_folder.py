@@ -1,4 +1,4 @@
-"""A folder of tensors is read by name and slice; whatever is wrong with one is a CheckpointError that says what."""
+"""Folders of tensors are read by name and slice, and errors name their damage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.model_folders import KINDS, SHARDS, WANTED, write
+from helpers.model_folders import KINDS, SHARDS, TENSORS, write
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -22,17 +22,17 @@ from megatrain.errors import CheckpointError
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reads_whole_tensors_and_slices(kind, tmp_path):
+def test_reads_tensors_and_slices(kind, tmp_path):
     tensors = HFFolder(write(tmp_path / "model", kind))
-    assert set(tensors.names()) == set(WANTED)
-    for name, wanted in WANTED.items():
+    assert set(tensors.names()) == set(TENSORS)
+    for name, wanted in TENSORS.items():
         read = tensors.read(name)
         assert (tensors.shape(name), tensors.dtype(name)) == (tuple(wanted.shape), wanted.dtype)
         assert read.dtype == wanted.dtype
         assert torch.equal(read, wanted)
     before = tensors.bytes_read
     part = tensors.read("b.weight", (slice(1, 3), slice(0, 3), slice(2, 4)))
-    assert torch.equal(part, WANTED["b.weight"][1:3, :, 2:4])
+    assert torch.equal(part, TENSORS["b.weight"][1:3, :, 2:4])
     assert part.is_contiguous()
     assert tensors.bytes_read - before == 2 * 3 * 2 * 2
     target = torch.empty(2, 3, 2, dtype=torch.float64)
@@ -40,12 +40,12 @@ def test_reads_whole_tensors_and_slices(kind, tmp_path):
     assert torch.equal(target, part.double())
     assert tensors.bytes_read - before == 2 * 2 * 3 * 2 * 2
     part.zero_()
-    assert torch.equal(tensors.read("b.weight"), WANTED["b.weight"])
+    assert torch.equal(tensors.read("b.weight"), TENSORS["b.weight"])
     with pytest.raises(CheckpointError, match=r"has no tensor nobody\.weight"):
         tensors.read("nobody.weight")
 
 
-def test_what_safetensors_itself_reads_is_read_alike(tmp_path):
+def test_reads_what_safetensors_reads(tmp_path):
     folder = write(tmp_path / "model", "safetensors")
     ours = SafetensorsFile(folder / "model.safetensors")
     with safe_open(folder / "model.safetensors", framework="pt") as theirs:
@@ -54,17 +54,17 @@ def test_what_safetensors_itself_reads_is_read_alike(tmp_path):
         assert all(torch.equal(ours.view(name), theirs.get_tensor(name)) for name in ours.names())
 
 
-def test_what_is_written_is_what_safetensors_reads(tmp_path):
-    done = write_tensors(tmp_path / "file", WANTED, metadata={"format": "pt"})
+def test_safetensors_reads_what_is_written(tmp_path):
+    done = write_tensors(tmp_path / "file", TENSORS, metadata={"format": "pt"})
     content = (tmp_path / "file").read_bytes()
     assert (done.size, done.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     with safe_open(tmp_path / "file", framework="pt") as theirs:
         assert theirs.metadata() == {"format": "pt"}
-        assert set(theirs.keys()) == set(WANTED)
-        assert all(torch.equal(theirs.get_tensor(name), tensor) for name, tensor in WANTED.items())
+        assert set(theirs.keys()) == set(TENSORS)
+        assert all(torch.equal(theirs.get_tensor(name), tensor) for name, tensor in TENSORS.items())
 
 
-def test_data_that_do_not_start_at_a_multiple_of_their_size(tmp_path):
+def test_tensors_that_are_not_aligned(tmp_path):
     content = raw(
         {
             "x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
@@ -124,7 +124,7 @@ DAMAGES = {
     ),
     r"in '\.\.', which": edit_index(lambda m: m.update({"a.bias": ".."})),
     "in '5', which": edit_index(lambda m: m.update({"a.bias": 5})),
-    r"00001-of-00003\.safetensors contains a\.bias, which model\.safetensors\.index\.json does not list": edit_index(
+    r"contains a\.bias, which model\.safetensors\.index\.json does not list": edit_index(
         lambda m: m.pop("a.bias")
     ),
     "lacks d.weight, which": edit_index(lambda m: m.update({"d.weight": ONE})),
@@ -133,7 +133,7 @@ DAMAGES = {
     ),
     "weight_map must map names to files": edit_index(lambda m: m.clear()),
     "contains a.weight twice": lambda folder: save_file(
-        {**SHARDS[1], "a.weight": WANTED["a.weight"]}, folder / TWO
+        {**SHARDS[1], "a.weight": TENSORS["a.weight"]}, folder / TWO
     ),
     "not a readable index": lambda folder: (folder / "model.safetensors.index.json").write_text(
         '{"weight_map": '
@@ -141,13 +141,14 @@ DAMAGES = {
     "a.bias occurs twice": lambda folder: (folder / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a.bias": "x", "a.bias": "y"}}'
     ),
-    "possibly of different models": lambda folder: save_file(WANTED, folder / "model.safetensors"),
+    "possibly of different models": lambda folder: save_file(TENSORS, folder / "model.safetensors"),
     "contains no model; expected one of model.safetensors, ": lambda folder: (
         folder / "model.safetensors.index.json"
     ).unlink(),
     r"x occurs twice": replace(
         ONE,
-        '{"x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}, "x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}}',
+        '{"x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}, '
+        '"x": {"dtype":"F32","shape":[],"data_offsets":[0,4]}}',
         b"1234",
     ),
     "invalid shape, data type, or offset": replace(ONE, {"x": {**F32, "shape": [3]}}, b"12345678"),
@@ -163,7 +164,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("sentence", DAMAGES)
-def test_says_what_is_wrong_with_a_folder(sentence, tmp_path):
+def test_errors_name_the_damage_of_a_folder(sentence, tmp_path):
     folder = write(tmp_path / "model", "safetensors shards")
     DAMAGES[sentence](folder)
     with pytest.raises(CheckpointError, match=sentence):
@@ -171,7 +172,7 @@ def test_says_what_is_wrong_with_a_folder(sentence, tmp_path):
 
 
 class Trap:
-    """Unpickled, it would write a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, target):
         self.target = target
@@ -181,8 +182,8 @@ class Trap:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_bin_with_code_is_refused_and_the_code_not_run(zipped, tmp_path):
-    proof = tmp_path / "it ran"
+def test_code_in_a_bin_file_is_refused_and_not_run(zipped, tmp_path):
+    proof = tmp_path / "trap ran"
     folder = write(tmp_path / "model", "bin")
     torch.save(
         {"a": torch.zeros(2), "b": Trap(proof)},
@@ -193,10 +194,10 @@ def test_a_bin_with_code_is_refused_and_the_code_not_run(zipped, tmp_path):
         HFFolder(folder)
     assert not proof.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)
-    assert proof.exists(), "the trap would have worked"
+    assert proof.exists(), "the trap works"
 
 
-def test_bins_that_hold_other_things_than_plain_tensors(tmp_path):
+def test_bin_files_with_other_objects_are_refused(tmp_path):
     folder = write(tmp_path / "model", "bin")
     cases = {
         "contains a list; it must contain a state dict": [torch.zeros(2)],
@@ -211,7 +212,7 @@ def test_bins_that_hold_other_things_than_plain_tensors(tmp_path):
             HFFolder(folder)
 
 
-def test_a_bin_that_would_unpack_to_more_is_refused(tmp_path):
+def test_a_compressed_bin_file_is_refused(tmp_path):
     folder = write(tmp_path / "model", "bin")
     plain = folder / "pytorch_model.bin"
     with (
@@ -225,15 +226,15 @@ def test_a_bin_that_would_unpack_to_more_is_refused(tmp_path):
         HFFolder(folder)
 
 
-def test_a_link_to_the_file_is_followed(tmp_path):
-    """As a hub's cache keeps them."""
+def test_symbolic_links_are_followed(tmp_path):
+    """The cache of Hugging Face's hub consists of links."""
     folder = write(tmp_path / "model", "safetensors")
     shutil.move(folder / "model.safetensors", tmp_path / "blob")
     (folder / "model.safetensors").symlink_to(tmp_path / "blob")
-    assert torch.equal(HFFolder(folder).read("a.weight"), WANTED["a.weight"])
+    assert torch.equal(HFFolder(folder).read("a.weight"), TENSORS["a.weight"])
 
 
-def test_a_file_that_shrinks_under_the_reader_is_an_error_and_no_crash(tmp_path):
+def test_a_file_truncated_during_reading_is_an_error(tmp_path):
     tensors = HFFolder(write(tmp_path / "model", "safetensors"))
     os.truncate(tmp_path / "model" / "model.safetensors", 500)
     with pytest.raises(CheckpointError, match="was truncated while it was read"):

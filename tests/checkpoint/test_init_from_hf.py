@@ -1,4 +1,4 @@
-"""A run starts from a Hugging Face folder on any layout: each weight there, each slice read where it is held, or a refusal."""
+"""Runs start from a Hugging Face folder on any layout, or refuse one that does not fit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Each model as transformers makes and saves it, with weights that are not what bf16 can hold."""
+    """Each model as transformers saves it, with weights that bf16 would round."""
     from transformers import AutoModelForCausalLM
 
     made = {}
@@ -74,13 +74,13 @@ def settings(folder, **sections):
     return config
 
 
-class Held:
-    """What a rank has after the start: weights and masters, with where their elements are in the whole tensors."""
+class Loaded:
+    """Weights and masters of a rank after the start, with their intervals in the full tensors."""
 
     def __init__(self, runner, read):
         self.read = read
         self.weights, self.masters = [], []
-        for fragment in runner.optimizer.fragments():
+        for fragment in runner.optimizer.state.fragments():
             s = fragment.sharding
             piece = make_flat_shard(
                 s, fragment.shape, fragment.start, fragment.tensors["master"].numel()
@@ -89,13 +89,13 @@ class Held:
                 (s.name, piece.transposed, intervals_of(piece), fragment.tensors["master"].clone())
             )
         for parameter in runner.stage.parameters():
-            s, whole = parameter.sharding, runner.optimizer.full_weights(parameter).clone()
+            s, whole = parameter.sharding, runner.optimizer.state.full_weights(parameter).clone()
             piece = make_flat_shard(s, tuple(whole.shape), 0, whole.numel())
             self.weights.append((s.name, piece.transposed, intervals_of(piece), whole.flatten()))
 
 
 def start(rank, world_size, rows):
-    """On this rank, for each (config, layout) what it holds."""
+    """Returns what this rank has loaded for each config."""
     from deepspeed.runtime.zero.partition_parameters import Init
 
     from megatrain.distributed.mesh import make_mesh
@@ -111,13 +111,13 @@ def start(rank, world_size, rows):
         architecture = read_config(load_hf_config(config.model))
         pretrained = Pretrained(config.train.init_from, architecture)
         runner = StepRunner(config, architecture, mesh, torch.device("cpu"), pretrained=pretrained)
-        found.append(Held(runner, pretrained.tensors.bytes_read))
+        found.append(Loaded(runner, pretrained.tensors.bytes_read))
         Init.param_id = before
     return found
 
 
 def assemble(pieces, folder, dtype):
-    """The whole tensors that pieces of ranks make, each element seen and the same wherever it is held twice."""
+    """Returns full tensors from pieces of ranks; asserts that copies are equal and cover all."""
     tensors = HFFolder(folder)
     whole = {
         name: torch.full((torch.Size(tensors.shape(name)).numel(),), float("nan"), dtype=dtype)
@@ -161,7 +161,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("world", ROWS)
-def test_weights_and_masters_are_the_folders(world, folders, tmp_path):
+def test_weights_and_masters_equal_the_folder(world, folders, tmp_path):
     rows = [
         settings(folders[model], parallel=parallel, train={"dtype": dtype})
         for model, dtype, parallel in ROWS[world]
@@ -191,7 +191,7 @@ def test_weights_and_masters_are_the_folders(world, folders, tmp_path):
         ("tied", 2, {"pipeline": 2}),
     ],
 )
-def test_no_steps_write_the_same_bytes_again(model, world, parallel, folders, tmp_path):
+def test_a_run_of_no_steps_writes_the_same_bytes(model, world, parallel, folders, tmp_path):
     write_tokens(tmp_path / "tokens")
     raw = {
         "run": {"output_dir": str(tmp_path / "run")},
@@ -227,7 +227,7 @@ def check(folder, **fields):
 
 
 def resaved(folder, target, change):
-    """The folder as one file, its tensors changed."""
+    """Writes the folder's tensors, changed, as one file."""
     tensors = HFFolder(folder)
     held = {name: tensors.read(name) for name in tensors.names()}
     change(held)
@@ -249,7 +249,7 @@ def rename(prefix):
 
 @pytest.mark.parametrize("model", ["tied", "gpt2"])
 def test_names_without_the_base_models_prefix(model, folders, tmp_path):
-    """As a base model saves them, with the masks that old versions of transformers saved beside them."""
+    """Base models are saved without prefix; old versions of transformers saved masks too."""
 
     def change(held):
         rename("transformer." if model == "gpt2" else "model.")(held)
@@ -261,34 +261,34 @@ def test_names_without_the_base_models_prefix(model, folders, tmp_path):
 
     stripped = check(resaved(folders[model], tmp_path / "base", change))
     assert all(
-        stripped._home(name)
+        stripped._name_of(name)
         for name in parameter_shapes(read_config(load_hf_config(str(folders[model]))))
     )
 
 
-def test_a_tied_head_that_was_saved(folders, tmp_path):
+def test_a_saved_tied_head_must_equal_the_embedding(folders, tmp_path):
     def copied(held):
         held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
 
     def moved(held):
         held["lm_head.weight"] = held.pop("model.embed_tokens.weight")
 
-    def trained_apart(held):
+    def changed(held):
         copied(held)
         held["lm_head.weight"][5, 3] += 1
 
     check(resaved(folders["tied"], tmp_path / "copied", copied))
     assert (
-        check(resaved(folders["tied"], tmp_path / "moved", moved))._home(
+        check(resaved(folders["tied"], tmp_path / "moved", moved))._name_of(
             "model.embed_tokens.weight"
         )
         == "lm_head.weight"
     )
     with pytest.raises(
         CheckpointError,
-        match=r"its lm_head\.weight is not its model\.embed_tokens\.weight, and the model ties them; set",
+        match=r"ties lm_head\.weight to model\.embed_tokens\.weight: the folder.s differ; set",
     ):
-        check(resaved(folders["tied"], tmp_path / "apart", trained_apart))
+        check(resaved(folders["tied"], tmp_path / "apart", changed))
 
 
 def put(name, tensor):
@@ -297,15 +297,15 @@ def put(name, tensor):
 
 REFUSALS = {
     "missing: model.norm.weight$": lambda held: held.pop("model.norm.weight"),
-    "missing: lm_head.weight; a head that is the embedding wants model.tie_word_embeddings=true": lambda held: (
+    "missing: lm_head.weight; a tied head requires model.tie_word_embeddings=true": lambda held: (
         held.pop("lm_head.weight")
     ),
     "unexpected: model.layers.0.extra": put("model.layers.0.extra", torch.zeros(2)),
-    r"of another shape: model.norm.weight \(31 there, 32 by the config\)": put(
+    r"of another shape: model.norm.weight \(31 in the folder, 32 by the config\)": put(
         "model.norm.weight", torch.zeros(31)
     ),
-    "there twice, with the prefix and without: norm.weight$": put("norm.weight", torch.zeros(32)),
-    "not of floating point: model.norm.weight$": put(
+    "both with and without the prefix: norm.weight$": put("norm.weight", torch.zeros(32)),
+    "not floating point: model.norm.weight$": put(
         "model.norm.weight", torch.zeros(32, dtype=torch.int32)
     ),
     "missing: .* and 1 more; unexpected: .* and 1 more$": lambda held: [
@@ -315,16 +315,17 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("sentence", REFUSALS)
-def test_a_folder_that_is_not_the_models_is_refused(sentence, folders, tmp_path):
+def test_a_folder_that_does_not_fit_is_refused(sentence, folders, tmp_path):
     with pytest.raises(
         CheckpointError, match=f"train.init_from={tmp_path}.* does not fit the model: {sentence}"
     ):
         check(resaved(folders["llama"], tmp_path / "other", REFUSALS[sentence]))
 
 
-def test_a_config_that_is_not_the_folders_is_refused(folders):
+def test_a_config_of_another_size_is_refused(folders):
     with pytest.raises(
-        CheckpointError, match=r"mlp.down_proj.weight \(32 x 48 there, 32 x 40 by the config\)"
+        CheckpointError,
+        match=r"mlp.down_proj.weight \(32 x 48 in the folder, 32 x 40 by the config\)",
     ):
         check(folders["llama"], intermediate_size=40)
     with pytest.raises(
@@ -337,7 +338,7 @@ def test_a_config_that_is_not_the_folders_is_refused(folders):
         check(folders["llama"], num_hidden_layers=3)
 
 
-def test_model_and_tokenizer_default_to_the_folders(folders, tmp_path):
+def test_model_and_tokenizer_default_to_init_from(folders, tmp_path):
     raw = {"train": {"steps": 1, "init_from": "pretrained"}}
     (tmp_path / "pretrained").mkdir()
     config = configuration.from_dict(raw, base=tmp_path)
@@ -355,9 +356,11 @@ def test_model_and_tokenizer_default_to_the_folders(folders, tmp_path):
     assert (mine.model, mine.data.tokenizer) == (LLAMA, "mine")
 
 
-def test_fields_that_tensors_do_not_tell_are_told(folders):
+def test_differences_of_config_fields_are_described(folders):
     theirs = Pretrained(folders["llama"], read_config(load_hf_config(LLAMA)))
-    assert theirs.notes(load_hf_config(LLAMA)) == []
+    assert theirs.describe_differences(load_hf_config(LLAMA).to_dict()) == []
     longer = load_hf_config({**LLAMA, "rope_theta": 500000.0})
-    assert [note.split(" ")[0] for note in theirs.notes(longer)] == ["model.rope_parameters"]
-    assert "'rope_theta': 500000.0" in theirs.notes(longer)[0]
+    assert [note.split(" ")[0] for note in theirs.describe_differences(longer.to_dict())] == [
+        "model.rope_parameters"
+    ]
+    assert "'rope_theta': 500000.0" in theirs.describe_differences(longer.to_dict())[0]

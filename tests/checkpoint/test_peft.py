@@ -1,9 +1,9 @@
-"""A LoRA run's checkpoint: peft loads it with equal logits, a run goes on from it bit for bit, and it merges into its base."""
+"""Checkpoints of LoRA runs: peft loads them, resumes are bit-exact, and adapters can be merged."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,10 @@ from helpers.training_runs import microbatches
 from safetensors.torch import load_file
 
 from megatrain.checkpoint import manifest, resume
-from megatrain.checkpoint import peft as peft_module
-from megatrain.checkpoint import resume as loading
 from megatrain.checkpoint.checkpointer import Checkpointer
 from megatrain.checkpoint.hf_metadata import write_hf_metadata
 from megatrain.checkpoint.optimizer_state import OptimizerState
-from megatrain.checkpoint.peft import merge_adapter
+from megatrain.checkpoint.peft import join_shards, make_adapter_config, merge_adapter
 from megatrain.checkpoint.train_state import TrainState
 from megatrain.config import loader as configuration
 from megatrain.config.loader import Config
@@ -31,6 +29,7 @@ from megatrain.distributed.sharding import parameters
 from megatrain.errors import CheckpointError
 from megatrain.models.config import load_hf_config, read_config
 from megatrain.models.lora import add_adapters
+from megatrain.planner.run_spec import describe_run
 
 MODELS = {"llama": {**LLAMA, "tie_word_embeddings": True}, "gpt2": GPT2}
 LORAS = {
@@ -62,21 +61,25 @@ def batches(step: int, mesh) -> list[Batch]:
     )
 
 
-def save(folder: Path, progress: TrainState, *, zero, config, architecture, mesh) -> Path:
+def save(folder: Path, state: TrainState, *, optimizer, config, architecture, mesh) -> Path:
     saver = Checkpointer(
         folder,
-        zero=zero,
-        config=config,
-        architecture=architecture,
+        optimizer=optimizer,
         mesh=mesh,
-        describe=lambda path: write_hf_metadata(path, config, architecture, None),
+        run=describe_run(config, architecture, data_size=mesh.data.size),
+        keep_last=0,
+        keep_every=0,
+        adapter_config=make_adapter_config(config.lora, architecture, init_from=None),
+        write_metadata=lambda path: write_hf_metadata(
+            path, architecture, dtype=torch.float32, tokenizer=None, chat=None
+        ),
     )
-    saver.save(progress)
+    saver.save(state)
     return saver.finish().path
 
 
 def train_and_resume(rank: int, world_size: int, config, folder: Path):
-    """Losses of steps 3 and 4 when all four are done in one go, and when a new runner goes on from step 2; step 4 saved."""
+    """Returns the losses of steps 3 and 4, uninterrupted and resumed from step 2; saves step 4."""
     from megatrain.training.step_runner import StepRunner
 
     p, architecture = config.parallel, read_config(load_hf_config(config.model))
@@ -84,18 +87,18 @@ def train_and_resume(rank: int, world_size: int, config, folder: Path):
     more = {"config": config, "architecture": architecture, "mesh": mesh}
     first = StepRunner(config, architecture, mesh, torch.device("cpu"))
     losses = [first.train_step(step, batches(step, mesh)).loss for step in (1, 2)]
-    path = save(folder, TrainState(2, 0, 2), zero=first.optimizer, **more)
+    path = save(folder, TrainState(2, 0, 2), optimizer=first.optimizer, **more)
     losses += [first.train_step(step, batches(step, mesh)).loss for step in (3, 4)]
     second = StepRunner(config, architecture, mesh, torch.device("cpu"))
-    loading.check(path, config, architecture)
-    assert loading.load(path, zero=second.optimizer, config=config, mesh=mesh).step == 2
+    resume.check(path, describe_run(config, architecture, data_size=mesh.data.size))
+    assert resume.load(path, optimizer=second.optimizer, global_batch_size=4, mesh=mesh).step == 2
     again = [second.train_step(step, batches(step, mesh)).loss for step in (3, 4)]
-    save(folder, TrainState(4, 0, 4), zero=second.optimizer, **more)
+    save(folder, TrainState(4, 0, 4), optimizer=second.optimizer, **more)
     return losses[2:], again, first.evaluate(lambda number: batches(9, mesh), 1).loss
 
 
 def resume_elsewhere(rank: int, world_size: int, config, path: Path):
-    """Losses of steps 3 and 4 from step 2's checkpoint, on this layout."""
+    """Returns the losses of steps 3 and 4, resumed from step 2 on this layout."""
     from megatrain.training.step_runner import StepRunner
 
     architecture, mesh = (
@@ -103,12 +106,12 @@ def resume_elsewhere(rank: int, world_size: int, config, path: Path):
         make_mesh(rank, data=world_size),
     )
     runner = StepRunner(config, architecture, mesh, torch.device("cpu"))
-    loading.load(path, zero=runner.optimizer, config=config, mesh=mesh)
+    resume.load(path, optimizer=runner.optimizer, global_batch_size=4, mesh=mesh)
     return [runner.train_step(step, batches(step, mesh)).loss for step in (3, 4)]
 
 
-def ours_with(model: str, folder: Path):
-    """Our layers on one rank with the adapters of the folder."""
+def load_adapter(model: str, folder: Path):
+    """Returns the layers on one rank with the folder's adapter."""
     layers, architecture = build(MODELS[model]), read_config(load_hf_config(MODELS[model]))
     add_adapters(
         layers, architecture, LoraConfig(**LORAS[model]), make_mesh(0, connect=False).tensor
@@ -128,7 +131,7 @@ def ours_with(model: str, folder: Path):
         ("gpt2", 2, {"tensor": 2}),
     ],
 )
-def test_peft_loads_what_a_run_goes_on_from(model, world, parallel, tmp_path):
+def test_peft_loads_a_checkpoint_and_a_resume_is_exact(model, world, parallel, tmp_path):
     from peft import PeftModel
 
     config = make_config(model, **parallel)
@@ -158,7 +161,7 @@ def test_peft_loads_what_a_run_goes_on_from(model, world, parallel, tmp_path):
     theirs = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager"), saved
     ).eval()
-    layers, architecture = ours_with(model, saved)
+    layers, architecture = load_adapter(model, saved)
     given = some_tokens()
     with torch.no_grad():
         ours = logits(layers, make_microbatch(architecture, given))
@@ -190,7 +193,7 @@ def test_peft_loads_what_a_run_goes_on_from(model, world, parallel, tmp_path):
 
 @pytest.fixture
 def written(tmp_path):
-    """An adapter of llama as a checkpoint has it, without a run, and the base's folder."""
+    """A folder with an adapter of llama, as a checkpoint contains it, and its base model."""
     layers, architecture = build(MODELS["llama"]), read_config(load_hf_config(MODELS["llama"]))
     transformers_twin(MODELS["llama"], layers).save_pretrained(tmp_path / "base")
     add_adapters(
@@ -201,68 +204,74 @@ def written(tmp_path):
 
     (tmp_path / "adapter").mkdir()
     save_file(tensors, tmp_path / "adapter" / "model.safetensors")
-    peft_module.join(
+    join_shards(
         tmp_path / "adapter",
         [manifest.FileRecord("model.safetensors", 0, "")],
-        make_config("llama"),
-        architecture,
+        make_adapter_config(make_config("llama").lora, architecture, init_from=None),
     )
     return tmp_path
 
 
-def test_merging_refuses_what_does_not_belong_together(written):
+def test_merging_refuses_another_base_model(written):
     base = written / "base" / "model.safetensors"
     whole = base.read_bytes()
     other = {**LLAMA, "intermediate_size": 40}
     transformers_twin(other, build(other)).save_pretrained(written / "other")
     with pytest.raises(
         CheckpointError,
-        match=r"has model.layers.0.mlp.* of shape \(\d+, \d+\), and .*adapter is for \[\d+, \d+\]",
+        match=r"contains model.layers.0.mlp.* of shape .* and .*adapter is for \[\d+, \d+\]",
     ):
         merge_adapter(written / "adapter", written / "other", written / "out")
     transformers_twin(GPT2, build(GPT2)).save_pretrained(written / "gpt2")
-    with pytest.raises(CheckpointError, match=r"holds no model.layers.* is it the model"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"lacks model.layers.* check that the adapter was trained on this model",
+    ):
         merge_adapter(written / "adapter", written / "gpt2", written / "out")
     (written / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match="adapter is no readable adapter"):
+    with pytest.raises(CheckpointError, match="adapter is not a readable adapter"):
         merge_adapter(written / "adapter", written / "base", written / "out")
     assert base.read_bytes() == whole
     assert not (written / "out").exists()
-    assert not list(written.glob(".writing*"))
+    assert not list(written.glob(".tmp-*"))
+
+
+def check_adapter(folder, config):
+    resume.check_adapter(folder, task=config.task, lora=asdict(config.lora))
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (
             {"rank": 0},
-            "holds adapters and this run, with lora.rank=0, trains whole weights; set lora.rank=4",
+            "contains adapters and this run, with lora.rank=0, trains full weights; set lora.rank",
         ),
         ({"alpha": 7.0}, "lora.alpha=6.0 and this run has lora.alpha=7.0"),
         ({"dora": True}, "lora.dora=false and this run has lora.dora=true"),
         ({"quantize": "nf4"}, "lora.quantize=none and this run has lora.quantize=nf4"),
     ],
 )
-def test_resuming_with_other_adapters_is_refused(change, words, tmp_path):
+def test_resuming_with_other_adapters_is_refused(change, message, tmp_path):
     config = make_config("llama")
     (tmp_path / "train_state.json").write_text(
         json.dumps({"config": configuration.to_dict(config)})
     )
-    resume.check_adapter(tmp_path, config)
-    with pytest.raises(CheckpointError, match=words):
-        resume.check_adapter(tmp_path, replace(config, lora=replace(config.lora, **change)))
+    check_adapter(tmp_path, config)
+    with pytest.raises(CheckpointError, match=message):
+        check_adapter(tmp_path, replace(config, lora=replace(config.lora, **change)))
     with pytest.raises(
         CheckpointError,
         match=r"was written with task=sft and this run has task=dpo; start a new run",
     ):
-        resume.check_adapter(tmp_path, replace(config, task="dpo"))
+        check_adapter(tmp_path, replace(config, task="dpo"))
 
 
-def test_a_converted_checkpoint_is_of_no_task(tmp_path):
+def test_a_converted_checkpoint_fits_every_task(tmp_path):
     (tmp_path / "train_state.json").write_text(json.dumps({"config": {"train": {}}}))
-    resume.check_adapter(tmp_path, replace(Config(), task="dpo"))
+    check_adapter(tmp_path, replace(Config(), task="dpo"))
     with pytest.raises(
         CheckpointError,
-        match=r"holds whole weights and this run, with lora.rank=4, trains adapters",
+        match=r"contains full weights and this run, with lora.rank=4, trains adapters",
     ):
-        resume.check_adapter(tmp_path, make_config("llama"))
+        check_adapter(tmp_path, make_config("llama"))

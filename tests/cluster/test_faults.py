@@ -100,9 +100,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(cluster, submit, undi
     assert "Traceback" not in job.words(), job.words()
     assert set(there[-2:]) <= set(whole(output))
 
-    for half_written in (output / "checkpoints").glob(
-        ".writing-*"
-    ):  # a start would make room by that
+    for half_written in (output / "checkpoints").glob(".tmp-*"):  # a start would make room by that
         shutil.rmtree(half_written)
     fill(cluster.disk)
     job.requeue()  # a new job's `megatrain check` would see it
@@ -126,9 +124,9 @@ def test_damaged_checkpoints_are_passed_over(submit, undisturbed):
     file = newer / "optimizer/rank-00002.safetensors"
     os.truncate(file, file.stat().st_size - 1)
     job = submit()
-    job.until(lambda: "passed over" in job.words(), "passed over")
+    job.until(lambda: "skipped: " in job.words(), "skipped: ")
     assert (
-        f"resuming from {older}, the newest whole checkpoint; passed over: {newer.name} has {file.stat().st_size} bytes in optimizer/rank"
+        f"resuming from {older}, the newest complete checkpoint; skipped: {newer.name} has {file.stat().st_size} bytes in optimizer/rank"
         in job.words()
     )
 
@@ -142,7 +140,7 @@ def test_damaged_checkpoints_are_passed_over(submit, undisturbed):
     job = submit("checkpoint.verify=full")
     assert job.wait() == "COMPLETED", job.words()
     assert (
-        f"resuming from {older}, the newest whole checkpoint; passed over: {newer.name} has other content in optimizer/rank"
+        f"resuming from {older}, the newest complete checkpoint; skipped: {newer.name} has other content in optimizer/rank"
         in job.words()
     )
     assert_same(job.output, undisturbed, STEPS)
@@ -304,7 +302,7 @@ def test_time_that_runs_out(submit, undisturbed):
         or f"stopped by a signal after step {stopped_at};" in job.words()
     )
     job.until(lambda: last_step(job.output) > stopped_at, "beyond it")
-    assert not stopped_at or f"step-{stopped_at:08d}, the newest whole checkpoint" in job.words()
+    assert not stopped_at or f"step-{stopped_at:08d}, the newest complete checkpoint" in job.words()
     job.cluster.run("scancel", job.id)
     job.wait()
     lines = metrics(job.output)

@@ -129,7 +129,7 @@ class Trials:
         else:
             self.job = self._submit(self.output.name)
         from_there = (
-            "starting afresh"
+            "starting from scratch"
             if newest is None
             else f"resuming from {self.output}/checkpoints/step-{newest:08d}"
         )

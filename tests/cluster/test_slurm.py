@@ -38,7 +38,7 @@ def test_a_run_through_preemption_a_killed_rank_and_a_lost_node_ends_as_an_undis
     stopped_at = last_step(output)
     assert f"stopped by a signal after step {stopped_at}" in job.words()
     job.until_beyond(stopped_at + 5)
-    assert f"step-{stopped_at:08d}, the newest whole checkpoint" in job.words()
+    assert f"step-{stopped_at:08d}, the newest complete checkpoint" in job.words()
 
     os.kill(rank_processes(output)[-1], signal.SIGKILL)
     assert job.wait() == "FAILED", job.words()

@@ -38,6 +38,7 @@ def import_and_save(rank, world_size, root):
     from megatrain.distributed.mesh import make_mesh
     from megatrain.models.config import load_hf_config, read_config
     from megatrain.models.counts import parameter_shapes
+    from megatrain.planner.run_spec import describe_run
     from megatrain.training.step_runner import StepRunner
 
     for name in NAMES:
@@ -62,12 +63,14 @@ def import_and_save(rank, world_size, root):
         runner = StepRunner(config, architecture, mesh, torch.device("cpu"), pretrained=pretrained)
         saver = Checkpointer(
             root / name / f"ours-{world_size}",
-            zero=runner.optimizer,
-            config=config,
-            architecture=architecture,
+            optimizer=runner.optimizer,
             mesh=mesh,
-            describe=lambda path, config=config, architecture=architecture: write_hf_metadata(
-                path, config, architecture, None
+            run=describe_run(config, architecture, data_size=mesh.data.size),
+            keep_last=0,
+            keep_every=0,
+            adapter_config=None,
+            write_metadata=lambda path, architecture=architecture: write_hf_metadata(
+                path, architecture, dtype=torch.float32, tokenizer=None, chat=None
             ),
         )
         saver.save(TrainState(0, 0, 0))

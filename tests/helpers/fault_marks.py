@@ -145,4 +145,4 @@ def _slow_files(seconds: float) -> None:
         return done
 
     os.fsync, os.rename, os.unlink = late(os.fsync), late(os.rename), late(os.unlink)
-    OptimizerState.fill = late(OptimizerState.fill)  # type: ignore[method-assign]
+    OptimizerState.load = late(OptimizerState.load)  # type: ignore[method-assign]

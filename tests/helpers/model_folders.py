@@ -1,4 +1,4 @@
-"""Small folders of tensors in each of the forms that Hugging Face has kept models in."""
+"""Small folders of tensors in each of Hugging Face's formats for models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-WANTED = {
+TENSORS = {
     "a.weight": torch.arange(35, dtype=torch.float32).view(7, 5),
     "a.bias": torch.arange(7, dtype=torch.bfloat16),
     "b.weight": torch.arange(48, dtype=torch.float16).view(4, 3, 4),
@@ -16,12 +16,13 @@ WANTED = {
     "c.nothing": torch.empty(0, 4),
 }
 SHARDS = [
-    {name: tensor for name, tensor in WANTED.items() if name.startswith(letter)} for letter in "abc"
+    {name: tensor for name, tensor in TENSORS.items() if name.startswith(letter)}
+    for letter in "abc"
 ]
 
 
 def write(folder, kind):
-    """The wanted tensors in each of the layouts of a Hugging Face folder."""
+    """Writes the tensors TENSORS to a folder in one of the formats KINDS."""
     folder.mkdir()
     stem, suffix = (
         ("model", "safetensors") if kind.startswith("safetensors") else ("pytorch_model", "bin")
@@ -44,7 +45,7 @@ def write(folder, kind):
             json.dumps({"metadata": {}, "weight_map": weight_map})
         )
     else:
-        save(WANTED, f"{stem}.{suffix}")
+        save(TENSORS, f"{stem}.{suffix}")
     return folder
 
 

@@ -138,7 +138,7 @@ def _first_gradient(zero) -> list[Piece]:
             f.start,
             f.tensors["exp_avg"].clone() / (1 - BETAS[0]),
         )
-        for f in zero.fragments()
+        for f in zero.state.fragments()
     ]
 
 

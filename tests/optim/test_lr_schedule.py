@@ -1,4 +1,4 @@
-"""Each schedule's rate at the steps that matter, from its formula."""
+"""The rate of each schedule at selected steps, computed from its formula."""
 
 import math
 
@@ -34,12 +34,12 @@ VALUES = {
 @pytest.mark.parametrize(
     ("name", "step"), [(name, step) for name, values in VALUES.items() for step in values]
 )
-def test_after_it(name, step):
+def test_rates_after_the_warm_up(name, step):
     assert rate(name, step) == pytest.approx(VALUES[name][step], rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
-def test_decay_ends_where_decay_steps_says_and_stays_there(name):
+def test_the_rate_is_constant_after_decay_steps(name):
     assert [rate(name, step, decay_steps=60) for step in (60, 61, 110)] == pytest.approx(
         [LEAST] * 3
     )
@@ -47,19 +47,19 @@ def test_decay_ends_where_decay_steps_says_and_stays_there(name):
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_wsd_may_decay_all_the_time_or_never(fraction):
+def test_wsd_with_stable_fractions_0_and_1(fraction):
     assert rate("wsd", 60, stable_fraction=fraction) == (2.5 if fraction == 0.0 else PEAK)
     assert rate("wsd", 110, stable_fraction=fraction) == (LEAST if fraction == 0.0 else PEAK)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd", "inverse_sqrt"])
-def test_without_warm_up_the_first_step_has_about_the_peak(name):
+def test_without_warm_up_the_first_rate_is_near_the_peak(name):
     first = rate(name, 1, warmup_steps=0)
     assert PEAK * 0.99 < first <= PEAK
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "inverse_sqrt"])
-def test_it_never_rises_after_the_warm_up(name):
+def test_the_rate_does_not_rise_after_the_warm_up(name):
     rates = [rate(name, step) for step in range(WARMUP, STEPS + 20)]
     assert rates == sorted(rates, reverse=True)
     assert min(rates) >= LEAST

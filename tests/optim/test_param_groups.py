@@ -1,4 +1,4 @@
-"""Which parameters decay, and how they are updated."""
+"""Weight decay groups, and torch's fused update rules."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def layers(model):
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["qwen2", "gpt2"])
 @pytest.mark.parametrize("embeddings", [True, False])
-def test_matrices_decay_and_embeddings_if_asked(model, embeddings):
+def test_matrices_decay_and_embeddings_optionally(model, embeddings):
     module = layers(model)
     groups = decay_groups(
         module.parameters(), OptimizerConfig(weight_decay=0.3, decay_embeddings=embeddings)
@@ -80,7 +80,7 @@ def test_matrices_decay_and_embeddings_if_asked(model, embeddings):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lion"])
-def test_a_rule_takes_its_settings(name):
+def test_settings_reach_the_update_rule(name):
     config = OptimizerConfig(
         name=name, lr=0.5, betas=[0.7, 0.8], eps=0.01, momentum=0.6, weight_decay=0.3
     )
@@ -93,7 +93,7 @@ def test_a_rule_takes_its_settings(name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lion"])
-def test_what_fills_whole_registers_is_updated_alike_wherever_it_lies(name):
+def test_updates_of_full_registers_do_not_depend_on_position(name):
     weights, *gradients = torch.randn(6, 256 * LANES, generator=torch.Generator().manual_seed(0))
 
     def updated(size):
@@ -112,7 +112,7 @@ def test_what_fills_whole_registers_is_updated_alike_wherever_it_lies(name):
 
 
 @pytest.mark.parametrize(("tied", "pipeline"), [(True, 2), (True, 1), (False, 2)])
-def test_shares_of_a_matrix_at_both_ends_are_whole_registers(tied, pipeline):
+def test_shards_of_a_matrix_at_both_ends_fill_registers(tied, pipeline):
     model = {**LLAMA, "hidden_size": 20, "tie_word_embeddings": tied}
     module = build_stage(
         configuration.from_dict({"parallel": {"pipeline": pipeline}}),

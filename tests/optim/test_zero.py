@@ -1,4 +1,4 @@
-"""The contract of the adapter to DeepSpeed: whatever the ZeRO stage, what it does with gradients equals plain torch."""
+"""Steps of every ZeRO stage equal plain torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from megatrain.config import loader as configuration
 from megatrain.distributed.mesh import make_mesh
 from megatrain.distributed.sharding import ShardSpec, declare
+from megatrain.ops.dtypes import DTYPES
 from megatrain.optim.lion import Lion
 from megatrain.optim.param_groups import STATES
 from megatrain.optim.zero import ZeroOptimizer
@@ -22,11 +23,11 @@ SHAPES = {"embedding": (11, 5), "matrix": (7, 5), "bias": (7,), "norm": (5,)}
 LRS = [0.01, 0.02, 0.03, 0.02, 0.01, 0.01]
 MICROBATCHES, CLIP, DECAY = 2, 8.0, 0.1
 OVERFLOWS, DISCARDED = 2, 3
-"""The step with a gradient that is not finite on the last rank, and the one whose first gradients are discarded."""
+"""A step with a non-finite gradient on the last rank; a step with discarded gradients before it."""
 
 
 class Tiny(nn.Module):
-    """A stage whose gradients are what it is called with."""
+    """A stage whose gradients are the arguments of its forward."""
 
     def __init__(self):
         super().__init__()
@@ -70,16 +71,16 @@ class Outcome(NamedTuple):
     norms: list[float]
     applied: list[bool]
     weights: list[dict[str, torch.Tensor]]
-    """After each step."""
+    """The weights after each step."""
     updates: int
     pieces: list[tuple[str, int, dict[str, torch.Tensor]]]
-    """Of this rank, after the last step."""
+    """This rank's fragments after the last step."""
     doubled: dict[str, torch.Tensor]
     """The weights after the masters were doubled in place."""
 
 
 def gradients(step, microbatch, rank):
-    """Exact in bf16; those of even steps are short enough not to be clipped."""
+    """Returns gradients that are exact in bf16; those of even steps are not clipped."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * microbatch + rank)
     size = 0.25 if step % 2 == 0 else 4.0
     return {
@@ -101,7 +102,14 @@ def run_cases(rank, world_size, cases):
 
 def run_case(rank, case):
     mesh = make_mesh(rank, data=case.world)
-    zero = ZeroOptimizer(Tiny(), config=case.config(), mesh=mesh, microbatches=MICROBATCHES)
+    zero = ZeroOptimizer(
+        Tiny(),
+        settings=case.config().optimizer,
+        parallel=case.config().parallel,
+        dtype=DTYPES[case.dtype],
+        mesh=mesh,
+        microbatches=MICROBATCHES,
+    )
 
     def backward(step):
         for microbatch in range(MICROBATCHES):
@@ -114,7 +122,7 @@ def run_case(rank, case):
 
     def weights():
         return {
-            name: zero.full_weights(parameter).float().clone()
+            name: zero.state.full_weights(parameter).float().clone()
             for name, parameter in zero.stage.named_parameters()
         }
 
@@ -124,26 +132,26 @@ def run_case(rank, case):
             backward(99)
             zero.zero_grad()
         if step == len(LRS) - 1:
-            zero.updates = 10
+            zero.state.updates = 10
         backward(step)
         result = zero.step(lr)
         norms.append(result.grad_norm)
         applied.append(result.applied)
         after.append(weights())
-    updates = zero.updates
+    updates = zero.state.updates
     pieces = [
         (f.sharding.name, f.start, {name: t.clone() for name, t in f.tensors.items()})
-        for f in zero.fragments()
+        for f in zero.state.fragments()
     ]
     with torch.no_grad():
-        for fragment in zero.fragments():
+        for fragment in zero.state.fragments():
             fragment.tensors["master"].mul_(2.0)
-    zero.copy_masters_to_weights()
+    zero.state.copy_masters_to_weights()
     return Outcome(norms, applied, after, updates, pieces, weights())
 
 
 def plain(case):
-    """The same in one process, with nothing of ours but Lion: norms, masters after each step, states."""
+    """Returns norms, masters after each step and moments of plain torch in one process."""
     masters = {name: p.detach().clone().requires_grad_() for name, p in Tiny().named_parameters()}
     groups = [
         {"params": [masters[n] for n in ("embedding", "matrix")], "weight_decay": DECAY},
@@ -197,7 +205,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """By case, the outcome on each rank."""
+    """Returns the outcomes of all ranks by case."""
     folder = tmp_path_factory.mktemp("ranks")
     found = {}
     for world in (1, 2):
@@ -231,7 +239,7 @@ def test_norm_clipping_and_update_equal_plain_torch(outcomes, case):
 
 
 def test_masters_and_states_are_fp32_and_equal_plain_torch(outcomes, case):
-    """They are exact in bf16 too: gradients arrive whole and add up in fp32."""
+    """Exact in bf16 too, since gradients are summed in fp32."""
     _, after, states = plain(case)
     for rank in outcomes[case]:
         for name, start, tensors in rank.pieces:
@@ -243,7 +251,7 @@ def test_masters_and_states_are_fp32_and_equal_plain_torch(outcomes, case):
                 torch.testing.assert_close(ours, part, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_that_are_not_finite_change_nothing(outcomes, case):
+def test_nonfinite_gradients_change_nothing(outcomes, case):
     for rank in outcomes[case]:
         assert rank.applied == [step != OVERFLOWS for step in range(len(LRS))]
         assert not math.isfinite(rank.norms[OVERFLOWS]) or rank.norms[OVERFLOWS] < 0
@@ -259,7 +267,7 @@ def test_updates_can_be_read_and_set(outcomes, case):
 
 
 def test_fragments_cover_every_element_once(outcomes, case):
-    """Over the ranks, or on each of them where the optimizer is not sharded."""
+    """All ranks together cover them, or each rank without ZeRO."""
     ranks = [[rank] for rank in outcomes[case]] if case.zero == 0 else [outcomes[case]]
     for holders in ranks:
         covered = {name: torch.zeros(shape).flatten() for name, shape in SHAPES.items()}
@@ -271,14 +279,14 @@ def test_fragments_cover_every_element_once(outcomes, case):
         assert all(rank.pieces for rank in outcomes[case])
 
 
-def test_what_is_written_to_masters_becomes_the_weights(outcomes, case):
+def test_masters_are_copied_to_weights(outcomes, case):
     for rank in outcomes[case]:
         for name, weights in rank.doubled.items():
             torch.testing.assert_close(weights, 2 * rank.weights[-1][name], rtol=1e-6, atol=0)
 
 
-def test_lion_is_algorithm_2_of_its_paper():
-    """arXiv 2302.06675: c = b1 m + (1 - b1) g;  w -= lr (sign(c) + decay w);  m = b2 m + (1 - b2) g."""
+def test_lion_equals_algorithm_2_of_its_paper():
+    """arXiv 2302.06675: c = b1 m + (1 - b1) g, w -= lr (sign(c) + d w), m = b2 m + (1 - b2) g."""
     lr, b1, b2, decay = 0.01, 0.9, 0.99, 0.2
     parameter = nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)))
     w, m = parameter.detach().double(), torch.zeros(50, dtype=torch.float64)

@@ -16,6 +16,8 @@ from megatrain.checkpoint import resume as resume_module
 from megatrain.checkpoint.train_state import read_train_state
 from megatrain.config import loader as configuration
 from megatrain.errors import UserError
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.planner.run_spec import choose_start, describe_run
 
 MODEL = {
     "model_type": "llama",
@@ -158,30 +160,30 @@ def test_content_is_compared_where_asked(run):
     flip(checkpoint(run))
     (checkpoint(run, 8) / "config.json").unlink()
     config = configuration.from_dict(settings(run, checkpoint={"verify": "full"}))
-    assert resume_module.choose_start(config)[0] == checkpoint(run)
-    path, words = resume_module.choose_start(config, hashes=True)
+    assert choose_start(config)[0] == checkpoint(run)
+    path, words = choose_start(config, hashes=True)
     assert path == checkpoint(run, 4)
     assert (
-        "passed over: step-00000010 has other content in optimizer/rank-00000.safetensors than was written"
+        "skipped: step-00000010 has other content in optimizer/rank-00000.safetensors than was written"
         in words
     )
-    assert "passed over: step-00000008 lacks config.json" in words
+    assert "skipped: step-00000008 lacks config.json" in words
     assert resume(run, verify="full") is None
     assert [line["step"] for line in lines(run / "run")] == list(range(1, 15))
 
 
 def test_checkpoints_ahead_of_where_a_run_begins_are_said(run):
-    ahead = f"; {checkpoint(run)} lies ahead, and checkpoint.resume=auto would go on from there"
+    ahead = (
+        f"; {checkpoint(run)} is of a later step and checkpoint.resume=auto would resume from it"
+    )
     for wish in ("never", str(checkpoint(run, 4))):
         assert (
             ahead
-            in resume_module.choose_start(
-                configuration.from_dict(settings(run, checkpoint={"resume": wish}))
-            )[1]
+            in choose_start(configuration.from_dict(settings(run, checkpoint={"resume": wish})))[1]
         )
     assert (
-        "lies ahead"
-        not in resume_module.choose_start(
+        "later step"
+        not in choose_start(
             configuration.from_dict(settings(run, checkpoint={"resume": str(checkpoint(run))}))
         )[1]
     )
@@ -192,10 +194,10 @@ def test_checkpoints_ahead_of_where_a_run_begins_are_said(run):
 
 
 CHANGES = {
-    "was written with optimizer.name=adamw and this run has lion: one rule's states mean nothing": {
+    "was written with optimizer.name=adamw and this run has lion: update rules do not share their moments": {
         "optimizer": {"name": "lion", "lr": 1e-3}
     },
-    "was written with train.global_batch_size=4 and this run has 8: which samples come next": {
+    "was written with train.global_batch_size=4 and this run has 8: step and batch size determine": {
         "train": {"global_batch_size": 8}
     },
     "was written with data.sequence_length=16 and this run has 8": {"data": {"sequence_length": 8}},
@@ -216,19 +218,17 @@ def test_what_a_resume_must_not_change(sentence, finished):
 
 
 def test_what_changed_is_said(finished):
-    from megatrain.distributed.mesh import make_mesh
-
     raw = settings(
         finished, parallel={"tensor": 2, "pipeline": 2, "zero": 0}, train={"dtype": "bf16"}
     )
     raw["data"]["train"] = "elsewhere"
+    config = configuration.from_dict(raw)
     words = resume_module.describe_differences(
         checkpoint(finished),
-        configuration.from_dict(raw),
-        make_mesh(0, tensor=2, pipeline=2, connect=False),
+        describe_run(config, read_config(load_hf_config(config.model)), data_size=1),
     )
     assert words == [
         "resuming on another layout, equal up to rounding: tensor 1 -> 2, pipeline 1 -> 2, zero 1 -> 0",
-        "train.dtype was fp32 and is bf16: fp32 masters and moments go on exactly, weights are rounded anew",
-        f"data.train was {finished / 'tokens'} and is elsewhere: the order goes on at the same sample",
+        "train.dtype changed from fp32 to bf16: masters and moments are loaded exactly, weights are rounded again",
+        f"data.train changed from {finished / 'tokens'} to elsewhere: continuing at the same sample position",
     ]

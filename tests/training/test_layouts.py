@@ -331,7 +331,7 @@ def run_tied(rank, world_size, rows):
                 share,
                 [
                     (f.start, f.tensors["master"].clone())
-                    for f in runner.optimizer.fragments()
+                    for f in runner.optimizer.state.fragments()
                     if f.sharding.kind == "embedding"
                 ],
             )

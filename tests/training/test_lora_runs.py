@@ -188,12 +188,12 @@ def in_4_bits(network, folder: Path):
 
 @torch.no_grad()
 def scramble(zero) -> None:
-    for fragment in zero.fragments():
+    for fragment in zero.state.fragments():
         s = fragment.sharding
         master = fragment.tensors["master"]
         part = s.take(scrambled(s.name, s.shape, torch.zeros(s.shape)))
         master.add_(part.flatten()[fragment.start : fragment.start + master.numel()])
-    zero.copy_masters_to_weights()
+    zero.state.copy_masters_to_weights()
 
 
 def run_layout(rank: int, world_size: int, config):

@@ -98,7 +98,7 @@ def spoil(runner, what):
             .remove
         )
     parameter = next(p for p in runner.stage.parameters() if shard_spec(p).name == what)
-    if runner.optimizer.partitioned:
+    if runner.optimizer.partitions_gradients:
         handle = parameter.register_hook(lambda grad: torch.full_like(grad, math.nan))
         hooks = dict(parameter._backward_hooks)
         parameter._backward_hooks.clear()
@@ -170,7 +170,7 @@ def train_case(rank, world_size, case):
             f.start,
             {name: t.clone() for name, t in f.tensors.items()},
         )
-        for f in runner.optimizer.fragments()
+        for f in runner.optimizer.state.fragments()
     ]
     if case.what == "weight":
         with torch.no_grad():

@@ -146,7 +146,7 @@ def test_merging_by_the_verb(files, tmp_path, capsys, monkeypatch):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(raw))
     assert main(["finetune", str(file), "--merge"]) == 1
-    assert "there is no checkpoint to merge" in capsys.readouterr().err
+    assert "has no checkpoint to merge" in capsys.readouterr().err
     run_ranks(finetune, 2, raw, folder=tmp_path)
     with monkeypatch.context() as launched:
         for name, value in (

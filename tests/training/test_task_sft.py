@@ -445,8 +445,13 @@ def test_how_to_generate_is_kept_and_ends_where_answers_do(tmp_path):
         "modeling.py",
     ):
         (theirs / name).write_text("{}")
-    config = checked({"model": MODEL, "data": {"tokenizer": str(theirs)}, "train": {"steps": 1}})
-    write_hf_metadata(ours, config, read_config(load_hf_config(MODEL)), Chat("mine", [7, 5]))
+    write_hf_metadata(
+        ours,
+        read_config(load_hf_config(MODEL)),
+        dtype=torch.float32,
+        tokenizer=str(theirs),
+        chat=Chat("mine", [7, 5]),
+    )
     assert json.loads((ours / "generation_config.json").read_text()) == {
         "temperature": 0.6,
         "do_sample": False,
@@ -470,9 +475,9 @@ SENTENCES = {
     "data.document_mask=true": "data.document_mask=true is a setting of pretraining; leave it out: packed chats attend to themselves alone",
     "data.train={folder}/text.jsonl": "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: messages;",
     "data.train={folder}/indexed": "data.train={folder}/indexed is an indexed dataset, which `megatrain pretrain` reads; start this config",
-    "train.init_from={folder}/run": "{folder}/run is a run's folder and no model's; name one of its checkpoints, such as {folder}/run/checkpoints/step-2",
-    "checkpoint.resume={folder}/run": "checkpoint.resume={folder}/run has no manifest.json; name one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
-    "checkpoint.resume={folder}/run/checkpoints": "checkpoint.resume={folder}/run/checkpoints has no manifest.json; name one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
+    "train.init_from={folder}/run": "{folder}/run is a run folder, not a model; use one of its checkpoints, such as {folder}/run/checkpoints/step-2",
+    "checkpoint.resume={folder}/run": "checkpoint.resume={folder}/run has no manifest.json; use one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
+    "checkpoint.resume={folder}/run/checkpoints": "checkpoint.resume={folder}/run/checkpoints has no manifest.json; use one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
     "data.sequence_length=24 data.too_long=error": "{folder}/train.jsonl, line 1: takes ",
     "train.init_from={folder}/gpt2": "train.init_from={folder}/gpt2 does not fit the model: missing: model.embed_tokens.weight, ",
     "train.init_from=nowhere": "train.init_from=nowhere does not exist",
