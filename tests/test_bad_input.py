@@ -122,16 +122,16 @@ SENTENCES = {
     "data.valid=x data.split='9,1'": "data.split=9,1 cannot be used with data.valid",
     # data
     "data.train=null": "data.train=(nothing) is missing; give the prefix that `megatrain preprocess --output` wrote",
-    "data.train=nowhere": "there is no file nowhere.idx; a data set is named without its .bin and .idx",
+    "data.train=nowhere": "there is no file nowhere.idx; a dataset is named without .bin and .idx",
     'data.train=[{"path":"x"}]': "data.train={'path': 'x'} must have a path and a weight",
-    "eval.every=5": "data.valid=null names no data; set it, or data.split=",
+    "eval.every=5": "data.valid=null names no data; set it, or use a part of data.train",
     "data.tokenizer=nowhere": "data.tokenizer=nowhere does not exist",
     "data.train=": "data.train=(nothing) is missing",
-    "data.train=/": "`/` is a folder at most; a data set is named by the prefix of its .bin and .idx",
+    "data.train=/": "`/` is not the prefix of a dataset; give the path of its files without .bin and .idx",
     'data.train=[{"path":"x","weight":-1}]': "data weight=-1 must be a number above 0",
     "data.split='0,1'": "data.split=0,1 gives none of the 40 documents to train; make its share larger",
     "data.split='1,0' eval.every=2": "data.split=1,0 gives none of the 40 documents to valid; make its share larger",
-    "data.split='39,1' eval.every=2 data.sequence_length=32": "{folder}/data.bin, documents 39 to 39, has 20 tokens to draw from, but one sample takes",
+    "data.split='39,1' eval.every=2 data.sequence_length=32": "{folder}/data.bin, documents 39 to 39, has 20 tokens, but one sample takes",
     "model=" + "a" * 300: "a" * 300 + ": File name too long",
     "parallel.schedule=zb": "parallel.schedule=zb is not a schedule; did you mean zb-v?",
     "train.init_from=nowhere": "train.init_from=nowhere does not exist",
@@ -161,12 +161,12 @@ DAMAGE = {
     "no .bin": (
         "data.bin",
         lambda file: file.unlink(),
-        "there is no file {file}; a data set is named without its .bin and .idx",
+        "there is no file {file}; a dataset is named without .bin and .idx",
     ),
     "no .idx": (
         "data.idx",
         lambda file: file.unlink(),
-        "there is no file {file}; a data set is named without its .bin and .idx",
+        "there is no file {file}; a dataset is named without .bin and .idx",
     ),
     "half a .bin": (
         "data.bin",
@@ -186,29 +186,29 @@ DAMAGE = {
     "a stump of an .idx": (
         "data.idx",
         lambda file: file.write_bytes(b"MMIDIDX"),
-        "{file} is 7 bytes long, shorter than the 34 bytes of a header",
+        "{file} is 7 bytes long, shorter than the header of 34 bytes",
     ),
     "an empty .idx": (
         "data.idx",
         lambda file: file.write_bytes(b""),
-        "{file} is 0 bytes long, shorter than the 34 bytes of a header",
+        "{file} is 0 bytes long, shorter than the header of 34 bytes",
     ),
     "bad magic": (
         "data.idx",
         lambda file: file.write_bytes(b"TNTIDX\0\0\0" + file.read_bytes()[9:]),
-        "{file} is no Megatron index: it starts with",
+        "{file} is not a Megatron index: it starts with",
     ),
     "another version": (
         "data.idx",
         lambda file: file.write_bytes(
             file.read_bytes()[:9] + struct.pack("<Q", 2) + file.read_bytes()[17:]
         ),
-        "{file} is a Megatron index of version 2; only version 1 can be read",
+        "{file}: version 2 of the index is not supported (supported: 1)",
     ),
     "no documents": (
         "data.idx",
         lambda file: file.write_bytes(file.read_bytes()[:18] + struct.pack("<QQq", 0, 1, 0)),
-        "{file} holds no documents",
+        "{file} contains no documents",
     ),
     "a folder for a .bin": (
         "data.bin",
@@ -229,13 +229,13 @@ def test_data_without_tokens(refusal, tmp_path):
     (tmp_path / "data.bin").write_bytes(b"")
     index = struct.pack("<9sQBQQiqqq", b"MMIDIDX\0\0", 1, 8, 1, 2, 0, 0, 0, 1)
     (tmp_path / "data.idx").write_bytes(index)
-    assert refusal() == f"{tmp_path}/data.bin holds no tokens"
+    assert refusal() == f"{tmp_path}/data.bin contains no tokens"
 
 
 def test_data_of_less_than_a_sample(refusal, tmp_path):
     write_data(tmp_path / "short", tokens=LENGTH)
     assert refusal(f"data.train={tmp_path}/short") == (
-        f"{tmp_path}/short.bin has 16 tokens to draw from, but one sample takes data.sequence_length=16 tokens and 1 for the last label"
+        f"{tmp_path}/short.bin has 16 tokens, but one sample takes data.sequence_length=16 tokens and 1 for the last label"
     )
 
 
@@ -375,7 +375,7 @@ def test_a_token_outside_the_vocabulary_ends_the_run_at_the_batch_that_has_it(en
     run = ended["outside"]
     assert run.code == 1
     assert run.err == (
-        f"error: {run.folder.parent}/outside.bin: document 25 holds token id 67, outside the vocabulary of 67; "
+        f"error: {run.folder.parent}/outside.bin: document 25 contains token id 67, outside the vocabulary of 67; "
         "it was written with another tokenizer\n"
     )
     assert len(run.metrics()) > 0, "steps before that batch were taken"

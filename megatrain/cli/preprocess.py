@@ -1,4 +1,4 @@
-"""`megatrain preprocess INPUT... --tokenizer DIR --output PREFIX`: text files to an indexed data set."""
+"""`megatrain preprocess INPUT... --tokenizer DIR --output PREFIX`: writes an indexed dataset."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from megatrain.cli.arguments import positive_int
 
 if TYPE_CHECKING:
-    from megatrain.data.preprocess import Preprocessed
+    from megatrain.data.preprocess import PreprocessResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this verb's arguments."""
+    """Adds the arguments of this command."""
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx"
     )
     parser.add_argument(
-        "--workers", type=positive_int, metavar="N", help="processes (default: one for each core)"
+        "--workers", type=positive_int, metavar="N", help="processes (default: one per core)"
     )
     parser.add_argument(
         "--field", default="text", help="field or column that holds the text (default: %(default)s)"
@@ -34,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=["stop", "skip"],
         default="stop",
-        help="at a record that is no document: stop, or skip and count it (default: %(default)s)",
+        help="if a record is not a document: stop, or skip and count it (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the data set and print what went into it, and what did not."""
+    """Writes the dataset and prints its size and the records left out; returns the exit status."""
     from megatrain.data.preprocess import preprocess
 
     result = preprocess(
@@ -55,15 +55,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(result: Preprocessed) -> list[str]:
-    """Return the lines that say what was written, skipped and ignored."""
+def describe(result: PreprocessResult) -> list[str]:
+    """Returns lines about the documents written, records skipped and files ignored."""
     lines = [
-        f"{result.prefix}: {result.documents} documents, {result.tokens} tokens, {result.bytes} bytes of text "
-        f"in {result.seconds:.1f} s ({result.bytes / 1e6 / result.seconds:.1f} MB/s)"
+        f"{result.prefix}: {result.documents} documents, {result.tokens} tokens, "
+        f"{result.bytes} bytes of text in {result.seconds:.1f} s ({result.bytes / 1e6 / result.seconds:.1f} MB/s)"
     ]
     lines += [f"skipped {count}: {reason}" for reason, count in result.skipped.most_common()]
     if result.ignored:
         lines.append(
-            f"ignored {len(result.ignored)} files of other kinds or links to folders, such as {result.ignored[0]}"
+            f"ignored {len(result.ignored)} files of other formats or links to folders, "
+            f"such as {result.ignored[0]}"
         )
     return lines

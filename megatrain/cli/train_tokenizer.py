@@ -1,4 +1,4 @@
-"""`megatrain tokenizer INPUT... --vocab-size N --output DIR`: train a tokenizer."""
+"""`megatrain train-tokenizer INPUT... --vocab-size N --output DIR`: trains a tokenizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this verb's arguments."""
+    """Adds the arguments of this command."""
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files, folders or globs of JSONL, text or parquet",
     )
     parser.add_argument(
-        "--vocab-size", type=int, required=True, help="tokens in the vocabulary, 257 or more"
+        "--vocab-size", type=int, required=True, help="tokens in the vocabulary, at least 257"
     )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder to save the tokenizer in"
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, save, and print what came of it."""
+    """Trains and saves a tokenizer and prints its size; returns the exit status."""
     from megatrain.data.tokenizer import train_tokenizer
 
-    made = train_tokenizer(
+    trained = train_tokenizer(
         args.inputs,
         vocab_size=args.vocab_size,
         output=args.output,
@@ -43,10 +43,11 @@ def run(args: argparse.Namespace) -> int:
         special_tokens=args.special_token,
     )
     print(
-        f"{made.folder}: a vocabulary of {made.vocab_size} tokens from {made.documents} documents"
+        f"{trained.folder}: a vocabulary of {trained.vocab_size} tokens "
+        f"from {trained.documents} documents"
     )
-    if made.vocab_size < args.vocab_size:
+    if trained.vocab_size < args.vocab_size:
         print(
-            f"the text has no more pairs to merge, so that --vocab-size {args.vocab_size} was not reached"
+            f"--vocab-size {args.vocab_size} was not reached: the texts have no more pairs to merge"
         )
     return 0

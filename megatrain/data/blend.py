@@ -1,13 +1,13 @@
-"""Mix several sources by weight without remembering what was drawn before.
+"""Blending of several sources by weight, without any state.
 
-Positions are cut into blocks of 4096. A block holds a fixed quota of each source, and a keyed permutation of the block
-deals them out. With weights 3 : 1 and, for the drawing, blocks of 8:
+Positions are cut into blocks of 4096. A block has a fixed quota of each source, and a keyed
+permutation of the block mixes them. With weights 3 : 1 and, for the drawing, blocks of 8:
 
-    slots of the block     A A A A A A | B B          quotas from the counts at the block's two ends
-    permuted               A B A A A A B A            position p takes slot perm(p mod 8)
-    place within source    A's first 6, B's first 2   counts before the block + rank of the slot
+    slots of the block        A A A A A A | B B        quotas: differences of the counts at its ends
+    permuted                  A B A A A A B A          position p takes slot shuffle(p mod 8)
+    position in the source    A's first 6, B's first 2 count before the block + rank of the slot
 
-So where a position's sample comes from is a function of (weights, seed, position), in memory for the sources alone.
+The source of a position is a function of (weights, seed, position). Memory is O(sources).
 """
 
 from __future__ import annotations
@@ -27,47 +27,42 @@ BLOCK = 4096
 
 
 class BlendIndex(NamedTuple):
-    """Where a position of the blend is found: which source, and which position within it."""
+    """The source of a position of the blend, and the position in that source."""
 
     source: int
     position: int
 
 
 class _Block(NamedTuple):
-    deal: Shuffle
-    slots: list[int]  # first slot of each source
-    before: list[int]  # positions each source gave in all earlier blocks
+    shuffle: Shuffle
+    first_slots: list[int]  # of each source
+    counts_before: list[int]  # positions of each source in all earlier blocks
 
 
 class Blend:
-    """A weighted mix of sources: the counts follow the weights to within a few samples at every block's end."""
+    """A weighted mix of sources. At the end of each block, counts differ from the weights by a few samples at most.
+
+    Args:
+        weights: one positive number per source; they need not sum to 1.
+        seed: the seed of the permutations.
+
+    Raises:
+        ConfigError: a weight is not a positive number.
+    """
 
     def __init__(self, weights: Sequence[float], *, seed: int) -> None:
-        """Raise ConfigError for a weight that is not a positive number."""
         for weight in weights:
-            if (
-                isinstance(weight, bool)
-                or not isinstance(weight, int | float)
-                or not isfinite(weight)
-                or weight <= 0
-            ):
-                raise ConfigError(
-                    "data weight",
-                    weight,
-                    "must be a number above 0",
-                    "leave the source out to use none of it",
-                )
-        self._weights = [
-            Fraction(str(weight)) for weight in weights
-        ]  # exact, so that counts never drift
+            _check_weight(weight)
+        # Exact fractions: rounding errors of counts must not grow with the position.
+        self._weights = [Fraction(str(weight)) for weight in weights]
         self._seed = seed
         self._block = lru_cache(maxsize=4)(self._make_block)
 
     def counts(self, positions: int) -> list[int]:
-        """Return how many of the first `positions` go to each source, at a block's end; never falls as they grow.
+        """Returns how many of the first `positions`, the end of a block, go to each source.
 
-        Each source takes its rounded share of what the earlier ones left: the sum is exact, and since what is left
-        never falls either, no quota is negative. (Rounding every share by itself gives neither.)
+        Each source takes its rounded share of the positions that the earlier ones left. The sum is
+        exact, and no count falls as `positions` grows. Rounding each share separately gives neither.
         """
         left, weight_left = positions, sum(self._weights)
         counts = []
@@ -77,16 +72,23 @@ class Blend:
             left, weight_left = left - count, weight_left - weight
         return counts
 
-    def place(self, position: int) -> BlendIndex:
-        """Return which source `position` takes, and which of that source's positions."""
+    def locate(self, position: int) -> BlendIndex:
+        """Returns the source of `position` and the position in it."""
         block = self._block(position // BLOCK)
-        slot = block.deal(position % BLOCK)
-        source = bisect_right(block.slots, slot) - 1
-        return BlendIndex(source, block.before[source] + slot - block.slots[source])
+        slot = block.shuffle(position % BLOCK)
+        source = bisect_right(block.first_slots, slot) - 1
+        return BlendIndex(source, block.counts_before[source] + slot - block.first_slots[source])
 
     def _make_block(self, number: int) -> _Block:
         before, after = self.counts(number * BLOCK), self.counts((number + 1) * BLOCK)
-        slots = list(accumulate((b - a for a, b in zip(before, after, strict=True)), initial=0))[
-            :-1
-        ]
-        return _Block(Shuffle(BLOCK, key=("blend", self._seed, number)), slots, before)
+        quotas = (b - a for a, b in zip(before, after, strict=True))
+        first_slots = list(accumulate(quotas, initial=0))[:-1]
+        return _Block(Shuffle(BLOCK, key=("blend", self._seed, number)), first_slots, before)
+
+
+def _check_weight(weight: object) -> None:
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not (is_number and isfinite(weight) and weight > 0):  # type: ignore[arg-type, operator]
+        raise ConfigError(
+            "data weight", weight, "must be a number above 0", "remove a source that is not used"
+        )

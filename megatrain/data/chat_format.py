@@ -1,14 +1,14 @@
-"""Records to conversations: three forms that data for finetuning come in, checked and brought to one.
+"""Conversations from records in three formats of finetuning data.
 
-| fields of the record                          | becomes                                                              |
-|-----------------------------------------------|----------------------------------------------------------------------|
-| `messages`, and `tools` or none               | itself                                                               |
-| `prompt`, `completion`                        | a user's and an assistant's turn; or messages before and to be learnt |
-| `instruction`, `input` or none, `output`      | a user's turn, instruction over input, and an assistant's            |
+| fields of the record                      | conversation                                               |
+|-------------------------------------------|------------------------------------------------------------|
+| `messages`, optional `tools`              | the messages                                               |
+| `prompt`, `completion`                    | a user and an assistant turn; each may also be messages    |
+| `instruction`, optional `input`, `output` | a user turn (instruction, then input), an assistant turn   |
 
-The two short forms may have a `system` field. Turns come in this order, as templates expect them:
+The last two may have a `system` field. Turns must have the order that templates expect:
 
-    [system]  user  assistant  user  assistant ...        an assistant's turn with tool_calls is followed by tools'
+    [system]  user  assistant  user  assistant ...    `tool` turns follow one with tool_calls
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from typing import Any, NamedTuple
 
 Message = dict[str, Any]
 
-_FORMS = "messages; prompt and completion; instruction and output"
-_BEFORE = {
+_FORMATS = "messages; prompt and completion; instruction and output"
+_PREDECESSORS = {
     "system": ("start",),
     "user": ("start", "system", "assistant"),
     "assistant": ("user", "tool"),
     "tool": ("call", "tool"),
 }
-"""Each role, and what may stand before it; `call` is an assistant's turn with tool calls."""
+"""The roles that may come before each role; `call` is an assistant turn with tool calls."""
 
 
 class BadSample(Exception):
-    """A record that cannot be learnt from; the reason is worded without its place, which the caller adds."""
+    """A record that cannot be trained on. The caller adds file and line to the reason."""
 
 
 class Conversation(NamedTuple):
-    """Checked messages that end with an assistant's turn, and the tools offered in them as JSON schemas."""
+    """Valid messages that end with an assistant turn, and the tools offered to it as JSON schemas."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
 
 
 def read_conversation(record: Mapping[str, Any]) -> Conversation:
-    """Return the conversation in a record; raises BadSample."""
-    given = {name for name, value in record.items() if value is not None}
-    if "messages" in given:
+    """Returns the conversation in a record; raises BadSample if it is not valid."""
+    present = {name for name, value in record.items() if value is not None}
+    if "messages" in present:
         messages = _messages(record["messages"], "messages")
-    elif {"prompt", "completion"} <= given:
+    elif {"prompt", "completion"} <= present:
         messages = _side(record, "prompt", "user") + _side(record, "completion", "assistant")
-    elif {"instruction", "output"} <= given:
+    elif {"instruction", "output"} <= present:
         question = [_text(record, name) for name in ("instruction", "input") if record.get(name)]
         messages = [
             *_system(record),
@@ -56,42 +56,40 @@ def read_conversation(record: Mapping[str, Any]) -> Conversation:
         ]
     else:
         raise BadSample(
-            f"missing fields: it has {', '.join(record) or 'none'}, and one of these is needed: {_FORMS}"
+            f"missing fields: it has {', '.join(record) or 'none'}; required: {_FORMATS}"
         )
     check_order(messages)
     return Conversation(messages, _tools(record.get("tools")))
 
 
 def check_order(messages: list[Message]) -> None:
-    """Refuse turns that are out of order or empty."""
-    before = "start"
+    """Raises BadSample if turns are out of order or empty."""
+    previous = "start"
     for number, message in enumerate(messages, start=1):
         role = message["role"]
-        if before not in _BEFORE[role]:
+        if previous not in _PREDECESSORS[role]:
             raise BadSample(
-                f"roles out of order: message {number} is the {role}'s, {_after(before)}"
+                f"roles out of order: message {number} is the {role}'s, {_location(previous)}"
             )
-        before = "call" if message.get("tool_calls") else role
+        previous = "call" if message.get("tool_calls") else role
         if (
             role == "assistant"
             and not message.get("tool_calls")
             and not str(message.get("content") or "").strip()
         ):
             raise BadSample(f"message {number} is an empty assistant turn")
-    if before not in ("assistant", "call"):
+    if previous not in ("assistant", "call"):
         raise BadSample(
-            f"roles out of order: the last message is the {before}'s and not the assistant's"
+            f"roles out of order: the last message is the {previous}'s and not the assistant's"
         )
 
 
-def _after(before: str) -> str:
-    return {"start": "at the start", "call": "after an assistant's with tool calls"}.get(
-        before, f"after the {before}'s"
-    )
+def _location(previous: str) -> str:
+    special = {"start": "at the start", "call": "after an assistant's with tool calls"}
+    return special.get(previous, f"after the {previous}'s")
 
 
 def _side(record: Mapping[str, Any], name: str, role: str) -> list[Message]:
-    """One side of a prompt and its completion: text, or messages."""
     if isinstance(record[name], list):
         return _messages(record[name], name)
     return [
@@ -119,30 +117,30 @@ def _messages(value: Any, name: str) -> list[Message]:
 def _message(value: Any, number: int) -> Message:
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise BadSample(f"message {number} has no role")
-    message = {
-        key: item for key, item in value.items() if item is not None
-    }  # parquet fills what others have with null
-    if message["role"] not in _BEFORE:
+    # In parquet, fields that only other messages have are null.
+    message = {key: item for key, item in value.items() if item is not None}
+    if message["role"] not in _PREDECESSORS:
         raise BadSample(
-            f"message {number} has the unknown role {message['role'][:40]!r}; known are {', '.join(_BEFORE)}"
+            f"message {number}: role {message['role'][:40]!r} is not supported "
+            f"(supported: {', '.join(_PREDECESSORS)})"
         )
     if calls := message.pop("tool_calls", None):
         if message["role"] != "assistant":
             raise BadSample(f"message {number} is the {message['role']}'s and has tool calls")
         message["tool_calls"] = [
-            _call(call, number) for call in _list(calls, f"tool calls of message {number}")
+            _tool_call(call, number) for call in _list(calls, f"tool calls of message {number}")
         ]
     if not isinstance(message.setdefault("content", ""), str):
         raise BadSample(f"the content of message {number} is not text")
     return message
 
 
-def _call(value: Any, number: int) -> dict[str, Any]:
-    """A tool call with its arguments as a mapping, as templates want them; APIs write them as JSON in a string."""
+def _tool_call(value: Any, number: int) -> dict[str, Any]:
+    """Returns a tool call with its arguments as a mapping; APIs write them as JSON in a string."""
     call = _without_nulls(value) if isinstance(value, dict) else {}
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadSample(f"a tool call of message {number} names no function")
+        raise BadSample(f"a tool call of message {number} has no function name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
@@ -160,14 +158,14 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _list(value: Any, what: str) -> list[Any]:
+def _list(value: Any, name: str) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError:
-            raise BadSample(f"{what} are not valid JSON") from None
+            raise BadSample(f"{name} are not valid JSON") from None
     if not isinstance(value, list):
-        raise BadSample(f"{what} are not a list")
+        raise BadSample(f"{name} are not a list")
     return value
 
 

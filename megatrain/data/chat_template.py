@@ -1,15 +1,16 @@
-"""Conversations to tokens, and which of them are the assistant's: a chat template and its tokenizer.
+"""Tokens and loss masks of conversations: a chat template and its tokenizer.
 
-A template with `{% generation %}` marks says itself what the assistant writes. Without them the parts are found by
-rendering prefixes: what stands between a prompt and the conversation up to the answer is the answer,
+A template with `{% generation %}` marks declares the assistant's parts. Without them the parts are
+found by rendering prefixes. The answer is the text between the prompt and the end of the answer:
 
-    whole        <|user|>Hi<|end|><|assistant|>Hello<|end|><|user|>Bye<|end|><|assistant|>...
-    the prompt   <|user|>Hi<|end|><|assistant|>
-    with answer  <|user|>Hi<|end|><|assistant|>Hello<|end|>
-    learnt                                     ^^^^^^^^^^^^
+    complete       <|user|>Hi<|end|><|assistant|>Hello<|end|><|user|>Bye<|end|><|assistant|>...
+    prompt         <|user|>Hi<|end|><|assistant|>
+    with answer    <|user|>Hi<|end|><|assistant|>Hello<|end|>
+    loss on                                      ^^^^^^^^^^^^
 
-and a template for which one is no prefix of the next, because it rewrites earlier turns, is refused. The whole is
-tokenised at once, as generation would see it; a token is learnt if any of it lies in such a part.
+Each text must be a prefix of the text above it. Templates that rewrite earlier turns are not
+supported. The complete text is tokenized at once, as for generation. A token has a loss if one of
+its characters is in such a part.
 """
 
 from __future__ import annotations
@@ -32,24 +33,27 @@ _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class Rendered(NamedTuple):
-    """A conversation as text, and the spans of characters that are learnt."""
+    """A conversation as text, and the spans of characters that have a loss."""
 
     text: str
     spans: list[Span]
 
 
-class Encoded(NamedTuple):
-    """A conversation as tokens: int64[T] and bool[T]."""
+class EncodedChat(NamedTuple):
+    """A conversation as tokens int64[T] and their loss mask bool[T]."""
 
     tokens: Int64
-    trained: np.ndarray[Any, np.dtype[np.bool_]]
+    loss_mask: np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class ChatTemplate:
-    """A tokenizer with its chat template, the tokenizer's own or that of a file."""
+    """A tokenizer with a chat template, its own or that of a file.
+
+    Raises:
+        ConfigError: the tokenizer has no template, or the file cannot be read.
+    """
 
     def __init__(self, tokenizer: str | Path, *, file: str | Path | None = None) -> None:
-        """Load both; raises ConfigError for a tokenizer without a template, and where there is none."""
         self.tokenizer = load_tokenizer(tokenizer)
         if file is not None:
             self.tokenizer.chat_template = _read(file)
@@ -58,7 +62,7 @@ class ChatTemplate:
                 "data.tokenizer",
                 tokenizer,
                 "has no chat template",
-                "give one as data.chat_template=FILE",
+                "set data.chat_template=FILE",
             )
         self._encoder = self.tokenizer.backend_tokenizer
         self._encoder.no_truncation()
@@ -68,21 +72,25 @@ class ChatTemplate:
         }
         self._special = tuple(sorted(added | set(self.tokenizer.all_special_tokens)))
 
-    def encode(self, conversation: Conversation, *, train_on: TrainOn) -> Encoded:
-        """Return tokens and which of them are learnt; raises BadSample when none is."""
+    def encode(self, conversation: Conversation, *, train_on: TrainOn) -> EncodedChat:
+        """Returns the tokens and their loss mask.
+
+        Raises:
+            BadSample: no token has a loss, or the template fails.
+        """
         rendered = self.render(conversation, train_on=train_on)
         encoding = self._encoder.encode(rendered.text, add_special_tokens=False)
         tokens = np.array(encoding.ids, dtype=np.int64)
-        first, last = _characters(encoding.offsets)
-        trained = np.zeros(len(tokens), dtype=np.bool_)
+        first, last = _character_spans(encoding.offsets)
+        loss_mask = np.zeros(len(tokens), dtype=np.bool_)
         for start, end in rendered.spans:
-            trained |= (first < end) & (last > start)
-        if not trained[1:].any():  # the first token is nothing's next
-            raise BadSample("no token of it would be learnt")
-        return Encoded(tokens, trained)
+            loss_mask |= (first < end) & (last > start)
+        if not loss_mask[1:].any():  # the first token is not predicted
+            raise BadSample("no token has a loss")
+        return EncodedChat(tokens, loss_mask)
 
     def render(self, conversation: Conversation, *, train_on: TrainOn) -> Rendered:
-        """Return the conversation as the template writes it, with the spans that are learnt."""
+        """Returns the conversation as the template renders it, with the spans that have a loss."""
         messages, tools = conversation
         if train_on == "all":
             text = self._text(messages, tools)
@@ -92,15 +100,15 @@ class ChatTemplate:
         return self._by_prefixes(messages, tools, train_on)
 
     def stop_token(self) -> int | None:
-        """The special token with which an assistant's turn ends, None where none can be told."""
+        """Returns the special token that ends an assistant turn; None if it cannot be determined."""
         example = Conversation(
             [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
         )
         try:
             encoded = self.encode(example, train_on="completion")
-        except BadSample:  # a template that wants more than this
+        except BadSample:  # the template needs more than this example
             return None
-        last = int(encoded.tokens[encoded.trained][-1])
+        last = int(encoded.tokens[encoded.loss_mask][-1])
         token = self.tokenizer.convert_ids_to_tokens(last)
         return last if token in self._special else None
 
@@ -115,30 +123,27 @@ class ChatTemplate:
     def _by_prefixes(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, train_on: TrainOn
     ) -> Rendered:
-        whole = self._text(messages, tools)
-        turns = [
-            number for number, message in enumerate(messages) if message["role"] == "assistant"
-        ]
+        complete = self._text(messages, tools)
+        turns = [number for number, m in enumerate(messages) if m["role"] == "assistant"]
         spans = []
         for number in turns if train_on == "assistant" else turns[-1:]:
             prompt = self._text(messages[:number], tools, prompt=True)
-            answered = (
-                whole if number == len(messages) - 1 else self._text(messages[: number + 1], tools)
-            )
-            if not (whole.startswith(answered) and answered.startswith(prompt)):
-                raise BadSample(_no_prefix(number + 1, last=number == len(messages) - 1))
-            spans.append((len(prompt), self._end(answered, len(prompt))))
-        return Rendered(whole, spans)
+            is_last = number == len(messages) - 1
+            answered = complete if is_last else self._text(messages[: number + 1], tools)
+            if not (complete.startswith(answered) and answered.startswith(prompt)):
+                raise BadSample(_not_a_prefix(number + 1, is_last=is_last))
+            spans.append((len(prompt), self._end_of_turn(answered, len(prompt))))
+        return Rendered(complete, spans)
 
-    def _end(self, text: str, start: int) -> int:
-        """Where a turn ends: what the template puts between the token that ends it and the next is not the assistant's."""
+    def _end_of_turn(self, text: str, start: int) -> int:
+        """Returns the end of the turn, without white space that the template adds after its last token."""
         turn = text[start:].rstrip()
         return start + len(turn) if turn.endswith(self._special) else len(text)
 
     def _template(self, tools: list[dict[str, Any]] | None) -> str:
         try:
             return str(self.tokenizer.get_chat_template(tools=tools))
-        except ValueError as error:  # several, and none is the default
+        except ValueError as error:  # several templates without a default
             raise BadSample(_one_line(error)) from None
 
     def _text(
@@ -166,28 +171,28 @@ class ChatTemplate:
                 return_assistant_tokens_mask=marks,
                 **self.tokenizer.special_tokens_map,
             )
-        except (
-            Exception
-        ) as error:  # whatever a template raises, its own raise_exception and Python's errors
-            raise BadSample(f"the chat template fails on it: {_one_line(error)}") from None
+        except Exception as error:  # templates raise any error of Python
+            raise BadSample(f"the chat template fails: {_one_line(error)}") from None
         return texts[0], [(start, end) for start, end in (spans[0] if spans else [])]
 
 
-def _characters(offsets: list[Span]) -> tuple[Int64, Int64]:
-    """The first character of each token and the one after its last, each int64[T]."""
+def _character_spans(offsets: list[Span]) -> tuple[Int64, Int64]:
+    """Returns the first character of each token and the one after its last, each int64[T]."""
     first, last = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    # Some tokenizers cut spaces off at both ends: what is left of a space's token is a point behind it.
+    # Some tokenizers strip spaces from spans: the span of a space is then empty and lies behind it.
     before = np.concatenate([[0], np.maximum.accumulate(last)[:-1]]) if len(last) else last
     first = np.where(first == last, np.minimum(first, before), first)
-    # One that stands for no character, such as the mark of a word's start, belongs to what follows.
+    # A token without characters, such as the start mark of a word, belongs to the next character.
     return first, np.maximum(last, first + 1)
 
 
-def _no_prefix(number: int, *, last: bool) -> str:
-    way_out = "give a template with {% generation %} marks (data.chat_template=FILE)"
-    if not last:
-        way_out = f"learn the last turn alone (data.train_on=completion), or {way_out}"
-    return f"the chat template writes message {number} or what stands before it otherwise when more follows; {way_out}"
+def _not_a_prefix(number: int, *, is_last: bool) -> str:
+    hint = "set a template with {% generation %} marks (data.chat_template=FILE)"
+    if not is_last:
+        hint = f"train on the last turn only (data.train_on=completion), or {hint}"
+    return (
+        f"the chat template rewrites message {number} or an earlier one when others follow; {hint}"
+    )
 
 
 def _read(file: str | Path) -> str:

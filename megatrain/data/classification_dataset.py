@@ -1,15 +1,16 @@
-"""Texts with labels: JSONL or parquet to samples, as a function of (seed, position).
+"""Labelled texts from JSONL or parquet, and their samples as a function of (seed, position).
 
 | task                                | a record                                                       |
 |-------------------------------------|----------------------------------------------------------------|
-| classification, single-label        | `text`, `label`: a class's name or number                      |
+| classification, single-label        | `text`, `label`: the name or number of a class                 |
 | classification, multi-label         | `text`, `labels`: a list of them, which may be empty           |
 | classification, regression          | `text`, `label`: a number                                      |
-| token-classification                | `tokens`: words, `labels`: a class for each; null has no loss  |
+| token-classification                | `tokens`: words, `labels`: a class each; null has no loss      |
 
-A sample is one text, cut or padded at its end. Its label stands at the token that a classifier of transformers looks at: the last
-that is not padding; the label of a word stands at the word's first token. Files are read whole by every rank, which is meant
-for data that are small beside a model: MOST_BYTES at most.
+A sample is one text, truncated or padded at its end. Its label is at the token that classifiers of
+transformers read: the last that is not padding. The label of a word is at its first token. Every
+rank reads the files into memory, which suits datasets that are small beside a model: MAX_BYTES at
+most.
 """
 
 from __future__ import annotations
@@ -30,59 +31,72 @@ from megatrain.data.records import parse_objects
 from megatrain.data.shuffle import Shuffle, keyed_integers
 from megatrain.data.text_augmentation import augment, mask_word, split_words
 from megatrain.data.text_files import find_inputs, read_blocks
-from megatrain.errors import DataError
+from megatrain.errors import DataError, truncate
 
-MOST_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 
 
 class LabelledText(NamedTuple):
-    """A text's words, each with the white space around it, and targets' numbers: of each word, or one of the whole text."""
+    """The words of a text, with the white space around them, and encoded targets.
+
+    There is one target per word (None has no loss), or one of the text.
+    """
 
     words: list[str]
     targets: list[int | None]
 
 
 class LabelSpec(NamedTuple):
-    """What records are read as."""
+    """The format of labels: per token or per text, the problem type and the names of the classes."""
 
     of_tokens: bool
     problem: Problem
     labels: list[str]
 
+    @property
+    def field(self) -> str:
+        """The field of a record that contains its label or labels."""
+        return "labels" if self.of_tokens or self.problem == "multi-label" else "label"
 
-def read_labelled_texts(path: str, reading: LabelSpec) -> list[LabelledText]:
-    """All records of the files that a path, folder or glob names; DataError naming file and line of a bad one."""
-    found = [_labelled(record, reading, place) for record, place in _records(path)]
-    if not found:
-        raise DataError(f"{path} holds no text with a label")
-    return found
+
+def read_labelled_texts(path: str, spec: LabelSpec) -> list[LabelledText]:
+    """Returns all records of the files that a path, folder or glob names.
+
+    Raises:
+        DataError: the first record that is not valid, with file and line.
+    """
+    texts = [_labelled_text(record, spec, location) for record, location in _records(path)]
+    if not texts:
+        raise DataError(f"{path} contains no text with a label")
+    return texts
 
 
 def find_labels(path: str, *, of_tokens: bool, problem: Problem) -> list[str]:
-    """The classes that the files name, sorted: what `classification.labels` may be set to."""
+    """Returns the sorted classes that the files name, the value for `classification.labels`."""
+    field = LabelSpec(of_tokens, problem, []).field
     found: set[str] = set()
     for record, _ in _records(path):
-        value = record.get("labels" if of_tokens or problem == "multi-label" else "label")
-        found |= {
-            str(label)
-            for label in (value if isinstance(value, list) else [value])
-            if label is not None
-        }
-    return sorted(
-        found, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label)
-    )
+        value = record.get(field)
+        values = value if isinstance(value, list) else [value]
+        found |= {str(label) for label in values if label is not None}
+    return sorted(found, key=lambda label: (not label.isdigit(), _number(label), label))
+
+
+def _number(label: str) -> int:
+    return int(label) if label.isdigit() else 0
 
 
 def _records(path: str) -> Iterator[tuple[dict[str, Any], str]]:
     files = find_inputs([path]).files
     size = sum(file.stat().st_size for file in files)
-    if size > MOST_BYTES:
+    if size > MAX_BYTES:
         raise DataError(
-            f"{path} holds {size / 1e9:.1f} GB, and every rank reads files with labels whole: {MOST_BYTES / 1e9:.1f} GB at most"
+            f"{path} has {size / 1e9:.1f} GB; labelled files must have at most "
+            f"{MAX_BYTES / 1e9:.1f} GB, because every rank reads them into memory"
         )
     for block in read_blocks(files, field=None):
         if block.form == "file":
-            raise DataError(f"{block.path} is plain text; labels come in JSONL or parquet")
+            raise DataError(f"{block.path} is plain text; labels must be in JSONL or parquet")
         objects, problems = parse_objects(block)
         if problems:
             raise DataError(str(problems[0]))
@@ -90,33 +104,32 @@ def _records(path: str) -> Iterator[tuple[dict[str, Any], str]]:
             yield record, f"{block.path}, {block.form} {number}"
 
 
-def _labelled(record: dict[str, Any], reading: LabelSpec, place: str) -> LabelledText:
-    if reading.of_tokens:
-        return _word_labels(record, reading, place)
+def _labelled_text(record: dict[str, Any], spec: LabelSpec, location: str) -> LabelledText:
+    if spec.of_tokens:
+        return _labelled_words(record, spec, location)
     text = record.get("text")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f'{place}: no text in the field "text"')
-    return LabelledText(split_words(text), [_text_target(record, reading, place)])
+        raise DataError(f'{location}: no text in the field "text"')
+    return LabelledText(split_words(text), [_text_target(record, spec, location)])
 
 
-def _text_target(record: dict[str, Any], reading: LabelSpec, place: str) -> int:
-    name = "labels" if reading.problem == "multi-label" else "label"
-    value = record.get(name)
+def _text_target(record: dict[str, Any], spec: LabelSpec, location: str) -> int:
+    value = record.get(spec.field)
     if value is None:
-        raise DataError(f'{place}: the field "{name}" is missing')
-    if reading.problem == "multi-label":
+        raise DataError(f'{location}: the field "{spec.field}" is missing')
+    if spec.problem == "multi-label":
         if not isinstance(value, list):
-            raise DataError(f'{place}: the field "labels" is not a list of classes')
-        return encode_classes(_class(item, reading.labels, place) for item in value)
-    if reading.problem == "single-label":
-        return _class(value, reading.labels, place)
+            raise DataError(f'{location}: the field "labels" is not a list of classes')
+        return encode_classes(_class(item, spec.labels, location) for item in value)
+    if spec.problem == "single-label":
+        return _class(value, spec.labels, location)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{place}: the label {_short(value)} is not a number")
+        raise DataError(f"{location}: the label {_json(value)} is not a number")
     return encode_value(float(value))
 
 
-def _class(value: object, labels: list[str], place: str) -> int:
-    """A class's number from its name, or from the number itself."""
+def _class(value: object, labels: list[str], location: str) -> int:
+    """Returns the number of a class that is given by its name or by its number."""
     if isinstance(value, str) and value in labels:
         return labels.index(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -125,42 +138,41 @@ def _class(value: object, labels: list[str], place: str) -> int:
         if 0 <= value < len(labels):
             return value
         raise DataError(
-            f"{place}: the label {value} is out of range; there are {len(labels)} classes, 0 to {len(labels) - 1}"
+            f"{location}: the label {value} is out of range; "
+            f"there are {len(labels)} classes, 0 to {len(labels) - 1}"
         )
     close = difflib.get_close_matches(str(value), labels, n=1)
-    hint = (
-        f"did you mean `{close[0]}`?"
-        if close
-        else f"known are {', '.join(labels[:20])}{' ...' if len(labels) > 20 else ''}"
-    )
-    raise DataError(f"{place}: the label {_short(value)} is none of classification.labels; {hint}")
+    if close:
+        hint = f"did you mean `{close[0]}`?"
+    else:
+        hint = f"supported: {', '.join(labels[:20])}{' ...' if len(labels) > 20 else ''}"
+    raise DataError(f"{location}: the label {_json(value)} is not in classification.labels; {hint}")
 
 
-def _word_labels(record: dict[str, Any], reading: LabelSpec, place: str) -> LabelledText:
+def _labelled_words(record: dict[str, Any], spec: LabelSpec, location: str) -> LabelledText:
     words, labels = record.get("tokens"), record.get("labels")
-    if (
-        not isinstance(words, list)
-        or not words
-        or not all(isinstance(word, str) and word.strip() for word in words)
-    ):
-        raise DataError(f'{place}: the field "tokens" is not a list of words')
+    if not (words and isinstance(words, list) and all(map(_is_word, words))):
+        raise DataError(f'{location}: the field "tokens" is not a list of words')
     if not isinstance(labels, list):
         raise DataError(
-            f'{place}: the field "labels" is missing, with a class for each of "tokens"'
+            f'{location}: the field "labels" is missing, with a class for each of "tokens"'
         )
     if len(labels) != len(words):
-        raise DataError(f"{place}: {len(words)} tokens have {len(labels)} labels")
-    targets = [None if label is None else _class(label, reading.labels, place) for label in labels]
+        raise DataError(f"{location}: {len(words)} tokens have {len(labels)} labels")
+    targets = [None if label is None else _class(label, spec.labels, location) for label in labels]
     return LabelledText([f"{word} " for word in words], targets)
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _json(value: object) -> str:
+    return truncate(json.dumps(value, default=str))
 
 
 class EncodedText(NamedTuple):
-    """Tokens, the label of each, and whether the text was longer."""
+    """The tokens of a text, the label of each, and if the text was truncated."""
 
     tokens: list[int]
     labels: list[int]
@@ -170,30 +182,29 @@ class EncodedText(NamedTuple):
 def encode_text(
     text: LabelledText, tokenizer: Any, *, of_tokens: bool, length: int, padding: int
 ) -> EncodedText:
-    """At most `length` tokens of a text, with its label where transformers looks for it."""
-    made = tokenizer(
-        "".join(text.words).rstrip() if of_tokens else "".join(text.words),
-        return_offsets_mapping=of_tokens,
-    )
-    tokens = list(made["input_ids"])
-    cut, kept = len(tokens) > length, tokens[:length]
+    """Returns at most `length` tokens of a text, with labels at the places that transformers reads."""
+    joined = "".join(text.words)
+    encoding = tokenizer(joined.rstrip() if of_tokens else joined, return_offsets_mapping=of_tokens)
+    tokens = list(encoding["input_ids"])
+    is_truncated, tokens = len(tokens) > length, tokens[:length]
     if of_tokens:
-        return EncodedText(kept, first_token_labels(text, made["offset_mapping"])[:length], cut)
-    labels = [IGNORE_INDEX] * len(kept)
-    if kept:
+        labels = first_token_labels(text, encoding["offset_mapping"])[:length]
+        return EncodedText(tokens, labels, is_truncated)
+    labels = [IGNORE_INDEX] * len(tokens)
+    if tokens:
         target = text.targets[0]
         assert target is not None
-        labels[last_token_index(kept, padding)] = target
-    return EncodedText(kept, labels, cut)
+        labels[last_token_index(tokens, padding)] = target
+    return EncodedText(tokens, labels, is_truncated)
 
 
 class ClassificationDataset:
-    """Samples of labelled texts, each once an epoch in an order of its own.
+    """Samples of labelled texts; each epoch has all of them in its own order.
 
     Attributes:
-        samples_per_epoch: how many there are.
-        num_truncated: how many were longer than a sequence, of all that was tokenised so far.
-        limit: the position from which on samples are padding alone, so that the last step of a run is filled.
+        samples_per_epoch: the number of texts.
+        num_truncated: the number of texts tokenized so far that were longer than a sequence.
+        limit: the position from which samples are padding only; None for no limit.
     """
 
     def __init__(
@@ -208,51 +219,51 @@ class ClassificationDataset:
         augmentation: Augment = "none",
         augment_share: float = 0.0,
     ) -> None:
-        self._texts, self._tokenizer, self._of_tokens, self._seed = (
-            texts,
-            tokenizer,
-            of_tokens,
-            seed,
-        )
-        self._padding, self._how, self._share = padding, augmentation, augment_share
-        self.sequence_length, self.samples_per_epoch = sequence_length, len(texts)
+        self._texts = texts
+        self._tokenizer = tokenizer
+        self._of_tokens = of_tokens
+        self._seed = seed
+        self._padding = padding
+        self._augmentation = augmentation
+        self._share = augment_share
+        self.sequence_length = sequence_length
+        self.samples_per_epoch = len(texts)
         self.limit: int | None = None
-        self._order = lru_cache(maxsize=2)(
-            lambda epoch: Shuffle(self.samples_per_epoch, key=("labelled", seed, epoch))
-        )
+        self._order = lru_cache(maxsize=2)(self._make_order)
         self.num_truncated = 0
         self._encoded = [self._encode(text) for text in texts] if augmentation == "none" else None
 
     def fetch(self, position: int) -> Sample:
-        """Return the sample at `position`."""
+        """Returns the sample at `position`."""
         if self.limit is not None and position >= self.limit:
-            return self._sample(EncodedText([], [], False))
-        epoch, place = divmod(position, self.samples_per_epoch)
-        index = self._order(epoch)(place)
+            return self._make_sample(EncodedText([], [], False))
+        epoch, index = divmod(position, self.samples_per_epoch)
+        index = self._order(epoch)(index)
         if self._encoded is not None:
-            return self._sample(self._encoded[index])
-        return self._sample(self._encode(self._varied(self._texts[index], position)))
+            return self._make_sample(self._encoded[index])
+        return self._make_sample(self._encode(self._augment(self._texts[index], position)))
 
-    def _varied(self, text: LabelledText, position: int) -> LabelledText:
-        """The text as it is seen at this position; words keep their labels."""
+    def _make_order(self, epoch: int) -> Shuffle:
+        return Shuffle(self.samples_per_epoch, key=("labelled", self._seed, epoch))
+
+    def _augment(self, text: LabelledText, position: int) -> LabelledText:
+        """Returns the text as augmented at this position; words keep their labels."""
         key = keyed_integers("augment", self._seed, position)
-        if self._of_tokens:
-            other = mask_word(self._tokenizer)
-            pairs = list(zip(text.words, text.targets, strict=True))
-            masked = None if other is None else [(f"{other} ", target) for _, target in pairs]
-            words, targets = zip(
-                *augment(pairs, self._how, share=self._share, key=key, masked=masked), strict=True
+        mask = mask_word(self._tokenizer)
+        if not self._of_tokens:
+            masked = None
+            if mask is not None:
+                masked = [word.replace(word.strip(), mask) for word in text.words]
+            words = augment(
+                text.words, self._augmentation, share=self._share, key=key, masked=masked
             )
-            return LabelledText(list(words), list(targets))
-        return text._replace(
-            words=augment(
-                text.words, self._how, share=self._share, key=key, masked=self._masked(text.words)
-            )
+            return text._replace(words=words)
+        pairs = list(zip(text.words, text.targets, strict=True))
+        masked_pairs = None if mask is None else [(f"{mask} ", target) for _, target in pairs]
+        augmented = augment(
+            pairs, self._augmentation, share=self._share, key=key, masked=masked_pairs
         )
-
-    def _masked(self, words: list[str]) -> list[str] | None:
-        other = mask_word(self._tokenizer)
-        return None if other is None else [word.replace(word.strip(), other) for word in words]
+        return LabelledText([word for word, _ in augmented], [target for _, target in augmented])
 
     def _encode(self, text: LabelledText) -> EncodedText:
         encoded = encode_text(
@@ -265,26 +276,26 @@ class ClassificationDataset:
         self.num_truncated += encoded.is_truncated
         return encoded
 
-    def _sample(self, encoded: EncodedText) -> Sample:
+    def _make_sample(self, encoded: EncodedText) -> Sample:
         length = self.sequence_length
-        row, marks = (
-            np.full(length, self._padding, dtype=np.int64),
-            np.full(length, IGNORE_INDEX, dtype=np.int64),
-        )
-        row[: len(encoded.tokens)] = encoded.tokens
-        marks[: len(encoded.labels)] = encoded.labels
-        return Sample(
-            row, marks, np.arange(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
-        )
+        tokens = np.full(length, self._padding, dtype=np.int64)
+        labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
+        tokens[: len(encoded.tokens)] = encoded.tokens
+        labels[: len(encoded.labels)] = encoded.labels
+        positions, documents = np.arange(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
+        return Sample(tokens, labels, positions, documents)
 
 
 def last_token_index(tokens: Sequence[int], padding: int) -> int:
-    """Where a classifier of transformers looks: the last token that is not padding, the first where all are."""
-    return max((place for place, token in enumerate(tokens) if token != padding), default=0)
+    """Returns the index of the last token that is not padding, where transformers' classifiers read; else 0."""
+    return max((index for index, token in enumerate(tokens) if token != padding), default=0)
 
 
 def first_token_labels(text: LabelledText, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """The label of each token: a word's stands at the first token that reaches into it and into no word before, all others have none."""
+    """Returns the label of each token.
+
+    The label of a word is at the first token that covers a part of it and of no earlier word.
+    """
     labels = [IGNORE_INDEX] * len(offsets)
     start, token = 0, 0
     for word, target in zip(text.words, text.targets, strict=True):

@@ -1,13 +1,14 @@
-"""Deal samples to steps, microbatches and data ranks.
+"""Distribution of samples to steps, microbatches and data ranks.
 
-With G = global_batch_size, m = micro_batch_size and D data ranks, step s takes positions [s*G, (s+1)*G):
+With G = global_batch_size, m = micro_batch_size and D data ranks, step s takes positions
+[s*G, (s+1)*G):
 
     positions of a step, G = 8, m = 2, D = 2      0 1 | 2 3 | 4 5 | 6 7
     data rank 0                                   mb 0        mb 1
     data rank 1                                         mb 0        mb 1
 
-Whatever D is, the ranks together take the same samples in a step, so the layout does not change the run. There is no
-state to save: a run asks for the next positions, which a checkpoint knows; "step" counts them in whole global batches from 0.
+For every D the ranks together take the same samples in a step, so a run is independent of its
+layout. There is no state to save: a checkpoint stores the step, counted in global batches from 0.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatrain.errors import ConfigError
 
 
 class Batch(NamedTuple):
-    """The samples of one microbatch, each field int64[micro_batch_size, sequence_length]; see `Sample`."""
+    """The samples of one microbatch, each field int64 [micro_batch_size, sequence_length]; see `Sample`."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -33,7 +34,11 @@ class Batch(NamedTuple):
 
 
 class DataLoader:
-    """The microbatches of one data rank, with the next step's fetched in the background."""
+    """The microbatches of one data rank; a background thread fetches those of the next step.
+
+    Raises:
+        ConfigError: the global batch cannot be divided evenly.
+    """
 
     def __init__(
         self,
@@ -44,32 +49,37 @@ class DataLoader:
         data_rank: int,
         data_size: int,
     ) -> None:
-        """Raise ConfigError when the batch cannot be dealt out evenly."""
-        if global_batch_size < 1 or global_batch_size % (micro_batch_size * data_size):
+        divisor = micro_batch_size * data_size
+        if global_batch_size < 1 or global_batch_size % divisor:
             raise ConfigError(
                 "train.global_batch_size",
                 global_batch_size,
-                f"must be a multiple of train.micro_batch_size={micro_batch_size} times {data_size} data ranks",
-                f"use a multiple of {micro_batch_size * data_size}",
+                f"must be a multiple of train.micro_batch_size={micro_batch_size} "
+                f"times {data_size} data ranks",
+                f"use a multiple of {divisor}",
+                fix={"train.global_batch_size": max(-(-global_batch_size // divisor), 1) * divisor},
             )
         assert 0 <= data_rank < data_size, (data_rank, data_size)
         self._samples = samples
-        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
-        self._data_rank, self._data_size = data_rank, data_size
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._data_rank = data_rank
+        self._data_size = data_size
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._next: tuple[int, Future[list[Batch]]] | None = None
 
     def positions(self, step: int) -> list[range]:
-        """Return the positions of each of this rank's microbatches in `step`."""
+        """Returns the positions of each of this rank's microbatches in `step`."""
         stride = self._micro_batch_size * self._data_size
         first = step * self._global_batch_size + self._data_rank * self._micro_batch_size
         starts = range(first, (step + 1) * self._global_batch_size, stride)
         return [range(start, start + self._micro_batch_size) for start in starts]
 
     def microbatches(self, step: int) -> list[Batch]:
-        """Return the microbatches of `step` and start fetching those of `step + 1`.
+        """Returns the microbatches of `step` and starts to fetch those of `step + 1`.
 
-        An error of the fetch, such as a damaged file, is raised here, by the step that needs the data.
+        An error of the background fetch, such as a damaged file, is raised by the step that needs
+        the data.
         """
         if self._next is not None and self._next[0] == step:
             batches = self._next[1].result()
@@ -80,17 +90,17 @@ class DataLoader:
 
     @property
     def origin(self) -> Callable[[int], tuple[str, list[int]]] | None:
-        """Maps a position to the data set and the documents that its sample is of; None where the data cannot say."""
+        """A function from positions to the dataset and the documents of the sample; None if unknown."""
         return getattr(self._samples, "origin", None)
 
     def close(self) -> None:
-        """Stop the background thread."""
+        """Stops the background thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _fetch(self, step: int) -> list[Batch]:
         return [
-            _stack([self._samples.fetch(position) for position in some])
-            for some in self.positions(step)
+            _stack([self._samples.fetch(position) for position in positions])
+            for positions in self.positions(step)
         ]
 
 

@@ -1,9 +1,9 @@
-"""Text files to PREFIX.bin and PREFIX.idx.
+"""Preprocessing of text files to PREFIX.bin and PREFIX.idx.
 
-    read_blocks --> workers.py: parse, encode --> IndexedWriter
+    read_blocks --> worker_processes.py: parse, encode --> IndexedWriter
 
-The tokenizer's own special tokens are not added (no beginning-of-sequence); every document ends with the
-end-of-document token.
+Every document ends with the end-of-document token. The tokenizer's own special tokens, such as one
+for the beginning of a sequence, are not added.
 """
 
 from __future__ import annotations
@@ -28,31 +28,46 @@ from megatrain.progress import progress_bar
 
 
 @dataclass
-class Preprocessed:
-    """What a run of `preprocess` read and wrote."""
+class PreprocessResult:
+    """The counts of a call of `preprocess`.
+
+    Attributes:
+        prefix: the path of the dataset without .bin and .idx.
+        documents: the documents written.
+        tokens: the tokens written, end-of-document tokens included.
+        bytes: the size of the text in UTF-8.
+        seconds: the duration.
+        skipped: the number of records left out, by reason.
+        ignored: files of other formats and links to folders, found in the input folders.
+    """
 
     prefix: Path
     documents: int = 0
-    tokens: int = 0  # end-of-document tokens included
-    bytes: int = 0  # of text, in UTF-8
+    tokens: int = 0
+    bytes: int = 0
     seconds: float = 0.0
-    skipped: Counter[str] = field(default_factory=Counter)  # records left out, by reason
-    ignored: list[Path] = field(
-        default_factory=list
-    )  # in the folders given: files of kinds that are not read, links to folders
+    skipped: Counter[str] = field(default_factory=Counter)
+    ignored: list[Path] = field(default_factory=list)
 
 
 class PreprocessSpec(NamedTuple):
-    """What a worker needs to encode blocks."""
+    """The settings with which a worker process encodes blocks.
 
-    tokenizer: str  # tokenizer.json, whole
+    Attributes:
+        tokenizer: the content of tokenizer.json.
+        end_of_document: the token that ends documents.
+        dtype: the type of the tokens.
+        field: the field of JSON lines that contains the text.
+    """
+
+    tokenizer: str
     end_of_document: int
     dtype: np.dtype[Any]
     field: str
 
 
-class EncodedBlock(NamedTuple):
-    """The documents of one block, end to end."""
+class EncodedTexts(NamedTuple):
+    """The documents of one block, concatenated."""
 
     tokens: Tokens
     lengths: list[int]
@@ -69,35 +84,43 @@ def preprocess(
     field: str = "text",
     on_error: Literal["stop", "skip"] = "stop",
     progress: TextIO | None = None,
-) -> Preprocessed:
-    """Encode every document of `inputs` (files, folders, globs) with the tokenizer in a folder; write the data set.
+) -> PreprocessResult:
+    """Encodes every document of text files and writes an indexed dataset.
 
-    Raises DataError at the first record that is no document, with file, line and reason, or with on_error="skip"
-    counts them by reason in the result. `workers` is the number of processes, by default one for each core; 1 means
-    this one. Progress goes to `progress` when given.
+    Args:
+        inputs: files, folders and globs; see `text_files.py` for the formats.
+        tokenizer: the folder of the tokenizer.
+        output: the prefix of the dataset.
+        workers: the number of processes, by default one per core. 1 means this process.
+        field: the field or column that contains the text.
+        on_error: "skip" leaves out records that are not documents and counts them.
+        progress: the output of a progress bar.
+
+    Raises:
+        DataError: an input cannot be read, a record is not a document (unless skipped), or the
+            dataset cannot be written.
     """
     found = find_inputs(inputs)
     loaded = load_tokenizer(tokenizer)
     vocab_size = len(loaded)
-    recipe = PreprocessSpec(
+    spec = PreprocessSpec(
         loaded.backend_tokenizer.to_str(),
         end_of_document_id(loaded),
         token_dtype(vocab_size),
         field,
     )
-    result = Preprocessed(Path(output), ignored=found.ignored)
+    result = PreprocessResult(Path(output), ignored=found.ignored)
     started = time.monotonic()
-    blocks = read_blocks(found.files, field=field)
+    workers = workers or len(os.sched_getaffinity(0))
     with (
         progress_bar(None, unit="B", description="preprocess", stream=progress) as bar,
         IndexedWriter(output, vocab_size=vocab_size) as writer,
     ):
-        for encoded in map_blocks(
-            blocks, make_encoder, recipe, workers=workers or len(os.sched_getaffinity(0))
-        ):
+        blocks = read_blocks(found.files, field=field)
+        for encoded in map_blocks(blocks, make_encoder, spec, workers=workers):
             if encoded.problems and on_error == "stop":
                 raise DataError(
-                    f"{encoded.problems[0]}; --on-error skip leaves such documents out and counts them"
+                    f"{encoded.problems[0]}; --on-error skip leaves out such records and counts them"
                 )
             result.skipped.update(problem.reason for problem in encoded.problems)
             writer.add_documents(encoded.tokens, lengths=encoded.lengths)
@@ -105,37 +128,36 @@ def preprocess(
             bar.set_postfix_str(f"{writer.num_tokens / 1e6:,.1f}M tokens", refresh=False)
             bar.update(encoded.text_bytes)
         if result.skipped and not writer.num_documents:
-            reasons = ", ".join(
-                f"{count} {reason}" for reason, count in result.skipped.most_common()
-            )
+            reasons = (f"{count} {reason}" for reason, count in result.skipped.most_common())
             raise DataError(
-                f"{output}: there are no documents to write, every record was skipped: {reasons}"
+                f"{output}: there are no documents to write; "
+                f"all records were skipped: {', '.join(reasons)}"
             )
     result.documents, result.tokens = writer.num_documents, writer.num_tokens
     result.seconds = time.monotonic() - started
     return result
 
 
-def make_encoder(recipe: PreprocessSpec) -> Callable[[TextBlock], EncodedBlock]:
-    """Return a function that encodes blocks in this process, on one core."""
+def make_encoder(spec: PreprocessSpec) -> Callable[[TextBlock], EncodedTexts]:
+    """Returns a function that encodes blocks in this process, on one core."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(recipe.tokenizer)
+    tokenizer = Tokenizer.from_str(spec.tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
-    def encode(block: TextBlock) -> EncodedBlock:
-        texts, problems = parse_texts(block, field=recipe.field)
+    def encode(block: TextBlock) -> EncodedTexts:
+        texts, problems = parse_texts(block, field=spec.field)
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
-        lengths = [len(some) + 1 for some in ids]
-        tokens = np.empty(sum(lengths), dtype=recipe.dtype)
+        documents = [encoding.ids for encoding in encodings]
+        lengths = [len(ids) + 1 for ids in documents]
+        tokens = np.empty(sum(lengths), dtype=spec.dtype)
         start = 0
-        for some, length in zip(ids, lengths, strict=True):
-            tokens[start : start + length - 1] = some
-            tokens[start + length - 1] = recipe.end_of_document
+        for ids, length in zip(documents, lengths, strict=True):
+            tokens[start : start + length - 1] = ids
+            tokens[start + length - 1] = spec.end_of_document
             start += length
-        return EncodedBlock(tokens, lengths, sum(_utf8_length(text) for text in texts), problems)
+        return EncodedTexts(tokens, lengths, sum(_utf8_length(text) for text in texts), problems)
 
     return encode
 

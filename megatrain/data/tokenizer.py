@@ -1,8 +1,9 @@
-"""Train a tokenizer, and ask one for what preprocessing needs.
+"""Training and loading of tokenizers.
 
-Byte-level BPE as in GPT-2: 256 bytes are the alphabet, so that any text can be written and there is no unknown token.
-`<|endoftext|>` ends a document, and is what generation stops at and starts from. There is no padding token: one that
-doubles as the end of a text gets masked with the padding, and the model never learns to stop.
+Byte-level BPE as in GPT-2. Its alphabet are the 256 bytes, so any text can be encoded without an
+unknown token. `<|endoftext|>` ends documents; generation starts from it and stops at it. No padding
+token is set: if it were `<|endoftext|>`, the loss mask of padding would also hide the end of texts,
+and the model would not learn to stop.
 """
 
 from __future__ import annotations
@@ -18,14 +19,22 @@ from megatrain.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
 _ALPHABET = 256
-_LARGEST = 10_000_000  # the library reserves memory for all of them before it looks at a text
+_MAX_VOCAB_SIZE = 10_000_000
+"""The library allocates memory for the vocabulary before it reads a text."""
 
 
 class TrainedTokenizer(NamedTuple):
-    """What `train_tokenizer` made."""
+    """The result of `train_tokenizer`.
+
+    Attributes:
+        folder: the folder of the tokenizer.
+        vocab_size: the size of the vocabulary. It is smaller than requested if the texts have no
+            more pairs to merge.
+        documents: the number of documents trained on.
+    """
 
     folder: Path
-    vocab_size: int  # less than asked for where the text has no more pairs to merge
+    vocab_size: int
     documents: int
 
 
@@ -37,24 +46,26 @@ def train_tokenizer(
     field: str = "text",
     special_tokens: Sequence[str] = (),
 ) -> TrainedTokenizer:
-    """Train on all documents of `inputs` and save a folder that AutoTokenizer.from_pretrained loads.
+    """Trains a tokenizer and saves a folder that AutoTokenizer.from_pretrained loads.
 
-    `special_tokens` are further tokens that are never split, such as those of a chat format. Raises ConfigError for a
-    vocabulary too small for bytes and special tokens, and DataError for a bad document.
+    Args:
+        inputs: files, folders and globs; see `text_files.py` for the formats.
+        vocab_size: the size of the vocabulary.
+        output: the folder to write.
+        field: the field or column that contains the text.
+        special_tokens: further tokens that are never split, such as those of a chat template.
+
+    Raises:
+        ConfigError: the vocabulary is too small for bytes and special tokens, or too large.
+        DataError: a record is not a document, or the folder cannot be written.
     """
     special = list(dict.fromkeys([END_OF_TEXT, *special_tokens]))
-    if vocab_size < _ALPHABET + len(special):
-        rule = f"must be at least {_ALPHABET + len(special)}: {_ALPHABET} bytes and {', '.join(special)}"
-        raise ConfigError("--vocab-size", vocab_size, rule)
-    if vocab_size > _LARGEST:
-        raise ConfigError("--vocab-size", vocab_size, f"is more than {_LARGEST:,}")
-    if "" in special:
-        raise ConfigError("--special-token", "''", "is no token")
+    _check_vocabulary(vocab_size, special)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     found = find_inputs(inputs)
-    with _explained(Path(output)):
-        Path(output).mkdir(parents=True, exist_ok=True)  # before the minutes that training can take
+    with _explain_errors(Path(output)):  # before training, which can take minutes
+        Path(output).mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -64,7 +75,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    counted = _Counted(found, field)
+    counted = _CountedTexts(found, field)
     tokenizer.train_from_iterator(counted.texts(), trainer=trainer)
     if not counted.documents:
         raise DataError(f"{', '.join(map(str, inputs))}: there are no documents to train on")
@@ -72,45 +83,69 @@ def train_tokenizer(
     return TrainedTokenizer(Path(output), tokenizer.get_vocab_size(), counted.documents)
 
 
+def _check_vocabulary(vocab_size: int, special: list[str]) -> None:
+    smallest = _ALPHABET + len(special)
+    if "" in special:
+        raise ConfigError("--special-token", "''", "must not be empty", "remove it")
+    if vocab_size < smallest:
+        raise ConfigError(
+            "--vocab-size",
+            vocab_size,
+            f"must be at least {smallest}: {_ALPHABET} bytes and {', '.join(special)}",
+            fix={"--vocab-size": smallest},
+        )
+    if vocab_size > _MAX_VOCAB_SIZE:
+        raise ConfigError(
+            "--vocab-size",
+            vocab_size,
+            f"must be at most {_MAX_VOCAB_SIZE:,}",
+            fix={"--vocab-size": _MAX_VOCAB_SIZE},
+        )
+
+
 def load_tokenizer(folder: str | Path) -> Any:
-    """Return the tokenizer in `folder`, a transformers.PreTrainedTokenizerFast; DataError when there is none."""
-    if not Path(folder).exists():
-        raise DataError(f"{folder} does not exist, and a tokenizer was to be loaded from it")
+    """Returns the tokenizer in `folder`, a transformers.PreTrainedTokenizerFast.
+
+    Raises:
+        DataError: the folder contains no fast tokenizer.
+    """
     if not Path(folder).is_dir():
-        raise DataError(f"{folder} is not a folder, and a tokenizer was to be loaded from it")
+        problem = "is not a folder" if Path(folder).exists() else "does not exist"
+        raise DataError(f"{folder} {problem}; give the folder of a tokenizer")
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # of a damaged file the tokenizers library raises no other kind
+    except Exception as error:  # damaged files raise plain Exception
         raise DataError(f"{folder} {describe_load_error(folder, error)}") from error
     if not tokenizer.is_fast:
         raise DataError(
-            f"the tokenizer in {folder} has no tokenizer.json; only fast tokenizers are used"
+            f"the tokenizer in {folder} has no tokenizer.json; only fast tokenizers are supported"
         )
     return tokenizer
 
 
 def describe_load_error(folder: str | Path, error: Exception) -> str:
-    """What is wrong with a folder that transformers could load no tokenizer from."""
-    if not any(
-        any(Path(folder).glob(pattern)) for pattern in ("tokenizer*.json", "vocab.*", "*.model")
-    ):
-        return "is no tokenizer's folder: it has no tokenizer.json"
-    return f"holds no tokenizer that transformers can load ({type(error).__name__}: {' '.join(str(error).split())})"
+    """Returns the reason why transformers cannot load a tokenizer from a folder."""
+    patterns = ("tokenizer*.json", "vocab.*", "*.model")
+    if not any(any(Path(folder).glob(pattern)) for pattern in patterns):
+        return "is not the folder of a tokenizer: it has no tokenizer.json"
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"contains a tokenizer that transformers cannot load ({reason})"
 
 
 def end_of_document_id(tokenizer: Any) -> int:
-    """Return the id that ends each document: the tokenizer's end of sequence, as Megatron-LM has it."""
+    """Returns the token that ends documents: the end of sequence, as in Megatron-LM."""
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"the tokenizer in {tokenizer.name_or_path} has no end-of-sequence token to end documents with"
+            f"the tokenizer in {tokenizer.name_or_path} has no end-of-sequence token, "
+            "which ends documents"
         )
     return int(tokenizer.eos_token_id)
 
 
-class _Counted:
-    """The texts of all inputs; the trainer takes an iterator and does not say how many it saw."""
+class _CountedTexts:
+    """The texts of all inputs and their number; the trainer takes an iterator and does not count."""
 
     def __init__(self, inputs: InputFiles, field: str) -> None:
         self._inputs, self._field, self.documents = inputs, field, 0
@@ -133,12 +168,12 @@ def _save(tokenizer: Any, folder: Path, *, special_tokens: list[str]) -> None:
         eos_token=END_OF_TEXT,
         additional_special_tokens=special_tokens,
     )
-    with _explained(folder):
+    with _explain_errors(folder):
         fast.save_pretrained(str(folder))
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explain_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

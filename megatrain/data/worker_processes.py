@@ -1,7 +1,7 @@
-"""Work on blocks of records in many processes, in order.
+"""Processing of blocks of records in many processes, in order.
 
-A process each, and not the tokenizers library's own threads: threads share one cache and one interpreter lock, under
-which ids become numbers again. Two blocks a worker are under way.
+Processes, not the threads of the tokenizers library: threads share one cache, and the interpreter
+lock while token ids become numbers. At most two blocks per worker are in flight.
 """
 
 from __future__ import annotations
@@ -17,28 +17,34 @@ from typing import Any, TypeVar
 from megatrain.data.records import TextBlock
 from megatrain.errors import DataError
 
-Recipe = TypeVar("Recipe")
+Spec = TypeVar("Spec")
 Result = TypeVar("Result")
 
 
 def map_blocks(
     blocks: Iterable[TextBlock],
-    make: Callable[[Recipe], Callable[[TextBlock], Result]],
-    recipe: Recipe,
+    make: Callable[[Spec], Callable[[TextBlock], Result]],
+    spec: Spec,
     *,
     workers: int,
 ) -> Iterator[Result]:
-    """Yield `make(recipe)(block)` of each block in order; `make` runs once in each process. With 1 worker all runs here."""
+    """Yields `make(spec)(block)` of each block in order; `make` is called once in each process.
+
+    One worker means this process.
+
+    Raises:
+        DataError: a worker process was killed.
+    """
     if workers == 1:
-        with _one_thread():
-            yield from map(make(recipe), blocks)
+        with _single_threaded():
+            yield from map(make(spec), blocks)
     else:
-        yield from map_in_processes(blocks, make, recipe, workers=workers)
+        yield from map_in_processes(blocks, make, spec, workers=workers)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep the tokenizers library from starting a thread for each core."""
+def _single_threaded() -> Iterator[None]:
+    """Stops the tokenizers library from starting a thread per core."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -52,50 +58,50 @@ def _one_thread() -> Iterator[None]:
 
 def map_in_processes(
     blocks: Iterable[TextBlock],
-    make: Callable[[Recipe], Callable[[TextBlock], Result]],
-    recipe: Recipe,
+    make: Callable[[Spec], Callable[[TextBlock], Result]],
+    spec: Spec,
     *,
     workers: int,
 ) -> Iterator[Result]:
-    """As `map_blocks`, in processes of their own."""
+    """Yields the same as `map_blocks`, always from other processes."""
     from multiprocessing import get_context
 
-    # Spawned, not forked: a fork would copy whatever threads and locks this process already has.
+    # Spawned, because a fork copies the threads and locks of this process.
     pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(make, recipe)
+        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(make, spec)
     )
-    under_way: deque[Future[Result]] = deque()
+    in_flight: deque[Future[Result]] = deque()
     try:
         for block in blocks:
-            under_way.append(pool.submit(_work_on, block))
-            if len(under_way) == 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            in_flight.append(pool.submit(_process, block))
+            if len(in_flight) == 2 * workers:
+                yield in_flight.popleft().result()
+        while in_flight:
+            yield in_flight.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process was killed, most likely for lack of memory; use fewer --workers"
+            "a worker process was killed, probably for lack of memory; use fewer --workers"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_work: Callable[[TextBlock], Any] | None = None  # in a worker process only: set as it starts
+_encode: Callable[[TextBlock], Any] | None = None  # set at the start of a worker process
 
 
-def _start_worker(make: Callable[[Any], Callable[[TextBlock], Any]], recipe: Any) -> None:
+def _start_worker(make: Callable[[Any], Callable[[TextBlock], Any]], spec: Any) -> None:
     import signal
     import threading
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends the pool
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends the pool
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    global _work
-    _work = make(recipe)
+    global _encode
+    _encode = make(spec)
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for its next block for ever."""
+def _exit_with_parent() -> None:
+    """Exits this process when the parent is killed; it would otherwise wait for blocks endlessly."""
     from multiprocessing import parent_process
 
     parent = parent_process()
@@ -104,6 +110,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work_on(block: TextBlock) -> Any:
-    assert _work is not None
-    return _work(block)
+def _process(block: TextBlock) -> Any:
+    assert _encode is not None
+    return _encode(block)

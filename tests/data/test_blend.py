@@ -28,7 +28,7 @@ def test_counts_follow_the_weights_and_never_fall(weights, blocks):
 def test_each_source_is_walked_without_gap_or_double():
     weights = [0.7, 0.2, 0.1]
     blend = Blend(weights, seed=3)
-    places = [blend.place(position) for position in range(3 * BLOCK)]
+    places = [blend.locate(position) for position in range(3 * BLOCK)]
     for source, count in enumerate(blend.counts(3 * BLOCK)):
         assert sorted(place.position for place in places if place.source == source) == list(
             range(count)
@@ -39,17 +39,18 @@ def test_sources_are_mixed_within_a_block():
     blend = Blend([3, 1], seed=5)
     for first in range(0, BLOCK, 512):
         share = (
-            Counter(blend.place(position).source for position in range(first, first + 512))[1] / 512
+            Counter(blend.locate(position).source for position in range(first, first + 512))[1]
+            / 512
         )
         assert 0.17 < share < 0.33
 
 
 def test_a_place_depends_on_seed_and_position_only():
-    forward = [Blend([1, 2], seed=1).place(position) for position in range(0, 9000, 7)]
+    forward = [Blend([1, 2], seed=1).locate(position) for position in range(0, 9000, 7)]
     blend = Blend([1, 2], seed=1)
-    backward = [blend.place(position) for position in reversed(range(0, 9000, 7))]
+    backward = [blend.locate(position) for position in reversed(range(0, 9000, 7))]
     assert forward == backward[::-1]
-    assert forward != [Blend([1, 2], seed=2).place(position) for position in range(0, 9000, 7)]
+    assert forward != [Blend([1, 2], seed=2).locate(position) for position in range(0, 9000, 7)]
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "1", None, True])

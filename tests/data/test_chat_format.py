@@ -89,7 +89,7 @@ BAD = {
         "messages": [USER, {"role": "assistant", "content": " \n"}]
     },
     "message 2 is an empty assistant turn ": {"prompt": "Hi", "completion": ""},
-    "message 2 has the unknown role 'bot'; known are system, user, assistant, tool": {
+    "message 2: role 'bot' is not supported (supported: system, user, assistant, tool)": {
         "messages": [USER, {"role": "bot", "content": "x"}]
     },
     "message 1 has no role": {"messages": ["Hi"]},
@@ -98,7 +98,7 @@ BAD = {
     },
     'field "messages" is not a list of messages': {"messages": []},
     'field "completion" is not text': {"prompt": "Hi", "completion": 3},
-    "a tool call of message 2 names no function": {
+    "a tool call of message 2 has no function name": {
         "messages": [USER, {"role": "assistant", "tool_calls": [{}]}]
     },
     "a tool call of message 2 has arguments that are not valid JSON": {
@@ -111,7 +111,7 @@ BAD = {
         "messages": [{**USER, "tool_calls": CALL["tool_calls"]}, ANSWER]
     },
     "tools are not JSON schemas": {"messages": [USER, ANSWER], "tools": ["f"]},
-    "missing fields: it has text, prompt, and one of these is needed: messages; prompt and completion; instruction and output": {
+    "missing fields: it has text, prompt; required: messages; prompt and completion; instruction and output": {
         "text": "x",
         "prompt": "y",
     },

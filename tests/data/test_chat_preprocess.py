@@ -127,12 +127,12 @@ def test_what_is_too_long_is_cut_left_out_or_refused(recipe, chats, tmp_path):
     assert len(lengths) == 1
     with pytest.raises(
         DataError,
-        match=r"chats.jsonl, line 2: takes \d+ places and data.sequence_length=96; data.too_long=truncate or skip",
+        match=r"chats.jsonl, line 2: takes \d+ places, but data.sequence_length=96; data.too_long=truncate or skip",
     ):
         make("error")
     with pytest.raises(
         DataError,
-        match=r"all 3 samples are longer than data.sequence_length=8 and nothing is left to learn",
+        match=r"all 3 samples are longer than data.sequence_length=8; no tokens with a loss remain",
     ):
         prepare_data(
             str(chats), recipe._replace(sequence_length=8), folder=tmp_path / "none", name="train0"
@@ -143,7 +143,7 @@ def test_made_once_until_something_changes(recipe, chats, tmp_path, monkeypatch)
     folder = tmp_path / "data"
     prefix = prepare_data(str(chats), recipe, folder=folder, name="train0")
     with monkeypatch.context() as nothing:
-        nothing.setattr(chat_preprocess, "_make", None)
+        nothing.setattr(chat_preprocess, "_prepare", None)
         assert prepare_data(str(chats), recipe, folder=folder, name="train0") == prefix
     (folder / f"{prefix.name}.json").unlink()  # as when it was killed before the end
     assert prepare_data(str(chats), recipe, folder=folder, name="train0") == prefix
@@ -177,7 +177,7 @@ BAD = {
     "not valid JSON": '{"messages": [',
     "not a JSON object": "[]",
     "empty line": "",
-    "missing fields: it has text, and one of these": '{"text": "x"}',
+    "missing fields: it has text; required": '{"text": "x"}',
     "roles out of order: message 1 is the assistant's": '{"messages": [{"role": "assistant", "content": "x"}]}',
     "message 2 is an empty assistant turn": '{"prompt": "x", "completion": ""}',
 }
@@ -199,11 +199,11 @@ def test_a_bad_record_by_file_and_line(reason, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (GEMMA, "the chat template fails on it: System role not supported"),
-        (MISTRAL, "the chat template fails on it: Conversation roles must alternate"),
+        (GEMMA, "the chat template fails: System role not supported"),
+        (MISTRAL, "the chat template fails: Conversation roles must alternate"),
         (
             "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
-            "no token of it would be learnt",
+            "no token has a loss",
         ),
     ],
 )
@@ -220,9 +220,9 @@ def test_samples_are_shown_with_what_is_learnt_marked(recipe, chats):
         preview_samples(str(chats), recipe._replace(sequence_length=60), count=2, colour=False)
     )
     assert first == (
-        f"{chats}, line 1: 60 tokens, 13 of them learnt\n"
+        f"{chats}, line 1: 60 tokens, loss on 13 of them\n"
         "<|im_start|>user\nthe quick<|im_end|>\n<|im_start|>assistant\n«brown fox<|im_end|>\n»\n"
     )
-    assert "too long for data.sequence_length=60 (data.too_long=truncate), cut here" in second
+    assert "longer than data.sequence_length=60, shown truncated (data.too_long=truncate)" in second
     (coloured,) = preview_samples(str(chats), recipe, count=1, colour=True)
     assert "assistant\n\x1b[32;1mbrown fox<|im_end|>\n\x1b[0m" in coloured

@@ -1,4 +1,4 @@
-"""Which tokens are learnt, under the templates of six families; against transformers' own tokens and masks."""
+"""Loss masks under the templates of six families, compared with the tokens and masks of transformers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def templates(bare):
 
 
 def marked(template, conversation, train_on):
-    """The text with « and » around what is learnt, put together from the tokens."""
+    """Decodes the tokens and puts « and » around those with a loss."""
     tokens, trained = template.encode(conversation, train_on=train_on)
     parts, before = [], False
     for token, now in zip(tokens.tolist(), trained.tolist(), strict=True):
@@ -173,19 +173,19 @@ def test_a_prompt_that_ends_in_a_space_and_tokenizers_that_cut_spaces_off(cut, b
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(bare, tmp_path):
-    """As those do that drop what a model thought in all turns but the last."""
+    """Some templates drop the model's reasoning in all turns but the last."""
     text = TEMPLATES["chatml"].replace(
         "message['content'] +", "('' if loop.last else '(old) ') + message['content'] +"
     )
     template = template_of(bare, tmp_path, text)
     with pytest.raises(
         BadSample,
-        match=r"writes message 2 or what stands before it otherwise when more follows; learn the last turn alone",
+        match=r"rewrites message 2 or an earlier one when others follow; train on the last turn only",
     ):
         template.encode(Conversation(CHAT), train_on="assistant")
     short = Conversation(CHAT[:2])
     with pytest.raises(
-        BadSample, match=r"writes message 2 .*; give a template with \{% generation %\} marks"
+        BadSample, match=r"rewrites message 2 .*; set a template with \{% generation %\} marks"
     ):
         template.encode(short, train_on="assistant")
 
@@ -194,7 +194,7 @@ def test_marks_around_nothing_leave_nothing_to_learn(bare, tmp_path):
     template = template_of(
         bare, tmp_path, TEMPLATES["marks"].replace("== 'assistant'", "== 'nobody'")
     )
-    with pytest.raises(BadSample, match="no token of it would be learnt"):
+    with pytest.raises(BadSample, match="no token has a loss"):
         template.encode(Conversation(CHAT), train_on="assistant")
 
 
@@ -204,12 +204,12 @@ def test_marks_around_nothing_leave_nothing_to_learn(bare, tmp_path):
         (
             "gemma",
             ["system", "user", "assistant"],
-            "the chat template fails on it: System role not supported",
+            "the chat template fails: System role not supported",
         ),
         (
             "mistral",
             ["system", "user", "assistant"],
-            "the chat template fails on it: Conversation roles must alternate user/assistant",
+            "the chat template fails: Conversation roles must alternate user/assistant",
         ),
     ],
 )
@@ -221,11 +221,9 @@ def test_a_template_that_fails_says_why(family, roles, reason, templates):
 
 
 def test_broken_templates(bare, tmp_path):
-    with pytest.raises(BadSample, match="the chat template fails on it: Expected an expression"):
+    with pytest.raises(BadSample, match="the chat template fails: Expected an expression"):
         template_of(bare, tmp_path, "{% for %}").encode(Conversation(CHAT), train_on="assistant")
-    with pytest.raises(
-        ConfigError, match=r"has no chat template; give one as data\.chat_template=FILE"
-    ):
+    with pytest.raises(ConfigError, match=r"has no chat template; set data\.chat_template=FILE"):
         ChatTemplate(bare)
     with pytest.raises(ConfigError, match=r"data.chat_template=.*nowhere.jinja cannot be read"):
         ChatTemplate(bare, file=tmp_path / "nowhere.jinja")

@@ -109,12 +109,12 @@ BAD = {
     "unknown": (
         SINGLE,
         {"text": "a", "label": "bleu"},
-        'the label "bleu" is none of classification.labels; did you mean `blue`?',
+        'the label "bleu" is not in classification.labels; did you mean `blue`?',
     ),
     "missing": (SINGLE, {"text": "a"}, 'the field "label" is missing'),
     "null": (SINGLE, {"text": "a", "label": None}, 'the field "label" is missing'),
-    "true": (SINGLE, {"text": "a", "label": True}, "the label true is none of"),
-    "a list for one": (SINGLE, {"text": "a", "label": ["red"]}, 'the label ["red"] is none of'),
+    "true": (SINGLE, {"text": "a", "label": True}, "the label true is not in"),
+    "a list for one": (SINGLE, {"text": "a", "label": ["red"]}, 'the label ["red"] is not in'),
     "no text": (SINGLE, {"label": 1}, 'no text in the field "text"'),
     "blank text": (SINGLE, {"text": " \n", "label": 1}, 'no text in the field "text"'),
     "one for a list": (
@@ -123,7 +123,7 @@ BAD = {
         'the field "labels" is not a list of classes',
     ),
     "no list": (MULTI, {"text": "a", "label": "red"}, 'the field "labels" is missing'),
-    "one of a list": (MULTI, {"text": "a", "labels": ["red", "x"]}, 'the label "x" is none of'),
+    "one of a list": (MULTI, {"text": "a", "labels": ["red", "x"]}, 'the label "x" is not in'),
     "no number": (NUMBER, {"text": "a", "label": "1.5"}, 'the label "1.5" is not a number'),
     "not a finite number": (
         NUMBER,
@@ -159,10 +159,10 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path, name):
 def test_files_that_hold_no_labels(tmp_path):
     (tmp_path / "plain.txt").write_text("words")
     with pytest.raises(
-        DataError, match=r"plain.txt is plain text; labels come in JSONL or parquet"
+        DataError, match=r"plain.txt is plain text; labels must be in JSONL or parquet"
     ):
         read_labelled_texts(str(tmp_path / "plain.txt"), SINGLE)
-    with pytest.raises(DataError, match="holds no text with a label"):
+    with pytest.raises(DataError, match="contains no text with a label"):
         read_labelled_texts(written(tmp_path), SINGLE)
 
 

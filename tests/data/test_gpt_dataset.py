@@ -180,9 +180,7 @@ def test_a_range_of_documents_is_all_that_is_seen(tmp_path):
 def test_data_too_short_for_a_sample(tmp_path):
     data = write(tmp_path / "a", [2, 2])
     assert make_source(data, sequence_length=3).samples_per_epoch == 1
-    with pytest.raises(
-        DataError, match=r"a.bin has 4 tokens to draw from, but .* data.sequence_length=4"
-    ):
+    with pytest.raises(DataError, match=r"a.bin has 4 tokens, but .* data.sequence_length=4"):
         make_source(data)
 
 
@@ -193,7 +191,7 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path, vocab_size):
         writer.add_documents(np.array([1, 2, 3, 4, wrong, 5]), lengths=[3, 3])
     source = make_source(IndexedDataset(tmp_path / "a"), sequence_length=5, vocab_size=vocab_size)
     with pytest.raises(
-        DataError, match=rf"a.bin: document 1 holds token id {wrong}, outside .* {vocab_size}"
+        DataError, match=rf"a.bin: document 1 contains token id {wrong}, outside .* {vocab_size}"
     ):
         source.fetch(0)
 
@@ -202,7 +200,7 @@ def test_negative_ids_are_outside_too(tmp_path):
     with IndexedWriter(tmp_path / "a", vocab_size=80_000) as writer:
         writer.add(np.array([1, 2, 3, 4]))
     (tmp_path / "a.bin").write_bytes(np.array([1, -2, 3, 4], dtype="<i4").tobytes())
-    with pytest.raises(DataError, match="document 0 holds token id -2"):
+    with pytest.raises(DataError, match="document 0 contains token id -2"):
         make_source(IndexedDataset(tmp_path / "a"), sequence_length=3, vocab_size=80_000).fetch(0)
 
 

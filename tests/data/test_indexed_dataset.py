@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from contextlib import suppress
 
@@ -111,25 +112,28 @@ DAMAGES = {
     "no .bin": (lambda p: p.with_name("m.bin").unlink(), "there is no file .*m.bin"),
     "header cut": (
         lambda p: p.with_name("m.idx").write_bytes(MAGIC),
-        "m.idx is 9 bytes long, shorter than the 34",
+        "m.idx is 9 bytes long, shorter than the header of 34",
     ),
     "empty .idx": (lambda p: p.with_name("m.idx").write_bytes(b""), "m.idx is 0 bytes long"),
     "magic": (
         lambda p: write_files(p, [1], [1], [0, 1], magic=b"MMIDIDX\x00\x01"),
-        "no Megatron index",
+        "not a Megatron index",
     ),
-    "version": (lambda p: write_files(p, [1], [1], [0, 1], version=2), "version 2; only version 1"),
+    "version": (
+        lambda p: write_files(p, [1], [1], [0, 1], version=2),
+        "version 2 of the index is not supported",
+    ),
     "dtype": (lambda p: write_files(p, [1], [1], [0, 1], code=9), "dtype code 9"),
     "index cut": (
         lambda p: cut(p.with_name("m.idx"), 5),
-        "m.idx is 77 bytes long, but its header .* makes 82",
+        "m.idx is 77 bytes long, but .* take 82",
     ),
     "tokens cut": (
         lambda p: cut(p.with_name("m.bin"), 2),
         "m.bin is 8 bytes long, but .*m.idx describes 10 bytes",
     ),
-    "no documents": (lambda p: write_files(p, [], [], [0]), "m.idx holds no documents"),
-    "no tokens": (lambda p: write_files(p, [], [0], [0, 1]), "m.bin holds no tokens"),
+    "no documents": (lambda p: write_files(p, [], [], [0]), "m.idx contains no documents"),
+    "no tokens": (lambda p: write_files(p, [], [0], [0, 1]), "m.bin contains no tokens"),
     "wrong last document": (
         lambda p: write_files(p, [1], [1], [0, 2]),
         "m.idx is damaged: its documents run",
@@ -173,7 +177,7 @@ def test_a_bit_that_flips_in_the_index_is_refused_or_harms_nothing(tmp_path):
 @pytest.mark.parametrize("prefix", ["", ".", "/", ".."])
 def test_a_prefix_without_a_name_is_refused(prefix):
     for use in (IndexedDataset, lambda prefix: IndexedWriter(prefix, vocab_size=300)):
-        with pytest.raises(DataError, match="a data set is named by the prefix of its"):
+        with pytest.raises(DataError, match="is not the prefix of a dataset"):
             use(prefix)
 
 
@@ -185,7 +189,7 @@ def test_a_name_that_the_system_does_not_take_is_a_sentence():
 def test_starts_that_do_not_rise_are_refused_where_they_are_read(tmp_path):
     data = IndexedDataset(write_files(tmp_path / "m", range(6), [2, 3, 1], [0, 2, 1, 3]))
     with pytest.raises(
-        DataError, match=r"m.idx is damaged: the starts of documents 0 to 3 do not rise"
+        DataError, match=r"m.idx is damaged: the starts of documents 0 to 3 decrease"
     ):
         data.document_offsets()
 
@@ -219,7 +223,7 @@ def test_a_failed_run_leaves_the_files_before_it(tmp_path):
 @pytest.mark.parametrize("wrong", [300, -1])
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path, wrong):
     with (
-        pytest.raises(DataError, match=f"token id {wrong} lies outside the vocabulary of 300"),
+        pytest.raises(DataError, match=f"token id {wrong} is outside the vocabulary of 300"),
         IndexedWriter(tmp_path / "a", vocab_size=300) as writer,
     ):
         writer.add(np.array([1, wrong]))
@@ -238,11 +242,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(indexed_dataset.os, "fsync", full)
-    writer = IndexedWriter(tmp_path / "a", vocab_size=300)
-    writer.add(np.array([1]))
-    with pytest.raises(DataError, match=r"a.bin.partial: the disk is full"), writer:
-        pass
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.raises(DataError, match=r"a.bin: the disk is full"),
+        IndexedWriter(tmp_path / "a", vocab_size=300) as writer,
+    ):
+        writer.add(np.array([1]))
     assert list(tmp_path.iterdir()) == []
 
 

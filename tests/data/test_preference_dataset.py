@@ -43,7 +43,7 @@ def test_a_record_is_two_conversations(record):
     [
         (
             {"prompt": "Hi", "chosen": "Hello"},
-            "it has prompt, chosen, and prompt, chosen and rejected are needed",
+            "it has prompt, chosen; required: prompt, chosen and rejected",
         ),
         ({"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}, "are the same answer"),
         (
@@ -52,7 +52,7 @@ def test_a_record_is_two_conversations(record):
         ),
         (
             {"chosen": "Hello", "rejected": "Bye"},
-            '"chosen" without a prompt must be a whole conversation',
+            '"chosen" without a prompt must be a full conversation',
         ),
         (
             {"prompt": "Hi", "chosen": "Hello", "rejected": " "},

@@ -95,7 +95,9 @@ def test_several_processes_write_the_same_files(tmp_path, tokenizer_folder, monk
 def test_a_bad_line_stops_and_leaves_nothing(tmp_path, tokenizer_folder):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\nbad\n{"no": 1}\n')
-    with pytest.raises(DataError, match=r"a.jsonl, line 2: not valid JSON; --on-error skip leaves"):
+    with pytest.raises(
+        DataError, match=r"a.jsonl, line 2: not valid JSON; --on-error skip leaves out"
+    ):
         preprocess([path], tokenizer=tokenizer_folder, output=tmp_path / "o", workers=1)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -117,7 +119,7 @@ def test_nothing_to_write_is_an_error(tmp_path, tokenizer_folder):
     (tmp_path / "a.jsonl").write_text("bad\n\nbad\n")
     with pytest.raises(
         DataError,
-        match="no documents to write, every record was skipped: 2 not valid JSON, 1 empty line",
+        match="no documents to write; all records were skipped: 2 not valid JSON, 1 empty line",
     ):
         preprocess(
             [tmp_path],
@@ -187,7 +189,7 @@ def test_a_killed_run_leaves_no_files_and_no_workers(tmp_path, tokenizer_folder)
     process = subprocess.Popen(
         [sys.executable, TOOLS / "preprocess_data.py", *arguments], stderr=subprocess.DEVNULL
     )
-    partial = tmp_path / "o.bin.partial"
+    partial = tmp_path / ".tmp-o.bin"
     wait_until(lambda: partial.exists() and partial.stat().st_size)
     children = children_of(process)
     os.kill(process.pid, signal.SIGKILL)
@@ -217,5 +219,6 @@ def test_the_verb_prints_what_was_written_skipped_and_ignored(tmp_path, tokenize
     assert first.startswith(f"{tmp_path}/o: 5 documents, ")
     assert skipped == "skipped 1: not valid JSON"
     assert (
-        ignored == f"ignored 1 files of other kinds or links to folders, such as {folder}/README.md"
+        ignored
+        == f"ignored 1 files of other formats or links to folders, such as {folder}/README.md"
     )

@@ -67,8 +67,8 @@ def test_a_vocabulary_too_small_for_bytes(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"vocab_size": 2**31}, "--vocab-size=2147483648 is more than"),
-        ({"special_tokens": [""]}, "--special-token='' is no token"),
+        ({"vocab_size": 2**31}, "--vocab-size=2147483648 must be at most"),
+        ({"special_tokens": [""]}, "--special-token='' must not be empty"),
     ],
 )
 def test_what_no_tokenizer_can_have(corpus, tmp_path, more, words):
@@ -97,14 +97,16 @@ def test_a_bad_line_stops_training(corpus, tmp_path):
 
 
 def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(DataError, match="does not exist, and a tokenizer"):
+    with pytest.raises(DataError, match="does not exist; give the folder"):
         load_tokenizer(tmp_path / "none")
-    with pytest.raises(DataError, match=r"is no tokenizer's folder: it has no tokenizer.json"):
+    with pytest.raises(
+        DataError, match=r"is not the folder of a tokenizer: it has no tokenizer.json"
+    ):
         load_tokenizer(tmp_path)
     for damaged in ("{", "[]", '{"model": 5}'):
         (tmp_path / "tokenizer.json").write_text(damaged)
         with pytest.raises(
-            DataError, match=r"holds no tokenizer that transformers can load \([^\n]+\)$"
+            DataError, match=r"contains a tokenizer that transformers cannot load \([^\n]+\)$"
         ):
             load_tokenizer(tmp_path)
 

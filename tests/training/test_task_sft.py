@@ -468,7 +468,7 @@ def test_how_to_generate_is_kept_and_ends_where_answers_do(tmp_path):
 
 
 SENTENCES = {
-    "data.chat_template=null": "data.tokenizer={folder}/tokenizer has no chat template; give one as data.chat_template=FILE",
+    "data.chat_template=null": "data.tokenizer={folder}/tokenizer has no chat template; set data.chat_template=FILE",
     "data.tokenizer=null": "data.tokenizer=(nothing) is missing; give the model's tokenizer",
     "data.train=null": "data.train=(nothing) is missing; give a file, folder or glob of JSONL or parquet with chats",
     "data.train=nowhere.jsonl": "nowhere.jsonl does not exist",
