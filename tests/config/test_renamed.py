@@ -89,4 +89,4 @@ def test_old_run_folder_and_checkpoint_are_read(tmp_path):
     (tmp_path / "trainer.json").write_text(
         json.dumps({**state, "layout": {}, "model": {}, "config": raw})
     )
-    assert read_train_state(tmp_path).config["checkpoint"]["keep_last"] == 1
+    assert read_train_state(tmp_path).run.config["checkpoint"]["keep_last"] == 1

@@ -130,7 +130,7 @@ def run_steps(runner, batches: Callable[[int], list[Batch]], *, steps: int) -> R
     return ran
 
 
-def _first_gradient(zero) -> list[Piece]:
+def _first_gradient(optimizer) -> list[Piece]:
     return [
         Piece(
             replace(f.sharding, grad_reduce_axes=()),
@@ -138,7 +138,7 @@ def _first_gradient(zero) -> list[Piece]:
             f.start,
             f.tensors["exp_avg"].clone() / (1 - BETAS[0]),
         )
-        for f in zero.state.fragments()
+        for f in optimizer.state.fragments()
     ]
 
 

@@ -102,7 +102,7 @@ def run_cases(rank, world_size, cases):
 
 def run_case(rank, case):
     mesh = make_mesh(rank, data=case.world)
-    zero = ZeroOptimizer(
+    optimizer = ZeroOptimizer(
         Tiny(),
         settings=case.config().optimizer,
         parallel=case.config().parallel,
@@ -116,37 +116,37 @@ def run_case(rank, case):
             given = gradients(step, microbatch, rank)
             if step == OVERFLOWS and rank == case.world - 1:
                 given["matrix"][1, 2] = math.inf
-            zero.backward(
-                zero.module(given), torch.tensor(1.0), last=microbatch == MICROBATCHES - 1
+            optimizer.backward(
+                optimizer.module(given), torch.tensor(1.0), last=microbatch == MICROBATCHES - 1
             )
 
     def weights():
         return {
-            name: zero.state.full_weights(parameter).float().clone()
-            for name, parameter in zero.stage.named_parameters()
+            name: optimizer.state.full_weights(parameter).float().clone()
+            for name, parameter in optimizer.stage.named_parameters()
         }
 
     norms, applied, after = [], [], []
     for step, lr in enumerate(LRS):
         if step == DISCARDED:
             backward(99)
-            zero.zero_grad()
+            optimizer.zero_grad()
         if step == len(LRS) - 1:
-            zero.state.updates = 10
+            optimizer.state.updates = 10
         backward(step)
-        result = zero.step(lr)
+        result = optimizer.step(lr)
         norms.append(result.grad_norm)
         applied.append(result.applied)
         after.append(weights())
-    updates = zero.state.updates
+    updates = optimizer.state.updates
     pieces = [
         (f.sharding.name, f.start, {name: t.clone() for name, t in f.tensors.items()})
-        for f in zero.state.fragments()
+        for f in optimizer.state.fragments()
     ]
     with torch.no_grad():
-        for fragment in zero.state.fragments():
+        for fragment in optimizer.state.fragments():
             fragment.tensors["master"].mul_(2.0)
-    zero.state.copy_masters_to_weights()
+    optimizer.state.copy_masters_to_weights()
     return Outcome(norms, applied, after, updates, pieces, weights())
 
 

@@ -150,7 +150,14 @@ def test_a_run_is_peft_s_and_merges_into_a_classifier(problem, model, parallel, 
     with torch.no_grad():
         torch.testing.assert_close(direct(given).logits, theirs(given).logits, rtol=0, atol=0)
 
-    merged = merge_run(configuration.load(whole / "config.yaml"))
+    config = configuration.load(whole / "config.yaml")
+    merged = merge_run(
+        config.run.output_dir,
+        lora=config.lora,
+        task=config.task,
+        init_from=config.train.init_from,
+        resume_from=config.checkpoint.resume,
+    )
     network, found = kind.from_pretrained(merged, output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]

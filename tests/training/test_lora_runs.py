@@ -187,13 +187,13 @@ def in_4_bits(network, folder: Path):
 
 
 @torch.no_grad()
-def scramble(zero) -> None:
-    for fragment in zero.state.fragments():
+def scramble(optimizer) -> None:
+    for fragment in optimizer.state.fragments():
         s = fragment.sharding
         master = fragment.tensors["master"]
         part = s.take(scrambled(s.name, s.shape, torch.zeros(s.shape)))
         master.add_(part.flatten()[fragment.start : fragment.start + master.numel()])
-    zero.state.copy_masters_to_weights()
+    optimizer.state.copy_masters_to_weights()
 
 
 def run_layout(rank: int, world_size: int, config):

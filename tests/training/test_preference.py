@@ -179,12 +179,12 @@ def reference(kind: str, folder: Path):
 
 
 @torch.no_grad()
-def shift(zero) -> None:
-    for fragment in zero.state.fragments():
+def shift(optimizer) -> None:
+    for fragment in optimizer.state.fragments():
         s, master = fragment.sharding, fragment.tensors["master"]
         part = s.take(shifted(s.name, s.shape, torch.zeros(s.shape)))
         master.add_(part.flatten()[fragment.start : fragment.start + master.numel()])
-    zero.state.copy_masters_to_weights()
+    optimizer.state.copy_masters_to_weights()
 
 
 def run_layout(rank: int, world_size: int, config):
