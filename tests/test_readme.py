@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 from helpers.checkout_paths import ROOT
 
-from megatrain.__main__ import VERBS
+from megatrain.cli.main import COMMANDS
 from megatrain.config.schema import Config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,7 +58,7 @@ def test_what_a_page_names_is_there(page):
     )
     assert [path for path in paths if not (ROOT / path).exists() and "MODEL_TYPE" not in path] == []
     verbs = re.findall(r"(?:^    |`)megatrain ([a-z]+)", text, re.MULTILINE)
-    assert set(verbs) <= {*VERBS}
+    assert set(verbs) <= {*COMMANDS}
     settings = re.findall(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z_]+)\b(?![./(])", text)
     known = {(section, item.name) for section, hint in SECTIONS.items() for item in fields(hint)}
     assert {
