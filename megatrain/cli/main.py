@@ -110,7 +110,7 @@ def _run(arguments: list[str]) -> int:
             return _print_help(arguments)
         if arguments[0] in RENAMED:
             old, new = arguments[0], RENAMED[arguments[0]]
-            print(f"`megatrain {old}` was renamed; use `megatrain {new}`", file=sys.stderr)
+            print(f"`megatrain {old}` was renamed: use `megatrain {new}`", file=sys.stderr)
             return 2
         return _run_command(ALIASES.get(arguments[0], arguments[0]), arguments[1:])
     except UserError as error:
