@@ -8,7 +8,8 @@ from pathlib import Path
 
 from megatrain.cli.arguments import write_text
 from megatrain.report.bottlenecks import advise
-from megatrain.report.timeline_page import PARTS, chrome_trace, numbers, render_timeline_page
+from megatrain.report.chrome_trace import chrome_trace
+from megatrain.report.timeline_page import PARTS, numbers, render_timeline_page
 from megatrain.telemetry.bubble_analysis import profile_pipeline
 from megatrain.telemetry.trace_format import read_traces
 

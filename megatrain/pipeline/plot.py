@@ -1,4 +1,4 @@
-"""Draws a schedule in time: as text for a terminal, and as an SVG picture. Time goes to the right, one line a rank."""
+"""Draws a simulated schedule as text or as an SVG picture: one line per rank, time to the right."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ KINDS: dict[Kind, str] = {
 }
 
 
-# -- text --------------------------------------------------------------------------------------------------------------
+# -- text ----------------------------------------------------------------------------------------
 
 
 def draw_text(timeline: Timeline, width: int) -> str:
-    """The schedule in lines of at most `width` characters.
+    """Returns the schedule in lines of at most `width` characters.
 
-    Boxes that are too narrow for `F0` show the letter alone. Small letters are the chunks with odd
-    numbers, dots idle time.
+    Boxes too narrow for `F0` show the letter only. Small letters are chunks with odd numbers, dots
+    idle time.
 
         0  F0 F1 B0--- B1---
         1  ...F0 B0--- F1 B1---
@@ -41,19 +41,18 @@ def draw_text(timeline: Timeline, width: int) -> str:
 
 
 def _columns_per_time(timeline: Timeline, columns: int) -> float:
-    """A whole number of columns for the shortest action, where there is room for that."""
-    shortest = min(
-        (
-            span.end - span.start
-            for spans in timeline.spans
-            for span in spans
-            if span.end > span.start
-        ),
-        default=1.0,
-    )
+    """Returns the scale, with whole columns for the shortest action if there is room."""
+    shortest = _shortest(timeline)
     longest_label = max(len(_label(span.action)) for spans in timeline.spans for span in spans)
-    whole = int(columns * shortest / timeline.makespan + 1e-9)
-    return min(whole, longest_label + 1) / shortest if whole else columns / timeline.makespan
+    per_action = int(columns * shortest / timeline.makespan + 1e-9)
+    if not per_action:
+        return columns / timeline.makespan
+    return min(per_action, longest_label + 1) / shortest
+
+
+def _shortest(timeline: Timeline) -> float:
+    lengths = [span.end - span.start for spans in timeline.spans for span in spans]
+    return min((length for length in lengths if length > 0), default=1.0)
 
 
 def _text_line(spans: list[Span], scale: float, columns: int) -> str:
@@ -89,22 +88,38 @@ def _kinds(timeline: Timeline) -> list[Kind]:
     return [kind for kind in KINDS if kind in found]
 
 
-# -- picture -----------------------------------------------------------------------------------------------------------
+# -- picture -------------------------------------------------------------------------------------
 
-# Okabe and Ito's palette, told apart by colour-blind people; all of it bears black letters.
+# Okabe and Ito's palette for colour-blind readers; black text is legible on all of it.
 _COLOURS: dict[Kind, tuple[int, int, int]] = {
     "F": (86, 180, 233),
     "B": (213, 94, 0),
     "I": (230, 159, 0),
     "W": (0, 158, 115),
 }
-_IDLE = "#e2e2e2"
+IDLE = "#e2e2e2"
 _LEFT, _RIGHT, _TOP, _ROW, _BOX, _LEGEND = 70, 150, 84, 36, 30, 210
-"""Pixels: beside the boxes, above them, from one rank's line to the next, a box's height, a legend entry's width."""
+"""Pixels: left, right, top margin; distance of rows; height of a box; width of a legend entry."""
+DIGIT_WIDTH = 0.62
+"""Width of a digit per font size."""
+
+
+def shade(kind: Kind, chunk: int, chunks: int) -> str:
+    """Returns the colour of a kind, mixed with more white for each chunk."""
+    white = 0.6 * chunk / max(chunks - 1, 1)
+    return "#" + "".join(f"{round(part + (255 - part) * white):02x}" for part in _COLOURS[kind])
+
+
+def svg_text(x: float, y: float, text: str, *, anchor: str = "start", size: float = 13) -> str:
+    """Returns an SVG text element."""
+    return (
+        f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size:.4g}">'
+        f"{escape(text)}</text>"
+    )
 
 
 class _Canvas(NamedTuple):
-    """Where time and ranks are, in pixels."""
+    """Scale and size in pixels."""
 
     pixels_per_time: float
     width: float
@@ -118,20 +133,18 @@ class _Canvas(NamedTuple):
 
 
 def draw_svg(timeline: Timeline) -> str:
-    """The schedule as an SVG: microbatches in the boxes, kinds by colour, chunks by shade, idle time grey."""
-    shortest = min(
-        span.end - span.start for spans in timeline.spans for span in spans if span.end > span.start
-    )
-    plot = min(max(24 * timeline.makespan / shortest, 700), 4000)
+    """Returns an SVG: microbatches in boxes, kinds by colour, chunks by shade, idle time grey."""
+    plot = min(max(24 * timeline.makespan / _shortest(timeline), 700), 4000)
     width = _LEFT + max(plot + _RIGHT, _LEGEND * (len(_kinds(timeline)) + 1))
     canvas = _Canvas(plot / timeline.makespan, width, _TOP + _ROW * len(timeline.spans))
     height = canvas.bottom + 50 + 24 * timeline.schedule.placement.chunks
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{canvas.width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {canvas.width:.0f} {height:.0f}" font-family="Helvetica, Arial, sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="13">',
         '<rect width="100%" height="100%" fill="white"/>',
         _title(timeline),
-        *(_rank_line(timeline, rank, canvas) for rank in range(len(timeline.spans))),
+        *(_rank_row(timeline, rank, canvas) for rank in range(len(timeline.spans))),
         *_phases(timeline, canvas),
         *_axis(timeline, canvas),
         *_legend(timeline, canvas),
@@ -141,28 +154,24 @@ def draw_svg(timeline: Timeline) -> str:
 
 
 def _title(timeline: Timeline) -> str:
-    microbatches = 1 + max(action.microbatch for action in timeline.schedule.actions[0])
-    chunks = timeline.schedule.placement.chunks
-    of_chunks = f", {chunks} chunks each" if chunks > 1 else ""
-    return _text(
-        _LEFT,
-        24,
-        f"{timeline.schedule.name}: {len(timeline.spans)} ranks{of_chunks}, {microbatches} microbatches, "
-        f"bubble {timeline.bubble:.1%}",
-        size=16,
+    schedule, chunks = timeline.schedule, timeline.schedule.placement.chunks
+    per_rank = f", {chunks} chunks each" if chunks > 1 else ""
+    text = (
+        f"{schedule.name}: {len(timeline.spans)} ranks{per_rank}, "
+        f"{schedule.microbatches} microbatches, bubble {timeline.bubble:.1%}"
     )
+    return svg_text(_LEFT, 24, text, size=16)
 
 
-def _rank_line(timeline: Timeline, rank: int, canvas: _Canvas) -> str:
+def _rank_row(timeline: Timeline, rank: int, canvas: _Canvas) -> str:
     y, end = canvas.y(rank), canvas.x(timeline.makespan)
     idle = 1 - timeline.busy[rank] / timeline.makespan
+    note = f"idle {idle:.0%}, peak {timeline.peak_activations[rank]}"
     parts = [
-        _text(_LEFT - 10, y + _BOX * 0.65, f"rank {rank}", anchor="end"),
-        f'<rect x="{_LEFT}" y="{y}" width="{end - _LEFT:.2f}" height="{_BOX}" fill="{_IDLE}"/>',
+        svg_text(_LEFT - 10, y + _BOX * 0.65, f"rank {rank}", anchor="end"),
+        f'<rect x="{_LEFT}" y="{y}" width="{end - _LEFT:.2f}" height="{_BOX}" fill="{IDLE}"/>',
         *(_box(span, timeline, canvas, y) for span in timeline.spans[rank]),
-        _text(
-            end + 10, y + _BOX * 0.65, f"idle {idle:.0%}, peak {timeline.peak_activations[rank]}"
-        ),
+        svg_text(end + 10, y + _BOX * 0.65, note),
     ]
     return "\n".join(parts)
 
@@ -170,33 +179,29 @@ def _rank_line(timeline: Timeline, rank: int, canvas: _Canvas) -> str:
 def _box(span: Span, timeline: Timeline, canvas: _Canvas, y: float) -> str:
     x, width = canvas.x(span.start), (span.end - span.start) * canvas.pixels_per_time
     label = str(span.action.microbatch)
-    colour = _shade(span.action.kind, span.action.chunk, timeline.schedule.placement.chunks)
-    box = f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}" fill="{colour}" stroke="white"/>'
+    colour = shade(span.action.kind, span.action.chunk, timeline.schedule.placement.chunks)
+    box = (
+        f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}" '
+        f'fill="{colour}" stroke="white"/>'
+    )
     if width > 0:
-        size = min(
-            13.0, width / (0.62 * len(label))
-        )  # A digit is about 0.6 as wide as the letters are high.
-        box += _text(x + width / 2, y + _BOX / 2 + 0.36 * size, label, anchor="middle", size=size)
+        size = min(13.0, width / (DIGIT_WIDTH * len(label)))
+        box += svg_text(
+            x + width / 2, y + _BOX / 2 + 0.36 * size, label, anchor="middle", size=size
+        )
     return box
 
 
-def _shade(kind: Kind, chunk: int, chunks: int) -> str:
-    """The kind's colour, mixed with more white for each chunk."""
-    white = 0.6 * chunk / max(chunks - 1, 1)
-    return "#" + "".join(f"{round(part + (255 - part) * white):02x}" for part in _COLOURS[kind])
-
-
 def _phases(timeline: Timeline, canvas: _Canvas) -> list[str]:
-    """Lines around warm-up (until the first backward) and cool-down (after the last forward), with their names above."""
-    spans = [span for of_rank in timeline.spans for span in of_rank]
-    first_backward = min(
-        (span.start for span in spans if span.action.kind != "F"), default=timeline.makespan
-    )
+    """Returns brackets: warm-up ends at the first backward, cool-down starts after the last forward."""
+    spans = [span for rank_spans in timeline.spans for span in rank_spans]
+    backwards = (span.start for span in spans if span.action.kind != "F")
+    first_backward = min(backwards, default=timeline.makespan)
     last_forward = max(span.end for span in spans if span.action.kind == "F")
     bounds = [0.0, first_backward, max(first_backward, last_forward), timeline.makespan]
     parts = []
     for name, start, end in zip(
-        ("warm-up", "steady state", "cool-down"), bounds, bounds[1:], strict=False
+        ("warm-up", "steady state", "cool-down"), bounds[:-1], bounds[1:], strict=True
     ):
         if end <= start:
             continue
@@ -204,26 +209,26 @@ def _phases(timeline: Timeline, canvas: _Canvas) -> list[str]:
         parts.append(
             f'<path d="M{x + 2:.2f} {_TOP - 8}v-8h{width - 4:.2f}v8" fill="none" stroke="black"/>'
         )
-        parts.append(_text(x + width / 2, _TOP - 24, name, anchor="middle"))
+        parts.append(svg_text(x + width / 2, _TOP - 24, name, anchor="middle"))
         if start:
             parts.append(
-                f'<path d="M{x:.2f} {_TOP - 16}V{canvas.bottom}" stroke="black" stroke-opacity="0.4" stroke-dasharray="5 4"/>'
+                f'<path d="M{x:.2f} {_TOP - 16}V{canvas.bottom}" stroke="black" '
+                'stroke-opacity="0.4" stroke-dasharray="5 4"/>'
             )
     return parts
 
 
 def _axis(timeline: Timeline, canvas: _Canvas) -> list[str]:
-    """Some five to ten ticks, at round times."""
+    """Returns five to ten labels at round times."""
     step = 1.0
     while timeline.makespan / step > 10:
         step *= 2 if str(step)[0] in "15" else 2.5
     while timeline.makespan / step < 4:
         step /= 2
     ticks = [number * step for number in range(int(timeline.makespan / step + 1e-9) + 1)]
-    marks = [
-        _text(canvas.x(tick), canvas.bottom + 16, f"{tick:g}", anchor="middle") for tick in ticks
-    ]
-    return [*marks, _text(_LEFT - 10, canvas.bottom + 16, "time", anchor="end")]
+    y = canvas.bottom + 16
+    labels = [svg_text(canvas.x(tick), y, f"{tick:g}", anchor="middle") for tick in ticks]
+    return [*labels, svg_text(_LEFT - 10, y, "time", anchor="end")]
 
 
 def _legend(timeline: Timeline, canvas: _Canvas) -> list[str]:
@@ -231,22 +236,14 @@ def _legend(timeline: Timeline, canvas: _Canvas) -> list[str]:
     parts: list[str] = []
     for chunk in range(chunks):
         y = canvas.bottom + 34 + 24 * chunk
-        x = float(_LEFT)
-        for kind in _kinds(timeline):
-            name = KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else "")
-            parts += _legend_entry(x, y, _shade(kind, chunk, chunks), name)
-            x += _LEGEND
+        entries = [
+            (shade(kind, chunk, chunks), KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else ""))
+            for kind in _kinds(timeline)
+        ]
         if chunk == 0:
-            parts += _legend_entry(x, y, _IDLE, "bubble (idle)")
+            entries.append((IDLE, "bubble (idle)"))
+        for column, (colour, name) in enumerate(entries):
+            x = float(_LEFT + column * _LEGEND)
+            parts.append(f'<rect x="{x}" y="{y}" width="16" height="16" fill="{colour}"/>')
+            parts.append(svg_text(x + 22, y + 13, name))
     return parts
-
-
-def _legend_entry(x: float, y: float, colour: str, name: str) -> list[str]:
-    return [
-        f'<rect x="{x}" y="{y}" width="16" height="16" fill="{colour}"/>',
-        _text(x + 22, y + 13, name),
-    ]
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", size: float = 13) -> str:
-    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size:.4g}">{escape(text)}</text>'

@@ -60,8 +60,7 @@ class Message(NamedTuple):
 class P2POp(NamedTuple):
     """A send or receive.
 
-    `local` is a message from a rank to itself: the output of the last action is stored for the
-    action that consumes it, and nothing is sent.
+    `local` is a message from a rank to itself: the output of the last action is stored, not sent.
     """
 
     direction: Direction

@@ -1,4 +1,4 @@
-"""From a config to a rank's model: who holds which layers, and the parts that one step needs."""
+"""Builds the stage of a rank: its schedule, its layers and their modules."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from megatrain.pipeline.schedules import SCHEDULES, build_schedule
 
 
 def run_schedule(config: Config, data_size: int) -> Schedule:
-    """The schedule of a training step. On one rank there is nothing to fill: each backward follows its forward."""
+    """Returns the schedule of a training step; 1f1b for one rank, and for `auto` to start from."""
     p, microbatches = config.parallel, config.microbatches(data_size)
-    if p.pipeline == 1 or p.schedule == "auto":  # what auto begins with and may stay with
+    if p.pipeline == 1 or p.schedule == "auto":
         return build_schedule("1f1b", p.pipeline, microbatches)
     return make_schedule(
         p.schedule,
@@ -34,7 +34,7 @@ def run_schedule(config: Config, data_size: int) -> Schedule:
 
 
 def memory_schedule(config: Config, data_size: int) -> Schedule:
-    """One in which each rank holds as much at once as in the run's: of no more microbatches than that takes, which on many stages are few."""
+    """Returns a schedule with the run's peak activations and as few microbatches as possible."""
     p, microbatches = config.parallel, config.microbatches(data_size)
     name = "1f1b" if p.pipeline == 1 or p.schedule == "auto" else p.schedule
     if name not in SCHEDULES or not SCHEDULES[name].bounded_peak:
@@ -50,18 +50,14 @@ def memory_schedule(config: Config, data_size: int) -> Schedule:
 
 
 def check_pipeline(config: Config, architecture: TransformerConfig) -> None:
-    """Refuse a schedule that there is not, and more stages than blocks, before a schedule of so many ranks is made."""
+    """Raises ConfigError for an unknown schedule, or for more stages than blocks."""
     p = config.parallel
     if p.schedule != "auto" and not is_csv(p.schedule):
         find_spec(p.schedule)
-    family = SCHEDULES.get(p.schedule)
-    chunks = (
-        1
-        if family is None
-        else (p.virtual or family.chunks)
-        if family.any_chunks
-        else family.chunks
-    )
+    spec = SCHEDULES.get(p.schedule)
+    chunks = 1 if spec is None else spec.chunks
+    if spec is not None and spec.any_chunks and p.virtual:
+        chunks = p.virtual
     if p.pipeline > 1:
         check_stages(p.pipeline * chunks, blocks=architecture.num_layers, chunks=chunks)
 
@@ -69,14 +65,14 @@ def check_pipeline(config: Config, architecture: TransformerConfig) -> None:
 def rank_specs(
     config: Config, architecture: TransformerConfig, placement: Placement
 ) -> list[list[list[LayerSpec]]]:
-    """The layers of each pipeline rank's chunks; together they are the model."""
+    """Returns the layers of each chunk of each pipeline rank; together they are the model."""
     specs = layer_specs(architecture)
     costs = layer_costs(architecture, config.data.sequence_length)
-    told = config.parallel.layers_per_stage
-    if told is None:
+    counts = config.parallel.layers_per_stage
+    if counts is None:
         cuts = cut_layers(costs, placement.stages, chunks=placement.chunks)
     else:
-        cuts = cut_by_counts(told, costs, placement.stages, chunks=placement.chunks)
+        cuts = cut_by_counts(counts, costs, placement.stages, chunks=placement.chunks)
     stages = [specs[cut.start : cut.stop] for cut in cuts]
     return [
         [stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)]
@@ -92,7 +88,10 @@ def build_stage(
     placement: Placement | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Stage:
-    """This rank's layers, uninitialised; for training in fp32, which DeepSpeed casts to the run's dtype."""
+    """Returns this rank's layers, uninitialised.
+
+    Training builds them in fp32; DeepSpeed casts them to the run's dtype.
+    """
     chunks = rank_specs(config, architecture, placement or Placement(mesh.pipeline.size))[
         mesh.pipeline.rank
     ]
@@ -110,22 +109,28 @@ def build_layers_of(
     device: str,
     dtype: torch.dtype = torch.float32,
 ) -> Stage:
-    """These layers as a stage of the rank whose mesh it is."""
-    linears_on = "meta" if config.lora.quantize != "none" else None  # they are read one by one
-    parts = ParamFactory(
+    """Returns the modules of the given layers as a stage of the rank of `mesh`."""
+    params = ParamFactory(
         architecture,
         mesh,
         sequence=config.parallel.sequence,
         dtype=dtype,
         device=device,
-        linears_on=linears_on,
+        # Linear layers that will be quantized are loaded one by one.
+        linears_on="meta" if config.lora.quantize != "none" else None,
         compiled=config.train.compile,
     )
-    return Stage(build_chunks(chunks, parts, recompute=config.train.recompute))
+    return Stage(build_chunks(chunks, params, recompute=config.train.recompute))
 
 
 class RankPlan(NamedTuple):
-    """What a pipeline rank holds: its chunks of layers, and parameters on each tensor rank."""
+    """Layers and parameters of a pipeline rank.
+
+    Attributes:
+        chunks: layers of each chunk.
+        parameters_per_rank: parameters that each of its tensor ranks stores.
+        counted: parameters that its tensor ranks own together.
+    """
 
     chunks: list[list[LayerSpec]]
     parameters_per_rank: int
@@ -135,38 +140,34 @@ class RankPlan(NamedTuple):
 def plan_ranks(
     config: Config, architecture: TransformerConfig, placement: Placement
 ) -> list[RankPlan]:
-    """Every rank's layers built without memory, those of like ranks once; their parts are asserted to be the whole model."""
+    """Returns the plan of each pipeline rank, from modules on the meta device.
+
+    Ranks with the same kinds of layers are built once. Asserts that the ranks' parameters add up to
+    those of the model.
+    """
     plans = []
-    seen: dict[tuple[tuple[str, ...], ...], list[tuple[int, int]]] = {}
+    counts: dict[tuple[tuple[str, ...], ...], tuple[int, int]] = {}
     for rank, chunks in enumerate(rank_specs(config, architecture, placement)):
-        kinds = tuple(
-            tuple(spec.kind for spec in chunk) for chunk in chunks
-        )  # blocks have parameters of the same shapes
-        if kinds not in seen:
-            seen[kinds] = _counts(rank, chunks, config, architecture)
-        plans.append(
-            RankPlan(chunks, seen[kinds][0][0], sum(counted for _, counted in seen[kinds]))
-        )
-    assert sum(plan.counted for plan in plans) == count_parameters(architecture), (
-        "the ranks' parts are the model"
-    )
+        kinds = tuple(tuple(spec.kind for spec in chunk) for chunk in chunks)
+        if kinds not in counts:
+            counts[kinds] = _count_parameters(rank, chunks, config, architecture)
+        plans.append(RankPlan(chunks, *counts[kinds]))
+    assert sum(plan.counted for plan in plans) == count_parameters(architecture)
     return plans
 
 
-def _counts(
+def _count_parameters(
     rank: int, chunks: list[list[LayerSpec]], config: Config, architecture: TransformerConfig
-) -> list[tuple[int, int]]:
-    """Of each tensor rank of a pipeline rank."""
-    p, counts = config.parallel, []
-    for tensor_rank in range(p.tensor):
+) -> tuple[int, int]:
+    """Returns the stored parameters of tensor rank 0, and the owned ones of all tensor ranks."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    counts = []
+    for tensor_rank in range(tensor):
         mesh = make_mesh(
-            rank * p.tensor + tensor_rank, tensor=p.tensor, pipeline=p.pipeline, connect=False
+            rank * tensor + tensor_rank, tensor=tensor, pipeline=pipeline, connect=False
         )
-        counts.append(
-            count_module_parameters(
-                build_layers_of(
-                    chunks, config=config, architecture=architecture, mesh=mesh, device="meta"
-                )
-            )
+        stage = build_layers_of(
+            chunks, config=config, architecture=architecture, mesh=mesh, device="meta"
         )
-    return counts
+        counts.append(count_module_parameters(stage))
+    return counts[0][0], sum(owned for _, owned in counts)

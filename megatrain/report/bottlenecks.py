@@ -1,4 +1,4 @@
-"""Advice in words from a profile, with predictions that can be tested: what a step would take is simulated (costs.py)."""
+"""Advice from a pipeline profile, with predictions simulated by planner/cost_model.py."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ from megatrain.pipeline.partition import blocks_per_stage
 from megatrain.planner.cost_model import best_cut, cost_model, rank_slowness
 from megatrain.telemetry.bubble_analysis import LayerTimes, PipelineProfile, PipelineTimes
 
-WORTH_IT = 0.01
-"""The least share of a step's time to give advice for."""
+MIN_GAIN = 0.01
+"""Least predicted share of a step's time for advice."""
 NOTABLE = 0.10
-"""The share of a step's span from which a part of the waiting is spoken of."""
-SLOW = 1.25
-"""How many times the median block a slow layer takes."""
+"""Least share of a step's span for which a part of the waiting is reported."""
+SLOW_LAYER = 1.25
+"""Time of a slow layer as a multiple of the median block."""
 SLOW_RANK = 1.15
-"""How many times as long as the middle one a slow rank takes."""
+"""Time of a slow rank as a multiple of the median rank."""
+
+_PART_ADVICE = {
+    "schedule": "is the schedule's own bubble. It shrinks with more microbatches per step (larger "
+    "train.global_batch_size or smaller train.micro_batch_size) or with another schedule "
+    "(`megatrain schedule` shows them, parallel.schedule=auto finds one)",
+    "microbatches": "goes to microbatches that take longer than others in the same stage: check "
+    "these machines for other work",
+    "communication": "goes to messages and to the host between actions. A message that is waited "
+    "for takes {message:.2g} ms; a larger train.micro_batch_size gives fewer messages",
+}
 
 
 class Advice(NamedTuple):
-    """A sentence; where it names a setting, its value and the share of the step's time that it is predicted to save."""
+    """A sentence, and for some a setting with its predicted gain as a share of the step's time."""
 
     text: str
     layers_per_stage: list[int] | None = None
@@ -28,18 +38,13 @@ class Advice(NamedTuple):
 
 
 def advise(profile: PipelineProfile) -> list[Advice]:
-    """The most useful first; one sentence at least."""
-    found = [*_on_cut(profile), *_on_ranks(profile), *_on_parts(profile)]
-    return found or [
-        Advice(f"nothing to mend: no part of the waiting is {NOTABLE:.0%} of the step")
-    ]
+    """Returns at least one piece of advice, the most useful first."""
+    found = [*_advise_on_cut(profile), *_advise_on_ranks(profile), *_advise_on_parts(profile)]
+    return found or [Advice(f"no bottleneck: each part of the waiting is below {NOTABLE:.0%}")]
 
 
-# -- sentences ---------------------------------------------------------------------------------------------------------
-
-
-def _on_cut(profile: PipelineProfile) -> list[Advice]:
-    """Whether another cut of the layers is faster."""
+def _advise_on_cut(profile: PipelineProfile) -> list[Advice]:
+    """Returns advice if another cut of the layers is faster, or if a stage is notably slow."""
     measured = profile.measured
     if len(measured.cut) == 1:
         return []
@@ -47,51 +52,52 @@ def _on_cut(profile: PipelineProfile) -> list[Advice]:
     cut = best_cut(model)
     gain = (model.makespan(measured.cut) - model.makespan(cut)) / measured.step_seconds
     problem, excess = _slowest_stage(profile)
-    if gain >= WORTH_IT:
+    if gain >= MIN_GAIN:
         counts = blocks_per_stage(cut)
+        text = (
+            f"{problem}: {_moves(measured, cut)} → predicted −{gain:.1%} of the step's time; "
+            f"set parallel.layers_per_stage={counts}"
+        )
+        return [Advice(text, counts, gain)]
+    if excess > NOTABLE:
         return [
-            Advice(
-                f"{problem}: {_moves(measured, cut)} → predicted −{gain:.1%} of the step's time; set parallel.layers_per_stage={counts}",
-                counts,
-                gain,
-            )
+            Advice(f"{problem}; no other cut of the blocks is faster by {MIN_GAIN:.0%} or more")
         ]
-    return (
-        [Advice(f"{problem}; no other cut of the blocks would be faster by {WORTH_IT:.0%} or more")]
-        if excess > NOTABLE
-        else []
-    )
+    return []
 
 
 def _slowest_stage(profile: PipelineProfile) -> tuple[str, float]:
-    """In words, and as a share above the mean."""
+    """Returns a description of the slowest stage and its excess over the mean."""
     mean = statistics.fmean(stage.total for stage in profile.stages)
     slowest = max(profile.stages, key=lambda stage: stage.total)
     excess = slowest.total / mean - 1
-    words = f"stage {slowest.stage} is {excess:.0%} slower than the mean of the stages"
+    text = f"stage {slowest.stage} is {excess:.0%} slower than the mean of the stages"
     slow = [
-        f"{layer.title} alone takes {times:.1f} times the median block"
-        for layer, times in slow_layers(profile)
+        f"{layer.title} alone takes {ratio:.1f} times the median block"
+        for layer, ratio in slow_layers(profile)
         if layer.stage == slowest.stage
     ]
-    return words + (f" ({', '.join(slow[:3])})" if slow else ""), excess
+    return text + (f" ({', '.join(slow[:3])})" if slow else ""), excess
 
 
 def slow_layers(profile: PipelineProfile) -> list[tuple[LayerTimes, float]]:
-    """Layers that take SLOW times the median block or more on ranks of one speed, and how many times; the slowest first."""
+    """Returns slow layers with their multiple of the median block, the slowest first.
+
+    Times are corrected for the speed of the ranks.
+    """
     slowness = rank_slowness(profile.measured)
     seconds = [layer.total / slowness[profile.stages[layer.stage].rank] for layer in profile.layers]
-    middle = statistics.median(seconds[1:-1])
+    median = statistics.median(seconds[1:-1])
     slow = [
-        (layer, taken / middle)
-        for layer, taken in zip(profile.layers, seconds, strict=True)
-        if taken >= SLOW * middle > 0
+        (layer, value / median)
+        for layer, value in zip(profile.layers, seconds, strict=True)
+        if value >= SLOW_LAYER * median > 0
     ]
     return sorted(slow, key=lambda found: -found[1])
 
 
 def _moves(measured: PipelineTimes, cut: list[range]) -> str:
-    """`move block 3 from stage 1 to stage 0, ...`"""
+    """Returns `move block 3 from stage 1 to stage 0, ...`."""
     before = {layer: stage for stage, layers in enumerate(measured.cut) for layer in layers}
     moved: dict[tuple[int, int], list[int]] = {}
     for stage, layers in enumerate(cut):
@@ -99,16 +105,15 @@ def _moves(measured: PipelineTimes, cut: list[range]) -> str:
             if before[layer] != stage:
                 moved.setdefault((before[layer], stage), []).append(layer)
     parts = [
-        f"{_named(measured, layers)} from stage {source} to stage {target}"
+        f"{_block_names(measured, layers)} from stage {source} to stage {target}"
         for (source, target), layers in sorted(moved.items())
     ]
-    return (
-        "move " + ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
-    )
+    more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
+    return f"move {', '.join(parts[:4])}{more}"
 
 
-def _named(measured: PipelineTimes, layers: list[int]) -> str:
-    """`block 3`, `blocks 3 and 4`, `blocks 3–5`."""
+def _block_names(measured: PipelineTimes, layers: list[int]) -> str:
+    """Returns `block 3`, `blocks 3 and 4` or `blocks 3–5`."""
     if len(layers) == 1:
         return measured.titles[layers[0]]
     first, last = (
@@ -117,34 +122,26 @@ def _named(measured: PipelineTimes, layers: list[int]) -> str:
     return f"blocks {first} and {last}" if len(layers) == 2 else f"blocks {first}–{last}"
 
 
-def _on_ranks(profile: PipelineProfile) -> list[Advice]:
-    found = []
-    for rank, slowness in enumerate(rank_slowness(profile.measured)):
-        if slowness >= SLOW_RANK:
-            found.append(
-                Advice(
-                    f"pipeline rank {rank} takes {slowness:.2f} times as long as the others for a block: look at its device, "
-                    "its clock rate and what else runs there"
-                )
-            )
-    return found
-
-
-def _on_parts(profile: PipelineProfile) -> list[Advice]:
-    """What else is worth looking at, by its share of the ranks' time."""
-    total = profile.total
-    message = f"a message that is waited for takes {1e3 * profile.measured.message_seconds:.2g} ms"
-    words = {
-        "schedule": "is the schedule's own bubble: more microbatches in a step (a larger train.global_batch_size or a smaller "
-        "train.micro_batch_size) or a schedule with less (`megatrain schedule` shows them, parallel.schedule=auto finds one) would shrink it",
-        "microbatches": "goes to microbatches that take longer than others in the same stage: look for other work on these machines",
-        "communication": f"goes to messages and to the host between actions; {message}: a larger train.micro_batch_size makes fewer of them",
-    }
-    shares = sorted(
-        ((getattr(total, part) / total.span, text) for part, text in words.items()), reverse=True
-    )
+def _advise_on_ranks(profile: PipelineProfile) -> list[Advice]:
     return [
-        Advice(f"{share:.0%} of the ranks' time {text}")
-        for share, text in shares
-        if share >= NOTABLE
+        Advice(
+            f"pipeline rank {rank} takes {slowness:.2f} times as long as the others for a block: "
+            "check its device, its clock rate and other work on it"
+        )
+        for rank, slowness in enumerate(rank_slowness(profile.measured))
+        if slowness >= SLOW_RANK
+    ]
+
+
+def _advise_on_parts(profile: PipelineProfile) -> list[Advice]:
+    """Returns advice on each notable part of the waiting, the largest first."""
+    total = profile.total
+    shares = {part: getattr(total, part) / total.span for part in _PART_ADVICE}
+    return [
+        Advice(
+            f"{shares[part]:.0%} of the ranks' time "
+            + _PART_ADVICE[part].format(message=1e3 * profile.measured.message_seconds)
+        )
+        for part in sorted(shares, key=lambda part: -shares[part])
+        if shares[part] >= NOTABLE
     ]

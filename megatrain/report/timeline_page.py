@@ -1,20 +1,17 @@
-"""An x-ray as one HTML page without anything from elsewhere, as numbers, and as a trace for chrome://tracing and Perfetto."""
+"""A pipeline profile as one self-contained HTML page, and as numbers for programs."""
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable
 from html import escape
 from typing import Any, NamedTuple
 
-from megatrain.pipeline.plot import _IDLE, KINDS, _shade
-from megatrain.pipeline.schedule import Action, Kind
-from megatrain.pipeline.simulator import Span
+from megatrain.pipeline.plot import DIGIT_WIDTH, IDLE, KINDS, shade, svg_text
+from megatrain.pipeline.schedule import Action
 from megatrain.report import html as html_module
 from megatrain.report.bottlenecks import Advice, slow_layers
 from megatrain.telemetry.bubble_analysis import PipelineProfile, TimeBreakdown, first_start, span_of
-from megatrain.telemetry.trace_format import StepTrace
 
 # Colours of Okabe and Ito's palette that no kind of action has in drawings.
 PARTS = {
@@ -24,189 +21,184 @@ PARTS = {
     "microbatches": ("uneven microbatches", "#f0e442"),
     "communication": ("communication", "#0072b2"),
 }
-MEANINGS = {
-    "schedule": "the schedule's own bubble: what the rank would wait if every stage took the stages' mean time and messages took none",
-    "imbalance": "what it would wait with each stage's own mean time, less the above; the slowest stage waits less than in an even "
-    "pipeline, so its part can be negative",
-    "microbatches": "what it would wait with each action's own time, less the above",
-    "communication": "the rest of the measured waiting: messages on their way, and what the host does between actions",
+"""Names and colours of the parts of a `TimeBreakdown`."""
+DEFINITIONS = {
+    "schedule": "the schedule's own bubble: the rank's waiting if every stage took the mean time "
+    "of all stages and messages took no time",
+    "imbalance": "its waiting if each stage took its own mean time, minus the above; the slowest "
+    "stage waits less than in an even pipeline, so its part can be negative",
+    "microbatches": "its waiting if each action took its measured time, minus the above",
+    "communication": "the rest of the measured waiting: messages in transit, and the host between "
+    "actions",
 }
 
 
-# -- the page ----------------------------------------------------------------------------------------------------------
+# -- page ----------------------------------------------------------------------------------------
 
 
 def render_timeline_page(profile: PipelineProfile, advice: list[Advice]) -> str:
-    """The whole page."""
+    """Returns the page as HTML."""
     parts = [
         *_head(profile),
         *_advice(advice),
         *timelines(profile),
-        *_split_table(profile),
+        *_breakdown_table(profile),
         *_stage_table(profile),
         *_layer_table(profile),
         *_definitions(profile),
     ]
-    return html_module.frame(f"x-ray of {profile.name}", parts)
+    return html_module.frame(f"Profile of {profile.name}", parts)
 
 
 def _head(profile: PipelineProfile) -> list[str]:
     measured, placement = profile.measured, profile.measured.placement
     chunks = f" x {placement.chunks} chunks" if placement.chunks > 1 else ""
-    others = (
-        f", {profile.replicas} x {profile.tensor} such pipelines (data x tensor)"
-        if profile.replicas * profile.tensor > 1
-        else ""
-    )
-    microbatches = 1 + max(action.microbatch for action in measured.schedule.actions[0])
-    clock = (
-        f"clocks of machines aligned to {html_module.seconds(profile.clock_error)} or better"
-        if profile.clock_error
-        else "one clock for all ranks"
-    )
+    clock = "one clock for all ranks"
+    if profile.clock_error:
+        error = html_module.seconds(profile.clock_error)
+        clock = f"clocks of machines aligned to {error} or better"
+    layout = f"{placement.ranks} pipeline ranks{chunks}"
+    work = f"{measured.schedule.microbatches} microbatches"
+    if profile.replicas * profile.tensor > 1:
+        work += f", {profile.replicas} x {profile.tensor} such pipelines (data x tensor)"
+    first, *later = profile.steps
+    steps = f"mean of steps {first} to {later[-1]}" if later else f"step {first}"
     return [
-        f"<h1>X-ray of {escape(profile.name)}</h1>",
-        f'<p class="facts">{escape(measured.schedule.name)}, {placement.ranks} pipeline ranks{chunks}, {microbatches} microbatches{others}; '
-        f"{_steps(profile.steps)}, {html_module.seconds(measured.step_seconds)} a step, of which the pipeline {html_module.seconds(profile.span)}; {clock}.</p>",
+        f"<h1>Profile of {escape(profile.name)}</h1>",
+        f'<p class="facts">{escape(measured.schedule.name)}, {layout}, {work}; '
+        f"{steps}, {html_module.seconds(measured.step_seconds)} per step, "
+        f"{html_module.seconds(profile.span)} in the pipeline; {clock}.</p>",
     ]
 
 
-def _steps(steps: list[int]) -> str:
-    return f"step {steps[0]}" if len(steps) == 1 else f"mean of steps {steps[0]} to {steps[-1]}"
-
-
 def _advice(advice: list[Advice]) -> list[str]:
-    lines = []
-    for item in advice:
-        # What can be typed: a setting with its value, or words between backticks.
-        lines.append(
-            "<p>"
-            + re.sub(
-                r"`([^`]*)`|(parallel\.\w+=\[[^]]*\])", r"<code>\1\2</code>", escape(item.text)
-            )
-            + "</p>"
-        )
-    return ['<div class="advice">', *lines, "</div>"]
+    """Returns the advice; commands in backticks and settings with values are set as code."""
+    pattern = re.compile(r"`([^`]*)`|(parallel\.\w+=\[[^]]*\])")
+    lines = [pattern.sub(r"<code>\1\2</code>", escape(item.text)) for item in advice]
+    return ['<div class="advice">', *(f"<p>{line}</p>" for line in lines), "</div>"]
 
 
-# -- timelines ---------------------------------------------------------------------------------------------------------
-
+# -- timelines -----------------------------------------------------------------------------------
 
 _LEFT, _ROW, _BOX, _AXIS = 70, 34, 28, 24
-"""Pixels: beside the boxes, from one rank's line to the next, a box's height, the line of times below."""
+"""Pixels: left margin, distance of rows, height of a box, height of the axis."""
 _LABEL = 11
-"""Pixels: height of a number in a box; boxes too narrow for theirs have none."""
-_WHOLE, _NARROW = 1100, 7
-"""Pixels: a timeline that fits the page; the width of a typical action below which it is rather longer than the page."""
+"""Font size of the number in a box, which is left out if the box is too narrow."""
+_PAGE_WIDTH, _MIN_ACTION_WIDTH = 1100, 7
+"""Pixels: preferred width of a timeline, and of a typical action, which can make it wider."""
 
 
 class _Box(NamedTuple):
     action: Action
     start: float
     end: float
-    words: str
-    """What the picture says of it when it is pointed at."""
+    tooltip: str
 
 
 def timelines(profile: PipelineProfile) -> list[str]:
-    """PipelineTimes above ideal, at one scale."""
-    picture, chunks = profile.timeline, profile.measured.placement.chunks
-    zero = first_start(picture.pipeline)
-    measured = [
+    """Returns the measured timeline above the ideal one, at one scale."""
+    view, chunks = profile.timeline, profile.measured.placement.chunks
+    measured, ideal = _measured_boxes(profile), _ideal_boxes(profile)
+    ends = [span_of(view.pipeline), view.ideal.makespan]
+    longest = max(ends)
+    typical = statistics.median(box.end - box.start for boxes in measured for box in boxes)
+    width = max(_MIN_ACTION_WIDTH * longest / max(typical, 1e-9), _PAGE_WIDTH)
+    scale = min(width, 8 * _PAGE_WIDTH) / longest
+    replica = ""
+    if profile.replicas * profile.tensor > 1:
+        replica = f", data {view.pipeline[0].data}, tensor {view.pipeline[0].tensor}"
+    return [
+        f"<h2>Measured: step {view.step}{replica}, {html_module.seconds(ends[0])}, "
+        f"bubble {_bubble(measured, ends[0])}</h2>",
+        f'<div class="wide">{_rows(measured, ends[0], longest, scale, chunks)}',
+        f"<h2>Ideal of the same schedule: {html_module.seconds(ends[1])}, "
+        f"bubble {_bubble(ideal, ends[1])}</h2>",
+        f"{_rows(ideal, ends[1], longest, scale, chunks)}</div>",
+        f'<p class="small">{_legend(profile)}</p>',
+        '<p class="small">The ideal has the same actions, with the mean time of all stages on each '
+        "stage and without communication. Numbers are microbatches; hover over a box for its time."
+        "</p>",
+    ]
+
+
+def _measured_boxes(profile: PipelineProfile) -> list[list[_Box]]:
+    pipeline = profile.timeline.pipeline
+    zero = first_start(pipeline)
+    return [
         [
             _Box(
                 a.action,
                 a.ready - zero,
                 a.end - zero,
-                f"{a.action}: {html_module.seconds(a.end - a.ready)}, waited {html_module.seconds(a.ready - a.start)}",
+                f"{a.action}: {html_module.seconds(a.end - a.ready)}, "
+                f"waited {html_module.seconds(a.ready - a.start)}",
             )
             for a in trace.actions
         ]
-        for trace in picture.pipeline
+        for trace in pipeline
     ]
-    ideal = [[_ideal_box(span) for span in spans] for spans in picture.ideal.spans]
-    ends = [span_of(picture.pipeline), picture.ideal.makespan]
-    typical = statistics.median(box.end - box.start for boxes in measured for box in boxes)
-    width = min(max(_NARROW * max(ends) / max(typical, 1e-9), _WHOLE), 8 * _WHOLE)
-    scale = width / max(ends)
-    replica = (
-        f", data {picture.pipeline[0].data}, tensor {picture.pipeline[0].tensor}"
-        if profile.replicas * profile.tensor > 1
-        else ""
-    )
+
+
+def _ideal_boxes(profile: PipelineProfile) -> list[list[_Box]]:
     return [
-        f"<h2>PipelineTimes: step {picture.step}{replica}, {html_module.seconds(ends[0])}, bubble {_bubble(measured, ends[0])}</h2>",
-        f'<div class="wide">{_lanes(measured, ends[0], max(ends), scale, chunks)}',
-        f"<h2>Ideal of the same schedule: {html_module.seconds(ends[1])}, bubble {_bubble(ideal, ends[1])}</h2>",
-        f"{_lanes(ideal, ends[1], max(ends), scale, chunks)}</div>",
-        f'<p class="small">{_legend(profile)}</p>',
-        '<p class="small">The ideal has the same actions, every stage at the stages\' mean time, and no communication. '
-        "Numbers are microbatches; point at a box for its time.</p>",
+        [
+            _Box(*span, f"{span.action}: {html_module.seconds(span.end - span.start)}")
+            for span in row
+        ]
+        for row in profile.timeline.ideal.spans
     ]
 
 
-def _ideal_box(span: Span) -> _Box:
-    return _Box(
-        span.action,
-        span.start,
-        span.end,
-        f"{span.action}: {html_module.seconds(span.end - span.start)}",
-    )
+def _bubble(rows: list[list[_Box]], end: float) -> str:
+    busy = sum(box.end - box.start for boxes in rows for box in boxes)
+    return f"{1 - busy / (len(rows) * end):.1%}"
 
 
-def _bubble(lanes: list[list[_Box]], end: float) -> str:
-    busy = sum(box.end - box.start for boxes in lanes for box in boxes)
-    return f"{1 - busy / (len(lanes) * end):.1%}"
-
-
-def _lanes(lanes: list[list[_Box]], end: float, longest: float, scale: float, chunks: int) -> str:
-    width, bottom = _LEFT + longest * scale + 30, _ROW * len(lanes)
+def _rows(rows: list[list[_Box]], end: float, longest: float, scale: float, chunks: int) -> str:
+    width, bottom = _LEFT + longest * scale + 30, _ROW * len(rows)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{bottom + _AXIS}" font-family="Helvetica, Arial, sans-serif" '
-        'font-size="13">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{bottom + _AXIS}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="13">'
     ]
-    for rank, boxes in enumerate(lanes):
+    for rank, boxes in enumerate(rows):
         y = rank * _ROW
-        parts.append(_text(_LEFT - 10, y + _BOX * 0.66, f"rank {rank}", anchor="end"))
+        parts.append(svg_text(_LEFT - 10, y + _BOX * 0.66, f"rank {rank}", anchor="end"))
         parts.append(
-            f'<rect x="{_LEFT}" y="{y}" width="{end * scale:.2f}" height="{_BOX}" fill="{_IDLE}"/>'
+            f'<rect x="{_LEFT}" y="{y}" width="{end * scale:.2f}" height="{_BOX}" fill="{IDLE}"/>'
         )
-        parts += [_lane_box(box, y, scale, chunks) for box in boxes]
+        parts += [_draw_box(box, y, scale, chunks) for box in boxes]
     return "\n".join([*parts, *_axis(longest, scale, bottom), "</svg>"])
 
 
-def _lane_box(box: _Box, y: float, scale: float, chunks: int) -> str:
-    x, width, label = (
-        _LEFT + box.start * scale,
-        (box.end - box.start) * scale,
-        str(box.action.microbatch),
+def _draw_box(box: _Box, y: float, scale: float, chunks: int) -> str:
+    x, width = _LEFT + box.start * scale, (box.end - box.start) * scale
+    label = str(box.action.microbatch)
+    colour = shade(box.action.kind, box.action.chunk, chunks)
+    drawn = (
+        f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}" fill="{colour}" '
+        f'stroke="white" stroke-width="{min(1, width / 6):.2f}"/>'
     )
-    colour = _shade(box.action.kind, box.action.chunk, chunks)
-    drawn = f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_BOX}" fill="{colour}" stroke="white" stroke-width="{min(1, width / 6):.2f}"/>'
-    if width > 0.62 * _LABEL * len(label):  # a digit is about 0.6 as wide as the letters are high
-        drawn += _text(
-            x + width / 2, y + _BOX / 2 + 0.36 * _LABEL, label, anchor="middle", size=_LABEL
-        )
-    return f"<g><title>{escape(box.words)}</title>{drawn}</g>"
+    if width > DIGIT_WIDTH * _LABEL * len(label):
+        middle = y + _BOX / 2 + 0.36 * _LABEL
+        drawn += svg_text(x + width / 2, middle, label, anchor="middle", size=_LABEL)
+    return f"<g><title>{escape(box.tooltip)}</title>{drawn}</g>"
 
 
 def _axis(longest: float, scale: float, bottom: float) -> list[str]:
-    """Some five to ten ticks, at round times."""
+    """Returns five to ten ticks at round times."""
     step = 1.0
     while longest / step > 10:
         step *= 10
     while longest / step < 5:
         step /= 10
-    for factor in (5, 2):
-        if longest / step > 5 * factor:
-            step *= factor
-            break
+    step *= next((factor for factor in (5, 2) if longest / step > 5 * factor), 1)
     marks = []
     for number in range(int(longest / step + 1e-9) + 1):
         x = _LEFT + number * step * scale
         marks.append(f'<path d="M{x:.2f} {bottom - _ROW + _BOX}v5" stroke="#555"/>')
         value, unit = html_module.in_unit(number * step)
-        marks.append(_text(x, bottom + 12, f"{value:g} {unit}" if number else "0", anchor="middle"))
+        label = f"{value:g} {unit}" if number else "0"
+        marks.append(svg_text(x, bottom + 12, label, anchor="middle"))
     return marks
 
 
@@ -216,26 +208,21 @@ def _legend(profile: PipelineProfile) -> str:
     lines = [
         [
             html_module.key(
-                _shade(kind, chunk, chunks),
-                KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else ""),
+                shade(kind, chunk, chunks), KINDS[kind] + (f", chunk {chunk}" if chunks > 1 else "")
             )
             for kind in kinds
         ]
         for chunk in range(chunks)
     ]
-    lines[0].append(html_module.key(_IDLE, "waiting"))
+    lines[0].append(html_module.key(IDLE, "waiting"))
     return "<br>".join(" &nbsp; ".join(entries) for entries in lines)
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", size: float = 13) -> str:
-    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size:.4g}">{escape(text)}</text>'
+# -- tables --------------------------------------------------------------------------------------
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def _split_table(profile: PipelineProfile) -> list[str]:
-    """Where each rank's time went, as a bar and in numbers."""
+def _breakdown_table(profile: PipelineProfile) -> list[str]:
+    """Returns computing and waiting of each rank, as bars and numbers."""
     heads = [
         "rank",
         "",
@@ -243,42 +230,34 @@ def _split_table(profile: PipelineProfile) -> list[str]:
         "bubble",
         "peak memory",
     ]
-    rows = [
-        [f"{rank}", _split_bar(split), *_shares(split), html_module.size(memory)]
-        for rank, (split, memory) in enumerate(
-            zip(profile.breakdowns, profile.peak_memory, strict=True)
-        )
-    ]
-    whole = [
-        "all",
-        _split_bar(profile.total),
-        *_shares(profile.total),
-        html_module.size(max(profile.peak_memory)),
-    ]
+    ranks = zip(profile.breakdowns, profile.peak_memory, strict=True)
+    rows = [_breakdown_row(str(rank), *values) for rank, values in enumerate(ranks)]
+    rows.append(_breakdown_row("all", profile.total, max(profile.peak_memory)))
     return [
         f"<h2>Where the time went, of {html_module.seconds(profile.span)}</h2>",
-        *html_module.table(heads, [*rows, whole], last_is_whole=True, left=(1,)),
+        *html_module.table(heads, rows, last_is_whole=True, left=(1,)),
     ]
 
 
-def _shares(split: TimeBreakdown) -> list[str]:
-    return [
-        *(
-            f"{html_module.seconds(seconds)} ({seconds / split.span:.1%})".replace("-", "−")
-            for seconds in split
-        ),
-        f"{split.waiting / split.span:.1%}",
+def _breakdown_row(name: str, breakdown: TimeBreakdown, memory: int) -> list[str]:
+    shares = [
+        f"{html_module.seconds(seconds)} ({seconds / breakdown.span:.1%})".replace("-", "−")
+        for seconds in breakdown
     ]
+    bubble = f"{breakdown.waiting / breakdown.span:.1%}"
+    return [name, _breakdown_bar(breakdown), *shares, bubble, html_module.size(memory)]
 
 
-def _split_bar(split: TimeBreakdown) -> str:
-    """What is negative is left out, and the others are drawn that much shorter."""
-    lengths = zip(split, (colour for _, colour in PARTS.values()), strict=True)
-    return html_module.bars(lengths, whole=sum(max(seconds, 0.0) for seconds in split), width=180)
+def _breakdown_bar(breakdown: TimeBreakdown) -> str:
+    """Returns a bar of the positive parts."""
+    lengths = zip(breakdown, (colour for _, colour in PARTS.values()), strict=True)
+    total = sum(max(seconds, 0.0) for seconds in breakdown)
+    return html_module.bars(lengths, whole=total, width=180)
 
 
 def _stage_table(profile: PipelineProfile) -> list[str]:
     mean = statistics.fmean(stage.total for stage in profile.stages)
+    heads = ["stage", "rank", "layers", "forward", "backward", "vs mean"]
     rows = [
         [
             f"{stage.stage}",
@@ -290,12 +269,7 @@ def _stage_table(profile: PipelineProfile) -> list[str]:
         ]
         for stage in profile.stages
     ]
-    return [
-        "<h2>A microbatch on each stage</h2>",
-        *html_module.table(
-            ["stage", "rank", "layers", "forward", "backward", "to the mean"], rows, left=(2,)
-        ),
-    ]
+    return ["<h2>A microbatch on each stage</h2>", *html_module.table(heads, rows, left=(2,))]
 
 
 def _layer_table(profile: PipelineProfile) -> list[str]:
@@ -305,60 +279,51 @@ def _layer_table(profile: PipelineProfile) -> list[str]:
     slow = {layer.layer for layer, _ in slow_layers(profile)}
     rows = []
     for layer in profile.layers:
-        lengths = [
-            (seconds, _shade(kind, 0, 1))
-            for kind, seconds in _forward_and_backward(layer.forward, layer.backward)
-        ]
-        title = (
-            f'<span class="slow">{escape(layer.title)}</span>'
-            if layer.layer in slow
-            else escape(layer.title)
-        )
-        backward = html_module.seconds(layer.backward) if layer.backward else "–"
+        title = escape(layer.title)
+        lengths = [(layer.forward, shade("F", 0, 1)), (layer.backward, shade("B", 0, 1))]
         rows.append(
             [
-                title,
+                f'<span class="slow">{title}</span>' if layer.layer in slow else title,
                 f"{layer.stage}",
                 html_module.seconds(layer.forward),
-                backward,
+                html_module.seconds(layer.backward) if layer.backward else "–",
                 html_module.bars(lengths, whole=longest, width=240),
             ]
         )
-    note = "<p class=\"small\">The first layer's backward cannot be told from what else its action does, nor a W's share of a layer from the others'.</p>"
     return [
         "<h2>A microbatch in each layer</h2>",
         *html_module.table(["layer", "stage", "forward", "backward", ""], rows, left=(4,)),
-        note,
+        '<p class="small">The backward of the first layer cannot be separated from the rest of its '
+        "action, nor the W of a layer from those of the others.</p>",
     ]
-
-
-def _forward_and_backward(forward: float, backward: float) -> Iterable[tuple[Kind, float]]:
-    return (("F", forward), ("B", backward))
 
 
 def _definitions(profile: PipelineProfile) -> list[str]:
-    meanings = [
-        f"<dt>{html_module.key(PARTS[part][1], PARTS[part][0])}</dt><dd>{escape(meaning)}.</dd>"
-        for part, meaning in MEANINGS.items()
+    definitions = [
+        f"<dt>{html_module.key(PARTS[part][1], PARTS[part][0])}</dt><dd>{escape(text)}.</dd>"
+        for part, text in DEFINITIONS.items()
     ]
     return [
-        "<h2>What the words mean</h2>",
-        "<p>A rank computes or waits from the first action's start to the last one's end. Its waiting is split by simulating the same "
-        "actions; the parts add up to it.</p>",
+        "<h2>Definitions</h2>",
+        "<p>From the start of the first action to the end of the last, a rank computes or waits. "
+        "Its waiting is split by simulating the same actions; the parts add up to it.</p>",
         "<dl>",
-        *meanings,
+        *definitions,
         f"<dt>peak memory</dt><dd>{escape(profile.memory)}.</dd>",
-        "<dt>predictions</dt><dd>the same simulation with other layers on the stages, each layer with its measured time; of the whole step's time, "
-        "with the optimizer and all that is not the pipeline taken as it is.</dd></dl>",
+        "<dt>predictions</dt><dd>the same simulation with other layers on the stages, each layer "
+        "with its measured time, as a share of the whole step; the optimizer and other work outside the "
+        "pipeline are taken as measured.</dd></dl>",
     ]
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------
+# -- numbers -------------------------------------------------------------------------------------
 
 
 def numbers(profile: PipelineProfile, advice: list[Advice]) -> dict[str, Any]:
-    """What the page says, for programs; seconds and bytes."""
+    """Returns the contents of the page for programs, in seconds and bytes."""
     measured = profile.measured
+    ranks = zip(profile.breakdowns, profile.peak_memory, strict=True)
+    last_layer = len(measured.titles) - 1
     return {
         "schedule": measured.schedule.name,
         "steps": profile.steps,
@@ -368,73 +333,11 @@ def numbers(profile: PipelineProfile, advice: list[Advice]) -> dict[str, Any]:
         "bubble": profile.total.waiting / profile.span,
         "message_seconds": measured.message_seconds,
         "clock_error_seconds": profile.clock_error,
-        "ranks": [
-            {**split._asdict(), "peak_memory": memory}
-            for split, memory in zip(profile.breakdowns, profile.peak_memory, strict=True)
-        ],
+        "ranks": [{**breakdown._asdict(), "peak_memory": memory} for breakdown, memory in ranks],
         "stages": [stage._asdict() for stage in profile.stages],
         "layers": [layer._asdict() for layer in profile.layers],
         "layers_per_stage": [
-            sum(0 < layer < len(measured.titles) - 1 for layer in cut) for cut in measured.cut
+            sum(0 < layer < last_layer for layer in layers) for layers in measured.cut
         ],
         "advice": [item._asdict() for item in advice],
     }
-
-
-def chrome_trace(steps: list[StepTrace]) -> dict[str, Any]:
-    """Every action and every wait of all steps and ranks: a process a pipeline rank, a thread a (data, tensor) rank; µs."""
-    zero = min(first_start(pipeline) for step in steps for pipeline in step.pipelines())
-    tensor = 1 + max(trace.tensor for trace in steps[0].ranks)
-    events: list[dict[str, Any]] = []
-    for trace in steps[0].ranks:
-        place: dict[str, Any] = {"pid": trace.pipeline, "tid": trace.data * tensor + trace.tensor}
-        events.append(
-            {
-                "name": "process_name",
-                "ph": "M",
-                **place,
-                "args": {"name": f"pipeline rank {trace.pipeline}"},
-            }
-        )
-        events.append(
-            {
-                "name": "thread_name",
-                "ph": "M",
-                **place,
-                "args": {"name": f"data {trace.data}, tensor {trace.tensor}"},
-            }
-        )
-    for step in steps:
-        for trace in step.ranks:
-            place = {"ph": "X", "pid": trace.pipeline, "tid": trace.data * tensor + trace.tensor}
-            for a in trace.actions:
-                about = {
-                    "step": step.step,
-                    "microbatch": a.action.microbatch,
-                    "chunk": a.action.chunk,
-                    "stage": trace.placement.stage(trace.pipeline, a.action.chunk),
-                }
-                if a.ready - a.start >= 1e-6:
-                    events.append(
-                        {
-                            **place,
-                            "name": f"wait for {a.action}",
-                            "cat": "wait",
-                            **_times(a.start, a.ready, zero),
-                            "args": about,
-                        }
-                    )
-                events.append(
-                    {
-                        **place,
-                        "name": str(a.action),
-                        "cat": KINDS[a.action.kind],
-                        **_times(a.ready, a.end, zero),
-                        "args": about,
-                    }
-                )
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _times(start: float, end: float, zero: float) -> dict[str, float]:
-    return {"ts": round((start - zero) * 1e6, 3), "dur": round((end - start) * 1e6, 3)}

@@ -227,7 +227,7 @@ def measure_pipelines(
 ) -> PipelineTimes:
     """Returns the times of traced steps; `average` is taken over the actions of each kind.
 
-    The steps may have several schedules with one placement; the result has the first one's schedule.
+    The steps may have several schedules of one placement; the result has that of the first.
     """
     pipelines = [pipeline for step in steps for pipeline in step.pipelines()]
     stages = pipelines[0][0].stages
@@ -324,7 +324,7 @@ def profile_pipeline(steps: list[StepTrace]) -> PipelineProfile:
 
 
 def backward_seconds(times: KindTimes, index: int) -> float:
-    """Returns the time of a backward on a stage or layer: B, or I and W, or their mean if both occur."""
+    """Returns the time of a backward on a stage or layer: B, or I + W, or the mean of both."""
     if ("I", index) not in times:
         return times.get(("B", index), 0.0)
     split = times["I", index] + times.get(("W", index), 0.0)

@@ -1,8 +1,8 @@
 """Reads metrics over steps from a metrics.jsonl of any length into a bounded number of buckets.
 
-A curve starts with one bucket per step. When it has too many, buckets double in length: neighbours are
-merged. Each bucket has its lowest and highest value with their steps, so that a spike of one step in a
-million stays visible, and the mean of all its values. The values themselves are not kept.
+A curve starts with one bucket per step. When it has too many, neighbouring buckets are merged, and
+buckets double in length. Each bucket has the mean of its values, and the lowest and highest with
+their steps: a spike of one step in a million stays visible. The values themselves are not kept.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Curve:
         return self.total / self.count
 
     def points(self) -> list[Point]:
-        """Returns the lowest and highest point of each bucket by step; all points of short curves."""
+        """Returns the lowest and highest point of each bucket; all points of a short curve."""
         points: list[Point] = []
         for bucket in self._buckets:
             ends = {

@@ -94,8 +94,7 @@ def write_failure(
     Args:
         run_folder: folder of the run. cause: description of the failure. step: last finished step.
         since: start of the attempt. If a `fail` or `stall` event is newer, none is written.
-        is_user_error: True for errors in the user's settings, which are no event before the
-        `start`.
+        is_user_error: True for errors in the user's settings, recorded only after `start`.
     """
     with contextlib.suppress(OSError):
         newer = {event.event for event in read(run_folder) if event.time >= since}
@@ -105,7 +104,7 @@ def write_failure(
 
 
 def read(run_folder: Path) -> Iterator[Event]:
-    """Yields a run's events, the oldest first; skips invalid lines. A missing file has no events."""
+    """Yields a run's events, the oldest first; skips invalid lines; none without a file."""
     for raw in files.read(run_folder / FILE_NAME):
         event = _parse_event(raw)
         if event is not None:

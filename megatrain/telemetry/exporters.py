@@ -1,4 +1,4 @@
-"""Sends rank 0's metrics to Weights & Biases (`run.wandb`) and to a file for Prometheus (`run.prometheus`).
+"""Exports rank 0's metrics to Weights & Biases (`run.wandb`) and Prometheus (`run.prometheus`).
 
 A run does not start if a library is missing. During training an exporter that fails is logged and
 removed: it never stops the run.

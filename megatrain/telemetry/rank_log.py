@@ -49,7 +49,7 @@ def log_path(output_dir: Path | str, rank: int) -> Path:
 
 @contextlib.contextmanager
 def rank_streams(output_dir: str, env: RankEnv, *, verbose: bool) -> Iterator[LogStreams]:
-    """Redirects file descriptors 1 and 2 to the rank's log and sets up the logger, until the block ends.
+    """Redirects file descriptors 1 and 2 to the rank's log and sets up the logger for a block.
 
     Args:
         output_dir: the run folder (`run.output_dir`).

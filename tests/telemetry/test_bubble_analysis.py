@@ -15,7 +15,8 @@ from megatrain.pipeline.schedules import SCHEDULES, build_schedule
 from megatrain.pipeline.simulator import Times, simulate
 from megatrain.planner.cost_model import best_cut, cost_model, cut_of, rank_slowness
 from megatrain.report.bottlenecks import advise
-from megatrain.report.timeline_page import chrome_trace, numbers, render_timeline_page
+from megatrain.report.chrome_trace import chrome_trace
+from megatrain.report.timeline_page import numbers, render_timeline_page
 from megatrain.telemetry.bubble_analysis import (
     break_down_waiting,
     message_times,
@@ -105,8 +106,7 @@ def stage_times(counts, layers, *, slowness=(), beside=0.0, send=0.0):
     return Times(sums("F"), sums("I"), sums("W"), send)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# where the time went
+# -- breakdown of a step -------------------------------------------------------------------------
 
 
 def test_even_stages_wait_for_their_neighbours_alone():
@@ -300,27 +300,27 @@ def test_a_slow_rank_is_not_its_layers_fault():
     )
 
 
-def test_what_is_even_needs_no_other_cut():
+def test_an_even_pipeline_has_no_bottleneck():
     layers = block_times(block_32=0.25)
     advice = advise(profile_of("1f1b", 2, 64, [16, 16], layers))
     assert [item.text for item in advice] == [
-        "nothing to mend: no part of the waiting is 10% of the step"
+        "no bottleneck: each part of the waiting is below 10%"
     ]
 
 
-def test_the_schedules_own_bubble_and_messages_are_spoken_of():
+def test_advice_on_the_schedules_bubble_and_on_messages():
     profile = profile_of("1f1b", 4, 4, [2, 2, 2, 2], block_times(block_8=0.01), send=4.0)
-    words = [item.text for item in advise(profile)]
+    texts = [item.text for item in advise(profile)]
     assert any(
-        re.match(r"\d\d% of the ranks' time is the schedule's own bubble", text) for text in words
+        re.match(r"\d\d% of the ranks' time is the schedule's own bubble", text) for text in texts
     )
     assert any(
-        re.match(r"\d\d% of the ranks' time goes to messages .* takes 4e\+03 ms", text)
-        for text in words
+        re.match(r"\d\d% of the ranks' time goes to messages .* takes 4e\+03 ms;", text)
+        for text in texts
     )
 
 
-def test_one_rank_has_nothing_to_move():
+def test_one_rank_has_no_advice_on_its_cut():
     profile = profile_of("1f1b", 1, 4, [4], block_times())
     assert all(item.layers_per_stage is None for item in advise(profile))
     assert [tuple(split)[1:] for split in profile.breakdowns] == [
@@ -328,22 +328,23 @@ def test_one_rank_has_nothing_to_move():
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is written
+# -- page and trace ------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
-    """Tags that are open, and pictures as text."""
+    """The open tags and the texts of a page."""
 
     VOID = ("meta", "br")
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.words = [], []
+        self.open, self.texts = [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        assert not any(name in ("src", "href") for name, _ in attributes), "nothing from elsewhere"
+        assert not any(name in ("src", "href") for name, _ in attributes), (
+            "the page is self-contained"
+        )
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -354,18 +355,18 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.texts.append(data)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_page_holds_both_timelines_at_one_scale(name):
+def test_the_page_has_both_timelines_at_one_scale(name):
     schedule = build_schedule(name, 2, 5)
     counts = [2] * schedule.placement.stages
     profile = profile_of(name, 2, 5, counts, block_times(), send=0.5)
     text = render_timeline_page(profile, advise(profile))
     page = Page(text)
     assert page.open == []
-    assert "X-ray of runs/a<b>" in page.words
+    assert "Profile of runs/a<b>" in page.texts
     measured, ideal = (
         ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     )
@@ -391,7 +392,7 @@ def test_the_page_holds_both_timelines_at_one_scale(name):
     )
 
 
-def test_numbers_are_those_of_the_page():
+def test_numbers():
     profile = profile_of("1f1b", 2, 4, [3, 3], block_times(block_4=3.0))
     found = json.loads(json.dumps(numbers(profile, advise(profile))))
     assert found["ranks"][0].keys() == {
@@ -409,7 +410,7 @@ def test_numbers_are_those_of_the_page():
     assert found["advice"][0]["layers_per_stage"] == [4, 2]
 
 
-def test_the_chrome_trace_holds_each_action_and_wait():
+def test_the_chrome_trace_has_each_action_and_wait():
     schedule = build_schedule("1f1b", 2, 2)
     times = Times([1, 1], [1, 1], [1, 1], send=0.5)
     steps = [
