@@ -560,8 +560,8 @@ def make_settled(
         return functools.partial(recorded, lap)
 
     def words() -> str:
-        with open(os.path.join(folder, "schedule.json"), encoding="utf-8") as file:
-            return json.load(file)["words"]
+        with open(os.path.join(folder, "autotuned_schedule.json"), encoding="utf-8") as file:
+            return json.load(file)["reason"]
 
     return {name: contender(name) for name in (BASE, "auto")} | {"words": words}
 

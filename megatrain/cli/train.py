@@ -52,11 +52,12 @@ def _train(args: argparse.Namespace) -> int:
     world_size = env.world_size if env else local_world_size(config)
     device.set_environment(env.local_size if env else world_size)
     # Imports torch, so it comes after the environment is set.
-    from megatrain.training.loop import VERBS, task_of
+    from megatrain.training.run import RANK_FUNCTIONS
+    from megatrain.training.select_task import select_task
     from megatrain.training.preflight import check_start
     from megatrain.training.run_plan import dry_run
 
-    target, task = VERBS[args.command], task_of(config, args.command)
+    target, task = RANK_FUNCTIONS[args.command], select_task(config, args.command)
     if args.dry_run:
         print(dry_run(config, task))
         return 0
@@ -80,9 +81,9 @@ def local_world_size(config: Config) -> int:
 
 
 def _show_samples(args: argparse.Namespace, *, count: int = 3) -> int:
-    from megatrain.training.task_sft import show
+    from megatrain.training.task_sft import preview
 
-    for text in show(load(args.config, args.overrides), count=count, colour=sys.stdout.isatty()):
+    for text in preview(load(args.config, args.overrides), count=count, colour=sys.stdout.isatty()):
         print(text)
     return 0
 

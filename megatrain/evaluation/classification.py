@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatrain.data.classification_dataset import encode_text, read_labelled_texts
-from megatrain.evaluation import classification_metrics
 from megatrain.evaluation.loglikelihood import Row, Scorer
 from megatrain.evaluation.spec import EvalSpec
 from megatrain.models.config import TransformerConfig
-from megatrain.training.task_classification import figures_of, reading
+from megatrain.telemetry import classification_metrics
+from megatrain.training.task_classification import compute_metrics, label_spec
 
 
 class ClassificationResult(NamedTuple):
@@ -19,14 +19,14 @@ class ClassificationResult(NamedTuple):
 
     metrics: dict[str, Any]
     classes: dict[str, dict[str, float]]
-    confusion: classification_metrics.Matrix | None
+    confusion: classification_metrics.Array | None
 
 
 def measure_classification(
     spec: EvalSpec, scorer: Scorer, tokenizer: Any, architecture: TransformerConfig
 ) -> ClassificationResult:
     """Returns the metrics over all texts of `spec.data`; all ranks call it together."""
-    classifier, record_format = scorer.classifier, reading(architecture)
+    classifier, record_format = scorer.classifier, label_spec(architecture)
     assert classifier is not None
     texts = [text for path in spec.data for text in read_labelled_texts(path, record_format)]
     samples = [
@@ -52,11 +52,11 @@ def measure_classification(
             ]
         )
         num_labels = classifier.num_labels
-        metrics |= classification_metrics.single_label(targets, predicted, num_labels)
+        metrics |= classification_metrics.single_label(targets, predicted)
     else:
         scores = np.array(outputs)
         predicted = scores.argmax(1)
-        metrics |= figures_of(scores, targets, classifier)
+        metrics |= compute_metrics(scores, targets, classifier)
     metrics |= {
         "samples": len(texts),
         "labelled": len(targets),
@@ -65,5 +65,5 @@ def measure_classification(
     if classifier.problem != "single-label":
         return ClassificationResult(metrics, {}, None)
     matrix = classification_metrics.confusion_matrix(targets, predicted, classifier.num_labels)
-    classes = classification_metrics.named_classes(matrix, record_format.labels)
+    classes = classification_metrics.class_metrics(targets, predicted, record_format.labels)
     return ClassificationResult(metrics, classes, matrix)

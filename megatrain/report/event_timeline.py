@@ -13,8 +13,8 @@ from megatrain.telemetry.events import Event
 MOST_ROWS = 200
 _FOLDED = 4
 """As many events of a kind one after the other are one row, where each of them says little."""
-_TOLD = ("why", "what", "cause", "error")
-"""Fields that are sentences."""
+_TOLD = ("reason", "what", "cause", "error", "why")
+"""Fields that are sentences; earlier versions wrote `why` for `reason`."""
 _ENDS = {"finish": "finished", "stop": "stopped, to go on later", "fail": "failed", "stall": "hung"}
 
 
@@ -74,15 +74,12 @@ def _end(last: Event) -> str | None:
         if last.step
         else "before its first step was done"
     )
+    has_failed = last.event in ("fail", "stall")
+    names = ("error", "cause") if has_failed else ("reason", "why")
     why = next(
-        (
-            str(last.fields[name]).partition("\n")[0]
-            for name in ("error", "why", "cause")
-            if last.fields.get(name)
-        ),
-        "",
+        (str(last.fields[name]).partition("\n")[0] for name in names if last.fields.get(name)), ""
     )
-    given_up = last.fields.get("reason")
+    given_up = last.fields.get("reason") if has_failed else None
     return (
         f"{_ENDS[last.event]} {where}"
         + (f": {why}" if why else "")

@@ -1,11 +1,14 @@
-"""`parallel.schedule: auto`: settles schedule, placement and cut of the layers before the first step.
+"""The choice of `parallel.schedule: auto`: schedule, placement and partition of the layers.
 
-1. The real stages are measured under 1F1B (calibrate.py), and what else they could do is simulated (pipeline/plans.py).
-2. The most promising plans are measured too, as whole steps. One is taken only if it really is faster than 1F1B.
-3. The run is built as if its config had said so: `config.yaml` in its folder names schedule and layers_per_stage.
+1. The stages are measured under 1F1B (calibrate.py), and alternatives are simulated
+   (planner/schedule_search.py).
+2. The fastest candidates are measured as well, as complete steps. One replaces 1F1B only if its
+   measured steps are faster.
+3. The run is built as if its config contained the choice: `config.yaml` in its folder names the
+   schedule and `layers_per_stage`.
 
-Rank 0 decides for all. What it chose is kept in the run's folder, so that a run that was killed goes on with the same cut and
-schedule, bit for bit.
+Rank 0 decides for all ranks. The choice is kept in the folder of the run, so that a killed run
+resumes with the same partition and schedule, bit for bit.
 """
 
 from __future__ import annotations
@@ -41,33 +44,38 @@ from megatrain.training.calibrate import ScheduleProfiler
 
 logger = logging.getLogger("megatrain")
 
-WORTH_IT = 0.02
-"""The least share of a step's time to leave 1F1B for: what a plan must promise, and half of it what it must keep."""
+MIN_GAIN = 0.02
+"""Share of the step time that a candidate must gain as simulated; half of it as measured."""
 TRIALS = 3
-"""Plans to measure at most."""
-AS_SAID = 0.05
-"""A plan that takes as long as it promised, but for this share, ends the trials."""
-OF_FREE = 0.8
-"""The share of a rank's free memory that may be planned with; the rest is for what nobody counts."""
-CHOICE, ACTIONS = "schedule.json", "schedule.csv"
+"""Largest number of candidates that are measured."""
+PREDICTION_TOLERANCE = 0.05
+"""A candidate whose measured time exceeds the prediction by at most this share ends the trials."""
+FREE_MEMORY_SHARE = 0.8
+"""Share of a rank's free memory that a schedule may use; the rest is for what is not counted."""
+CHOICE, ACTIONS = "autotuned_schedule.json", "autotuned_schedule.csv"
+OLD_CHOICE, OLD_ACTIONS = "schedule.json", "schedule.csv"
+"""Names in the folders of runs that began before the files were renamed."""
 
 
 class ResolvedSchedule(NamedTuple):
-    """A run whose schedule is settled."""
+    """A config without `auto`.
+
+    Attributes:
+        schedule: the schedule; None if it follows from the config.
+        channels: the communicator that the measurements used; None without measurements.
+    """
 
     config: Config
     schedule: Schedule | None = None
-    """None where the config names it."""
     channels: P2PCommunicator | None = None
-    """Made already; None where there are none."""
 
 
 class _Choice(NamedTuple):
-    """A plan and why it was taken."""
+    """A schedule, the blocks of each stage, and the reason of the choice."""
 
     schedule: Schedule
     counts: list[int]
-    words: str
+    reason: str
 
 
 def resolve_schedule(
@@ -78,44 +86,44 @@ def resolve_schedule(
     *,
     batches: Callable[[], Sequence[Batch]],
     resumed: bool = False,
-    ranks_here: int = 1,
+    local_ranks: int = 1,
 ) -> ResolvedSchedule:
-    """The config with auto replaced by what it chose; any other config as it is. All ranks call it together.
+    """Replaces schedule `auto` by a choice; returns other configs unchanged. All ranks call it.
 
     Args:
-        batches: gives microbatches to measure with, such as the first step's.
-        resumed: whether the run goes on from a checkpoint: then what it chose before counts, if it still fits.
-        ranks_here: on this machine, which share its memory.
+        batches: returns the microbatches to measure with, such as those of the first step.
+        resumed: the run resumes from a checkpoint, and keeps its choice if that still applies.
+        local_ranks: the number of ranks on this machine, which share its memory.
     """
     if config.parallel.schedule != "auto":
         return ResolvedSchedule(config)
     if mesh.pipeline.size == 1:
         return ResolvedSchedule(_replaced(config, schedule="1f1b"))
-    asked = _asked(config, architecture, mesh)
+    conditions = _conditions(config, architecture, mesh)
     choice = broadcast_object(
-        _read(config, asked) if resumed and mesh.rank == 0 else None, mesh.world
+        _read(config, conditions) if resumed and mesh.rank == 0 else None, mesh.world
     )
     channels = None
     if choice is None:
         calibration = ScheduleProfiler(config, architecture, mesh, device, batches())
         choice, channels = (
-            _measure(calibration, _limit(config, mesh.world, device, ranks_here)),
+            _measure(calibration, _limit(config, mesh.world, device, local_ranks)),
             calibration.channels,
         )
         if mesh.rank == 0:
-            _write(config, asked, choice)
+            _write(config, conditions, choice)
     if mesh.rank == 0:
-        logger.info(f"  schedule auto: {choice.words}")
+        logger.info(f"  schedule auto: {choice.reason}")
     return ResolvedSchedule(
         _config_of(config, choice.schedule, choice.counts), choice.schedule, channels
     )
 
 
-# -- the choice --------------------------------------------------------------------------------------------------------
+# -- the choice ----------------------------------------------------------------------------------
 
 
 def _measure(calibration: ScheduleProfiler, limit: float) -> _Choice:
-    """Measured, simulated, tried; the same on all ranks."""
+    """Measures 1F1B, simulates candidates and measures the best; returns the same on all ranks."""
     config, mesh = calibration.config, calibration.mesh
     schedule = run_schedule(config, mesh.data.size)
     counts = blocks_per_stage(
@@ -138,11 +146,13 @@ def _measure(calibration: ScheduleProfiler, limit: float) -> _Choice:
     base, plans = search
     fits = max(base.memory) <= limit or config.parallel.autotune_memory_gib is None
     if not fits and not plans:
+        needed = max(base.memory) / 2**30
         raise ConfigError(
             "parallel.autotune_memory_gib",
             config.parallel.autotune_memory_gib,
-            "is less than any schedule takes on its fullest rank",
-            f"1f1b takes {max(base.memory) / 2**30:.3g}; use more pipeline ranks, a smaller train.micro_batch_size or recomputation",
+            f"must allow some schedule; 1f1b needs {needed:.3g} GiB on its fullest rank",
+            "or use more pipeline ranks, a smaller train.micro_batch_size or train.recompute",
+            fix={"parallel.autotune_memory_gib": math.ceil(needed)},
         )
     tried = _try(
         calibration,
@@ -151,21 +161,28 @@ def _measure(calibration: ScheduleProfiler, limit: float) -> _Choice:
         seconds if fits else math.inf,
     )
     plan, measured = min(tried, key=lambda trial: trial[1], default=(base, seconds))
-    if fits and measured > (1 - WORTH_IT / 2) * seconds:
-        return _Choice(base.schedule, list(base.counts), _stays(base, seconds, plans, tried))
-    return _Choice(plan.schedule, list(plan.counts), _changes(plan, measured, base, seconds, limit))
+    if fits and measured > (1 - MIN_GAIN / 2) * seconds:
+        return _Choice(
+            base.schedule, list(base.counts), _describe_base(base, seconds, plans, tried)
+        )
+    return _Choice(
+        plan.schedule, list(plan.counts), _describe_choice(plan, measured, base, seconds, limit)
+    )
 
 
 def _promising(
     base: ScheduleCandidate, plans: list[ScheduleCandidate], seconds: float
 ) -> list[ScheduleCandidate]:
-    return [plan for plan in plans if _expected(plan, base, seconds) <= (1 - WORTH_IT) * seconds][
+    return [plan for plan in plans if _expected(plan, base, seconds) <= (1 - MIN_GAIN) * seconds][
         :TRIALS
     ]
 
 
 def _expected(plan: ScheduleCandidate, base: ScheduleCandidate, seconds: float) -> float:
-    """Of a whole step: what 1F1B's really took beyond its simulation comes on top."""
+    """Returns the expected time of a step.
+
+    It is the simulated time plus the difference between 1F1B as measured and as simulated.
+    """
     return plan.seconds + seconds - base.seconds
 
 
@@ -175,7 +192,7 @@ def _try(
     base: ScheduleCandidate,
     seconds: float,
 ) -> list[tuple[ScheduleCandidate, float]]:
-    """Plans with the measured seconds of their steps, until one keeps what it promised."""
+    """Measures candidates until one is as fast as expected; returns their seconds per step."""
     tried: list[tuple[ScheduleCandidate, float]] = []
     for plan in plans:
         measured = calibration.seconds(
@@ -183,61 +200,65 @@ def _try(
         )
         tried.append((plan, measured))
         if measured <= min(
-            (1 + AS_SAID) * _expected(plan, base, seconds), (1 - WORTH_IT / 2) * seconds
+            (1 + PREDICTION_TOLERANCE) * _expected(plan, base, seconds),
+            (1 - MIN_GAIN / 2) * seconds,
         ):
             break
     calibration.clear()
     return tried
 
 
-def _limit(config: Config, world: MeshAxis, device: torch.device, ranks_here: int) -> float:
-    """Bytes that each rank may hold: as told, else what the fullest machine has for one."""
+def _limit(config: Config, world: MeshAxis, device: torch.device, local_ranks: int) -> float:
+    """Returns the bytes that each rank may use: the setting, else the least free memory."""
     if config.parallel.autotune_memory_gib is not None:
         return config.parallel.autotune_memory_gib * 2**30
     mine = torch.tensor(
-        OF_FREE * device_module.free_memory(device, ranks_here), dtype=torch.float64, device=device
+        FREE_MEMORY_SHARE * device_module.free_memory(device, local_ranks),
+        dtype=torch.float64,
+        device=device,
     )
     return float(all_reduce(mine, world, op=dist.ReduceOp.MIN))
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------
 
 
-def _changes(
+def _describe_choice(
     plan: ScheduleCandidate, measured: float, base: ScheduleCandidate, seconds: float, limit: float
 ) -> str:
+    """Returns why `plan` replaces 1F1B."""
     return (
-        f"{_named(plan)}: a step takes {_ms(measured)} before its update as measured ({_ms(_expected(plan, base, seconds))} predicted) "
-        f"and {_ms(seconds)} under {_named(base)}, as ranks wait {plan.waiting:.0%} and not {base.waiting:.0%} of their time; "
-        f"the fullest rank holds {max(plan.memory) / 2**30:.2g} of {limit / 2**30:.3g} GiB"
+        f"{_named(plan)}: a step takes {_ms(measured)} before its update "
+        f"({_ms(_expected(plan, base, seconds))} predicted), and {_ms(seconds)} under "
+        f"{_named(base)}; ranks wait {plan.waiting:.0%} instead of {base.waiting:.0%} of their "
+        f"time; the fullest rank uses {max(plan.memory) / 2**30:.2g} of {limit / 2**30:.3g} GiB"
     )
 
 
-def _stays(
+def _describe_base(
     base: ScheduleCandidate,
     seconds: float,
     plans: list[ScheduleCandidate],
     tried: list[tuple[ScheduleCandidate, float]],
 ) -> str:
+    """Returns why 1F1B stays."""
     others = [
         f"{_named(plan)} took {_ms(measured)} ({_ms(_expected(plan, base, seconds))} predicted)"
         for plan, measured in tried
     ]
     if not others and plans:
-        others = [
-            f"the best other, {_named(plans[0])}, is predicted to take {_ms(_expected(plans[0], base, seconds))}"
-        ]
-    return f"{_named(base)}: a step takes {_ms(seconds)} before its update; " + (
-        "; ".join(others) or "nothing else fits"
-    )
+        predicted = _ms(_expected(plans[0], base, seconds))
+        others = [f"the best alternative, {_named(plans[0])}, is predicted to take {predicted}"]
+    alternatives = "; ".join(others) or "no other schedule fits"
+    return f"{_named(base)}: a step takes {_ms(seconds)} before its update; {alternatives}"
 
 
 def _named(plan: ScheduleCandidate) -> str:
-    """The schedule, its cut and why: `zb-v with [2, 1, 1, 2] blocks by stage`."""
+    """Returns text such as `zb-v with [2, 1, 1, 2] blocks by stage`."""
     placement = plan.schedule.placement
     name = plan.schedule.name
     if name == "list":
-        name = "a schedule made for these times"
+        name = "a schedule built for these times"
     chunks = "" if placement.chunks == 1 else f" in a {'V' if placement.shape == 'v' else 'loop'}"
     return f"{name} with {list(plan.counts)} blocks by stage{chunks}"
 
@@ -246,11 +267,11 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
 
 
-# -- the config, and what is kept --------------------------------------------------------------------------------------
+# -- the config, and what is kept ----------------------------------------------------------------
 
 
 def _config_of(config: Config, schedule: Schedule, counts: list[int]) -> Config:
-    """As if the user had written it."""
+    """Returns the config as if the user had written the choice."""
     name, chunks = schedule.name, schedule.placement.chunks
     if name not in SCHEDULES:
         return _replaced(
@@ -270,10 +291,12 @@ def _replaced(config: Config, **parallel: Any) -> Config:
     )
 
 
-def _asked(config: Config, architecture: TransformerConfig, mesh: ProcessMesh) -> dict[str, Any]:
-    """What a choice was made for."""
+def _conditions(
+    config: Config, architecture: TransformerConfig, mesh: ProcessMesh
+) -> dict[str, Any]:
+    """Returns the settings that a choice depends on."""
     p, train = config.parallel, config.train
-    asked = {
+    conditions = {
         "model": architecture.config.to_dict(),
         "tensor": p.tensor,
         "pipeline": p.pipeline,
@@ -290,10 +313,10 @@ def _asked(config: Config, architecture: TransformerConfig, mesh: ProcessMesh) -
         "task": config.task,
         "sequence_length": config.data.sequence_length,
     }
-    return json.loads(json.dumps(asked, default=str))
+    return json.loads(json.dumps(conditions, default=str))
 
 
-def _write(config: Config, asked: dict[str, Any], choice: _Choice) -> None:
+def _write(config: Config, conditions: dict[str, Any], choice: _Choice) -> None:
     folder = Path(config.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settled = _config_of(config, choice.schedule, choice.counts).parallel
@@ -303,23 +326,23 @@ def _write(config: Config, asked: dict[str, Any], choice: _Choice) -> None:
         "schedule": settled.schedule,
         "virtual": settled.virtual,
         "layers_per_stage": choice.counts,
-        "words": choice.words,
-        "asked": asked,
+        "reason": choice.reason,
+        "conditions": conditions,
     }
     (folder / CHOICE).write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
-def _read(config: Config, asked: dict[str, Any]) -> _Choice | None:
-    """What this run chose when it began; None where that is not known or was for something else."""
-    path = Path(config.run.output_dir) / CHOICE
+def _read(config: Config, conditions: dict[str, Any]) -> _Choice | None:
+    """Returns the choice of an earlier attempt; None if there is none for the same conditions."""
+    folder = Path(config.run.output_dir)
+    path = folder / CHOICE if (folder / CHOICE).exists() else folder / OLD_CHOICE
+    actions = ACTIONS if path.name == CHOICE else OLD_ACTIONS
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["asked"] != asked:
+        if kept.get("conditions", kept.get("asked")) != conditions:
             return None
-        microbatches = config.microbatches(asked["data"])
-        name = (
-            str(path.with_name(ACTIONS)) if kept["schedule"].endswith(".csv") else kept["schedule"]
-        )
+        microbatches = config.microbatches(conditions["data"])
+        name = str(folder / actions) if kept["schedule"].endswith(".csv") else kept["schedule"]
         schedule = make_schedule(
             name,
             ranks=config.parallel.pipeline,
@@ -327,7 +350,9 @@ def _read(config: Config, asked: dict[str, Any]) -> _Choice | None:
             virtual_stages=kept["virtual"],
         )
         counts = [int(count) for count in kept["layers_per_stage"]]
-        words = f"{schedule.name} with {counts} blocks by stage, as chosen when the run began ({path} keeps it)"
-        return _Choice(schedule, counts, words)
+        reason = (
+            f"{schedule.name} with {counts} blocks by stage, chosen by an earlier attempt ({path})"
+        )
+        return _Choice(schedule, counts, reason)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
         return None

@@ -1,7 +1,8 @@
-"""Measures a run's real stages before its first step: what each layer takes and holds, and how long whole steps last.
+"""Measurements of a run's stages before its first step: time and memory of layers, time of steps.
 
-Steps are those of the run, on its own data and with its messages, but their gradients are thrown away (optim/discard.py): no
-state of the training exists yet, so nothing has to move when another cut of the layers turns out to be faster.
+The steps are those of the run, on its own data and with its messages, but their gradients are
+discarded (optim/null.py). No optimizer state exists yet, so another partition of the layers can be
+chosen without moving any.
 """
 
 from __future__ import annotations
@@ -34,16 +35,21 @@ from megatrain.planner.schedule_search import LayerBytes, MeasuredCosts
 from megatrain.telemetry.bubble_analysis import measure_pipelines
 from megatrain.telemetry.trace_format import RankTrace, StepTrace
 from megatrain.training.step_runner import StepRunner
-from megatrain.training.trace_recorder import Layer, Tracer, own_layers
+from megatrain.training.trace_recorder import Layer, TraceRecorder, local_layers
 
 TRACED = 2
-"""Steps of each schedule whose actions are recorded."""
+"""Steps of each schedule that are recorded."""
 TIMED = 3
-"""Steps of which the fastest counts: what else a machine does can only make one slower."""
+"""Steps of which the fastest counts: other load can only make a step slower."""
 
 
 class ScheduleProfiler:
-    """The parts that every measurement of a run shares. All ranks make it and call its methods together."""
+    """Measures schedules of a run. All ranks create it and call its methods together.
+
+    Attributes:
+        channels: the communicator of all measurements and of the run itself: each one holds
+            connections and buffers.
+    """
 
     def __init__(
         self,
@@ -61,28 +67,30 @@ class ScheduleProfiler:
             batches,
         )
         self.channels = P2PCommunicator(mesh.pipeline, ring=True)
-        """The run's own too: each would hold connections and buffers."""
 
     def base(self, config: Config, schedule: Schedule) -> tuple[MeasuredCosts | None, float]:
-        """What layers take and hold, on rank 0, and `seconds`, of 1F1B."""
-        runner = self._trainer(config, schedule)
+        """Returns the costs of the layers (on rank 0), and the seconds of a step, under 1F1B."""
+        runner = self._runner(config, schedule)
         costs = self._costs(runner)
         return costs, min(self._step_seconds(runner) for _ in range(TIMED))
 
     def seconds(self, config: Config, schedule: Schedule) -> float:
-        """Of a step without its update: of the slowest rank, the fastest of some; the same on all ranks."""
-        runner = self._trainer(config, schedule)
+        """Returns the seconds of a step without its update, the same on all ranks.
+
+        A step lasts as long as its slowest rank; the fastest of several steps counts.
+        """
+        runner = self._runner(config, schedule)
         runner.train_step(1, self.batches)
         return min(self._step_seconds(runner) for _ in range(TIMED))
 
     def clear(self) -> None:
-        """Let go of what the last runner held."""
+        """Frees the memory of the last runner."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _trainer(self, config: Config, schedule: Schedule) -> StepRunner:
-        """One that learns nothing, in the place of the one before."""
+    def _runner(self, config: Config, schedule: Schedule) -> StepRunner:
+        """Builds a runner that discards gradients, after freeing the previous one."""
         self.clear()
         return StepRunner(
             config,
@@ -106,21 +114,22 @@ class ScheduleProfiler:
         return float(all_reduce(seconds, self.mesh.world, op=dist.ReduceOp.MAX))
 
     def _costs(self, runner: StepRunner) -> MeasuredCosts | None:
-        """Forwards and whole backwards from 1F1B, backwards in two parts from ZB-H1.
+        """Measures forwards and complete backwards under 1F1B, and split backwards under ZB-H1.
 
-        Of the first replica's first tensor ranks: what others do differently shows in the seconds of whole steps.
+        Only the first tensor rank of the first replica counts; differences of others show in the
+        seconds of complete steps.
         """
-        with layer_bytes(own_layers(runner), self._state_bytes_per_weight()) as sizes:
+        with layer_bytes(local_layers(runner), self._state_bytes_per_weight()) as sizes:
             runner.train_step(1, self.batches)
         traces: list[RankTrace] = []
-        tracer = Tracer(runner, Path(), steps=range(2 * TRACED), keep=traces.append)
+        recorder = TraceRecorder(runner, Path(), range(2 * TRACED), keep=traces.append)
         plain = runner.schedule
         for number, schedule in enumerate(
             (plain, build_schedule("zb-h1", self.mesh.pipeline.size, runner.microbatches))
         ):
             runner.set_schedule(schedule)
             for step in range(number * TRACED, (number + 1) * TRACED):
-                with tracer.watch(step):
+                with recorder.record(step):
                     runner.train_step(1, self.batches)
         runner.set_schedule(plain)
         found = gather_objects((traces, sizes), self.mesh.pipeline)
@@ -134,7 +143,7 @@ class ScheduleProfiler:
         )
 
     def _state_bytes_per_weight(self) -> float:
-        """Of the run, beside the weight: its fp32 gradient, and this rank's share of master and states."""
+        """Returns the bytes per weight of fp32 gradient, master weight and optimizer state."""
         p = self.config.parallel
         optimizer = 4 * (1 + len(STATES[self.config.optimizer.name]))
         share = 0.0 if p.offload == "cpu" else optimizer / (self.mesh.data.size if p.zero else 1)
@@ -142,31 +151,40 @@ class ScheduleProfiler:
 
 
 def _costs_of(traces: list[list[RankTrace]], sizes: list[LayerSize]) -> MeasuredCosts:
-    """From each pipeline rank's traced steps and layers."""
+    """Returns the costs from the traces and layer sizes of each pipeline rank."""
     steps = [StepTrace(of_step[0].step, list(of_step)) for of_step in zip(*traces, strict=True)]
     ordered = sorted(sizes)
     layers = LayerBytes([size.states for size in ordered], [size.activations for size in ordered])
     return MeasuredCosts(cost_model(measure_pipelines(steps, statistics.median)), layers)
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------
 
 
 class LayerSize(NamedTuple):
-    """Bytes of a layer on a rank."""
+    """Bytes of a layer on a rank.
 
-    place: int
-    """In the whole model's list of layers."""
+    Attributes:
+        number: the index in the model's list of layers.
+        states: bytes of weights, gradients and optimizer state.
+        activations: bytes that the forward of a microbatch keeps for its backward.
+    """
+
+    number: int
     states: float
     activations: float
-    """That one microbatch's forward leaves for its backward."""
 
 
 @contextmanager
 def layer_bytes(chunks: list[list[Layer]], per_weight: float) -> Iterator[list[LayerSize]]:
-    """Sizes of these layers, from what autograd keeps of each one's first forward inside the block; filled at its end.
+    """Measures the layers by what autograd saves in their first forward inside the block.
 
-    `per_weight`: bytes for each weight that is trained, beside its own.
+    Args:
+        chunks: the layers of each virtual stage.
+        per_weight: bytes of gradient and optimizer state for each trained weight.
+
+    Yields:
+        A list that contains the sizes after the block.
     """
     layers = [layer for chunk in chunks for layer in chunk]
     kept = _Kept(
@@ -176,7 +194,7 @@ def layer_bytes(chunks: list[list[Layer]], per_weight: float) -> Iterator[list[L
             for parameter in layer.module.parameters()
         }
     )
-    handles = [layer.module.register_forward_pre_hook(kept.enter(layer.place)) for layer in layers]
+    handles = [layer.module.register_forward_pre_hook(kept.enter(layer.number)) for layer in layers]
     handles += [layer.module.register_forward_hook(kept.leave) for layer in layers]
     sizes: list[LayerSize] = []
     try:
@@ -191,32 +209,32 @@ def layer_bytes(chunks: list[list[Layer]], per_weight: float) -> Iterator[list[L
             for parameter in layer.module.parameters()
         )
         states += quantized_bytes(layer.module)
-        sizes.append(LayerSize(layer.place, states, float(kept.bytes.get(layer.place, 0))))
+        sizes.append(LayerSize(layer.number, states, float(kept.bytes.get(layer.number, 0))))
 
 
 class _Kept:
-    """Counts the storages that autograd keeps, each once, by the layer that is at work."""
+    """Counts the storages that autograd saves, each once, by the layer that runs."""
 
     def __init__(self, weights: set[int]) -> None:
         self.seen = weights
         self.bytes: dict[int, int] = {}
-        self.place: int | None = None
+        self.number: int | None = None
 
-    def enter(self, place: int) -> Any:
+    def enter(self, number: int) -> Any:
         def hook(module: nn.Module, inputs: Any) -> None:
-            # The first microbatch's alone: later storages may lie where earlier ones were.
-            self.place = place if torch.is_grad_enabled() and place not in self.bytes else None
-            if self.place is not None:
-                self.bytes[place] = 0
+            # Only the first microbatch: later storages may reuse the addresses of earlier ones.
+            self.number = number if torch.is_grad_enabled() and number not in self.bytes else None
+            if self.number is not None:
+                self.bytes[number] = 0
 
         return hook
 
     def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.place = None
+        self.number = None
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if self.place is not None and storage.data_ptr() not in self.seen:
+        if self.number is not None and storage.data_ptr() not in self.seen:
             self.seen.add(storage.data_ptr())
-            self.bytes[self.place] += storage.nbytes()
+            self.bytes[self.number] += storage.nbytes()
         return tensor

@@ -32,7 +32,7 @@ from megatrain.planner.run_spec import (
     layout_errors,
 )
 from megatrain.telemetry.exporters import check_exporters
-from megatrain.training.task import PretrainingTask, Task, text_instead
+from megatrain.training.task import PretrainingTask, Task, text_file_error
 
 _OUTPUT_FILES = ("checkpoints", "logs", "config.yaml", "metrics.jsonl", "events.jsonl")
 
@@ -149,7 +149,7 @@ def _add_missing_data(config: Config, task: Task, issues: IssueCollector) -> set
     """
     missing: set[Part] = set()
     for part in data_parts(config):
-        if isinstance(task, PretrainingTask) and (error := text_instead(config, part)):
+        if isinstance(task, PretrainingTask) and (error := text_file_error(config, part)):
             issues.add(error)
             missing.add(part)
             continue
@@ -275,12 +275,12 @@ def _read_samples(
     readable = [
         part
         for part in data_parts(config)
-        if part not in missing and issues.passes(partial(task.glance, config, model, part))
+        if part not in missing and issues.passes(partial(task.sanity_check, config, model, part))
     ]
     has_epochs = config.train.epochs is not None and not isinstance(task, PretrainingTask)
     if spec is None or not has_epochs or "train" not in readable:
         return spec
-    source = issues.attempt(lambda: task.foresee(config, model))
+    source = issues.attempt(lambda: task.estimate_samples(config, model))
     if source is None:
         return spec
     return issues.attempt(lambda: spec.with_samples(source.per_epoch)) or spec

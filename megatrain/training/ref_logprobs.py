@@ -1,7 +1,8 @@
-"""Log-probabilities of the model that preference tuning began from, kept by what a sequence holds.
+"""Reference log-probabilities of preference tuning: those of the initial model, by sequence.
 
-They are computed once, before the first step, and written to the run's folder; a run that goes on reads them, since its own weights
-are no longer those. The key of a sequence is a hash of its tokens and labels, so that neither order nor layout matters.
+They are computed once, before the first step, and written to the folder of the run. A resumed run
+reads them, because its weights have changed since. The key of a sequence is a hash of its tokens
+and labels, so neither order nor layout matters.
 """
 
 from __future__ import annotations
@@ -28,24 +29,31 @@ from megatrain.models.microbatch import Microbatch
 if TYPE_CHECKING:
     from megatrain.training.step_runner import StepRunner
 
-FILE_NAME = "reference.safetensors"
+FILE_NAME = "ref_logprobs.safetensors"
+OLD_FILE_NAME = "reference.safetensors"
+"""Name in the folders of runs that began before the file was renamed."""
 
 logger = logging.getLogger("megatrain")
 BatchesOf = Callable[[int], Sequence[Batch]]
 
 
 class ReferenceLogProbs:
-    """The table of a run.
+    """The log-probabilities of a run's sequences.
 
-    `source` says which weights the table is of.
+    Attributes:
+        path: the file.
+        source: identifies the weights that they were computed with.
+        table: the log-probability of each sequence, by its key.
     """
 
     def __init__(self, folder: Path, source: str) -> None:
         self.path, self.source = folder / FILE_NAME, source
+        if not self.path.exists() and (folder / OLD_FILE_NAME).exists():
+            self.path = folder / OLD_FILE_NAME
         self.table: dict[int, float] = {}
 
     def attach(self, microbatches: Sequence[Microbatch]) -> None:
-        """Give each microbatch its sequences' log-probabilities; those without a token that is compared have none."""
+        """Sets the log-probabilities of each microbatch; 0 for sequences without a loss."""
         for microbatch in microbatches:
             values = [
                 self.table[key] if used else 0.0
@@ -54,7 +62,14 @@ class ReferenceLogProbs:
             microbatch.reference = torch.tensor(values, device=microbatch.tokens.device)
 
     def read(self, *, resumed: bool) -> None:
-        """Take what the run's folder holds; of other weights than these it holds nothing, unless the run goes on from there."""
+        """Reads the file, if it exists and was computed with these weights.
+
+        Args:
+            resumed: the run resumes, so the file is of its initial weights.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
         try:
             with safe_open(self.path, framework="pt") as file:
                 if resumed or file.metadata()["source"] == self.source:
@@ -69,24 +84,25 @@ class ReferenceLogProbs:
             return
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{self.path} cannot be read: {error}; delete it and start afresh"
+                f"{self.path} is damaged ({error}); delete it and start from scratch",
+                command=f"rm {self.path}",
             ) from None
 
-    def lacks(self, parts: Sequence[tuple[BatchesOf, int]], *, world: MeshAxis) -> bool:
-        """Whether any rank misses a sequence that it will need."""
-        mine = any(
+    def is_incomplete(self, parts: Sequence[tuple[BatchesOf, int]], *, world: MeshAxis) -> bool:
+        """Returns True if a rank lacks a sequence of these batches; all ranks call it."""
+        is_missing = any(
             used and key not in self.table
             for batch in _all(parts)
             for key, used in _rows(batch.tokens, batch.labels)
         )
-        asked = torch.tensor(int(mine))
+        flag = torch.tensor(int(is_missing))
         if dist.get_backend() == "nccl":
-            asked = asked.cuda()
-        return bool(collectives.all_reduce(asked, world, op=dist.ReduceOp.MAX))
+            flag = flag.cuda()
+        return bool(collectives.all_reduce(flag, world, op=dist.ReduceOp.MAX))
 
     def compute(self, runner: StepRunner, parts: Sequence[tuple[BatchesOf, int]]) -> None:
-        """Fill the table by forwards with the weights as they are, without adapters; all ranks call it together."""
-        mine: dict[int, float] = {}
+        """Computes the table with the current weights, without adapters; all ranks call it."""
+        local: dict[int, float] = {}
         total = sum(count for _, count in parts)
         done = 0
         for batches_of, count in parts:
@@ -95,19 +111,20 @@ class ReferenceLogProbs:
                 for microbatch in microbatches if runner.mesh.tensor.rank == 0 else []:
                     if microbatch.log_probs is not None:  # the last stage
                         keys = [key for key, _ in _rows(microbatch.tokens, microbatch.labels)]
-                        mine |= dict(zip(keys, microbatch.log_probs.tolist(), strict=True))
+                        local |= dict(zip(keys, microbatch.log_probs.tolist(), strict=True))
                 done += 1
                 if runner.mesh.rank == 0 and done * 10 // total != (done - 1) * 10 // total:
                     logger.info(f"  reference log-probabilities: {done} of {total} batches")
         self.table = {
             key: value
-            for part in collectives.gather_objects(mine, runner.mesh.world)
+            for part in collectives.gather_objects(local, runner.mesh.world)
             for key, value in part.items()
         }
         if runner.mesh.rank == 0:
             self._write()
 
     def _write(self) -> None:
+        self.path = self.path.with_name(FILE_NAME)
         partial = self.path.with_suffix(".partial")
         tensors = {
             "keys": torch.tensor(list(self.table), dtype=torch.int64),
@@ -120,21 +137,29 @@ class ReferenceLogProbs:
 def make_ref_logprobs(
     config: Config, runner: StepRunner, parts: Sequence[tuple[BatchesOf, int]], *, resumed: bool
 ) -> ReferenceLogProbs:
-    """The table for these batches: read, or computed where the weights are still those that it is of."""
+    """Returns the table for these batches, from the file or computed with the initial weights.
+
+    Raises:
+        CheckpointError: the file of a resumed run is damaged or lacks sequences.
+    """
     reference = ReferenceLogProbs(Path(config.run.output_dir), _source(config))
     reference.read(resumed=resumed)
-    if reference.lacks(parts, world=runner.mesh.world):
+    if reference.is_incomplete(parts, world=runner.mesh.world):
         if resumed and not config.lora.rank:
             raise CheckpointError(
-                f"{reference.path} lacks log-probabilities of these data, and only the weights that the run began from can make "
-                "them; give the data and the file that it began with, or start another run"
+                f"{reference.path} lacks log-probabilities of these data, which only the initial "
+                "weights of the run give; restore its data and this file, or start another run",
+                fix={"run.output_dir": f"{config.run.output_dir}-new"},
             )
         reference.compute(runner, parts)
     return reference
 
 
 def _source(config: Config) -> str:
-    """Which weights the run begins from: their files' names, sizes and times, or the model's config and the seed."""
+    """Returns a hash of the initial weights.
+
+    It covers names, sizes and times of the files, or the config of the model and the seed.
+    """
     digest = hashlib.blake2b(
         repr(
             (config.train.dtype, config.train.init_from or (config.model, config.run.seed))
@@ -157,7 +182,7 @@ def _all(parts: Sequence[tuple[BatchesOf, int]]) -> Iterator[Batch]:
 
 
 def _rows(tokens: Tensor, labels: Tensor) -> Iterator[tuple[int, bool]]:
-    """Each sequence's key, and whether it has a token that is compared."""
-    for row, told in zip(tokens.cpu().numpy(), labels.cpu().numpy(), strict=True):
-        digest = hashlib.blake2b(row.tobytes() + told.tobytes(), digest_size=8).digest()
-        yield int.from_bytes(digest, "little") >> 1, bool((told >= 0).any())
+    """Yields the key of each sequence, and True if it has a token with a loss."""
+    for row, row_labels in zip(tokens.cpu().numpy(), labels.cpu().numpy(), strict=True):
+        digest = hashlib.blake2b(row.tobytes() + row_labels.tobytes(), digest_size=8).digest()
+        yield int.from_bytes(digest, "little") >> 1, bool((row_labels >= 0).any())

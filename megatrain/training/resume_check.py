@@ -1,9 +1,9 @@
-"""Whether a resumed run goes on where it was: its first losses are held to the last ones before the checkpoint.
+"""A check of the first losses after a resume against the last ones before it.
 
-A checkpoint can be whole, file by file, and wrong. With wrong weights the first step's loss is that of an untrained model;
-wrong moments throw the weights away in the first update, which the next losses show. Both are far above anything the run
-had seen just before. An honest batch is not: the rule allows the worst of the recent losses, and above it the larger of a
-margin and several of their standard deviations.
+Every file of a checkpoint can be intact and its content wrong. Wrong weights give the first step
+the loss of an untrained model. Wrong moments destroy the weights in the first update, which the
+next losses show. Both losses are far above any recent one. The limit allows the highest recent
+loss, plus the larger of a tolerance and several standard deviations.
 """
 
 from __future__ import annotations
@@ -12,59 +12,71 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatrain.checkpoint.train_state import TrainState
 from megatrain.errors import CheckpointError
+from megatrain.telemetry.metrics import Value
+from megatrain.training.callback import Callback
 
-REMEMBERED = 32
-"""Losses that a resume is held to, and that a checkpoint keeps at least."""
+if TYPE_CHECKING:
+    from megatrain.training.step_runner import StepReport
+    from megatrain.training.trainer import Trainer
 
-WATCHED = 3
-"""Steps after a resume that are held to the rule: weights show in the first, moments from the second on."""
+RECENT_LOSSES = 32
+"""Losses that the limit is computed from, and the fewest that a checkpoint keeps."""
+
+CHECKED_STEPS = 3
+"""Checked steps after a resume: wrong weights show in the first, wrong moments in the next."""
 
 _DEVIATIONS = 4.0
-_FEW = 8
-"""With fewer losses than these the margin is doubled: they say little about how much losses vary."""
+_FEW_LOSSES = 8
+"""Below this number of losses their spread is uncertain, and the tolerance is doubled."""
 
 
-def remember_loss(
-    losses: tuple[float, ...], loss: float, *, at_least: int = 0
-) -> tuple[float, ...]:
-    """The last losses, with one more; none is added that is no number. `at_least` as many are kept as whoever else judges by them needs."""
-    return (*losses, loss)[-max(REMEMBERED, at_least) :] if math.isfinite(loss) else losses
+def append_loss(losses: tuple[float, ...], loss: float, *, keep: int = 0) -> tuple[float, ...]:
+    """Returns the recent losses with one more, unless it is not finite.
+
+    Args:
+        keep: the number of losses to keep, if it is more than `RECENT_LOSSES`.
+    """
+    return (*losses, loss)[-max(RECENT_LOSSES, keep) :] if math.isfinite(loss) else losses
 
 
-def highest_loss(before: Sequence[float], margin: float) -> float:
-    """The highest loss with which the run may go on after `before`, of which there is at least one."""
-    before = before[-REMEMBERED:]
-    spread = statistics.pstdev(before)
-    return max(before) + max(margin * (2 if len(before) < _FEW else 1), _DEVIATIONS * spread)
+def highest_loss(losses: Sequence[float], tolerance: float) -> float:
+    """Returns the highest plausible loss after `losses`, of which there is at least one."""
+    losses = losses[-RECENT_LOSSES:]
+    if len(losses) < _FEW_LOSSES:
+        tolerance *= 2
+    return max(losses) + max(tolerance, _DEVIATIONS * statistics.pstdev(losses))
 
 
-class ResumeCheck:
-    """The first steps after a resume from `path`, or of a run that begins afresh, which is held to nothing."""
+class ResumeCheck(Callback):
+    """Raises if one of the first losses after a resume from `path` is above `highest_loss`."""
 
-    def __init__(self, path: Path | None, before: TrainState, *, margin: float) -> None:
-        self._path, self._before, self._margin = path, before, margin
+    def __init__(self, path: Path, resumed: TrainState, *, tolerance: float) -> None:
+        self._path, self._resumed, self._tolerance = path, resumed, tolerance
+
+    def on_step_end(self, trainer: Trainer, report: StepReport, metrics: dict[str, Value]) -> None:
+        """Checks the loss of a step."""
+        self.check(trainer.state.step, report.loss)
+
+    def on_rollback(self, trainer: Trainer, undone: TrainState) -> None:
+        """Ends the check, because later losses follow from another checkpoint."""
+        self._tolerance = 0.0
 
     def check(self, step: int, loss: float) -> None:
-        """Refuse to go on from a checkpoint whose first losses are far above those before it."""
-        before = self._before
-        if (
-            self._path is None
-            or not before.losses
-            or not self._margin
-            or step > before.step + WATCHED
-        ):
+        """Raises CheckpointError if `loss` is implausible."""
+        resumed = self._resumed
+        if not self._tolerance or not resumed.losses or step > resumed.step + CHECKED_STEPS:
             return
-        most = highest_loss(before.losses, self._margin)
-        if loss > most:
+        limit = highest_loss(resumed.losses, self._tolerance)
+        if loss > limit:
             raise CheckpointError(
-                f"{self._path} is not to be trusted: step {step} has a loss of {loss:.3f}, after {before.losses[-1]:.3f} at step {before.step}, and at "
-                f"most {most:.3f} was to be expected (checkpoint.resume_loss_tolerance={self._margin:g}). Take an older one with checkpoint.resume=FOLDER, or set "
-                "checkpoint.resume_loss_tolerance=0 where other data explain it"
+                f"{self._path} gives an implausible loss: {loss:.3f} at step {step}, after "
+                f"{resumed.losses[-1]:.3f} at step {resumed.step}; the limit is {limit:.3f} "
+                f"(checkpoint.resume_loss_tolerance={self._tolerance:g}). Resume from an older "
+                "checkpoint with checkpoint.resume=FOLDER, or set "
+                "checkpoint.resume_loss_tolerance=0 if the data have changed",
+                fix={"checkpoint.resume_loss_tolerance": 0},
             )
-
-    def has_seen_an_update(self, step: int) -> bool:
-        """Whether a loss has shown what the first update after the resume did: before that nothing older may go."""
-        return self._path is None or step > self._before.step + 1

@@ -1,4 +1,4 @@
-"""One training step and one evaluation, on one rank."""
+"""A training step and an evaluation on one rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatrain.ops.dtypes import DTYPES
 from megatrain.optim.lr_schedule import learning_rate
 from megatrain.optim.zero import StepResult, ZeroOptimizer
 from megatrain.pipeline.communication import add_communication
-from megatrain.pipeline.executor import Executor
+from megatrain.pipeline.executor import Executor, Stage
 from megatrain.pipeline.p2p import P2PCommunicator
 from megatrain.pipeline.schedule import Schedule
 from megatrain.pipeline.schedules import forward_only
@@ -39,10 +39,16 @@ from megatrain.training.ref_logprobs import ReferenceLogProbs
 
 
 class StepReport(NamedTuple):
-    """The same on every rank. `loss` is the mean over the step's tokens, or pairs; `measures` are the objective's, likewise.
+    """The outcome of a step, the same on all ranks.
 
-    `why` says what was wrong with a step that was not applied. A `rescaled` one has gradients too large for fp16 at its loss scale,
-    which is lower afterwards: that is how the scale is found, and nothing bad.
+    Attributes:
+        loss: mean over the tokens, or preference pairs, of the global batch.
+        grad_norm: norm of the whole gradient before clipping; NaN in a non-finite step.
+        applied: False if the update was skipped.
+        measures: further means of the objective, by name.
+        reason: why the update was skipped.
+        rescaled: True if the gradients were too large for fp16 at this loss scale, which is lower
+            afterwards. This is how the scale is found and does not count as a non-finite step.
     """
 
     loss: float
@@ -55,14 +61,14 @@ class StepReport(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The same on every rank: means over the tokens, or pairs, of all batches."""
+    """Means over the tokens, or pairs, of an evaluation; the same on all ranks."""
 
     loss: float
     measures: dict[str, float]
 
 
 def reference_mode(config: Config) -> Literal["none", "adapters-off", "beforehand"]:
-    """How log-probabilities to compare with are found, where the task compares."""
+    """Returns how a preference task gets the reference log-probabilities."""
     if config.task != "dpo":
         return "none"
     if config.preference.reference == "auto":
@@ -71,13 +77,13 @@ def reference_mode(config: Config) -> Literal["none", "adapters-off", "beforehan
 
 
 class StepRunner:
-    """A rank's stage with its optimizer and schedule. All ranks call its methods together.
+    """The stages of a rank with their optimizer and schedule. All ranks call its methods together.
 
-    Args:
-        pretrained: gives weights; their own initial values unless given.
-        schedule: in place of the one that the config names.
-        channels: to the pipeline's other ranks, made here unless given.
-        optimizer: what takes in the gradients.
+    Attributes:
+        stage: the layers of this rank.
+        optimizer: the optimizer of the stage.
+        schedule: the pipeline schedule.
+        ref_logprobs: the table of reference log-probabilities, if the task needs one.
     """
 
     def __init__(
@@ -92,27 +98,22 @@ class StepRunner:
         channels: P2PCommunicator | None = None,
         optimizer: type[ZeroOptimizer] = ZeroOptimizer,
     ) -> None:
+        """Builds the stages.
+
+        Args:
+            pretrained: the initial weights; None initializes them randomly.
+            schedule: replaces the schedule of the config.
+            channels: the communicator of the pipeline; None creates one if there are several ranks.
+            optimizer: the class of the optimizer.
+        """
         self.config, self.architecture, self.mesh, self.device = config, architecture, mesh, device
         self.microbatches = config.microbatches(mesh.data.size)
         self.objective = make_objective(config.task, config.preference)
         self.ref_logprobs: ReferenceLogProbs | None = None
         self.set_schedule(schedule or run_schedule(config, mesh.data.size))
-        placement = self.schedule.placement
-        stage = build_stage(config, architecture, mesh, str(device), placement)
-        if config.lora.quantize != "none":
-            source = initialize_parameter if pretrained is None else pretrained.load_parameter
-            quantize_linears(stage, device=device, fill=partial(source, seed=config.run.seed))
-        if config.lora.rank:
-            add_adapters(stage, architecture, config.lora, mesh.tensor)
-        if pretrained is None:
-            initialize(stage, config.run.seed)
-        else:
-            pretrained.load_weights(stage, config.run.seed)
-        set_magnitudes(stage)
-        for head in (layer for layer in stage.layers if isinstance(layer, Head)):
-            head.objective = self.objective
+        self.stage = self._build_stage(pretrained)
         self.optimizer = optimizer(
-            stage,
+            self.stage,
             settings=config.optimizer,
             parallel=config.parallel,
             dtype=DTYPES[config.train.dtype],
@@ -121,40 +122,59 @@ class StepRunner:
         )
         if pretrained is not None:
             pretrained.load_master_weights(self.optimizer)
-        self.stage = stage
-        length = config.data.sequence_length // (
-            mesh.tensor.size if config.parallel.sequence else 1
-        )
         if channels is None and mesh.pipeline.size > 1:
-            channels = P2PCommunicator(mesh.pipeline, ring=placement.chunks > 1)
+            channels = P2PCommunicator(mesh.pipeline, ring=self.schedule.placement.chunks > 1)
+        split = mesh.tensor.size if config.parallel.sequence else 1
         self.executor = Executor(
             self.optimizer.module,
             communicator=channels,
-            hidden_shape=(length, config.train.micro_batch_size, architecture.hidden_size),
+            hidden_shape=(
+                config.data.sequence_length // split,
+                config.train.micro_batch_size,
+                architecture.hidden_size,
+            ),
             dtype=DTYPES[config.train.dtype],
             device=device,
             activity=mesh.activity,
         )
         self.microbatch_factory = MicrobatchFactory(config, architecture, mesh, device)
 
+    def _build_stage(self, pretrained: Pretrained | None) -> Stage:
+        config, architecture, mesh = self.config, self.architecture, self.mesh
+        stage = build_stage(config, architecture, mesh, str(self.device), self.schedule.placement)
+        if config.lora.quantize != "none":
+            fill = initialize_parameter if pretrained is None else pretrained.load_parameter
+            quantize_linears(stage, device=self.device, fill=partial(fill, seed=config.run.seed))
+        if config.lora.rank:
+            add_adapters(stage, architecture, config.lora, mesh.tensor)
+        if pretrained is None:
+            initialize(stage, config.run.seed)
+        else:
+            pretrained.load_weights(stage, config.run.seed)
+        set_magnitudes(stage)
+        for layer in stage.layers:
+            if isinstance(layer, Head):
+                layer.objective = self.objective
+        return stage
+
     def set_schedule(self, schedule: Schedule) -> None:
-        """Go on with another schedule of the same placement; it must be legal."""
+        """Replaces the schedule by another of the same placement.
+
+        Raises:
+            ScheduleError: the schedule is invalid.
+        """
         check_schedule(schedule, self.microbatches)
         self.schedule = schedule
-        self.instructions = add_communication(schedule)[self.mesh.pipeline.rank]
-        self.forward_instructions = add_communication(forward_only(schedule))[
-            self.mesh.pipeline.rank
-        ]
+        rank = self.mesh.pipeline.rank
+        self.instructions = add_communication(schedule)[rank]
+        self.forward_instructions = add_communication(forward_only(schedule))[rank]
 
-    # -- a step ------------------------------------------------------------------------------------------------------
+    # -- a step ----------------------------------------------------------------------------------
 
     def train_step(self, step: int, batches: Sequence[Batch]) -> StepReport:
-        """Train on this data rank's microbatches; `step` counts from 1."""
-        microbatches = [
-            self.microbatch_factory.make(batch, step=step, index=index)
-            for index, batch in enumerate(batches)
-        ]
-        self._refer(microbatches)
+        """Trains on the microbatches of this data rank; `step` counts from 1."""
+        microbatches = self._make_microbatches(batches, step)
+        self._set_reference(microbatches)
         self.stage.train()
         count = self._count(batches)
         weight = torch.tensor(
@@ -164,17 +184,17 @@ class StepRunner:
             self.instructions, microbatches, backward=self.optimizer.backward, loss_weight=weight
         )
         largest = self.optimizer.max_abs_gradients()
-        bad, loss, *measured = self._totals(
-            losses, microbatches, count, bad=self.optimizer.has_nonfinite(largest)
+        has_nonfinite, loss, *sums = self._totals(
+            losses, microbatches, count, has_nonfinite=self.optimizer.has_nonfinite(largest)
         )
-        measures = dict(zip(self.objective.measures, measured, strict=True))
+        measures = dict(zip(self.objective.measures, sums, strict=True))
         lr = learning_rate(
             step,
             peak=self.config.optimizer.lr,
             schedule=self.config.lr_schedule,
             steps=self.config.steps,
         )
-        if bad or not math.isfinite(loss):
+        if has_nonfinite or not math.isfinite(loss):
             self.optimizer.zero_grad()
             result = StepResult(math.nan, False)
         else:
@@ -184,48 +204,49 @@ class StepRunner:
         )
         if result.applied or result.rescaled:
             return report
-        self._bad = NonFiniteStep(microbatches, losses, largest)
-        return report._replace(reason=nonfinite.describe_nonfinite(self, self._bad))
+        self._nonfinite_step = NonFiniteStep(microbatches, losses, largest)
+        return report._replace(reason=nonfinite.describe_nonfinite(self, self._nonfinite_step))
 
     def locate_nonfinite(self) -> str:
-        """Where the last bad step went wrong."""
-        return nonfinite.locate_nonfinite(self, self._bad)
+        """Returns where the last non-finite step went wrong."""
+        return nonfinite.locate_nonfinite(self, self._nonfinite_step)
 
     def evaluate(self, batches_of: Callable[[int], Sequence[Batch]], count: int) -> Evaluation:
-        """Mean loss and measures over `count` global batches."""
-        sums, counted = [0.0] * (1 + len(self.objective.measures)), 0
+        """Returns the mean loss and measures over `count` global batches."""
+        sums, tokens = [0.0] * (1 + len(self.objective.measures)), 0
         for number in range(count):
             batches = batches_of(number)
-            microbatches = [
-                self.microbatch_factory.make(batch, step=None, index=index)
-                for index, batch in enumerate(batches)
-            ]
-            self._refer(microbatches)
+            microbatches = self._make_microbatches(batches, None)
+            self._set_reference(microbatches)
             losses = self._forward(microbatches)
             _, *totals = self._totals(losses, microbatches, 1)
             sums = [a + b for a, b in zip(sums, totals, strict=True)]
-            counted += self._count(batches)
-        loss, *measures = (total / counted for total in sums)
+            tokens += self._count(batches)
+        loss, *measures = (total / tokens for total in sums)
         return Evaluation(loss, dict(zip(self.objective.measures, measures, strict=True)))
 
     def log_probs(self, batches: Sequence[Batch]) -> list[Microbatch]:
-        """The microbatches' contexts with each sequence's log-probability, on the last stage, by the model without adapters."""
-        microbatches = [
-            self.microbatch_factory.make(batch, step=None, index=index)
-            for index, batch in enumerate(batches)
-        ]
+        """Returns microbatches with the log-probability of each sequence, without adapters.
+
+        Only those of the last stage have them.
+        """
+        microbatches = self._make_microbatches(batches, None)
         self._forward_without_adapters(microbatches)
         return microbatches
 
-    def _refer(self, microbatches: list[Microbatch]) -> None:
-        """Give each microbatch the log-probabilities that it is compared with."""
+    def _make_microbatches(self, batches: Sequence[Batch], step: int | None) -> list[Microbatch]:
+        return [
+            self.microbatch_factory.make(batch, step=step, index=index)
+            for index, batch in enumerate(batches)
+        ]
+
+    def _set_reference(self, microbatches: list[Microbatch]) -> None:
+        """Gives each microbatch the reference log-probabilities of its sequences."""
         if self.ref_logprobs is not None:
             self.ref_logprobs.attach(microbatches)
         elif reference_mode(self.config) == "adapters-off":
-            records, self.executor.action_timings = (
-                self.executor.action_timings,
-                None,
-            )  # a traced step is its schedule's actions
+            # A trace holds the actions of the schedule only.
+            records, self.executor.action_timings = self.executor.action_timings, None
             self._forward_without_adapters(microbatches)
             self.executor.action_timings = records
             for microbatch in microbatches:
@@ -239,29 +260,36 @@ class StepRunner:
             microbatch.adapters = True
 
     def _forward(self, microbatches: list[Microbatch]) -> list[Tensor]:
-        """Without dropout and gradients."""
+        """Runs forwards without dropout and gradients."""
         self.stage.eval()
         return self.executor.run(self.forward_instructions, microbatches, backward=None)
 
     def _totals(
-        self, losses: list[Tensor], microbatches: list[Microbatch], count: int, *, bad: bool = False
+        self,
+        losses: list[Tensor],
+        microbatches: list[Microbatch],
+        count: int,
+        *,
+        has_nonfinite: bool = False,
     ) -> list[float]:
-        """Whether any rank has something bad (more than 0), loss and measures, summed over microbatches, replicas and stages, by `count`.
+        """Sums numbers of all ranks, so that all ranks decide alike.
 
-        The last stage's first tensor rank speaks for its copies. All ranks get the same numbers, and so decide alike.
+        Returns:
+            The number of ranks with `has_nonfinite`, the loss and the measures, each divided by
+            `count`. The first tensor rank of the last stage contributes the loss and the measures.
         """
         totals = torch.zeros(2 + len(self.objective.measures), dtype=torch.float64)
-        totals[0] = float(bad)
+        totals[0] = float(has_nonfinite)
         if losses and self.mesh.tensor.rank == 0:
             totals[1] = torch.stack(losses).double().sum()
             for microbatch in microbatches if self.objective.measures else []:
-                assert microbatch.measured is not None, "left by the objective"
+                assert microbatch.measured is not None, "set by the objective"
                 totals[2:] += microbatch.measured.double().cpu()
         totals = collectives.all_reduce(totals.to(self.device), self.mesh.world)
         return (totals / count).tolist()
 
     def _count(self, batches: Sequence[Batch]) -> int:
-        """Tokens with a loss, or pairs, in the global batch."""
+        """Returns the number of tokens with a loss, or pairs, in the global batch."""
         count = torch.tensor(
             sum(self.objective.count(batch.labels) for batch in batches), device=self.device
         )

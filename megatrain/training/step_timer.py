@@ -1,14 +1,13 @@
-"""How a rank spent a step: seconds in forwards, in backwards, and waiting for its neighbours. Nothing is held up to know it.
+"""The time that a rank spends in forwards, in backwards and in waiting for its neighbours.
 
-The executor calls `lap` as it passes from one to the next. On CPUs that reads the clock. On a GPU it puts an event on the
-stream, where the work is done and waited for; events are read once the step's loss has come back from there.
+The executor calls `lap` at the end of each action. On CPUs a lap reads the clock. On GPUs it
+records an event on the stream; the events are read once the loss has come back, so the host never
+waits for them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -23,17 +22,20 @@ KINDS: dict[TimedPhase, str] = {
     "I": "backward",
     "W": "backward",
 }
-"""What the time before a lap's end counts as; before any other it is not the pipeline's."""
+"""The kind of the time before the end of a lap. Other laps are not part of the pipeline."""
 
 
 class StepTimer:
-    """Laps of one step on one rank."""
+    """Times the laps of an executor from its creation until `stop`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_stream = device.type == "cuda"
+    def __init__(self, executor: Executor) -> None:
+        self.on_stream = executor.device.type == "cuda"
         self._laps: list[tuple[TimedPhase, Any]] = []
+        self._executor, self._previous = executor, executor.timing
+        executor.timing = self.lap
 
     def lap(self, ended: TimedPhase) -> None:
+        """Records the end of a lap."""
         if self.on_stream:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -41,8 +43,12 @@ class StepTimer:
         else:
             self._laps.append((ended, time.perf_counter()))
 
+    def stop(self) -> None:
+        """Gives the executor its previous lap function back."""
+        self._executor.timing = self._previous
+
     def seconds(self) -> dict[str, float]:
-        """By kind; empty where no lap was taken. On a GPU it waits for what has been asked of the stream."""
+        """Returns the seconds by kind; empty without laps. On a GPU this waits for the stream."""
         if self.on_stream and self._laps:
             self._laps[-1][1].synchronize()
         sums = dict.fromkeys(KINDS.values(), 0.0) if self._laps else {}
@@ -52,14 +58,3 @@ class StepTimer:
                     start.elapsed_time(end) / 1e3 if self.on_stream else end - start
                 )
         return sums
-
-
-@contextlib.contextmanager
-def timed(executor: Executor, *, wanted: bool) -> Iterator[StepTimer]:
-    """Take the laps of what the executor does inside, if `wanted`."""
-    stopwatch, before = StepTimer(executor.device), executor.timing
-    executor.timing = stopwatch.lap if wanted else before
-    try:
-        yield stopwatch
-    finally:
-        executor.timing = before

@@ -1,7 +1,4 @@
-"""What a run learns from: pretraining's indexed datasets, or finetuning's chats, pairs of answers or labels. The loop around them is one.
-
-A task says which settings it uses, makes what has to be made from the data before a rank starts, and opens samples.
-"""
+"""Training tasks: the data of a run, the head of its model, and its metrics."""
 
 from __future__ import annotations
 
@@ -23,118 +20,137 @@ if TYPE_CHECKING:
     from megatrain.training.step_runner import StepRunner
 
 
-OF_CHATS = ("chat_template", "train_on", "packing", "too_long")
-"""Settings of `data` that are about conversations."""
+CHAT_SETTINGS = ("chat_template", "train_on", "packing", "too_long")
+"""Settings of `data` for conversations."""
 
-
-GLANCES = 32
-"""Samples that are looked at beforehand."""
+SANITY_CHECK_SAMPLES = 32
+"""Samples that `Task.sanity_check` reads."""
 
 
 class DataSource(NamedTuple):
-    """Samples, how many are an epoch (None where they have no count of their own, as those of a blend), and what to say."""
+    """The samples of training or validation.
+
+    Attributes:
+        per_epoch: the number of samples of an epoch; None for blends, which have no epochs.
+        notes: a line about each data set, for the log.
+    """
 
     samples: Samples
     per_epoch: int | None = None
-    words: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 class Task(Protocol):
-    """What a verb trains on. What most tasks do alike is written here, and inherited."""
+    """A training task. Methods that most tasks share are implemented here."""
 
     def check(self, config: Config) -> None:
-        """Refuse settings that the task does not use."""
+        """Raises ConfigError for missing settings, and for settings that have no effect."""
 
     def prepare(self, config: Config, which: Part) -> None:
-        """Make what `open` reads, in one process and before any rank needs it; quick where it is there already."""
+        """Writes the files that `open` reads, in one process; fast if they exist already."""
 
     def architecture(self, config: Config) -> TransformerConfig:
-        """The model that learns: the config's, with a language model's head."""
+        """Returns the config of the model, by default with a language model head."""
         return read_config(load_hf_config(config.model))
 
     def open(self, config: Config, architecture: TransformerConfig, which: Part) -> DataSource:
-        """Open the samples of training or validation; raises ConfigError and DataError."""
+        """Opens the samples of training or validation.
 
-    def glance(self, config: Config, architecture: TransformerConfig, which: Part) -> None:
-        """See in a moment whether the data can be read and are of this model, and make nothing of them; raises as `open` does."""
+        Raises:
+            ConfigError, DataError: the data are missing, damaged or not of this model.
+        """
+
+    def sanity_check(self, config: Config, architecture: TransformerConfig, which: Part) -> None:
+        """Checks quickly that the data can be read and fit the model, and writes no files.
+
+        Raises:
+            ConfigError, DataError: as `open`.
+        """
         self.open(config, architecture, which)
 
     @contextlib.contextmanager
     def measure(self, runner: StepRunner, folder: Path) -> Iterator[dict[str, float]]:
-        """Around an evaluation: what it yields holds afterwards what the task measured beside the loss, the same on all ranks."""
+        """Observes the evaluation in the block.
+
+        Yields:
+            A mapping that contains the task's metrics after the block, the same on all ranks.
+        """
         yield {}
 
-    def foresee(self, config: Config, architecture: TransformerConfig) -> DataSource | None:
-        """The training samples as they will be, made nowhere that stays; None where that would take long."""
+    def estimate_samples(
+        self, config: Config, architecture: TransformerConfig
+    ) -> DataSource | None:
+        """Returns the training samples without writing files that stay; None if that is slow."""
         return self.open(config, architecture, "train")
 
     def chat(self, config: Config) -> Chat | None:
-        """What a saved folder is to say of chats."""
+        """Returns the chat metadata of a saved model, if it has any."""
 
 
-def text_instead(config: Config, which: Part) -> ConfigError | None:
-    """What is said where pretraining is given texts that are not tokenised yet."""
+def text_file_error(config: Config, which: Part) -> ConfigError | None:
+    """Returns the error if `data.train` or `data.valid` is a text file, which needs tokenizing."""
     path = getattr(config.data, which)
-    if (
-        not isinstance(path, str)
-        or not is_supported(path)
-        or not Path(path).is_file()
-        or Path(f"{path}.idx").exists()
-    ):
+    if not isinstance(path, str) or not is_supported(path) or not Path(path).is_file():
+        return None
+    if Path(f"{path}.idx").exists():
         return None
     prefix = path
     while is_supported(prefix):
         prefix = str(Path(prefix).with_suffix(""))
-    command = f"megatrain preprocess {path} --tokenizer {config.data.tokenizer or 'TOKENIZER'} --output {prefix}"
+    tokenizer = config.data.tokenizer or "TOKENIZER"
     return ConfigError(
         f"data.{which}",
         path,
-        "is a file of texts, and pretraining reads what `megatrain preprocess` makes of them",
-        f"make it once, and give data.{which}={prefix}",
-        command=command,
+        "must be an indexed dataset, not a text file",
+        f"tokenize it once, then set data.{which}={prefix}",
+        command=f"megatrain preprocess {path} --tokenizer {tokenizer} --output {prefix}",
     )
 
 
 class PretrainingTask(Task):
-    """Sequences cut from an indexed dataset's stream of tokens."""
+    """Next-token prediction on sequences cut from the token stream of indexed datasets."""
 
     def check(self, config: Config) -> None:
-        """Refuse what only finetuning uses."""
-        for name in non_default(config.data, OF_CHATS):
+        """Raises ConfigError for missing data, text files, and settings of finetuning."""
+        settings = {f"data.{name}": name for name in non_default(config.data, CHAT_SETTINGS)}
+        for setting, name in settings.items():
             raise ConfigError(
-                f"data.{name}",
+                setting,
                 getattr(config.data, name),
-                "is a setting of `megatrain finetune`",
-                "start this config with that verb, or leave it out",
+                "requires `megatrain finetune`",
+                "start this config with that command, or remove the setting",
+                fix={setting: getattr(type(config.data)(), name)},
             )
         if config.task != "sft":
             raise ConfigError(
                 "task",
                 config.task,
-                "is a setting of `megatrain finetune`",
-                "start this config with that verb, or leave it out",
+                "requires `megatrain finetune`",
+                "start this config with that command, or remove the setting",
+                fix={"task": "sft"},
             )
         if config.train.epochs is not None:
             raise ConfigError(
                 "train.epochs",
                 config.train.epochs,
-                "counts finetuning's samples",
-                "give train.steps or train.tokens",
+                "requires `megatrain finetune`, which counts samples",
+                "set train.steps or train.tokens",
+                fix={"train.epochs": None, "train.steps": 1000},
             )
-        for text in (text_instead(config, "train"), text_instead(config, "valid")):
-            if text is not None:
-                raise text
+        for error in (text_file_error(config, "train"), text_file_error(config, "valid")):
+            if error is not None:
+                raise error
 
     def prepare(self, config: Config, which: Part) -> None:
-        """Nothing: `megatrain preprocess` has made the files."""
+        """Writes nothing: `megatrain preprocess` has written the files."""
 
     def open(self, config: Config, architecture: TransformerConfig, which: Part) -> DataSource:
-        """Samples of `data.train` or `data.valid`."""
+        """Opens the samples of `data.train` or `data.valid`."""
         if config.data.train is None:
             raise ConfigError(
                 "data.train",
-                "(nothing)",
-                "is missing",
+                None,
+                "must be set",
                 "give the prefix that `megatrain preprocess --output` wrote",
             )
         return DataSource(
@@ -147,12 +163,12 @@ class PretrainingTask(Task):
             )
         )
 
-    def glance(self, config: Config, architecture: TransformerConfig, which: Part) -> None:
-        """Some samples from all over the files: a token outside the vocabulary shows in each of them, as a rule."""
+    def sanity_check(self, config: Config, architecture: TransformerConfig, which: Part) -> None:
+        """Reads samples from all over the files, to find tokens outside the vocabulary."""
         samples = self.open(config, architecture, which).samples
-        for position in range(GLANCES):
+        for position in range(SANITY_CHECK_SAMPLES):
             samples.fetch(position)
 
     def chat(self, config: Config) -> Chat | None:
-        """Nothing."""
+        """Returns None: pretraining knows no chats."""
         return None

@@ -1,4 +1,4 @@
-"""Classification's task: texts or words with labels, the model that tells them, and how well it does."""
+"""The task of classification: labels of texts or of words, and its metrics."""
 
 from __future__ import annotations
 
@@ -27,27 +27,29 @@ from megatrain.data.tokenizer import load_tokenizer
 from megatrain.distributed.collectives import gather_objects
 from megatrain.distributed.mesh import MeshAxis
 from megatrain.errors import ConfigError
-from megatrain.evaluation import classification_metrics
-from megatrain.evaluation.classification_metrics import Figures, Matrix
 from megatrain.models.classification_config import PROBLEMS, with_classifier
 from megatrain.models.classification_head import ClassificationHead
 from megatrain.models.config import ClassificationHeadConfig, TransformerConfig, load_hf_config
+from megatrain.telemetry import classification_metrics
+from megatrain.telemetry.classification_metrics import Array, Metrics
 from megatrain.telemetry.plots import plot_confusion_matrix
 from megatrain.training.step_runner import StepRunner
-from megatrain.training.task import OF_CHATS, DataSource, Task
+from megatrain.training.task import CHAT_SETTINGS, DataSource, Task
+
+CONFUSION_MATRIX = "confusion_matrix.png"
 
 
 class ClassificationTask(Task):
-    """Labels of texts or of words."""
+    """Classification of texts or of words, or regression on texts."""
 
     def check(self, config: Config) -> None:
-        """Refuse what other tasks use, and a config without data, tokenizer or labels."""
+        """Raises ConfigError for missing data or tokenizer, and for settings of other tasks."""
         data, section = config.data, config.classification
         if data.train is None:
             raise ConfigError(
                 "data.train",
-                "(nothing)",
-                "is missing",
+                None,
+                "must be set",
                 "give a file, folder or glob of JSONL or parquet with labels",
             )
         for name in ("train", "valid"):
@@ -55,38 +57,41 @@ class ClassificationTask(Task):
                 raise ConfigError(
                     f"data.{name}",
                     getattr(data, name),
-                    "is a blend, and labels are not blended",
-                    "give one file, folder or glob",
+                    "must be one file, folder or glob: blends of labelled data are not supported",
+                    "merge the files",
+                    fix={f"data.{name}": _first_path(getattr(data, name))},
                 )
-        for name in non_default(data, (*OF_CHATS, "document_mask")):
+        for name in non_default(data, (*CHAT_SETTINGS, "document_mask")):
             raise ConfigError(
                 f"data.{name}",
                 getattr(data, name),
                 f"has no effect with task={config.task}",
-                "leave it out",
+                "remove it",
+                fix={f"data.{name}": getattr(type(data)(), name)},
             )
         if data.tokenizer is None:
-            raise ConfigError(
-                "data.tokenizer", "(nothing)", "is missing", "give the model's tokenizer"
-            )
+            raise ConfigError("data.tokenizer", None, "must be set", "give the model's tokenizer")
         if config.task == "token-classification" and section.problem != "single-label":
             raise ConfigError(
                 "classification.problem",
                 section.problem,
-                "is of texts, and task=token-classification tells one class a word",
+                "requires task=classification (supported by token-classification: single-label)",
                 "use single-label, or task=classification",
+                fix={"classification.problem": "single-label"},
             )
 
     def prepare(self, config: Config, which: Part) -> None:
-        """Nothing: files with labels are small, and read as they are."""
+        """Writes nothing: files with labels are small, and are tokenized when they are opened."""
 
     def architecture(self, config: Config) -> TransformerConfig:
-        """The model with a classifier for its head, as a transformers config can tell it."""
+        """Returns the config of the model with a classification head.
+
+        Labels, problem type and padding token are set in the transformers config, too.
+        """
         hf = load_hf_config(config.model)
         folder = config.data.tokenizer or ""
-        tokenizer = (
-            load_tokenizer(folder) if Path(folder).is_dir() else None
-        )  # said where settings are checked
+        # A missing folder is reported by the checks of the settings.
+        tokenizer = load_tokenizer(folder) if Path(folder).is_dir() else None
         labels = _labels(config, hf)
         hf.id2label = dict(enumerate(labels))
         hf.label2id = {label: number for number, label in enumerate(labels)}
@@ -105,10 +110,10 @@ class ClassificationTask(Task):
         )
 
     def open(self, config: Config, architecture: TransformerConfig, which: Part) -> DataSource:
-        """Samples of `data.train` or `data.valid`, augmented in training if asked."""
+        """Opens the samples of `data.train` or `data.valid`; augments those of training."""
         path, split = select_paths(config.data, which)
         assert isinstance(path, str), "checked in `check`"
-        texts = read_labelled_texts(path, reading(architecture))
+        texts = read_labelled_texts(path, label_spec(architecture))
         if split is not None:
             first, last = split_documents(len(texts), split=split, part=which)
             texts = texts[first:last]
@@ -125,57 +130,44 @@ class ClassificationTask(Task):
         )
         epochs = config.train.epochs if train else 1
         samples.limit = epochs * samples.samples_per_epoch if epochs is not None else None
-        cut = (
-            f"; {samples.num_truncated:,} cut at data.sequence_length={config.data.sequence_length}"
-            if samples.num_truncated
-            else ""
-        )
-        return DataSource(
-            samples,
-            samples.samples_per_epoch,
-            [
-                f"{path}: {samples.samples_per_epoch:,} samples, {_classifier(architecture).num_labels} labels{cut}"
-            ],
-        )
+        number, labels = samples.samples_per_epoch, _classifier(architecture).num_labels
+        note = f"{path}: {number:,} samples, {labels} labels"
+        if samples.num_truncated:
+            length = config.data.sequence_length
+            note += f"; {samples.num_truncated:,} truncated to data.sequence_length={length}"
+        return DataSource(samples, number, [note])
 
     def chat(self, config: Config) -> Chat | None:
-        """Nothing."""
+        """Returns None: a classifier knows no chats."""
         return None
 
     @contextlib.contextmanager
-    def measure(self, runner: StepRunner, folder: Path) -> Iterator[Figures]:
-        """Watch an evaluation and fill in its figures; rank 0 draws the confusion of classes into the run's folder."""
-        figures: Figures = {}
-        with watched(runner.stage, first_copy=runner.mesh.tensor.rank == 0) as outcomes:
-            yield figures
-        scores, numbers = _gathered(outcomes, runner.mesh.world)
+    def measure(self, runner: StepRunner, folder: Path) -> Iterator[Metrics]:
+        """Adds the task's metrics to the yielded mapping; rank 0 plots the confusion matrix."""
+        metrics: Metrics = {}
+        with head_outputs(runner.stage, first_copy=runner.mesh.tensor.rank == 0) as outputs:
+            yield metrics
+        scores, targets = _gather(outputs, runner.mesh.world)
         classifier = _classifier(runner.architecture)
-        figures.update(
-            {
-                f"valid_{name}": value
-                for name, value in figures_of(scores, numbers, classifier).items()
-            }
-        )
+        for name, value in compute_metrics(scores, targets, classifier).items():
+            metrics[f"valid_{name}"] = value
         if runner.mesh.rank == 0 and classifier.problem == "single-label":
             matrix = classification_metrics.confusion_matrix(
-                numbers, scores.argmax(1), classifier.num_labels
+                targets, scores.argmax(1), classifier.num_labels
             )
-            plot_confusion_matrix(
-                folder / "confusion.png",
-                matrix,
-                list(runner.architecture.config.id2label.values()),
-            )
+            labels = list(runner.architecture.config.id2label.values())
+            plot_confusion_matrix(folder / CONFUSION_MATRIX, matrix, labels)
 
 
-def reading(architecture: TransformerConfig) -> LabelSpec:
-    """What the model's records look like."""
+def label_spec(architecture: TransformerConfig) -> LabelSpec:
+    """Returns the form of the labels that the model is trained on."""
     classifier = _classifier(architecture)
     labels = [architecture.config.id2label[number] for number in range(classifier.num_labels)]
     return LabelSpec(classifier.of_tokens, classifier.problem, labels)
 
 
 def padding_token(hf: Any, tokenizer: Any) -> int:
-    """The tokenizer's padding, the model's, or as is usual the end of a text."""
+    """Returns the padding token of tokenizer or model, else the end-of-text token, else 0."""
     for token in (
         getattr(tokenizer, "pad_token_id", None),
         hf.pad_token_id,
@@ -187,7 +179,11 @@ def padding_token(hf: Any, tokenizer: Any) -> int:
 
 
 def _labels(config: Config, hf: Any) -> list[str]:
-    """As the settings name them, or as a classifier's folder brings them; else the error lists what the data hold."""
+    """Returns the labels of the settings, or else of the classifier that `hf` describes.
+
+    Raises:
+        ConfigError: there are none; the error lists those of the data.
+    """
     section = config.classification
     if section.problem == "regression":
         return section.labels or ["value"]
@@ -202,17 +198,25 @@ def _labels(config: Config, hf: Any) -> list[str]:
         )
         raise ConfigError(
             "classification.labels",
-            "(nothing)",
-            "is missing: it names the classes in the order of their numbers",
-            f"of data.train it would be classification.labels=[{', '.join(found)}]",
+            None,
+            "must list the classes in the order of their numbers",
+            "those of data.train are in the fix",
+            fix={"classification.labels": list(found)},
         )
     if section.problem == "multi-label" and len(labels) > MAX_CLASSES:
         raise ConfigError(
             "classification.labels",
             f"({len(labels)} labels)",
-            f"is more than the {MAX_CLASSES} of a multi-label problem",
+            f"must have at most {MAX_CLASSES} labels for classification.problem=multi-label",
+            "merge rare labels",
         )
     return labels
+
+
+def _first_path(blend: Any) -> str:
+    """Returns the first path of a blend."""
+    first = blend[0] if isinstance(blend, list) and blend else blend
+    return str(first["path"] if isinstance(first, dict) else first)
 
 
 def _classifier(architecture: TransformerConfig) -> ClassificationHeadConfig:
@@ -220,48 +224,57 @@ def _classifier(architecture: TransformerConfig) -> ClassificationHeadConfig:
     return architecture.classifier
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# how well it does
+# -- metrics -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def watched(stage: torch.nn.Module, *, first_copy: bool) -> Iterator[list[tuple[Matrix, Matrix]]]:
-    """Collects scores and targets' numbers of each microbatch that the head sees, where it is on this rank and speaks for its copies."""
-    found: list[tuple[Matrix, Matrix]] = []
-    heads = (
-        [module for module in stage.modules() if isinstance(module, ClassificationHead)]
-        if first_copy
-        else []
-    )
+def head_outputs(
+    stage: torch.nn.Module, *, first_copy: bool
+) -> Iterator[list[tuple[Array, Array]]]:
+    """Collects scores and encoded targets of each microbatch, filled in after the block.
+
+    Args:
+        first_copy: collect them if this rank has the head; False on its copies.
+    """
+    collected: list[tuple[Array, Array]] = []
+    heads = [
+        module
+        for module in stage.modules()
+        if first_copy and isinstance(module, ClassificationHead)
+    ]
     for head in heads:
         head.outcomes = []
     try:
-        yield found
+        yield collected
         for head in heads:
-            found += [
-                (scores.cpu().numpy(), numbers.cpu().numpy())
-                for scores, numbers in head.outcomes or ()
+            collected += [
+                (scores.cpu().numpy(), targets.cpu().numpy())
+                for scores, targets in head.outcomes or ()
             ]
     finally:
         for head in heads:
             head.outcomes = None
 
 
-def _gathered(outcomes: list[tuple[Matrix, Matrix]], world: MeshAxis) -> tuple[Matrix, Matrix]:
-    """Of all ranks, on all ranks: scores [n, classes] and numbers [n]."""
-    parts = [part for some in gather_objects(outcomes, world) for part in some]
-    return np.concatenate([scores for scores, _ in parts]), np.concatenate(
-        [numbers for _, numbers in parts]
-    )
+def _gather(outputs: list[tuple[Array, Array]], world: MeshAxis) -> tuple[Array, Array]:
+    """Returns the scores [n, classes] and encoded targets [n] of all ranks, on all ranks."""
+    parts = [part for rank_parts in gather_objects(outputs, world) for part in rank_parts]
+    scores, targets = zip(*parts, strict=True)
+    return np.concatenate(scores), np.concatenate(targets)
 
 
-def figures_of(scores: Matrix, numbers: Matrix, classifier: ClassificationHeadConfig) -> Figures:
-    """What a problem is measured by."""
-    right = decode_targets(
-        torch.from_numpy(numbers), problem=classifier.problem, num_labels=classifier.num_labels
+def compute_metrics(scores: Array, targets: Array, classifier: ClassificationHeadConfig) -> Metrics:
+    """Returns the metrics of the head's problem.
+
+    Args:
+        scores: the outputs of the head [n, classes].
+        targets: encoded as `label_targets.decode_targets` reads them [n].
+    """
+    decoded = decode_targets(
+        torch.from_numpy(targets), problem=classifier.problem, num_labels=classifier.num_labels
     ).numpy()
     if classifier.problem == "single-label":
-        return classification_metrics.single_label(right, scores.argmax(1), classifier.num_labels)
+        return classification_metrics.single_label(decoded, scores.argmax(1))
     if classifier.problem == "multi-label":
-        return classification_metrics.multi_label(right > 0.5, scores > 0)
-    return classification_metrics.regression(right[:, 0], scores[:, 0])
+        return classification_metrics.multi_label(decoded > 0.5, scores > 0)
+    return classification_metrics.regression(decoded[:, 0], scores[:, 0])

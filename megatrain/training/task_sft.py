@@ -1,4 +1,4 @@
-"""Finetuning's task: chats, prepared once in the run's folder, packed or padded to sequences."""
+"""The task of finetuning on chats or preference pairs, tokenized once into the run's folder."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from megatrain.data.split import Part, split_documents
 from megatrain.data.text_files import find_inputs
 from megatrain.errors import ConfigError
 from megatrain.models.config import TransformerConfig
-from megatrain.training.task import GLANCES, DataSource, Task
+from megatrain.training.task import SANITY_CHECK_SAMPLES, DataSource, Task
 
 logger = logging.getLogger("megatrain")
 
 FEW_BYTES = 4_000_000
-"""Of chats, that take a few seconds to prepare."""
+"""Size of chat files up to which preparing them takes a few seconds."""
 
 
 class SFTTask(Task):
-    """Chats, with a loss on the assistant's tokens; or pairs of answers to one prompt, compared."""
+    """Chats with a loss on the assistant's tokens, or preference pairs of answers to a prompt."""
 
     def check(self, config: Config) -> None:
-        """Refuse what only pretraining uses, and a config without data or tokenizer."""
+        """Raises ConfigError for missing data or tokenizer, and for settings of pretraining."""
         data = config.data
         if data.train is None:
             raise ConfigError(
                 "data.train",
-                "(nothing)",
-                "is missing",
+                None,
+                "must be set",
                 "give a file, folder or glob of JSONL or parquet with chats",
                 fix={"data.train": "YOURS.jsonl"},
             )
@@ -56,49 +56,50 @@ class SFTTask(Task):
             raise ConfigError(
                 "data.train",
                 data.train,
-                "is an indexed dataset, which `megatrain pretrain` reads",
-                "start this config with that verb, or give files of chats",
+                "must be files of chats, not an indexed dataset",
+                "give files of chats, or start this config with `megatrain pretrain`",
             )
         if data.document_mask:
             raise ConfigError(
                 "data.document_mask",
                 True,
-                "is a setting of pretraining",
-                "leave it out: packed chats attend to themselves alone",
+                "has no effect on chats",
+                "remove it: packed chats attend to themselves only",
+                fix={"data.document_mask": False},
             )
         if data.tokenizer is None:
             raise ConfigError(
                 "data.tokenizer",
-                "(nothing)",
-                "is missing",
+                None,
+                "must be set",
                 "give the model's tokenizer",
                 fix={"data.tokenizer": "FOLDER_OF_THE_MODEL"},
             )
 
     def prepare(self, config: Config, which: Part) -> None:
-        """Tokenise the files, unless that was done."""
+        """Tokenizes the files, unless that is done."""
         paths, _ = select_paths(config.data, which)
         for number, (path, _) in enumerate(parse_blend(paths, setting=f"data.{which}")):
             prepare_data(
                 path,
-                _recipe(config),
+                _spec(config),
                 folder=_folder(config),
                 name=_name(config, which, number),
                 progress=sys.stderr,
             )
 
     def open(self, config: Config, architecture: TransformerConfig, which: Part) -> DataSource:
-        """The sequences of `data.train` or `data.valid`."""
+        """Opens the sequences of `data.train` or `data.valid`."""
         paths, split = select_paths(config.data, which)
         blend = parse_blend(paths, setting=f"data.{which}")
-        sources, words = [], []
+        sources, notes = [], []
         for number, (path, _) in enumerate(blend):
             prefix = find_prepared(
-                path, _recipe(config), folder=_folder(config), name=_name(config, which, number)
+                path, _spec(config), folder=_folder(config), name=_name(config, which, number)
             )
             samples = _open(config, prefix, split, which, number)
             sources.append(samples)
-            words.append(f"{path}: {describe(read_counts(prefix), samples, config)}")
+            notes.append(f"{path}: {describe(read_counts(prefix), samples, config)}")
         if len(sources) > 1:
             blended = BlendedDataset(
                 sources,
@@ -106,20 +107,22 @@ class SFTTask(Task):
                 seed=config.run.seed,
                 each=1 if config.task == "sft" else 2,
             )
-            return DataSource(blended, None, words)
+            return DataSource(blended, None, notes)
         epochs = config.train.epochs if which == "train" else 1
         sources[0].limit = epochs * sources[0].samples_per_epoch if epochs is not None else None
-        return DataSource(sources[0], sources[0].samples_per_epoch, words)
+        return DataSource(sources[0], sources[0].samples_per_epoch, notes)
 
-    def glance(self, config: Config, architecture: TransformerConfig, which: Part) -> None:
-        """The first samples of each file, as they would be learnt."""
+    def sanity_check(self, config: Config, architecture: TransformerConfig, which: Part) -> None:
+        """Encodes the first samples of each file."""
         paths, _ = select_paths(config.data, which)
         for path, _ in parse_blend(paths, setting=f"data.{which}"):
-            for _ in preview_samples(path, _recipe(config), count=GLANCES, colour=False):
+            for _ in preview_samples(path, _spec(config), count=SANITY_CHECK_SAMPLES, colour=False):
                 pass
 
-    def foresee(self, config: Config, architecture: TransformerConfig) -> DataSource | None:
-        """From data that are prepared, or so few that they can be prepared for this question alone."""
+    def estimate_samples(
+        self, config: Config, architecture: TransformerConfig
+    ) -> DataSource | None:
+        """Returns the training samples if they are prepared, or few enough to prepare them now."""
         paths = [
             path
             for path, _ in parse_blend(select_paths(config.data, "train")[0], setting="data.train")
@@ -128,7 +131,7 @@ class SFTTask(Task):
             is_prepared(
                 find_prepared(
                     path,
-                    _recipe(config),
+                    _spec(config),
                     folder=_folder(config),
                     name=_name(config, "train", number),
                 )
@@ -142,55 +145,54 @@ class SFTTask(Task):
         ):
             return None
         with tempfile.TemporaryDirectory() as folder:
-            elsewhere = dataclasses.replace(
+            temporary = dataclasses.replace(
                 config, run=dataclasses.replace(config.run, output_dir=folder)
             )
-            self.prepare(elsewhere, "train")
-            return self.open(elsewhere, architecture, "train")
+            self.prepare(temporary, "train")
+            return self.open(temporary, architecture, "train")
 
     def chat(self, config: Config) -> Chat | None:
-        """The template where the config names one, and the token that ends a turn."""
+        """Returns the chat template, if the config sets one, and the token that ends a turn."""
         assert config.data.tokenizer is not None, "checked in `check`"
         template = ChatTemplate(config.data.tokenizer, file=config.data.chat_template)
         stop = template.stop_token()
         if stop is None:
             logger.warning(
-                "the chat template ends an answer with no special token that could be told: the model may not learn where to stop"
+                "the chat template ends answers without a special token; "
+                "the model may not learn to stop"
             )
         text = template.tokenizer.chat_template if config.data.chat_template is not None else None
         return Chat(text, [] if stop is None else [stop])
 
 
 def describe(counts: Counts, samples: SFTDataset, config: Config) -> str:
-    """What became of a file's chats, or pairs of answers, in a sentence."""
-    alone = config.task == "sft"
-    what = (
-        f"{samples.num_chats:,} chats" if alone else f"{samples.num_chats // 2:,} pairs of answers"
-    )
-    words = f"{what} in {samples.samples_per_epoch:,} sequences, {samples.fill_ratio:.1%} full"
-    if alone and not config.data.packing and samples.fill_ratio < 0.7:
-        words += " (data.packing=true lets chats share them)"
-    words += f"; {counts.trained / counts.tokens:.1%} of {counts.tokens:,} tokens are {'learnt' if alone else 'compared'}"
+    """Returns a line about the sequences of a file."""
+    is_sft, length = config.task == "sft", config.data.sequence_length
+    kind = "chats" if is_sft else "preference pairs"
+    number = samples.num_chats if is_sft else samples.num_chats // 2
+    sequences = f"{samples.samples_per_epoch:,} sequences, {samples.fill_ratio:.1%} full"
+    parts = [f"{number:,} {kind} in {sequences}"]
+    if is_sft and not config.data.packing and samples.fill_ratio < 0.7:
+        parts[0] += " (data.packing=true packs several chats into one)"
+    share = counts.trained / counts.tokens
+    parts.append(f"loss on {share:.1%} of {counts.tokens:,} tokens")
     if counts.cut:
-        words += f"; {counts.cut:,} cut at data.sequence_length={config.data.sequence_length}"
-    if left_out := counts.skipped + counts.emptied:
-        reason = (
-            "longer than that"
-            if counts.cut
-            else f"longer than data.sequence_length={config.data.sequence_length}"
+        parts.append(f"{counts.cut:,} truncated to data.sequence_length={length}")
+    if counts.skipped:
+        parts.append(f"{counts.skipped:,} skipped, longer than data.sequence_length={length}")
+    if counts.emptied:
+        parts.append(
+            f"{counts.emptied:,} skipped, without a loss before data.sequence_length={length}"
         )
-        words += f"; {left_out:,} left out, {reason}" + (
-            " before anything to learn" if counts.emptied else ""
-        )
-    return words
+    return "; ".join(parts)
 
 
-def show(config: Config, *, count: int, colour: bool) -> Iterator[str]:
-    """The first training samples, with what is learnt marked."""
+def preview(config: Config, *, count: int, colour: bool) -> Iterator[str]:
+    """Yields the first training samples as text, with the tokens in the loss marked."""
     SFTTask().check(config)
     paths, _ = select_paths(config.data, "train")
     path, _ = parse_blend(paths, setting="data.train")[0]
-    return preview_samples(path, _recipe(config), count=count, colour=colour)
+    return preview_samples(path, _spec(config), count=count, colour=colour)
 
 
 def _open(config: Config, prefix: Path, split: str | None, which: Part, number: int) -> SFTDataset:
@@ -210,7 +212,7 @@ def _open(config: Config, prefix: Path, split: str | None, which: Part, number: 
     )
 
 
-def _recipe(config: Config) -> SFTSpec:
+def _spec(config: Config) -> SFTSpec:
     data = config.data
     assert data.tokenizer is not None, "checked in `check`"
     return SFTSpec(
@@ -228,5 +230,5 @@ def _folder(config: Config) -> Path:
 
 
 def _name(config: Config, which: Part, number: int) -> str:
-    """Of the prepared data; with a split both parts are cut from one."""
+    """Returns the name of prepared data; with a split, both parts share one file."""
     return f"{'train' if config.data.split is not None else which}{number}"

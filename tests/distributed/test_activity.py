@@ -16,7 +16,8 @@ from megatrain.distributed.activity import RankActivity
 from megatrain.distributed.env import RankEnv
 from megatrain.distributed.mesh import make_mesh
 from megatrain.optim.zero import ZeroOptimizer
-from megatrain.training import loop, trace_recorder
+from megatrain.training import loss_spikes, shared_clock
+from megatrain.training import run as training_run
 
 BLOCKING = (
     "all_gather",
@@ -86,8 +87,8 @@ def pretrain(rank, world_size, raw):
     configuration.check(config)
     recorder, undone, refused = Recorder(activity), [], []
 
-    def first_to_undo(progress, train):
-        if progress.step == 4 and not undone:
+    def first_step_to_undo(state, stability):
+        if state.step == 4 and not undone:
             undone.append(3)
             return 3
         return 0
@@ -100,14 +101,14 @@ def pretrain(rank, world_size, raw):
 
     patches = [
         *map(recorder, BLOCKING),
-        patch.object(loop, "first_to_undo", first_to_undo),
+        patch.object(loss_spikes, "first_step_to_undo", first_step_to_undo),
         patch.object(ZeroOptimizer, "has_nonfinite", has_nonfinite),
-        patch.object(trace_recorder, "machine_name", lambda: f"machine {rank}"),
+        patch.object(shared_clock, "machine_id", lambda: f"machine {rank}"),
     ]
     for each in patches:
         each.start()
     try:
-        loop.pretrain(
+        training_run.pretrain(
             config, RankEnv(rank, world_size, rank, world_size, "127.0.0.1", 29500), activity
         )
     finally:

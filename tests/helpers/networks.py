@@ -1,4 +1,4 @@
-"""A whole model of ours on one rank, without DeepSpeed, and the same in transformers."""
+"""A model on one rank without DeepSpeed, and the same model in transformers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ GPT2 = {
 
 
 def build(model: dict[str, Any], *, recompute: str = "none") -> nn.ModuleList:
-    """Embedding, blocks and head, initialised."""
+    """Builds and initializes embedding, blocks and head."""
     config = configuration.from_dict({"train": {"recompute": recompute}})
     stage = build_stage(
         config, read_config(load_hf_config(model)), make_mesh(0, connect=False), "cpu"
@@ -59,7 +59,7 @@ def build(model: dict[str, Any], *, recompute: str = "none") -> nn.ModuleList:
 
 @torch.no_grad()
 def scramble(layers: nn.ModuleList) -> None:
-    """Every weight random by its name: biases and norms count too, and a hundredth of a weight shows in the logits."""
+    """Randomizes each weight by its name, so that biases and norms matter in the logits."""
     for declaration, parameter in parameters(layers):
         generator = torch.Generator().manual_seed(
             len(declaration.name) * 1000 + sum(map(ord, declaration.name))
@@ -85,7 +85,7 @@ def make_microbatch(
 
 
 def logits(layers: nn.ModuleList, given: Microbatch) -> Tensor:
-    """[B, S, V]"""
+    """Returns the logits [B, S, V]."""
     hidden_states = None
     for layer in layers[:-1]:
         hidden_states = layer(hidden_states, given)
@@ -93,7 +93,7 @@ def logits(layers: nn.ModuleList, given: Microbatch) -> Tensor:
 
 
 def loss(layers: nn.ModuleList, given: Microbatch) -> Tensor:
-    """Summed over tokens."""
+    """Returns the loss, summed over tokens."""
     hidden_states = None
     for layer in layers:
         hidden_states = layer(hidden_states, given)
@@ -107,7 +107,7 @@ def tokens(seed: int = 0, *, rows: int = 3, length: int = LENGTH) -> Tensor:
 
 
 def transformers_twin(model: dict[str, Any], layers: nn.ModuleList) -> nn.Module:
-    """transformers' own model with the same weights."""
+    """Returns transformers' model with the same weights."""
     from transformers import AutoModelForCausalLM
 
     config = load_hf_config(model)

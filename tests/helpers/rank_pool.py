@@ -1,9 +1,10 @@
-"""Runs a function on N ranks over gloo and returns what each returned.
+"""A pool of ranks that runs functions over gloo.
 
-The ranks are processes that live as long as pytest, forked once libraries and tests are imported: a start of eight ranks costs
-more than most of what is asked of them. A world of N has processes of its own, which have all done the same before: libraries
-number what they make, and compare the numbers between ranks. A function is given by reference, so it belongs to a module, and
-it leaves the process as it found it.
+The ranks are processes that live as long as pytest, forked once libraries and tests are imported:
+starting eight ranks costs more than most tests. A world of N has processes of its own, which have all
+run the same functions: libraries number what they create, and compare the numbers between ranks. A
+function is passed by reference, so it belongs to a module, and it must leave the process as it found
+it.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _start(count: int) -> list[_Worker]:
 
 @atexit.register
 def stop() -> None:
-    """End all ranks; the next call starts new ones."""
+    """Ends all ranks; the next call starts new ones."""
     for size in [*_worlds]:
         _stop(size)
 
@@ -120,7 +121,10 @@ def _stop(size: int) -> None:
 def run_ranks(
     function: Any, world_size: int, *args: Any, folder: Path, timeout: float = 300.0
 ) -> list[Any]:
-    """`function(rank, world_size, *args)` on every rank: results by rank, or the first failing rank's traceback raised."""
+    """Calls `function(rank, world_size, *args)` on every rank; returns the results by rank.
+
+    Raises AssertionError with the traceback of the first rank that fails.
+    """
     workers = _world(world_size)
     store = str(folder / f"store-{world_size}-{os.urandom(4).hex()}")
     for rank in range(world_size):

@@ -144,7 +144,7 @@ def _serve() -> None:
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.auto.tokenization_auto  # noqa: F401
 
-    import megatrain.training.loop  # noqa: F401
+    import megatrain.training.run  # noqa: F401
     from megatrain.launch.local import die_with_parent, import_before_fork
 
     die_with_parent(os.getppid())

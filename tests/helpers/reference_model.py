@@ -1,9 +1,10 @@
-"""The truth that ranks are held against: a network of transformers, or peft's around it, trained by plain torch in one process.
+"""The reference for ranks: a network of transformers or peft, trained by plain torch.
 
-    make_stage -> give_weights -> train                 of ours only the weights that it begins with
-    run_steps on every rank    -> assert_equal          losses, norms of the gradient, and the first step's gradient
+    make_stage -> give_weights -> train            ours are only the initial weights
+    run_steps on every rank    -> assert_equal     losses, norms, gradient of the first step
 
-A rank gives the pieces of the first gradient that it holds, clipped, as Adam's first moment has them; they are put together here.
+A rank returns its shards of the first gradient, clipped, as Adam's first moment holds them. They are
+assembled here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BETAS, DECAY = (0.9, 0.95), 0.1
 
 
 class Trained(NamedTuple):
-    """What plain torch gives: each step's loss and norm, and the first step's clipped gradient by parameter."""
+    """The result of plain torch: losses, norms, and the first step's clipped gradients."""
 
     losses: list[float]
     norms: list[float]
@@ -37,7 +38,7 @@ class Trained(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some elements of the flattened part of a parameter that a rank holds."""
+    """Some elements of a rank's flattened part of a parameter."""
 
     declaration: ShardSpec
     shape: tuple[int, ...]
@@ -46,7 +47,7 @@ class Piece(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """What a rank gives."""
+    """The result of a rank."""
 
     losses: list[float]
     norms: list[float]
@@ -54,7 +55,7 @@ class Ran(NamedTuple):
 
 
 def make_stage(config: Config, architecture: TransformerConfig) -> nn.Module:
-    """The whole model on this process, with adapters where the config has them, as a run begins with it."""
+    """Builds the initial model on this process, with adapters if the config has them."""
     mesh = make_mesh(0, connect=False)
     stage = build_stage(config, architecture, mesh, "cpu")
     if config.lora.rank:
@@ -66,7 +67,7 @@ def make_stage(config: Config, architecture: TransformerConfig) -> nn.Module:
 
 @torch.no_grad()
 def give_weights(stage: nn.Module, network: nn.Module) -> dict[str, Tensor]:
-    """Put the stage's weights into a network of transformers. What that does not know by name, adapters' own, is returned whole."""
+    """Copies the stage's weights into a network of transformers; returns unknown ones (adapters)."""
     state, own = network.state_dict(), {}
     # Biases that ours lacks would stay at zero there, and nobody would see it.
     assert {name for name, _ in network.named_parameters()} <= {
@@ -92,7 +93,7 @@ def train(
     lr: float,
     clip: float = 0.5,
 ) -> Trained:
-    """`loss_of(step)` is the step's loss, from 1 on."""
+    """Trains with `loss_of(step)`, which counts from 1."""
     matrices, vectors = (
         [p for p in trained.values() if (p.dim() > 1) == large] for large in (True, False)
     )
@@ -118,7 +119,7 @@ def train(
 
 
 def run_steps(runner, batches: Callable[[int], list[Batch]], *, steps: int) -> Ran:
-    """Steps of a StepRunner whose microbatches `batches(step)` gives, from 1 on."""
+    """Runs steps of a StepRunner with the microbatches of `batches(step)`, from 1 on."""
     ran = Ran([], [], [])
     for step in range(1, steps + 1):
         report = runner.train_step(step, batches(step))
@@ -149,7 +150,10 @@ def _first_gradient(optimizer) -> list[Piece]:
 def assert_equal(
     ranks: list[Ran], plain: Trained, *, losses: float, norms: float = 1e-5, gradient: float = 1e-5
 ) -> None:
-    """All ranks say the same, and that is plain torch's to these relative differences; of the gradient, in each tensor's norm."""
+    """Checks that all ranks agree with each other, and with plain torch within tolerances.
+
+    The tolerance of the gradient is relative to the norm of each tensor.
+    """
     for ran in ranks:
         assert ran.losses == ranks[0].losses
         torch.testing.assert_close(
@@ -162,7 +166,7 @@ def assert_equal(
 
 
 def worst_gradient(ranks: list[Ran], gradients: dict[str, Tensor]) -> float:
-    """Largest relative norm of the difference, over tensors; every element must have come from some rank."""
+    """Returns the largest relative norm of a difference; ranks must cover every element."""
     whole = {name: torch.full_like(g, float("nan")) for name, g in gradients.items()}
     parts: dict[tuple[ShardSpec, tuple[int, ...]], Tensor] = {}
     for piece in (piece for ran in ranks for piece in ran.pieces):

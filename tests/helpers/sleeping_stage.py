@@ -1,4 +1,4 @@
-"""Blocks that sleep besides what they do: a rank's time is then known, and two cores are as good as many."""
+"""Blocks that sleep: the time of a rank is known, and two cores are enough."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Sleep(torch.autograd.Function):
 
 @contextmanager
 def sleeping(seconds: float, slow: dict[int, float]) -> Iterator[None]:
-    """Blocks made in this context take so long for a forward, and again for a backward; those in `slow` as long as it says."""
+    """Makes blocks sleep in forward and backward, those in `slow` for the seconds given there."""
     make, compute = Block.__init__, Block._compute
 
     def numbered(block, parts, layer, **arguments):

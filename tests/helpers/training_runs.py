@@ -1,4 +1,4 @@
-"""Runs on ranks of ranks.py: what they run on, their entry points, and what they have left behind."""
+"""Training runs on ranks of the pool: data, rank functions and results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def merge_sections(raw: dict, sections: dict) -> dict:
 def write_tokens(
     prefix: Path, *, documents: int = 60, length: int = 40, below: int = VOCABULARY
 ) -> Path:
-    """A dataset of random tokens; returns its prefix, which is what a config names."""
+    """Writes a dataset of random tokens; returns its prefix."""
     with IndexedWriter(prefix, vocab_size=VOCABULARY) as writer:
         for document in np.random.default_rng(0).integers(0, below, (documents, length)):
             writer.add(document)
@@ -42,7 +42,7 @@ def write_tokens(
 
 
 def laid_over(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A YAML's contents with settings by `section.key`."""
+    """Returns a config of nested mappings with settings by `section.key`."""
     sections = {
         name: dict(section) if isinstance(section, Mapping) else section
         for name, section in raw.items()
@@ -60,24 +60,24 @@ def checked(raw: Mapping[str, Any]) -> Config:
 
 
 def place(rank: int, world_size: int) -> RankEnv:
-    """All ranks on this machine; where they would meet is never asked, as they have."""
+    """Returns a rank of this machine; its address is not used, as the group exists."""
     return RankEnv(rank, world_size, rank, world_size, "127.0.0.1", 29500)
 
 
 def pretrain(rank: int, world_size: int, raw: Mapping[str, Any]) -> None:
-    from megatrain.training.loop import pretrain
+    from megatrain.training.run import pretrain
 
     pretrain(checked(raw), place(rank, world_size))
 
 
 def finetune(rank: int, world_size: int, raw: Mapping[str, Any]) -> None:
-    from megatrain.training.loop import finetune
+    from megatrain.training.run import finetune
 
     finetune(checked(raw), place(rank, world_size))
 
 
 def microbatches(rows: Tensor, size: int, data: MeshAxis) -> list[Batch]:
-    """A data rank's share of a batch of tokens [B, S + 1], `size` rows at a time, each row a document."""
+    """Returns a data rank's microbatches of tokens [B, S + 1], each row a document."""
     position = torch.arange(rows.shape[1] - 1).expand(size, -1)
     return [
         Batch(r[:, :-1], r[:, 1:], position, torch.zeros_like(position))
@@ -90,13 +90,13 @@ def microbatches(rows: Tensor, size: int, data: MeshAxis) -> list[Batch]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """Every line's step and numbers, but for those of time."""
+    """Returns the lines of metrics.jsonl without times and memory."""
     timed = (
         "seconds",
         "tokens_per_second",
         "tflops_per_rank",
         "mfu",
-        "save_stall_seconds",
+        "checkpoint_blocking_seconds",
         "memory_gib",
     )
     return [
@@ -109,12 +109,12 @@ def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def losses(run: Path, *, after: int = 0) -> list[tuple[float, float]]:
-    """Of each later step, the loss and the gradient's norm."""
+    """Returns loss and gradient norm of each later step."""
     return [(line["loss"], line["grad_norm"]) for line in lines(run) if line["step"] > after]
 
 
 def tensors(checkpoint: Path) -> dict[str, bytes]:
-    """Every tensor of a checkpoint, weights and optimizer."""
+    """Returns the bytes of all tensors of a checkpoint, weights and optimizer."""
     found = {}
     for path in sorted(checkpoint.rglob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -127,7 +127,7 @@ def tensors(checkpoint: Path) -> dict[str, bytes]:
 
 
 def assert_same_run(one: Path, other: Path, *, step: int = 6) -> None:
-    """The same metrics, and at this step the same checkpoint to the last bit."""
+    """Checks that two runs have the same metrics, and the same bits in the checkpoint of `step`."""
     assert metrics(one) == metrics(other)
     first, second = (tensors(run / "checkpoints" / f"step-{step:08d}") for run in (one, other))
     assert first == second

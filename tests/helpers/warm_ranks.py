@@ -109,7 +109,7 @@ def serve(path: str) -> None:
 
     import transformers.models.auto.tokenization_auto  # noqa: F401
 
-    import megatrain.training.loop  # noqa: F401
+    import megatrain.training.run  # noqa: F401
     from megatrain.launch.local import import_before_fork
 
     import_before_fork()

@@ -141,8 +141,8 @@ def test_write_errors_are_logged_and_ignored(tmp_path, monkeypatch):
 def test_a_rank_writes_its_own_failure_and_no_lost_connection(tmp_path):
     run_logger = object.__new__(RunLogger)
     run_logger.events = EventLog(tmp_path)
-    run_logger.failed(ValueError("no such thing"), TrainState(3, 0, 0))
-    run_logger.failed(RuntimeError("Connection reset by peer"), TrainState(4, 0, 0))
+    run_logger.log_failure(ValueError("no such thing"), TrainState(3, 0, 0))
+    run_logger.log_failure(RuntimeError("Connection reset by peer"), TrainState(4, 0, 0))
     assert [(event.event, event.step, event.fields["error"]) for event in read(tmp_path)] == [
         ("fail", 3, "ValueError: no such thing")
     ]

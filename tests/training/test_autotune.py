@@ -1,7 +1,7 @@
-"""`parallel.schedule: auto` on real stages: whatever it settles on trains the same, a slow layer is cut around, 1F1B is the fall-back.
+"""Schedule `auto` on real stages: the choice trains the same, and 1F1B is the fallback.
 
-Times of a busy machine say little, so no test asks how long anything took. Blocks that sleep are told apart from what is
-measured; where that could fail because other work came between, it is asked for more than once.
+Times on a busy machine are unreliable, so no test depends on them. Tests set the measured times, or
+let blocks sleep; a test that other load could fail is repeated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SLEEP, SLOW = 0.006, {1: 0.03}
 
 @contextmanager
 def measuring(seconds, counts):
-    """The only plan thought of is a schedule made for random times in a V on this cut; it measures as told."""
+    """Restricts the search to one candidate with this partition, and fixes its measured time."""
 
     def only(costs, *, ranks, microbatches, limit):
         numbers = random.Random(0)
@@ -56,7 +56,7 @@ def measuring(seconds, counts):
         ]
 
     with (
-        patch("megatrain.training.autotune.find_plans", only),
+        patch("megatrain.training.autotune.find_candidates", only),
         patch("megatrain.training.autotune._promising", lambda base, plans, seconds: plans),
         patch("megatrain.training.calibrate.ScheduleProfiler.seconds", lambda *args: seconds),
     ):
@@ -64,7 +64,7 @@ def measuring(seconds, counts):
 
 
 def choice(folder):
-    return json.loads((folder / "schedule.json").read_text())
+    return json.loads((folder / "autotuned_schedule.json").read_text())
 
 
 # -- what is settled on ------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def train_measuring(rank, world_size, config, seconds, counts):
     ],
     ids=str,
 )
-def test_a_schedule_made_for_the_run_trains_the_same(model, settings, counts, tmp_path):
+def test_generated_schedule_trains_the_same(model, settings, counts, tmp_path):
     world = settings["pipeline"] * settings.get("tensor", 1)
     config = layout(model, {"schedule": "auto", **settings}, **{"run.output_dir": str(tmp_path)})
     assert_equal(
@@ -94,13 +94,13 @@ def test_a_schedule_made_for_the_run_trains_the_same(model, settings, counts, tm
     )
     assert (choice(tmp_path)["layers_per_stage"], choice(tmp_path)["schedule"]) == (
         [*counts],
-        str(tmp_path / "schedule.csv"),
+        str(tmp_path / "autotuned_schedule.csv"),
     )
-    assert "a schedule made for these times with" in choice(tmp_path)["words"]
+    assert "a schedule built for these times with" in choice(tmp_path)["reason"]
 
 
-def test_what_measures_slower_than_1f1b_is_not_taken(tmp_path):
-    """Whatever it promised: the model is cut as without auto, and the line says what was tried."""
+def test_candidate_slower_than_1f1b_is_not_chosen(tmp_path):
+    """The model is partitioned as without auto, and the log line lists what was measured."""
     config = layout(
         "llama", {"schedule": "auto", "pipeline": 2}, **{"run.output_dir": str(tmp_path)}
     )
@@ -111,15 +111,15 @@ def test_what_measures_slower_than_1f1b_is_not_taken(tmp_path):
     )
     kept = choice(tmp_path)
     assert (kept["schedule"], kept["layers_per_stage"]) == ("1f1b", [3, 2])
-    assert kept["words"].startswith("1f1b with [3, 2] blocks by stage: a step takes ")
+    assert kept["reason"].startswith("1f1b with [3, 2] blocks by stage: a step takes ")
     assert (
-        "; a schedule made for these times with [1, 2, 1, 1] blocks by stage in a V took 1,000,000,000 ms ("
-        in kept["words"]
+        "; a schedule built for these times with [1, 2, 1, 1] blocks by stage in a V took 1,000,000,000 ms ("
+        in kept["reason"]
     )
 
 
 def train_sleeping(rank, world_size, config):
-    """What is predicted to be fastest is taken: whole steps are measured, but their times are no test's business."""
+    """Trains with sleeping blocks and takes the candidate that is predicted to be fastest."""
     with (
         sleeping(SLEEP, SLOW),
         patch("megatrain.training.calibrate.ScheduleProfiler.seconds", lambda *args: 0.0),
@@ -128,8 +128,11 @@ def train_sleeping(rank, world_size, config):
 
 
 @pytest.mark.parametrize(("model", "ranks"), [("llama", 2), ("deep", 4)])
-def test_a_slow_layer_is_cut_around(model, ranks, tmp_path):
-    """By the sleeps alone, what was settled on activities 1F1B on the cut by cost. Noise can only hide that, so it may be asked again."""
+def test_partition_avoids_a_slow_layer(model, ranks, tmp_path):
+    """By sleeps alone, the choice is faster than 1F1B on the partition by cost.
+
+    Noise can only hide that, so the test is repeated.
+    """
     config = layout(
         model, {"schedule": "auto", "pipeline": ranks}, **{"run.output_dir": str(tmp_path)}
     )
@@ -153,7 +156,7 @@ BY_COST = {2: [3, 2], 4: [3, 2, 2, 2]}
 
 
 def asleep(schedule, counts):
-    """Seconds of a step whose blocks do nothing but sleep."""
+    """Returns the simulated seconds of a step whose blocks only sleep."""
     blocks = iter([SLOW.get(block, SLEEP) for block in range(sum(counts))])
     stages = [sum(next(blocks) for _ in range(count)) for count in counts]
     return simulate(schedule, Times(stages, stages, [0.0] * len(stages))).makespan
@@ -183,12 +186,12 @@ def settings(data, output, *, exit_after_step=None, **parallel):
 
 
 def pretrain_measuring(rank, world_size, raw, counts=None):
-    """With a plan that is settled on; without one, nothing may be measured."""
+    """Trains with one candidate; without one, a measurement fails."""
     with measuring(0.0, counts) if counts else patch("megatrain.training.autotune._measure", None):
         pretrain(rank, world_size, raw)
 
 
-def test_a_run_goes_on_with_what_it_chose_and_its_config_says_what_that_is(data, tmp_path):
+def test_resumed_run_keeps_its_choice_and_names_it_in_config_yaml(data, tmp_path):
     run_ranks(
         pretrain_measuring,
         2,
@@ -201,7 +204,7 @@ def test_a_run_goes_on_with_what_it_chose_and_its_config_says_what_that_is(data,
     assert {
         key: resolved["parallel"][key] for key in ("schedule", "virtual", "layers_per_stage")
     } == {
-        "schedule": str(tmp_path / "auto" / "schedule.csv"),
+        "schedule": str(tmp_path / "auto" / "autotuned_schedule.csv"),
         "virtual": None,
         "layers_per_stage": [2, 1, 1, 1],
     }
@@ -211,16 +214,23 @@ def test_a_run_goes_on_with_what_it_chose_and_its_config_says_what_that_is(data,
     assert len(losses(tmp_path / "auto")) == 4
 
 
-def test_a_choice_for_something_else_does_not_count(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "conditions"),
+    [("autotuned_schedule.json", "conditions"), ("schedule.json", "asked")],
+    ids=["current names", "names of earlier versions"],
+)
+def test_choice_of_an_earlier_attempt_is_read_if_its_conditions_are_the_same(
+    name, conditions, tmp_path
+):
     config = configuration.from_dict(settings("none", tmp_path))
     kept = {
         "schedule": "zb-v",
         "virtual": None,
         "layers_per_stage": [1, 1, 1, 2],
-        "asked": {"data": 1, "micro_batch_size": 2},
+        conditions: {"data": 1, "micro_batch_size": 2},
     }
-    (tmp_path / "schedule.json").write_text(json.dumps(kept))
-    assert _read(config, kept["asked"]).schedule == build_schedule("zb-v", 2, 4)
+    (tmp_path / name).write_text(json.dumps(kept))
+    assert _read(config, kept[conditions]).schedule == build_schedule("zb-v", 2, 4)
     assert _read(config, {"data": 1, "micro_batch_size": 4}) is None
     for damaged in (
         "",
@@ -229,8 +239,8 @@ def test_a_choice_for_something_else_does_not_count(tmp_path):
         json.dumps(kept | {"schedule": "none"}),
         json.dumps(kept | {"layers_per_stage": ["x"]}),
     ):
-        (tmp_path / "schedule.json").write_text(damaged)
-        assert _read(config, kept["asked"]) is None
+        (tmp_path / name).write_text(damaged)
+        assert _read(config, kept[conditions]) is None
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -240,7 +250,7 @@ def measure_bytes(rank, world_size, config):
     from megatrain.optim.null import NullOptimizer
     from megatrain.training.calibrate import layer_bytes
     from megatrain.training.step_runner import StepRunner
-    from megatrain.training.trace_recorder import own_layers
+    from megatrain.training.trace_recorder import local_layers
 
     runner = StepRunner(
         config,
@@ -249,13 +259,16 @@ def measure_bytes(rank, world_size, config):
         torch.device("cpu"),
         optimizer=NullOptimizer,
     )
-    with layer_bytes(own_layers(runner), 10.0) as sizes:
+    with layer_bytes(local_layers(runner), 10.0) as sizes:
         runner.train_step(1, microbatches(tokens(1), 2, runner.mesh.data))
     return [(*size,) for size in sizes]
 
 
-def test_bytes_of_layers_by_hand(tmp_path):
-    """Recomputed blocks keep what they take in: 16 x 2 x 32 numbers. Weights: 67 x 32; a block's matrices and two norms."""
+def test_bytes_of_layers(tmp_path):
+    """Recomputed blocks keep their inputs: 16 x 2 x 32 numbers.
+
+    Weights are 67 x 32, and a block's matrices and two norms.
+    """
     block = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48 + 2 * 32
     for dtype, width in (("fp32", 4), ("bf16", 2)):
         config = layout("llama", {"recompute": "full"}, **{"train.dtype": dtype})
@@ -277,19 +290,19 @@ def test_bytes_of_layers_by_hand(tmp_path):
 
 
 def settle(rank, world_size, config):
-    """Where the search was told to stop."""
+    """Returns the memory limit that the search gets."""
     limits = []
 
     def none(costs, *, ranks, microbatches, limit):
         limits.append(limit)
         return []
 
-    with patch("megatrain.training.autotune.find_plans", none):
+    with patch("megatrain.training.autotune.find_candidates", none):
         run_layout(rank, world_size, config)
     return limits
 
 
-def test_memory_is_a_limit(tmp_path):
+def test_memory_limit(tmp_path):
     def config(**parallel):
         return layout(
             "llama",
@@ -329,13 +342,13 @@ def test_memory_is_a_limit(tmp_path):
         ),
     ],
 )
-def test_what_auto_does_not_go_with(words, message):
+def test_settings_that_auto_does_not_support(words, message):
     with pytest.raises(ConfigError) as error:
         configuration.load(None, ["train.steps=1", "parallel.schedule=auto", *words])
     assert str(error.value) == message
 
 
-def test_a_dry_run_says_that_it_will_be_measured(data, tmp_path):
+def test_dry_run_announces_measurements(data, tmp_path):
     text = dry_run(configuration.from_dict(settings(data, tmp_path)), PretrainingTask())
     assert (
         "  schedule auto is settled by measuring before the first step; shown is 1f1b's cut, which it starts from"

@@ -1,4 +1,4 @@
-"""When a run stops early, and which checkpoint it calls its best."""
+"""Early stopping, and the choice of the best checkpoint."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatrain.training.early_stopping import EarlyStopping
 
 
 def judged(metric, values, *, patience=2):
-    """Which values are a new best, until the stop."""
-    early, new = EarlyStopping(patience=patience, metric=metric), []
+    """Returns for each value until the stop if it is a new best, and the best step."""
+    early, new = EarlyStopping(patience=patience, metric=metric, every=1), []
     for step, value in enumerate(values):
         new.append(early.add(step, {metric: value}))
         if early.is_over:
@@ -20,7 +20,7 @@ def judged(metric, values, *, patience=2):
     return new, early.best_step
 
 
-def test_a_loss_is_to_fall_and_a_score_to_rise():
+def test_losses_must_fall_and_scores_must_rise():
     assert judged("valid_loss", [3.0, 2.0, 2.5, 1.0, 1.0, 1.5, 0.1]) == (
         [True, True, False, True, False, False],
         3,
@@ -30,35 +30,33 @@ def test_a_loss_is_to_fall_and_a_score_to_rise():
     assert judged("valid_r2", [0.1, -1.0, 0.0])[1] == 0
 
 
-def test_what_is_not_a_number_is_never_best():
+def test_nan_is_never_best():
     assert judged("valid_loss", [float("nan"), 3.0, float("nan"), float("nan")]) == (
         [False, True, False, False],
         1,
     )
 
 
-def test_a_metric_that_is_not_measured():
-    with pytest.raises(
-        ConfigError,
-        match=r"eval.early_stopping_metric=valid_f1 is not what this run measures; use one of valid_accuracy, valid_loss",
-    ):
-        EarlyStopping(patience=1, metric="valid_f1").add(
-            1, {"valid_loss": 1.0, "valid_accuracy": 0.5, "loss": 1.0}
-        )
+def test_an_unknown_metric_is_refused_with_those_of_the_run():
+    early = EarlyStopping(patience=1, metric="valid_f1", every=1)
+    with pytest.raises(ConfigError) as error:
+        early.add(1, {"valid_loss": 1.0, "valid_accuracy": 0.5, "loss": 1.0})
+    assert (error.value.setting, error.value.value) == ("eval.early_stopping_metric", "valid_f1")
+    assert error.value.hint == "use one of valid_accuracy, valid_loss"
 
 
-def test_words():
-    early = EarlyStopping(patience=1, metric="valid_loss")
+def test_message():
+    early = EarlyStopping(patience=1, metric="valid_loss", every=1)
     early.add(10, {"valid_loss": 1.5})
     early.add(20, {"valid_loss": 1.6})
     assert early.is_over
     assert (
-        early.words()
-        == "stopped early: valid_loss has not improved in 1 evaluations; its best is 1.5000 after step 10"
+        early.message()
+        == "stopped early: valid_loss has not improved for 1 evaluations; its best value is 1.5000, after step 10"
     )
 
 
-def test_the_best_is_kept_whatever_else_is_deleted(tmp_path):
+def test_best_checkpoint_is_kept(tmp_path):
     for step in (1, 2, 3, 4):
         (tmp_path / "checkpoints" / f".writing-{step}").mkdir(parents=True)
         manifest.commit(
@@ -84,7 +82,7 @@ def test_the_best_is_kept_whatever_else_is_deleted(tmp_path):
     assert find_best(tmp_path) is None
 
 
-def test_a_runs_folder_means_its_best_checkpoint_else_its_newest_whole_one(tmp_path, capsys):
+def test_run_folder_stands_for_its_best_or_newest_complete_checkpoint(tmp_path, capsys):
     for step in (1, 2, 3):
         folder = tmp_path / f"checkpoints/step-{step:08d}"
         folder.mkdir(parents=True)

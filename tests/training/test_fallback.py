@@ -1,4 +1,4 @@
-"""A resume says what was wrong with what it passed over, and does not go on from a checkpoint that is whole and wrong."""
+"""A resume reports damaged checkpoints, and stops at intact ones with wrong content."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def settings(folder, **sections):
 
 
 def what_stopped(rank, world_size, raw):
-    """None when nothing did."""
+    """Returns the error of a run; None without one."""
     try:
         pretrain(rank, world_size, raw)
     except UserError as error:
@@ -61,7 +61,7 @@ def what_stopped(rank, world_size, raw):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run stopped after step 10, with checkpoints of steps 4, 8 and 10."""
+    """Trains to step 10, with checkpoints of steps 4, 8 and 10."""
     folder = tmp_path_factory.mktemp("finished")
     write_tokens(folder / "tokens", below=20)
     assert run_ranks(what_stopped, 1, settings(folder), folder=folder) == [None]
@@ -70,7 +70,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it that a test may damage."""
+    """Copies the run, so that a test may damage it."""
     shutil.copytree(finished, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -86,7 +86,7 @@ def resume(folder, *, last=14, **checkpoint):
 
 
 def change(folder, what):
-    """Change the optimizer's tensors and have the manifest agree."""
+    """Changes tensors of the optimizer, and the manifest with them."""
     file = folder / "optimizer" / "rank-00000.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():
@@ -103,15 +103,15 @@ def change(folder, what):
     assert manifest.find_problem(folder, hashes=True) is None
 
 
-def test_the_last_losses_are_kept(finished):
+def test_checkpoint_keeps_the_last_losses(finished):
     told = lines(finished / "run")
     assert list(read_train_state(checkpoint(finished)).state.losses) == [
         line["loss"] for line in told
     ]
-    assert sum("save_stall_seconds" in line for line in told) >= 2
+    assert sum("checkpoint_blocking_seconds" in line for line in told) >= 2
 
 
-def test_an_honest_resume_goes_on(run):
+def test_resume_from_an_intact_checkpoint(run):
     assert resume(run) is None
     assert manifest.find_problem(checkpoint(run, 14), hashes=True) is None
 
@@ -133,18 +133,19 @@ def random_moments(state, tensor):
 
 
 @pytest.mark.parametrize(("what", "step"), [(random_weights, 11), (random_moments, 12)])
-def test_wrong_weights_or_moments_do_not_go_on(what, step, run):
+def test_resume_with_wrong_weights_or_moments_stops(what, step, run):
     change(checkpoint(run), what)
     words = resume(run, keep_last=1, save_every=1)
-    assert f"step-00000010 is not to be trusted: step {step} has a loss of" in words
-    assert "Take an older one with checkpoint.resume=FOLDER" in words
+    assert "step-00000010 gives an implausible loss: " in words
+    assert f" at step {step}, after" in words
+    assert "Resume from an older checkpoint with checkpoint.resume=FOLDER" in words
     assert manifest.find_problem(checkpoint(run), hashes=True) is None, (
         "what it began from is still there"
     )
     assert resume(run, resume=str(checkpoint(run, 8))) is None, "the way out"
 
 
-def test_the_rule_can_be_switched_off(run):
+def test_resume_check_can_be_disabled(run):
     change(checkpoint(run), random_weights)
     assert resume(run, resume_loss_tolerance=0) is None
 
@@ -156,7 +157,7 @@ def flip(folder):
     file.write_bytes(content)
 
 
-def test_content_is_compared_where_asked(run):
+def test_verify_full_compares_content(run):
     flip(checkpoint(run))
     (checkpoint(run, 8) / "config.json").unlink()
     config = configuration.from_dict(settings(run, checkpoint={"verify": "full"}))
@@ -172,7 +173,7 @@ def test_content_is_compared_where_asked(run):
     assert [line["step"] for line in lines(run / "run")] == list(range(1, 15))
 
 
-def test_checkpoints_ahead_of_where_a_run_begins_are_said(run):
+def test_later_checkpoints_are_reported(run):
     ahead = (
         f"; {checkpoint(run)} is of a later step and checkpoint.resume=auto would resume from it"
     )
@@ -206,7 +207,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("sentence", CHANGES)
-def test_what_a_resume_must_not_change(sentence, finished):
+def test_settings_that_a_resume_must_not_change(sentence, finished):
     raw = settings(finished)
     for section, values in CHANGES[sentence].items():
         raw[section] = {**raw[section], **values}
@@ -217,7 +218,7 @@ def test_what_a_resume_must_not_change(sentence, finished):
     )
 
 
-def test_what_changed_is_said(finished):
+def test_changed_settings_are_reported(finished):
     raw = settings(
         finished, parallel={"tensor": 2, "pipeline": 2, "zero": 0}, train={"dtype": "bf16"}
     )

@@ -1,4 +1,4 @@
-"""The same run under other people's launchers: same losses, saved in one place, the console said once."""
+"""Launchers start the same run: equal losses, one folder, and console lines once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run_file(tmp_path_factory):
 
 
 def launch(run_file, name, *command):
-    """What `losses_of` finds of the run."""
+    """Starts a run with a launcher and returns `losses_of` it."""
     output = run_file.parent / name
     environment = {
         key: value
@@ -77,12 +77,12 @@ def launch(run_file, name, *command):
         env={**environment, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("everything is in") == 1
+    assert done.stdout.count("results are in") == 1
     return losses_of(run_file, name)
 
 
 def losses_of(run_file, name):
-    """Of a run whose folder holds all that it should."""
+    """Returns the losses of a run whose folder is complete."""
     output = run_file.parent / name
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000003"]
     assert {path.name for path in output.iterdir()} >= {
@@ -103,12 +103,12 @@ def losses_of(run_file, name):
     return [line["loss"] for line in lines]
 
 
-def test_launchers_give_the_run_that_the_verb_gives(run_file, capsys, monkeypatch):
+def test_launchers_start_the_same_run_as_the_command(run_file, capsys, monkeypatch):
     ended = readme_commands.run(
         "pretrain", run_file, f"run.output_dir={run_file.parent / 'verb'}", folder=run_file.parent
     )
     assert ended.code == 0, ended
-    assert ended.out.count("everything is in") == 1
+    assert ended.out.count("results are in") == 1
     alone = losses_of(run_file, "verb")
     monkeypatch.syspath_prepend(TOOLS)
     from try_model import main as try_model

@@ -1,4 +1,4 @@
-"""Right on every layout: losses, gradients and gradient norms of each row equal transformers with plain torch AdamW."""
+"""Losses, gradients and norms on each layout equal transformers with plain torch AdamW."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def tokens(step: int) -> torch.Tensor:
 
 @cache
 def reference(model: str):
-    """transformers and torch.optim.AdamW, one process, no code of ours but the initial weights."""
+    """Trains transformers' model with torch.optim.AdamW in one process, from our initial weights."""
     stage = make_stage(make_config(model), read_config(load_hf_config(MODELS[model])))
     network = transformers_twin(MODELS[model], stage).train()
 
@@ -232,9 +232,10 @@ BF16_ROWS = [
 
 
 def layout(model: str, settings: dict, **more):
-    """A row's config; settings that are not of `parallel` are of `train`.
+    """Returns the config of a row; settings not in `parallel` are in `train`.
 
-    Two microbatches instead of four where four tensor ranks share a layer: such rows spend their time on many small messages.
+    Rows in which four tensor ranks share a layer have two microbatches instead of four: they spend
+    their time on many small messages.
     """
     settings = ({"micro_batch_size": BATCH // 2} if settings.get("tensor") == 4 else {}) | settings
     train = ("recompute", "micro_batch_size", "compile")
@@ -260,8 +261,8 @@ def test_equals_plain_torch(model, world, settings, tmp_path):
 
 
 @pytest.mark.parametrize(("model", "world", "settings"), BF16_ROWS)
-def test_bf16_stays_near_fp32(model, world, settings, tmp_path):
-    """Rounding of weights and activations to 8 bits is all that differs from plain torch in fp32."""
+def test_bf16_is_close_to_fp32(model, world, settings, tmp_path):
+    """Allows only for the rounding of weights and activations to 8 bits."""
     results = run_ranks(
         run_layout,
         world,
@@ -283,7 +284,7 @@ DROPPING_ROWS = [
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """One process of ours."""
+    """Trains on one rank."""
     folder = tmp_path_factory.mktemp("alone")
     return cache(
         lambda model: run_ranks(
@@ -293,8 +294,11 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("model", "world", "settings"), DROPPING_ROWS)
-def test_dropout_is_that_of_one_process(model, world, settings, alone, tmp_path):
-    """Where no rank has a part of what is dropped; masks of tensor ranks' own heads or tokens are theirs alone."""
+def test_dropout_equals_that_of_one_process(model, world, settings, alone, tmp_path):
+    """Compares layouts on which each rank drops complete tensors.
+
+    Masks of the heads or tokens of a tensor rank are its own.
+    """
     results = run_ranks(
         run_layout,
         world,
@@ -312,7 +316,7 @@ def test_dropout_is_that_of_one_process(model, world, settings, alone, tmp_path)
 
 
 def run_tied(rank, world_size, rows):
-    """Of each row's run after three steps: elements of this rank's share of the optimizer's group with the tied matrix, and its pieces of the matrix."""
+    """Trains three steps per row; returns sizes of the tied matrix's group, and its local shards."""
     from megatrain.training.step_runner import StepRunner
 
     found = []
@@ -339,10 +343,11 @@ def run_tied(rank, world_size, rows):
     return found
 
 
-def test_a_tied_matrix_is_the_same_to_the_bit_at_both_ends(tmp_path):
-    """Each end updates its copy, and a checkpoint holds one: else a run that was killed would go on with other bits than one that was not.
+def test_tied_matrix_is_bit_identical_on_both_ends(tmp_path):
+    """Each end updates its copy, and a checkpoint holds one, so they must not diverge.
 
-    Four replicas, which are added up in an order that the place in a message decides, and groups that would fill no whole registers.
+    Four replicas, which are summed in an order that depends on the place in a message, and groups that
+    do not fill whole registers.
     """
     odd = {
         **MODELS["tied"],

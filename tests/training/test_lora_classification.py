@@ -1,4 +1,4 @@
-"""Adapters below a classifier: losses and gradients equal peft's, its folder loads in peft, and it merges into a classifier of transformers."""
+"""Adapters below a classifier equal peft's, load in peft and merge into a classifier."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def files(tmp_path_factory):
 
 
 def reference(files, problem, model, lora):
-    """peft on transformers' class; of ours only the initial weights."""
+    """Trains peft on transformers' class, from our initial weights."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     config = checked(settings(files, problem, model))
@@ -99,8 +99,10 @@ def test_equals_peft(problem, model, world, parallel, lora, files, tmp_path):
     ("problem", "model", "parallel"),
     [("single-label", "llama", {"tensor": 2}), ("tokens", "gpt2", {"pipeline": 2})],
 )
-def test_a_run_is_peft_s_and_merges_into_a_classifier(problem, model, parallel, files, tmp_path):
-    """From a language model in many files, or GPT-2 as its own folder has it, without head and prefix; resumed bit for bit; the figures are those of the run."""
+def test_adapter_loads_in_peft_and_merges_into_a_classifier(
+    problem, model, parallel, files, tmp_path
+):
+    """Starts from a sharded language model, or GPT-2 without head and prefix, and resumes."""
     import peft
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -177,7 +179,7 @@ def test_a_run_is_peft_s_and_merges_into_a_classifier(problem, model, parallel, 
 
 
 def loss_over(files, problem):
-    """What a network's mean loss over the file is."""
+    """Returns a network's mean loss over the file."""
     records, tokenizer = read(files, problem), load_tokenizer(files / "tokenizer")
 
     def of(network):

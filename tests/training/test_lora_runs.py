@@ -1,4 +1,4 @@
-"""LoRA, rsLoRA and DoRA on every layout: losses, adapter gradients and norms equal peft on transformers with plain torch AdamW."""
+"""LoRA, rsLoRA and DoRA on each layout equal peft on transformers with plain torch AdamW."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def tokens(step: int) -> torch.Tensor:
 
 
 def scrambled(name: str, shape: tuple[int, ...], value: torch.Tensor) -> torch.Tensor:
-    """B is not zero and DoRA's magnitudes are not the norms, or half of what is to be tested would be zero."""
+    """Randomizes B and DoRA's magnitudes, or half of the gradients would be zero."""
     return (
         value
         if "lora_A" in name
@@ -110,9 +110,10 @@ def scrambled(name: str, shape: tuple[int, ...], value: torch.Tensor) -> torch.T
 
 @cache
 def reference(model: str, kind: str, *, quantized_in: Path | None = None):
-    """peft on transformers and torch.optim.AdamW, one process; of ours only the initial weights.
+    """Trains peft on transformers with torch.optim.AdamW, from our initial weights.
 
-    `quantized_in`: a folder, from which transformers loads the model into 4 bits.
+    Args:
+        quantized_in: a folder from which transformers loads the model in 4 bits.
     """
     from peft import (
         LoraConfig,
@@ -163,7 +164,7 @@ def reference(model: str, kind: str, *, quantized_in: Path | None = None):
 
 
 def trained_by_name(network):
-    """What peft trains, under the names that it saves it by."""
+    """Returns the tensors that peft trains, by the names in its files."""
     found = {}
     for name, parameter in network.named_parameters():
         for word in (".modules_to_save.default", ".default"):
@@ -174,7 +175,7 @@ def trained_by_name(network):
 
 
 def in_4_bits(network, folder: Path):
-    """The network as transformers loads it with bitsandbytes."""
+    """Loads the network in 4 bits, as transformers does with bitsandbytes."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     network.save_pretrained(folder)
@@ -270,7 +271,7 @@ ROWS = [
 
 
 def layout(model: str, kind: str, settings: dict, **more):
-    """A row's config; settings that are not of `parallel` are of `train`."""
+    """Returns the config of a row; settings not in `parallel` are in `train`."""
     train = ("recompute", "micro_batch_size")
     return make_config(
         model,
@@ -297,16 +298,16 @@ def test_equals_peft(model, kind, world, settings, tmp_path):
         row("gpt2", "dora", 2, zero=3),
     ],
 )
-def test_bf16_stays_near_fp32(model, kind, world, settings, tmp_path):
-    """Rounding of weights and activations to 8 bits is all that differs from peft in fp32."""
+def test_bf16_is_close_to_fp32(model, kind, world, settings, tmp_path):
+    """Allows only for the rounding of weights and activations to 8 bits."""
     results = run_ranks(
         run_layout, world, layout(model, kind, settings, **{"train.dtype": "bf16"}), folder=tmp_path
     )
     assert_equal(results, reference(model, kind), losses=1e-3, norms=3e-2, gradient=0.1)
 
 
-def test_dropout_of_whole_inputs_is_the_same_on_every_layout(tmp_path):
-    """What tensor ranks hold copies of is dropped alike, and again alike when a block is computed again."""
+def test_dropout_of_replicated_inputs_is_the_same_on_every_layout(tmp_path):
+    """Masks are equal on tensor ranks that hold copies, and when a block is recomputed."""
     one, _, _ = run_ranks(run_layout, 1, layout("llama", "dropped", {}), folder=tmp_path)[0]
     none, _, _ = run_ranks(
         run_layout, 1, layout("llama", "dropped", {}, **{"lora.dropout": 0.0}), folder=tmp_path

@@ -1,4 +1,4 @@
-"""What counts as a loss spike, and that a run which goes back from one ends as if it had never seen those samples."""
+"""Detection of loss spikes, and rollbacks: a run ends as if it had not seen the skipped samples."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ from megatrain.data.gpt_dataset import open_dataset
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.errors import UserError
 from megatrain.telemetry import events
-from megatrain.training import rollback
-from megatrain.training.loss_spikes import first_to_undo, is_noticed, spike_since, spike_threshold
+from megatrain.training import loss_spikes
+from megatrain.training.loss_spikes import (
+    first_step_to_undo,
+    is_noticed,
+    spike_since,
+    spike_threshold,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the rule
 
 
-def test_the_limit_is_the_median_and_some_robust_deviations():
+def test_threshold_is_the_median_plus_robust_deviations():
     config = StabilityConfig(spike_window=8, spike_patience=2)
     losses = (9.0, 3.0, 3.1, 2.9, 3.0, 3.2, 2.8, 3.1, 3.0)
     limit = spike_threshold(losses, config)
@@ -46,7 +51,7 @@ def test_the_limit_is_the_median_and_some_robust_deviations():
 
 
 def follow(losses, config):
-    """The steps at which a spike is noticed, and the first steps of these."""
+    """Returns the steps at which a spike is noticed, each with the first step of the spike."""
     progress, noticed = TrainState(0, 0, 0), []
     for loss in losses:
         since = spike_since(progress, loss, spike_threshold(progress.losses, config))
@@ -60,7 +65,7 @@ def follow(losses, config):
     return noticed
 
 
-def test_a_spike_is_noticed_once_after_some_steps_and_odd_losses_are_none():
+def test_spike_is_noticed_once_and_outliers_are_ignored():
     config, calm = StabilityConfig(spike_window=8, spike_patience=3), [3.0, 3.1, 2.9] * 10
     assert follow([*calm, 9.0, 9.0, 9.0, 9.0, *calm], config) == [(33, 31)]
     assert follow([*calm, 9.0, 9.0, *calm, 9.0, *calm], config) == []
@@ -70,7 +75,7 @@ def test_a_spike_is_noticed_once_after_some_steps_and_odd_losses_are_none():
     assert follow([*calm, math.nan, 9.0, 9.0, *calm], config) == [], "and begins none"
 
 
-def test_honest_runs_have_none_and_a_real_one_is_found():
+def test_smooth_runs_have_no_spike_and_a_real_one_is_found():
     dice, config = random.Random(5), StabilityConfig()
     for _ in range(60):
         start, floor, scale, noise = (
@@ -89,21 +94,21 @@ def test_honest_runs_have_none_and_a_real_one_is_found():
         assert follow(losses, config)[:1] == [(203, 201)]
 
 
-def test_what_is_undone():
+def test_first_step_to_undo():
     rollback = StabilityConfig(on_loss_spike="rollback")
-    assert first_to_undo(TrainState(12, 0, 0, spike_since=10), rollback) == 10
-    assert first_to_undo(TrainState(13, 0, 0, spike_since=10), rollback) == 0, "once"
-    assert first_to_undo(TrainState(12, 0, 0, bad_steps=5), rollback) == 8
-    assert first_to_undo(TrainState(12, 0, 0, bad_steps=4), rollback) == 0
+    assert first_step_to_undo(TrainState(12, 0, 0, spike_since=10), rollback) == 10
+    assert first_step_to_undo(TrainState(13, 0, 0, spike_since=10), rollback) == 0, "once"
+    assert first_step_to_undo(TrainState(12, 0, 0, bad_steps=5), rollback) == 8
+    assert first_step_to_undo(TrainState(12, 0, 0, bad_steps=4), rollback) == 0
     assert (
-        first_to_undo(
+        first_step_to_undo(
             TrainState(12, 0, 0, bad_steps=5, spike_since=10), StabilityConfig(on_loss_spike="warn")
         )
         == 0
     )
 
 
-def test_which_checkpoint_is_gone_back_to(tmp_path):
+def test_rollback_target(tmp_path):
     for step in (2, 4, 6, 8, 10):
         path = tmp_path / "checkpoints" / f".writing-step-{step:08d}"
         path.mkdir(parents=True)
@@ -112,8 +117,8 @@ def test_which_checkpoint_is_gone_back_to(tmp_path):
     (checkpoint(tmp_path, 8) / "x").write_text("longer")
 
     def found(since, own=lambda step: True):
-        target = rollback._find(tmp_path, since=since, own=own, hashes=False)
-        return target.path and retention.step_number(target.path), target.times, target.passed
+        target = loss_spikes._find_target(tmp_path, since=since, is_own=own, hashes=False)
+        return target.path and retention.step_number(target.path), target.times, target.problems
 
     assert found(12) == (10, 0, ())
     assert found(11) == (6, 0, ("step-00000008 has 6 bytes in x instead of 1",)), (
@@ -122,7 +127,7 @@ def test_which_checkpoint_is_gone_back_to(tmp_path):
     assert found(7) == (4, 0, ())
     assert found(3) == (None, 0, ())
     assert found(12, lambda step: step <= 4) == (4, 0, ()), "later ones are of another run"
-    (tmp_path / rollback.FILE_NAME).write_text(
+    (tmp_path / loss_spikes.FILE_NAME).write_text(
         '{"step": 6, "first": 48, "last": 79}\n{"step": 6, "first": 80, "last": 87}\n'
     )
     assert found(7) == (6, 2, ()), "one that was gone back to is good"
@@ -169,12 +174,14 @@ def settings(folder, run, **sections):
 
 
 def pretrain(rank, world_size, raw, shift=False, fails=None):
-    """Each step's loss on this rank, in the order in which they were done, and what stopped the run.
+    """Returns the losses of this rank in the order of the steps, and the error of the run.
 
-    `shift` lets the data be without the window FIRST ... LAST; `fails` names a function that is called, and then dies.
+    Args:
+        shift: remove the samples FIRST ... LAST from the data.
+        fails: an owner and the name of its function, after which the run is killed.
     """
     from megatrain.data.gpt_dataset import GPTDataset
-    from megatrain.training.loop import pretrain
+    from megatrain.training.run import pretrain
     from megatrain.training.step_runner import StepRunner
 
     losses, stopped = [], None
@@ -185,7 +192,7 @@ def pretrain(rank, world_size, raw, shift=False, fails=None):
         losses.append((args[1], report.loss))
         return report
 
-    patch.setattr(StepRunner, "step", recorded)
+    patch.setattr(StepRunner, "train_step", recorded)
     if shift:
         patch.setattr(
             GPTDataset,
@@ -214,13 +221,13 @@ def pretrain(rank, world_size, raw, shift=False, fails=None):
 
 
 def killed_in(rank, world_size, raw, where):
-    """`where`: which function of a rollback is the last that is done."""
+    """Trains until the run is killed after a function of the rollback."""
     from megatrain.telemetry.metrics import MetricsLog
 
     places = {
         "loaded": (resume, "load"),
         "newer deleted": (retention, "delete"),
-        "written down": (manifest, "sync"),
+        "written down": (loss_spikes, "commit"),
         "undone": (MetricsLog, "roll_back"),
     }
     return pretrain(rank, world_size, raw, fails=places[where])
@@ -228,7 +235,7 @@ def killed_in(rank, world_size, raw, where):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Tokens below 20, but for those of the samples of steps BEGAN and NOTICED."""
+    """Writes tokens below 20, except in the samples of steps BEGAN and NOTICED."""
     folder = tmp_path_factory.mktemp("data")
     write_tokens(folder / "tokens", documents=300, below=20)
     poison(folder, range((BEGAN - 1) * BATCH, NOTICED * BATCH))
@@ -250,7 +257,7 @@ def poison(folder, positions):
 
 @pytest.fixture(scope="module")
 def runs(data):
-    """By layout: a run with a rollback, each rank's losses, and one from the checkpoint it went back to over data without the window."""
+    """Trains each layout with a rollback, then from the checkpoint without the skipped samples."""
     found = {}
     for name, (world, dtype, parallel) in LAYOUTS.items():
         raw = settings(data, name, parallel=parallel, train={"dtype": dtype})
@@ -275,7 +282,7 @@ layouts = pytest.mark.parametrize("name", LAYOUTS)
 
 
 @layouts
-def test_it_ends_as_a_run_without_those_samples_would(name, data, runs):
+def test_rollback_equals_a_run_without_the_samples(name, data, runs):
     assert tensors(checkpoint(data / name, STEPS)) == tensors(
         checkpoint(data / f"{name}-without", STEPS)
     )
@@ -284,7 +291,7 @@ def test_it_ends_as_a_run_without_those_samples_would(name, data, runs):
 
 
 @layouts
-def test_all_ranks_see_the_same_loss_and_decide_alike(name, data, runs):
+def test_all_ranks_have_the_same_losses_and_steps(name, data, runs):
     assert all(repr(rank) == repr(runs[name][0]) for rank in runs[name])
     assert [step for step, _ in runs[name][0]] == [
         *range(1, NOTICED + 1),
@@ -293,7 +300,7 @@ def test_all_ranks_see_the_same_loss_and_decide_alike(name, data, runs):
 
 
 @layouts
-def test_what_is_written_about_it(name, data, runs):
+def test_rollback_is_recorded(name, data, runs):
     run = data / name
     assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1)), "each step once"
     undone = lines(run, "rolled_back_metrics.jsonl")
@@ -303,7 +310,7 @@ def test_what_is_written_about_it(name, data, runs):
         BEGAN,
         NOTICED,
     ]
-    (line,) = lines(run, rollback.FILE_NAME)
+    (line,) = lines(run, loss_spikes.FILE_NAME)
     assert (line["step"], line["spike_began"], line["noticed"], line["first"], line["last"]) == (
         BACK,
         BEGAN,
@@ -326,7 +333,7 @@ def test_what_is_written_about_it(name, data, runs):
     assert progress.samples == STEPS * BATCH + LAST - FIRST + 1
 
 
-def test_the_documents_passed_over_are_those_that_the_samples_have_tokens_of(data, runs):
+def test_documents_of_skipped_samples_are_listed(data, runs):
     config = configuration.from_dict(settings(data, "any"))
     source = open_dataset(
         config.data, part="train", sequence_length=LENGTH, seed=config.run.seed, vocab_size=67
@@ -335,13 +342,13 @@ def test_the_documents_passed_over_are_those_that_the_samples_have_tokens_of(dat
     for position in range(FIRST, LAST + 1):
         places = [(source.start(position) + i) % source.num_tokens for i in range(LENGTH + 1)]
         expected |= {place // 40 for place in places}
-    (line,) = lines(data / "alone", rollback.FILE_NAME)
+    (line,) = lines(data / "alone", loss_spikes.FILE_NAME)
     assert line["documents"] == {str(data / "tokens"): sorted(expected)}
     assert dataset.num_documents == 300
 
 
 @pytest.mark.parametrize("where", ["loaded", "newer deleted", "written down", "undone"])
-def test_killed_within_the_rollback_and_started_again(where, data, runs, tmp_path):
+def test_kill_within_a_rollback_and_restart(where, data, runs, tmp_path):
     shutil.copytree(
         data,
         tmp_path / "data",
@@ -357,12 +364,12 @@ def test_killed_within_the_rollback_and_started_again(where, data, runs, tmp_pat
     run = tmp_path / "data" / "run"
     assert losses(run) == losses(data / "alone")
     assert tensors(checkpoint(run, STEPS)) == tensors(checkpoint(data / "alone", STEPS))
-    assert [(line["first"], line["last"]) for line in lines(run, rollback.FILE_NAME)] == [
+    assert [(line["first"], line["last"]) for line in lines(run, loss_spikes.FILE_NAME)] == [
         (FIRST, LAST)
     ]
 
 
-def test_it_goes_on_with_its_samples_on_another_layout(data, runs):
+def test_resume_after_a_rollback_on_another_layout(data, runs):
     shutil.copytree(data / "alone", data / "moved")
     for step in range(18, STEPS + 1, 2):
         shutil.rmtree(checkpoint(data / "moved", step))
@@ -375,7 +382,7 @@ def test_it_goes_on_with_its_samples_on_another_layout(data, runs):
         assert moved == pytest.approx(loss, rel=1e-4), step
 
 
-def test_a_checkpoint_that_knows_no_position_goes_on_at_its_steps(data, runs):
+def test_checkpoint_without_sample_position_resumes_at_its_step(data, runs):
     shutil.copytree(checkpoint(data / "alone", 8), checkpoint(data / "old", 8))
     file = checkpoint(data / "old", 8) / "train_state.json"
     state = json.loads(file.read_text())
@@ -394,7 +401,7 @@ def test_a_checkpoint_that_knows_no_position_goes_on_at_its_steps(data, runs):
     assert found == losses(data / "alone")[8:10]
 
 
-def test_only_a_warning_where_there_is_nothing_to_go_back_to_and_where_none_is_wanted(data, runs):
+def test_spike_only_warns_without_a_checkpoint_or_without_rollback(data, runs):
     for run, sections in {
         "nothing": {"checkpoint": {"save_every": 100}},
         "warned": {"stability": {"on_loss_spike": "warn"}},
@@ -413,11 +420,11 @@ def test_only_a_warning_where_there_is_nothing_to_go_back_to_and_where_none_is_w
             for event in events.read(data / run)
             if event.event in ("spike", "rollback")
         ] == [(NOTICED, "spike")]
-        assert not (data / run / rollback.FILE_NAME).exists()
+        assert not (data / run / loss_spikes.FILE_NAME).exists()
 
 
-def test_the_checkpoint_to_go_back_to_is_kept(data, runs):
-    """The one that is gone back to is the third newest."""
+def test_rollback_target_is_kept(data, runs):
+    """The target of the rollback is the third newest checkpoint."""
     raw = settings(
         data, "pruned", train={"exit_after_step": 20}, checkpoint={"keep_last": 1, "save_every": 1}
     )
@@ -432,7 +439,7 @@ def test_the_checkpoint_to_go_back_to_is_kept(data, runs):
     ]
 
 
-def test_a_run_that_does_not_get_past_it_stops(data, tmp_path):
+def test_max_rollbacks(data, tmp_path):
     for part in ("tokens.bin", "tokens.idx"):
         shutil.copy(data / part, tmp_path / part)
     poison(tmp_path, range((BEGAN - 1) * BATCH, 40 * BATCH))
@@ -440,17 +447,17 @@ def test_a_run_that_does_not_get_past_it_stops(data, tmp_path):
     ((found, stopped),) = run_ranks(pretrain, 1, raw, folder=tmp_path)
     assert [step for step, _ in found] == [*range(1, NOTICED + 1), *[BACK + 1, BACK + 2] * 2]
     assert (
-        f"the run went back to {checkpoint(tmp_path / 'run', BACK)} 2 times (stability.max_rollbacks) and has trouble again at step {BACK + 1}"
+        f"the run went back to {checkpoint(tmp_path / 'run', BACK)} 2 times (stability.max_rollbacks) and fails again at step {BACK + 1}"
         in stopped
     )
     windows = [
-        (line["first"], line["last"]) for line in lines(tmp_path / "run", rollback.FILE_NAME)
+        (line["first"], line["last"]) for line in lines(tmp_path / "run", loss_spikes.FILE_NAME)
     ]
     assert windows == [(FIRST, LAST), (LAST + 1, LAST + 2 * BATCH)]
     assert manifest.find_problem(checkpoint(tmp_path / "run", BACK), hashes=True) is None
 
 
-def test_early_stopping_forgets_the_evaluations_that_were_undone(data, runs):
+def test_early_stopping_forgets_undone_evaluations(data, runs):
     raw = settings(data, "early", eval={"early_stopping_patience": 3, "every": 5, "batches": 1})
     raw["data"]["valid"] = raw["data"]["train"]
     ((_, stopped),) = run_ranks(pretrain, 1, raw, folder=data)
@@ -467,8 +474,8 @@ def test_early_stopping_forgets_the_evaluations_that_were_undone(data, runs):
     assert checkpoint(data / "early", best["step"]).is_dir()
 
 
-def test_killed_after_a_rollback_and_started_again(data, tmp_path):
-    """As a user starts them."""
+def test_kill_after_a_rollback_and_restart(data, tmp_path):
+    """Runs the command in its own processes."""
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         for part in ("tokens.bin", "tokens.idx"):
@@ -487,16 +494,16 @@ def test_killed_after_a_rollback_and_started_again(data, tmp_path):
         "pretrain", tmp_path / "whole" / "run.yaml", folder=tmp_path / "whole"
     )
     assert ended.code == 0, ended
-    assert "the loss has spiked since step 15" in ended.out
+    assert "loss spike since step 15" in ended.out
     assert (
-        f"went back to {checkpoint(tmp_path / 'whole' / 'run', BACK)}; step 13 comes again with other samples: 32 are passed over"
+        f"rolled back to {checkpoint(tmp_path / 'whole' / 'run', BACK)}; continuing at step 13 with other samples: skipping 32"
         in ended.out
     )
     command = readme_commands.start(
         "pretrain", tmp_path / "killed" / "run.yaml", folder=tmp_path / "killed"
     )
     while not command.has_ended(0.01):
-        if (tmp_path / "killed" / "run" / rollback.FILE_NAME).exists():
+        if (tmp_path / "killed" / "run" / loss_spikes.FILE_NAME).exists():
             os.kill(command.pid, signal.SIGKILL)
             break
     assert command.wait().code in (

@@ -1,4 +1,4 @@
-"""A number that is not finite on one rank alone: all ranks pass over that step, name what was bad, and go on as one process would."""
+"""Non-finite numbers on one rank: all ranks skip the step, name the cause and continue."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ NORM, MLP = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_pr
 
 
 class Case(NamedTuple):
-    """A layout, and what becomes bad on which rank in step BAD: a parameter's gradient, or `loss`."""
+    """A layout, and what is made non-finite on which rank in step BAD.
+
+    `what` is a parameter, for its gradient, or `loss`.
+    """
 
     layout: dict[str, int | bool]
     rank: int
@@ -73,7 +76,7 @@ class Outcome(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """Of a run in fp16: norms, what became of each step, the scale before the first and after the last, and what a resumed one starts with."""
+    """The outcome of a run in fp16: norms, steps, loss scales, and the state for a resume."""
 
     norms: list[float]
     applied: list[bool]
@@ -90,7 +93,7 @@ def batches(step, config, mesh):
 
 
 def spoil(runner, what):
-    """Make this rank's loss, or its gradient of a parameter, bad in the next step; returns what takes that back."""
+    """Makes the loss or a gradient of this rank non-finite; returns a function that ends this."""
     if what == "loss":
         return (
             runner.stage.layers[-1]
@@ -188,7 +191,7 @@ def scale(rank, world_size, layouts):
 
 
 def scale_case(rank, world_size, case):
-    """Gradients that are too large for fp16 in the first step, and from the third on at any scale."""
+    """Trains with gradients that overflow fp16 in the first step, and at any scale from the third on."""
     runner = make_runner(rank, world_size, case)
     reports, scales = [], []
     runner.optimizer.loss_scaling = LossScale(2.0**30, 1, -1, 0)
@@ -212,7 +215,7 @@ def scale_case(rank, world_size, case):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """By case, of each rank."""
+    """Returns the outcomes of all ranks, by case."""
     folder, found = tmp_path_factory.mktemp("ranks"), []
     for world in (1, 2, 4):
         cases = [case for case in [*ALONE, *CASES] if case.world == world]
@@ -222,7 +225,7 @@ def outcomes(tmp_path_factory):
 
 
 def whole(outcomes):
-    """Masters and moments of the whole model from the pieces of all ranks."""
+    """Assembles master weights and moments of the model from all ranks."""
     found: dict = {}
     for declaration, shape, start, tensors in (
         piece for outcome in outcomes for piece in outcome.pieces
@@ -248,7 +251,7 @@ def whole(outcomes):
         [*(f"{k}{v}" for k, v in case.layout.items()), case.dtype, case.what]
     ),
 )
-def test_one_ranks_bad_number_costs_all_ranks_that_step_and_nothing_else(case, outcomes):
+def test_nonfinite_number_on_one_rank_skips_the_step_on_all(case, outcomes):
     ranks = outcomes(case)
     assert all(
         outcome.applied == [step != BAD for step in range(1, STEPS + 1)] for outcome in ranks
@@ -280,14 +283,14 @@ def test_one_ranks_bad_number_costs_all_ranks_that_step_and_nothing_else(case, o
         [*(f"{k}{v}" for k, v in case.layout.items()), case.dtype, case.what]
     ),
 )
-def test_what_was_bad_is_named_with_its_rank(case, outcomes):
+def test_nonfinite_number_is_named_with_its_rank(case, outcomes):
     ranks = outcomes(case)
     assert len({outcome.why for outcome in ranks}) == 1
     what = "loss" if case.what == "loss" else f"gradient of {case.what}"
     assert ranks[0].why == f"non-finite {what} on rank {case.rank}"
 
 
-def test_a_bad_weight_is_named(outcomes):
+def test_nonfinite_weight_is_named(outcomes):
     (outcome,) = outcomes(Case({}, 0, "weight"))
     assert outcome.why == f"non-finite loss on rank 0: the weight {NORM} is not finite on rank 0"
     assert outcome.culprit == f"the weight {NORM} is not finite on rank 0"
@@ -296,8 +299,8 @@ def test_a_bad_weight_is_named(outcomes):
 LAYOUTS = [{"data": 2, "zero": zero} for zero in (0, 1, 2, 3)] + [{"pipeline": 2}]
 
 
-def test_a_search_for_fp16s_loss_scale_is_nothing_bad_until_it_can_fall_no_further(tmp_path):
-    """The scale falls where gradients are too large for it, and is the same on all ranks."""
+def test_fp16_overflow_lowers_the_loss_scale_to_its_minimum(tmp_path):
+    """The scale falls if gradients overflow, and is the same on all ranks."""
     by_rank = run_ranks(scale, 2, LAYOUTS, folder=tmp_path)
     for layout, ranks in zip(LAYOUTS, zip(*by_rank, strict=True), strict=True):
         assert len({(tuple(rank.applied), tuple(rank.scales)) for rank in ranks}) == 1, layout
@@ -309,12 +312,12 @@ def test_a_search_for_fp16s_loss_scale_is_nothing_bad_until_it_can_fall_no_furth
         assert run.state.last_overflow == 11
 
 
-def go_on_in_fp16(rank, world_size, raws):
-    """Runs one after the other; on CPUs users are refused."""
-    from megatrain.training.loop import pretrain
+def train_in_fp16(rank, world_size, raws):
+    """Trains in fp16, which the checks refuse on CPUs."""
+    from megatrain.training.run import pretrain
 
     patch = pytest.MonkeyPatch()
-    patch.setattr("megatrain.training.loop.check_start", lambda *args: None)
+    patch.setattr("megatrain.training.trainer.check_start", lambda *args: None)
     try:
         for raw in raws:
             pretrain(configuration.from_dict(raw), place(rank, world_size))
@@ -322,7 +325,7 @@ def go_on_in_fp16(rank, world_size, raws):
         patch.undo()
 
 
-def test_a_resume_goes_on_with_the_loss_scale(tmp_path):
+def test_resume_keeps_the_loss_scale(tmp_path):
     write_tokens(tmp_path / "tokens", documents=20)
 
     def raw(run, **train):
@@ -340,7 +343,7 @@ def test_a_resume_goes_on_with_the_loss_scale(tmp_path):
         }
 
     run_ranks(
-        go_on_in_fp16,
+        train_in_fp16,
         1,
         [raw("parts", exit_after_step=2), raw("parts"), raw("whole")],
         folder=tmp_path,

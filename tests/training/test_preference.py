@@ -1,4 +1,4 @@
-"""DPO, SimPO and ORPO on every layout: losses, gradient norms and rewards equal transformers (and peft) with the papers' formulas in plain torch."""
+"""DPO, SimPO and ORPO on each layout equal the papers' formulas on transformers and peft."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def make_config(kind: str, folder: Path, **settings):
 
 
 def pairs(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels [2 * PAIRS, LENGTH], chosen and rejected in turn: a common prompt, answers of any length, and padding.
+    """Returns tokens and labels [2 * PAIRS, LENGTH], chosen and rejected in turn.
 
-    The last step's last pair is padding alone.
+    Pairs share a prompt and have answers of any length. The last step's last pair is only padding.
     """
     generator = torch.Generator().manual_seed(step)
 
@@ -102,7 +102,7 @@ def log_probs(network, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 def pair_losses(
     kind: str, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and rewards' differences of each pair, written from the papers."""
+    """Computes losses and reward margins of each pair, by the formulas of the papers."""
     c, r = policy[0::2], policy[1::2]
     if kind == "simpo":
         difference = 2.0 * c / lengths[0::2] - 2.0 * r / lengths[1::2]
@@ -122,7 +122,7 @@ def pair_losses(
 
 
 def shifted(name: str, shape: tuple[int, ...], value: torch.Tensor) -> torch.Tensor:
-    """Adapters that are no longer at their start, so that the model is not its reference."""
+    """Randomizes adapters, so that the model differs from its reference."""
     return (
         value + normal_slice(99, name, shape, tuple(slice(0, size) for size in shape), std=0.1)
         if "lora_B" in name
@@ -152,7 +152,7 @@ def make_network(kind: str, folder: Path):
 
 
 def reference(kind: str, folder: Path):
-    """Plain torch's, and of each step the difference of rewards and how often it is above 0."""
+    """Trains with plain torch; returns losses, norms, reward margins and accuracies."""
     network = make_network(kind, folder)
     steps = range(1, STEPS + 1)
     with torch.no_grad(), network.disable_adapter() if kind.startswith("lora") else nullcontext():
@@ -273,8 +273,8 @@ def test_equals_the_formulas_on_transformers(kind, world, settings, references, 
         )
 
 
-def go_on(rank: int, world_size: int, config):
-    """What a resumed run does about its reference: reads what is there, computes nothing that whole weights could not."""
+def extend_reference(rank: int, world_size: int, config):
+    """Reads and extends the reference as a resumed run does."""
     from megatrain.training.ref_logprobs import make_ref_logprobs
     from megatrain.training.step_runner import StepRunner
 
@@ -289,6 +289,9 @@ def go_on(rank: int, world_size: int, config):
     first = make_ref_logprobs(config, runner, [(batches, 2)], resumed=False)
     begun = dict(first.table)
     other = replace(config, run=replace(config.run, seed=8))
+    folder = Path(config.run.output_dir)
+    # Earlier versions wrote the file under another name.
+    (folder / "ref_logprobs.safetensors").rename(folder / "reference.safetensors")
     again = make_ref_logprobs(other, runner, [(batches, 2)], resumed=True)
     assert again.table == begun, "what it began from is read, whatever the weights are now"
     try:
@@ -299,7 +302,7 @@ def go_on(rank: int, world_size: int, config):
     assert len(make_ref_logprobs(adapted, runner, [(batches, STEPS)], resumed=True).table) > len(
         begun
     )
-    (Path(config.run.output_dir) / "reference.safetensors").write_bytes(b"x")
+    (folder / "ref_logprobs.safetensors").write_bytes(b"x")
     try:
         make_ref_logprobs(config, runner, [(batches, 2)], resumed=False)
     except CheckpointError as error:
@@ -307,12 +310,15 @@ def go_on(rank: int, world_size: int, config):
     return None
 
 
-def test_a_reference_is_read_again_and_never_made_of_other_weights(tmp_path):
+def test_reference_is_read_and_never_computed_with_other_weights(tmp_path):
     refused, damaged = run_ranks(
-        go_on, 1, make_config("dpo", tmp_path, **{"train.micro_batch_size": 8}), folder=tmp_path
+        extend_reference,
+        1,
+        make_config("dpo", tmp_path, **{"train.micro_batch_size": 8}),
+        folder=tmp_path,
     )[0]
     assert (
-        "lacks log-probabilities of these data, and only the weights that the run began from"
+        "lacks log-probabilities of these data, which only the initial weights of the run give"
         in refused
     )
-    assert "cannot be read" in damaged
+    assert "is damaged" in damaged

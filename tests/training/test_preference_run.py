@@ -1,4 +1,4 @@
-"""Preference tuning as a user runs it: chats in, metrics, a reference in the run's folder, resumed bit for bit, adapters merged."""
+"""Preference tuning as a command: metrics, reference log-probabilities, resume and merge."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Pairs, a tokenizer with its template, and a model to begin from."""
+    """Writes pairs, a tokenizer with a template, and a model to start from."""
     folder = tmp_path_factory.mktemp("preference")
     (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 5)}))
     train_tokenizer(
@@ -93,7 +93,7 @@ def settings(files, output, **sections):
 @pytest.mark.parametrize(
     "lora", [{}, {"rank": 4, "dropout": 0.2, "dora": True}], ids=["whole", "dora"]
 )
-def test_a_run_that_goes_on_is_the_same_run(lora, files, tmp_path):
+def test_resumed_run_is_bit_identical(lora, files, tmp_path):
     def run(folder, **train):
         run_ranks(
             finetune,
@@ -129,10 +129,10 @@ def test_a_run_that_goes_on_is_the_same_run(lora, files, tmp_path):
         assert checks[0]["valid_loss"] == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-6)
     assert checks[0]["valid_rewards/margins"] == pytest.approx(0.0, abs=1e-5)
     assert checks[-1]["valid_rewards/margins"] > 0.01, "it learns to prefer"
-    assert (tmp_path / "whole" / "reference.safetensors").exists() == (not lora)
+    assert (tmp_path / "whole" / "ref_logprobs.safetensors").exists() == (not lora)
 
 
-def test_merging_by_the_verb(files, tmp_path, capsys, monkeypatch):
+def test_merge_by_the_command(files, tmp_path, capsys, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -209,9 +209,9 @@ def test_settings_are_used_or_refused(sections, words, files, tmp_path):
     assert words in str(error.value)
 
 
-def test_a_pair_is_not_two_chats(files, tmp_path):
+def test_pairs_and_chats_are_prepared_separately(files, tmp_path):
     config, task = configuration.from_dict(settings(files, tmp_path)), SFTTask()
     task.prepare(config, "train")
-    (words,) = task.open(config, task.architecture(config), "train").words
+    (words,) = task.open(config, task.architecture(config), "train").notes
     assert f"train.jsonl: {PAIRS} pairs of answers in {2 * PAIRS} sequences" in words
     assert words.endswith("tokens are compared")

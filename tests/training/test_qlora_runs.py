@@ -1,4 +1,4 @@
-"""A base in 4 bits on every layout: losses, adapter gradients and norms equal peft on transformers with bitsandbytes."""
+"""A base model in 4 bits on each layout equals peft on transformers with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NF4 = {"lora.quantize": "nf4"}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Where each reference has its model."""
+    """Returns the folder of each reference's model."""
     root = tmp_path_factory.mktemp("base")
     return lambda model, kind: root / f"{model}-{kind}"
 
@@ -65,8 +65,8 @@ def test_equals_peft_with_bitsandbytes(model, kind, world, settings, base, tmp_p
     assert_equal(results, reference(model, kind, quantized_in=base(model, kind)), losses=2e-6)
 
 
-def test_bf16_stays_near_fp32(base, tmp_path):
-    """Codes are made from the weights as they were read, and become bf16 when they are multiplied."""
+def test_bf16_is_close_to_fp32(base, tmp_path):
+    """Codes are computed from the original weights, and become bf16 when they are multiplied."""
     results = run_ranks(
         run_layout, 2, layout("wide", "lora", TP, **NF4, **{"train.dtype": "bf16"}), folder=tmp_path
     )
@@ -80,7 +80,7 @@ def test_bf16_stays_near_fp32(base, tmp_path):
 
 
 def evaluate_folder(rank, world_size, config, folder):
-    """Loss of the folder's model on this layout; bytes that its linears hold, their weights, and which of those made to read them still live."""
+    """Returns the loss, bytes and weights of the linears, and temporary tensors that still live."""
     from megatrain.checkpoint.init_from_hf import Pretrained
     from megatrain.training import step_runner as training
 
@@ -123,7 +123,7 @@ def batches_of(number):
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("wide", "fp32"), ("wide-gpt2", "bf16")])
-def test_a_folder_is_read_into_4_bits_and_held_in_no_more(model, dtype, tmp_path):
+def test_folder_is_loaded_in_4_bits_without_further_memory(model, dtype, tmp_path):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def is_linear(name, parameter):
         ({"hidden_size": 96}, 1, "hidden_size=96, .* leave it out"),
     ],
 )
-def test_rows_that_are_not_whole_blocks(changes, tensor, words):
+def test_rows_that_are_not_multiples_of_a_block(changes, tensor, words):
     config = make_config("wide", {"quantize": "nf4"})
     architecture = read_config(load_hf_config({**MODELS["wide"], **changes}))
     check_blocks(read_config(load_hf_config(MODELS["wide"])), config.lora, 2)
@@ -206,8 +206,8 @@ def test_without_bitsandbytes(there, monkeypatch):
     check_bitsandbytes(replace(config.lora, quantize="none"))
 
 
-def test_a_run_goes_on_bit_for_bit(tmp_path):
-    """The base is quantized anew, to the same codes; what is saved are adapters alone."""
+def test_resumed_run_is_bit_identical(tmp_path):
+    """The base is quantized again, to the same codes; only adapters are saved."""
     settings = {"train.steps": 4, "train.global_batch_size": 4, "train.micro_batch_size": 1}
     config = layout("wide", "lora", TP, **NF4, **settings)
     losses, again, _ = run_ranks(

@@ -1,4 +1,4 @@
-"""A run whose ranks are killed is started again by itself and ends as an undisturbed one."""
+"""A run whose ranks are killed restarts, and ends as an undisturbed one."""
 
 import contextlib
 import os
@@ -48,7 +48,7 @@ def run_file(tmp_path_factory):
 
 
 def ranks_of_last_start(output):
-    """Of each rank, the process that its log names last."""
+    """Returns the last process of each rank, by its log."""
     logs = [files.read(output / f"logs/rank-{rank:05d}.jsonl") for rank in (0, 1)]
     return [[line["process"] for line in lines if line["message"] == "start"][-1] for lines in logs]
 
@@ -66,7 +66,7 @@ def undisturbed(run_file, tmp_path_factory):
 
 
 def killed_once(run_file, output, *words):
-    """What a run printed whose rank 1 was killed once there was a checkpoint; None where it was too fast for that."""
+    """Kills rank 1 after the first checkpoint; returns the output, or None if the run was too fast."""
     command = readme_commands.start(
         "pretrain",
         run_file,
@@ -91,9 +91,7 @@ def weights(output):
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
-def test_killed_ranks_are_started_again_and_nothing_is_lost(
-    resume, run_file, undisturbed, tmp_path
-):
+def test_killed_ranks_restart_without_loss(resume, run_file, undisturbed, tmp_path):
     for trial in range(10):
         output = tmp_path / f"run-{trial}"
         if resume == "never":  # what an earlier run has left in the folder is not gone on from

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or interrupted ends as one that was not: same losses, same bytes."""
+"""Stopped, killed and interrupted runs end with the losses and bytes of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def data(tmp_path_factory):
 
 
 def settings(model, data, output, **sections):
-    """A run's YAML as nested mappings."""
+    """Returns a run's config as nested mappings."""
     raw = {
         "run": {"output_dir": str(output)},
         "model": MODELS[model],
@@ -98,6 +98,45 @@ def _name(model, world, dtype, sections):
             *(f"{k}{v}" for section in sections.values() for k, v in section.items()),
         ]
     )
+
+
+OLD_SECTIONS = {
+    "eval": {"every": "eval_every", "batches": "eval_batches"},
+    "checkpoint": {"save_every": "save_every", "keep_last": "keep_last"},
+}
+
+
+def rename_back(run):
+    """Gives the newest checkpoint and metrics.jsonl of a run the names of earlier versions."""
+    checkpoint = max((run / "checkpoints").iterdir())
+    state = json.loads((checkpoint / "train_state.json").read_text())
+    for section, names in OLD_SECTIONS.items():
+        values = state["config"].pop(section)
+        state["config"]["train"] |= {old: values[new] for new, old in names.items()}
+    (checkpoint / "train_state.json").unlink()
+    (checkpoint / "trainer.json").write_text(json.dumps(state))
+    paths = [path for path in checkpoint.rglob("*") if path.is_file()]
+    manifest.write(
+        checkpoint,
+        [manifest.record(checkpoint, path) for path in paths if path.name != manifest.MANIFEST],
+    )
+    metrics_file = run / "metrics.jsonl"
+    text = metrics_file.read_text().replace("checkpoint_blocking_seconds", "save_stall_seconds")
+    metrics_file.write_text(text)
+
+
+def test_run_folder_of_an_earlier_version_is_resumed(data, tmp_path):
+    for folder, exits in {"whole": [None], "parts": [3, None]}.items():
+        for exit_step in exits:
+            raw = settings("llama", data, tmp_path / folder, train={"exit_after_step": exit_step})
+            run_ranks(pretrain, 1, raw, folder=tmp_path)
+            if exit_step is not None:
+                rename_back(tmp_path / folder)
+    parts = [
+        {name: value for name, value in line.items() if name != "save_stall_seconds"}
+        for line in metrics(tmp_path / "parts")
+    ]
+    assert parts == metrics(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +177,7 @@ def start(folder, raw):
 
 
 def wait_for(path, lines, command):
-    """Until the file has that many lines."""
+    """Waits until the file has that many lines."""
     while not command.has_ended(0.01):
         if path.exists() and path.read_text().count("\n") >= lines:
             return
@@ -150,7 +189,7 @@ def wait_for(path, lines, command):
     [("gpt2", "fp32", {}), ("llama", "bf16", {"tensor": 2, "pipeline": 2})],
     ids=["one-rank-fp32", "tensor2-pipeline2-bf16"],
 )
-def test_killed_at_any_moment_and_started_again(model, dtype, parallel, data, tmp_path):
+def test_kill_at_any_moment_and_restart(model, dtype, parallel, data, tmp_path):
     moments = random.Random(model)
     sections = {
         "train": {"dtype": dtype, "steps": 30},
@@ -186,15 +225,17 @@ def test_killed_at_any_moment_and_started_again(model, dtype, parallel, data, tm
     )
     assert main(["report", str(tmp_path / "killed" / "run")]) == 0
     assert "Finished after step 30" in (tmp_path / "killed" / "run" / "report.html").read_text()
-    assert_story(tmp_path / "killed" / "run", starts=(2, 3))  # 2: a kill that came while it started
+    assert_events(
+        tmp_path / "killed" / "run", starts=(2, 3)
+    )  # 2: a kill that came while it started
     logs = sorted((tmp_path / "killed" / "run" / "logs").glob("*.jsonl"))
     assert len(logs) == parallel.get("pipeline", 1) * parallel.get("tensor", 1)
     for log in logs:
-        assert_own_figures(log, ranks=len(logs), pipelines=parallel.get("pipeline", 1))
+        assert_rank_log(log, ranks=len(logs), pipelines=parallel.get("pipeline", 1))
 
 
-def assert_story(run, *, starts):
-    """What events.jsonl says of a run that was killed, started again and went on to step 30."""
+def assert_events(run, *, starts):
+    """Checks the events of a run that was killed, restarted and finished at step 30."""
     told = list(events.read(run))
     assert [event.event for event in told].count("start") in starts
     start, end = told[0], told[-1]
@@ -215,12 +256,12 @@ def assert_story(run, *, starts):
     assert 1 <= len(resumes) < max(starts)
     for resume in resumes:
         assert resume.fields["from"].endswith(f"step-{resume.step:08d}")
-        assert "resuming from" in resume.fields["why"]
+        assert "resuming from" in resume.fields["reason"]
     assert [event.step for event in told if event.event == "save"][-1] == 30
 
 
-def assert_own_figures(path, *, ranks, pipelines):
-    """A rank's own log tells its place, and of each step shown how the rank spent it."""
+def assert_rank_log(path, *, ranks, pipelines):
+    """Checks that a rank's log has its coordinates and the times of each logged step."""
     lines = list(files.read(path))
     figures = [line for line in lines if line["message"] == "figures"]
     assert {line["pipeline"] for line in figures} == {figures[0]["rank"] // (ranks // pipelines)}
@@ -231,7 +272,7 @@ def assert_own_figures(path, *, ranks, pipelines):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_ends_the_run(number, data, tmp_path):
+def test_signal_saves_and_stops_the_run(number, data, tmp_path):
     raw = settings(
         "llama",
         data,

@@ -1,4 +1,4 @@
-"""What a resume's first losses are held to: honest ones pass, those of wrong weights or moments do not."""
+"""The limit of the first losses after a resume: those of intact checkpoints pass, those of wrong weights do not."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import random
 
 import pytest
 
-from megatrain.training.resume_check import REMEMBERED, highest_loss, remember_loss
+from megatrain.training.resume_check import RECENT_LOSSES, append_loss, highest_loss
 
 
-def test_keeps_the_last_losses():
+def test_append_loss_keeps_the_last_losses():
     losses: tuple[float, ...] = ()
     for step in range(100):
-        losses = remember_loss(losses, float(step))
-    assert losses == tuple(float(step) for step in range(100 - REMEMBERED, 100))
+        losses = append_loss(losses, float(step))
+    assert losses == tuple(float(step) for step in range(100 - RECENT_LOSSES, 100))
 
 
-def test_the_rule():
-    assert highest_loss([3.0], 1.0) == 5.0, "twice the margin where little is known"
+def test_highest_loss():
+    assert highest_loss([3.0], 1.0) == 5.0, "twice the tolerance with few losses"
     assert highest_loss([3.0] * 8, 1.0) == 4.0
     assert highest_loss([3.0, 3.2] * 8, 0.25) == pytest.approx(3.6), (
-        "four standard deviations where losses vary more than the margin"
+        "four standard deviations, if they exceed the tolerance"
     )
 
 
-def test_honest_runs_pass():
-    """Falling curves with noise, short and long: 10,000 resumes at random moments."""
+def test_losses_of_intact_checkpoints_pass():
+    """Resumes 10,000 falling curves with noise at random steps."""
     dice = random.Random(3)
     for _ in range(10_000):
         start, floor, scale = (
@@ -39,11 +39,11 @@ def test_honest_runs_pass():
         def loss(step, start=start, floor=floor, scale=scale, noise=noise):
             return floor + (start - floor) * math.exp(-step / scale) + dice.gauss(0, noise)
 
-        before = [loss(step) for step in range(max(1, at - REMEMBERED + 1), at + 1)]
+        before = [loss(step) for step in range(max(1, at - RECENT_LOSSES + 1), at + 1)]
         assert max(loss(at + 1 + step) for step in range(3)) <= highest_loss(before, 1.0)
 
 
-def test_an_untrained_models_loss_does_not():
+def test_losses_of_an_untrained_model_do_not_pass():
     dice = random.Random(4)
     for _ in range(1000):
         floor, noise, vocabulary = (

@@ -1,4 +1,4 @@
-"""A run goes on from a checkpoint of any layout on any other, and its losses are those of one process that was never interrupted."""
+"""A run resumes on any layout with the losses of one process that was never interrupted."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ PAIRS = [
 
 
 class Runs:
-    """Runs of this test, each done once."""
+    """Runs that tests share."""
 
     def __init__(self, folder):
         self.folder, self.done = folder, {}
         write_tokens(folder / "tokens")
 
     def __call__(self, model, layout, *, start=None, until=STEPS, **train):
-        """The run's folder: of a model on a layout, from a checkpoint's folder if given."""
+        """Returns the folder of a run of a model on a layout, from a checkpoint if given."""
         key = (model, layout, start, until, *train.items())
         if key not in self.done:
             self.done[key] = self.folder / f"run{len(self.done)}"
@@ -122,7 +122,7 @@ def half(runs, model, layout, **train):
 @pytest.mark.parametrize(
     ("model", "before", "after"), PAIRS, ids=["-to-".join(pair) for pair in PAIRS]
 )
-def test_losses_go_on_as_of_one_process_that_was_not_interrupted(model, before, after, runs):
+def test_losses_equal_those_of_one_uninterrupted_process(model, before, after, runs):
     whole = losses(runs(model, "one"))
     parts = losses(runs(model, after, start=half(runs, model, before)))
     assert list(parts) == list(range(HALF + 1, STEPS + 1))
@@ -139,8 +139,8 @@ def test_losses_go_on_as_of_one_process_that_was_not_interrupted(model, before, 
         ("bf16", "zb-v", "dp4-zero1"),
     ],
 )
-def test_also_into_bf16(dtype, before, after, runs):
-    """From fp32, and from bf16 on another layout; rounding to 8 bits is all that differs."""
+def test_resume_into_bf16(dtype, before, after, runs):
+    """Resumes from fp32, and from bf16 on another layout; only 8-bit rounding differs."""
     whole = losses(runs("llama", "one"))
     parts = losses(
         runs("llama", after, start=half(runs, "llama", before, dtype=dtype), dtype="bf16")
@@ -151,7 +151,7 @@ def test_also_into_bf16(dtype, before, after, runs):
     )
 
 
-def test_weights_of_another_dtype_are_the_masters_rounded(runs):
+def test_weights_of_another_dtype_are_rounded_master_weights(runs):
     from safetensors.torch import load_file
 
     before = half(runs, "llama", "tp2pp2")

@@ -1,10 +1,10 @@
-"""The laps of a step are told apart, and nobody else's executor is changed."""
+"""The step timer sums the laps of an executor by kind."""
 
 import torch
 
 from megatrain.pipeline.executor import Executor, no_timing
 from megatrain.training import step_timer
-from megatrain.training.step_timer import timed
+from megatrain.training.step_timer import StepTimer
 
 LAPS = [
     ("other", 0),
@@ -17,7 +17,7 @@ LAPS = [
     ("arrival", 50),
     ("W", 100),
 ]
-"""What ended when."""
+"""The laps and the times of their ends."""
 
 
 def executor():
@@ -30,19 +30,19 @@ def executor():
     )
 
 
-def test_a_lap_is_the_time_before_its_end_and_what_is_not_the_pipelines_is_left_out(monkeypatch):
+def test_laps_of_the_pipeline_are_summed_by_kind(monkeypatch):
     moments = iter(moment for _, moment in LAPS)
     monkeypatch.setattr(step_timer.time, "perf_counter", lambda: next(moments))
-    mine = executor()
-    with timed(mine, wanted=True) as watch:
-        for ended, _ in LAPS:
-            mine.timing(ended)
-    assert watch.seconds() == {"waiting": 3 + 1 + 0, "forward": 1, "backward": 9 + 50}
-    assert mine.timing is no_timing
+    timed = executor()
+    timer = StepTimer(timed)
+    for ended, _ in LAPS:
+        timed.timing(ended)
+    timer.stop()
+    assert timer.seconds() == {"waiting": 3 + 1 + 0, "forward": 1, "backward": 9 + 50}
+    assert timed.timing is no_timing
 
 
-def test_unwanted_laps_are_not_taken():
-    mine = executor()
-    with timed(mine, wanted=False) as watch:
-        mine.timing("F")
-    assert watch.seconds() == {}
+def test_a_step_without_laps_has_no_times():
+    timer = StepTimer(executor())
+    timer.stop()
+    assert timer.seconds() == {}

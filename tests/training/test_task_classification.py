@@ -1,4 +1,4 @@
-"""Classifiers equal transformers' own with plain torch, each text alone and unpadded, and their folders load as such."""
+"""Classifiers equal transformers' own with plain torch, on each text alone and unpadded."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def files(tmp_path_factory):
 
 
 def make_files(folder):
-    """Texts of very different lengths with every kind of label, and a tokenizer."""
+    """Writes texts of different lengths with every kind of label, and a tokenizer."""
     random = np.random.default_rng(0)
     (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 5)}))
     train_tokenizer([folder / "text.jsonl"], vocab_size=VOCABULARY, output=folder / "tokenizer")
@@ -132,7 +132,7 @@ def of_position(position, seed=7):
 
 
 def plain_loss(network, tokenizer, record, problem, smoothing):
-    """Of one text, and how many labels it has."""
+    """Returns the loss of a text, and its number of labels."""
     if problem == "tokens":
         encoded = tokenizer(" ".join(record["tokens"]), return_offsets_mapping=True)
         starts = [
@@ -174,7 +174,7 @@ def plain_loss(network, tokenizer, record, problem, smoothing):
 
 
 def reference(files, problem, model, smoothing):
-    """transformers' class, loss and tokenizer, no code of ours but the initial weights."""
+    """Trains transformers' class with its loss and tokenizer, from our initial weights."""
     config = checked(settings(files, problem, model))
     architecture = ClassificationTask().architecture(config)
     network = class_of(problem).from_config(architecture.config, attn_implementation="eager")
@@ -207,7 +207,7 @@ def mean_loss(network, tokenizer, records, problem, smoothing=0.0):
 
 
 def step_loss(network, files, problem, smoothing=0.0):
-    """The network's loss of a step, from 1 on."""
+    """Returns the network's loss of a step; steps count from 1."""
     tokenizer, records = load_tokenizer(files / "tokenizer"), read(files, problem)
 
     def of(step):
@@ -223,7 +223,7 @@ def step_loss(network, files, problem, smoothing=0.0):
 
 
 def run_layout(rank, world_size, raw, prepare=None):
-    """`prepare`: called with the optimizer's state before the first step."""
+    """Trains on this layout, after calling `prepare` with the optimizer's state."""
     from megatrain.training.step_runner import StepRunner
 
     config, task = checked(raw), ClassificationTask()
@@ -286,8 +286,8 @@ def test_equals_plain_torch(
 
 @pytest.mark.parametrize("of_tokens", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tensors_are_those_of_transformers_own_classifier(family, of_tokens):
-    """Names and shapes, whatever the family calls its head."""
+def test_tensors_equal_those_of_transformers_classifier(family, of_tokens):
+    """Names and shapes are equal, whatever the family calls its head."""
     from transformers import (
         AutoConfig,
         AutoModelForSequenceClassification,
@@ -315,7 +315,7 @@ def test_tensors_are_those_of_transformers_own_classifier(family, of_tokens):
 
 
 def train(files, tmp_path, problem, *, run, world, **sections):
-    """A run with evaluations on what it learns from."""
+    """Trains with evaluations on the training data."""
     raw = settings(files, problem, run={"output_dir": str(tmp_path / run)}, **sections)
     raw["data"]["valid"] = raw["data"]["train"]
     run_ranks(finetune, world, raw, folder=tmp_path)
@@ -329,7 +329,7 @@ def evaluate(rank, world_size, config, subject):
 
 
 def evaluated(folder, data, tmp_path, parallel, *, window=None):
-    """What `megatrain evaluate` says of the folder on two ranks."""
+    """Returns the results of `megatrain evaluate` on two ranks."""
     words = [f"parallel.{name}={size}" for name, size in parallel.items()]
     config = make_evaluation(
         folder, [f"run.output_dir={tmp_path / 'evaluation'}", "train.micro_batch_size=3", *words]
@@ -367,7 +367,7 @@ AGAINST_OVERFITTING = {
         ("regression", 1, {}),
     ],
 )
-def test_a_folder_is_a_classifier_of_transformers_with_the_figures_of_the_run(
+def test_folder_loads_in_transformers_with_the_metrics_of_the_run(
     problem, world, parallel, files, tmp_path
 ):
     run = train(
@@ -397,7 +397,7 @@ def test_a_folder_is_a_classifier_of_transformers_with_the_figures_of_the_run(
         assert written["valid_loss"] == pytest.approx(
             float(mean_loss(network, tokenizer, records, problem)), rel=1e-5
         )
-    assert (run / "confusion.png").exists() == (problem in ("single-label", "tokens"))
+    assert (run / "confusion_matrix.png").exists() == (problem in ("single-label", "tokens"))
     measured = evaluated(
         folder,
         files / f"{problem}.jsonl",
@@ -433,8 +433,8 @@ def test_a_folder_is_a_classifier_of_transformers_with_the_figures_of_the_run(
         )
 
 
-def test_from_a_language_model_with_a_new_head_and_on(files, tmp_path):
-    """Weights come from the folder, the head is new; a classifier's folder brings its head and labels."""
+def test_start_from_a_language_model_and_from_a_classifier(files, tmp_path):
+    """The head is new, or that of a classifier's folder with its labels."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
@@ -476,8 +476,8 @@ def test_from_a_language_model_with_a_new_head_and_on(files, tmp_path):
 
 
 @pytest.mark.parametrize("problem", ["single-label", "tokens"])
-def test_an_epoch_ends_with_microbatches_of_no_text(problem, files, tmp_path):
-    """22 texts in steps of 16: the last step's microbatches hold 4, 2, 0 and 0."""
+def test_epoch_ends_with_empty_microbatches(problem, files, tmp_path):
+    """22 texts in steps of 16: the microbatches of the last step hold 4, 2, 0 and 0."""
     steps = {"steps": None, "epochs": 1, "global_batch_size": 16, "micro_batch_size": 4}
     lines = metrics(
         train(files, tmp_path, problem, run="epoch", world=2, train=steps, parallel={"pipeline": 2})
@@ -486,7 +486,7 @@ def test_an_epoch_ends_with_microbatches_of_no_text(problem, files, tmp_path):
     assert all(np.isfinite(line["loss"]) for line in lines if line["step"])
 
 
-def test_validation_texts_split_off_the_training_texts(files):
+def test_split_of_the_training_texts(files):
     task, config = (
         ClassificationTask(),
         checked(settings(files, "single-label", data={"split": "3,1"})),
@@ -507,8 +507,8 @@ def test_validation_texts_split_off_the_training_texts(files):
     }
 
 
-def test_stops_early_and_a_resumed_run_stops_at_the_same_step(files, tmp_path):
-    """With dropout, augmentation and a learning rate that lets the loss jump."""
+def test_resumed_run_stops_early_at_the_same_step(files, tmp_path):
+    """Dropout, augmentation and a high learning rate let the loss jump."""
     sections = {
         "classification": {
             "dropout": 0.3,
@@ -591,7 +591,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_work(name, files, tmp_path):
+def test_invalid_settings_are_refused(name, files, tmp_path):
     sections, sentence = WRONG[name]
     raw = settings(
         files,

@@ -1,4 +1,4 @@
-"""Finetuning equals plain torch: transformers' model, tokens and masks, each chat alone and unpadded, one mean over all tokens."""
+"""Finetuning equals plain torch on each chat alone and unpadded, with one mean over all tokens."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Chats of very different lengths, a tokenizer, a template with marks and one without."""
+    """Writes chats of different lengths, a tokenizer, and templates with and without marks."""
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("finetune")
@@ -109,7 +109,7 @@ def settings(files, **sections):
 
 
 def read_chats(files):
-    """Each chat's tokens and mask, as transformers gives them by the template with marks, in the file's order."""
+    """Returns tokens and mask of each chat in order, as transformers' template gives them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(files / "tokenizer")
@@ -124,13 +124,13 @@ def read_chats(files):
 
 
 def alone_order(position):
-    """The chat at a position when each has a sequence to itself."""
+    """Returns the chat at a position, if each chat has its own sequence."""
     epoch, index = divmod(position, CHATS)
     return [Shuffle(CHATS, key=("chats", keyed_integers("source", 7, "train", 0)[0], epoch))(index)]
 
 
 def reference(files, chats_of_step, *, steps=STEPS, model=MODEL):
-    """No code of ours but the initial weights; `chats_of_step` counts from 0."""
+    """Trains transformers' model from our initial weights; `chats_of_step` counts from 0."""
     architecture = read_config(load_hf_config(model))
     network = transformers_twin(
         model, make_stage(checked({**settings(files), "model": model}), architecture)
@@ -153,7 +153,7 @@ def reference(files, chats_of_step, *, steps=STEPS, model=MODEL):
 
 
 def run_layout(rank, world_size, raw):
-    """What `run_steps` gives, and how many tokens each microbatch of each step learns."""
+    """Returns the result of `run_steps`, and the tokens with a loss of each microbatch."""
     from megatrain.training.step_runner import StepRunner
 
     config = checked(raw)
@@ -183,7 +183,7 @@ def run_layout(rank, world_size, raw):
 
 
 def prepared(raw):
-    """The config's data, made by this process as a run's first rank would."""
+    """Prepares the data of the config, as rank 0 does."""
     SFTTask().prepare(checked(raw), "train")
     return raw
 
@@ -239,7 +239,7 @@ PACKED = [
 def test_packed_equals_plain_torch_on_each_chat_alone(
     world, parallel, micro, model, files, tmp_path
 ):
-    """GPT-2's learned positions would show that they do not restart; rotated ones, which are relative, would not."""
+    """GPT-2's learned positions show that they restart; rotary positions are relative."""
     train = {"global_batch_size": 4, "micro_batch_size": micro}
     raw = prepared(
         {**settings(files, parallel=parallel, data={"packing": True}, train=train), "model": model}
@@ -249,7 +249,7 @@ def test_packed_equals_plain_torch_on_each_chat_alone(
     chats = {tuple(tokens.tolist()): number for number, (tokens, _) in enumerate(read_chats(files))}
 
     def chats_of(step):
-        """Read out of the sequences themselves."""
+        """Returns the chats of the sequences."""
         found = []
         for position in range(4 * step, 4 * step + 4):
             sample = samples.fetch(position)
@@ -267,8 +267,8 @@ def test_packed_equals_plain_torch_on_each_chat_alone(
     )
 
 
-def test_packed_and_alone_have_the_same_loss_and_gradient(files, tmp_path):
-    """All chats in one step, in a few sequences or each in its own."""
+def test_packing_does_not_change_loss_and_gradient(files, tmp_path):
+    """All chats are in one step, in a few sequences or each in its own."""
     results = []
     for packing in (False, True):
         raw = prepared(settings(files, data={"packing": packing}, train={"steps": 1}))
@@ -286,8 +286,8 @@ def test_packed_and_alone_have_the_same_loss_and_gradient(files, tmp_path):
 @pytest.mark.parametrize(
     ("world", "parallel", "micro"), [(2, {}, 8), (4, {"pipeline": 2}, 2), (1, {}, 1)], ids=str
 )
-def test_microbatches_and_ranks_without_anything_to_learn(world, parallel, micro, files, tmp_path):
-    """One epoch of 20 chats at 16 a step: the last step is filled with empty sequences, some of them a rank's all."""
+def test_microbatches_and_ranks_without_a_loss(world, parallel, micro, files, tmp_path):
+    """20 chats at 16 per step: the last step has empty sequences, for some ranks only those."""
     train = {"steps": None, "epochs": 1, "global_batch_size": 16, "micro_batch_size": micro}
     results = run_ranks(
         run_layout,
@@ -311,8 +311,8 @@ def chats_of(samples, count):
     return [tuple(samples.fetch(position).tokens.tolist()) for position in range(count)]
 
 
-def test_a_split_and_a_blend(files, tmp_path):
-    """A part of the training data is kept for validation; several files come by weight, without epochs."""
+def test_split_and_blend(files, tmp_path):
+    """A split keeps a part for validation; a blend mixes files by weight, without epochs."""
     architecture = read_config(load_hf_config(MODEL))
 
     def opened(which, **data):
@@ -336,8 +336,8 @@ def test_a_split_and_a_blend(files, tmp_path):
     assert abs(sum(chat in everything for chat in chats_of(blend.samples, 40)) - 30) <= 1
 
 
-def test_a_check_tells_how_many_steps_its_epochs_are(files, tmp_path, capfd, monkeypatch):
-    """It prepares few data for that alone, many it does not, unless they are there already."""
+def test_check_counts_the_steps_of_epochs(files, tmp_path, capfd, monkeypatch):
+    """A check prepares few data to count them, and many only if they are prepared already."""
     for name, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, value)
     raw = settings(
@@ -372,7 +372,7 @@ def test_a_check_tells_how_many_steps_its_epochs_are(files, tmp_path, capfd, mon
 # whole runs
 
 
-def test_a_resumed_run_is_bit_identical_and_its_folder_speaks_in_chats(files, tmp_path):
+def test_resumed_run_is_bit_identical_and_its_folder_generates_chats(files, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     def run(folder, **train):
@@ -426,8 +426,8 @@ def test_a_resumed_run_is_bit_identical_and_its_folder_speaks_in_chats(files, tm
     assert abs(metrics(tmp_path / "whole")[-1]["valid_loss"] - total / count) < 1e-5
 
 
-def test_how_to_generate_is_kept_and_ends_where_answers_do(tmp_path):
-    """What the tokenizer's folder said stays, even what transformers itself would not write; weights there are not copied."""
+def test_generation_config_is_kept_with_the_end_of_answers(tmp_path):
+    """The generation config of the tokenizer's folder is kept, also if transformers rejects it."""
     from megatrain.checkpoint.hf_metadata import Chat, write_hf_metadata
 
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
@@ -489,7 +489,7 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("words", SENTENCES)
-def test_what_cannot_work_is_one_sentence(words, files, tmp_path, capfd, monkeypatch):
+def test_invalid_settings_are_refused(words, files, tmp_path, capfd, monkeypatch):
     for name, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, value)
     file = tmp_path / "run.yaml"
@@ -514,7 +514,7 @@ def test_what_cannot_work_is_one_sentence(words, files, tmp_path, capfd, monkeyp
         "train.epochs=1 train.steps=null",
     ],
 )
-def test_pretraining_refuses_what_only_finetuning_uses(word, files, tmp_path, capfd):
+def test_pretraining_refuses_settings_of_finetuning(word, files, tmp_path, capfd):
     file = tmp_path / "run.yaml"
     raw = settings(files, run={"output_dir": str(tmp_path / "run")})
     del raw["data"]["chat_template"]

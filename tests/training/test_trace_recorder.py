@@ -1,4 +1,4 @@
-"""Real runs that are traced: nothing of the run changes, clocks agree, a slow layer is found, and the advice holds."""
+"""Traces of real runs: the run is unchanged, clocks agree, and advice is right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from megatrain.pipeline.stage_builder import rank_specs
 from megatrain.report.bottlenecks import advise
 from megatrain.telemetry.bubble_analysis import profile_pipeline
 from megatrain.telemetry.trace_format import read_traces, schedule_of
-from megatrain.training.trace_recorder import Mark, Offset, SharedClock, traced_actions
+from megatrain.training.shared_clock import Offset, SharedClock
+from megatrain.training.trace_recorder import Mark, traced_actions
 
 LLAMA = {
     "model_type": "llama",
@@ -47,7 +48,7 @@ def data(tmp_path_factory):
 
 
 def settings(data, output, *, train=(), traced=None, **parallel):
-    """A run's config as nested mappings."""
+    """Returns a run's config as nested mappings."""
     return {
         "run": {"output_dir": str(output)},
         "model": LLAMA,
@@ -73,7 +74,7 @@ def settings(data, output, *, train=(), traced=None, **parallel):
     ],
     ids=str,
 )
-def test_a_traced_run_records_every_action_and_layer_and_stays_itself(
+def test_trace_has_every_action_and_layer_and_does_not_change_the_run(
     world, parallel, data, tmp_path
 ):
     for name, trace in (("plain", None), ("traced", [2, 3])):
@@ -105,7 +106,7 @@ def test_a_traced_run_records_every_action_and_layer_and_stays_itself(
 
 
 def check_rank(trace):
-    """Actions follow each other within the step, and layers fill them."""
+    """Checks that actions follow each other within the step, and that layers fill them."""
     assert trace.clock_error == 0, "one machine"
     assert trace.peak_memory > 2**20
     moments = [moment for a in trace.actions for moment in (a.start, a.ready, a.end)]
@@ -124,18 +125,19 @@ def check_rank(trace):
 
 def hooks_left(rank, world_size, raw, folder):
     from megatrain.training.step_runner import StepRunner
-    from megatrain.training.trace_recorder import Tracer
+    from megatrain.training.trace_recorder import TraceRecorder
 
     config = configuration.from_dict(raw)
     runner = StepRunner(
         config, read_config(load_hf_config(config.model)), make_mesh(rank), torch.device("cpu")
     )
-    tracer = Tracer(runner, Path(folder))
-    during = 0
-    with tracer.watch(2):
-        during = sum(len(layer._forward_hooks) for layer in runner.stage.layers)
-    with tracer.watch(4):
-        outside = runner.executor.action_timings
+    recorder = TraceRecorder(runner, Path(folder), range(2, 4))
+    recorder.on_step_begin(None, 2)
+    during = sum(len(layer._forward_hooks) for layer in runner.stage.layers)
+    recorder.on_step_end(None, None, {})
+    recorder.on_step_begin(None, 4)
+    outside = runner.executor.action_timings
+    recorder.on_step_end(None, None, {})
     return (
         during,
         sum(
@@ -147,7 +149,7 @@ def hooks_left(rank, world_size, raw, folder):
     )
 
 
-def test_steps_that_are_not_traced_have_no_hooks(data, tmp_path):
+def test_hooks_exist_in_recorded_steps_only(data, tmp_path):
     assert run_ranks(
         hooks_left,
         1,
@@ -157,8 +159,8 @@ def test_steps_that_are_not_traced_have_no_hooks(data, tmp_path):
     ) == [(8, 0, None, None)]
 
 
-def test_on_a_stream_the_first_layer_says_when_the_message_was_there():
-    """The host is ready at 1 and enqueues; the stream gets to the layers at 5, 6 and 8. All is 10 later on rank 0's clock."""
+def test_first_layer_shows_the_arrival_of_a_message_on_a_stream():
+    """The host is ready at 1; the stream reaches the layers at 5, 6 and 8; the offset is 10."""
     marks = [
         Mark("entered", 3, 1.1, 5.0),
         Mark("left", 3, 1.2, 6.0),
@@ -186,9 +188,9 @@ def test_on_a_stream_the_first_layer_says_when_the_message_was_there():
 
 
 def read_clock(rank, world_size, skews, machines):
-    """What each rank makes of rank 0's clock when its own is ahead by so much."""
+    """Returns the offset of a rank whose clock is ahead by its skew."""
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + skews[rank])
-    with patch("megatrain.training.trace_recorder.time", clock):
+    with patch("megatrain.training.shared_clock.time", clock):
         return SharedClock(make_mesh(rank, data=world_size).world, machines[rank]).offset()
 
 
@@ -201,7 +203,7 @@ def test_clocks_of_other_machines_are_aligned(tmp_path):
         assert offset.seconds == pytest.approx(skews[0] - skew, abs=offset.error)
 
 
-def test_a_machine_has_one_offset(tmp_path):
+def test_ranks_of_a_machine_share_an_offset(tmp_path):
     offsets = run_ranks(read_clock, 4, [0.0, 7.0, 7.0, 7.0], ["a", "b", "b", "b"], folder=tmp_path)
     assert offsets[1] == offsets[2] == offsets[3]
     assert offsets[1].seconds == pytest.approx(-7, abs=offsets[1].error)
@@ -220,10 +222,10 @@ def pretrain_sleeping(rank, world_size, raw):
         pretrain(rank, world_size, raw)
 
 
-def test_a_slow_layer_is_found_and_the_advice_gains_what_it_says(data, tmp_path):
-    """Times of real runs: other work on the machine can only make a step slower, so the fastest ones are compared.
+def test_slow_layer_is_found_and_the_advice_gains_as_predicted(data, tmp_path):
+    """Compares the fastest steps, because other load can only make a step slower.
 
-    It can spoil an attempt as well, so there are several. Advice that is wrong is so in all of them.
+    Load can also spoil an attempt, so there are several. Wrong advice is wrong in all of them.
     """
     before, after, said = [], [], []
     for attempt in range(10):
@@ -247,7 +249,7 @@ def test_a_slow_layer_is_found_and_the_advice_gains_what_it_says(data, tmp_path)
 
 
 def sleeping_run(data, folder, **parallel):
-    """Seconds of its steps but the first, and what its traces advise."""
+    """Returns the seconds of the steps after the first, and the advice of the traces."""
     train = {"steps": 5, "micro_batch_size": 1}
     run_ranks(
         pretrain_sleeping,
@@ -296,7 +298,7 @@ def test_steps_to_trace(steps, message):
 
 
 def stages_of(counts, placement):
-    """Each stage's layers by title, in the model's order."""
+    """Returns the titles of each stage's layers, in the order of the model."""
     config = configuration.from_dict({"model": LLAMA, "parallel": {"layers_per_stage": counts}})
     specs = rank_specs(config, read_config(load_hf_config(LLAMA)), placement)
     return [
@@ -305,7 +307,7 @@ def stages_of(counts, placement):
     ]
 
 
-def test_layers_of_each_stage_can_be_told():
+def test_layers_per_stage():
     blocks = [f"block {number}" for number in range(6)]
     assert stages_of([5, 1], Placement(2)) == [["embedding", *blocks[:5]], [blocks[5], "head"]]
     assert stages_of([1, 1, 3, 1], Placement(2, 2, "v")) == [
@@ -326,7 +328,7 @@ def test_layers_of_each_stage_can_be_told():
         ([3, 4], "has the sum 7, but num_hidden_layers=6"),
     ],
 )
-def test_layers_that_are_no_cut(counts, rule):
+def test_invalid_layers_per_stage(counts, rule):
     with pytest.raises(ConfigError) as error:
         stages_of(counts, Placement(2))
     assert (
