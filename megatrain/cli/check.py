@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
     device.set_environment(1)
     # Imports torch, so it comes after the environment is set.
     from megatrain.planner.run_spec import Cluster
-    from megatrain.training.select_task import select_command, select_task
     from megatrain.training.preflight import validate_run
     from megatrain.training.run_plan import check_output_parent, check_plan
+    from megatrain.training.select_task import select_command, select_task
 
     command = args.verb or select_command(config)
     cluster = Cluster(args.nodes, ranks, "cuda" if on_gpu else "cpu", args.gpu_memory)

@@ -52,10 +52,10 @@ def _train(args: argparse.Namespace) -> int:
     world_size = env.world_size if env else local_world_size(config)
     device.set_environment(env.local_size if env else world_size)
     # Imports torch, so it comes after the environment is set.
-    from megatrain.training.run import RANK_FUNCTIONS
-    from megatrain.training.select_task import select_task
     from megatrain.training.preflight import check_start
+    from megatrain.training.run import RANK_FUNCTIONS
     from megatrain.training.run_plan import dry_run
+    from megatrain.training.select_task import select_task
 
     target, task = RANK_FUNCTIONS[args.command], select_task(config, args.command)
     if args.dry_run:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from megatrain.training.trainer import Trainer
 
 
-
 class MemoryMonitor(Callback):
     """Adds `memory_gib` and `memory_predicted_gib` to the metrics every `every` steps.
 

@@ -37,8 +37,8 @@ from megatrain.telemetry.metrics import MetricsLog, Value
 from megatrain.telemetry.plots import loss_name, plot_loss
 from megatrain.telemetry.rank_log import rank_json_log
 from megatrain.training import loss_spikes
-from megatrain.training.run_plan import run_header
 from megatrain.training.loss_spikes import SpikeThreshold
+from megatrain.training.run_plan import run_header
 from megatrain.training.step_runner import StepReport
 
 logger = logging.getLogger("megatrain")

@@ -28,11 +28,11 @@ from megatrain.training import loss_spikes
 from megatrain.training.autotune import ResolvedSchedule, resolve_schedule
 from megatrain.training.callback import Callback
 from megatrain.training.callbacks import Checkpointing, Evaluation, ProgressLogger
-from megatrain.training.preflight import data_parts
 from megatrain.training.early_stopping import EarlyStopping
 from megatrain.training.loss_spikes import LossSpikes
 from megatrain.training.memory_monitor import MemoryMonitor
 from megatrain.training.nonfinite import NonFiniteSteps
+from megatrain.training.preflight import data_parts
 from megatrain.training.ref_logprobs import BatchesOf, make_ref_logprobs
 from megatrain.training.resume_check import ResumeCheck
 from megatrain.training.run_logger import RunLogger

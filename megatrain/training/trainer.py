@@ -22,8 +22,8 @@ from megatrain.distributed.env import RankEnv
 from megatrain.distributed.process_group import current_env, process_group
 from megatrain.telemetry.metrics import Value
 from megatrain.training.callback import Callback
-from megatrain.training.preflight import check_start
 from megatrain.training.loss_spikes import newest_step_before
+from megatrain.training.preflight import check_start
 from megatrain.training.resume_check import append_loss
 from megatrain.training.run_logger import STOPPED_BY_SIGNAL
 from megatrain.training.select_task import select_task
