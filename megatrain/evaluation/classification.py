@@ -51,7 +51,6 @@ def measure_classification(
                 if label >= 0
             ]
         )
-        num_labels = classifier.num_labels
         metrics |= classification_metrics.single_label(targets, predicted)
     else:
         scores = np.array(outputs)

@@ -118,7 +118,11 @@ def rename_back(run):
     paths = [path for path in checkpoint.rglob("*") if path.is_file()]
     manifest.write(
         checkpoint,
-        [manifest.make_record(checkpoint, path) for path in paths if path.name != manifest.MANIFEST],
+        [
+            manifest.make_record(checkpoint, path)
+            for path in paths
+            if path.name != manifest.MANIFEST
+        ],
     )
     metrics_file = run / "metrics.jsonl"
     text = metrics_file.read_text().replace("checkpoint_blocking_seconds", "save_stall_seconds")
