@@ -295,7 +295,9 @@ class Trainer:
             rollback_step = newest_step_before(self.state.spike_since or step + 1)
         # Older checkpoints stay until a loss has shown the first update after a load.
         is_proven = self._loaded_step is None or step > self._loaded_step + 1
-        self._published(self.checkpointer.save(self.state, prune=is_proven, rollback_step=rollback_step))
+        self._published(
+            self.checkpointer.save(self.state, prune=is_proven, rollback_step=rollback_step)
+        )
 
     def finish_saving(self) -> None:
         """Waits until the checkpoint that is being written is complete; all ranks call it."""
