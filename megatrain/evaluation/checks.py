@@ -1,4 +1,4 @@
-"""Whether model, layout, windows and data fit each other, before any rank starts."""
+"""Validation of an evaluation before its ranks start: model, layout, windows and data."""
 
 from __future__ import annotations
 
@@ -17,62 +17,65 @@ from megatrain.models.counts import parameter_shapes
 from megatrain.models.params import check_tensor_split
 from megatrain.pipeline.schedule import Placement
 from megatrain.pipeline.stage_builder import rank_specs
+from megatrain.planner.run_spec import check_dtype
 
-WINDOW, STRIDE = 2048, 512
-"""Where not told: the model's positions up to 2048, as papers on language models mostly report, and the stride of
-transformers' guide to perplexity."""
+MAX_WINDOW, STRIDE = 2048, 512
+"""Defaults: the window is the model's positions up to 2048, the usual choice of papers on language
+models. The stride is that of the guide to perplexity of transformers."""
 
 
 def check_model(config: Config) -> TransformerConfig:
-    """Refuse a model that is not built or whose tensors are not all there, or a layout that does not fit it."""
-    architecture = any_architecture(load_hf_config(config.model))
-    check_tensor_split(architecture, config.parallel.tensor)
-    rank_specs(config, architecture, Placement(config.parallel.pipeline))
-    if config.train.dtype == "fp16" and not device.has_gpu():
-        raise ConfigError("train.dtype", "fp16", "needs a GPU", "use bf16 or fp32 on CPUs")
-    Pretrained(str(config.model), architecture, setting="MODEL").check(
-        parameter_shapes(architecture), new_head=False
+    """Returns the model config.
+
+    Raises an error if the model is not supported, the layout does not fit it, or tensors are
+    missing.
+    """
+    model = any_architecture(load_hf_config(config.model))
+    check_tensor_split(model, config.parallel.tensor)
+    rank_specs(config, model, Placement(config.parallel.pipeline))
+    check_dtype(config.train.dtype, on_gpu=device.has_gpu())
+    Pretrained(str(config.model), model, setting="MODEL").check(
+        parameter_shapes(model), new_head=False
     )
-    return architecture
+    return model
 
 
 def make_windows(
-    architecture: TransformerConfig,
-    *,
-    window: int | None,
-    stride: int | None,
-    trained: int | None = None,
+    model: TransformerConfig, *, window: int | None, stride: int | None, trained: int | None = None
 ) -> tuple[int, int]:
-    """Window and stride as told, or by default; refuses what does not fit the model or each other.
+    """Returns window and stride, or their defaults; raises ConfigError if they do not fit.
 
-    A classifier of ours sees as much of a text as it did in training, `trained`, so that it has the figures that the run had.
+    Args:
+        trained: sequence length in training. A classifier has the metrics of its run only if it
+            sees as much of a text as in training.
     """
-    most = architecture.max_positions
+    longest = model.max_positions
     if window is None:
-        window = (
-            trained
-            if trained is not None and architecture.classifier is not None
-            else min(most, WINDOW)
-        )
-    if not 1 <= window <= most:
-        raise ConfigError("--window", window, f"must be from 1 to the model's {most} positions")
-    stride = min(window, STRIDE) if stride is None else stride
+        is_classifier = trained is not None and model.classifier is not None
+        window = trained if is_classifier else min(longest, MAX_WINDOW)
+    assert window is not None
+    if not 1 <= window <= longest:
+        requirement = f"must be between 1 and the model's {longest} positions"
+        raise ConfigError("--window", window, requirement, f"use --window {longest}")
+    if stride is None:
+        stride = min(window, STRIDE)
     if not 1 <= stride <= window:
-        raise ConfigError(
-            "--stride",
-            stride,
-            f"must be from 1 to --window={window}: tokens in between would not be scored",
-        )
+        requirement = f"must be between 1 and --window={window}, which scores every token"
+        raise ConfigError("--stride", stride, requirement, f"use --stride {min(window, STRIDE)}")
     return window, stride
 
 
-def choose_kind(asked: Kind | None, data: Sequence[str], architecture: TransformerConfig) -> Kind:
-    """What the model and the data are made for: a classifier tells labels; of others, questions with choices, or else text."""
-    if (architecture.classifier is not None) != (asked == "classification") and asked is not None:
-        what = "a language model" if architecture.classifier is None else "a classifier"
-        raise ConfigError("--kind", asked, f"is not what {what} can be asked for", "leave it out")
-    if architecture.classifier is not None:
-        return "classification"
-    if asked is not None:
-        return asked
+def choose_kind(kind: Kind | None, data: Sequence[str], model: TransformerConfig) -> Kind:
+    """Returns the requested kind, or the one that follows from the model and the data.
+
+    Raises ConfigError if the model does not support it.
+    """
+    is_classifier = model.classifier is not None
+    supported: list[Kind] = ["classification"] if is_classifier else ["perplexity", "choices"]
+    if kind is not None and kind not in supported:
+        name = "a classifier" if is_classifier else "a language model"
+        requirement = f"is not supported by {name} (supported: {', '.join(supported)})"
+        raise ConfigError("--kind", kind, requirement, "omit it")
+    if kind is not None or is_classifier:
+        return kind or "classification"
     return "choices" if not is_indexed(data[0]) and has_questions(data[0]) else "perplexity"

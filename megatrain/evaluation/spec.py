@@ -1,8 +1,7 @@
-"""What is evaluated, on what, and how: from the words of the command line to settings."""
+"""The specification of an evaluation: model, data, method and settings. Imports no torch."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,14 +9,14 @@ from typing import Any, Literal, NamedTuple
 from megatrain.checkpoint import manifest
 from megatrain.checkpoint.retention import find_model_folder
 from megatrain.checkpoint.train_state import train_state_path
-from megatrain.config import loader as configuration
-from megatrain.config.loader import Config
+from megatrain.config.loader import Config, apply_override, from_dict, has_tokenizer
+from megatrain.config.validation import problems
 from megatrain.distributed import device
 from megatrain.errors import CheckpointError, ConfigError
 
 Kind = Literal["perplexity", "choices", "classification", "harness"]
 
-USED = (
+SETTINGS = (
     "run.output_dir",
     "run.name",
     "run.master_port",
@@ -32,13 +31,23 @@ USED = (
     "train.micro_batch_size",
     "train.dtype",
 )
-"""The settings that an evaluation reads; any other is refused."""
+"""The settings of an evaluation; all others are refused."""
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class EvalSpec(NamedTuple):
-    """An evaluation. `tasks` are lm-evaluation-harness's, with the folder where it looks for them beside its own."""
+    """An evaluation.
+
+    Attributes:
+        window: tokens that the model sees at once.
+        stride: tokens that each window after the first scores.
+        field: the field with the text, in JSONL and parquet files.
+        tasks: tasks of lm-evaluation-harness.
+        include_path: folder with more tasks.
+        limit: documents of each task.
+        num_fewshot: examples before each question of a task.
+    """
 
     model: str
     data: tuple[str, ...]
@@ -53,99 +62,91 @@ class EvalSpec(NamedTuple):
     num_fewshot: int | None = None
 
 
-def model_folder(given: str) -> Path:
-    """The folder of a model: itself, or of a run's folder the checkpoint that it calls its best, or else the newest whole one."""
-    path = find_model_folder(Path(given))
-    if (path / "adapter_config.json").is_file():
+def model_folder(path: str) -> Path:
+    """Returns the folder of a model; for a run its best checkpoint, else the newest complete one.
+
+    Raises CheckpointError if it has no model, or only an adapter.
+    """
+    folder = find_model_folder(Path(path))
+    if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{path} holds adapters alone; `megatrain finetune CONFIG --merge` makes RUN/merged of them and their model"
+            f"{folder} contains an adapter without its base model; "
+            "`megatrain finetune CONFIG --merge` writes the merged model to RUN/merged",
+            command="megatrain finetune CONFIG --merge",
         )
-    if not (path / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{given} is no model: it has no config.json; give a checkpoint, a Hugging Face folder or a run's folder"
+            f"{path} has no config.json; use a checkpoint, a Hugging Face folder or a run's folder"
         )
-    return path
+    return folder
 
 
 def model_name(folder: Path) -> str:
-    """What tells the model from others for a reader: the folder's name, and of a run's checkpoint its run's before it."""
-    whole = folder.resolve()
-    return (
-        f"{whole.parents[1].name}-{whole.name}"
-        if whole.parent.name == "checkpoints"
-        else whole.name
-    )
+    """Returns the name of a model: its folder's, with the run's before a checkpoint's."""
+    path = folder.resolve()
+    is_checkpoint = path.parent.name == "checkpoints"
+    return f"{path.parents[1].name}-{path.name}" if is_checkpoint else path.name
 
 
 def trained_length(folder: Path) -> int | None:
-    """The sequence length that a checkpoint of ours was trained with."""
+    """Returns the sequence length that a checkpoint was trained with; None if it has none."""
     file = train_state_path(folder)
-    length = (
-        manifest.read_json(file).get("config", {}).get("data", {}).get("sequence_length")
-        if file.is_file()
-        else None
-    )
+    if not file.is_file():
+        return None
+    length = manifest.read_json(file).get("config", {}).get("data", {}).get("sequence_length")
     return length if isinstance(length, int) else None
 
 
-def make_config(folder: Path, words: Sequence[str]) -> Config:
-    """The settings of an evaluation: what the folder says, with `section.key=value` words laid over it."""
+def make_config(folder: Path, overrides: Sequence[str]) -> Config:
+    """Returns the settings of an evaluation: defaults of the model, with `section.key=value`.
+
+    Raises ConfigError for a setting that an evaluation does not use, or that is invalid.
+    """
     raw: dict[str, Any] = {
         "run": {"output_dir": f"runs/evaluate/{model_name(folder)}"},
-        "data": {},
-        "parallel": {},
-        "train": {"micro_batch_size": 8, "dtype": _own_dtype(folder)},
+        "model": str(folder),
+        "data": {"tokenizer": str(folder)} if has_tokenizer(str(folder)) else {},
+        "train": {"micro_batch_size": 8, "dtype": _default_dtype(folder)},
     }
-    if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists():
-        raw["data"]["tokenizer"] = str(folder)
-    for word in words:
-        name = word.partition("=")[0]
-        if name not in USED:
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name not in SETTINGS:
             raise ConfigError(
                 name,
-                word.partition("=")[2],
-                "is not read by `megatrain evaluate`",
-                f"it reads {', '.join(USED)}",
+                value,
+                "is not supported by `megatrain evaluate`",
+                f"supported: {', '.join(SETTINGS)}",
             )
-        configuration.apply_override(raw, word)
-    config = configuration.from_dict(
-        {**raw, "model": str(folder), "train": {**raw["train"], "steps": 0}}
-    )
-    train = dataclasses.replace(
-        config.train, global_batch_size=config.train.micro_batch_size * (config.parallel.data or 1)
-    )
-    config = dataclasses.replace(
-        config,
-        train=train,
-        data=dataclasses.replace(config.data, sequence_length=config.parallel.tensor),
-    )
-    configuration.check(config)
+        apply_override(raw, override)
+    config = from_dict(raw)
+    for error in problems(config):
+        if error.setting in SETTINGS:
+            raise error
     return config
 
 
-def _own_dtype(folder: Path) -> str:
-    """The model's own, but fp32 for fp16 on CPUs, where it is not computed in."""
+def _default_dtype(folder: Path) -> str:
+    """Returns the model's dtype; fp32 for fp16 on CPUs, which do not support it."""
     raw = manifest.read_json(folder / "config.json")
-    own = _DTYPES.get(
-        str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch."), "fp32"
-    )
-    return "fp32" if own == "fp16" and not device.has_gpu() else own
+    name = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
+    dtype = _DTYPES.get(name, "fp32")
+    return "fp32" if dtype == "fp16" and not device.has_gpu() else dtype
 
 
-def describe_settings(subject: EvalSpec, config: Config, world_size: int) -> dict[str, Any]:
-    """What a figure may depend on, for the results file."""
-    p = config.parallel
+def describe_settings(spec: EvalSpec, config: Config, world_size: int) -> dict[str, Any]:
+    """Returns all settings that the results may depend on, for the results file."""
+    parallel = config.parallel
     return {
-        "window": subject.window,
-        "stride": subject.stride,
-        "field": subject.field,
+        "window": spec.window,
+        "stride": spec.stride,
+        "field": spec.field,
         "dtype": config.train.dtype,
         "tokenizer": config.data.tokenizer,
-        "tensor": p.tensor,
-        "pipeline": p.pipeline,
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
         "data": config.data_size(world_size),
-        "sequence": p.sequence,
+        "sequence": parallel.sequence,
         "micro_batch_size": config.train.micro_batch_size,
-        "limit": subject.limit,
-        "num_fewshot": subject.num_fewshot,
+        "limit": spec.limit,
+        "num_fewshot": spec.num_fewshot,
     }

@@ -211,7 +211,7 @@ def _tensors(microbatch: Microbatch) -> list[Tensor]:
     return [tensor for tensor in fields if tensor is not None]
 
 
-# -- fused attention ---------------------------------------------------------------------------------------------------
+# -- fused attention -------------------------------------------------------------------------------
 
 
 def is_fused(

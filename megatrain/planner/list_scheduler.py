@@ -1,14 +1,15 @@
-"""A schedule made for given times: greedy list scheduling, for stages that are not even.
+"""Builds schedules for given times by greedy list scheduling, for stages of unequal cost.
 
-Time is walked through from one start of an action to the next, on whichever rank can start one first. There the rank
-takes, of what has arrived, a backward before a forward and both before weight gradients (W), which fill its waiting. It may
-hold so many activations and no more; a forward leaves room for one of each later chunk of its rank, so that what has begun can
-always be finished. For 2 ranks, stage 1 twice as slow as stage 0 (F, I, W take 1 there and 2 on stage 1), 2 activations:
+Time advances from one start of an action to the next, on the rank that can start one first. Of the
+actions whose inputs have arrived, the rank takes a backward before a forward, and both before
+weight gradients (W), which fill bubbles. The number of activations is limited. A forward leaves
+room for one activation of each later chunk of its rank, so that every microbatch can finish. For
+2 ranks and 2 activations, with stage 1 twice as slow (F, I, W take 1 on stage 0 and 2 on stage 1):
 
     0  F0F1            I0  W0    I1W1
     1    F0  I0  F1  W0  I1  W1
 
-What comes out is plain data, proven legal by the same checker as any other schedule.
+The result is plain data, which the checker of schedules accepts like any other (verify.py).
 """
 
 from __future__ import annotations
@@ -20,20 +21,23 @@ from megatrain.pipeline.simulator import Times
 
 
 class SchedulingRules(NamedTuple):
-    """How the greedy choice is made; which is best depends on the times."""
+    """Parameters of the greedy choice; the best values depend on the times.
 
-    held: int
-    """Microbatches that a rank may hold, each counted once for all its chunks."""
+    Attributes:
+        max_microbatches: microbatches whose activations a rank may hold, over all its chunks.
+        split: whether to split backwards into I and W.
+        look_ahead: whether to defer a W that would end after the next action's arrival.
+    """
+
+    max_microbatches: int
     split: bool = True
-    """Whether backwards are split into I and W."""
     look_ahead: bool = False
-    """Whether a W is put off when it would end after the next action's arrival."""
 
 
 def list_schedule(
     placement: Placement, microbatches: int, times: Times, rules: SchedulingRules
 ) -> Schedule:
-    """A schedule for these times by these rules; its peaks are those that its actions have."""
+    """Returns a schedule for these times."""
     ranks = [_Rank(rank, placement, microbatches, times, rules) for rank in range(placement.ranks)]
     first = placement.location(0)
     ranks[first.rank].arrive(
@@ -41,25 +45,24 @@ def list_schedule(
     )
     starts: list[float | None] = [rank.next_start() for rank in ranks]
     while any(start is not None for start in starts):
-        at, number = min(
-            (start, number) for number, start in enumerate(starts) if start is not None
-        )
-        action, end = ranks[number].take(at)
-        target = placement.consumer(number, action)
+        now, rank = min((start, rank) for rank, start in enumerate(starts) if start is not None)
+        action, end = ranks[rank].run_best(now)
+        target = placement.consumer(rank, action)
         if target is not None:
-            kind: Kind = "F" if action.kind == "F" else ranks[number].backward
-            travel = times.send if target.rank != number else 0.0
+            kind: Kind = "F" if action.kind == "F" else ranks[rank].backward
+            delay = times.send if target.rank != rank else 0.0
             ranks[target.rank].arrive(
-                [(end + travel, Action(kind, action.microbatch, target.chunk))]
+                [(end + delay, Action(kind, action.microbatch, target.chunk))]
             )
             starts[target.rank] = ranks[target.rank].next_start()
-        starts[number] = ranks[number].next_start()
-    actions = [rank.done for rank in ranks]
-    return Schedule("list", placement, actions, [peak_activations(of_rank) for of_rank in actions])
+        starts[rank] = ranks[rank].next_start()
+    actions = [state.done for state in ranks]
+    peaks = [peak_activations(rank_actions) for rank_actions in actions]
+    return Schedule("list", placement, actions, peaks)
 
 
 class _Rank:
-    """A rank: what has arrived or is on its way, what it holds, and what it has done."""
+    """State of a rank: pending actions with their arrival, activations, and actions done."""
 
     def __init__(
         self,
@@ -72,70 +75,69 @@ class _Rank:
         self.placement, self.times, self.rules = placement, times, rules
         self.rank, self.stages = rank, placement.stages_of(rank)
         self.backward: Kind = "I" if rules.split else "B"
-        self.room = rules.held * placement.chunks
-        self.free, self.held = 0.0, 0
-        self.coming: list[tuple[float, Action]] = []
+        self.max_activations = rules.max_microbatches * placement.chunks
+        self.idle_from, self.activations = 0.0, 0
+        self.pending: list[tuple[float, Action]] = []
         self.done: list[Action] = []
 
     def arrive(self, actions: list[tuple[float, Action]]) -> None:
-        """Take note of actions and when each can start."""
-        self.coming += actions
+        """Adds pending actions, each with the time at which its input arrives."""
+        self.pending += actions
 
     def next_start(self) -> float | None:
-        """When this rank can next start anything that it has room for; None when there is nothing."""
-        possible = [moment for moment, action in self.coming if self._fits(action)]
-        if not possible:
+        """Returns the time of the next action that memory allows; None if there is none."""
+        arrivals = [arrival for arrival, action in self.pending if self._fits(action)]
+        if not arrivals:
             return None
-        at = max(self.free, min(possible))
-        chosen = self._choose(at)
-        return at if chosen is not None else self._next_arrival(at)
+        now = max(self.idle_from, min(arrivals))
+        chosen = self._choose(now)
+        return now if chosen is not None else self._next_arrival(now)
 
-    def take(self, at: float) -> tuple[Action, float]:
-        """Do the best action that can start at this time; its end."""
-        chosen = self._choose(at)
-        assert chosen is not None, "next_start says when there is one"
-        self.coming.remove(chosen)
+    def run_best(self, now: float) -> tuple[Action, float]:
+        """Runs the best action that can start now; returns it and its end."""
+        chosen = self._choose(now)
+        assert chosen is not None, "the time is that of next_start"
+        self.pending.remove(chosen)
         action = chosen[1]
         self.done.append(action)
-        self.held += action.kind == "F"
-        self.held -= action.kind in ("B", "W")
-        self.free = at + self.times.duration(action, self.stages[action.chunk])
+        self.activations += action.kind == "F"
+        self.activations -= action.kind in ("B", "W")
+        self.idle_from = now + self.times.duration(action, self.stages[action.chunk])
         if action.kind == "F" and self.stages[action.chunk] == self.placement.stages - 1:
-            self.coming.append((self.free, action._replace(kind=self.backward)))
+            self.pending.append((self.idle_from, action._replace(kind=self.backward)))
         if action.kind == "I":
-            self.coming.append((self.free, action._replace(kind="W")))
-        return action, self.free
+            self.pending.append((self.idle_from, action._replace(kind="W")))
+        return action, self.idle_from
 
     def _fits(self, action: Action) -> bool:
-        """Forwards leave room for one activation of each later chunk."""
-        return action.kind != "F" or self.held + len(self.stages) - action.chunk <= self.room
+        """Returns True if a forward leaves room for one activation of each later chunk."""
+        needed = self.activations + len(self.stages) - action.chunk
+        return action.kind != "F" or needed <= self.max_activations
 
-    def _choose(self, at: float) -> tuple[float, Action] | None:
-        """What to start; None to wait for what comes next."""
-        here = [item for item in self.coming if item[0] <= at and self._fits(item[1])]
-        if not here:
+    def _choose(self, now: float) -> tuple[float, Action] | None:
+        """Returns the action to start, with its arrival; None to wait for the next arrival."""
+        ready = [item for item in self.pending if item[0] <= now and self._fits(item[1])]
+        if not ready:
             return None
-        best = min(here, key=lambda item: self._order(item[1]))
-        if best[1].kind == "W" and self.rules.look_ahead:
-            later = self._next_arrival(at)
-            if later is not None and later < at + self.times.duration(
-                best[1], self.stages[best[1].chunk]
-            ):
+        best = min(ready, key=lambda item: self._priority(item[1]))
+        action = best[1]
+        if action.kind == "W" and self.rules.look_ahead:
+            arrival = self._next_arrival(now)
+            end = now + self.times.duration(action, self.stages[action.chunk])
+            if arrival is not None and arrival < end:
                 return None
         return best
 
-    def _next_arrival(self, at: float) -> float | None:
-        """Of what is not a W and there is room for."""
-        return min(
-            (
-                moment
-                for moment, action in self.coming
-                if moment > at and action.kind != "W" and self._fits(action)
-            ),
-            default=None,
+    def _next_arrival(self, now: float) -> float | None:
+        """Returns the next arrival of an action other than W that memory allows."""
+        arrivals = (
+            arrival
+            for arrival, action in self.pending
+            if arrival > now and action.kind != "W" and self._fits(action)
         )
+        return min(arrivals, default=None)
 
-    def _order(self, action: Action) -> tuple[int, int, int]:
-        """Backwards, then forwards, then W; of each the earlier microbatch first, and of that the later stage."""
-        turn = {"W": 2, "F": 1}.get(action.kind, 0)
-        return turn, action.microbatch, -self.stages[action.chunk]
+    def _priority(self, action: Action) -> tuple[int, int, int]:
+        """Orders backwards, forwards, W; then earlier microbatches; then later stages."""
+        kind = {"W": 2, "F": 1}.get(action.kind, 0)
+        return kind, action.microbatch, -self.stages[action.chunk]

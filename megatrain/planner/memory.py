@@ -230,7 +230,7 @@ def _meta_microbatch(spec: RunSpec) -> tuple[Microbatch, int]:
     return microbatches[0], shared + sizes[1] * spec.microbatches
 
 
-# -- peak of a schedule ------------------------------------------------------------------------------------------------
+# -- peak of a schedule ----------------------------------------------------------------------------
 
 
 class PeakMoment(NamedTuple):

@@ -115,7 +115,7 @@ def _group_sizes(
         [*(param.numel() for param in group), lane_padding(group, shards=shards)]
         for group in groups
     ]
-    return sizes or [[1]]  # DeepSpeed gets one element if nothing is trained
+    return sizes or [[1]]  # DeepSpeed gets one element if all parameters are frozen
 
 
 def _padded_flat(groups: list[list[int]], shards: int) -> int:

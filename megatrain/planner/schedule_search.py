@@ -1,7 +1,8 @@
-"""`parallel.schedule: auto`: which schedule, placement and cut of the layers would be fastest within a rank's memory.
+"""Searches the fastest schedule, placement and cut of the layers for `parallel.schedule: auto`.
 
-Tried are the named schedules and schedules made for the very times (list_schedule.py), each with the cuts near its best ones.
-Of plans that are equally fast to a hundredth, the one that takes the least memory is preferred.
+Candidates are the named schedules and schedules built for the measured times (list_scheduler.py),
+each with the cuts near its best ones. Among candidates within one percent of the fastest, the one
+with the least memory wins.
 """
 
 from __future__ import annotations
@@ -18,103 +19,113 @@ from megatrain.planner.cost_model import CostModel, Counts, cut_of, even_cuts, s
 from megatrain.planner.list_scheduler import SchedulingRules, list_schedule
 from megatrain.telemetry.bubble_analysis import MeasuredTimes
 
-EQUAL = 0.01
-"""The share by which plans may differ and count as equally fast."""
-BUDGET = 50_000
-"""Actions to simulate for one schedule in search of its best cut: half a second."""
+EQUAL_TIME = 0.01
+"""Relative difference up to which candidates count as equally fast."""
+MAX_ACTIONS = 50_000
+"""Actions to simulate per schedule in the search for its best cut, which takes half a second."""
 LIST_COST = 8
-"""How many times as long it takes to make a schedule as to simulate it."""
-MOST_CHUNKS = 4
-"""Chunks a rank, of interleaved schedules."""
+"""Time to build a list schedule, relative to its simulation."""
+MAX_CHUNKS = 4
+"""Virtual stages per rank of interleaved schedules."""
 
 
 @dataclass(frozen=True)
 class ScheduleCandidate:
-    """A schedule on a cut of the layers, and what it would take."""
+    """A schedule on a cut of the layers, with its predicted time and memory.
+
+    Attributes:
+        counts: blocks of each stage.
+        seconds: from the first action's start to the last one's end.
+        waiting: the share of the ranks' time in bubbles.
+        memory: peak memory of each rank, in the unit of the limit.
+    """
 
     schedule: Schedule
     counts: Counts
-    """Blocks of each stage."""
     seconds: float
-    """From the first action's start to the last one's end."""
     waiting: float
-    """The share of the ranks' time."""
     memory: list[float]
-    """The most that each rank holds at once, in the unit of the limit."""
 
 
 class Costs(Protocol):
-    """What the search asks about the model and its ranks."""
+    """Times and memory of a model on any placement and cut."""
 
     @property
     def movable(self) -> bool:
-        """Whether there are other cuts than the first ones."""
+        """True if the search may change the first cuts."""
 
     def first_cuts(self, placement: Placement) -> list[Counts]:
-        """Cuts to search from; none where the placement has more stages than there are blocks."""
+        """Returns cuts to start from; empty if there are fewer blocks than stages."""
 
     def times(self, placement: Placement, counts: Counts) -> Times: ...
 
     def memory(self, schedule: Schedule, counts: Counts) -> list[float]:
-        """By rank."""
+        """Returns the peak memory of each rank."""
 
 
-# -- the search --------------------------------------------------------------------------------------------------------
+# -- the search ------------------------------------------------------------------------------------
 
 
 def find_candidates(
     costs: Costs, *, ranks: int, microbatches: int, limit: float = math.inf
 ) -> list[ScheduleCandidate]:
-    """The best plan of each kind that stays within the limit on every rank, the best of all first."""
-    plans: list[ScheduleCandidate] = []
-    for schedule in _named(ranks, microbatches):
-        plans += _best(costs, _Fixed(schedule), limit, costs.first_cuts(schedule.placement))
+    """Returns the best candidate of each kind within the memory limit, the best of all first."""
+    candidates: list[ScheduleCandidate] = []
+    for schedule in _named_schedules(ranks, microbatches):
+        candidates += _best(
+            costs, _FixedActions(schedule), limit, costs.first_cuts(schedule.placement)
+        )
     for placement in (Placement(ranks), Placement(ranks, 2, "v"), Placement(ranks, 2)):
-        cuts = {plan.counts for plan in plans if plan.schedule.placement == placement}
+        cuts = {
+            candidate.counts
+            for candidate in candidates
+            if candidate.schedule.placement == placement
+        }
         for rules in _rules(ranks, microbatches):
-            plans += _best(
+            candidates += _best(
                 costs,
-                _Made(costs, placement, microbatches, rules),
+                _ListScheduler(costs, placement, microbatches, rules),
                 limit,
                 [*cuts, *costs.first_cuts(placement)],
             )
-    return _in_order(plans)
+    return _sorted(candidates)
 
 
-def _named(ranks: int, microbatches: int) -> Iterator[Schedule]:
-    """Every schedule that could be best: gpipe waits as 1f1b does and holds more."""
+def _named_schedules(ranks: int, microbatches: int) -> Iterator[Schedule]:
+    """Yields all schedules but gpipe, which has the bubble of 1f1b and more activations."""
     for name, family in SCHEDULES.items():
         if name == "gpipe" or microbatches < family.min_microbatches(ranks):
             continue
-        for chunks in range(2, MOST_CHUNKS + 1) if family.any_chunks else [family.chunks]:
+        for chunks in range(2, MAX_CHUNKS + 1) if family.any_chunks else [family.chunks]:
             yield build_schedule(name, ranks, microbatches, chunks)
 
 
 def _rules(ranks: int, microbatches: int) -> list[SchedulingRules]:
-    """Ranks hold what 1F1B's first rank does, or twice as much."""
-    some = [
-        SchedulingRules(min(held, microbatches), look_ahead=look_ahead)
-        for held in (ranks, 2 * ranks)
+    """Returns rules for as many microbatches as 1f1b's first rank holds, and for twice as many."""
+    rules = [
+        SchedulingRules(min(count, microbatches), look_ahead=look_ahead)
+        for count in (ranks, 2 * ranks)
         for look_ahead in (False, True)
     ]
-    return list(dict.fromkeys([*some, SchedulingRules(min(ranks, microbatches), split=False)]))
+    return list(dict.fromkeys([*rules, SchedulingRules(min(ranks, microbatches), split=False)]))
 
 
-class _Fixed(NamedTuple):
-    """The same actions whatever the cut."""
+class _FixedActions(NamedTuple):
+    """A schedule whose actions do not depend on the cut."""
 
     schedule: Schedule
 
     @property
-    def effort(self) -> int:
+    def num_simulated(self) -> int:
+        """Cost of one try, in simulated actions."""
         return sum(map(len, self.schedule.actions))
 
-    def on(self, counts: Counts) -> Schedule:
+    def for_cut(self, counts: Counts) -> Schedule:
         return self.schedule
 
 
-class _Made(NamedTuple):
-    """Actions made for the cut's times."""
+class _ListScheduler(NamedTuple):
+    """Builds a schedule for the times of each cut."""
 
     costs: Costs
     placement: Placement
@@ -122,69 +133,75 @@ class _Made(NamedTuple):
     rules: SchedulingRules
 
     @property
-    def effort(self) -> int:
+    def num_simulated(self) -> int:
+        """Cost of one try, in simulated actions."""
         return LIST_COST * (2 + self.rules.split) * self.microbatches * self.placement.stages
 
-    def on(self, counts: Counts) -> Schedule:
+    def for_cut(self, counts: Counts) -> Schedule:
         return list_schedule(
             self.placement, self.microbatches, self.costs.times(self.placement, counts), self.rules
         )
 
 
 def _best(
-    costs: Costs, source: _Fixed | _Made, limit: float, starts: list[Counts]
+    costs: Costs, source: _FixedActions | _ListScheduler, limit: float, starts: list[Counts]
 ) -> list[ScheduleCandidate]:
-    """The fastest cut within the limit, if there is one."""
+    """Returns the fastest cut within the limit, if there is one."""
     if not starts:
         return []
-    plans: dict[Counts, ScheduleCandidate] = {}
+    candidates: dict[Counts, ScheduleCandidate] = {}
 
     def rating(counts: Counts) -> float:
-        plans[counts] = candidate_of(costs, source.on(counts), counts)
-        # What is over the limit comes after all that is not, the least first, so that the search finds its way back.
-        excess = max(plans[counts].memory) / limit - 1
-        return plans[counts].seconds if excess <= 0 else 1e9 * (1 + excess)
+        candidates[counts] = candidate_of(costs, source.for_cut(counts), counts)
+        # Cuts over the limit rank after all others, by excess, so that the search can leave them.
+        excess = max(candidates[counts].memory) / limit - 1
+        return candidates[counts].seconds if excess <= 0 else 1e9 * (1 + excess)
 
-    found = search_cuts(starts, rating, tries=BUDGET // source.effort if costs.movable else 0)
-    plan = plans[min(found, key=lambda counts: found[counts])]
-    return [plan] if max(plan.memory) <= limit else []
+    found = search_cuts(
+        starts, rating, tries=MAX_ACTIONS // source.num_simulated if costs.movable else 0
+    )
+    candidate = candidates[min(found, key=lambda counts: found[counts])]
+    return [candidate] if max(candidate.memory) <= limit else []
 
 
 def candidate_of(costs: Costs, schedule: Schedule, counts: Counts) -> ScheduleCandidate:
-    """What a schedule takes on a cut."""
+    """Returns the predicted time and memory of a schedule on a cut."""
     timeline = simulate(schedule, costs.times(schedule.placement, counts))
     return ScheduleCandidate(
         schedule, counts, timeline.makespan, timeline.bubble, costs.memory(schedule, counts)
     )
 
 
-def _in_order(plans: list[ScheduleCandidate]) -> list[ScheduleCandidate]:
-    """The fastest first, but of those that are equally fast the one that takes the least memory."""
-    equal = (1 + EQUAL) * min((plan.seconds for plan in plans), default=0.0)
+def _sorted(candidates: list[ScheduleCandidate]) -> list[ScheduleCandidate]:
+    """Sorts by time; candidates as fast as the fastest come first, sorted by memory."""
+    equal = (1 + EQUAL_TIME) * min((candidate.seconds for candidate in candidates), default=0.0)
     return sorted(
-        plans,
-        key=lambda plan: (
-            plan.seconds > equal,
-            max(plan.memory) if plan.seconds <= equal else plan.seconds,
+        candidates,
+        key=lambda candidate: (
+            candidate.seconds > equal,
+            max(candidate.memory) if candidate.seconds <= equal else candidate.seconds,
         ),
     )
 
 
-# -- what it costs -----------------------------------------------------------------------------------------------------
+# -- costs -----------------------------------------------------------------------------------------
 
 
 class LayerBytes(NamedTuple):
-    """Memory of each layer on a rank that holds it, by its place in the model."""
+    """Bytes of each layer of the model on its rank.
+
+    Attributes:
+        states: weights, gradients, and the rank's share of the optimizer state.
+        activations: of one microbatch, from its forward until its backward is done.
+    """
 
     states: list[float]
-    """Weights, gradients, and the rank's share of the optimizer's states."""
     activations: list[float]
-    """What one microbatch leaves there from its forward until its backward is done."""
 
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Of a model whose layers were measured; memory in bytes."""
+    """Costs of a model whose layers were measured; memory in bytes."""
 
     model: CostModel
     layers: LayerBytes
@@ -209,14 +226,18 @@ class MeasuredCosts:
         )
         return [
             sum(states[stage] for stage in schedule.placement.stages_of(rank))
-            + most_held(schedule, rank, activations)
+            + peak_memory(schedule, rank, activations)
             for rank in range(schedule.placement.ranks)
         ]
 
 
 @dataclass(frozen=True)
 class EvenCosts:
-    """Of a model that is cut evenly, from a microbatch's times on a whole rank; memory in activations of a whole rank."""
+    """Costs of a model that is cut evenly.
+
+    Times are those of a microbatch on all layers of a rank. The unit of memory is the activations
+    of a microbatch on all layers of a rank.
+    """
 
     forward: float
     input_gradient: float
@@ -238,17 +259,17 @@ class EvenCosts:
 
     def memory(self, schedule: Schedule, counts: Counts) -> list[float]:
         stages = [1 / schedule.placement.chunks] * schedule.placement.stages
-        return [most_held(schedule, rank, stages) for rank in range(schedule.placement.ranks)]
+        return [peak_memory(schedule, rank, stages) for rank in range(schedule.placement.ranks)]
 
 
-def most_held(schedule: Schedule, rank: int, activations: list[float]) -> float:
-    """The most that a rank's activations take at once; `activations` are one microbatch's by stage."""
+def peak_memory(schedule: Schedule, rank: int, activations: list[float]) -> float:
+    """Returns the peak memory of a rank's activations, given one microbatch's by stage."""
     stages = schedule.placement.stages_of(rank)
-    held = most = 0.0
+    memory = peak = 0.0
     for action in schedule.actions[rank]:
         if action.kind == "F":
-            held += activations[stages[action.chunk]]
-            most = max(most, held)
+            memory += activations[stages[action.chunk]]
+            peak = max(peak, memory)
         elif action.kind in ("B", "W"):
-            held -= activations[stages[action.chunk]]
-    return most
+            memory -= activations[stages[action.chunk]]
+    return peak

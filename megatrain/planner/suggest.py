@@ -21,7 +21,7 @@ RESERVE = "driver, communication buffers and fragmentation need memory too"
 
 
 class Suggestion(NamedTuple):
-    """Advice in words, with the settings or the command line arguments that follow it."""
+    """A hint, with the settings or the command line arguments that follow it."""
 
     hint: str
     fix: dict[str, Any]

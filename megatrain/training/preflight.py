@@ -1,4 +1,4 @@
-"""Validation of a run before its ranks start: for the start itself, `--dry-run` and `megatrain check`.
+"""Validation of a run before its ranks start: for the start, `--dry-run` and `megatrain check`.
 
 `validate_run` finds all errors of a run and changes nothing on disk. A start then prepares the data
 (`prepare_run`); a dry run and `megatrain check` print the plan (run_plan.py).
@@ -115,7 +115,7 @@ def _add_setting_errors(config: Config, issues: IssueCollector) -> None:
             issues.add(error)
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def _missing_init_from(config: Config) -> ConfigError | None:
@@ -260,7 +260,7 @@ def find_checkpoint(config: Config, model: TransformerConfig) -> Path | None:
     return path
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def _read_samples(
@@ -286,11 +286,11 @@ def _read_samples(
     return issues.attempt(lambda: spec.with_samples(source.per_epoch)) or spec
 
 
-# -- output ------------------------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 
 def check_output_folder(folder: Path) -> None:
-    """Creates the output folder; raises ConfigError if it, or a file of an earlier run, is read-only."""
+    """Creates the output folder; raises ConfigError if it or a file in it is read-only."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_probe(folder)

@@ -143,7 +143,7 @@ def _check_tensor_groups(spec: RunSpec, issues: IssueCollector) -> None:
     )
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def _memory(spec: RunSpec, issues: IssueCollector) -> Iterator[str]:
@@ -202,7 +202,7 @@ def _memory_table(spec: RunSpec, ranks: list[RankMemory]) -> Iterator[str]:
         yield f"{name:>14}{len(group) * peers:>7}  {layers:<34}{memory.parameters:>15,}  {cells}"
 
 
-# -- disk --------------------------------------------------------------------------------------------------------------
+# -- disk ------------------------------------------------------------------------------------------
 
 
 def _disk(spec: RunSpec, issues: IssueCollector) -> str:

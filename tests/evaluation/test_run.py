@@ -303,18 +303,18 @@ def test_command_on_two_ranks(folder, tmp_path):
 
 
 INVALID = {
-    "{adapters} {texts}": "{adapters} holds adapters alone; `megatrain finetune CONFIG --merge` makes RUN/merged of them",
+    "{adapters} {texts}": "{adapters} contains an adapter without its base model; `megatrain finetune CONFIG --merge` writes",
     "nowhere {texts}": "nowhere does not exist; give a checkpoint, a Hugging Face folder or a run's folder",
-    "{empty} {texts}": "{empty} is no model: it has no config.json; give a checkpoint, a Hugging Face folder or a run's folder",
+    "{empty} {texts}": "{empty} has no config.json; use a checkpoint, a Hugging Face folder or a run's folder",
     "{model} nowhere.jsonl": "nowhere.jsonl does not exist",
     "{model} nowhere-*.jsonl": "nowhere-*.jsonl matches no file",
     "{model}": "DATA (files, or an indexed dataset's prefix) or --tasks is required",
-    "{model} {texts} optimizer.lr=1": "optimizer.lr=1 is not read by `megatrain evaluate`; it reads run.output_dir",
+    "{model} {texts} optimizer.lr=1": "optimizer.lr=1 is not supported by `megatrain evaluate`; supported: run.output_dir",
     "{model} {texts} parallel.tensor=3": "parallel.tensor=3 does not fit num_attention_heads=4",
     "{model} {texts} parallel.pipeline=4": "parallel.pipeline=4 must be at most num_hidden_layers=3",
     "{model} {texts} train.dtype=fp16": "train.dtype=fp16 needs a GPU",
-    "{model} {texts} --window 65": "--window=65 must be from 1 to the model's 64 positions",
-    "{model} {texts} --window 8 --stride 9": "--stride=9 must be from 1 to --window=8",
+    "{model} {texts} --window 65": "--window=65 must be between 1 and the model's 64 positions",
+    "{model} {texts} --window 8 --stride 9": "--stride=9 must be between 1 and --window=8",
     "{model} {texts} --limit 3": "--limit=3 requires --tasks; give --tasks too",
     "{model} {texts} --tasks arc_easy": "--tasks=arc_easy requires no DATA",
 }

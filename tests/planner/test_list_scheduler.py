@@ -14,7 +14,7 @@ from megatrain.planner.list_scheduler import SchedulingRules, list_schedule
 def test_as_drawn():
     """In the docstring: stage 1 is twice as slow."""
     times = Times([1, 2], [1, 2], [1, 2])
-    schedule = list_schedule(Placement(2), 2, times, SchedulingRules(held=2))
+    schedule = list_schedule(Placement(2), 2, times, SchedulingRules(max_microbatches=2))
     assert [" ".join(map(str, actions)) for actions in schedule.actions] == [
         "F0 F1 I0 W0 I1 W1",
         "F0 I0 F1 I1 W0 W1",
@@ -50,7 +50,7 @@ def test_legal_and_within_its_rules_whatever_the_times(seed):
             placement, microbatches, Times(*some, send=numbers.choice([0, 0.1, 2])), rules
         )
         peaks = check_schedule(schedule, microbatches)
-        assert max(peaks) <= rules.held * placement.chunks
+        assert max(peaks) <= rules.max_microbatches * placement.chunks
         assert {action.kind for actions in schedule.actions for action in actions} == set(
             "FIW" if rules.split else "FB"
         )
@@ -62,7 +62,7 @@ def test_legal_and_within_its_rules_whatever_the_times(seed):
 )
 def test_on_even_stages_as_good_as_what_was_thought_out_for_them(placement, name):
     times = even_times(placement, forward=1, input_gradient=1, weight_gradient=1)
-    made = simulate(list_schedule(placement, 8, times, SchedulingRules(held=4)), times)
+    made = simulate(list_schedule(placement, 8, times, SchedulingRules(max_microbatches=4)), times)
     named = simulate(build_schedule(name, 4, 8, placement.chunks), times)
     assert made.makespan <= named.makespan
     assert max(made.peak_activations) <= max(*named.peak_activations, 4 * placement.chunks)
@@ -77,7 +77,7 @@ def test_on_uneven_stages_better_than_what_was_thought_out_for_even_ones():
     made, named = (
         simulate(schedule, times)
         for schedule in (
-            list_schedule(placement, 8, times, SchedulingRules(held=4)),
+            list_schedule(placement, 8, times, SchedulingRules(max_microbatches=4)),
             build_schedule("zb-v", 4, 8),
         )
     )

@@ -18,7 +18,7 @@ from megatrain.planner.schedule_search import (
     MeasuredCosts,
     candidate_of,
     find_candidates,
-    most_held,
+    peak_memory,
 )
 from megatrain.telemetry.bubble_analysis import PipelineTimes
 
@@ -102,7 +102,7 @@ def costs(model, counts, sizes=None):
     )
 
 
-# -- what is predicted -------------------------------------------------------------------------------------------------
+# -- what is predicted -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -143,10 +143,10 @@ def test_memory_by_hand():
         [2, 2],
     )
     assert known.memory(v, (1, 1, 1, 1)) == [110 + 210 + 3 + 7, 20 + 4]
-    assert most_held(build_schedule("gpipe", 2, 4), 0, [3.0, 1.0]) == 12
+    assert peak_memory(build_schedule("gpipe", 2, 4), 0, [3.0, 1.0]) == 12
 
 
-# -- what is found -----------------------------------------------------------------------------------------------------
+# -- what is found ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_more_stages_than_blocks_are_left_out():
     assert {plan.schedule.placement for plan in plans} == {Placement(2)}
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def test_no_plan_is_over_the_limit():

@@ -350,10 +350,7 @@ def test_settings_that_auto_does_not_support(words, message):
 
 def test_dry_run_announces_measurements(data, tmp_path):
     text = dry_run(configuration.from_dict(settings(data, tmp_path)), PretrainingTask())
-    assert (
-        "  schedule auto is settled by measuring before the first step; shown is 1f1b's cut, which it starts from"
-        in text
-    )
+    assert "measured before the first step; the plan shows 1f1b" in text
     assert "            0  4: embedding ... block 2" in text
     assert "measured" not in dry_run(
         configuration.from_dict(settings(data, tmp_path, pipeline=1)), PretrainingTask()
