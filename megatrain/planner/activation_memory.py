@@ -148,7 +148,7 @@ def _run(
     *,
     deferred: list[DeferredWeightGrad] | None,
 ) -> _Run:
-    """Runs forward and backward; the backward is I alone if `deferred` collects weight gradients."""
+    """Runs forward and backward; the backward is I if `deferred` collects weight gradients."""
     parameters = list(layer.parameters())
     hidden = None
     if not isinstance(layer, Embedding):
@@ -219,9 +219,9 @@ def is_fused(
 ) -> bool:
     """Returns True if torch's scaled_dot_product_attention keeps no scores.
 
-    On CPUs it never keeps them (seen in the autograd graph of torch 2.13). On GPUs it depends on the
-    conditions in torch's aten/native/transformers/cuda/sdp_utils.cpp. Flash attention takes half
-    precision, heads up to 256 and no mask. The memory-efficient kernel takes masks and fp32, but no
+    On CPUs it never keeps them (seen in the autograd graph of torch 2.13). On GPUs it depends on
+    torch's aten/native/transformers/cuda/sdp_utils.cpp. Flash attention takes half precision, heads
+    up to 256 and no mask. The memory-efficient kernel takes masks and fp32, but no
     grouped heads. Everything else is computed unfused.
     """
     if device == "cpu":

@@ -99,8 +99,8 @@ def describe_kept(config: Config, estimate: DiskEstimate) -> str:
             else "checkpoint.keep_last=0 keeps all"
         )
         return (
-            f"one every {checkpoint.save_every} steps, and the number of steps depends on the data; "
-            f"{reason}"
+            f"one every {checkpoint.save_every} steps, and the number of steps depends on the "
+            f"data; {reason}"
         )
     return f"{estimate.num_kept} at once" if estimate.num_kept > 1 else "one"
 

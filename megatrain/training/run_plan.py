@@ -100,8 +100,8 @@ def run_header(spec: RunSpec, device: str) -> str:
         trained, quantized = spec.num_trained_parameters, config.lora.quantize != "none"
         base = " on weights in 4 bits" if quantized else ""
         text += (
-            f"\n  lora    adapters of rank {config.lora.rank}{base}: {trained:,} trained parameters, "
-            f"{trained / spec.num_parameters:.2%} of the model"
+            f"\n  lora    adapters of rank {config.lora.rank}{base}: "
+            f"{trained:,} trained parameters, {trained / spec.num_parameters:.2%} of the model"
         )
     return text
 

@@ -312,7 +312,7 @@ INVALID = {
     "{model} {texts} optimizer.lr=1": "optimizer.lr=1 is not supported by `megatrain evaluate`; supported: run.output_dir",
     "{model} {texts} parallel.tensor=3": "parallel.tensor=3 does not fit num_attention_heads=4",
     "{model} {texts} parallel.pipeline=4": "parallel.pipeline=4 must be at most num_hidden_layers=3",
-    "{model} {texts} train.dtype=fp16": "train.dtype=fp16 needs a GPU",
+    "{model} {texts} train.dtype=fp16": "train.dtype=fp16 requires a GPU",
     "{model} {texts} --window 65": "--window=65 must be between 1 and the model's 64 positions",
     "{model} {texts} --window 8 --stride 9": "--stride=9 must be between 1 and --window=8",
     "{model} {texts} --limit 3": "--limit=3 requires --tasks; give --tasks too",
