@@ -19,7 +19,7 @@ install: .venv/installed
 demo: install
 	mkdir -p $(DEMO)
 	$(BIN)/python tools/gather_stdlib.py $(DEMO)/train.jsonl --valid $(DEMO)/valid.jsonl --without-held-out
-	$(BIN)/megatrain tokenizer $(DEMO)/train.jsonl --vocab-size 4096 --special-token '<|im_start|>' --special-token '<|im_end|>' --output $(DEMO)/tokenizer
+	$(BIN)/megatrain train-tokenizer $(DEMO)/train.jsonl --vocab-size 4096 --special-token '<|im_start|>' --special-token '<|im_end|>' --output $(DEMO)/tokenizer
 	$(BIN)/megatrain preprocess $(DEMO)/train.jsonl --tokenizer $(DEMO)/tokenizer --output $(DEMO)/train
 	$(BIN)/megatrain preprocess $(DEMO)/valid.jsonl --tokenizer $(DEMO)/tokenizer --output $(DEMO)/valid
 	$(BIN)/megatrain pretrain configs/demo_cpu.yaml

@@ -1,4 +1,4 @@
-"""A model from one kind of folder into another; the same as `megatrain convert`.
+"""Converts a model from one format into another, like `megatrain convert`.
 
 python tools/convert_checkpoint.py runs/mine exported --dtype bf16
 """

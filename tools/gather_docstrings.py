@@ -1,9 +1,10 @@
-"""Gather questions and answers that every machine has: what the functions of Python's own standard library say of themselves.
+"""Writes questions and answers from the docstrings of Python's standard library.
 
     python tools/gather_docstrings.py train.jsonl --valid valid.jsonl --held-out held_out.jsonl
 
-A question is a function's signature, the answer its docstring's first sentence. A module's questions all go to one file: settings are
-chosen by the second, and what the third says is looked at once they are.
+A question is the signature of a function, the answer the first sentence of its docstring. All
+questions of a module go to one file. The second file is for the choice of settings, the third for a
+final test.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SHORTEST, LONGEST = 12, 240
 
 
 def pairs() -> Iterator[tuple[str, str, str]]:
-    """Yield (path, question, answer) of every function with a docstring, in the sources' order; no answer twice."""
+    """Yields (path, question, answer) of every function with a docstring; no answer twice."""
     seen = set()
     for path, text in sources():
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -34,7 +35,7 @@ def pairs() -> Iterator[tuple[str, str, str]]:
 
 
 def functions(text: str, module: str) -> Iterator[tuple[str, ast.FunctionDef]]:
-    """The functions of a source and of its classes, each with its full name."""
+    """Yields the functions of a source and of its classes, each with its full name."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -53,14 +54,14 @@ def functions(text: str, module: str) -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def first_sentence(docstring: str) -> str:
-    """The first paragraph up to its first full stop, on one line."""
+    """Returns the first paragraph up to its first full stop, on one line."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence, stop, _ = paragraph.partition(". ")
     return sentence + stop.strip()
 
 
 def main() -> int:
-    """Write one line for each function, into its module's file."""
+    """Writes one line per function into the file of its module."""
     parser = argparse.ArgumentParser(
         description="Questions and answers from Python's standard library as JSONL."
     )

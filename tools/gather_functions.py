@@ -1,9 +1,9 @@
-"""Gather a small task that every machine has: which package of Python's standard library does a function belong to?
+"""Writes a small classification task: the package of a function of Python's standard library.
 
     python tools/gather_functions.py train.jsonl --valid valid.jsonl
 
-A record is a function's source and the package's name. Each package gives the same number of functions, so that guessing gets one
-in eight right.
+A record contains the source of a function and the name of its package. All packages have the same
+number of functions, so one guess in eight is right.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PACKAGES = (
 
 
 def functions(text: str) -> Iterator[str]:
-    """The source of each function and method of a module, those of a few lines at least."""
+    """Yields the source of each function and method of a module that has at least four lines."""
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
         if (
@@ -44,7 +44,7 @@ def functions(text: str) -> Iterator[str]:
 
 
 def by_package() -> dict[str, list[str]]:
-    """Functions of each package, every one once, in an order that is shuffled alike on every machine with this Python."""
+    """Returns the distinct functions of each package, shuffled in a fixed order."""
     found: dict[str, dict[str, None]] = {package: {} for package in PACKAGES}
     for path, text in sources():
         package = Path(path).parts[0]
@@ -57,7 +57,7 @@ def by_package() -> dict[str, list[str]]:
 
 
 def main() -> int:
-    """Write the same number of functions of each package, every fifth into the second file."""
+    """Writes the same number of functions of each package, every fifth into the second file."""
     parser = argparse.ArgumentParser(
         description="Functions of the standard library with their packages, as JSONL."
     )

@@ -1,4 +1,4 @@
-"""Gather a small corpus that every machine has: the sources of Python's own standard library, as JSONL.
+"""Writes a small corpus as JSONL: the sources of Python's standard library.
 
 python tools/gather_stdlib.py train.jsonl --valid valid.jsonl --valid-every 50 --without-held-out
 """
@@ -28,9 +28,10 @@ SKIPPED = {
 
 
 def part_of(path: str) -> Literal["train", "valid", "held-out"]:
-    """What a source's questions are for, by its top-level module or package, alike on every machine: one in sixteen is held out, one validates.
+    """Returns the part that the questions of a source belong to.
 
-    heapq and _heapq go together.
+    The hash of the top-level module decides: one module in sixteen is held out, one is for
+    validation. A leading underscore is ignored, so heapq and _heapq belong together.
     """
     module = path.partition("/")[0].removesuffix(".py").lstrip("_")
     number = hashlib.sha256(module.encode()).digest()[7] % 16
@@ -38,7 +39,7 @@ def part_of(path: str) -> Literal["train", "valid", "held-out"]:
 
 
 def sources() -> Iterator[tuple[str, str]]:
-    """Yield (path within the library, text) of every source that holds some, sorted by path."""
+    """Yields (path within the library, text) of every source that is not empty, sorted by path."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         name = path.relative_to(root)
@@ -49,7 +50,7 @@ def sources() -> Iterator[tuple[str, str]]:
 
 
 def main() -> int:
-    """Write one line for each source file, every n-th into the second file."""
+    """Writes one line per source file, every n-th into the second file."""
     parser = argparse.ArgumentParser(description="Python's standard library as JSONL.")
     parser.add_argument("output")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Text files to PREFIX.bin and PREFIX.idx; the same as `megatrain preprocess`.
+"""Writes PREFIX.bin and PREFIX.idx from text files, like `megatrain preprocess`.
 
 python tools/preprocess_data.py corpus.jsonl --tokenizer tokenizer --output data/corpus
 """

@@ -1,9 +1,10 @@
-"""Puts held-out questions to a finetuned model and to the one it came from, both in plain transformers.
+"""Compares a finetuned model with its base model on held-out questions, in plain transformers.
 
     python tools/try_chat.py RUN HELD_OUT [--questions N]
 
-Prints some answers, the loss of both on all held-out answers, and the loss on the run's validation data beside the trainer's own.
-Exits with 1 when that differs by more than rounding: what was trained is then not what others would load.
+Prints some answers, the loss of both models on all held-out answers, and the loss on the run's
+validation data beside the trainer's. Exits with 1 if the last two differ by more than rounding: the
+checkpoint then does not contain the model that was trained.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from megatrain.checkpoint.manifest import find_newest
 from megatrain.checkpoint.retention import step_number
 from megatrain.config import loader as configuration
 from megatrain.data.chat_format import Conversation, read_conversation
-from megatrain.data.chat_template import ChatTemplate, Encoded
+from megatrain.data.chat_template import ChatTemplate, EncodedChat
 from megatrain.data.records import parse_objects
 from megatrain.data.text_files import find_inputs, read_blocks
 from megatrain.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print losses and answers before and after; returns the exit code."""
+    """Prints losses and answers before and after finetuning; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(run: Path, held_out_file: str, questions: int) -> int:
-    """Print what `main` says; returns the exit code. UserError for a run without what is compared."""
+    """Prints the comparison of `main`; returns the exit status.
+
+    Raises:
+        UserError: the run has no checkpoint, validation data or base model.
+    """
     config = configuration.load(run / "config.yaml")
     checkpoint, _ = find_newest(run / "checkpoints")
     if (
@@ -54,7 +59,7 @@ def compare(run: Path, held_out_file: str, questions: int) -> int:
         or config.train.init_from is None
     ):
         raise UserError(
-            f"{run} holds no whole checkpoint, or no data.valid or train.init_from to compare with"
+            f"{run} needs a complete checkpoint, data.valid and train.init_from for a comparison"
         )
     trainers = trainers_loss(run, step=step_number(checkpoint))
     from transformers import AutoModelForCausalLM
@@ -78,10 +83,12 @@ def compare(run: Path, held_out_file: str, questions: int) -> int:
     )
     plain = loss(after, valid)
     print(
-        f"\nloss on {len(held_out)} held-out answers  {loss(before, held_out):.4f} before, {loss(after, held_out):.4f} after"
+        f"\nloss on {len(held_out)} held-out answers  {loss(before, held_out):.4f} before, "
+        f"{loss(after, held_out):.4f} after"
     )
     print(
-        f"loss on {len(valid)} validation answers  {plain:.4f} in transformers, {trainers:.4f} as the trainer said"
+        f"loss on {len(valid)} validation answers  {plain:.4f} in transformers, "
+        f"{trainers:.4f} in the run"
     )
     if abs(plain / trainers - 1) > RELATIVE_TOLERANCE[config.train.dtype]:
         print(
@@ -93,7 +100,7 @@ def compare(run: Path, held_out_file: str, questions: int) -> int:
 
 
 def read_chats(path: str) -> list[Conversation]:
-    """All conversations of a file."""
+    """Returns all conversations of a file."""
     return [
         read_conversation(record)
         for block in read_blocks(find_inputs([path]).files, field=None)
@@ -102,26 +109,26 @@ def read_chats(path: str) -> list[Conversation]:
 
 
 @torch.inference_mode()
-def loss(model: torch.nn.Module, chats: list[Encoded]) -> float:
-    """Mean over all tokens that are learnt."""
+def loss(model: torch.nn.Module, chats: list[EncodedChat]) -> float:
+    """Returns the mean loss over all tokens that have one."""
     total, count = 0.0, 0
     for start in range(0, len(chats), 32):
         some = chats[start : start + 32]
-        # Padding comes after a chat, where nothing of it looks.
-        ids, wanted = (
+        # Padding follows a chat, so no token of it attends to padding.
+        ids, loss_mask = (
             pad_sequence([torch.from_numpy(chat[field]) for chat in some], batch_first=True)
             for field in (0, 1)
         )
-        logits = model(ids[:, :-1]).logits[wanted[:, 1:]]
+        logits = model(ids[:, :-1]).logits[loss_mask[:, 1:]]
         total += float(
-            torch.nn.functional.cross_entropy(logits, ids[:, 1:][wanted[:, 1:]], reduction="sum")
+            torch.nn.functional.cross_entropy(logits, ids[:, 1:][loss_mask[:, 1:]], reduction="sum")
         )
         count += len(logits)
     return total / count
 
 
 def answer(model: Any, tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    """The model's likeliest answer that says no three tokens twice, on one line, up to where it ends or 40 tokens."""
+    """Returns the greedy answer of at most 40 tokens, without repeated trigrams, on one line."""
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt"
     )

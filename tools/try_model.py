@@ -1,8 +1,9 @@
-"""Loads a run's newest checkpoint with plain transformers: its validation perplexity beside the trainer's own, and a sample.
+"""Loads a run's newest checkpoint in plain transformers; prints its perplexity and a sample.
 
     python tools/try_model.py RUN [--prompt TEXT] [--tokens N]
 
-Exits with 1 when the two perplexities differ by more than rounding: what was trained is then not what others would load.
+The validation perplexity is printed beside the trainer's. Exits with 1 if they differ by more than
+rounding: the checkpoint then does not contain the model that was trained.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ RELATIVE_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print both perplexities and the sample; returns the exit code."""
+    """Prints both perplexities and the sample; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument(
-        "--prompt", default="import os\n\n\ndef ", help="text that the sample goes on from"
+        "--prompt", default="import os\n\n\ndef ", help="text that the sample continues"
     )
     parser.add_argument("--tokens", type=int, default=60, help="length of the sample")
     args = parser.parse_args(argv)
@@ -46,11 +47,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(run: Path, prompt: str, tokens: int) -> int:
-    """Print what `main` says; returns the exit code. UserError for a run without what is compared."""
+    """Prints the comparison of `main`; returns the exit status.
+
+    Raises:
+        UserError: the run has no checkpoint or no validation loss.
+    """
     config = configuration.load(run / "config.yaml")
     checkpoint, _ = find_newest(run / "checkpoints")
     if checkpoint is None:
-        raise UserError(f"{run} holds no whole checkpoint")
+        raise UserError(f"{run} contains no complete checkpoint")
     trainers = trainers_loss(run, step=step_number(checkpoint))
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -59,13 +64,15 @@ def compare(run: Path, prompt: str, tokens: int) -> int:
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     print(
-        f"{checkpoint} in transformers: {type(model).__name__}, {model.num_parameters():,} parameters\n"
+        f"{checkpoint} in transformers: {type(model).__name__}, "
+        f"{model.num_parameters():,} parameters\n"
     )
     if configuration.has_tokenizer(str(checkpoint)):
         print(sample(model, AutoTokenizer.from_pretrained(checkpoint), prompt, tokens) + "\n")
     plain = validation_loss(model, config)
     print(
-        f"validation perplexity  {math.exp(plain):.3f} in transformers, {math.exp(trainers):.3f} as the trainer said"
+        f"validation perplexity  {math.exp(plain):.3f} in transformers, "
+        f"{math.exp(trainers):.3f} in the run"
     )
     if abs(plain / trainers - 1) > RELATIVE_TOLERANCE[config.train.dtype]:
         print(
@@ -77,7 +84,7 @@ def compare(run: Path, prompt: str, tokens: int) -> int:
 
 
 def trainers_loss(run: Path, *, step: int) -> float:
-    """The validation loss that the run wrote about `step`; UserError where it wrote none."""
+    """Returns the validation loss of `step` in the run's metrics; UserError if there is none."""
     for line in reversed(
         [json.loads(line) for line in (run / FILE_NAME).read_text(encoding="utf-8").splitlines()]
     ):
@@ -90,7 +97,7 @@ def trainers_loss(run: Path, *, step: int) -> float:
 
 @torch.inference_mode()
 def validation_loss(model: torch.nn.Module, config: Config) -> float:
-    """Mean loss a token over the validation batches that the run itself took."""
+    """Returns the mean loss per token over the validation batches of the run."""
     samples = open_dataset(
         config.data,
         part="valid",
@@ -119,7 +126,7 @@ def validation_loss(model: torch.nn.Module, config: Config) -> float:
 
 
 def sample(model: torch.nn.Module, tokenizer: object, prompt: str, tokens: int) -> str:
-    """What the model goes on with after the prompt, drawn with a fixed seed."""
+    """Returns the prompt with a continuation that is drawn with a fixed seed."""
     torch.manual_seed(0)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     output = model.generate(

@@ -59,7 +59,8 @@ def describe(result: PreprocessResult) -> list[str]:
     """Returns lines about the documents written, records skipped and files ignored."""
     lines = [
         f"{result.prefix}: {result.documents} documents, {result.tokens} tokens, "
-        f"{result.bytes} bytes of text in {result.seconds:.1f} s ({result.bytes / 1e6 / result.seconds:.1f} MB/s)"
+        f"{result.bytes} bytes of text in {result.seconds:.1f} s "
+        f"({result.bytes / 1e6 / result.seconds:.1f} MB/s)"
     ]
     lines += [f"skipped {count}: {reason}" for reason, count in result.skipped.most_common()]
     if result.ignored:

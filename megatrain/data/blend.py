@@ -40,7 +40,9 @@ class _Block(NamedTuple):
 
 
 class Blend:
-    """A weighted mix of sources. At the end of each block, counts differ from the weights by a few samples at most.
+    """A weighted mix of sources.
+
+    At the end of each block, counts differ from the weights by a few samples at most.
 
     Args:
         weights: one positive number per source; they need not sum to 1.
@@ -62,7 +64,7 @@ class Blend:
         """Returns how many of the first `positions`, the end of a block, go to each source.
 
         Each source takes its rounded share of the positions that the earlier ones left. The sum is
-        exact, and no count falls as `positions` grows. Rounding each share separately gives neither.
+        exact, and counts never fall as `positions` grows. Separate rounding gives neither.
         """
         left, weight_left = positions, sum(self._weights)
         counts = []

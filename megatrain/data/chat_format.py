@@ -1,10 +1,10 @@
 """Conversations from records in three formats of finetuning data.
 
-| fields of the record                      | conversation                                               |
-|-------------------------------------------|------------------------------------------------------------|
-| `messages`, optional `tools`              | the messages                                               |
-| `prompt`, `completion`                    | a user and an assistant turn; each may also be messages    |
-| `instruction`, optional `input`, `output` | a user turn (instruction, then input), an assistant turn   |
+| fields of the record                      | conversation                                 |
+|-------------------------------------------|----------------------------------------------|
+| `messages`, optional `tools`              | the messages                                 |
+| `prompt`, `completion`                    | a user and an assistant turn; or messages    |
+| `instruction`, optional `input`, `output` | a user turn (both joined), an assistant turn |
 
 The last two may have a `system` field. Turns must have the order that templates expect:
 
@@ -34,7 +34,7 @@ class BadSample(Exception):
 
 
 class Conversation(NamedTuple):
-    """Valid messages that end with an assistant turn, and the tools offered to it as JSON schemas."""
+    """Valid messages that end with an assistant turn, and the tools offered as JSON schemas."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None

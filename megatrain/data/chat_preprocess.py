@@ -95,7 +95,7 @@ class EncodedBlock(NamedTuple):
 def prepare_data(
     path: str, spec: SFTSpec, *, folder: Path, name: str, progress: TextIO | None = None
 ) -> Path:
-    """Prepares the chats of `path`, a file, folder or glob, unless it was done; returns their prefix.
+    """Prepares the chats of a file, folder or glob unless it was done; returns their prefix.
 
     Prepared data of the same name with another fingerprint are deleted.
 
@@ -137,7 +137,10 @@ def read_counts(prefix: Path) -> Counts:
 
 
 def fingerprint(files: Sequence[Path], spec: SFTSpec) -> str:
-    """Returns a hash of all that prepared data depend on; of chat files their names, sizes and times."""
+    """Returns a hash of all that prepared data depend on.
+
+    Chat files enter with their names, sizes and modification times, not with every byte.
+    """
     digest = hashlib.blake2b(digest_size=8)
     # Do not change this text: runs find the data that they prepared earlier by it.
     fields = ", ".join(f"{name}={value!r}" for name, value in spec._asdict().items())

@@ -100,7 +100,7 @@ class ChatTemplate:
         return self._by_prefixes(messages, tools, train_on)
 
     def stop_token(self) -> int | None:
-        """Returns the special token that ends an assistant turn; None if it cannot be determined."""
+        """Returns the special token that ends an assistant turn; None if it is unknown."""
         example = Conversation(
             [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
         )
@@ -136,7 +136,7 @@ class ChatTemplate:
         return Rendered(complete, spans)
 
     def _end_of_turn(self, text: str, start: int) -> int:
-        """Returns the end of the turn, without white space that the template adds after its last token."""
+        """Returns the end of the turn, without white space that follows its last token."""
         turn = text[start:].rstrip()
         return start + len(turn) if turn.endswith(self._special) else len(text)
 
@@ -182,7 +182,7 @@ def _character_spans(offsets: list[Span]) -> tuple[Int64, Int64]:
     # Some tokenizers strip spaces from spans: the span of a space is then empty and lies behind it.
     before = np.concatenate([[0], np.maximum.accumulate(last)[:-1]]) if len(last) else last
     first = np.where(first == last, np.minimum(first, before), first)
-    # A token without characters, such as the start mark of a word, belongs to the next character.
+    # A token without characters, such as a mark before words, belongs to the next character.
     return first, np.maximum(last, first + 1)
 
 

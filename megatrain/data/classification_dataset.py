@@ -1,14 +1,14 @@
 """Labelled texts from JSONL or parquet, and their samples as a function of (seed, position).
 
-| task                                | a record                                                       |
-|-------------------------------------|----------------------------------------------------------------|
-| classification, single-label        | `text`, `label`: the name or number of a class                 |
-| classification, multi-label         | `text`, `labels`: a list of them, which may be empty           |
-| classification, regression          | `text`, `label`: a number                                      |
-| token-classification                | `tokens`: words, `labels`: a class each; null has no loss      |
+| task                         | a record                                                  |
+|------------------------------|-----------------------------------------------------------|
+| classification, single-label | `text`, `label`: the name or number of a class            |
+| classification, multi-label  | `text`, `labels`: a list of them, which may be empty      |
+| classification, regression   | `text`, `label`: a number                                 |
+| token-classification         | `tokens`: words, `labels`: a class each; null has no loss |
 
 A sample is one text, truncated or padded at its end. Its label is at the token that classifiers of
-transformers read: the last that is not padding. The label of a word is at its first token. Every
+transformers read: the last that is not padding. Labels of words are at their first tokens. Every
 rank reads the files into memory, which suits datasets that are small beside a model: MAX_BYTES at
 most.
 """
@@ -47,7 +47,7 @@ class LabelledText(NamedTuple):
 
 
 class LabelSpec(NamedTuple):
-    """The format of labels: per token or per text, the problem type and the names of the classes."""
+    """The format of labels: per token or per text, the problem type, the names of classes."""
 
     of_tokens: bool
     problem: Problem
@@ -182,7 +182,7 @@ class EncodedText(NamedTuple):
 def encode_text(
     text: LabelledText, tokenizer: Any, *, of_tokens: bool, length: int, padding: int
 ) -> EncodedText:
-    """Returns at most `length` tokens of a text, with labels at the places that transformers reads."""
+    """Returns at most `length` tokens of a text, with labels where transformers reads them."""
     joined = "".join(text.words)
     encoding = tokenizer(joined.rstrip() if of_tokens else joined, return_offsets_mapping=of_tokens)
     tokens = list(encoding["input_ids"])
@@ -287,14 +287,17 @@ class ClassificationDataset:
 
 
 def last_token_index(tokens: Sequence[int], padding: int) -> int:
-    """Returns the index of the last token that is not padding, where transformers' classifiers read; else 0."""
+    """Returns the index of the last token that is not padding, or 0.
+
+    Classifiers of transformers read their prediction there.
+    """
     return max((index for index, token in enumerate(tokens) if token != padding), default=0)
 
 
 def first_token_labels(text: LabelledText, offsets: Sequence[tuple[int, int]]) -> list[int]:
     """Returns the label of each token.
 
-    The label of a word is at the first token that covers a part of it and of no earlier word.
+    Each word has its label at the first token that covers a part of it and of no earlier word.
     """
     labels = [IGNORE_INDEX] * len(offsets)
     start, token = 0, 0

@@ -8,7 +8,7 @@ With G = global_batch_size, m = micro_batch_size and D data ranks, step s takes 
     data rank 1                                         mb 0        mb 1
 
 For every D the ranks together take the same samples in a step, so a run is independent of its
-layout. There is no state to save: a checkpoint stores the step, counted in global batches from 0.
+layout. A checkpoint stores the step only, counted in global batches from 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatrain.errors import ConfigError
 
 
 class Batch(NamedTuple):
-    """The samples of one microbatch, each field int64 [micro_batch_size, sequence_length]; see `Sample`."""
+    """The samples of one microbatch; fields are int64 [micro_batch_size, sequence_length]."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -90,7 +90,7 @@ class DataLoader:
 
     @property
     def origin(self) -> Callable[[int], tuple[str, list[int]]] | None:
-        """A function from positions to the dataset and the documents of the sample; None if unknown."""
+        """A function from positions to the dataset and documents of a sample; None if unknown."""
         return getattr(self._samples, "origin", None)
 
     def close(self) -> None:

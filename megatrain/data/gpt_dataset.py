@@ -116,7 +116,7 @@ class GPTDataset:
         self._check(first, last)
         self.samples_per_epoch = self.num_tokens // sequence_length
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        # As unsigned integers negative ids are huge: one comparison with the maximum checks both ends.
+        # Negative ids are huge as unsigned integers: one comparison checks both ends.
         self._unsigned = np.dtype(f"u{dataset.dtype.itemsize}")
         self._can_exceed = np.iinfo(self._unsigned).max >= vocab_size
         self._plain_positions = _read_only(np.arange(sequence_length, dtype=np.int64))
@@ -183,7 +183,7 @@ class GPTDataset:
         return window
 
     def _boundaries(self, start: int) -> Int64:
-        """Returns the indices in the window, except 0, where a document starts: int64[documents - 1]."""
+        """Returns the indices above 0 where a document starts in the window: int64[any number]."""
         found: list[Int64] = []
         filled = 0
         for range_start, length in self._ranges(start):
@@ -204,7 +204,7 @@ class GPTDataset:
 
 
 def _mask_documents(window: Int64, *, boundaries: Int64) -> Sample:
-    """Returns the sample of window[S + 1] with a document starting at each of `boundaries`, in [1, S]."""
+    """Returns the sample of window[S + 1]; documents start at 0 and at `boundaries`, in [1, S]."""
     length = len(window) - 1
     labels = window[1:].copy()
     labels[boundaries - 1] = IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""Tokens on disk: version 1 of Megatron-LM's indexed dataset, byte for byte, for reading and writing.
+"""Tokens on disk: version 1 of Megatron-LM's indexed dataset, byte for byte.
 
     PREFIX.bin    every token of every document, one after the other, little-endian
     PREFIX.idx    b"MMIDIDX\\0\\0" | uint64 version = 1 | uint8 dtype | uint64 sequences
@@ -8,7 +8,7 @@
                   | int64 document_indices[]      first sequence of each document, then their number
 
 Source: megatron/core/datasets/indexed_dataset.py of Megatron-LM. A document may have several
-sequences; `IndexedWriter` writes one for each. Reading maps the files into memory: opening takes the
+sequences; `IndexedWriter` writes one for each. Files are mapped into memory, so opening takes the
 same time for a thousand documents and for a billion.
 """
 
@@ -149,7 +149,7 @@ def _write(path: Path) -> Iterator[Path]:
 
 
 def write_index(file: BinaryIO, *, lengths: Tokens, dtype: np.dtype[Any]) -> None:
-    """Writes the .idx of documents of one sequence each; `lengths` is int32[documents], in tokens."""
+    """Writes the .idx of documents with one sequence each, of `lengths` int32[documents] tokens."""
     count = len(lengths)
     file.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], count, count + 1))
     file.write(np.ascontiguousarray(lengths, dtype="<i4").data)
@@ -235,8 +235,8 @@ class IndexedDataset:
         expected = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
         if size != expected:
             raise DataError(
-                f"{self.bin_path} is {size} bytes long, but {self.idx_path} describes {expected} bytes; "
-                "one of them is damaged or belongs to another dataset"
+                f"{self.bin_path} is {size} bytes long, but {self.idx_path} describes "
+                f"{expected} bytes; one of them is damaged or belongs to another dataset"
             )
         if not size:
             raise DataError(f"{self.bin_path} contains no tokens")
@@ -266,7 +266,7 @@ class IndexedDataset:
         return self.tokens(start, end - start)
 
     def document_start(self, index: int) -> int:
-        """Returns the first token of document `index`; for `num_documents`, the number of tokens."""
+        """Returns the first token of document `index`; `num_tokens` for `num_documents`."""
         sequence, sequences = int(self._documents[index]), len(self._pointers)
         if sequence == sequences:
             return len(self._tokens)
@@ -287,11 +287,11 @@ class IndexedDataset:
         return bisect_right(range(self.num_documents), token, key=self.document_start) - 1
 
     def starts_within(self, start: int, stop: int) -> Tokens:
-        """Returns the starts s of documents with start < s < stop, in tokens: int64[number of them]."""
+        """Returns the starts s of documents with start < s < stop, in tokens: int64[any number]."""
         found: list[Tokens] = [np.empty(0, dtype=np.int64)]
         first = self.document_at(start) + 1
         while first < self.num_documents:
-            # 16 at a time: cheaper than a second search for the last, and bounded if there are many.
+            # 16 at a time: cheaper than a second search, and bounded if there are many.
             last = min(first + 15, self.num_documents - 1)
             offsets = self.document_offsets(first, last)
             found.append(offsets[: offsets.searchsorted(stop)])

@@ -1,4 +1,4 @@
-"""Targets of a classifier, encoded as one integer per labelled token, like the labels of a language model.
+"""Targets of a classifier, one integer per labelled token, like the labels of a language model.
 
 | problem       | target                   | its integer                       |
 |---------------|--------------------------|-----------------------------------|

@@ -8,7 +8,7 @@
 
 Uses at most 11/9 of the fewest sequences plus one (Johnson 1973). On real lengths, where short
 samples fill the gaps of long ones, sequences are nearly full. The result depends on lengths,
-capacity and seed alone: nothing is stored, and every rank computes the same.
+capacity and seed alone, so every rank computes the same.
 """
 
 from __future__ import annotations

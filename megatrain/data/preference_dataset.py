@@ -1,9 +1,9 @@
 """Preference pairs: a prompt with a chosen and a rejected answer, as conversations and as samples.
 
-| `chosen` and `rejected`            | `prompt`                                                     |
-|------------------------------------|--------------------------------------------------------------|
-| text, or an assistant's messages   | text or messages that both answer                            |
-| full conversations                 | ignored: they must be equal up to their last message         |
+| `chosen` and `rejected`          | `prompt`                                             |
+|----------------------------------|------------------------------------------------------|
+| text, or an assistant's messages | text or messages that both answer                    |
+| full conversations               | ignored: they must be equal up to their last message |
 
 A pair takes two consecutive positions, the chosen answer first. A microbatch of even size therefore
 never splits a pair.
@@ -65,7 +65,7 @@ def _read(name: str, record: dict[str, Any]) -> Conversation:
 
 
 class PreferenceDataset(SFTDataset):
-    """The sequences of pairs: chats 2i and 2i + 1 of a prepared dataset. Epochs shuffle the pairs."""
+    """Sequences of pairs, chats 2i and 2i + 1 of a prepared dataset. Epochs shuffle the pairs."""
 
     def fetch(self, position: int) -> Sample:
         """Returns the sequence at `position`: the chosen answer of a pair if it is even."""

@@ -120,7 +120,7 @@ def preprocess(
         for encoded in map_blocks(blocks, make_encoder, spec, workers=workers):
             if encoded.problems and on_error == "stop":
                 raise DataError(
-                    f"{encoded.problems[0]}; --on-error skip leaves out such records and counts them"
+                    f"{encoded.problems[0]}; --on-error skip leaves out and counts such records"
                 )
             result.skipped.update(problem.reason for problem in encoded.problems)
             writer.add_documents(encoded.tokens, lengths=encoded.lengths)
@@ -128,14 +128,17 @@ def preprocess(
             bar.set_postfix_str(f"{writer.num_tokens / 1e6:,.1f}M tokens", refresh=False)
             bar.update(encoded.text_bytes)
         if result.skipped and not writer.num_documents:
-            reasons = (f"{count} {reason}" for reason, count in result.skipped.most_common())
-            raise DataError(
-                f"{output}: there are no documents to write; "
-                f"all records were skipped: {', '.join(reasons)}"
-            )
+            raise _all_skipped(result)
     result.documents, result.tokens = writer.num_documents, writer.num_tokens
     result.seconds = time.monotonic() - started
     return result
+
+
+def _all_skipped(result: PreprocessResult) -> DataError:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in result.skipped.most_common())
+    return DataError(
+        f"{result.prefix}: there are no documents to write; all records were skipped: {reasons}"
+    )
 
 
 def make_encoder(spec: PreprocessSpec) -> Callable[[TextBlock], EncodedTexts]:

@@ -1,7 +1,7 @@
 """Raw records of text files, and their conversion to texts or JSON objects.
 
-`text_files.py` cuts files into blocks of raw records. The functions here parse a block, which is the
-expensive half and runs in worker processes. They report every record that is not a document.
+`text_files.py` cuts files into blocks of raw records. The functions here parse a block, in worker
+processes because it is expensive. They report every record that is not a document.
 """
 
 from __future__ import annotations

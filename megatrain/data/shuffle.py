@@ -1,8 +1,8 @@
 """A shuffle without memory: a keyed permutation of range(size), computed one index at a time.
 
 A shuffled list of a billion samples takes gigabytes on every rank and must be saved for a resume.
-A Feistel network with cycle walking computes the i-th entry of a pseudo-random permutation from the
-key alone (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002):
+A Feistel network with cycle walking computes entry i of a pseudo-random permutation from the key
+(Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002):
 
     index = left | right          bits split in two halves, 2**bits the first power of two >= size
     left ^= mix(right), right ^= mix(left), ...            each round is invertible: no collisions
@@ -19,7 +19,7 @@ _MASK = (1 << 64) - 1
 
 
 def keyed_integers(*key: int | str) -> tuple[int, ...]:
-    """Returns eight 64-bit integers that depend on `key` alone, equal on all machines and versions."""
+    """Returns eight 64-bit integers that depend on `key` alone, on every machine and version."""
     text = "\0".join(str(part) for part in key).encode()
     return struct.unpack("<8Q", hashlib.blake2b(text, digest_size=64).digest())
 

@@ -1,4 +1,4 @@
-"""The split of one dataset into training, validation and test documents, as "98,1,1" in Megatron-LM."""
+"""The split of a dataset into training, validation and test documents, such as "98,1,1"."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def parse_split(split: str) -> tuple[float, float, float]:
 def split_documents(num_documents: int, *, split: str, part: Part) -> tuple[int, int]:
     """Returns the documents [first, last) of one part.
 
-    Parts are contiguous and rounded as in Megatron-LM (blended_megatron_dataset_config.py). The same
-    split of the same files therefore selects the same documents.
+    Parts are contiguous and rounded as in Megatron-LM (blended_megatron_dataset_config.py), so
+    that the same split of the same files selects the same documents.
     """
     bounds = [0, *(round(share * num_documents) for share in accumulate(parse_split(split)))]
     index = _PARTS.index(part)

@@ -145,7 +145,7 @@ def end_of_document_id(tokenizer: Any) -> int:
 
 
 class _CountedTexts:
-    """The texts of all inputs and their number; the trainer takes an iterator and does not count."""
+    """The texts of all inputs, and their number, which the trainer does not count."""
 
     def __init__(self, inputs: InputFiles, field: str) -> None:
         self._inputs, self._field, self.documents = inputs, field, 0

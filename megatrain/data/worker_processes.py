@@ -101,7 +101,7 @@ def _start_worker(make: Callable[[Any], Callable[[TextBlock], Any]], spec: Any) 
 
 
 def _exit_with_parent() -> None:
-    """Exits this process when the parent is killed; it would otherwise wait for blocks endlessly."""
+    """Exits this process when the parent is killed, instead of waiting for blocks endlessly."""
     from multiprocessing import parent_process
 
     parent = parent_process()

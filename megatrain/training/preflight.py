@@ -225,7 +225,9 @@ def _missing_tokenizer(config: Config, folder: str, vocab_size: int) -> ConfigEr
     if start is not None or config.lora.rank:
         return error(fix={"data.tokenizer": "FOLDER_OF_THE_MODEL"})
     texts = config.data.train if folder.startswith("demo/") else "TEXTS.jsonl"
-    return error(command=f"megatrain tokenizer {texts} --vocab-size {vocab_size} --output {folder}")
+    return error(
+        command=f"megatrain train-tokenizer {texts} --vocab-size {vocab_size} --output {folder}"
+    )
 
 
 def _check_initial_state(config: Config, model: TransformerConfig, issues: IssueCollector) -> None:

@@ -199,7 +199,7 @@ def test_data_that_are_damaged_or_missing(check, run_file):
     )
     assert (
         said.errors["data.tokenizer=words does not exist"]
-        == "megatrain tokenizer TEXTS.jsonl --vocab-size 67 --output words"
+        == "megatrain train-tokenizer TEXTS.jsonl --vocab-size 67 --output words"
     )
 
 

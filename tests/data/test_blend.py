@@ -25,12 +25,12 @@ def test_counts_follow_the_weights_and_never_fall(weights, blocks):
         assert abs(count - blocks * BLOCK * weight / sum(weights)) < len(weights) / 2 + 1e-3
 
 
-def test_each_source_is_walked_without_gap_or_double():
+def test_each_source_is_read_without_gap_or_repeat():
     weights = [0.7, 0.2, 0.1]
     blend = Blend(weights, seed=3)
-    places = [blend.locate(position) for position in range(3 * BLOCK)]
+    indices = [blend.locate(position) for position in range(3 * BLOCK)]
     for source, count in enumerate(blend.counts(3 * BLOCK)):
-        assert sorted(place.position for place in places if place.source == source) == list(
+        assert sorted(index.position for index in indices if index.source == source) == list(
             range(count)
         )
 
@@ -45,7 +45,7 @@ def test_sources_are_mixed_within_a_block():
         assert 0.17 < share < 0.33
 
 
-def test_a_place_depends_on_seed_and_position_only():
+def test_location_depends_on_seed_and_position_only():
     forward = [Blend([1, 2], seed=1).locate(position) for position in range(0, 9000, 7)]
     blend = Blend([1, 2], seed=1)
     backward = [blend.locate(position) for position in reversed(range(0, 9000, 7))]
@@ -54,6 +54,6 @@ def test_a_place_depends_on_seed_and_position_only():
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "1", None, True])
-def test_what_is_no_weight(weight):
+def test_invalid_weight_is_refused(weight):
     with pytest.raises(ConfigError, match="must be a number above 0"):
         Blend([1.0, weight], seed=0)

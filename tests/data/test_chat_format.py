@@ -1,4 +1,4 @@
-"""Records to conversations: three forms, and what is wrong with a record in one sentence."""
+"""Conversations from records of three formats, and the reason why a record is not valid."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms(form):
+def test_formats(form):
     record, messages = FORMS[form]
     assert read_conversation(record).messages == messages
 
@@ -111,7 +111,8 @@ BAD = {
         "messages": [{**USER, "tool_calls": CALL["tool_calls"]}, ANSWER]
     },
     "tools are not JSON schemas": {"messages": [USER, ANSWER], "tools": ["f"]},
-    "missing fields: it has text, prompt; required: messages; prompt and completion; instruction and output": {
+    "missing fields: it has text, prompt; required: "
+    "messages; prompt and completion; instruction and output": {
         "text": "x",
         "prompt": "y",
     },
@@ -119,7 +120,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_what_cannot_be_learnt_from(reason):
+def test_invalid_record_is_refused_with_its_reason(reason):
     with pytest.raises(BadSample) as error:
         read_conversation(BAD[reason])
     assert str(error.value) == reason.strip()

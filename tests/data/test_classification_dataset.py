@@ -1,4 +1,4 @@
-"""Labels end up at the token that transformers looks at, whatever their form; what is wrong is named by file and line."""
+"""Labels of every format are at the token that transformers reads; errors name file and line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SINGLE, MULTI, NUMBER, WORDS = (
 
 
 @given(st.sets(st.integers(0, 61)))
-def test_several_classes_in_one_number(classes):
+def test_classes_are_encoded_in_one_integer(classes):
     number = encode_classes(classes)
     assert number >= 0
     assert (
@@ -50,7 +50,7 @@ def test_several_classes_in_one_number(classes):
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
-def test_a_float_in_one_number(value):
+def test_float_is_encoded_in_one_integer(value):
     number = encode_value(value)
     assert number >= 0
     assert decode_targets(
@@ -61,7 +61,7 @@ def test_a_float_in_one_number(value):
     ]
 
 
-def written(tmp_path, *records):
+def write_records(tmp_path, *records):
     file = tmp_path / "labels.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(file)
@@ -71,7 +71,7 @@ def test_every_form_of_label(tmp_path):
     def targets(reading, *records):
         return [
             target
-            for text in read_labelled_texts(written(tmp_path, *records), reading)
+            for text in read_labelled_texts(write_records(tmp_path, *records), reading)
             for target in text.targets
         ]
 
@@ -89,11 +89,11 @@ def test_names_that_are_numbers_are_names(tmp_path):
     assert [
         text.targets
         for text in read_labelled_texts(
-            written(tmp_path, {"text": "a", "label": 0}, {"text": "a", "label": 1999}), years
+            write_records(tmp_path, {"text": "a", "label": 0}, {"text": "a", "label": 1999}), years
         )
     ] == [[2], [0]]
     assert find_labels(
-        written(tmp_path, *[{"text": "a", "label": label} for label in (10, 9, "b", "a")]),
+        write_records(tmp_path, *[{"text": "a", "label": label} for label in (10, 9, "b", "a")]),
         of_tokens=False,
         problem="single-label",
     ) == ["9", "10", "a", "b"]
@@ -137,7 +137,7 @@ BAD = {
         'the field "tokens" is not a list of words',
     ),
     "no labels": (WORDS, {"tokens": ["a"]}, 'the field "labels" is missing, with a class for each'),
-    "a word's label": (WORDS, {"tokens": ["a"], "labels": [7]}, "the label 7 is out of range"),
+    "label of one word": (WORDS, {"tokens": ["a"], "labels": [7]}, "the label 7 is out of range"),
     "no object": (SINGLE, ["a", 1], "not a JSON object"),
 }
 
@@ -150,7 +150,7 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path, name):
         if not reading.of_tokens
         else {"tokens": ["a"], "labels": [0]}
     )
-    path = written(tmp_path, good, record)
+    path = write_records(tmp_path, good, record)
     with pytest.raises(DataError) as error:
         read_labelled_texts(path, reading)
     assert str(error.value).startswith(f"{path}, line 2: {sentence}")
@@ -163,7 +163,7 @@ def test_files_that_hold_no_labels(tmp_path):
     ):
         read_labelled_texts(str(tmp_path / "plain.txt"), SINGLE)
     with pytest.raises(DataError, match="contains no text with a label"):
-        read_labelled_texts(written(tmp_path), SINGLE)
+        read_labelled_texts(write_records(tmp_path), SINGLE)
 
 
 def samples(folder, texts, **more):
@@ -260,7 +260,7 @@ def test_augmented_words_are_a_function_of_the_key(words, how, number):
         assert all(word in left for word in first), "a part, in order"
 
 
-def test_what_cannot_be_done_falls_back():
+def test_impossible_augmentation_falls_back():
     words = ["a ", "b ", "c "]
     assert augment(words, "delete", share=0.999, key=KEY, masked=None) in (
         words,

@@ -1,4 +1,4 @@
-"""Dealing samples to data ranks."""
+"""Distribution of samples to data ranks."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def make_loader(samples=None, *, batch=8, micro=2, rank=0, size=1):
     )
 
 
-def taken(loader, step):
+def positions_of(loader, step):
     return [batch.tokens[:, 0].tolist() for batch in loader.microbatches(step)]
 
 
-def test_the_drawing():
+def test_example_of_the_docstring():
     assert [list(some) for some in make_loader(rank=0, size=2).positions(0)] == [[0, 1], [4, 5]]
     assert [list(some) for some in make_loader(rank=1, size=2).positions(0)] == [[2, 3], [6, 7]]
     assert [list(some) for some in make_loader(rank=1, size=2).positions(3)] == [[26, 27], [30, 31]]
@@ -56,7 +56,7 @@ def test_every_layout_takes_the_same_samples_in_a_step(micro, size):
         union = []
         for rank in range(size):
             loader = make_loader(batch=batch, micro=micro, rank=rank, size=size)
-            union += [position for some in taken(loader, step) for position in some]
+            union += [position for some in positions_of(loader, step) for position in some]
             loader.close()
         assert sorted(union) == list(range(step * batch, (step + 1) * batch))
 
@@ -71,12 +71,12 @@ def test_a_batch_holds_int64_tensors_of_its_own():
     loader.close()
 
 
-def test_resuming_is_asking_for_the_next_step():
+def test_resume_needs_the_next_step_only():
     loader = make_loader()
-    run = [taken(loader, step) for step in range(6)]
+    run = [positions_of(loader, step) for step in range(6)]
     loader.close()
     resumed = make_loader()
-    assert [taken(resumed, step) for step in (4, 5, 2)] == [run[4], run[5], run[2]]
+    assert [positions_of(resumed, step) for step in (4, 5, 2)] == [run[4], run[5], run[2]]
     resumed.close()
 
 

@@ -18,7 +18,7 @@ VOCAB = 1000
 
 
 def write(prefix, lengths, *, first_token=0):
-    """Write documents whose tokens count up, so that a token tells where it stood."""
+    """Writes documents of consecutive integers, so that a token shows its position."""
     with IndexedWriter(prefix, vocab_size=VOCAB) as writer:
         writer.add_documents(
             np.arange(first_token, first_token + sum(lengths)), lengths=list(lengths)
@@ -51,7 +51,7 @@ def test_an_epoch_predicts_every_token_once(tmp_path_factory, num_tokens, seed, 
         np.testing.assert_array_equal(sample.labels, (sample.tokens + 1) % num_tokens)
 
 
-def test_the_drawing(tmp_path, monkeypatch):
+def test_example_of_the_docstring(tmp_path, monkeypatch):
     # tokens  0 1 2 3 4 5 6 7 8 9 10 11 12, sequence_length 4, offset 2
     source = make_source(write(tmp_path / "a", [13]))
     monkeypatch.setattr(
@@ -69,8 +69,8 @@ def test_the_drawing(tmp_path, monkeypatch):
     ]
 
 
-def test_a_samples_documents_can_be_told(tmp_path):
-    """Tokens tell where they stood; the documents are of 5, 7, 3 and 9 tokens."""
+def test_origin_names_the_documents_of_a_sample(tmp_path):
+    """A token shows its position; the documents have 5, 7, 3 and 9 tokens."""
     lengths, first = [5, 7, 3, 9], 500
     ends = np.cumsum(lengths)
     sources = [
@@ -265,6 +265,6 @@ def test_a_blend_takes_its_share_of_each_source(tmp_path):
         ),
     ],
 )
-def test_settings_that_cannot_work(part, settings_, message):
+def test_invalid_settings_are_refused(part, settings_, message):
     with pytest.raises(ConfigError, match=message):
         open_part(part, **settings_)

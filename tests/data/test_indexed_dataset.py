@@ -1,10 +1,13 @@
-"""The .bin/.idx format, against bytes written by hand and against Megatron's own reader where it is installed."""
+"""The .bin/.idx format, compared with handwritten bytes and, if installed, with Megatron-LM."""
 
 from __future__ import annotations
 
+import doctest
 import errno
 import os
 import struct
+import subprocess
+import sys
 from contextlib import suppress
 
 import numpy as np
@@ -18,7 +21,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 
 
 def write_files(prefix, tokens, lengths, documents, *, dtype="<u2", code=8, magic=MAGIC, version=1):
-    """Write both files with struct alone, as the format's description says."""
+    """Writes both files with struct alone, following the description of the format."""
     data = np.array(tokens, dtype=dtype).tobytes()
     size = np.dtype(dtype).itemsize
     pointers = [sum(lengths[:i]) * size for i in range(len(lengths))]
@@ -181,12 +184,12 @@ def test_a_prefix_without_a_name_is_refused(prefix):
             use(prefix)
 
 
-def test_a_name_that_the_system_does_not_take_is_a_sentence():
+def test_name_that_is_too_long_for_the_system_is_reported():
     with pytest.raises(DataError, match=r"aaa\.idx: File name too long"):
         IndexedDataset("a" * 300)
 
 
-def test_starts_that_do_not_rise_are_refused_where_they_are_read(tmp_path):
+def test_decreasing_starts_are_refused(tmp_path):
     data = IndexedDataset(write_files(tmp_path / "m", range(6), [2, 3, 1], [0, 2, 1, 3]))
     with pytest.raises(
         DataError, match=r"m.idx is damaged: the starts of documents 0 to 3 decrease"
@@ -200,7 +203,7 @@ def fail_while_writing(prefix):
         raise RuntimeError
 
 
-def test_nothing_is_left_when_the_writer_fails(tmp_path):
+def test_failed_writer_leaves_no_files(tmp_path):
     fail_while_writing(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
@@ -238,7 +241,7 @@ def test_writing_nothing_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+def test_full_disk_is_reported_and_leaves_no_files(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -278,3 +281,19 @@ def test_we_read_megatrons_documents_of_several_sequences(tmp_path, megatron_dat
     builder.finalize(str(tmp_path / "m.idx"))
     data = IndexedDataset(tmp_path / "m")
     assert [data.document(i).tolist() for i in range(2)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_example_of_the_public_class(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with IndexedWriter("data/train", vocab_size=300) as writer:
+        writer.add_documents(np.array([5, 2, 7, 8, 2]), lengths=[2, 3])
+    examples = doctest.DocTestFinder(recurse=False).find(IndexedDataset, globs={})
+    assert [doctest.DocTestRunner().run(example) for example in examples] == [(0, 4)]
+
+
+def test_package_is_imported_lazily():
+    code = (
+        "import sys, megatrain.data as data; assert 'numpy' not in sys.modules; "
+        "assert data.IndexedDataset.__name__ == 'IndexedDataset'; assert not hasattr(data, 'other')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,32 +10,32 @@ from megatrain.data.packing import one_per_sequence, pack
 
 
 def contents(lengths, sequences):
-    """The lengths in each sequence."""
+    """Returns the lengths in each sequence."""
     return [
         [int(lengths[i]) for i in sequences.order[a:b]]
         for a, b in zip(sequences.starts[:-1], sequences.starts[1:], strict=True)
     ]
 
 
-def test_the_drawing():
+def test_example_of_the_docstring():
     lengths = np.array([5, 3, 7, 2, 1])
     assert contents(lengths, pack(lengths, capacity=8, seed=0)) == [[7, 1], [5, 3], [2]]
 
 
-def plain_best_fit(lengths, room):
-    """The rule word by word: longest first, each where the least room is left that takes it."""
-    rooms = []
+def plain_best_fit(lengths, capacity):
+    """Returns the space left by the plain rule: longest first, into the fullest that takes it."""
+    spaces = []
     for length in sorted(lengths, reverse=True):
-        fitting = [left for left in rooms if left >= length]
+        fitting = [left for left in spaces if left >= length]
         if fitting:
-            rooms[rooms.index(min(fitting))] -= length
+            spaces[spaces.index(min(fitting))] -= length
         else:
-            rooms.append(room - length)
-    return sorted(rooms)
+            spaces.append(capacity - length)
+    return sorted(spaces)
 
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(0, 3))
-def test_every_sample_once_never_too_many_and_as_the_rule_says(lengths, seed):
+def test_packing_has_every_sample_once_and_follows_the_rule(lengths, seed):
     lengths = np.array(lengths, dtype=np.int64)
     packed = pack(lengths, capacity=20, seed=seed)
     assert sorted(packed.order.tolist()) == list(range(len(lengths)))
@@ -52,7 +52,7 @@ def test_a_function_of_the_seed():
 
 
 def test_a_realistic_mix_fills_97_percent():
-    """Lengths of instruction data are about log-normal: most short, a long tail cut at the sequence's length."""
+    """Lengths of instruction data are about log-normal, truncated to the sequence length."""
     for median, spread in ((300, 0.8), (120, 1.0), (700, 1.1)):
         lengths = (
             np.random.default_rng(7)
@@ -64,5 +64,5 @@ def test_a_realistic_mix_fills_97_percent():
         fill = lengths.sum() / ((len(packed.starts) - 1) * 2048)
         assert fill >= 0.97, (median, spread, fill)
         assert lengths.sum() / (len(one_per_sequence(20_000).starts) - 1) / 2048 < 0.6, (
-            "what packing is for"
+            "packing must be useful"
         )

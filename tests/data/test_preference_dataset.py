@@ -1,4 +1,4 @@
-"""Pairs of answers: the forms of a record, two neighbouring positions, and a bad record by file and line."""
+"""Preference pairs: formats of records, consecutive positions, and invalid records."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_bad_record_says_why(record, reason):
 
 
 @pytest.fixture
-def recipe(tokenizer_folder, tmp_path):
+def spec(tokenizer_folder, tmp_path):
     (tmp_path / "chatml.jinja").write_text(CHATML)
     return SFTSpec(
         str(tokenizer_folder),
@@ -89,10 +89,10 @@ def write(path, count):
     return path
 
 
-def test_pairs_stay_together_through_epochs_and_blends(recipe, tmp_path):
+def test_pairs_stay_together_through_epochs_and_blends(spec, tmp_path):
     data = IndexedDataset(
         prepare_data(
-            str(write(tmp_path / "pairs.jsonl", 7)), recipe, folder=tmp_path / "data", name="train0"
+            str(write(tmp_path / "pairs.jsonl", 7)), spec, folder=tmp_path / "data", name="train0"
         )
     )
     samples = PreferenceDataset(data, sequence_length=80, packing=False, seed=3, padding=0)
@@ -123,26 +123,26 @@ def test_pairs_stay_together_through_epochs_and_blends(recipe, tmp_path):
     assert not (samples.fetch(14).labels >= 0).any()
 
 
-def test_the_last_answer_alone_is_compared(recipe, tmp_path):
+def test_the_last_answer_alone_is_compared(spec, tmp_path):
     turns = [USER, {"role": "assistant", "content": "Bye"}, USER]
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps({"chosen": [*turns, GOOD], "rejected": [*turns, BAD]}) + "\n")
     data = IndexedDataset(
         prepare_data(
-            str(file), recipe._replace(sequence_length=200), folder=tmp_path / "data", name="train0"
+            str(file), spec._replace(sequence_length=200), folder=tmp_path / "data", name="train0"
         )
     )
     from megatrain.data.chat_template import ChatTemplate
 
-    decode = ChatTemplate(recipe.tokenizer, file=recipe.chat_template).tokenizer.decode
-    learnt = [
+    decode = ChatTemplate(spec.tokenizer, file=spec.chat_template).tokenizer.decode
+    answers = [
         decode([int(code) >> 1 for code in data.document(number) if code & 1]) for number in (0, 1)
     ]
-    assert [text.replace("<|im_end|>", "").strip() for text in learnt] == ["Hello you", "Bye"]
+    assert [text.replace("<|im_end|>", "").strip() for text in answers] == ["Hello you", "Bye"]
 
 
 @pytest.mark.parametrize(("too_long", "samples", "left_out"), [("truncate", 2, 0), ("skip", 1, 1)])
-def test_too_long_is_of_the_pair(recipe, too_long, samples, left_out, tmp_path):
+def test_too_long_is_of_the_pair(spec, too_long, samples, left_out, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(
         json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
@@ -151,7 +151,7 @@ def test_too_long_is_of_the_pair(recipe, too_long, samples, left_out, tmp_path):
         + "\n"
     )
     prefix = prepare_data(
-        str(file), recipe._replace(too_long=too_long), folder=tmp_path / "data", name="train0"
+        str(file), spec._replace(too_long=too_long), folder=tmp_path / "data", name="train0"
     )
     counts = read_counts(prefix)
     assert (counts.samples, counts.skipped, IndexedDataset(prefix).num_documents) == (
@@ -161,10 +161,10 @@ def test_too_long_is_of_the_pair(recipe, too_long, samples, left_out, tmp_path):
     )
 
 
-def test_a_bad_record_is_named_by_file_and_line(recipe, tmp_path):
+def test_a_bad_record_is_named_by_file_and_line(spec, tmp_path):
     file = write(tmp_path / "pairs.jsonl", 3)
     file.write_text(
         file.read_text() + json.dumps({"prompt": "Hi", "chosen": "x", "rejected": "x"}) + "\n"
     )
     with pytest.raises(DataError, match=r"pairs.jsonl.*4.*the same answer"):
-        prepare_data(str(file), recipe, folder=tmp_path / "data", name="train0")
+        prepare_data(str(file), spec, folder=tmp_path / "data", name="train0")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers.checkout_paths import TOOLS
 
-from megatrain.cli import preprocess as preprocess_verb
+from megatrain.cli import preprocess as preprocess_command
 from megatrain.data import text_files
 from megatrain.data.indexed_dataset import IndexedDataset
 from megatrain.data.preprocess import PreprocessSpec, make_encoder, preprocess
@@ -112,7 +112,7 @@ def test_skipped_lines_are_counted_by_reason(tmp_path, tokenizer_folder):
     assert result.skipped == {"not valid JSON": 2, "empty line": 1}
 
 
-def test_nothing_to_write_is_an_error(tmp_path, tokenizer_folder):
+def test_no_documents_is_an_error(tmp_path, tokenizer_folder):
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(DataError, match=r"o: there are no documents to write$"):
         preprocess([tmp_path], tokenizer=tokenizer_folder, output=tmp_path / "o", workers=1)
@@ -130,8 +130,8 @@ def test_nothing_to_write_is_an_error(tmp_path, tokenizer_folder):
         )
 
 
-def test_few_blocks_are_under_way_at_a_time(tokenizer_folder):
-    recipe = PreprocessSpec(
+def test_few_blocks_are_in_flight(tokenizer_folder):
+    spec = PreprocessSpec(
         (tokenizer_folder / "tokenizer.json").read_text(), 0, np.dtype(np.uint16), "text"
     )
     drawn = 0
@@ -143,9 +143,7 @@ def test_few_blocks_are_under_way_at_a_time(tokenizer_folder):
 
     ahead = [
         drawn - done
-        for done, _ in enumerate(
-            map_in_processes(blocks(), make_encoder, recipe, workers=2), start=1
-        )
+        for done, _ in enumerate(map_in_processes(blocks(), make_encoder, spec, workers=2), start=1)
     ]
     assert len(ahead) == 30
     assert max(ahead) <= 4
@@ -189,8 +187,8 @@ def test_a_killed_run_leaves_no_files_and_no_workers(tmp_path, tokenizer_folder)
     process = subprocess.Popen(
         [sys.executable, TOOLS / "preprocess_data.py", *arguments], stderr=subprocess.DEVNULL
     )
-    partial = tmp_path / ".tmp-o.bin"
-    wait_until(lambda: partial.exists() and partial.stat().st_size)
+    temporary = tmp_path / ".tmp-o.bin"
+    wait_until(lambda: temporary.exists() and temporary.stat().st_size)
     children = children_of(process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -199,20 +197,22 @@ def test_a_killed_run_leaves_no_files_and_no_workers(tmp_path, tokenizer_folder)
     assert not Path(f"{tmp_path}/o.bin").exists()
     assert not Path(f"{tmp_path}/o.idx").exists()
     preprocess([write_jsonl(source)], tokenizer=tokenizer_folder, output=tmp_path / "o", workers=1)
-    assert not partial.exists()
+    assert not temporary.exists()
     assert IndexedDataset(tmp_path / "o").num_documents == len(TEXTS)
 
 
-def test_the_verb_prints_what_was_written_skipped_and_ignored(tmp_path, tokenizer_folder, capsys):
+def test_command_prints_what_was_written_skipped_and_ignored(tmp_path, tokenizer_folder, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl").open("a").write("bad\n")
     (folder / "README.md").write_text("about")
     parser = argparse.ArgumentParser()
-    preprocess_verb.add_arguments(parser)
+    preprocess_command.add_arguments(parser)
     arguments = [str(folder), "--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / "o")]
     assert (
-        preprocess_verb.run(parser.parse_args([*arguments, "--workers", "1", "--on-error", "skip"]))
+        preprocess_command.run(
+            parser.parse_args([*arguments, "--workers", "1", "--on-error", "skip"])
+        )
         == 0
     )
     first, skipped, ignored = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""Prepared chats to sequences: packed and alone, over epochs, up to the last step's end."""
+"""Sequences of prepared chats, packed and not, over epochs and beyond the limit."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ CHATS = [([1, 2, 3, 4, 5], [0, 0, 1, 0, 1]), ([6, 7, 8], [0, 1, 1]), ([9, 10], [
 @pytest.fixture
 def dataset(tmp_path):
     with IndexedWriter(tmp_path / "d", vocab_size=40) as writer:
-        for tokens, trained in CHATS:
-            writer.add(encode_loss_mask(np.array(tokens), np.array(trained, dtype=bool)))
+        for tokens, loss_mask in CHATS:
+            writer.add(encode_loss_mask(np.array(tokens), np.array(loss_mask, dtype=bool)))
     return IndexedDataset(tmp_path / "d")
 
 
@@ -31,7 +31,7 @@ def samples(dataset, **settings):
 
 
 def test_packed(dataset):
-    """4 + 2 + 1 places of 8: as in the drawing, and one of padding."""
+    """The chats take 4 + 2 + 1 of 8 places; the last is padding."""
     packed = samples(dataset)
     assert (packed.samples_per_epoch, packed.num_chats, packed.fill_ratio) == (1, 3, 7 / 8)
     x = IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""Cutting a data set into parts by documents."""
+"""The split of a dataset by documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_shares(split, shares):
 @pytest.mark.parametrize(
     "split", ["", "a,b", "98;1;1", "1,1,1,1", "-1,2", "0,0,0", "nan,1", "inf,1", "98,,1"]
 )
-def test_what_is_no_split(split):
+def test_invalid_split_is_refused(split):
     with pytest.raises(ConfigError, match=r"^data\.split=.* must be one to three numbers"):
         parse_split(split)
 

@@ -1,4 +1,4 @@
-"""Finding documents in files of every kind, and naming the records that are none."""
+"""Documents in files of every format, and reports of records that are not documents."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_document_too_long_for_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_a_compressed_file_cut_short_is_refused(tmp_path, name):
+def test_truncated_compressed_file_is_refused(tmp_path, name):
     data = b"".join(json.dumps({"text": f"{i * i}"}).encode() + b"\n" for i in range(20000))
     (tmp_path / name).write_bytes((gzip.compress if name.endswith("gz") else zst)(data)[:-500])
     with pytest.raises(DataError, match=f"{name} cannot be read to its end"):
@@ -135,7 +135,7 @@ def test_a_compressed_file_cut_short_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.jsonl.zst", "a.parquet"])
-def test_a_file_of_which_nothing_came_is_no_empty_one(tmp_path, name):
+def test_compressed_file_of_zero_bytes_is_refused(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(DataError, match=f"{name} cannot be read to its end"):
         read(tmp_path / name)
@@ -173,7 +173,7 @@ def test_folders_and_globs_are_read_in_order(tmp_path):
 
 
 def test_links_in_folders(tmp_path):
-    """To a folder they are said to be left out; to a file that is gone they are an error."""
+    """Links to folders are ignored and reported; links to missing files are an error."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("x")
     (tmp_path / "in" / "more").symlink_to(tmp_path)
@@ -184,7 +184,7 @@ def test_links_in_folders(tmp_path):
         read(tmp_path / "in")
 
 
-def test_inputs_that_cannot_be_meant(tmp_path):
+def test_invalid_inputs_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.doc").write_text("x")
     with pytest.raises(DataError, match=r"none\*.txt matches no file"):

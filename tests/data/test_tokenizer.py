@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from megatrain.cli import train_tokenizer as tokenizer_verb
+from megatrain.__main__ import main
+from megatrain.cli import train_tokenizer as tokenizer_command
 from megatrain.data.tokenizer import (
     END_OF_TEXT,
     end_of_document_id,
@@ -71,19 +72,19 @@ def test_a_vocabulary_too_small_for_bytes(corpus, tmp_path):
         ({"special_tokens": [""]}, "--special-token='' must not be empty"),
     ],
 )
-def test_what_no_tokenizer_can_have(corpus, tmp_path, more, words):
+def test_invalid_options_are_refused(corpus, tmp_path, more, words):
     with pytest.raises(ConfigError, match=words):
         train_tokenizer([corpus], output=tmp_path / "t", **{"vocab_size": 300, **more})
 
 
-def test_without_a_document_there_is_no_tokenizer(tmp_path):
+def test_inputs_without_documents_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match=r"empty.jsonl: there are no documents to train on"):
         train_tokenizer([tmp_path / "empty.jsonl"], vocab_size=300, output=tmp_path / "t")
 
 
 @pytest.mark.parametrize("output", ["file", "file/t"])
-def test_a_place_that_cannot_be_written_is_said_before_training(tmp_path, output):
+def test_output_that_cannot_be_written_is_reported_before_training(tmp_path, output):
     (tmp_path / "file").touch()
     (tmp_path / "bad.jsonl").write_text("training would stop here\n")
     with pytest.raises(DataError, match=r"file.* cannot be written: "):
@@ -111,11 +112,25 @@ def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
             load_tokenizer(tmp_path)
 
 
-def test_the_verb_says_what_it_made(corpus, tmp_path, capsys):
+def test_command_prints_the_result(corpus, tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    tokenizer_verb.add_arguments(parser)
+    tokenizer_command.add_arguments(parser)
     arguments = [str(corpus), "--vocab-size", "5000", "--output", str(tmp_path / "t")]
-    assert tokenizer_verb.run(parser.parse_args(arguments)) == 0
+    assert tokenizer_command.run(parser.parse_args(arguments)) == 0
     printed = capsys.readouterr().out
     assert "tokens from 50 documents" in printed
     assert "--vocab-size 5000 was not reached" in printed
+
+
+@pytest.mark.parametrize("command", ["train-tokenizer", "tokenizer"])
+def test_command_and_its_old_name(command, corpus, tmp_path, capsys):
+    folder = tmp_path / command
+    assert main([command, str(corpus), "--vocab-size", "300", "--output", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith(f"{folder}: a vocabulary of 300 tokens")
+
+
+def test_help_names_the_new_command_only(capsys):
+    assert main([]) == 2
+    assert [
+        line.split()[0] for line in capsys.readouterr().err.splitlines() if "tokenizer" in line
+    ] == ["train-tokenizer"]

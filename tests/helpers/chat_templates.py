@@ -1,6 +1,6 @@
-"""Chat templates of six families, written from their published formats, and one with generation marks.
+"""Chat templates of six families, after their published formats, and one with generation marks.
 
-MARKED holds, for each, what it makes of CHAT with the parts that are learnt between « and ».
+MARKED contains the text of CHAT under each template; parts with a loss are between « and ».
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ CHAT = [
 LLAMA3 = """\
 {{- bos_token }}
 {%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -70,7 +71,7 @@ MISTRAL = """\
 {{- bos_token }}
 {%- for message in messages %}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+        {{- raise_exception('Conversation roles must alternate user/assistant/user/...') }}
     {%- endif %}
     {%- if message['role'] == 'user' %}
         {{- '[INST] ' + message['content'] + ' [/INST]' }}
@@ -81,13 +82,16 @@ MISTRAL = """\
 """
 
 CHATML = """\
-{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}\
+{% for message in messages %}\
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 GEMMA = """\
-{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
+{{ bos_token }}{% if messages[0]['role'] == 'system' %}\
+{{ raise_exception('System role not supported') }}{% endif %}\
 {% for message in messages %}\
-{% if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}\
+{% if message['role'] == 'assistant' %}{% set role = 'model' %}\
+{% else %}{% set role = message['role'] %}{% endif %}\
 {{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
 
@@ -126,15 +130,18 @@ _CHATML_TURNS = (
     "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n«See\nyou<|im_end|>»\n"
 )
 MARKED = {
-    "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
     "«Hello you<|eot_id|>»<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n«See\nyou<|eot_id|>»",
     "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + _CHATML_TURNS,
     "mistral": "<s>[INST] Hi [/INST]« Hello you</s>»[INST] Bye [/INST]« See\nyou</s>»",
     "chatml": _CHATML_TURNS,
-    "gemma": "<s><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n«Hello you<end_of_turn>»\n"
+    "gemma": "<s><start_of_turn>user\nHi<end_of_turn>\n"
+    "<start_of_turn>model\n«Hello you<end_of_turn>»\n"
     "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n«See\nyou<end_of_turn>»\n",
-    "zephyr": "<|user|>\nHi</s>\n<|assistant|>\n«Hello you</s>»\n<|user|>\nBye</s>\n<|assistant|>\n«See\nyou</s>»\n",
+    "zephyr": "<|user|>\nHi</s>\n<|assistant|>\n«Hello you</s>»\n"
+    "<|user|>\nBye</s>\n<|assistant|>\n«See\nyou</s>»\n",
     "marks": _CHATML_TURNS,
 }
 
