@@ -78,8 +78,8 @@ class IndexedWriter:
         # The files get their names in reverse order: first the tokens, then the index.
         with _explain_errors(self._bin_path), ExitStack() as stack:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary_idx = stack.enter_context(_write(self._idx_path))
-            self._bin = stack.enter_context(_write(self._bin_path)).open("wb")
+            self._temporary_idx = stack.enter_context(write_atomically(self._idx_path))
+            self._bin = stack.enter_context(write_atomically(self._bin_path)).open("wb")
             self._stack = stack.pop_all()
         return self
 
@@ -94,7 +94,7 @@ class IndexedWriter:
                 self._bin.close()
             self._stack.__exit__(kind, error, trace)
             return
-        with self._stack:
+        with _explain_errors(self._bin_path), self._stack:
             self._finish()
 
     @property
@@ -130,22 +130,14 @@ class IndexedWriter:
         self.num_tokens += len(tokens)
 
     def _finish(self) -> None:
-        with _explain_errors(self._bin_path):
-            self._bin.close()
+        self._bin.close()
         if not self.num_tokens:
             raise DataError(f"{self.prefix}: there are no documents to write")
-        with _explain_errors(self._idx_path):
-            with self._temporary_idx.open("wb") as file:
-                lengths = np.frombuffer(self._lengths, dtype=np.int32)
-                write_index(file, lengths=lengths, dtype=self.dtype)
-            # An old index must never describe new tokens.
-            self._idx_path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _write(path: Path) -> Iterator[Path]:
-    with _explain_errors(path), write_atomically(path) as temporary:
-        yield temporary
+        with self._temporary_idx.open("wb") as file:
+            lengths = np.frombuffer(self._lengths, dtype=np.int32)
+            write_index(file, lengths=lengths, dtype=self.dtype)
+        # An old index must never describe new tokens.
+        self._idx_path.unlink(missing_ok=True)
 
 
 def write_index(file: BinaryIO, *, lengths: Tokens, dtype: np.dtype[Any]) -> None:

@@ -27,9 +27,9 @@ def tokenizer_without_template(tmp_path_factory):
     )
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_preloss_mask(folder / "made")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "made")
     tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
-    tokenizer.save_preloss_mask(folder / "made")
+    tokenizer.save_pretrained(folder / "made")
     return folder / "made"
 
 

@@ -288,7 +288,7 @@ def test_example_of_the_public_class(tmp_path, monkeypatch):
     with IndexedWriter("data/train", vocab_size=300) as writer:
         writer.add_documents(np.array([5, 2, 7, 8, 2]), lengths=[2, 3])
     examples = doctest.DocTestFinder(recurse=False).find(IndexedDataset, globs={})
-    assert [doctest.DocTestRunner().run(example) for example in examples] == [(0, 4)]
+    assert [doctest.DocTestRunner().run(example) for example in examples] == [(0, 5)]
 
 
 def test_package_is_imported_lazily():
@@ -297,3 +297,12 @@ def test_package_is_imported_lazily():
         "assert data.IndexedDataset.__name__ == 'IndexedDataset'; assert not hasattr(data, 'other')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_error_of_the_block_is_raised_unchanged(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match="input"),
+        IndexedWriter(tmp_path / "a", vocab_size=300),
+    ):
+        raise FileNotFoundError("input")
+    assert list(tmp_path.iterdir()) == []
