@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from megatrain.__main__ import main
 from megatrain.cli import train_tokenizer as tokenizer_command
+from megatrain.cli.main import main
 from megatrain.data.tokenizer import (
     END_OF_TEXT,
     end_of_document_id,
