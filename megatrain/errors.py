@@ -73,6 +73,18 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, of another model, or cannot be written."""
 
 
+class RankError(UserError):
+    """A failure of ranks, whose cause was printed.
+
+    Args:
+        exit_code: the exit code of the run.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"a rank failed with exit code {exit_code}; the cause was printed above")
+        self.exit_code = exit_code
+
+
 def format_value(value: object) -> str:
     """Returns a setting's value as YAML writes it: null, true and false."""
     yaml_names = {None: "null", True: "true", False: "false"}

@@ -59,12 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates on a launcher's ranks or on local ones; returns the exit code."""
-    from megatrain.evaluation.run import prepare, start
+    from megatrain.evaluation.run import evaluate
 
-    config, spec = prepare(
+    evaluate(
         args.model,
         [argument for argument in args.arguments if not _OVERRIDE.match(argument)],
-        [argument for argument in args.arguments if _OVERRIDE.match(argument)],
         kind=args.kind,
         window=args.window,
         stride=args.stride,
@@ -73,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         include_path=args.include_path,
         limit=args.limit,
         num_fewshot=args.num_fewshot,
+        overrides=[argument for argument in args.arguments if _OVERRIDE.match(argument)],
         as_json=args.json,
     )
-    return start(config, spec)
+    return 0

@@ -144,17 +144,7 @@ def _check_length(config: Any, prompt_length: int, new_tokens: int) -> None:
 
 
 def load_model(folder: Path, *, dtype: str | None, memory: int | None, offload_folder: str) -> Any:
-    """Loads transformers' model of a folder, placed by accelerate.
-
-    Args:
-        folder: a Hugging Face folder.
-        dtype: "bf16", "fp16" or "fp32"; None for the checkpoint's.
-        memory: bytes of CPU memory for weights; None for what is free.
-        offload_folder: a folder for the weights that exceed the memory.
-
-    Raises:
-        CheckpointError: the folder is damaged, or transformers cannot load it.
-    """
+    """Loads transformers' model of a folder; weights beyond `memory` bytes are read from disk."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar

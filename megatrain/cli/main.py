@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from megatrain import __version__
 from megatrain.distributed.env import is_local_rank_zero
-from megatrain.errors import UserError
+from megatrain.errors import RankError, UserError
 
 
 class Command(NamedTuple):
@@ -113,6 +113,8 @@ def _run(arguments: list[str]) -> int:
             print(f"`megatrain {old}` was renamed: use `megatrain {new}`", file=sys.stderr)
             return 2
         return _run_command(ALIASES.get(arguments[0], arguments[0]), arguments[1:])
+    except RankError as error:
+        return error.exit_code
     except UserError as error:
         if is_local_rank_zero(os.environ):
             print(f"error: {error}", file=sys.stderr)

@@ -55,16 +55,12 @@ class ConversionResult:
     Attributes:
         target: the written folder.
         to: its format.
-        source_kind: the format of the source, for the user to read.
-        num_bytes: the size of all written tensors.
         verification: the comparison with the source; None if it was skipped.
         sha256: the SHA-256 of each tensor of the model; None if the verification was skipped.
     """
 
     target: Path
     to: TargetFormat
-    source_kind: str
-    num_bytes: int
     verification: VerificationResult | None
     sha256: dict[str, str] | None
 
@@ -283,7 +279,7 @@ class _Conversion:
                 self.optimizer.finish(folder, self.source)
         finally:
             sync.wait()
-        return ConversionResult(target, self.to, self.source.kind, self.num_bytes, found, hashes)
+        return ConversionResult(target, self.to, found, hashes)
 
     def _write(self, folder: Path, sync: BackgroundSync) -> None:
         start = time.monotonic()

@@ -89,9 +89,7 @@ class UniversalCheckpoint(_StateTensors):
     def moments(self) -> Moments:
         """Returns Adam's moments, empty if the checkpoint has none.
 
-        Raises:
-            CheckpointError: moments are missing for some parameters, have other shapes, or the
-                number of updates is missing or differs between parameters.
+        Raises CheckpointError if only some parameters have them, or if shapes or updates differ.
         """
         states = {state: _StateTensors(self.folder, self.name_map, state) for state in _MOMENTS}
         if not any(s.path(name).is_file() for s in states.values() for name in self.name_map):

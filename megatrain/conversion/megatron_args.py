@@ -29,15 +29,14 @@ class MegatronArgs:
     norm_eps: float
     gated: bool
     activation: Literal["silu", "gelu", "gelu_tanh"]
-    rotary: bool
-    rope_base: float
-    rope_factor: float | None
-    rope_llama3: bool
     mlp_bias: bool
     qkv_bias: bool
-    qk_norm: bool
     tied: bool
-    padded_vocab_size: int | None
+    qk_norm: bool = False
+    rotary: bool = False
+    rope_base: float = 0.0
+    rope_factor: float | None = None
+    rope_llama3: bool = False
 
 
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -101,7 +100,6 @@ def read_args(args: Namespace, folder: Path) -> MegatronArgs:
         qkv_bias=bias or bool(values.get("add_qkv_bias", False)),
         qk_norm=bool(values.get("qk_layernorm", False)),
         tied=not values.get("untie_embeddings_and_output_weights", False),
-        padded_vocab_size=values.get("padded_vocab_size"),
     )
 
 
@@ -148,15 +146,9 @@ def args_of_config(config: Any) -> MegatronArgs:
             norm_eps=config.layer_norm_epsilon,
             gated=False,
             activation="gelu" if config.activation_function == "gelu" else "gelu_tanh",
-            rotary=False,
-            rope_base=0.0,
-            rope_factor=None,
-            rope_llama3=False,
             mlp_bias=True,
             qkv_bias=True,
-            qk_norm=False,
             tied=bool(config.tie_word_embeddings),
-            padded_vocab_size=None,
         )
     num_heads, rope = config.num_attention_heads, config.rope_parameters
     scaled = rope.get("rope_type", "default") != "default"
@@ -180,7 +172,6 @@ def args_of_config(config: Any) -> MegatronArgs:
         qkv_bias=bool(getattr(config, "attention_bias", False)) or config.model_type == "qwen2",
         qk_norm=config.model_type == "qwen3",
         tied=bool(config.tie_word_embeddings),
-        padded_vocab_size=None,
     )
 
 

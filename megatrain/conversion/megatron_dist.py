@@ -45,40 +45,32 @@ class _Record:
         else:
             self.state = state
 
+    @property
+    def _key(self) -> tuple[Any, Any]:
+        return self.__dict__.get("fqn"), self.__dict__.get("offset")
+
     def __hash__(self) -> int:
-        return hash((self.__dict__.get("fqn"), self.__dict__.get("offset")))
+        return hash(self._key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Record) and (
-            self.__dict__.get("fqn"),
-            self.__dict__.get("offset"),
-        ) == (other.__dict__.get("fqn"), other.__dict__.get("offset"))
+        return isinstance(other, _Record) and self._key == other._key
 
 
 _CHECKPOINT = "torch.distributed.checkpoint"
+_METADATA_CLASSES = (
+    "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties MetadataIndex "
+    "ChunkStorageMetadata StorageMeta _MEM_FORMAT_ENCODING"
+)
 _RECORDS = {
-    *(
-        (f"{_CHECKPOINT}.metadata", name)
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "TensorProperties",
-            "MetadataIndex",
-            "ChunkStorageMetadata",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
+    *((f"{_CHECKPOINT}.metadata", name) for name in _METADATA_CLASSES.split()),
     (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
     (f"{_CHECKPOINT}.filesystem", "_StoragePrefix"),
     ("torch.serialization", "_get_layout"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
-    *(
-        (module, name)
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "WindowsPath")
-    ),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"),
 }
 
 

@@ -117,9 +117,6 @@ def find_iteration(path: Path) -> Path | None:
     """Returns the folder with the rank folders or .metadata: the path, or its newest iteration.
 
     Returns None if the path is not a Megatron-LM checkpoint.
-
-    Raises:
-        CheckpointError: latest_checkpointed_iteration.txt is damaged, or its folder is missing.
     """
     has_ranks = any(_FOLDER.fullmatch(child.name) for child in path.iterdir())
     if has_ranks or (path / ".metadata").is_file():
@@ -181,11 +178,7 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Returns the content of one of Megatron-LM's files: tensors are mapped, enums are dropped.
-
-    Raises:
-        CheckpointError: the file is damaged, older than torch 1.6, or contains code.
-    """
+    """Returns the content of one of Megatron-LM's files: tensors are mapped, enums are dropped."""
     if not zipfile.is_zipfile(path):  # the only format that can be mapped
         raise CheckpointError(
             f"{path} is damaged, or was written by torch before 1.6; load and save it with a newer "
@@ -200,11 +193,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def read_namespace(state: dict[str, Any], path: Path) -> Namespace | None:
-    """Returns the args of the training command, None if they are missing.
-
-    Raises:
-        CheckpointError: the checkpoint is too old, or the args are not a Namespace.
-    """
+    """Returns the args of the training command, None if they are missing."""
     version = state.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < 2:
         raise CheckpointError(
@@ -282,12 +271,9 @@ def common_name(name: str) -> str | None:
 
 
 def _merge_stages(stages: list[list[dict[str, Tensor]]], folder: Path) -> dict[str, Tensor]:
-    """Returns one model with consecutive layer numbers.
+    """Returns one model with consecutive layer numbers, from stages [pipeline rank][virtual stage].
 
-    Args:
-        stages: by pipeline rank and virtual stage. The layers of virtual stage 0 of all ranks come
-            before those of virtual stage 1.
-        folder: the checkpoint, for messages.
+    The layers of virtual stage 0 of all ranks come before those of virtual stage 1.
     """
     model: dict[str, Tensor] = {}
     num_layers = 0

@@ -133,11 +133,10 @@ def tensors_equal(tensors: TensorReader, one: str, other: str) -> bool:
 class HuggingFaceFolder:
     """A folder of safetensors or .bin files with a config.json."""
 
-    kind = "Hugging Face folder"
     note = ""
 
-    def __init__(self, folder: Path, config: Any) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: Any, kind: str = "Hugging Face folder") -> None:
+        self.folder, self.config, self.kind = folder, config, kind
         self.metadata_folder: Path | None = folder
         self._tensors = HFFolder(folder)
         self._name_map = {name: name for name in self._tensors.names()}
@@ -169,26 +168,15 @@ class HuggingFaceFolder:
         return self._tensors.read(self._name_map[name], index)
 
 
-class MegatrainCheckpoint(HuggingFaceFolder):
-    """A checkpoint of megatrain."""
-
-    kind = "megatrain checkpoint"
-
-
 def open_folder(folder: Path, *, verify_hashes: bool) -> HuggingFaceFolder:
-    """Opens a folder with a config.json.
-
-    Raises:
-        CheckpointError: a file is missing or damaged; with `verify_hashes` also if the content of a
-            file of our checkpoint differs from its manifest.
-    """
+    """Opens a folder with a config.json; `verify_hashes` compares our files with their manifest."""
     config = load_hf_config(str(folder))
     if not train_state_path(folder).exists() and not (folder / manifest.MANIFEST).exists():
         return HuggingFaceFolder(folder, config)
     problem = manifest.find_problem(folder, hashes=True) if verify_hashes else None
     if problem is not None:
         raise CheckpointError(f"{folder} {problem}; choose another checkpoint")
-    return MegatrainCheckpoint(folder, config)
+    return HuggingFaceFolder(folder, config, "megatrain checkpoint")
 
 
 def map_names(
@@ -199,8 +187,7 @@ def map_names(
 ) -> dict[str, str]:
     """Returns the name in the folder of each tensor; tensors that the model lacks keep theirs.
 
-    Raises:
-        CheckpointError: the folder holds a tensor under two names.
+    Raises CheckpointError if the folder contains a tensor under two names.
     """
     head = f"{architecture.names['head'].name}.weight"
     name_map: dict[str, str] = {}
@@ -225,11 +212,7 @@ def drop_tied_head(
     folder: Path,
     hint: str,
 ) -> None:
-    """Removes the head from the map if the model ties it to the embedding.
-
-    Raises:
-        CheckpointError: the head has other values than the embedding.
-    """
+    """Removes the head from the map if the model ties it; raises if its values differ."""
     head, embedding = (f"{architecture.names[role].name}.weight" for role in ("head", "embedding"))
     if not architecture.tied or head not in name_map:
         return

@@ -121,18 +121,10 @@ def compare_logits(
     dtype: torch.dtype | None,
     to: str,
 ) -> VerificationResult:
-    """Compares the logits of source and written folder on fixed prompts.
+    """Compares the logits of a source and of the folder and config that were written for it.
 
-    Args:
-        source: a bound source.
-        folder: the written tensors.
-        config: the transformers config that was written.
-        architecture: the same model as our layers read it.
-        dtype: the dtype of the target, None if each tensor keeps its own.
-        to: "hf" or "checkpoint", the format of the target.
-
-    Raises:
-        CheckpointError: the source's logits are not finite, or differ by more than the bound.
+    `to` is the format of the folder, "hf" or "checkpoint". Raises CheckpointError if the source's
+    logits are not finite, or differ by more than the bound.
     """
     tokens = fixed_prompts(architecture)
     to_hf = to == "hf"

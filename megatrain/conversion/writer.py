@@ -22,18 +22,8 @@ from megatrain.conversion.sources import HasByteSpans, TensorReader, nbytes, rea
 from megatrain.errors import CheckpointError
 from megatrain.files import flush_to_disk
 
-_WRITABLE = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 _FLUSH_BYTES = 128 << 20
 """Bytes after which a flush to disk is started."""
@@ -161,7 +151,7 @@ def _copy_span(span: ByteSpan, descriptor: int) -> Iterator[int]:
 
 def _header(names: list[str], tensors: TensorReader) -> bytes:
     for name in names:
-        if tensors.dtype(name) not in _WRITABLE:
+        if tensors.dtype(name) not in (*_FLOATS, *_INTEGERS):
             raise CheckpointError(
                 f"{name} has dtype {tensors.dtype(name)}, which is not supported; "
                 "use --dtype bf16, fp16 or fp32"

@@ -239,15 +239,7 @@ def _class_outputs(
 def _find_misses(
     logits: Tensor, labels: Tensor, *, start: int, vocab_size: int, axis: MeshAxis
 ) -> Tensor:
-    """Returns bool [n]: whether another token has a larger logit than the label.
-
-    Args:
-        logits: this rank's part [n, V/t].
-        labels: [n]; IGNORED labels are not misses.
-        start: the first token of this rank's part.
-        vocab_size: V without padding.
-        axis: the tensor axis.
-    """
+    """Returns bool [n]: whether another token has a larger logit than the label, from [n, V/t]."""
     num_tokens = max(0, min(logits.shape[1], vocab_size - start))
     lowest = torch.finfo(torch.float32).min
     if num_tokens:

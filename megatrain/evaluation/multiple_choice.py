@@ -48,11 +48,7 @@ def has_questions(path: str) -> bool:
 
 
 def read_questions(data: Sequence[str]) -> Iterator[Question]:
-    """Yields the questions of JSONL or parquet files in order.
-
-    Raises:
-        DataError: a record is not a question; the message names file and line.
-    """
+    """Yields the questions of JSONL or parquet files; raises DataError with file and line."""
     for block in read_blocks(find_inputs(list(data)).files, field=None):
         objects, problems = parse_objects(block)
         if problems:
@@ -97,12 +93,8 @@ def make_request(
 ) -> ChoiceRequest:
     """Returns the row that scores a continuation after its context.
 
-    Args:
-        context: if it is empty, the prefix token takes its place.
-        continuation: the scored text.
-        tokenizer: a transformers tokenizer.
-        prefix: the token that precedes texts, None for none.
-        window: the largest number of tokens; the context is truncated from the front.
+    The prefix token replaces an empty context. A context that exceeds the window is truncated from
+    the front.
     """
     num_spaces = len(context) - len(context.rstrip())
     if num_spaces:

@@ -77,17 +77,9 @@ def is_indexed(path: str) -> bool:
 def read_documents(
     data: Sequence[str], *, tokenizer: Any, prefix: int | None, field: str, vocab_size: int
 ) -> Iterator[Document]:
-    """Yields all documents in order.
+    """Yields the documents of text files and indexed datasets, each after the prefix token.
 
-    Args:
-        data: text files, and prefixes of indexed datasets.
-        tokenizer: None if there is none; text files require one.
-        prefix: the token before each document, None for none.
-        field: the field with the text, in JSONL and parquet files.
-        vocab_size: the model's.
-
-    Raises:
-        DataError: a file has another format, or tokens beyond the vocabulary.
+    Raises DataError if a file has another format, or tokens beyond the vocabulary.
     """
     for path in data:
         if is_indexed(path):

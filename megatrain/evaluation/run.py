@@ -15,7 +15,7 @@ from typing import Any
 from megatrain.config.loader import Config
 from megatrain.distributed import device
 from megatrain.distributed.env import from_environment
-from megatrain.errors import ConfigError, UserError, format_override
+from megatrain.errors import ConfigError, RankError, UserError, format_override
 from megatrain.evaluation.spec import EvalSpec, Kind, make_config, model_folder, trained_length
 from megatrain.launch.local import run_local
 from megatrain.launch.worker import start_rank
@@ -28,14 +28,12 @@ class EvalResult:
     Attributes:
         kind: "perplexity", "choices", "classification", or "harness" for tasks.
         metrics: the metrics by name.
-        classes: the metrics of each class of a classifier.
         path: the results file; None on other ranks than 0 of a launcher.
         content: the content of the results file.
     """
 
     kind: str
     metrics: dict[str, Any]
-    classes: dict[str, dict[str, float]]
     path: Path | None
     content: dict[str, Any]
 
@@ -52,9 +50,10 @@ def evaluate(
     include_path: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    as_json: bool = False,
 ) -> EvalResult:
-    """Evaluates a model, writes the results file and prints a table.
+    """Evaluates a model, writes the results file and prints it as a table.
 
     It runs on local ranks, one for each part of `parallel.tensor`, `pipeline` and `data`, or on the
     ranks of a launcher, which all call it.
@@ -70,7 +69,8 @@ def evaluate(
         include_path: a folder with tasks of your own.
         limit: documents of each task.
         num_fewshot: examples before each question of a task.
-        overrides: settings such as `{"parallel.tensor": 2, "train.dtype": "bf16"}`.
+        overrides: settings such as `{"parallel.tensor": 2}` or `["parallel.tensor=2"]`.
+        as_json: print the results file as JSON instead of a table.
 
     Returns:
         The metrics and the path of the results file.
@@ -79,58 +79,15 @@ def evaluate(
         ConfigError: a setting is invalid, or does not fit the model.
         CheckpointError: the model is damaged or incomplete.
         DataError: a file is missing or has another format.
-        UserError: a rank failed; the cause was printed.
+        RankError: a rank failed; the cause was printed.
     """
-    paths = [data] if isinstance(data, str | Path) else data
-    config, spec = prepare(
-        str(model),
-        [str(path) for path in paths],
-        [format_override(name, value) for name, value in (overrides or {}).items()],
-        kind=kind,
-        window=window,
-        stride=stride,
-        field=field,
-        tasks=tasks,
-        include_path=include_path,
-        limit=limit,
-        num_fewshot=num_fewshot,
+    paths = tuple(map(str, [data] if isinstance(data, str | Path) else data))
+    _check_inputs(
+        paths, tasks, {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
     )
-    with tempfile.TemporaryDirectory(prefix="megatrain-evaluate-") as folder:
-        code = start(config, spec, output=Path(folder))
-        env = from_environment(os.environ)
-        file = Path(folder, f"{env.rank if env else 0}.json")
-        if code or not file.exists():
-            raise UserError(f"the evaluation failed with exit code {code}")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    path = content.pop("path", None)
-    return EvalResult(
-        kind=content["kind"],
-        metrics=content["figures"],
-        classes=content["classes"],
-        path=None if path is None else Path(path),
-        content=content,
-    )
-
-
-def prepare(
-    model: str,
-    data: Sequence[str],
-    overrides: Sequence[str],
-    *,
-    kind: Kind | None,
-    window: int | None,
-    stride: int | None,
-    field: str,
-    tasks: Sequence[str],
-    include_path: str | None,
-    limit: int | None,
-    num_fewshot: int | None,
-    as_json: bool = False,
-) -> tuple[Config, EvalSpec]:
-    """Returns the settings and the spec of an evaluation, validated without ranks."""
-    harness = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
-    _check_inputs(data, tasks, harness)
-    folder = model_folder(model)
+    if isinstance(overrides, Mapping):
+        overrides = [format_override(name, value) for name, value in overrides.items()]
+    folder = model_folder(str(model))
     config = make_config(folder, overrides)
     device.set_environment(_local_size(config))
     # Imports torch, so it comes after the environment is set.
@@ -140,10 +97,11 @@ def prepare(
     window, stride = checks.make_windows(
         architecture, window=window, stride=stride, trained=trained_length(folder)
     )
+    kind = "harness" if tasks else checks.choose_kind(kind, paths, architecture)
     spec = EvalSpec(
         str(folder),
-        tuple(data),
-        "harness" if tasks else checks.choose_kind(kind, data, architecture),
+        paths,
+        kind,
         window,
         stride,
         field,
@@ -153,18 +111,30 @@ def prepare(
         limit,
         num_fewshot,
     )
-    return config, spec
+    return _run_ranks(config, spec)
 
 
-def start(config: Config, spec: EvalSpec, *, output: Path | None = None) -> int:
-    """Runs an evaluation on the ranks of a launcher or on local ones; returns the exit code."""
+def _run_ranks(config: Config, spec: EvalSpec) -> EvalResult:
+    """Evaluates on the ranks of a launcher, or on local ones."""
     from megatrain.evaluation.rank import evaluate_rank
 
-    target = functools.partial(evaluate_rank, spec=spec, output=output)
     env = from_environment(os.environ)
-    if env is not None:
-        return start_rank(target, config, env)
-    return run_local(target, config, world_size=_local_size(config))
+    with tempfile.TemporaryDirectory(prefix="megatrain-evaluate-") as folder:
+        target = functools.partial(evaluate_rank, spec=spec, output=Path(folder))
+        if env is not None:
+            code = start_rank(target, config, env)
+        else:
+            code = run_local(target, config, world_size=_local_size(config))
+        if code:
+            raise RankError(code)
+        content = json.loads(Path(folder, f"{env.rank if env else 0}.json").read_text("utf-8"))
+    path = content.pop("path", None)
+    return EvalResult(
+        kind=content["kind"],
+        metrics=content["figures"],
+        path=None if path is None else Path(path),
+        content=content,
+    )
 
 
 def _local_size(config: Config) -> int:

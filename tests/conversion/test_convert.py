@@ -15,12 +15,22 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkout_paths import TOOLS
-from helpers.tiny_folders import GPT2, LLAMA, convert, make_folder, tensors_of
-from safetensors.torch import load_file, save_file
+from helpers.tiny_folders import (
+    GPT2,
+    LLAMA,
+    convert,
+    edit_tensors,
+    error_of,
+    make_folder,
+    tensors_of,
+    to_hf,
+)
+from safetensors.torch import load_file
 
 from megatrain.cli.convert import parse_size
 from megatrain.conversion import convert as convert_module
 from megatrain.conversion import writer
+from megatrain.errors import CheckpointError
 
 TIED = {**LLAMA, "tie_word_embeddings": True}
 
@@ -41,21 +51,14 @@ def source(folders, tmp_path):
     return Path(shutil.copytree(folders["llama"], tmp_path / "source"))
 
 
-def to_hf(source, target, *options):
-    return convert(source, target, "--to", "hf", *options)
-
-
-def error_of(capfd, *arguments):
-    """Returns the message of a conversion that fails without writing."""
-    target = Path(arguments[1])
-    before = sorted(target.iterdir()) if target.is_dir() else None
-    assert convert(*arguments) == 1
-    assert (sorted(target.iterdir()) if target.is_dir() else None) == before
-    assert not [path for path in target.parent.iterdir() if path.name.startswith(".converting")]
-    err = capfd.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
+def test_python_function(folders, tmp_path, capfd):
+    result = convert_module.convert(str(folders["llama"]), tmp_path / "out", dtype="bf16", to="hf")
+    assert result.target == tmp_path / "out"
+    assert result.sha256.keys() == tensors_of(result.target).keys()
+    assert result.verification.max_logit_difference < 1e-5 < result.verification.rounding_difference
+    assert capfd.readouterr().out == ""
+    with pytest.raises(CheckpointError, match="is not empty"):
+        convert_module.convert(folders["llama"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
@@ -133,7 +136,7 @@ def test_lower_dtype_rounds_to_nearest_and_reports_the_difference(dtype, folders
 
 
 def test_values_beyond_fp16_are_rejected(source, tmp_path, capfd):
-    edit(source, lambda tensors: tensors["model.norm.weight"].fill_(7e4))
+    edit_tensors(source, lambda tensors: tensors["model.norm.weight"].fill_(7e4))
     assert (
         "model.norm.weight contains 7e+04, which exceeds the range of fp16; use --dtype bf16 or fp32"
         in error_of(capfd, source, tmp_path / "out", "--to", "hf", "--dtype", "fp16")
@@ -177,90 +180,6 @@ def test_tokenizer_is_copied(source, tmp_path):
     assert to_hf(source, tmp_path / "again", "--tokenizer", other) == 0
     assert (tmp_path / "again" / "tokenizer.json").read_text() == '{"b": 1}'
     assert not (tmp_path / "again" / "vocab.txt").exists()
-
-
-# A mismatch is never published.
-
-
-def test_config_with_other_logits_is_not_published(source, tmp_path, capfd, monkeypatch):
-    write_config = convert_module.write_config
-
-    def write(folder, *args, **options):
-        written = write_config(folder, *args, **options)
-        config = json.loads((folder / "config.json").read_text())
-        config["rope_parameters"]["rope_theta"] = 100.0
-        (folder / "config.json").write_text(json.dumps(config))
-        return written
-
-    monkeypatch.setattr(convert_module, "write_config", write)
-    assert "the logits of" in error_of(capfd, source, tmp_path / "out", "--to", "hf")
-    assert to_hf(source, tmp_path / "out", "--no-verify") == 0
-
-
-def test_flipped_bit_on_disk_is_found(source, tmp_path, capfd, monkeypatch):
-    write_all, count = writer._write_all, []
-
-    def flip(handle, view):
-        count.append(1)
-        content = bytearray(view)
-        content[len(content) // 2] ^= len(count) == 5
-        write_all(handle, memoryview(content))
-
-    monkeypatch.setattr(writer, "_write_all", flip)
-    monkeypatch.setattr(writer, "_can_copy", lambda *args: False)
-    assert "has other bytes than were written" in error_of(
-        capfd, source, tmp_path / "out", "--to", "hf"
-    )
-
-
-def test_copy_from_a_wrong_offset_is_found(source, tmp_path, capfd, monkeypatch):
-    copy = writer._copy_span
-    monkeypatch.setattr(
-        writer,
-        "_copy_span",
-        lambda span, handle: copy(span._replace(start=span.start - 4, stop=span.stop - 4), handle),
-    )
-    assert "has other bytes than were written" in error_of(
-        capfd, source, tmp_path / "out", "--to", "hf"
-    )
-
-
-@pytest.mark.parametrize("how", ["other disks", "unsupported"])
-def test_same_bytes_without_copy_file_range(how, source, tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    if how == "unsupported":
-        monkeypatch.setattr(os, "copy_file_range", refuse)
-    else:
-        monkeypatch.setattr(writer, "_can_copy", lambda *args: False)
-    assert to_hf(source, tmp_path / "out") == 0
-    assert tensors_of(tmp_path / "out") == tensors_of(source)
-
-
-def test_wrongly_read_tensor_is_found_by_the_logits(source, tmp_path, capfd, monkeypatch):
-    """The hashes are those of the wrong values: only a second implementation finds it."""
-    from megatrain.conversion import verify
-
-    read = verify.read_parameter
-    monkeypatch.setattr(
-        verify,
-        "read_parameter",
-        lambda tensors, declaration, rows=None: (
-            read(tensors, declaration, rows).flip(0)
-            if declaration.name.endswith("0.self_attn.q_proj.weight")
-            else read(tensors, declaration, rows)
-        ),
-    )
-    assert "the logits of" in error_of(capfd, source, tmp_path / "out", "--to", "hf")
-
-
-def test_model_without_finite_logits_is_rejected(source, tmp_path, capfd):
-    edit(source, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
-    assert "own logits are not finite; --no-verify converts it without a comparison" in error_of(
-        capfd, source, tmp_path / "out", "--to", "hf"
-    )
-    assert to_hf(source, tmp_path / "out", "--no-verify") == 0
 
 
 # The target is complete or does not exist.
@@ -352,19 +271,6 @@ def test_nonempty_target_is_rejected(source, tmp_path, capfd):
 # Incomplete and damaged sources.
 
 
-def edit(folder, change):
-    """Changes tensors of the folder and writes all to one file."""
-    tensors = {
-        name: tensor
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def set_config(folder, **fields):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **fields}))
@@ -375,11 +281,11 @@ def untie(folder):
 
 
 DAMAGES = {
-    "lacks model.layers.1.mlp.up_proj.weight": lambda folder: edit(
+    "lacks model.layers.1.mlp.up_proj.weight": lambda folder: edit_tensors(
         folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")
     ),
-    "contains model.extra, which the llama of its config does not have": lambda folder: edit(
-        folder, lambda t: t.update({"model.extra": torch.ones(2)})
+    "contains model.extra, which the llama of its config does not have": lambda folder: (
+        edit_tensors(folder, lambda t: t.update({"model.extra": torch.ones(2)}))
     ),
     "of shape (48, 32), but its config requires (64, 32)": lambda folder: set_config(
         folder, intermediate_size=64

@@ -302,6 +302,24 @@ def test_command_on_two_ranks(folder, tmp_path):
     assert printed["settings"]["tensor"] == 2
 
 
+def test_python_function_on_two_ranks(folder, tmp_path):
+    code = (
+        "from megatrain.evaluation.run import evaluate\n"
+        f"result = evaluate({str(folder / 'llama')!r}, {str(folder / 'texts.jsonl')!r}, window=24,\n"
+        f"    overrides={{'parallel.pipeline': 2, 'run.output_dir': {str(tmp_path / 'run')!r}}})\n"
+        "print(result.path, result.metrics['loss'], result.content['settings']['pipeline'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    path, loss, pipeline = done.stdout.splitlines()[-1].split()
+    file = only_file(tmp_path / "run", "perplexity-texts.jsonl-*.json")
+    assert path == str(file)
+    assert float(loss) == json.loads(file.read_text())["figures"]["loss"]
+    assert pipeline == "2"
+
+
 INVALID = {
     "{adapters} {texts}": "{adapters} contains an adapter without its base model; `megatrain finetune CONFIG --merge` writes",
     "nowhere {texts}": "nowhere does not exist; give a checkpoint, a Hugging Face folder or a run's folder",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 VOCABULARY = 67
@@ -61,3 +63,35 @@ def convert(*arguments):
     from megatrain.__main__ import main
 
     return main(["convert", *map(str, arguments)])
+
+
+def to_hf(source, target, *options):
+    return convert(source, target, "--to", "hf", *options)
+
+
+def error_of(capfd, *arguments):
+    """Returns the message of a conversion that fails without writing."""
+    target = Path(arguments[1])
+    before = sorted(target.iterdir()) if target.is_dir() else None
+    assert convert(*arguments) == 1
+    assert (sorted(target.iterdir()) if target.is_dir() else None) == before
+    assert not [path for path in target.parent.iterdir() if path.name.startswith(".converting")]
+    err = capfd.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def edit_tensors(folder, change):
+    """Changes tensors of the folder and writes all to one file."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
