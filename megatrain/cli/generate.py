@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megatrain.cli.arguments import positive_int
 from megatrain.cli.convert import parse_size
 from megatrain.errors import CheckpointError, ConfigError, DataError
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="send the prompt as a user's message of a chat"
     )
     parser.add_argument(
-        "--max-new-tokens", type=_count, default=100, metavar="N", help="default: %(default)s"
+        "--max-new-tokens", type=positive_int, default=100, metavar="N", help="default: %(default)s"
     )
     _add_sampling_arguments(parser)
     parser.add_argument(
@@ -57,7 +58,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         help="0 takes the most likely token (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-k", type=_count, metavar="K", help="sample from the K most likely tokens"
+        "--top-k", type=positive_int, metavar="K", help="sample from the K most likely tokens"
     )
     parser.add_argument(
         "--top-p",
@@ -171,12 +172,6 @@ def load_model(folder: Path, *, dtype: str | None, memory: int | None, offload_f
         message = " ".join(str(error).split())[:300]
         raise CheckpointError(f"transformers cannot load {folder}: {message}") from None
     return model.eval()
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
-    return int(text)
 
 
 def _temperature(text: str) -> float:
