@@ -1,27 +1,27 @@
-"""The executor beside the simulator, and beside DeepSpeed's PipelineEngine.
+"""Compares the executor with the simulator and with DeepSpeed's PipelineEngine.
 
-    python benchmarks/pipeline.py sleep     [--part 30] [--laps 7]       4 ranks whose compute sleeps: bubbles, throughputs
-    python benchmarks/pipeline.py real      [--laps 7]                   2 ranks x 1 thread of a real model: bubbles
-    python benchmarks/pipeline.py auto      [--part 30] [--laps 7]       4 ranks whose blocks sleep, even and uneven: auto beside 1f1b
-    python benchmarks/pipeline.py overhead  [--ranks 2] [--laps 30]      what an action costs beside its compute
+    python benchmarks/pipeline.py sleep     4 ranks whose compute sleeps: bubbles, throughputs
+    python benchmarks/pipeline.py real      2 ranks x 1 thread of a real model: bubbles
+    python benchmarks/pipeline.py auto      4 ranks whose blocks sleep: auto against 1f1b
+    python benchmarks/pipeline.py overhead  cost of an action besides its compute
 
-Contenders live side by side in the same ranks and take turns, a lap each, so that a noisy machine is noisy for all; every
-figure is the median over laps of a lap's figure, ratios those of a lap's ratios. A bubble is the idle share of ranks x
-makespan: a rank is busy while an action computes, not while it waits for what the action takes in.
+Contenders share the ranks and take turns, a lap each, so that noise of the machine affects all. Each
+figure is the median over laps; ratios are medians of the ratios of laps. A bubble is the idle share of
+ranks x makespan: a rank is busy while an action computes, not while it waits for its input.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline_ranks import Ranks, RunStep, race
 
 if TYPE_CHECKING:
     from megatrain.pipeline.executor import ActionTiming
@@ -42,130 +42,24 @@ MODEL = {
     "max_position_embeddings": 128,
 }
 WIDTH = 16
-"""Of the hidden tensors where compute sleeps or is next to nothing."""
+"""Width of hidden tensors where compute sleeps or is negligible."""
 
-RunStep = Callable[[], Any]
-"""One step of a contender; what it returns goes to the parent."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ranks: processes that hold the same contenders
-
-
-class Ranks:
-    """Rank processes over gloo, one thread each, that do a lap of the contender they are told.
-
-    Args:
-        make: (rank, ranks, **arguments) -> contenders by name, run in each process.
-    """
-
-    def __init__(
-        self, ranks: int, make: Callable[..., dict[str, RunStep]], **arguments: Any
-    ) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        store = os.path.join(self.folder.name, "store")
-        context = multiprocessing.get_context("spawn")
-        self.pipes = []
-        self.processes = []
-        for rank in range(ranks):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=serve, args=(there, store, rank, ranks, make, arguments), daemon=True
-            )
-            process.start()
-            self.pipes.append(here)
-            self.processes.append(process)
-        self._answers()
-
-    def lap(self, name: str) -> list[Any]:
-        """What the contender's lap returned, by rank."""
-        for pipe in self.pipes:
-            pipe.send(name)
-        return self._answers()
-
-    def _answers(self) -> list[Any]:
-        answers = []
-        for pipe in self.pipes:
-            answer, error = pipe.recv()
-            if error:
-                raise SystemExit(error)
-            answers.append(answer)
-        return answers
-
-
-def serve(
-    pipe: Any,
-    store: str,
-    rank: int,
-    ranks: int,
-    make: Callable[..., dict[str, RunStep]],
-    arguments: dict[str, Any],
-) -> None:
-    """A rank's life: laps until the parent is gone."""
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    try:
-        import torch
-        import torch.distributed as dist
-
-        from megatrain.distributed.device import disable_jit_extensions
-
-        torch.set_num_threads(1)
-        disable_jit_extensions()
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks
-        )
-        contenders = make(rank, ranks, **arguments)
-        pipe.send((None, None))
-        while True:
-            name = pipe.recv()
-            dist.barrier()
-            pipe.send((contenders[name](), None))
-    except EOFError:
-        pass
-    except BaseException:
-        pipe.send((None, traceback.format_exc()))
-
-
-def race(ranks: Ranks, names: list[str], laps: int) -> dict[str, list[list[Any]]]:
-    """By contender and lap, what each rank returned; the first lap of each is not counted."""
-    for name in names:
-        ranks.lap(name)
-    found: dict[str, list[list[Any]]] = {name: [] for name in names}
-    for _ in range(laps):
-        for name in names:
-            found[name].append(ranks.lap(name))
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# bubbles
+# -- bubbles -------------------------------------------------------------------------------------
 
 
 def makespan(lap: list[list[ActionTiming]]) -> float:
-    """Seconds from the first rank's first start to the last rank's end: the ranks share the machine's clock."""
+    """Returns the seconds from the first start to the last end; ranks share the machine's clock."""
     return max(records[-1].end for records in lap) - min(records[0].start for records in lap)
 
 
 def bubble(lap: list[list[ActionTiming]]) -> float:
-    """Idle share of ranks x makespan."""
+    """Returns the idle share of ranks x makespan."""
     busy = sum(record.end - record.ready for records in lap for record in records)
     return 1 - busy / (len(lap) * makespan(lap))
 
 
 def measured_times(schedule: Schedule, lap: list[list[ActionTiming]]) -> Times:
-    """Mean seconds of each stage's actions in this lap; a whole backward counts as an input gradient where none is split."""
+    """Returns the mean times of each stage's actions in this lap; B counts as an input gradient."""
     from megatrain.pipeline.simulator import Times
 
     spent: dict[tuple[str, int], list[float]] = {}
@@ -182,7 +76,7 @@ def measured_times(schedule: Schedule, lap: list[list[ActionTiming]]) -> Times:
 
 
 def own_times(schedule: Schedule, lap: list[list[ActionTiming]]) -> Times:
-    """Each action's own seconds in this lap: what is then off the simulation is waiting that the executor adds."""
+    """Returns the measured time of each action; the difference to the simulation is added waiting."""
     from megatrain.pipeline.simulator import Times
 
     spent = {
@@ -200,7 +94,7 @@ def own_times(schedule: Schedule, lap: list[list[ActionTiming]]) -> Times:
 
 
 class Row(NamedTuple):
-    """A schedule's laps: bubbles as measured and as simulated, and makespans in seconds."""
+    """Bubbles of a schedule's laps, measured and simulated, and makespans in seconds."""
 
     measured: list[float]
     simulated: list[float]
@@ -230,12 +124,11 @@ def print_bubbles(rows: dict[str, Row]) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# compute that sleeps
+# -- compute that sleeps -------------------------------------------------------------------------
 
 
 def sleeping_stage(seconds: float) -> Any:
-    """A stage whose forward, input gradient and weight gradient sleep `seconds` each, the last one where W says."""
+    """Returns a stage whose forward, input gradient and weight gradient sleep `seconds` each."""
     import torch
 
     from megatrain.distributed.tensor_parallel import linear
@@ -253,7 +146,7 @@ def sleeping_stage(seconds: float) -> Any:
             return grad
 
     class Buffer:
-        """Where a linear layer adds its weight's gradient."""
+        """Buffer to which a linear layer adds its weight's gradient."""
 
         dtype = torch.float32
 
@@ -281,7 +174,7 @@ def sleeping_stage(seconds: float) -> Any:
 
 
 def chunk_with_loss(schedule: Schedule, rank: int) -> int | None:
-    """The rank's chunk that is the model's last stage."""
+    """Returns the rank's chunk that is the model's last stage, or None."""
     end = schedule.placement.location(schedule.placement.stages - 1)
     return end.chunk if end.rank == rank else None
 
@@ -289,7 +182,7 @@ def chunk_with_loss(schedule: Schedule, rank: int) -> int | None:
 def executor_lap(
     schedule: Schedule, rank: int, stage: Any, channels: P2PCommunicator
 ) -> Callable[[list[ActionTiming] | None], None]:
-    """A step of the schedule with tensors [1, WIDTH] and nothing but autograd; records go into the list."""
+    """Returns a step of the schedule with tensors [1, WIDTH] that appends its timings to a list."""
     import torch
 
     from megatrain.pipeline.communication import add_communication
@@ -340,7 +233,7 @@ def make_sleepers(rank: int, ranks: int, part: float, microbatches: int) -> dict
 
 
 def simulated(name: str, ranks: int, microbatches: int, part: float) -> Timeline:
-    """Every rank's forward, input and weight gradient `part` seconds each, whatever its chunks."""
+    """Simulates a schedule with `part` seconds per rank for each of F, I and W."""
     from megatrain.pipeline.schedules import build_schedule
     from megatrain.pipeline.simulator import even_times, simulate
 
@@ -364,13 +257,13 @@ def sleep(args: argparse.Namespace) -> None:
             ideal.makespan,
         )
     print(
-        f"{args.ranks} ranks, {args.microbatches} microbatches, forward = input = weight gradient = {args.part:g} ms a rank, asleep"
+        f"{args.ranks} ranks, {args.microbatches} microbatches, "
+        f"forward = input = weight gradient = {args.part:g} ms a rank, asleep"
     )
     print_bubbles(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a real model
+# -- a real model --------------------------------------------------------------------------------
 
 
 def real_config(name: str, microbatches: int) -> dict[str, Any]:
@@ -441,16 +334,15 @@ def real(args: argparse.Namespace) -> None:
     print_bubbles(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what auto settles on
+# -- what auto settles on ------------------------------------------------------------------------
 
 BLOCKS = 16
 SLOW_BLOCKS = {5: 3.0, 6: 3.0}
-"""In the uneven model: how many times as long as the others these take."""
+"""Slow blocks of the uneven model, with their time relative to the others."""
 
 
 def sleeping_blocks(seconds: list[float]) -> Any:
-    """Patches under which block k's forward, input gradient and weight gradient sleep seconds[k] each, beside their own compute."""
+    """Patches blocks: F, I and W of block k sleep seconds[k] each, besides their own compute."""
     from contextlib import ExitStack
     from unittest.mock import patch
 
@@ -498,7 +390,7 @@ def sleeping_blocks(seconds: list[float]) -> Any:
 def make_settled(
     rank: int, ranks: int, seconds: list[float], microbatches: int, folder: str
 ) -> dict[str, RunStep]:
-    """1f1b as the model is cut by cost, and what auto settles on; `words` is what it says."""
+    """Makes 1f1b and the schedule of auto; `description` returns auto's description of its choice."""
     import json
 
     import torch
@@ -559,11 +451,11 @@ def make_settled(
 
         return functools.partial(recorded, lap)
 
-    def words() -> str:
+    def description() -> str:
         with open(os.path.join(folder, "autotuned_schedule.json"), encoding="utf-8") as file:
             return json.load(file)["reason"]
 
-    return {name: contender(name) for name in (BASE, "auto")} | {"words": words}
+    return {name: contender(name) for name in (BASE, "auto")} | {"description": description}
 
 
 def auto(args: argparse.Namespace) -> None:
@@ -579,7 +471,7 @@ def auto(args: argparse.Namespace) -> None:
                 microbatches=args.microbatches,
                 folder=folder,
             )
-            words = ranks.lap("words")[0]
+            description = ranks.lap("description")[0]
             laps = race(ranks, [BASE, "auto"], args.laps)
         spans = {name: [makespan(lap) for lap in of_name] for name, of_name in laps.items()}
         ratio = statistics.median(a / b for a, b in zip(spans[BASE], spans["auto"], strict=True))
@@ -590,17 +482,16 @@ def auto(args: argparse.Namespace) -> None:
             print(
                 f"  {name:8}{1e3 * statistics.median(spans[name]):>8.1f} ms, bubble {statistics.median(map(bubble, of_name)):.1%}"
             )
-        print(f"  auto is {ratio:.3f} x 1f1b; it chose {words}")
+        print(f"  auto is {ratio:.3f} x 1f1b; it chose {description}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what an action costs
+# -- what an action costs ------------------------------------------------------------------------
 
 
 def make_tiny(rank: int, ranks: int, microbatches: int, steps: int) -> dict[str, RunStep]:
-    """Contenders whose every stage is one linear layer [1, WIDTH], and that layer's passes without any engine.
+    """Makes contenders whose stages are one linear layer [1, WIDTH], and `bare` without any engine.
 
-    A lap returns seconds for one step. Reductions over replicas and the optimizer's step are left out of all.
+    A lap returns the seconds of one step, without gradient reduction and optimizer.
     """
     import torch
     import torch.distributed as dist
@@ -652,7 +543,7 @@ def make_tiny(rank: int, ranks: int, microbatches: int, steps: int) -> dict[str,
 
 
 def pipeline_engine(ranks: int, microbatches: int) -> Callable[[], None]:
-    """A step of DeepSpeed's engine: its 1F1B without the instructions that reduce and update."""
+    """Returns a step of DeepSpeed's engine: 1F1B without gradient reduction and optimizer."""
     import itertools
 
     import deepspeed
@@ -721,7 +612,7 @@ def overhead(args: argparse.Namespace) -> None:
         return [1e6 * second / counts[name] for second in seconds[name]]
 
     def less_bare(name: str) -> list[float]:
-        """The schedules' actions as many microbatches' passes as there are: the bare passes once for each chunk."""
+        """Returns microseconds per action minus those of the bare layer, which runs once per chunk."""
         chunks = (
             build_schedule(name, args.ranks, args.microbatches).placement.chunks
             if name in SCHEDULES

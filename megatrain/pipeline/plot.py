@@ -193,7 +193,7 @@ def _box(span: Span, timeline: Timeline, canvas: _Canvas, y: float) -> str:
 
 
 def _phases(timeline: Timeline, canvas: _Canvas) -> list[str]:
-    """Returns brackets: warm-up ends at the first backward, cool-down starts after the last forward."""
+    """Returns brackets: warm-up until the first backward, cool-down after the last forward."""
     spans = [span for rank_spans in timeline.spans for span in rank_spans]
     backwards = (span.start for span in spans if span.action.kind != "F")
     first_backward = min(backwards, default=timeline.makespan)

@@ -91,7 +91,7 @@ def schedule_of(pipeline: list[RankTrace]) -> Schedule:
     return Schedule(pipeline[0].schedule, pipeline[0].placement, actions, peaks)
 
 
-# -- writing -----------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------
 
 
 def write_trace(run_folder: Path, trace: RankTrace) -> None:
@@ -108,7 +108,7 @@ def write_trace(run_folder: Path, trace: RankTrace) -> None:
         temporary.write_text(json.dumps(raw), encoding="utf-8")
 
 
-# -- reading -----------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------
 
 
 def read_traces(run_folder: Path) -> list[StepTrace]:

@@ -1,4 +1,4 @@
-"""Sends and receives, and the checker: what it lets pass runs, what is broken it refuses and says why."""
+"""Derived sends and receives, and the proof: legal schedules run, others are errors."""
 
 import graphlib
 import queue
@@ -48,7 +48,10 @@ def swapped(actions, first, second):
 
 
 def can_run(schedule):
-    """Independent of the checker: no circle in program order, data between stages, and each W after its I after its F."""
+    """Returns True for legal schedules, by an implementation that is independent of `check_schedule`.
+
+    The graph of program order, messages and F before I before W must have no cycle.
+    """
     before = {}
     for rank, actions in enumerate(schedule.actions):
         for index, action in enumerate(actions):
@@ -81,19 +84,21 @@ def can_run(schedule):
     )
 
 
-# -- transfers ---------------------------------------------------------------------------------------------------------
+# -- transfers -----------------------------------------------------------------------------------
 
 
 def test_transfers_of_1f1b_as_drawn():
     assert [
         " ".join(str(i) for i in rank) for rank in add_communication(build_schedule("1f1b", 2, 2))
     ] == [
-        "F0 send F0 to rank 1 receive B0 from rank 1 F1 send F1 to rank 1 receive B1 from rank 1 B0 B1",
-        "receive F0 from rank 0 F0 receive F1 from rank 0 B0 send B0 to rank 0 F1 B1 send B1 to rank 0",
+        "F0 send F0 to rank 1 receive B0 from rank 1 F1 send F1 to rank 1 receive B1 from rank 1 "
+        "B0 B1",
+        "receive F0 from rank 0 F0 receive F1 from rank 0 B0 send B0 to rank 0 F1 B1 "
+        "send B1 to rank 0",
     ]
 
 
-def test_at_the_turning_point_of_a_v_the_result_is_kept():
+def test_at_the_turning_point_of_a_v_messages_are_local():
     v = build_schedule("zb-v", 2, 3)
     first, last = add_communication(v)
     assert {
@@ -128,25 +133,25 @@ def test_a_receive_is_posted_before_the_action_that_precedes_its_use(case):
 
 
 def run_on_threads(schedule, microbatches):
-    """Run instruction lists on threads with blocking queues; a tensor is the list of what was done to it."""
+    """Runs instructions on threads with blocking queues; a tensor is the list of its computations."""
     ranks, placement = schedule.placement.ranks, schedule.placement
     channels = {(a, b): queue.Queue() for a in range(ranks) for b in range(ranks)}
     ends, failures = {}, []
 
     def work(rank, instructions):
-        posted, here = {}, {}
+        posted, available = {}, {}
         made = None
         try:
             for i in instructions:
                 if isinstance(i, Action):
                     key = Message("F" if i.kind == "F" else "B", i.microbatch, i.chunk)
                     source = placement.producer(rank, i)
-                    while source and source.rank != rank and key not in here:
-                        here[posted[source.rank].pop(0)] = channels[source.rank, rank].get(
+                    while source and source.rank != rank and key not in available:
+                        available[posted[source.rank].pop(0)] = channels[source.rank, rank].get(
                             timeout=200
                         )
                     made = [
-                        *(here.pop(key) if source else []),
+                        *(available.pop(key) if source else []),
                         (key[0], placement.stage(rank, i.chunk), i.microbatch),
                     ]
                     if i.kind != "W" and placement.consumer(rank, i) is None:
@@ -154,7 +159,7 @@ def run_on_threads(schedule, microbatches):
                 elif i.direction == "receive":
                     posted.setdefault(i.peer, []).append(i.message)
                 elif i.direction == "local":
-                    here[i.message] = made
+                    available[i.message] = made
                 else:
                     channels[rank, i.peer].put(made)
         except Exception as error:
@@ -175,12 +180,12 @@ def run_on_threads(schedule, microbatches):
 
 
 @pytest.mark.parametrize("case", schedules(), ids=named)
-def test_what_passes_runs_with_blocking_channels_and_meets_each_stage_in_order(case):
+def test_legal_schedules_run_with_blocking_channels_through_each_stage_in_order(case):
     run_on_threads(*case)
 
 
-def test_a_sender_and_a_receiver_of_other_orders_still_meet():
-    """Rank 0 sends F0 F1 F2 and rank 1 takes F2 first: all three are posted in the sender's order before it."""
+def test_a_receiver_can_consume_in_another_order_than_the_sender():
+    """Rank 0 sends F0 F1 F2, rank 1 consumes F2 first: all are posted before, in the sender's order."""
     forwards = [Action("F", i) for i in range(3)]
     backwards = [Action("B", i) for i in range(3)]
     schedule = Schedule(
@@ -191,7 +196,7 @@ def test_a_sender_and_a_receiver_of_other_orders_still_meet():
     run_on_threads(schedule, 3)
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", schedules(), ids=named)
@@ -199,7 +204,7 @@ def test_a_dropped_action_is_named(case):
     schedule, microbatches = case
     for rank, actions in enumerate(schedule.actions):
         for index, action in enumerate(actions):
-            # A whole backward's absence is one action; of a split one, the other half shows what is missing.
+            # If one part of a split backward is missing, the other part identifies it.
             with pytest.raises(ScheduleError, match=rf"rank {rank}: missing {action}$"):
                 check_schedule(
                     changed(schedule, rank, actions[:index] + actions[index + 1 :]), microbatches
@@ -234,10 +239,10 @@ def test_a_swap_passes_only_where_it_can_run_in_the_declared_memory(case):
             check_schedule(mutant, microbatches)
             passed = True
         except ScheduleError as error:
-            passed, said = False, str(error)
+            passed, message = False, str(error)
         assert passed == can_run(mutant)
         assert passed or any(
-            words in said for words in ("precedes", "deadlock", "declared at most")
+            text in message for text in ("precedes", "deadlock", "declared at most")
         )
         verdicts.add(passed)
     assert False in verdicts
@@ -261,7 +266,7 @@ def test_messages(actions, message):
     assert str(error.value) == message
 
 
-def test_a_deadlock_names_who_waits_where():
+def test_a_deadlock_names_the_blocked_ranks():
     a, b = Action("F", 0), Action("F", 1)
     back = [Action("B", 0), Action("B", 1)]
     crossed = Schedule("", Placement(2), [[a, back[0], b, back[1]], [b, a, *back]], [9, 9])
@@ -322,13 +327,13 @@ def mutate_instructions(kind, direction):
         ("swap", "send", "arrives"),
     ],
 )
-def test_wrong_transfers_are_refused(kind, direction, message):
+def test_wrong_transfers_are_errors(kind, direction, message):
     lists, placement = mutate_instructions(kind, direction)
     with pytest.raises(ScheduleError, match=message):
         check_instructions(lists, placement)
 
 
-def test_a_kept_result_that_is_lost_or_left_over():
+def test_a_local_message_that_is_missing_or_unused():
     schedule = build_schedule("zb-v", 1, 1)
     lists = add_communication(schedule)
     keep = next(step for step in lists[0] if isinstance(step, P2POp))
@@ -338,7 +343,7 @@ def test_a_kept_result_that_is_lost_or_left_over():
         check_instructions([[*lists[0], keep]], schedule.placement)
 
 
-def test_a_message_that_nobody_receives():
+def test_a_message_that_is_never_received():
     schedule = build_schedule("1f1b", 2, 1)
     lists = add_communication(schedule)
     lists[0].append(P2POp("send", Message("F", 7, 0), 1))

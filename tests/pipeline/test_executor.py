@@ -1,7 +1,7 @@
-"""The executor alone: every schedule's gradients, its order, and what it holds.
+"""The executor: gradients, order and live activations of every schedule.
 
-Weights and inputs are small whole numbers and a stage is |x W' + b|, so that sums are exact in fp32 in whatever order they are
-taken: a gradient is right to the bit or wrong.
+A stage is |x W' + b|. Weights and inputs are small integers, so sums are exact in fp32 in any order:
+a gradient is equal to the last bit, or wrong.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ CASES = [
 
 
 class Given(NamedTuple):
-    """In place of a microbatch's context."""
+    """A microbatch: its index and input."""
 
     index: int
     x: torch.Tensor
 
 
 def weights(stage):
-    """[WIDTH, WIDTH] and [WIDTH], whole numbers; the identity keeps products from growing or vanishing."""
+    """Returns integers [WIDTH, WIDTH] and [WIDTH]; the identity keeps products of moderate size."""
     generator = torch.Generator().manual_seed(stage)
     signs = torch.randint(-1, 2, (WIDTH, WIDTH), generator=generator) * (
         torch.rand(WIDTH, WIDTH, generator=generator) < 0.3
@@ -190,7 +190,7 @@ def run_case(rank, channels, case, monkeypatch, *, train=True):
 
 
 def run_cases(rank, world, cases):
-    """Of each case, its outcome in training and in evaluation."""
+    """Returns the outcome of each case in training and in evaluation."""
     channels = (
         P2PCommunicator(MeshAxis(rank, world, tuple(range(world))), ring=True)
         if world > 1
@@ -207,7 +207,7 @@ def run_cases(rank, world, cases):
 
 
 def plain(case):
-    """Losses and gradients by stage with plain torch: one process, one microbatch after the other."""
+    """Computes losses and gradients by stage with plain torch: one process, microbatches in order."""
     stages = [weights(stage) for stage in range(case.schedule().placement.stages)]
     losses = []
     for given in microbatches(case):
@@ -225,7 +225,7 @@ def plain(case):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """By case, on each rank its outcome in training and in evaluation."""
+    """The outcome of each case by rank, in training and in evaluation."""
     folder = tmp_path_factory.mktemp("ranks")
     found = {}
     for world in sorted({case.ranks for case in CASES}):
@@ -275,7 +275,7 @@ def test_actions_are_done_in_the_schedules_order(outcomes, case):
 
 
 def test_an_activation_lives_until_its_backward_or_its_weight_gradient_is_done(outcomes, case):
-    """So never more than the schedule declares, and what W needs is let go by W."""
+    """The schedule's declared peaks hold, and W releases its inputs."""
     schedule = case.schedule()
     for actions, peak, (train, _) in zip(
         schedule.actions, schedule.peaks, outcomes[case], strict=True
@@ -291,12 +291,12 @@ def test_an_activation_lives_until_its_backward_or_its_weight_gradient_is_done(o
             assert len(alive) <= peak
 
 
-def test_nothing_is_left_after_a_step(outcomes, case):
+def test_no_state_remains_after_a_step(outcomes, case):
     for pair in outcomes[case]:
         assert [outcome.left for outcome in pair] == [0, 0]
 
 
-def test_messages_are_let_go_while_the_step_runs(outcomes, case):
+def test_sent_messages_are_released_during_the_step(outcomes, case):
     assert all(
         held <= P2PCommunicator.MAX_PENDING_SENDS
         for train, _ in outcomes[case]
@@ -304,7 +304,7 @@ def test_messages_are_let_go_while_the_step_runs(outcomes, case):
     )
 
 
-def test_evaluation_keeps_nothing_and_has_the_same_losses(outcomes, case):
+def test_evaluation_holds_no_activations_and_has_the_same_losses(outcomes, case):
     losses, _ = plain(case)
     found = [loss for _, evaluation in outcomes[case] for loss in evaluation.losses]
     assert sorted(map(float, found)) == sorted(map(float, losses))
@@ -314,7 +314,7 @@ def test_evaluation_keeps_nothing_and_has_the_same_losses(outcomes, case):
 
 
 def test_a_schedule_from_a_file_runs(tmp_path):
-    """One that no name has: ZB-H1 whose last rank does each W at once."""
+    """The schedule is ZB-H1, but its last rank runs each W at once."""
     named_schedule = build_schedule("zb-h1", 2, 4)
     order = [Action(kind, k) for k in range(4) for kind in "FIW"]
     path = tmp_path / "mine.csv"
@@ -331,7 +331,7 @@ def test_a_schedule_from_a_file_runs(tmp_path):
     assert_equals_plain(case, ranks)
 
 
-# -- receives ----------------------------------------------------------------------------------------------------------
+# -- receives ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.ranks > 1], ids=named)
@@ -345,7 +345,7 @@ def test_receives_first_is_legal_and_changes_nothing_else(case):
         assert after == receives + [i for i in before if i not in receives]
 
 
-# -- failure -----------------------------------------------------------------------------------------------------------
+# -- failure -------------------------------------------------------------------------------------
 
 
 def run_broken(rank, world, case, folder):
@@ -377,7 +377,7 @@ def run_broken(rank, world, case, folder):
 
 
 def test_a_stage_that_raises_ends_the_step_on_all_ranks(tmp_path):
-    """Its error leaves the executor as it is; ranks that wait for it see the connection go, and none waits for ever."""
+    """The error propagates; ranks that wait for that rank lose the connection and fail too."""
     with pytest.raises(
         AssertionError, match=r"a broken layer|Connection closed by peer|Connection reset"
     ):

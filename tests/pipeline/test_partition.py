@@ -1,4 +1,4 @@
-"""The list of layers cut into stages."""
+"""Partition of the list of layers into stages."""
 
 import itertools
 

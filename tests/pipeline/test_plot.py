@@ -1,4 +1,4 @@
-"""Drawings: text that fits, and a picture that shows each action once."""
+"""Drawings: text that fits the width, and an SVG that shows each action once."""
 
 from xml.etree import ElementTree
 

@@ -107,7 +107,7 @@ def test_files_of_other_sizes_are_errors_with_a_fix(tmp_path, numbers, setting, 
     make_schedule(name, **numbers)
 
 
-# -- registered schedules ----------------------------------------------------------------------------
+# -- registered schedules ------------------------------------------------------------------------
 
 
 def forwards_first(rank, ranks, microbatches):
@@ -172,7 +172,7 @@ def test_unknown_names_suggest_registered_schedules():
         make_schedule("forward-first", ranks=2, microbatches=2)
 
 
-# -- the public names --------------------------------------------------------------------------------
+# -- the public names ----------------------------------------------------------------------------
 
 
 def test_public_names_have_docstrings_and_are_imported_lazily():

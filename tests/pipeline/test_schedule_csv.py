@@ -1,4 +1,4 @@
-"""Schedules in CSV files: there and back, and every mistake named."""
+"""Schedules in CSV files: round trips and errors."""
 
 import pytest
 
@@ -21,11 +21,13 @@ def read(tmp_path):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("says", [True, False])
-def test_there_and_back(read, name, ranks, says):
+@pytest.mark.parametrize("with_placement", [True, False])
+def test_round_trip(read, name, ranks, with_placement):
     schedule = build_schedule(name, ranks, 8)
     text = write_schedule(schedule)
-    again = read(text if says else text[text.startswith("#") and text.index("\n") + 1 :], ranks)
+    again = read(
+        text if with_placement else text[text.startswith("#") and text.index("\n") + 1 :], ranks
+    )
     assert again.actions == schedule.actions
     assert (
         again.placement == schedule.placement
@@ -34,7 +36,7 @@ def test_there_and_back(read, name, ranks, says):
     assert again.microbatches == 8
 
 
-def test_as_written():
+def test_text():
     assert (
         write_schedule(build_schedule("zb-v", 1, 1)) == "# placement: v\nF0,F0.1,I0.1,W0.1,I0,W0\n"
     )
@@ -84,7 +86,7 @@ def test_idle_cells_spaces_blank_lines_and_comments(read):
         ),
     ],
 )
-def test_mistakes(read, tmp_path, text, rule):
+def test_errors(read, tmp_path, text, rule):
     with pytest.raises(ConfigError) as error:
         read(text)
     assert (error.value.setting, error.value.value) == (

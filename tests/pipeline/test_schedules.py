@@ -1,4 +1,4 @@
-"""Schedules: their drawings as data, legal for every size, as fast as published, and no slower than torch's."""
+"""Schedules: as drawn, legal for every size, as fast as published, and no slower than torch's."""
 
 import inspect
 import itertools
@@ -51,7 +51,7 @@ DRAWINGS = {
 
 
 def parsed(drawing):
-    """Each rank's actions with the columns they start in."""
+    """Yields each rank's actions with the columns in which they start."""
     for line in drawing.strip("\n").rstrip().splitlines():
         cells = line[11:]
         columns = range(0, len(cells), 3)
@@ -155,7 +155,7 @@ def test_placements():
         assert len(set(places)) == placement.stages
 
 
-def test_a_result_goes_to_the_next_stage_and_a_gradient_to_the_one_before():
+def test_consumers_and_producers():
     v = Placement(2, 2, "v")
     assert [
         v.consumer(0, Action("F", 0)),
@@ -174,7 +174,7 @@ def test_a_result_goes_to_the_next_stage_and_a_gradient_to_the_one_before():
     ] == [None, (1, 0), None]
 
 
-# -- bubbles -----------------------------------------------------------------------------------------------------------
+# -- bubbles -------------------------------------------------------------------------------------
 
 COSTS = [(1, 1, 1), (1, 2, 0.5), (2, 1.5, 1), (0.5, 1, 1)]
 SIZES = [(1, 3), (2, 2), (2, 7), (4, 8), (5, 20), (8, 16)]
@@ -229,15 +229,15 @@ def test_bubble_of_dualpipev(p, m):
     ("name", "ratio"),
     [("interleaved", 33 / 28.5), ("zb-h1", 33 / 27), ("zb-v", 33 / 25.5), ("dualpipev", 33 / 25.5)],
 )
-def test_throughput_beside_1f1b(name, ratio):
+def test_throughput_relative_to_1f1b(name, ratio):
     assert timeline("1f1b", 4, 8).makespan / timeline(name, 4, 8).makespan == pytest.approx(ratio)
 
 
-# -- torch's schedules as an oracle ------------------------------------------------------------------------------------
+# -- torch's schedules ---------------------------------------------------------------------------
 
 
 class FakeStage:
-    """What torch's schedules read of a stage to make their lists."""
+    """The attributes of a stage that torch's schedules read."""
 
     device, has_backward, is_first, is_last = "cpu", True, False, False
 

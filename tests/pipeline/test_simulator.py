@@ -1,4 +1,4 @@
-"""Times of actions, worked out by hand."""
+"""Simulated times, compared with times computed by hand."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def starts(timeline):
     ]
 
 
-def test_messages_take_their_time_between_ranks():
+def test_messages_between_ranks_take_time():
     times = Times([1, 1], [1, 1], [1, 1], send=0.5)
     made = simulate(build_schedule("1f1b", 2, 2), times)
     assert starts(made) == [
@@ -25,7 +25,7 @@ def test_messages_take_their_time_between_ranks():
     assert made.bubble == pytest.approx(1 - 12 / 20)
 
 
-def test_messages_on_one_rank_take_none():
+def test_messages_within_a_rank_take_no_time():
     made = simulate(
         build_schedule("zb-v", 1, 1),
         even_times(Placement(1, 2, "v"), forward=2, input_gradient=2, weight_gradient=2, send=9),
@@ -37,7 +37,7 @@ def test_messages_on_one_rank_take_none():
 
 
 def test_stages_may_differ():
-    """Stage 1 is the slow one, on rank 1; stage 3, rank 0's second chunk in a V of two ranks, is the fast one."""
+    """Stage 1, on rank 1, is slow; stage 3, the second chunk of rank 0 in the V, is fast."""
     times = Times([1, 4, 1, 0.5], [2, 2, 2, 1], [3, 1, 1, 1])
     made = simulate(build_schedule("zb-v", 2, 1), times)
     assert starts(made) == [
@@ -60,7 +60,7 @@ def test_stages_may_differ():
     ]
 
 
-def test_a_whole_backward_takes_both_parts():
+def test_b_takes_as_long_as_i_and_w():
     times = Times([1], [2], [4])
     assert [times.duration(Action(kind, 0), 0) for kind in "FBIW"] == [1, 6, 2, 4]
 

@@ -1,4 +1,4 @@
-"""Profiles of synthetic traces with known results, advice against all cuts, the page, and errors."""
+"""Profiles of synthetic traces with known results, advice, page, and errors."""
 
 import itertools
 import json
@@ -189,8 +189,7 @@ def test_replicas_and_steps_are_averaged():
     assert profile.timeline.pipeline[0].data == 1, "the slowest pipeline is shown"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# advice
+# -- advice --------------------------------------------------------------------------------------
 
 
 def block_times(**slow):
@@ -251,7 +250,7 @@ def test_a_slow_layer_is_named_and_the_cut_around_it():
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h1", "zb-v"])
 @pytest.mark.parametrize("seed", range(3))
 def test_no_cut_is_faster_than_the_one_advised(name, seed, monkeypatch):
-    """Against all cuts of 8 blocks, simulated from the true times and not from the x-ray's model."""
+    """Against all cuts of 8 blocks, simulated from the true times and not from the profile's model."""
     numbers_of = random.Random(f"{name} {seed}")
     times = [numbers_of.choice([1, 1, 1, 2, 4]) * numbers_of.uniform(0.95, 1.05) for _ in range(10)]
 
@@ -438,8 +437,7 @@ def test_the_chrome_trace_has_each_action_and_wait():
     assert {e["tid"] for e in events} == {0, 1}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# reading
+# -- reading -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
