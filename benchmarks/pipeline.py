@@ -342,7 +342,7 @@ SLOW_BLOCKS = {5: 3.0, 6: 3.0}
 
 
 def sleeping_blocks(seconds: list[float]) -> Any:
-    """Patches blocks: F, I and W of block k sleep seconds[k] each, besides their own compute."""
+    """Patches blocks so that F, I and W of block k sleep seconds[k] each."""
     from contextlib import ExitStack
     from unittest.mock import patch
 

@@ -311,7 +311,7 @@ def _definitions(profile: PipelineProfile) -> list[str]:
         *definitions,
         f"<dt>peak memory</dt><dd>{escape(profile.memory)}.</dd>",
         "<dt>predictions</dt><dd>the same simulation with other layers on the stages, each layer "
-        "with its measured time, as a share of the whole step; the optimizer and other work outside "
+        "with its measured time, as a share of the step; the optimizer and other work outside "
         "the pipeline are taken as measured.</dd></dl>",
     ]
 

@@ -48,7 +48,7 @@ def swapped(actions, first, second):
 
 
 def can_run(schedule):
-    """Returns True for legal schedules, by an implementation that is independent of `check_schedule`.
+    """Returns True for legal schedules, independently of `check_schedule`.
 
     The graph of program order, messages and F before I before W must have no cycle.
     """
@@ -133,7 +133,7 @@ def test_a_receive_is_posted_before_the_action_that_precedes_its_use(case):
 
 
 def run_on_threads(schedule, microbatches):
-    """Runs instructions on threads with blocking queues; a tensor is the list of its computations."""
+    """Runs instructions on threads with blocking queues; tensors are lists of computations."""
     ranks, placement = schedule.placement.ranks, schedule.placement
     channels = {(a, b): queue.Queue() for a in range(ranks) for b in range(ranks)}
     ends, failures = {}, []
@@ -185,7 +185,7 @@ def test_legal_schedules_run_with_blocking_channels_through_each_stage_in_order(
 
 
 def test_a_receiver_can_consume_in_another_order_than_the_sender():
-    """Rank 0 sends F0 F1 F2, rank 1 consumes F2 first: all are posted before, in the sender's order."""
+    """Rank 0 sends F0 F1 F2, rank 1 consumes F2 first: all are posted in the sender's order."""
     forwards = [Action("F", i) for i in range(3)]
     backwards = [Action("B", i) for i in range(3)]
     schedule = Schedule(

@@ -1,7 +1,7 @@
 """The executor: gradients, order and live activations of every schedule.
 
-A stage is |x W' + b|. Weights and inputs are small integers, so sums are exact in fp32 in any order:
-a gradient is equal to the last bit, or wrong.
+A stage is |x W' + b|. Weights and inputs are small integers, so sums are exact in fp32 in any
+order: a gradient is equal to the last bit, or wrong.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def run_cases(rank, world, cases):
 
 
 def plain(case):
-    """Computes losses and gradients by stage with plain torch: one process, microbatches in order."""
+    """Computes losses and gradients by stage with plain torch in one process."""
     stages = [weights(stage) for stage in range(case.schedule().placement.stages)]
     losses = []
     for given in microbatches(case):

@@ -1,9 +1,9 @@
-"""Our executor beside torch.distributed.pipelining: the same layers and microbatches give the same losses and gradients.
+"""The executor against torch.distributed.pipelining: equal losses and gradients for equal layers.
 
-All of torch 2.13's schedules run over gloo on CPUs and none is left out. Theirs take apart autograd's graph where a backward is
-split, ours defers the gradients of linear weights alone; theirs take the loss from whole logits, ours from the model's head.
-Where torch has a schedule that we have not (looped BFS, an interleaved zero bubble of two chunks a rank), ours is the
-interleaved one, on the same placement.
+All schedules of torch 2.13 run over gloo on CPUs. To split a backward, torch splits the autograd graph;
+megatrain defers the gradients of linear weights only. torch computes the loss from complete logits,
+megatrain in the model's head. Schedules that megatrain lacks (looped BFS, interleaved zero bubble with
+two chunks per rank) are compared with its interleaved one on the same placement.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def make_config(case):
 
 
 def tokens(case):
-    """[microbatches x B, S + 1]"""
+    """Returns random tokens [microbatches x B, S + 1]."""
     generator = torch.Generator().manual_seed(case.microbatches)
     return torch.randint(
         0, VOCABULARY, (case.microbatches * BATCH, LENGTH + 1), generator=generator
@@ -120,7 +120,7 @@ def make_context(architecture, inputs, labels):
 
 
 def run_ours(config, architecture, mesh, case):
-    """Also the placement."""
+    """Runs a step with megatrain; returns the placement too."""
     from megatrain.training.step_runner import StepRunner
 
     runner = StepRunner(config, architecture, mesh, torch.device("cpu"))
@@ -140,7 +140,7 @@ def run_ours(config, architecture, mesh, case):
 
 
 class TheirStage(torch.nn.Module):
-    """Layers of ours as torch wants them: tokens or a hidden tensor to a hidden tensor or logits."""
+    """megatrain's layers for torch: map tokens or hidden states to hidden states or logits."""
 
     def __init__(self, layers, architecture):
         super().__init__()
@@ -210,7 +210,7 @@ def run_cases(rank, world, cases):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """By case, each rank's outcomes: ours, theirs."""
+    """The outcomes of megatrain and torch by case and rank."""
     folder = tmp_path_factory.mktemp("ranks")
     found = {}
     for world in (2, 4):

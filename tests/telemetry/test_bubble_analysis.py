@@ -118,7 +118,7 @@ def test_even_stages_wait_for_their_neighbours_alone():
 
 
 def test_a_slow_stage_is_imbalance():
-    """Stage 1 takes twice as long: 1 + 4 x 6 + 2 in all, where stages of the mean, 4.5, would take (4 + 1) x 4.5."""
+    """Stage 1 takes twice as long: 1 + 4 x 6 + 2; even stages of 4.5 would take (4 + 1) x 4.5."""
     splits = break_down_waiting(traced(build_schedule("1f1b", 2, 4), Times([1, 2], [1, 2], [1, 2])))
     assert tuple(splits[0]) == pytest.approx((12, 4.5, 10.5, 0, 0))
     assert tuple(splits[1]) == pytest.approx((24, 4.5, -1.5, 0, 0))
@@ -135,7 +135,7 @@ def test_a_slow_link_is_communication():
 
 
 def test_an_uneven_microbatch_is_neither():
-    """Both stages take 2 in the mean, but stage 0 takes 5 for the first microbatch: stage 1 begins 3 later."""
+    """Both stages take 2 on average; stage 0 takes 5 for the first microbatch."""
 
     class Uneven(Times):
         def duration(self, action, stage):
@@ -193,7 +193,7 @@ def test_replicas_and_steps_are_averaged():
 
 
 def block_times(**slow):
-    """Blocks of 1 forward, 1 and 1 backward, but for those named `block_4=3.0`; head and embedding a quarter."""
+    """Returns layer times: 1 per kind and block, or those named as `block_4=3.0`."""
 
     def of(kind, layer):
         if layer == 0:
@@ -204,7 +204,7 @@ def block_times(**slow):
 
 
 def profile_of(name, ranks, microbatches, counts, layers, **more):
-    """Of one step in which layers take what they are said to, on slow stages longer."""
+    """Returns the profile of a step with the given layer times, scaled on slow stages."""
     schedule = build_schedule(name, ranks, microbatches)
     slow = {
         layer: slowness
@@ -234,8 +234,8 @@ def test_a_slow_layer_is_named_and_the_cut_around_it():
     advice = advise(profile)[0]
     assert advice.layers_per_stage == [4, 2]
     assert advice.text.startswith(
-        "stage 1 is 26% slower than the mean of the stages (block 4 alone takes 3.0 times the median block): "
-        "move block 3 from stage 1 to stage 0 → predicted −"
+        "stage 1 is 26% slower than the mean of the stages "
+        "(block 4 alone takes 3.0 times the median block): move block 3 from stage 1 to stage 0 → predicted −"
     )
     assert "set parallel.layers_per_stage=[4, 2]" in advice.text
     before = simulate(
@@ -250,7 +250,7 @@ def test_a_slow_layer_is_named_and_the_cut_around_it():
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h1", "zb-v"])
 @pytest.mark.parametrize("seed", range(3))
 def test_no_cut_is_faster_than_the_one_advised(name, seed, monkeypatch):
-    """Against all cuts of 8 blocks, simulated from the true times and not from the profile's model."""
+    """Compares with all cuts of 8 blocks, simulated from the true times."""
     numbers_of = random.Random(f"{name} {seed}")
     times = [numbers_of.choice([1, 1, 1, 2, 4]) * numbers_of.uniform(0.95, 1.05) for _ in range(10)]
 

@@ -26,7 +26,8 @@ def test_the_header_and_step_lines():
         console.StepLine(200, 300, 2.5, 12.0, 1e-5, 123.0, 3.3e14, 1.0),
     )
     assert console.step_line(early) == (
-        "step   1/300  loss  8.2500  grad   1.500  lr 3.00e-04   1.23k tok/s  33.0 GFLOP/s  4m59s left"
+        "step   1/300  loss  8.2500  grad   1.500  lr 3.00e-04   "
+        "1.23k tok/s  33.0 GFLOP/s  4m59s left"
     )
     assert console.step_line(late).index("tok/s") == console.step_line(early).index("tok/s")
     assert console.step_line(late).endswith("330 TFLOP/s  1m40s left")
