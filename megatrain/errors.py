@@ -34,6 +34,11 @@ class UserError(Exception):
             self.command
         )
 
+    @property
+    def description(self) -> str:
+        """The message and, on a line of its own, the fix."""
+        return with_fix(str(self), self.fix_text)
+
 
 class ConfigError(UserError):
     """A setting whose value does not meet a requirement.
@@ -42,7 +47,7 @@ class ConfigError(UserError):
         setting: the name as the user writes it, such as `train.dtype`.
         value: its value.
         requirement: the requirement, such as "must be at least 1".
-        hint: advice in words; the fix itself belongs into `fix`.
+        hint: advice; the fix itself belongs into `fix`.
         fix: the settings that remove the error.
         command: a shell command that removes the error, where no setting does.
     """
@@ -85,6 +90,11 @@ class RankError(UserError):
         self.exit_code = exit_code
 
 
+def with_fix(message: str, fix: str) -> str:
+    """Returns an error message followed by the line of its fix, if there is one."""
+    return f"{message}\n  fix: {fix}" if fix else message
+
+
 def format_value(value: object) -> str:
     """Returns a setting's value as YAML writes it: null, true and false."""
     yaml_names = {None: "null", True: "true", False: "false"}
@@ -103,8 +113,3 @@ def format_override(name: str, value: object) -> str:
 
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return f"{name}={text.removesuffix('...' + chr(10)).strip().replace(', ', ',')}"
-
-
-def describe(error: UserError) -> str:
-    """Returns the message of an error and, on a second line, its fix."""
-    return f"{error}\n  fix: {error.fix_text}" if error.fix_text else str(error)

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from megatrain.cli.arguments import positive_int
-from megatrain.config.fixes import IssueCollector
+from megatrain.config.issues import IssueCollector
 from megatrain.config.loader import read
 from megatrain.distributed import device
 from megatrain.errors import UserError
@@ -91,9 +91,7 @@ def _report(issues: IssueCollector, run_name: str) -> int:
     for warning in issues.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for issue in issues.errors:
-        print(f"error: {issue.text}", file=sys.stderr)
-        if issue.paste:
-            print(f"  fix: {issue.paste}", file=sys.stderr)
+        print(f"error: {issue}", file=sys.stderr)
     count = len(issues.errors)
     if count:
         print(f"{run_name}: {count} error{'s' if count > 1 else ''}", file=sys.stderr)

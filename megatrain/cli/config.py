@@ -1,28 +1,32 @@
-"""`megatrain config [CONFIG [section.key=value ...]]`: the settings and their meaning, or a config as it resolves."""
+"""`megatrain config [CONFIG [section.key=value ...]]`: prints all settings or a resolved config."""
 
 from __future__ import annotations
 
 import argparse
 
-from megatrain.config import loader
+from megatrain.config import documentation, loader
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this verb's arguments."""
+    """Adds the arguments of the command."""
     parser.add_argument(
-        "config", nargs="?", metavar="CONFIG", help="a run's YAML; every default when left out"
+        "config", nargs="?", metavar="CONFIG", help="YAML file of a run (default: all defaults)"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings laid over the YAML"
+        "overrides", nargs="*", metavar="section.key=value", help="settings that override the YAML"
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the reference of settings as Markdown"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print valid YAML."""
-    print(
-        loader.to_yaml(loader.load(args.config, args.overrides))
-        if args.config
-        else loader.describe(),
-        end="",
-    )
+    """Prints YAML, or Markdown with --markdown."""
+    if args.markdown:
+        text = documentation.to_markdown()
+    elif args.config:
+        text = loader.to_yaml(loader.load(args.config, args.overrides))
+    else:
+        text = documentation.to_commented_yaml()
+    print(text, end="")
     return 0

@@ -117,7 +117,7 @@ def _run(arguments: list[str]) -> int:
         return error.exit_code
     except UserError as error:
         if is_local_rank_zero(os.environ):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error.description}", file=sys.stderr)
         else:
             time.sleep(_ERROR_DELAY)
         return 1

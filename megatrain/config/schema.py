@@ -1,8 +1,8 @@
-"""Every setting of a run: its name, default and meaning.
+"""All settings of a run: names, types, defaults and meanings.
 
-Sections are frozen: nothing rewrites a setting once it is read. What follows from several settings (the data size, the number of
-microbatches, the steps of a token budget) is computed here, in one place, by `Config`'s methods. How they are read is in config.py, what they
-must be in rules.py.
+Sections are frozen: no code changes a setting after it was read. Values that follow from several
+settings (data size, microbatches, steps) are methods of `Config`. `loader` reads settings and
+`validation` checks them.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from megatrain.errors import ConfigError
 Problem = Literal["single-label", "multi-label", "regression"]
 Augment = Literal["none", "delete", "swap", "mask", "mix"]
 
-MOST_MICROBATCHES = 1_000_000
+MAX_MICROBATCHES = 1_000_000
 
 
 def setting(default: Any, meaning: str) -> Any:
-    """A section's field with its default and the sentence that `megatrain config` prints."""
+    """Returns a field of a section: default and description."""
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata={"meaning": meaning})
     return field(default=default, metadata={"meaning": meaning})
 
 
 def non_default(section: Any, names: Iterable[str] | None = None) -> list[str]:
-    """Which of a section's settings, or of those named, are not at their defaults."""
-    plain = type(section)()
+    """Returns the settings of a section, or those of `names`, that do not have their default."""
+    defaults = type(section)()
     return [
         name
         for name in names or [item.name for item in fields(section)]
-        if getattr(section, name) != getattr(plain, name)
+        if getattr(section, name) != getattr(defaults, name)
     ]
 
 
@@ -290,7 +290,11 @@ class Config:
         return self.parallel.tensor * self.parallel.pipeline
 
     def data_size(self, world_size: int) -> int:
-        """Replicas among `world_size` ranks; refuses a world that the layout does not fit."""
+        """Returns the number of replicas among `world_size` ranks.
+
+        Raises:
+            ConfigError: if the layout requires another number of ranks.
+        """
         p = self.parallel
         layout = f"tensor {p.tensor} x pipeline {p.pipeline}"
         if p.data is None:
@@ -300,38 +304,44 @@ class Config:
                     layout,
                     f"does not divide the {world_size} ranks of this run",
                     f"start a multiple of {self.model_ranks} ranks",
-                    fix=_layout_for(p, world_size),
+                    fix=_nearest_layout(p, world_size),
                 )
             return world_size // self.model_ranks
         if p.data * self.model_ranks != world_size:
             raise ConfigError(
                 "parallel",
                 f"{layout} x data {p.data}",
-                f"needs {p.data * self.model_ranks} ranks and there are {world_size}",
-                f"start {p.data * self.model_ranks} ranks or leave parallel.data out",
-                fix={"parallel.data": None},
+                f"requires {p.data * self.model_ranks} ranks, not {world_size}",
+                f"start {p.data * self.model_ranks} ranks or change the layout",
+                fix={"parallel.data": None, **_nearest_layout(p, world_size)},
             )
         return p.data
 
     def microbatches(self, data_size: int) -> int:
-        """Microbatches of one step on each replica; refuses batch sizes that do not divide."""
-        unit = self.train.micro_batch_size * data_size
-        if self.train.global_batch_size % unit:
-            below = max(unit, self.train.global_batch_size // unit * unit)
+        """Returns the number of microbatches per step of each replica.
+
+        Raises:
+            ConfigError: if the global batch size cannot be divided or makes too many of them.
+        """
+        unit, size = self.train.micro_batch_size * data_size, self.train.global_batch_size
+        if size % unit:
+            below = size // unit * unit
             raise ConfigError(
                 "train.global_batch_size",
-                self.train.global_batch_size,
-                f"is not a multiple of train.micro_batch_size={self.train.micro_batch_size} x data size {data_size}",
-                f"the nearest that work are {below} and {below + unit}",
+                size,
+                f"must be a multiple of train.micro_batch_size={self.train.micro_batch_size} "
+                f"x data size {data_size}",
+                f"the nearest are {below} and {below + unit}" if below else "",
+                fix={"train.global_batch_size": below or unit},
             )
-        count = self.train.global_batch_size // unit
-        if count > MOST_MICROBATCHES:
+        count = size // unit
+        if count > MAX_MICROBATCHES:
             raise ConfigError(
                 "train.global_batch_size",
-                self.train.global_batch_size,
-                f"makes {count:,} microbatches of each replica in a step, and a schedule "
-                f"is a list of {MOST_MICROBATCHES:,} at most",
-                f"use at most {unit * MOST_MICROBATCHES}",
+                size,
+                f"makes {count:,} microbatches per replica and step, "
+                f"more than the limit of {MAX_MICROBATCHES:,}",
+                fix={"train.global_batch_size": unit * MAX_MICROBATCHES},
             )
         return count
 
@@ -341,16 +351,14 @@ class Config:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the run."""
         if self.train.steps is not None:
             return self.train.steps
-        assert self.train.tokens is not None, (
-            "checked in `check`, and epochs became steps once the data were there"
-        )
+        assert self.train.tokens is not None, "`with_steps` replaces epochs"
         return -(-self.train.tokens // self.tokens_per_step)
 
     def with_steps(self, samples_per_epoch: int) -> Config:
-        """This config with `train.epochs` written as steps; itself where it names none."""
+        """Returns the config with `train.epochs` replaced by steps, if it is set."""
         if self.train.epochs is None:
             return self
         steps = -(-self.train.epochs * samples_per_epoch // self.train.global_batch_size)
@@ -363,10 +371,20 @@ class Config:
         return self.run.name or Path(self.run.output_dir).name
 
 
-def _layout_for(p: ParallelConfig, world_size: int) -> dict[str, int]:
-    """Returns the nearest layout that divides `world_size`: with fewer stages, or tensor ranks."""
+def default_of(name: str) -> Any:
+    """Returns the default of a setting `section.key`."""
+    section, key = name.split(".")
+    return getattr(getattr(Config(), section), key)
+
+
+def _nearest_layout(p: ParallelConfig, world_size: int) -> dict[str, int]:
+    """Returns the fix for a layout that does not divide `world_size`: fewer stages or tensor ranks."""
+    if world_size % (p.tensor * p.pipeline) == 0:
+        return {}
     if world_size % p.tensor == 0:
         stages = [d for d in range(1, p.pipeline + 1) if world_size % (p.tensor * d) == 0]
         return {"parallel.pipeline": max(stages)}
-    ranks = [d for d in range(1, p.tensor + 1) if d == 1 or world_size % (d * p.pipeline) == 0]
-    return {"parallel.tensor": max(ranks)}
+    ranks = [d for d in range(1, p.tensor + 1) if world_size % (d * p.pipeline) == 0]
+    if ranks:
+        return {"parallel.tensor": max(ranks)}
+    return {"parallel.tensor": 1, "parallel.pipeline": 1}

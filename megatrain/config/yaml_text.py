@@ -1,4 +1,4 @@
-"""YAML as settings are written in it: 3e-4 is a number, a key is given once, and whatever cannot be read is one kind of error."""
+"""YAML for settings: `3e-4` is a number and duplicate keys are errors."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from megatrain.errors import truncate
 
 
 def parse(text: str) -> Any:
-    """YAML's value of a text; yaml.YAMLError for whatever is none."""
+    """Returns the value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: if the text is not valid.
+    """
     try:
         return yaml.load(text, Loader=_YamlLoader)
     except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply") from None
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def describe_yaml_error(error: yaml.YAMLError) -> str:
-    """What is wrong with a text, and where."""
+    """Returns the problem with its line and column."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     return (
         f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
@@ -29,19 +33,19 @@ def describe_yaml_error(error: yaml.YAMLError) -> str:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML in which 3e-4 is a number (YAML 1.1 wants 3.0e-4) and a key given twice is an error."""
+    """Safe YAML loader; reads 3e-4 as a number, unlike YAML 1.1, and refuses duplicate keys."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
-        for key, _ in node.value:  # here, before `<<` brings in keys that may be given once more
+        for key, _ in node.value:  # before `<<` adds keys, which may repeat
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.composer.ComposerError(
-                    None, None, "a list or mapping stands where a name should", key.start_mark
+                    None, None, "a key must be text, not a list or mapping", key.start_mark
                 )
             if key.value in seen:
                 raise yaml.composer.ComposerError(
-                    None, None, f"{key.value!r} is given twice", key.start_mark
+                    None, None, f"duplicate key {key.value!r}", key.start_mark
                 )
             seen.add(key.value)
         return node
@@ -49,11 +53,7 @@ class _YamlLoader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-        ) as error:  # 2024-13-45 looks like a date, and is none
+        except (ValueError, TypeError, AttributeError) as error:  # such as the date 2024-13-45
             raise yaml.constructor.ConstructorError(
                 None, None, f"{truncate(node.value)!r} cannot be read ({error})", node.start_mark
             ) from None
@@ -61,7 +61,8 @@ class _YamlLoader(yaml.SafeLoader):
 
 def _add_float_resolver() -> None:
     pattern = re.compile(
-        r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$|^[-+]?(\d[\d_]*)?\.\d+([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+        r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$|^[-+]?(\d[\d_]*)?\.\d+([eE][-+]?\d+)?$"
+        r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
     )
     _YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789."))
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from megatrain.checkpoint import manifest, retention
 from megatrain.config.loader import Config
 from megatrain.distributed.errors import is_lost_connection
-from megatrain.errors import UserError, describe
+from megatrain.errors import UserError
 from megatrain.telemetry.rank_log import START_OF_RUN
 
 _LOG_TAIL_LINES = 20
@@ -64,7 +64,7 @@ Failure = FailureReport | RankExit
 def report_of(error: Exception, rank: int) -> FailureReport:
     """Returns the report of an exception on `rank`."""
     if isinstance(error, UserError):
-        return FailureReport(rank, "user", describe(error), time.time())
+        return FailureReport(rank, "user", error.description, time.time())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         target = f" to {error.filename}" if error.filename else ""
         text = (

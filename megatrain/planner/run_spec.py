@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from megatrain.checkpoint import resume
 from megatrain.checkpoint.train_state import RunDescription, describe_layout
 from megatrain.config.loader import Config, to_dict
-from megatrain.config.validation import problems
+from megatrain.config.validation import find_errors
 from megatrain.errors import ConfigError, UserError
 from megatrain.models.config import TransformerConfig
 from megatrain.models.counts import count_adapter_parameters, count_parameters
@@ -134,7 +134,7 @@ class RunSpec:
                 fix={"train.epochs": None, "train.steps": 1000},
             )
         config = self.config.with_steps(samples_per_epoch)
-        for error in problems(config):
+        for error in find_errors(config):
             raise error
         return dataclasses.replace(
             self, config=config, samples_per_epoch=samples_per_epoch, epochs=train.epochs

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from megatrain.config.validation import problems
+from megatrain.config.validation import find_errors
 from megatrain.errors import ConfigError, format_override
 from megatrain.planner.memory import predict
 from megatrain.planner.run_spec import Cluster, RunSpec, replace_settings, resolve_layout
@@ -74,7 +74,7 @@ def _suggestion(spec: RunSpec, candidate: _Candidate, hint: str) -> Suggestion:
 def _try(spec: RunSpec, settings: dict[str, Any], cluster: Cluster) -> _Candidate | None:
     """Returns the candidate with its predicted memory; None if its settings conflict."""
     config = replace_settings(spec.config, settings)
-    if next(problems(config), None) is not None:
+    if next(find_errors(config), None) is not None:
         return None
     try:
         ranks = predict(resolve_layout(config, spec.model, cluster))

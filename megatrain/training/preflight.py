@@ -13,9 +13,9 @@ from pathlib import Path
 
 from megatrain.checkpoint import resume
 from megatrain.checkpoint.init_from_hf import Pretrained
-from megatrain.config.fixes import IssueCollector
+from megatrain.config.issues import IssueCollector
 from megatrain.config.loader import Config, has_tokenizer
-from megatrain.config.validation import problems, reset_invalid
+from megatrain.config.validation import find_errors, reset_invalid
 from megatrain.data.gpt_dataset import parse_blend, select_paths
 from megatrain.data.split import Part
 from megatrain.data.tokenizer import load_tokenizer
@@ -110,8 +110,8 @@ def validate_run(
 
 
 def _add_setting_errors(config: Config, issues: IssueCollector) -> None:
-    for error in problems(config):
-        if not issues.follows(error):
+    for error in find_errors(config):
+        if not issues.is_consequence(error):
             issues.add(error)
 
 

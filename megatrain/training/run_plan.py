@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from megatrain.config.fixes import IssueCollector
+from megatrain.config.issues import IssueCollector
 from megatrain.config.loader import Config
 from megatrain.distributed import device as device_module
 from megatrain.errors import UserError
