@@ -98,7 +98,7 @@ def test_what_is_right_is_not_refused(refusal):
 SENTENCES = {
     "train.stepz=5": "train.stepz=5 is not a setting; did you mean `steps`?",
     "trian.steps=5": "trian={'steps': 5} is not a section of the config; did you mean `train`?",
-    "train.steps=many": "train.steps=many must be a whole number or null; it is text",
+    "train.steps=many": "train.steps=many must be a whole number or null, not text",
     "train.tokens=.inf": "train.tokens=inf must be a whole number or null; it is a number",
     "optimizer.lr=.nan": "optimizer.lr=nan must be a finite number",
     "model.num_layers=4": "model.num_layers=4 is not a field of a llama config; did you mean",
@@ -113,11 +113,11 @@ SENTENCES = {
     "parallel.pipeline=5": "parallel.pipeline=5 must be at most num_hidden_layers=4",
     "data.sequence_length=65": "data.sequence_length=65 is more than the model's 64 positions; use at most 64",
     # a batch that does not divide
-    "train.micro_batch_size=3": "train.global_batch_size=4 is not a multiple of train.micro_batch_size=3 x data size 1",
-    "parallel.data=3": "train.global_batch_size=4 is not a multiple of train.micro_batch_size=2 x data size 3; the nearest that work are 6 and 12",
+    "train.micro_batch_size=3": "train.global_batch_size=4 must be a multiple of train.micro_batch_size=3 x data size 1",
+    "parallel.data=3": "train.global_batch_size=4 must be a multiple of train.micro_batch_size=2 x data size 3; ",
     # what does not go together
-    "parallel.zero=2 parallel.pipeline=2": "parallel.zero=2 needs parallel.pipeline=1 and it is 2",
-    "parallel.sequence=true": "parallel.sequence=true splits the sequence among tensor ranks and parallel.tensor=1",
+    "parallel.zero=2 parallel.pipeline=2": "parallel.zero=2 requires parallel.pipeline=1, not 2",
+    "parallel.sequence=true": "parallel.sequence=true requires parallel.tensor of at least 2",
     "train.dtype=fp16": "train.dtype=fp16 requires a GPU; use bf16 or fp32 on CPUs",
     "data.valid=x data.split='9,1'": "data.split=9,1 cannot be used with data.valid",
     # data

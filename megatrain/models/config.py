@@ -7,6 +7,7 @@ family.
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib
 import json
 from collections.abc import Mapping
@@ -163,7 +164,10 @@ def load_hf_config(model: str | dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(str(path), local_files_only=True)
     except Exception as error:
         raise ConfigError(
-            "model", model, f"is not a readable Hugging Face config: {_one_line(error)}"
+            "model",
+            model,
+            f"is not a readable Hugging Face config: {_one_line(error)}",
+            "give a folder, a config.json, or fields with model_type",
         ) from error
 
 
@@ -174,24 +178,35 @@ def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ConfigError(
-            "model.model_type", "(nothing)", "is missing", f"one of {', '.join(FAMILIES)}"
+            "model.model_type",
+            "(nothing)",
+            "is missing",
+            f"one of {', '.join(FAMILIES)}",
+            fix={"model.model_type": "llama"},
         )
     if model_type not in FAMILIES:
         raise ConfigError(
-            "model.model_type", model_type, "is not supported", f"one of {', '.join(FAMILIES)}"
+            "model.model_type",
+            model_type,
+            "is not supported",
+            f"one of {', '.join(FAMILIES)}",
+            fix={
+                "model.model_type": next(
+                    iter(difflib.get_close_matches(str(model_type), FAMILIES, 1)), "llama"
+                )
+            },
         )
     plain = AutoConfig.for_model(model_type)
     known = set(plain.to_dict()) | set(plain.attribute_map) | _family(model_type).OLD_FIELDS
     for name in fields:
         if name not in known:
-            import difflib
-
             close = difflib.get_close_matches(name, sorted(known), n=1)
             raise ConfigError(
                 f"model.{name}",
                 fields[name],
                 f"is not a field of a {model_type} config",
                 f"did you mean `{close[0]}`?" if close else "",
+                fix={f"model.{close[0]}": fields[name]} if close else None,
             )
     _refuse_below_one(fields, plain.attribute_map)
     try:
@@ -223,7 +238,9 @@ def _refuse_below_one(fields: Mapping[str, Any], spelt: Mapping[str, str]) -> No
         for written in (name, spelt.get(name, name)):
             value = fields.get(written)
             if isinstance(value, int | float) and value < 1:
-                raise ConfigError(f"model.{written}", value, "must be at least 1")
+                raise ConfigError(
+                    f"model.{written}", value, "must be at least 1", fix={f"model.{written}": 1}
+                )
 
 
 def _family(model_type: str) -> Any:
@@ -272,7 +289,12 @@ def _check_sizes(a: TransformerConfig) -> None:
         if getattr(a, name) < 1:
             raise ConfigError(f"model's {name}", getattr(a, name), "must be at least 1")
     if a.num_layers > _MOST_LAYERS:
-        raise ConfigError("model.num_hidden_layers", a.num_layers, f"is more than {_MOST_LAYERS:,}")
+        raise ConfigError(
+            "model.num_hidden_layers",
+            a.num_layers,
+            f"is more than {_MOST_LAYERS:,}",
+            fix={"model.num_hidden_layers": _MOST_LAYERS},
+        )
     for name in ("embedding_dropout", "residual_dropout", "attention_dropout"):
         if not 0 <= getattr(a, name) < 1:
             raise ConfigError(f"model's {name}", getattr(a, name), "must be in [0, 1)")
@@ -295,6 +317,7 @@ def _check_sizes(a: TransformerConfig) -> None:
             a.head_dim,
             "is odd and rotary positions turn pairs",
             f"use {a.head_dim + 1}",
+            fix={"model.head_dim": a.head_dim + 1},
         )
     if a.rotary_dim is not None and (a.rotary_dim % 2 or not 0 < a.rotary_dim <= a.head_dim):
         raise ConfigError(

@@ -93,7 +93,10 @@ def _check_rope_number(setting: str, value: Any, *, from_1: bool) -> None:
         isinstance(value, int | float) and (value >= 1 if from_1 else value > 0)
     ):
         raise ConfigError(
-            setting, value, "must be a number from 1 on" if from_1 else "must be a number above 0"
+            setting,
+            value,
+            "must be a number from 1 on" if from_1 else "must be a number above 0",
+            fix={setting: 1.0},
         )
 
 
@@ -139,6 +142,7 @@ class HFConfigReader:
                 value,
                 "changes the model in a way that is not built",
                 f"only {words} is",
+                fix={f"model.{name}": allowed[0]},
             )
 
     def without_effect(self, *names: str) -> None:
@@ -158,6 +162,7 @@ class HFConfigReader:
                 token,
                 f"is outside the vocabulary of {self.vocab_size}",
                 "leave it out: pretraining pads nothing",
+                fix={"model.pad_token_id": None},
             )
         return None if token is None else token % self.vocab_size
 
@@ -185,7 +190,11 @@ class HFConfigReader:
         rope_type = parameters.get("rope_type", "default")
         if rope_type not in _ROPE_TYPES:
             raise ConfigError(
-                f"{where}.rope_type", rope_type, "is not built", f"one of {', '.join(_ROPE_TYPES)}"
+                f"{where}.rope_type",
+                rope_type,
+                "is not built",
+                f"one of {', '.join(_ROPE_TYPES)}",
+                fix={f"{where}.rope_type": "default"},
             )
         for name in parameters:
             if name not in _ROPE_TYPES[rope_type] | {
@@ -209,6 +218,7 @@ class HFConfigReader:
                 share,
                 f"is not built for {self.model_type}",
                 "leave it out",
+                fix={f"{where}.partial_rotary_factor": 1.0},
             )
         return share
 
@@ -224,4 +234,5 @@ class HFConfigReader:
                     value,
                     f"is a field of {self.config.model_type} configs that is not built",
                     f"only {format_value(default)} is",
+                    fix={f"model.{name}": default},
                 )

@@ -63,6 +63,7 @@ def target_names(architecture: TransformerConfig, targets: str | list[str]) -> s
                 target,
                 "matches no linear module of the model's blocks",
                 f"there are {ends}; or all-linear",
+                fix={"lora.targets": "all-linear"},
             )
         wanted |= matched
     return wanted

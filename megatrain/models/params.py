@@ -327,7 +327,11 @@ def check_tensor_split(a: TransformerConfig, tensor: int) -> None:
             "key-value heads or be a multiple of them"
         )
         raise ConfigError(
-            "parallel.tensor", tensor, rule, f"use one of {', '.join(map(str, fits))}"
+            "parallel.tensor",
+            tensor,
+            rule,
+            f"use one of {', '.join(map(str, fits))}",
+            fix={"parallel.tensor": max(t for t in fits if t <= tensor)},
         )
 
 

@@ -77,6 +77,7 @@ def check_blocks(architecture: TransformerConfig, settings: LoraConfig, tensor: 
             f"scales {BLOCK} neighbours of a row together, and with parallel.tensor={tensor} a rank's part "
             f"of the rows ({widths}) is not whole blocks",
             way_out,
+            fix={"lora.quantize": "none"},
         )
 
 
@@ -96,6 +97,7 @@ def check_bitsandbytes(settings: LoraConfig) -> None:
             settings.quantize,
             rule,
             "pip install 'megatrain[qlora]', or lora.quantize=none, which holds the base in train.dtype",
+            fix={"lora.quantize": "none"},
         )
 
 

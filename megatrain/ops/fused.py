@@ -35,6 +35,7 @@ def check_compile(a: TransformerConfig, *, tensor: int, on_gpu: bool) -> None:
             f"has nothing to compile in a {a.model_type} model on tensor ranks: neither RMSNorm nor gates nor "
             "rotations, and its cross-entropy waits for messages",
             "leave it out, or set parallel.tensor=1",
+            fix={"train.compile": False},
         )
     if on_gpu:
         if importlib.util.find_spec("triton") is None:
@@ -43,6 +44,7 @@ def check_compile(a: TransformerConfig, *, tensor: int, on_gpu: bool) -> None:
                 True,
                 "needs triton for GPUs",
                 "pip install triton, or leave it out",
+                fix={"train.compile": False},
             )
         return
     compiler, header = (
@@ -55,6 +57,7 @@ def check_compile(a: TransformerConfig, *, tensor: int, on_gpu: bool) -> None:
             True,
             f"needs a C++ compiler on CPUs, and there is no {compiler}",
             "install one, name yours in the environment variable CXX, or leave the setting out",
+            fix={"train.compile": False},
         )
     if not header.is_file():
         raise ConfigError(
@@ -62,6 +65,7 @@ def check_compile(a: TransformerConfig, *, tensor: int, on_gpu: bool) -> None:
             True,
             f"needs Python's headers on CPUs, and there is no {header}",
             "install them (python3-dev), or leave the setting out",
+            fix={"train.compile": False},
         )
 
 

@@ -66,7 +66,7 @@ def test_a_mistake_in_the_config_ends_the_job_before_a_rank_starts(cluster, run_
     job = Job(cluster, bad, tmp_path / "never")
     assert job.wait() == "FAILED"
     assert (
-        "error: train.global_batch_size=4 is not a multiple of train.micro_batch_size=3"
+        "error: train.global_batch_size=4 must be a multiple of train.micro_batch_size=3"
         in job.words()
     )
     assert "rank" not in job.words()

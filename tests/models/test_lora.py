@@ -130,13 +130,13 @@ def test_dropout_is_of_the_key_and_only_while_training():
         (
             {"rank": 4},
             {"init_from": None},
-            "lora.rank=4 freezes the weights, and without train.init_from",
+            "lora.rank=4 requires train.init_from",
         ),
-        ({"rank": -1}, {}, "lora.rank=-1 must not be negative"),
-        ({"alpha": 8}, {}, "lora.rank=0 leaves lora.alpha without effect"),
-        ({"rank": 4, "alpha": 0}, {}, "lora.alpha=0.0 must be more"),
+        ({"rank": -1}, {}, "lora.rank=-1 must be at least 0"),
+        ({"alpha": 8}, {}, "lora.alpha=8.0 has no effect with lora.rank=0"),
+        ({"rank": 4, "alpha": 0}, {}, "lora.alpha=0.0 must be above"),
         ({"rank": 4, "dropout": 1.0}, {}, "lora.dropout=1.0 must be in"),
-        ({"rank": 4, "targets": []}, {}, "names nothing"),
+        ({"rank": 4, "targets": []}, {}, "must name at least one module"),
         ({"rank": 4, "target": "q_proj"}, {}, "did you mean `targets`"),
     ],
 )

@@ -328,17 +328,16 @@ def test_memory_limit(tmp_path):
     [
         (
             ["parallel.virtual=2"],
-            "parallel.virtual=2 is given and parallel.schedule=auto chooses it; leave parallel.virtual out, or name a schedule",
+            "parallel.virtual=2 has no effect with parallel.schedule=auto, which chooses it",
         ),
         (
             ["parallel.layers_per_stage=[1,2]"],
-            "parallel.layers_per_stage=[1, 2] is given and parallel.schedule=auto chooses it; "
-            "leave parallel.layers_per_stage out, or name a schedule",
+            "parallel.layers_per_stage=[1, 2] has no effect with parallel.schedule=auto, which chooses it",
         ),
         (
             ["parallel.schedule=zb-v", "parallel.autotune_memory_gib=3"],
-            "parallel.autotune_memory_gib=3.0 limits what parallel.schedule=auto may choose, and it is zb-v; "
-            "use parallel.schedule=auto or leave parallel.autotune_memory_gib out",
+            "parallel.autotune_memory_gib=3.0 has no effect with parallel.schedule=zb-v; "
+            "set parallel.schedule=auto to use it",
         ),
     ],
 )

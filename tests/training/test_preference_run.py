@@ -181,10 +181,10 @@ def test_merge_by_the_command(files, tmp_path, capsys, monkeypatch):
     [
         (
             {"train": {"steps": 1, "micro_batch_size": 1}},
-            "train.micro_batch_size=1 is odd, and with task=dpo the two sequences of a pair go together; use 2",
+            "train.micro_batch_size=1 must be even with task=dpo",
         ),
-        ({"data": {"packing": True}}, "data.packing=true puts several samples in a sequence"),
-        ({"data": {"train_on": "all"}}, "data.train_on=all has no meaning with task=dpo"),
+        ({"data": {"packing": True}}, "data.packing=true is not supported with task=dpo"),
+        ({"data": {"train_on": "all"}}, "data.train_on=all is not supported with task=dpo"),
         ({"preference": {"margin": 2.0}}, "preference.margin=2.0 has no effect with task=dpo"),
         (
             {"task": "orpo", "preference": {"label_smoothing": 0.1}},
@@ -194,13 +194,13 @@ def test_merge_by_the_command(files, tmp_path, capsys, monkeypatch):
             {"task": "sft", "preference": {"beta": 0.1}},
             "preference.beta=0.1 has no effect with task=sft",
         ),
-        ({"preference": {"beta": 0.0}}, "preference.beta=0.0 must be more than 0"),
+        ({"preference": {"beta": 0.0}}, "preference.beta=0.0 must be above 0"),
         ({"preference": {"label_smoothing": 0.5}}, "preference.label_smoothing=0.5 must be in"),
         (
             {"preference": {"reference": "adapters-off"}},
-            "preference.reference=adapters-off needs adapters and lora.rank=0",
+            "preference.reference=adapters-off requires adapters, but lora.rank=0",
         ),
-        ({"task": "dop"}, "task=dop is not one of sft, dpo, simpo, orpo"),
+        ({"task": "dop"}, "task=dop must be one of sft, dpo, simpo, orpo"),
     ],
 )
 def test_settings_are_used_or_refused(sections, words, files, tmp_path):

@@ -564,20 +564,23 @@ WRONG = {
     ),
     "one label": (
         {"classification": {"labels": ["red"]}},
-        "has 1 names; a classifier tells 2 classes or more",
+        "must have at least two different names",
     ),
-    "a label twice": ({"classification": {"labels": ["red", "red"]}}, "names a class twice"),
+    "a label twice": (
+        {"classification": {"labels": ["red", "red"]}},
+        "must have at least two different names",
+    ),
     "chat settings": (
         {"data": {"packing": True}},
         "data.packing=true has no effect with task=classification",
     ),
     "smoothed numbers": (
         {"classification": {"problem": "regression", "labels": None, "label_smoothing": 0.1}},
-        "has no meaning for classification.problem=regression",
+        "has no effect with classification.problem=regression",
     ),
     "early stop without evaluations": (
         {"eval": {"early_stopping_patience": 3}},
-        "eval.early_stopping_patience=3 goes by evaluations, and eval.every=0 makes none",
+        "eval.early_stopping_patience=3 requires evaluations, but eval.every=0 disables them",
     ),
     "settings of another task": (
         {"task": "sft"},

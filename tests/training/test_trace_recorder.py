@@ -271,19 +271,19 @@ def sleeping_run(data, folder, **parallel):
     [
         (
             [20],
-            "profile.steps=[20] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+            "profile.steps=[20] must be two steps, [first, last], with 1 <= first <= last",
         ),
         (
             [22, 20],
-            "profile.steps=[22, 20] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+            "profile.steps=[22, 20] must be two steps, [first, last], with 1 <= first <= last",
         ),
         (
             [0, 2],
-            "profile.steps=[0, 2] must be two steps, the first from 1 and not after the last; for example [20, 22]",
+            "profile.steps=[0, 2] must be two steps, [first, last], with 1 <= first <= last",
         ),
         (
             [28, 31],
-            "profile.steps=[28, 31] goes beyond the run's last step, 30; for example [28, 30]",
+            "profile.steps=[28, 31] must end by step 30, the last of the run",
         ),
     ],
 )

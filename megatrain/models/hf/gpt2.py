@@ -36,7 +36,16 @@ def read(fields: HFConfigReader) -> TransformerConfig:
         "reorder_and_upcast_attn",
     )
     if fields.n_embd % fields.n_head:
-        raise ConfigError("model.n_head", fields.n_head, f"does not divide n_embd={fields.n_embd}")
+        raise ConfigError(
+            "model.n_head",
+            fields.n_head,
+            f"does not divide n_embd={fields.n_embd}",
+            fix={
+                "model.n_head": next(
+                    n for n in range(fields.n_head, 0, -1) if fields.n_embd % n == 0
+                )
+            },
+        )
     return TransformerConfig(
         model_type="gpt2",
         vocab_size=fields.vocab_size,
