@@ -200,7 +200,10 @@ def _read(file: str | Path) -> str:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            "data.chat_template", file, f"cannot be read ({_one_line(error)})"
+            "data.chat_template",
+            file,
+            f"cannot be read ({_one_line(error)})",
+            fix={"data.chat_template": None},
         ) from None
 
 

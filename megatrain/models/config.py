@@ -213,7 +213,10 @@ def _inline_config(fields: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:
         raise ConfigError(
-            "model", f"({model_type} fields)", f"is refused by transformers: {_one_line(error)}"
+            "model",
+            f"({model_type} fields)",
+            f"is refused by transformers: {_one_line(error)}",
+            "change the field that it names",
         ) from error
 
 
@@ -287,7 +290,12 @@ def _check_sizes(a: TransformerConfig) -> None:
         "max_positions",
     ):
         if getattr(a, name) < 1:
-            raise ConfigError(f"model's {name}", getattr(a, name), "must be at least 1")
+            raise ConfigError(
+                f"model's {name}",
+                getattr(a, name),
+                "must be at least 1",
+                "change the field in model",
+            )
     if a.num_layers > _MOST_LAYERS:
         raise ConfigError(
             "model.num_hidden_layers",
@@ -297,9 +305,16 @@ def _check_sizes(a: TransformerConfig) -> None:
         )
     for name in ("embedding_dropout", "residual_dropout", "attention_dropout"):
         if not 0 <= getattr(a, name) < 1:
-            raise ConfigError(f"model's {name}", getattr(a, name), "must be in [0, 1)")
+            raise ConfigError(
+                f"model's {name}",
+                getattr(a, name),
+                "must be in [0, 1)",
+                "change the field in model",
+            )
     if not a.norm_eps >= 0:
-        raise ConfigError("model's norm_eps", a.norm_eps, "must not be negative")
+        raise ConfigError(
+            "model's norm_eps", a.norm_eps, "must be at least 0", "use for example 1e-5"
+        )
     if a.num_heads % a.num_kv_heads:
         raise ConfigError(
             "model.num_key_value_heads",
@@ -324,6 +339,7 @@ def _check_sizes(a: TransformerConfig) -> None:
             "model.rope_parameters.partial_rotary_factor",
             a.rotary_dim / a.head_dim,
             f"turns {a.rotary_dim} dims of each head, and rotary positions turn pairs",
+            fix={"model.rope_parameters.partial_rotary_factor": 1.0},
         )
 
 

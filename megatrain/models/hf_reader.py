@@ -194,7 +194,9 @@ class HFConfigReader:
                 rope_type,
                 "is not built",
                 f"one of {', '.join(_ROPE_TYPES)}",
-                fix={f"{where}.rope_type": "default"},
+                fix={
+                    where: {"rope_type": "default", "rope_theta": parameters.get("rope_theta", 1e4)}
+                },
             )
         for name in parameters:
             if name not in _ROPE_TYPES[rope_type] | {
@@ -207,7 +209,7 @@ class HFConfigReader:
                     f"{where}.{name}",
                     parameters[name],
                     f"is not read by rope_type={rope_type}",
-                    "leave it out",
+                    fix={where: {key: parameters[key] for key in parameters if key != name}},
                 )
             if name in _ROPE_NUMBERS:
                 _check_rope_number(f"{where}.{name}", parameters[name], from_1=name == "factor")

@@ -180,7 +180,7 @@ REFUSED = [
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}},
         "model.rope_parameters.factor=0.5 must be a number from 1 on",
     ),
-    (LLAMA, {"rms_norm_eps": -1e-5}, "model's norm_eps=-1e-05 must not be negative"),
+    (LLAMA, {"rms_norm_eps": -1e-5}, "model's norm_eps=-1e-05 must be at least 0"),
     (MISTRAL, {"sliding_window": 0}, "model.sliding_window=0 must be at least 1"),
     (GPT2, {"n_layer": 0}, "model.n_layer=0 must be at least 1"),
     (GPT2, {"num_attention_heads": 0}, "model.num_attention_heads=0 must be at least 1"),
