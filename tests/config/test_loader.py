@@ -1,11 +1,12 @@
 """Configs are read from YAML and overrides; unknown names, types and values are refused."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
 
-from megatrain.config.documentation import to_commented_yaml
+from megatrain.config.documentation import to_commented_yaml, to_markdown
 from megatrain.config.loader import Config, check, from_dict, load, to_dict, to_yaml
 from megatrain.errors import ConfigError
 
@@ -135,6 +136,12 @@ def test_commented_yaml_has_every_default_and_a_meaning():
     raw = yaml.safe_load(to_commented_yaml())
     assert {**raw, "model": ""} == to_dict(Config())
     assert all("  # " in line for line in to_commented_yaml().splitlines() if line.startswith("  "))
+
+
+def test_settings_page_is_up_to_date():
+    """`megatrain config --markdown > docs/settings.md` updates it."""
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text(encoding="utf-8") == to_markdown()
 
 
 def test_sections_are_frozen():
