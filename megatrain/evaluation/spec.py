@@ -10,7 +10,7 @@ from megatrain.checkpoint import manifest
 from megatrain.checkpoint.retention import find_model_folder
 from megatrain.checkpoint.train_state import train_state_path
 from megatrain.config.loader import Config, apply_override, from_dict, has_tokenizer
-from megatrain.config.validation import problems
+from megatrain.config.validation import find_errors
 from megatrain.distributed import device
 from megatrain.errors import CheckpointError, ConfigError
 
@@ -119,7 +119,7 @@ def make_config(folder: Path, overrides: Sequence[str]) -> Config:
             )
         apply_override(raw, override)
     config = from_dict(raw)
-    for error in problems(config):
+    for error in find_errors(config):
         if error.setting in SETTINGS:
             raise error
     return config
