@@ -116,12 +116,16 @@ def check(path: Path, run: RunDescription) -> None:
         setting, new = f"{section}.{name}", run.config[section][name]
         old = stored.config[section].get(name, new)  # a converted checkpoint has no settings
         if old != new:
-            raise CheckpointError(
-                f"{path} was written with {setting}={format_value(old)} and this run has "
-                f"{format_value(new)}: {reason}; set {setting}={format_value(old)}, or start a new "
-                f"run from its weights with train.init_from={path}",
-                fix={setting: old},
-            )
+            raise _changed(path, setting, old, new, reason)
+
+
+def _changed(path: Path, setting: str, old: Any, new: Any, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} was written with {setting}={format_value(old)} and this run has "
+        f"{format_value(new)}: {reason}; set {setting}={format_value(old)}, or start a new run "
+        f"from its weights with train.init_from={path}",
+        fix={setting: old},
+    )
 
 
 _FIXED = [
@@ -222,12 +226,7 @@ def check_adapter(path: Path, *, task: str, lora: Mapping[str, Any]) -> None:
         default = "none" if name == "quantize" else None  # older checkpoints have no `quantize`
         old, new = stored.get(name, default), lora[name]
         if old != new:
-            raise CheckpointError(
-                f"{path} was written with lora.{name}={format_value(old)} and this run has "
-                f"lora.{name}={format_value(new)}; resume with lora.{name}={format_value(old)}, or "
-                "start another run",
-                fix={f"lora.{name}": old},
-            )
+            raise _changed(path, f"lora.{name}", old, new, "it determines the adapters")
 
 
 def _adapter_settings(path: Path) -> tuple[str | None, dict[str, Any]]:

@@ -247,9 +247,9 @@ def check_adapter(folder, config):
             {"rank": 0},
             "contains adapters and this run, with lora.rank=0, trains full weights; set lora.rank",
         ),
-        ({"alpha": 7.0}, "lora.alpha=6.0 and this run has lora.alpha=7.0"),
-        ({"dora": True}, "lora.dora=false and this run has lora.dora=true"),
-        ({"quantize": "nf4"}, "lora.quantize=none and this run has lora.quantize=nf4"),
+        ({"alpha": 7.0}, "lora.alpha=6.0 and this run has 7.0"),
+        ({"dora": True}, "lora.dora=false and this run has true"),
+        ({"quantize": "nf4"}, "lora.quantize=none and this run has nf4"),
     ],
 )
 def test_resuming_with_other_adapters_is_refused(change, message, tmp_path):
