@@ -25,9 +25,9 @@ from megatrain.config.schema import OptimizerConfig, ParallelConfig
 from megatrain.distributed import collectives
 from megatrain.distributed.mesh import MeshAxis, ProcessMesh
 from megatrain.distributed.sharding import shard_spec
+from megatrain.optim import zero_engine
 from megatrain.optim.loss_scale import LossScale
 from megatrain.optim.param_groups import is_at_both_ends
-from megatrain.optim.zero_engine import BUCKET, make_engine
 from megatrain.optim.zero_state import ZeroState
 
 
@@ -77,7 +77,7 @@ class ZeroOptimizer:
         self.zero_stage = parallel.zero
         self.partitions_gradients = parallel.zero >= 2
         self._offloads = parallel.offload == "cpu"
-        self.engine, self.optimizer, self.trained = make_engine(
+        self.engine, self.optimizer, self.trained = zero_engine.make_engine(
             stage,
             settings=settings,
             parallel=parallel,
@@ -292,7 +292,7 @@ class ZeroOptimizer:
         if data.size == 1:
             return
         for flat in self.optimizer.fp32_groups_gradients_flat:
-            for bucket in flat.split(BUCKET):
+            for bucket in flat.split(zero_engine.BUCKET):
                 collectives.all_reduce(bucket, data)
             flat.div_(data.size)
 
@@ -347,7 +347,7 @@ def _all_reduce_together(grads: list[Tensor], axis: MeshAxis) -> None:
     """Sums over the axis in place, in messages of at most BUCKET elements."""
     bucket: list[Tensor] = []
     for grad in [*grads, None]:
-        if grad is None or sum(t.numel() for t in bucket) + grad.numel() > BUCKET:
+        if grad is None or sum(t.numel() for t in bucket) + grad.numel() > zero_engine.BUCKET:
             if bucket:
                 flat = torch.cat([t.reshape(-1) for t in bucket])
                 collectives.all_reduce(flat, axis)

@@ -23,8 +23,8 @@ from torch import nn
 
 from megatrain.config.schema import OptimizerConfig
 from megatrain.ops.dtypes import DTYPES
+from megatrain.optim import zero_engine
 from megatrain.optim.param_groups import STATES, decay_groups, lane_padding
-from megatrain.optim.zero_engine import BUCKET
 
 MAX_GATHERED = 1_000_000_000
 """Elements of weights that ZeRO 3 keeps gathered (stage3_max_live_parameters)."""
@@ -132,7 +132,7 @@ def _temporaries(
     settings: _Settings, groups: list[list[int]], shard: int, frozen: int
 ) -> tuple[int, int]:
     """Returns the bytes of buffers and of the update's temporaries; see `StateSizes`."""
-    width, bucket = settings.weight_bytes, BUCKET
+    width, bucket = settings.weight_bytes, zero_engine.BUCKET
     trained, largest = sum(map(sum, groups)), max(map(max, groups))
     message = min(trained, max(bucket, largest))
     if settings.zero == 3:

@@ -83,7 +83,7 @@ def real_memory(rank, world_size, rows):
     from megatrain.training.step_runner import StepRunner
 
     found = []
-    with patch("megatrain.optim.zero.BUCKET", BUCKET):
+    with patch("megatrain.optim.zero_engine.BUCKET", BUCKET):
         for raw in rows:
             config = configuration.from_dict(raw)
             p = config.parallel
@@ -115,7 +115,7 @@ def check_rows(rows, world_size, folder, *, low, high, exact=True):
     results = run_ranks(real_memory, world_size, rows, folder=folder)
     for number, raw in enumerate(rows):
         config = configuration.from_dict(raw)
-        with patch("megatrain.optim.zero.BUCKET", BUCKET):
+        with patch("megatrain.optim.zero_engine.BUCKET", BUCKET):
             predicted = predict(make_spec(config, world_size))
         for of_rank in results:
             pipeline_rank, stays, added = of_rank[number]
