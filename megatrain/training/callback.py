@@ -17,7 +17,7 @@ One step calls the hooks in this order:
 
     on_step_begin    of all callbacks
       the step: forwards, backwards, update
-    on_step_end      of all callbacks; within it on_evaluate, on_save or on_rollback of all callbacks
+    on_step_end      of all callbacks; can cause on_evaluate, on_save or on_rollback
       the metrics are written to metrics.jsonl
     on_log           of all callbacks
       one all-reduce: whether to stop, and whether a checkpoint is complete (on_save)

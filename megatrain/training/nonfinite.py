@@ -1,9 +1,9 @@
 """Steps with a non-finite loss or gradient: which parameter, layer and rank caused them.
 
 All ranks judge a step alike, by numbers that they have summed. The cause is looked for afterwards,
-for skipped steps only. A sum over ranks would spread a NaN, so each rank keeps the largest element of
-each local gradient before. A non-finite loss can come from a weight; otherwise another forward finds
-the first layer with a non-finite output.
+for skipped steps only. A sum over ranks would spread a NaN, so each rank keeps the largest element
+of each local gradient before. A non-finite loss can come from a weight; otherwise another forward
+finds the first layer with a non-finite output.
 """
 
 from __future__ import annotations

@@ -319,7 +319,7 @@ class RunLogger:
         )
 
     def log_missing_rollback(self, state: TrainState, problems: Iterable[str]) -> None:
-        """Warns that a checkpoint to go back to is missing; `problems` describes incomplete ones."""
+        """Warns that a rollback has no checkpoint; `problems` describes incomplete ones."""
         details = "".join(f"; {problem}" for problem in problems)
         self.warning(
             f"step {state.step}: no complete checkpoint from before the spike; continuing without "

@@ -3,8 +3,8 @@
 A layer's forward lasts from the end of the previous layer to its own end. Its backward lasts from
 the gradient of its output to that of its input. The marks are one forward hook and one gradient
 hook per layer, which exist during recorded steps only. The layers of a deferred weight gradient (W)
-are not distinguished. On GPUs the marks are events on the stream. They also show how long the stream
-waited for a message, which the host does not wait for.
+are not distinguished. On GPUs the marks are events on the stream. They also show how long the
+stream waited for a message, which the host does not wait for.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def layer_marks(chunks: list[list[Layer]], device: torch.device) -> Iterator[Mar
 
         return hook
 
-    # Only a chunk's first layer needs a mark at its start; others start at the end of the previous one.
+    # Only a chunk's first layer needs a mark at its start; others start where the last one ends.
     handles = [
         chunk[0].module.register_forward_pre_hook(before(chunk[0].number)) for chunk in chunks
     ]

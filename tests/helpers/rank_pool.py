@@ -1,10 +1,10 @@
 """A pool of ranks that runs functions over gloo.
 
 The ranks are processes that live as long as pytest, forked once libraries and tests are imported:
-starting eight ranks costs more than most tests. A world of N has processes of its own, which have all
-run the same functions: libraries number what they create, and compare the numbers between ranks. A
-function is passed by reference, so it belongs to a module, and it must leave the process as it found
-it.
+starting eight ranks costs more than most tests. A world of N has processes of its own, which have
+all run the same functions: libraries number what they create, and compare the numbers between ranks.
+A function is passed by reference, so it belongs to a module, and it must leave the process as it
+found it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _answer(rank: int, world_size: int, store: str, function: Any, args: tuple) 
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
         )
-        deepspeed.comm.comm.cdb = None  # it would speak to the groups of the call before
+        deepspeed.comm.comm.cdb = None  # it refers to the groups of the previous call
         result = function(rank, world_size, *args)
         dist.barrier()
         # Pickled here: a pipe of multiprocessing would hand tensors over as shared memory.
@@ -145,7 +145,7 @@ def run_ranks(
             except EOFError:
                 result, error = None, "its process is gone"
             if error is not None:
-                _stop(world_size)  # the others may wait for it for ever
+                _stop(world_size)  # the others may wait for it
                 raise AssertionError(f"rank {waiting[pipe]}:\n{error}")
             results[waiting[pipe]] = result
     return [results[rank] for rank in range(world_size)]

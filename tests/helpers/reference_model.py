@@ -3,8 +3,8 @@
     make_stage -> give_weights -> train            ours are only the initial weights
     run_steps on every rank    -> assert_equal     losses, norms, gradient of the first step
 
-A rank returns its shards of the first gradient, clipped, as Adam's first moment holds them. They are
-assembled here.
+A rank returns its shards of the first gradient, clipped, as Adam's first moment holds them. They
+are assembled here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatrain.models.lora import PREFIX, add_adapters, set_magnitudes
 from megatrain.pipeline.stage_builder import build_stage
 
 BETAS, DECAY = (0.9, 0.95), 0.1
-"""As runs have them where nothing is said; vectors do not decay."""
+"""The defaults of runs; vectors do not decay."""
 
 
 class Trained(NamedTuple):
@@ -67,7 +67,7 @@ def make_stage(config: Config, architecture: TransformerConfig) -> nn.Module:
 
 @torch.no_grad()
 def give_weights(stage: nn.Module, network: nn.Module) -> dict[str, Tensor]:
-    """Copies the stage's weights into a network of transformers; returns unknown ones (adapters)."""
+    """Copies the stage's weights into a network of transformers; returns those of adapters."""
     state, own = network.state_dict(), {}
     # Biases that ours lacks would stay at zero there, and nobody would see it.
     assert {name for name, _ in network.named_parameters()} <= {
@@ -114,8 +114,7 @@ def train(
     return Trained(losses, norms, gradients)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# on ranks
+# -- on ranks ------------------------------------------------------------------------------------
 
 
 def run_steps(runner, batches: Callable[[int], list[Batch]], *, steps: int) -> Ran:
@@ -143,8 +142,7 @@ def _first_gradient(optimizer) -> list[Piece]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# held against each other
+# -- held against each other ---------------------------------------------------------------------
 
 
 def assert_equal(

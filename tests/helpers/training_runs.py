@@ -85,8 +85,7 @@ def microbatches(rows: Tensor, size: int, data: MeshAxis) -> list[Batch]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run has left behind
+# -- what a run has left behind ------------------------------------------------------------------
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

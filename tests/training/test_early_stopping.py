@@ -51,8 +51,8 @@ def test_message():
     early.add(20, {"valid_loss": 1.6})
     assert early.is_over
     assert (
-        early.message()
-        == "stopped early: valid_loss has not improved for 1 evaluations; its best value is 1.5000, after step 10"
+        early.message() == "stopped early: valid_loss has not improved for 1 evaluations; "
+        "its best value is 1.5000, after step 10"
     )
 
 

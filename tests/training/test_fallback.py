@@ -142,7 +142,7 @@ def test_resume_with_wrong_weights_or_moments_stops(what, step, run):
     assert manifest.find_problem(checkpoint(run), hashes=True) is None, (
         "what it began from is still there"
     )
-    assert resume(run, resume=str(checkpoint(run, 8))) is None, "the way out"
+    assert resume(run, resume=str(checkpoint(run, 8))) is None
 
 
 def test_resume_check_can_be_disabled(run):

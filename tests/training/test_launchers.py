@@ -105,7 +105,10 @@ def losses_of(run_file, name):
 
 def test_launchers_start_the_same_run_as_the_command(run_file, capsys, monkeypatch):
     ended = readme_commands.run(
-        "pretrain", run_file, f"run.output_dir={run_file.parent / 'verb'}", folder=run_file.parent
+        "pretrain",
+        run_file,
+        f"run.output_dir={run_file.parent / 'command'}",
+        folder=run_file.parent,
     )
     assert ended.code == 0, ended
     assert ended.out.count("results are in") == 1
@@ -118,7 +121,7 @@ def test_launchers_start_the_same_run_as_the_command(run_file, capsys, monkeypat
     assert none == f"error: CONFIG={run_file.parent}/nowhere/config.yaml does not exist"
     assert (
         not_evaluated
-        == f"error: {run_file.parent}/verb/metrics.jsonl has no validation loss of step 3, that of the newest checkpoint"
+        == f"error: {run_file.parent}/command/metrics.jsonl has no validation loss of step 3, that of the newest checkpoint"
     )
     with reserved_port() as port:
         assert (

@@ -80,7 +80,7 @@ def tokens(step: int) -> torch.Tensor:
 
 @cache
 def reference(model: str):
-    """Trains transformers' model with torch.optim.AdamW in one process, from our initial weights."""
+    """Trains transformers' model with torch AdamW in one process, from our initial weights."""
     stage = make_stage(make_config(model), read_config(load_hf_config(MODELS[model])))
     network = transformers_twin(MODELS[model], stage).train()
 
@@ -176,7 +176,7 @@ ROWS = [
         row("tied", 4, schedule=name, zero=1, recompute="selective", **PP)
         for name in ("interleaved", "zb-h1", "zb-v")
     ],
-    # the families that throw other switches: norms after branches and over all heads, fused and strided tensors, side by side
+    # families with other switches: norms after branches and over all heads, fused tensors
     row("gemma2", 4, sequence=True, **TP_PP),
     row("gemma2", 4, tensor=4),
     row("gemma3_text", 2, **PP),
@@ -316,7 +316,7 @@ def test_dropout_equals_that_of_one_process(model, world, settings, alone, tmp_p
 
 
 def run_tied(rank, world_size, rows):
-    """Trains three steps per row; returns sizes of the tied matrix's group, and its local shards."""
+    """Trains three steps per row; returns group sizes and local shards of the tied matrix."""
     from megatrain.training.step_runner import StepRunner
 
     found = []
@@ -346,8 +346,8 @@ def run_tied(rank, world_size, rows):
 def test_tied_matrix_is_bit_identical_on_both_ends(tmp_path):
     """Each end updates its copy, and a checkpoint holds one, so they must not diverge.
 
-    Four replicas, which are summed in an order that depends on the place in a message, and groups that
-    do not fill whole registers.
+    Four replicas, which are summed in an order that depends on the place in a message, and groups
+    that do not fill whole registers.
     """
     odd = {
         **MODELS["tied"],

@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 CASES = [
-    # A norm that this rank holds a copy of, and that the gradient's norm is not taken over: only the flag tells.
+    # A replicated norm, which does not count in the gradient's norm: only the flag shows it.
     Case({"tensor": 2, "pipeline": 2}, 3, NORM),
     Case({"tensor": 2, "pipeline": 2}, 3, NORM, "bf16"),
     Case({"tensor": 2, "data": 2, "zero": 3}, 3, NORM),
@@ -191,7 +191,7 @@ def scale(rank, world_size, layouts):
 
 
 def scale_case(rank, world_size, case):
-    """Trains with gradients that overflow fp16 in the first step, and at any scale from the third on."""
+    """Lets gradients overflow fp16 in the first step, and at any scale from the third on."""
     runner = make_runner(rank, world_size, case)
     reports, scales = [], []
     runner.optimizer.loss_scaling = LossScale(2.0**30, 1, -1, 0)

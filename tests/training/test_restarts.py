@@ -66,7 +66,7 @@ def undisturbed(run_file, tmp_path_factory):
 
 
 def killed_once(run_file, output, *words):
-    """Kills rank 1 after the first checkpoint; returns the output, or None if the run was too fast."""
+    """Kills rank 1 after the first checkpoint; returns the output, None if the run was too fast."""
     command = readme_commands.start(
         "pretrain",
         run_file,

@@ -170,8 +170,7 @@ def test_resumed_run_is_bit_identical(model, world, dtype, sections, data, tmp_p
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# whole runs, as a user starts them
+# -- whole runs, as a user starts them -----------------------------------------------------------
 
 
 def start(folder, raw):

@@ -1,4 +1,4 @@
-"""The limit of the first losses after a resume: those of intact checkpoints pass, those of wrong weights do not."""
+"""The limit of the first losses after a resume rejects wrong weights only."""
 
 from __future__ import annotations
 

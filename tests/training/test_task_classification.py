@@ -120,8 +120,7 @@ def settings(files, problem, model="llama", **sections):
     return raw
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# truth from outside
+# -- truth from outside --------------------------------------------------------------------------
 
 
 def of_position(position, seed=7):
@@ -310,8 +309,7 @@ def test_tensors_equal_those_of_transformers_classifier(family, of_tokens):
     assert parameter_shapes(with_classifier(hf, of_tokens=of_tokens)) == theirs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# whole runs
+# -- whole runs ----------------------------------------------------------------------------------
 
 
 def train(files, tmp_path, problem, *, run, world, **sections):
@@ -552,7 +550,7 @@ def test_resumed_run_stops_early_at_the_same_step(files, tmp_path):
     assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 2, "the newest and the best"
     run("parts", exit_after_step=last - 2)
     run("parts")
-    run("parts")  # nothing is left to do
+    run("parts")  # no steps are left
     assert_same_run(tmp_path / "whole", tmp_path / "parts", step=last)
 
 

@@ -104,8 +104,7 @@ def settings(files, **sections):
     return raw
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# truth from outside
+# -- truth from outside --------------------------------------------------------------------------
 
 
 def read_chats(files):
@@ -368,8 +367,7 @@ def test_check_counts_the_steps_of_epochs(files, tmp_path, capfd, monkeypatch):
     assert f" each, {-(-steps // 2)} at once; " in few.out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# whole runs
+# -- whole runs ----------------------------------------------------------------------------------
 
 
 def test_resumed_run_is_bit_identical_and_its_folder_generates_chats(files, tmp_path):
