@@ -243,9 +243,7 @@ class RunLogger:
                 "the scale is lowered"
             )
             return
-        self.warning(
-            f"step {state.step}: skipped, because of a {report.reason} ({state.bad_steps} in a row)"
-        )
+        self.warning(f"step {state.step}: skipped: {report.reason} ({state.bad_steps} in a row)")
         self.events.write(
             "skip",
             step=state.step,

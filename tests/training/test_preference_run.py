@@ -213,5 +213,6 @@ def test_pairs_and_chats_are_prepared_separately(files, tmp_path):
     config, task = configuration.from_dict(settings(files, tmp_path)), SFTTask()
     task.prepare(config, "train")
     (words,) = task.open(config, task.architecture(config), "train").notes
-    assert f"train.jsonl: {PAIRS} pairs of answers in {2 * PAIRS} sequences" in words
-    assert words.endswith("tokens are compared")
+    assert f"train.jsonl: {PAIRS} preference pairs in {2 * PAIRS} sequences" in words
+    assert words.endswith(" tokens")
+    assert "; loss on " in words

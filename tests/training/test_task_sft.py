@@ -467,12 +467,12 @@ def test_generation_config_is_kept_with_the_end_of_answers(tmp_path):
 
 SENTENCES = {
     "data.chat_template=null": "data.tokenizer={folder}/tokenizer has no chat template; set data.chat_template=FILE",
-    "data.tokenizer=null": "data.tokenizer=(nothing) is missing; give the model's tokenizer",
-    "data.train=null": "data.train=(nothing) is missing; give a file, folder or glob of JSONL or parquet with chats",
+    "data.tokenizer=null": "data.tokenizer=null must be set; give the model's tokenizer",
+    "data.train=null": "data.train=null must be set; give a file, folder or glob",
     "data.train=nowhere.jsonl": "nowhere.jsonl does not exist",
-    "data.document_mask=true": "data.document_mask=true is a setting of pretraining; leave it out: packed chats attend to themselves alone",
+    "data.document_mask=true": "data.document_mask=true has no effect on chats; remove it",
     "data.train={folder}/text.jsonl": "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: messages;",
-    "data.train={folder}/indexed": "data.train={folder}/indexed is an indexed dataset, which `megatrain pretrain` reads; start this config",
+    "data.train={folder}/indexed": "data.train={folder}/indexed must be files of chats, not an indexed dataset",
     "train.init_from={folder}/run": "{folder}/run is a run folder, not a model; use one of its checkpoints, such as {folder}/run/checkpoints/step-2",
     "checkpoint.resume={folder}/run": "checkpoint.resume={folder}/run has no manifest.json; use one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
     "checkpoint.resume={folder}/run/checkpoints": "checkpoint.resume={folder}/run/checkpoints has no manifest.json; use one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
