@@ -2,7 +2,7 @@
 
 The ranks are processes that live as long as pytest, forked once libraries and tests are imported:
 starting eight ranks costs more than most tests. A world of N has processes of its own, which have
-all run the same functions: libraries number what they create, and compare the numbers between ranks.
+all run the same functions: libraries number what they create, and compare these numbers.
 A function is passed by reference, so it belongs to a module, and it must leave the process as it
 found it.
 """

@@ -113,8 +113,8 @@ def test_candidate_slower_than_1f1b_is_not_chosen(tmp_path):
     assert (kept["schedule"], kept["layers_per_stage"]) == ("1f1b", [3, 2])
     assert kept["reason"].startswith("1f1b with [3, 2] blocks by stage: a step takes ")
     assert (
-        "; a schedule built for these times with [1, 2, 1, 1] blocks by stage in a V took 1,000,000,000 ms ("
-        in kept["reason"]
+        "; a schedule built for these times with [1, 2, 1, 1] blocks by stage in a V took "
+        "1,000,000,000 ms (" in kept["reason"]
     )
 
 

@@ -100,7 +100,8 @@ def test_run_folder_stands_for_its_best_or_newest_complete_checkpoint(tmp_path, 
     assert select_checkpoint(tmp_path).name == "step-00000002"
     assert (
         capsys.readouterr().err
-        == f"{newest}step-00000001, the run's best, has no manifest.json; step-00000003 has no manifest.json\n"
+        == f"{newest}step-00000001, the run's best, has no manifest.json; step-00000003 has no "
+        f"manifest.json\n"
     )
     write_best(tmp_path, step=3, metric="valid_loss", value=1.0)
     assert select_checkpoint(tmp_path).name == "step-00000002"

@@ -165,8 +165,8 @@ def test_verify_full_compares_content(run):
     path, words = choose_start(config, hashes=True)
     assert path == checkpoint(run, 4)
     assert (
-        "skipped: step-00000010 has other content in optimizer/rank-00000.safetensors than was written"
-        in words
+        "skipped: step-00000010 has other content in optimizer/rank-00000.safetensors than was "
+        "written" in words
     )
     assert "skipped: step-00000008 lacks config.json" in words
     assert resume(run, verify="full") is None
@@ -195,10 +195,10 @@ def test_later_checkpoints_are_reported(run):
 
 
 CHANGES = {
-    "was written with optimizer.name=adamw and this run has lion: update rules do not share their moments": {
+    "was written with optimizer.name=adamw and this run has lion: update rules do not": {
         "optimizer": {"name": "lion", "lr": 1e-3}
     },
-    "was written with train.global_batch_size=4 and this run has 8: step and batch size determine": {
+    "was written with train.global_batch_size=4 and this run has 8: step and batch size": {
         "train": {"global_batch_size": 8}
     },
     "was written with data.sequence_length=16 and this run has 8": {"data": {"sequence_length": 8}},
@@ -229,7 +229,10 @@ def test_changed_settings_are_reported(finished):
         describe_run(config, read_config(load_hf_config(config.model)), data_size=1),
     )
     assert words == [
-        "resuming on another layout, equal up to rounding: tensor 1 -> 2, pipeline 1 -> 2, zero 1 -> 0",
-        "train.dtype changed from fp32 to bf16: masters and moments are loaded exactly, weights are rounded again",
-        f"data.train changed from {finished / 'tokens'} to elsewhere: continuing at the same sample position",
+        "resuming on another layout, equal up to rounding: tensor 1 -> 2, pipeline 1 -> 2, zero 1 "
+        "-> 0",
+        "train.dtype changed from fp32 to bf16: masters and moments are loaded exactly, weights "
+        "are rounded again",
+        f"data.train changed from {finished / 'tokens'} to elsewhere: continuing at the same "
+        f"sample position",
     ]

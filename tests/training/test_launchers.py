@@ -121,7 +121,8 @@ def test_launchers_start_the_same_run_as_the_command(run_file, capsys, monkeypat
     assert none == f"error: CONFIG={run_file.parent}/nowhere/config.yaml does not exist"
     assert (
         not_evaluated
-        == f"error: {run_file.parent}/command/metrics.jsonl has no validation loss of step 3, that of the newest checkpoint"
+        == f"error: {run_file.parent}/command/metrics.jsonl has no validation loss of step 3, that "
+        f"of the newest checkpoint"
     )
     with reserved_port() as port:
         assert (

@@ -165,7 +165,10 @@ def train_case(rank, world_size, case):
         losses.append(report.loss)
         applied.append(report.applied)
         why = why or report.reason
-    shape_of = lambda parameter: tuple(getattr(parameter, "ds_shape", parameter.shape))  # noqa: E731
+
+    def shape_of(parameter):
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
     pieces = [
         (
             replace(f.sharding, grad_reduce_axes=(), is_owner=True),

@@ -25,7 +25,10 @@ from megatrain.training import loss_spikes
 
 STEPS, BATCH, LENGTH = 28, 8, 16
 BEGAN, NOTICED, BACK = 15, 16, 12
-"""First bad step, the one at which it is noticed, and the checkpoint gone back to. That of step 14 shows in step 15, and is not trusted."""
+"""First step of the spike, the step at which it is noticed, and the target of the rollback.
+
+The checkpoint of step 14 is not used, because its weights show in the loss of step 15.
+"""
 FIRST, LAST = BACK * BATCH, NOTICED * BATCH - 1
 MODEL = {
     "model_type": "llama",
@@ -334,8 +337,8 @@ def test_max_rollbacks(data, tmp_path):
     ((found, stopped),) = run_ranks(pretrain, 1, raw, folder=tmp_path)
     assert [step for step, _ in found] == [*range(1, NOTICED + 1), *[BACK + 1, BACK + 2] * 2]
     assert (
-        f"the run went back to {checkpoint(tmp_path / 'run', BACK)} 2 times (stability.max_rollbacks) and fails again at step {BACK + 1}"
-        in stopped
+        f"the run went back to {checkpoint(tmp_path / 'run', BACK)} 2 times "
+        f"(stability.max_rollbacks) and fails again at step {BACK + 1}" in stopped
     )
     windows = [
         (line["first"], line["last"]) for line in lines(tmp_path / "run", loss_spikes.FILE_NAME)
@@ -383,8 +386,8 @@ def test_kill_after_a_rollback_and_restart(data, tmp_path):
     assert ended.code == 0, ended
     assert "loss spike since step 15" in ended.out
     assert (
-        f"rolled back to {checkpoint(tmp_path / 'whole' / 'run', BACK)}; continuing at step 13 with other samples: skipping 32"
-        in ended.out
+        f"rolled back to {checkpoint(tmp_path / 'whole' / 'run', BACK)}; continuing at step 13 "
+        f"with other samples: skipping 32" in ended.out
     )
     command = readme_commands.start(
         "pretrain", tmp_path / "killed" / "run.yaml", folder=tmp_path / "killed"

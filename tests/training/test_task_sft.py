@@ -466,18 +466,36 @@ def test_generation_config_is_kept_with_the_end_of_answers(tmp_path):
 
 
 SENTENCES = {
-    "data.chat_template=null": "data.tokenizer={folder}/tokenizer has no chat template; set data.chat_template=FILE",
+    "data.chat_template=null": (
+        "data.tokenizer={folder}/tokenizer has no chat template; set data.chat_template=FILE"
+    ),
     "data.tokenizer=null": "data.tokenizer=null must be set; give the model's tokenizer",
     "data.train=null": "data.train=null must be set; give a file, folder or glob",
     "data.train=nowhere.jsonl": "nowhere.jsonl does not exist",
     "data.document_mask=true": "data.document_mask=true has no effect on chats; remove it",
-    "data.train={folder}/text.jsonl": "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: messages;",
-    "data.train={folder}/indexed": "data.train={folder}/indexed must be files of chats, not an indexed dataset",
-    "train.init_from={folder}/run": "{folder}/run is a run folder, not a model; use one of its checkpoints, such as {folder}/run/checkpoints/step-2",
-    "checkpoint.resume={folder}/run": "checkpoint.resume={folder}/run has no manifest.json; use one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
-    "checkpoint.resume={folder}/run/checkpoints": "checkpoint.resume={folder}/run/checkpoints has no manifest.json; use one of the run's checkpoints, such as {folder}/run/checkpoints/step-2",
+    "data.train={folder}/text.jsonl": (
+        "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: "
+        "messages;"
+    ),
+    "data.train={folder}/indexed": (
+        "data.train={folder}/indexed must be files of chats, not an indexed dataset"
+    ),
+    "train.init_from={folder}/run": (
+        "{folder}/run is a run folder, not a model; use one of its checkpoints, such as "
+        "{folder}/run/checkpoints/step-2"
+    ),
+    "checkpoint.resume={folder}/run": (
+        "checkpoint.resume={folder}/run has no manifest.json; use one of the run's checkpoints, "
+        "such as {folder}/run/checkpoints/step-2"
+    ),
+    "checkpoint.resume={folder}/run/checkpoints": (
+        "checkpoint.resume={folder}/run/checkpoints has no manifest.json; use one of the run's "
+        "checkpoints, such as {folder}/run/checkpoints/step-2"
+    ),
     "data.sequence_length=24 data.too_long=error": "{folder}/train.jsonl, line 1: takes ",
-    "train.init_from={folder}/gpt2": "train.init_from={folder}/gpt2 does not fit the model: missing: model.embed_tokens.weight, ",
+    "train.init_from={folder}/gpt2": (
+        "train.init_from={folder}/gpt2 does not fit the model: missing: model.embed_tokens.weight, "
+    ),
     "train.init_from=nowhere": "train.init_from=nowhere does not exist",
     "train.steps=null train.epochs=0": "train.epochs=0 must be at least 1",
     "train.steps=5 train.epochs=1": "train.epochs=1 cannot be combined with train.steps=5",

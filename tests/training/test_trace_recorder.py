@@ -236,7 +236,8 @@ def test_slow_layer_is_found_and_the_advice_gains_as_predicted(data, tmp_path):
         )
         after += seconds
         said.append(
-            f"predicted {advice[0].gain:.3f}, measured {1 - min(after) / min(before):.3f}; then: {further[0].text}"
+            f"predicted {advice[0].gain:.3f}, measured {1 - min(after) / min(before):.3f}; then: "
+            f"{further[0].text}"
         )
         if 2 / 3 * advice[0].gain <= 1 - min(after) / min(before) <= 4 / 3 * advice[
             0
