@@ -12,7 +12,6 @@ from helpers.reference_model import assert_equal, give_weights, make_stage
 from helpers.reference_model import train as train_plainly
 from helpers.training_runs import assert_same_run, checked, metrics
 from safetensors import safe_open
-from test_classification_runs import evaluated, train
 from test_lora_runs import scramble, scrambled, trained_by_name
 from test_task_classification import (
     LABELS,
@@ -21,12 +20,14 @@ from test_task_classification import (
     MODELS,
     STEPS,
     class_of,
+    evaluated,
     make_files,
     mean_loss,
     read,
     run_layout,
     settings,
     step_loss,
+    train,
 )
 
 from megatrain.checkpoint.peft import merge_run

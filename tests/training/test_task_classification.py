@@ -10,13 +10,18 @@ import torch
 from helpers.rank_pool import run_ranks
 from helpers.reference_model import assert_equal, give_weights, make_stage, run_steps
 from helpers.reference_model import train as train_plainly
-from helpers.training_runs import checked
+from helpers.training_runs import assert_same_run, checked, finetune, metrics, place
 
+from megatrain.conversion.detect_format import Hints
+from megatrain.conversion.inspect import inspect
 from megatrain.data.dataloader import DataLoader
 from megatrain.data.shuffle import Shuffle, keyed_integers
 from megatrain.data.tokenizer import load_tokenizer, train_tokenizer
 from megatrain.distributed.mesh import make_mesh
 from megatrain.errors import ConfigError
+from megatrain.evaluation.checks import check_model, choose_kind, make_windows
+from megatrain.evaluation.spec import EvalSpec, model_folder, trained_length
+from megatrain.evaluation.spec import make_config as make_evaluation
 from megatrain.models.classification_config import with_classifier
 from megatrain.models.config import FAMILIES
 from megatrain.models.counts import parameter_shapes

@@ -12,7 +12,7 @@ from helpers.chat_templates import CHATML, WITH_MARKS
 from helpers.networks import transformers_twin
 from helpers.rank_pool import run_ranks
 from helpers.reference_model import assert_equal, make_stage, run_steps, train
-from helpers.training_runs import checked
+from helpers.training_runs import assert_same_run, checked, finetune, metrics
 
 from megatrain.__main__ import main
 from megatrain.data.dataloader import DataLoader
@@ -53,13 +53,10 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return make_files(tmp_path_factory.mktemp("data"))
-
-
-def make_files(folder):
     """Writes chats of different lengths, a tokenizer, and templates with and without marks."""
     from transformers import AutoModelForCausalLM
 
+    folder = tmp_path_factory.mktemp("finetune")
     random = np.random.default_rng(0)
     (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 5)}))
     train_tokenizer(
