@@ -75,7 +75,7 @@ def test_model_larger_than_memory_is_read_from_disk(folder, capsys, monkeypatch)
 BAD = {
     "exceeds the model's 64 positions after a prompt of": ["--max-new-tokens", "64"],
     "has no chat template; leave --chat out": ["--chat"],
-    "/nowhere does not exist, and a tokenizer": ["--tokenizer", "/nowhere"],
+    "/nowhere does not exist; give the folder of a tokenizer": ["--tokenizer", "/nowhere"],
 }
 
 
