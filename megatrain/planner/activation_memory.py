@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatrain.distributed import collectives
+from megatrain.distributed import collectives, tensor_parallel
 from megatrain.distributed.tensor_parallel import (
     DeferredWeightGrad,
     compute_deferred_weight_grads,
@@ -157,6 +157,7 @@ def _run(
     with ExitStack() as stack:
         tracker = stack.enter_context(TensorTracker(inputs))
         stack.enter_context(_fused_attention(device))
+        stack.enter_context(_matmul_dtype(device))
         output = _forward(layer, None if hidden is None else HiddenStates(hidden), microbatch)
         kept, forward = tracker.bytes, tracker.peak
         tracker.reset_peak()
@@ -253,6 +254,18 @@ def _fused_attention(device: str) -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = unfused
+
+
+@contextmanager
+def _matmul_dtype(device: str) -> Iterator[None]:
+    """Converts inputs of matrix products to fp32 if the CPUs of this machine lack bf16 units."""
+    by_device = tensor_parallel.lacks_native_bf16
+    lacks_units = by_device(device)
+    tensor_parallel.lacks_native_bf16 = lambda _: lacks_units  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        tensor_parallel.lacks_native_bf16 = by_device
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -60,22 +60,29 @@ def check_plan(spec: RunSpec, issues: IssueCollector) -> Iterator[str]:
         yield f"  epochs  {spec.epochs} x {spec.samples_per_epoch:,} samples"
     yield _batch_line(spec)
     yield from _memory(spec, issues)
-    if spec.steps is not None or train.epochs is not None:
+    is_writable = _write_error(Path(spec.config.run.output_dir)) is None
+    if is_writable and (spec.steps is not None or train.epochs is not None):
         yield _disk(spec, issues)
     _check_tensor_groups(spec, issues)
 
 
 def check_output_parent(config: Config, issues: IssueCollector) -> None:
-    """Adds an error if the output folder, or the parent to create it in, is read-only.
+    """Adds an error if the output folder, or the parent to create it in, is read-only."""
+    output = Path(config.run.output_dir)
+    if reason := _write_error(output):
+        issues.add(output_error(output, f"cannot be written ({reason})"))
+
+
+def _write_error(output: Path) -> str | None:
+    """Returns why a folder cannot be created at `output`, None if it can.
 
     Writes and deletes a folder: permissions alone do not show whether a folder is writable.
     """
-    output = Path(config.run.output_dir)
     try:
         with tempfile.TemporaryDirectory(prefix=".check-", dir=disk.existing_folder(output)):
-            pass
+            return None
     except OSError as error:
-        issues.add(output_error(output, f"cannot be written ({error.strerror})"))
+        return error.strerror
 
 
 def run_header(spec: RunSpec, device: str) -> str:

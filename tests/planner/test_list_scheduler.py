@@ -1,4 +1,4 @@
-"""Schedules made for given times: legal whatever the times, as good as the named ones on even stages, better on uneven ones."""
+"""Schedules for given times: always legal, and as fast as named schedules or faster."""
 
 import random
 
@@ -11,8 +11,8 @@ from megatrain.pipeline.verify import check_schedule
 from megatrain.planner.list_scheduler import SchedulingRules, list_schedule
 
 
-def test_as_drawn():
-    """In the docstring: stage 1 is twice as slow."""
+def test_schedule_of_the_docstring():
+    """Stage 1 is twice as slow."""
     times = Times([1, 2], [1, 2], [1, 2])
     schedule = list_schedule(Placement(2), 2, times, SchedulingRules(max_microbatches=2))
     assert [" ".join(map(str, actions)) for actions in schedule.actions] == [
@@ -28,8 +28,8 @@ def test_as_drawn():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_legal_and_within_its_rules_whatever_the_times(seed):
-    """The checker proves order and the lack of deadlocks; what it was made in is what the simulator says it takes."""
+def test_legal_and_within_limits_for_random_times(seed):
+    """The checker accepts the order, and the simulator confirms the times."""
     numbers = random.Random(seed)
     for _ in range(40):
         placement = Placement(
@@ -60,7 +60,7 @@ def test_legal_and_within_its_rules_whatever_the_times(seed):
     ("placement", "name"),
     [(Placement(4), "1f1b"), (Placement(4, 2), "interleaved"), (Placement(4, 2, "v"), "zb-v")],
 )
-def test_on_even_stages_as_good_as_what_was_thought_out_for_them(placement, name):
+def test_even_stages_as_fast_as_named_schedules(placement, name):
     times = even_times(placement, forward=1, input_gradient=1, weight_gradient=1)
     made = simulate(list_schedule(placement, 8, times, SchedulingRules(max_microbatches=4)), times)
     named = simulate(build_schedule(name, 4, 8, placement.chunks), times)
@@ -68,7 +68,7 @@ def test_on_even_stages_as_good_as_what_was_thought_out_for_them(placement, name
     assert max(made.peak_activations) <= max(*named.peak_activations, 4 * placement.chunks)
 
 
-def test_on_uneven_stages_better_than_what_was_thought_out_for_even_ones():
+def test_uneven_stages_faster_than_named_schedules():
     placement = Placement(4, 2, "v")
     stages = [1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3.0]
     times = Times(
@@ -85,8 +85,8 @@ def test_on_uneven_stages_better_than_what_was_thought_out_for_even_ones():
     assert max(made.peak_activations) <= max(named.peak_activations)
 
 
-def test_weight_gradients_wait_for_what_comes_soon():
-    """Rank 1 has W1 to do and F2 on its way; putting W1 off lets F2, and the I2 that rank 0 waits for, begin sooner."""
+def test_look_ahead_defers_weight_gradients():
+    """Rank 1 has W1 pending and F2 about to arrive. F2 first lets rank 0 start I2 earlier."""
     times = Times([3, 4], [3, 3], [3, 3], send=1)
     eager, patient = (
         list_schedule(Placement(2), 3, times, SchedulingRules(2, look_ahead=look_ahead))

@@ -1,8 +1,9 @@
-"""A rank's predicted memory is that of real ranks: weights, gradients and optimizer to the byte, the most of a step within bounds."""
+"""Predicted memory against real ranks: states to the byte, the peak of a step within bounds."""
 
 from __future__ import annotations
 
 import gc
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +23,7 @@ from megatrain.planner.run_spec import Cluster, RunSpec
 from megatrain.planner.tensor_tracker import TensorTracker
 
 LENGTH, MICRO, BUCKET = 64, 2, 20_000
-"""Long enough that activations outweigh the rest; and buckets that are small beside the weights, as on real models."""
+"""A length at which activations outweigh the rest, and buckets smaller than the weights."""
 
 
 def settings(model, *, dtype="fp32", recompute="none", sequences=8, name="adamw", **parallel):
@@ -46,10 +47,20 @@ def make_spec(config, world_size=1, *, device="cpu"):
     return RunSpec.create(config, model, Cluster(1, world_size, device))
 
 
+@contextmanager
+def small_buckets():
+    """Makes the buckets of ZeRO small relative to the weights, as they are for real models."""
+    with (
+        patch("megatrain.optim.zero.BUCKET", BUCKET),
+        patch("megatrain.optim.zero_engine.BUCKET", BUCKET),
+    ):
+        yield
+
+
 def storages():
-    """All that live in this process, by address; whoever holds them keeps addresses from being used again."""
+    """Returns all storages of this process by address; references keep addresses unique."""
     gc.collect()
-    # Not those that torch.compile has left, which have no memory.
+    # torch.compile leaves fake tensors, which have no memory.
     tensors = [
         thing
         for thing in gc.get_objects()
@@ -79,11 +90,11 @@ def batches(config, count, seed):
 
 
 def real_memory(rank, world_size, rows):
-    """Of each row's run on this rank: bytes that stay, and the most that steps add to them."""
+    """Returns pipeline rank, bytes of states and peak bytes of steps for each row's run."""
     from megatrain.training.step_runner import StepRunner
 
     found = []
-    with patch("megatrain.optim.zero_engine.BUCKET", BUCKET):
+    with small_buckets():
         for raw in rows:
             config = configuration.from_dict(raw)
             p = config.parallel
@@ -115,7 +126,7 @@ def check_rows(rows, world_size, folder, *, low, high, exact=True):
     results = run_ranks(real_memory, world_size, rows, folder=folder)
     for number, raw in enumerate(rows):
         config = configuration.from_dict(raw)
-        with patch("megatrain.optim.zero_engine.BUCKET", BUCKET):
+        with small_buckets():
             predicted = predict(make_spec(config, world_size))
         for of_rank in results:
             pipeline_rank, stays, added = of_rank[number]
@@ -126,7 +137,7 @@ def check_rows(rows, world_size, folder, *, low, high, exact=True):
             assert low <= memory.total / (stays + added) <= high, (*where, memory, stays, added)
 
 
-def test_zero_0_and_1_with_offload_and_rules(tmp_path):
+def test_zero_0_and_1_with_offload_and_optimizers(tmp_path):
     rows = [
         settings("llama", zero=0),
         settings("llama", zero=1, dtype="bf16"),
@@ -149,7 +160,7 @@ def test_zero_0_and_1_with_offload_and_rules(tmp_path):
 
 
 def test_zero_2_and_3(tmp_path):
-    """Estimates: gradients wait for their bucket, and weights are gathered ahead."""
+    """Estimates, because buckets fill and weights are prefetched at times of DeepSpeed's choice."""
     rows = [
         settings("llama", zero=zero, dtype=dtype) for zero in (2, 3) for dtype in ("fp32", "bf16")
     ]
@@ -157,7 +168,7 @@ def test_zero_2_and_3(tmp_path):
 
 
 def test_schedules(tmp_path):
-    """Ranks hold as many microbatches as their schedule says, and messages that have come or not yet gone."""
+    """Ranks hold the microbatches of their schedule, received messages and pending sends."""
     names = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipev")
     rows = [settings("llama", sequences=16, pipeline=2, schedule=name) for name in names]
     rows += [
@@ -201,7 +212,7 @@ def test_adapters_and_weights_in_four_bits():
 @pytest.mark.parametrize(
     "name", [name for name, family in SCHEDULES.items() if family.bounded_peak]
 )
-def test_many_microbatches_hold_no_more_than_two_a_rank(name):
+def test_peak_needs_two_microbatches_per_rank(name):
     chunks = [
         ActivationFootprint(100 + 7 * chunk, 140, 90, 30 + chunk, 60, 20, 0)
         for chunk in range(SCHEDULES[name].chunks)
@@ -216,7 +227,7 @@ def test_many_microbatches_hold_no_more_than_two_a_rank(name):
 
 @pytest.mark.parametrize("task", ["classification", "token-classification"])
 def test_classifiers_and_pairs(task, tmp_path):
-    """Without memory there are no labels to look at, and every head is measured all the same."""
+    """Every head is measured on the meta device, where labels have no values."""
     raw = {**settings("llama", pipeline=2), "task": "dpo"}
     config = configuration.from_dict(raw)
     pairs = predict(make_spec(config, 2, device="cuda"))
@@ -243,11 +254,11 @@ def test_classifiers_and_pairs(task, tmp_path):
         ("cuda", torch.float32, False, False, True),
     ],
 )
-def test_where_attention_keeps_no_scores(device, dtype, masked, grouped, fused):
+def test_fused_attention_by_device_and_mask(device, dtype, masked, grouped, fused):
     assert is_fused(device, dtype=dtype, head_dim=64, masked=masked, grouped=grouped) is fused
 
 
-def test_what_lives_is_counted_once_and_until_it_is_gone():
+def test_tracker_counts_live_storages_once():
     with TensorTracker() as live:
         a = torch.zeros(10)
         b = a.view(2, 5)

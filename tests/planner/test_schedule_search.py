@@ -1,4 +1,4 @@
-"""The search behind `parallel.schedule: auto`, on models whose times and sizes are made up."""
+"""The search of `parallel.schedule: auto` on models with synthetic times and sizes."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ EVEN = EvenCosts(1, 1, 1, 0)
 
 @dataclass
 class Truth:
-    """What layers take on ranks, in seconds, and what an action takes beside them."""
+    """True seconds of layers by rank, and the overhead of an action."""
 
     forward: list[float]
     input_gradient: list[float]
@@ -55,7 +55,7 @@ class Truth:
         )
 
     def measured(self, counts):
-        """As the tracer would see it under 1F1B and ZB-H1: no mark for the embedding's backward, none within W."""
+        """Returns a trace's times: without the embedding's backward and without layers in W."""
         placement, cut = Placement(len(counts)), cut_of(counts)
         times = self.times(placement, counts)
         kinds = {
@@ -80,7 +80,7 @@ class Truth:
 
 
 def truth(seed, blocks, ranks):
-    """Blocks of like shape, two of them slow, a head unlike them, one slow rank; the embedding's gradient is never put off."""
+    """Returns a model with two slow blocks, another head, and a slow rank for even seeds."""
     numbers = random.Random(seed)
     factors = [1.0] * blocks
     for slow in numbers.sample(range(blocks), 2):
@@ -102,11 +102,11 @@ def costs(model, counts, sizes=None):
     )
 
 
-# -- what is predicted -----------------------------------------------------------------------------
+# -- prediction ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_from_one_cut_and_placement_all_others_are_predicted(seed):
+def test_one_measured_cut_predicts_all_others(seed):
     model = truth(seed, 12, 3)
     known = costs(model, (4, 4, 4))
     for placement, counts in [
@@ -122,7 +122,7 @@ def test_from_one_cut_and_placement_all_others_are_predicted(seed):
 
 
 def test_memory_by_hand():
-    """1F1B on 2 ranks holds 2 microbatches on the first and 1 on the second; a V's first rank has the head too."""
+    """1F1B on 2 ranks holds 2 and 1 microbatches; in a V the first rank has the head too."""
     sizes = LayerBytes([100, 10, 10, 10, 10, 200], [1, 2, 2, 2, 2, 5])
     known = costs(truth(0, 4, 2), (2, 2), sizes)
     assert known.memory(build_schedule("1f1b", 2, 4), (3, 1)) == [130 + 2 * 7, 210 + 7]
@@ -146,7 +146,7 @@ def test_memory_by_hand():
     assert peak_memory(build_schedule("gpipe", 2, 4), 0, [3.0, 1.0]) == 12
 
 
-# -- what is found ---------------------------------------------------------------------------------
+# -- search ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,57 +154,57 @@ def test_memory_by_hand():
     [(2, 4, "zb-v"), (4, 8, "zb-v"), (4, 4, "list"), (1, 4, "1f1b")],
 )
 def test_on_even_stages(ranks, microbatches, fastest):
-    plans = find_candidates(EVEN, ranks=ranks, microbatches=microbatches, limit=ranks + 1e-6)
-    assert plans[0].schedule.name == fastest
-    assert plans[0].seconds <= 1.01 * min(plan.seconds for plan in plans)
+    candidates = find_candidates(EVEN, ranks=ranks, microbatches=microbatches, limit=ranks + 1e-6)
+    assert candidates[0].schedule.name == fastest
+    assert candidates[0].seconds <= 1.01 * min(candidate.seconds for candidate in candidates)
     if ranks > 1:
         assert (
-            plans[0].seconds
+            candidates[0].seconds
             < 0.85
             * candidate_of(EVEN, build_schedule("1f1b", ranks, microbatches), (1,) * ranks).seconds
         )
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_on_uneven_stages_every_plan_is_legal_and_takes_what_it_says(seed):
-    """And none of all cuts under 1F1B is faster than the plan found, which the true times confirm."""
+def test_uneven_stages_have_legal_candidates_with_exact_times(seed):
+    """No cut under 1F1B is faster than the best candidate, as the true times confirm."""
     model = truth(seed, 8, 2)
-    plans = find_candidates(costs(model, (4, 4)), ranks=2, microbatches=6)
-    assert {plan.schedule.name for plan in plans} == {*SCHEDULES, "list"} - {"gpipe"}
-    for plan in plans:
-        check_schedule(plan.schedule, 6)
-        assert sum(plan.counts) == 8
+    candidates = find_candidates(costs(model, (4, 4)), ranks=2, microbatches=6)
+    assert {candidate.schedule.name for candidate in candidates} == {*SCHEDULES, "list"} - {"gpipe"}
+    for candidate in candidates:
+        check_schedule(candidate.schedule, 6)
+        assert sum(candidate.counts) == 8
         assert simulate(
-            plan.schedule, model.times(plan.schedule.placement, plan.counts)
-        ).makespan == pytest.approx(plan.seconds)
+            candidate.schedule, model.times(candidate.schedule.placement, candidate.counts)
+        ).makespan == pytest.approx(candidate.seconds)
     one_f_one_b = build_schedule("1f1b", 2, 6)
     every = [
         simulate(one_f_one_b, model.times(Placement(2), (first, 8 - first))).makespan
         for first in range(1, 8)
     ]
-    best = next(plan for plan in plans if plan.schedule.name == "1f1b")
+    best = next(candidate for candidate in candidates if candidate.schedule.name == "1f1b")
     assert best.seconds == pytest.approx(min(every), rel=0.01)
-    assert plans[0].seconds < 0.95 * min(every)
+    assert candidates[0].seconds < 0.95 * min(every)
 
 
-def test_more_stages_than_blocks_are_left_out():
-    plans = find_candidates(costs(truth(0, 3, 2), (2, 1)), ranks=2, microbatches=4)
-    assert plans
-    assert {plan.schedule.placement for plan in plans} == {Placement(2)}
+def test_placements_with_more_stages_than_blocks_are_skipped():
+    candidates = find_candidates(costs(truth(0, 3, 2), (2, 1)), ranks=2, microbatches=4)
+    assert candidates
+    assert {candidate.schedule.placement for candidate in candidates} == {Placement(2)}
 
 
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def test_no_plan_is_over_the_limit():
-    """The less memory, the slower the best plan, until there is none."""
+def test_no_candidate_exceeds_the_memory_limit():
+    """Less memory makes the best candidate slower, until there is none."""
     known = costs(truth(1, 8, 2), (4, 4), LayerBytes([5.0] * 10, [1.0] * 10))
     needs, seconds = [], []
     limit = math.inf
-    while plans := find_candidates(known, ranks=2, microbatches=6, limit=limit):
-        assert all(max(plan.memory) <= limit for plan in plans)
-        needs.append(max(plans[0].memory))
-        seconds.append(min(plan.seconds for plan in plans))
+    while candidates := find_candidates(known, ranks=2, microbatches=6, limit=limit):
+        assert all(max(candidate.memory) <= limit for candidate in candidates)
+        needs.append(max(candidates[0].memory))
+        seconds.append(min(candidate.seconds for candidate in candidates))
         limit = needs[-1] - 1e-6
     assert len(needs) >= 2
     assert seconds == sorted(seconds)
@@ -212,9 +212,13 @@ def test_no_plan_is_over_the_limit():
     assert limit >= 5 * 5 + 5 - 1
 
 
-def test_of_equally_fast_plans_the_one_that_holds_least():
-    """Without a bubble to fill, twice the activations gain nothing."""
-    plans = find_candidates(EvenCosts(1, 1, 1, 0), ranks=2, microbatches=40)
-    equal = [plan for plan in plans if plan.seconds <= 1.01 * min(other.seconds for other in plans)]
+def test_equally_fast_candidates_are_sorted_by_memory():
+    """Without a bubble, twice the activations are not faster."""
+    candidates = find_candidates(EvenCosts(1, 1, 1, 0), ranks=2, microbatches=40)
+    equal = [
+        candidate
+        for candidate in candidates
+        if candidate.seconds <= 1.01 * min(other.seconds for other in candidates)
+    ]
     assert len(equal) > 2
-    assert max(plans[0].memory) == min(max(plan.memory) for plan in equal)
+    assert max(candidates[0].memory) == min(max(candidate.memory) for candidate in equal)
