@@ -1,8 +1,8 @@
-"""What a run's events tell: where it was started again, went back or stood still, how it ended, and its events in rows to read."""
+"""The events of a run: its restarts, rollbacks and hangs, its end, and rows for a table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
@@ -10,33 +10,45 @@ from typing import Any, NamedTuple
 from megatrain.report.chart import Mark
 from megatrain.telemetry.events import Event
 
-MOST_ROWS = 200
-_FOLDED = 4
-"""As many events of a kind one after the other are one row, where each of them says little."""
-_TOLD = ("reason", "what", "cause", "error", "why")
-"""Fields that are sentences; earlier versions wrote `why` for `reason`."""
-_ENDS = {"finish": "finished", "stop": "stopped, to go on later", "fail": "failed", "stall": "hung"}
+MAX_ROWS = 200
+_MIN_FOLDED = 4
+"""Consecutive saves or skips that are folded into one row."""
+_SENTENCES = ("reason", "what", "cause", "error")
+"""Fields that are shown without their names."""
+_OLD_FIELDS = {
+    "why": "reason",
+    "stalled": "blocking_seconds",
+    "first": "first_sample",
+    "last": "last_sample",
+}
+"""Fields of older versions and their names today."""
+_ENDS = {
+    "finish": "finished",
+    "stop": "stopped (resumable)",
+    "fail": "failed",
+    "stall": "hung",
+}
 
 
 class TimelineRow(NamedTuple):
-    """One event, or several of a kind in a row."""
+    """One event, or several consecutive events of one kind."""
 
     time: datetime
     event: str
-    number: int
+    num_events: int
     first_step: int | None
     last_step: int | None
-    words: str
+    description: str
 
 
 class EventTimeline(NamedTuple):
-    """Of the run that is in the folder now; what an earlier one left there before it was begun afresh is not told."""
+    """Events of the run that the folder contains now, without those of runs it replaced."""
 
     events: list[Event]
     start: Event | None
     """The last one."""
     end: str | None
-    """In words; None while the run goes on, or where nobody was left to say."""
+    """Description; None while the run is running, and if no end was logged."""
     restarts: int
     marks: list[Mark]
 
@@ -45,12 +57,12 @@ class EventTimeline(NamedTuple):
 
 
 def read_timeline(events: Iterable[Event]) -> EventTimeline:
-    """The story of the events of a run's folder, the oldest first."""
-    kept = _since_begun_afresh(list(events))
-    starts = [place for place, event in enumerate(kept) if event.event == "start"]
+    """Returns the timeline of a run folder's events, which are ordered by time."""
+    kept = _of_current_run([_with_new_names(event) for event in events])
+    starts = [index for index, event in enumerate(kept) if event.event == "start"]
     marks = [
-        Mark(_failed_step(kept[before:place]) or _first_step(kept[place + 1 :]), "restart")
-        for before, place in pairwise(starts)
+        Mark(_failed_step(kept[before:index]) or _resumed_step(kept[index + 1 :]), "restart")
+        for before, index in pairwise(starts)
     ]
     marks += [
         Mark(event.step or 0, event.event)  # type: ignore[arg-type]
@@ -58,70 +70,38 @@ def read_timeline(events: Iterable[Event]) -> EventTimeline:
         if event.event in ("rollback", "stall", "spike")
     ]
     return EventTimeline(
-        kept,
-        kept[starts[-1]] if starts else None,
-        _end(kept[-1]) if kept else None,
-        max(0, len(starts) - 1),
-        marks,
+        events=kept,
+        start=kept[starts[-1]] if starts else None,
+        end=_end(kept[-1]) if kept else None,
+        restarts=max(0, len(starts) - 1),
+        marks=marks,
     )
 
 
-def _end(last: Event) -> str | None:
-    if last.event not in _ENDS:
-        return None
-    where = (
-        f"{'in' if last.event == 'stall' else 'after'} step {last.step}"
-        if last.step
-        else "before its first step was done"
-    )
-    has_failed = last.event in ("fail", "stall")
-    names = ("error", "cause") if has_failed else ("reason", "why")
-    why = next(
-        (str(last.fields[name]).partition("\n")[0] for name in names if last.fields.get(name)), ""
-    )
-    given_up = last.fields.get("reason") if has_failed else None
-    return (
-        f"{_ENDS[last.event]} {where}"
-        + (f": {why}" if why else "")
-        + (f"; not restarted: {given_up}" if given_up else "")
-    )
+def _with_new_names(event: Event) -> Event:
+    fields = {_OLD_FIELDS.get(name, name): value for name, value in event.fields.items()}
+    return event._replace(fields=fields)
 
 
-def rows(events: Iterable[Event]) -> Iterator[TimelineRow]:
-    """Rows of the events in turn; saves and skips that follow each other are put together."""
-    for name, run in groupby(events, key=lambda event: event.event):
-        same = list(run)
-        if name in ("save", "skip") and len(same) >= _FOLDED:
-            yield TimelineRow(
-                same[-1].time, name, len(same), same[0].step, same[-1].step, _means(same)
-            )
-        else:
-            for event in same:
-                yield TimelineRow(event.time, name, 1, event.step, event.step, said(event.fields))
-
-
-def _since_begun_afresh(events: list[Event]) -> list[Event]:
-    """From the last start that was told to resume nothing, unless a supervisor made that start again."""
+def _of_current_run(events: list[Event]) -> list[Event]:
+    """Returns the events since the last start with resume=never that a user made."""
     begin = 0
-    for place, event in enumerate(events):
-        again = place > 0 and events[place - 1].event == "restart"
-        if event.event == "start" and event.fields.get("resume") == "never" and not again:
-            begin = place
+    for index, event in enumerate(events):
+        by_supervisor = index > 0 and events[index - 1].event == "restart"
+        if event.event == "start" and event.fields.get("resume") == "never" and not by_supervisor:
+            begin = index
     return events[begin:]
 
 
-def _failed_step(start_to_start: list[Event]) -> int | None:
-    """The last step that a start came to, where somebody told of its failure."""
-    told = [
-        event.step
-        for event in start_to_start
-        if event.event in ("restart", "fail", "stall") and event.step is not None
-    ]
-    return told[-1] if told else None
+def _failed_step(attempt: list[Event]) -> int | None:
+    """Returns the last step of an attempt, if its failure was logged."""
+    failures = ("restart", "fail", "stall")
+    steps = [event.step for event in attempt if event.event in failures and event.step is not None]
+    return steps[-1] if steps else None
 
 
-def _first_step(after_start: list[Event]) -> int:
-    """The step that a start went on from; 0 where it did not come so far."""
+def _resumed_step(after_start: list[Event]) -> int:
+    """Returns the step that an attempt resumed from; 0 if it did not resume."""
     for event in after_start:
         if event.event == "start":
             break
@@ -130,31 +110,59 @@ def _first_step(after_start: list[Event]) -> int:
     return 0
 
 
-def _means(events: list[Event]) -> str:
-    """Of the numbers that all of them have; what is text, of the last."""
+def _end(last: Event) -> str | None:
+    if last.event not in _ENDS:
+        return None
+    preposition = "in" if last.event == "stall" else "after"
+    where = f"{preposition} step {last.step}" if last.step else "before the first step was complete"
+    has_failed = last.event in ("fail", "stall")
+    names = ("error", "cause") if has_failed else ("reason",)
+    causes = [str(last.fields[name]).partition("\n")[0] for name in names if last.fields.get(name)]
+    end = f"{_ENDS[last.event]} {where}" + (f": {causes[0]}" if causes else "")
+    if has_failed and last.fields.get("reason"):
+        end += f"; not restarted: {last.fields['reason']}"
+    return end
+
+
+def fold_events(events: Iterable[Event]) -> Iterator[TimelineRow]:
+    """Yields rows in the order of the events; folds consecutive saves, and consecutive skips."""
+    for name, group in groupby(events, key=lambda event: event.event):
+        same = list(group)
+        if name in ("save", "skip") and len(same) >= _MIN_FOLDED:
+            first, last = same[0], same[-1]
+            description = format_fields(_average(same))
+            yield TimelineRow(last.time, name, len(same), first.step, last.step, description)
+        else:
+            for event in same:
+                description = format_fields(event.fields)
+                yield TimelineRow(event.time, name, 1, event.step, event.step, description)
+
+
+def _average(events: Sequence[Event]) -> dict[str, Any]:
+    """Returns the means of fields that are floats in all events, and other fields of the last."""
     means: dict[str, Any] = {}
     for name, value in events[-1].fields.items():
         numbers: list[Any] = [event.fields.get(name) for event in events]
         if all(isinstance(number, float) for number in numbers):
-            means[f"{name} on average"] = sum(numbers) / len(numbers)
+            means[f"mean {name}"] = sum(numbers) / len(numbers)
         else:
             means[name] = value
-    return said(means)
+    return means
 
 
-def said(fields: dict[str, Any]) -> str:
-    """An event's fields in words."""
-    return ", ".join(_said(fields))
+def format_fields(fields: dict[str, Any]) -> str:
+    """Returns an event's fields as one line of text."""
+    return ", ".join(_format_fields(fields))
 
 
-def _said(fields: dict[str, Any]) -> Iterator[str]:
+def _format_fields(fields: dict[str, Any]) -> Iterator[str]:
     for name, value in fields.items():
         if isinstance(value, dict):
-            yield f"{name}: {' '.join(_said(value))}"
+            yield f"{name}: {' '.join(_format_fields(value))}"
         elif isinstance(value, list):
             shown = " ".join(str(item) for item in value[:4])
             yield f"{name} {shown}" + (f" and {len(value) - 4} more" if len(value) > 4 else "")
         elif value is not None:
             text = f"{value:.4g}" if isinstance(value, float) else str(value)
             text = text if len(text) <= 300 else text[:297] + "..."
-            yield text if name in _TOLD else f"{name.replace('_', ' ')} {text}"
+            yield text if name in _SENTENCES else f"{name.replace('_', ' ')} {text}"

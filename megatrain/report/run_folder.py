@@ -1,4 +1,4 @@
-"""What a run's folder says of the run, whether it goes on, has ended or was killed."""
+"""Reads the folder of a run, whether the run is running, has ended or was killed."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from megatrain.telemetry.trace_format import read_traces
 
 
 class RunFolder(NamedTuple):
-    """All that the page says of one run. `config` is that of the folder as nested mappings, empty where it cannot be read."""
+    """Contents of one run folder."""
 
     path: Path
     name: str
     config: dict[str, Any]
+    """Nested mappings; empty if config.yaml cannot be read."""
     config_text: str
     curves: dict[str, Curve]
-    undone: Curve | None
-    """The loss of steps that a rollback took back."""
-    story: EventTimeline
+    rolled_back: Curve | None
+    """Loss of steps that a rollback undid."""
+    timeline: EventTimeline
     stages: list[StageTimes]
     profile: PipelineProfile | None
-    """Of the steps that it traced, if it did."""
-    told: datetime | None
-    """When it last wrote a figure."""
+    """Profile of the traced steps, if any."""
+    last_written: datetime | None
+    """Time of the last metrics."""
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """Of the run's config, by `section.key`."""
+        """Returns the setting `section.key` of the run's config."""
         found: Any = self.config
         for key in name.split("."):
             found = found.get(key) if isinstance(found, dict) else None
@@ -45,39 +46,55 @@ class RunFolder(NamedTuple):
 
     @property
     def last(self) -> dict[str, Point]:
-        """Each figure's last point."""
+        """The last point of each metric."""
         return {name: curve.last for name, curve in self.curves.items()}
+
+    @property
+    def is_on_cpu(self) -> bool:
+        start = self.timeline.start
+        return start is not None and start.fields.get("device") == "cpu"
 
 
 def read_run(path: Path) -> RunFolder:
-    """Read the folder; raises UserError where it is none of a run."""
+    """Reads a run folder.
+
+    Raises:
+        UserError: it is not a folder, or has neither metrics nor events.
+    """
     if not path.is_dir():
         raise UserError(f"{path} is not a folder")
-    if not any((path / name).exists() for name in (FILE_NAME, events.FILE_NAME)):
-        raise UserError(f"{path} holds no run: neither {FILE_NAME} nor {events.FILE_NAME} is there")
-    text, config = _config(path / "config.yaml")
+    metrics = path / FILE_NAME
+    if not metrics.exists() and not (path / events.FILE_NAME).exists():
+        raise UserError(
+            f"{path} contains neither {FILE_NAME} nor {events.FILE_NAME}; "
+            "requires the output folder of a run (run.output_dir)"
+        )
+    text, config = _read_config(path / "config.yaml")
     run = config.get("run")
     name = (run.get("name") if isinstance(run, dict) else None) or path.resolve().name
-    metrics, story = path / FILE_NAME, read_timeline(events.read(path))
-    told = (
-        datetime.fromtimestamp(metrics.stat().st_mtime).astimezone() if metrics.exists() else None
-    )
+    timeline = read_timeline(events.read(path))
     return RunFolder(
-        path,
-        str(name),
-        config,
-        text,
-        read_curves(metrics),
-        read_curves(rolled_back_path(path)).get("loss"),
-        story,
-        read_stages(path, story.start),
-        _profile(path),
-        told,
+        path=path,
+        name=str(name),
+        config=config,
+        config_text=text,
+        curves=read_curves(metrics),
+        rolled_back=read_curves(rolled_back_path(path)).get("loss"),
+        timeline=timeline,
+        stages=read_stages(path, timeline.start),
+        profile=_profile(path),
+        last_written=_last_written(metrics),
     )
 
 
-def _config(path: Path) -> tuple[str, dict[str, Any]]:
-    """As it is there: the settings may be those of another version."""
+def _last_written(path: Path) -> datetime | None:
+    if not path.exists():
+        return None
+    return datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """Reads a config without validation: its settings may be those of another version."""
     try:
         text = path.read_text(encoding="utf-8")
         config = yaml.safe_load(text)
@@ -89,5 +106,5 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
 def _profile(path: Path) -> PipelineProfile | None:
     try:
         return profile_pipeline(read_traces(path))
-    except UserError:  # nothing was traced, or not whole yet; `megatrain profile` says what
+    except UserError:  # there are no traces, or incomplete ones; `megatrain profile` explains
         return None

@@ -1,90 +1,67 @@
-"""How the ranks of each pipeline stage spend a step, from the ends of their own logs: the last steps that they told of."""
+"""Step times of each pipeline rank, from the last steps in the ranks' own logs."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatrain import files
 from megatrain.telemetry.events import Event
 
-_END = 1 << 13
-"""Bytes of each log that are read: some twenty-five steps."""
-
-_FIGURES = ("pipeline", "forward", "backward", "waiting", "seconds", "peak_memory")
+_READ_BYTES = 1 << 13
+"""Bytes at the end of each log that are read: about 25 steps."""
+_TIMES = ("forward", "backward", "waiting", "seconds")
 
 
 class StageTimes(NamedTuple):
-    """Means over a pipeline rank's tensor and data ranks and their last steps; seconds. `rest` is what is not the pipeline's."""
+    """Mean seconds per step over the tensor and data ranks of a pipeline rank."""
 
-    pipeline: int
-    ranks: int
+    pipeline_rank: int
     forward: float
     backward: float
     waiting: float
-    rest: float
+    other: float
+    """Time outside the pipeline."""
     peak_memory: int
-    """Bytes, of the rank with the most."""
+    """Bytes; maximum over the ranks."""
 
     @property
-    def whole(self) -> float:
-        return self.forward + self.backward + self.waiting + self.rest
+    def total(self) -> float:
+        return self.forward + self.backward + self.waiting + self.other
 
 
 def read_stages(run_folder: Path, start: Event | None) -> list[StageTimes]:
-    """By pipeline rank, of the last start's ranks: earlier ones may have been more."""
+    """Returns the times of each pipeline rank; only ranks of the last start count."""
     ranks = start.fields.get("ranks") if start is not None else None
-    found: dict[int, list[_Rank]] = {}
-    for path in sorted((run_folder / "logs").glob("rank-*.jsonl"))[
-        : ranks if isinstance(ranks, int) else None
-    ]:
-        lines = _figures(path)
-        if lines:
-            means = {
-                name: statistics.fmean(line[name] for line in lines)
-                for name in ("forward", "backward", "waiting", "seconds")
-            }
-            found.setdefault(lines[-1]["pipeline"], []).append(
-                _Rank(**means, peak_memory=max(line["peak_memory"] for line in lines))
-            )
-    return [_stage(pipeline, found[pipeline]) for pipeline in sorted(found)]
+    paths = sorted((run_folder / "logs").glob("rank-*.jsonl"))
+    found: dict[int, list[list[dict[str, Any]]]] = {}
+    for path in paths[: ranks if isinstance(ranks, int) else None]:
+        steps = _read_steps(path)
+        if steps:
+            found.setdefault(steps[-1]["pipeline"], []).append(steps)
+    return [_mean(pipeline_rank, found[pipeline_rank]) for pipeline_rank in sorted(found)]
 
 
-class _Rank(NamedTuple):
-    """Means of its last steps."""
-
-    forward: float
-    backward: float
-    waiting: float
-    seconds: float
-    peak_memory: int
-
-
-def _figures(path: Path) -> list[dict[str, Any]]:
-    """Of the rank's last start."""
-    lines: list[dict[str, Any]] = []
-    for line in files.read(path, last=_END):
+def _read_steps(path: Path) -> list[dict[str, Any]]:
+    """Returns the logged steps of the rank's last start."""
+    steps: list[dict[str, Any]] = []
+    for line in files.read(path, last=_READ_BYTES):
         if line.get("message") == "start":
-            lines.clear()
+            steps.clear()
         elif line.get("message") == "figures" and all(
-            isinstance(line.get(name), int | float) for name in _FIGURES
+            isinstance(line.get(name), int | float) for name in ("pipeline", *_TIMES, "peak_memory")
         ):
-            lines.append(line)
-    return lines
+            steps.append(line)
+    return steps
 
 
-def _stage(pipeline: int, ranks: list[_Rank]) -> StageTimes:
-    forward, backward, waiting, seconds, _ = (
-        statistics.fmean(values) for values in zip(*ranks, strict=True)
+def _mean(pipeline_rank: int, ranks: Sequence[Sequence[dict[str, Any]]]) -> StageTimes:
+    forward, backward, waiting, seconds = (
+        statistics.fmean(statistics.fmean(step[name] for step in steps) for steps in ranks)
+        for name in _TIMES
     )
-    rest = max(0.0, seconds - forward - backward - waiting)
-    return StageTimes(
-        pipeline,
-        len(ranks),
-        forward,
-        backward,
-        waiting,
-        rest,
-        max(rank.peak_memory for rank in ranks),
-    )
+    other = max(0.0, seconds - forward - backward - waiting)
+    peak_memory = max(step["peak_memory"] for steps in ranks for step in steps)
+    return StageTimes(pipeline_rank, forward, backward, waiting, other, peak_memory)

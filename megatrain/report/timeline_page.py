@@ -7,6 +7,8 @@ import statistics
 from html import escape
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from megatrain.pipeline.plot import DIGIT_WIDTH, IDLE, KINDS, shade, svg_text
 from megatrain.pipeline.schedule import Action
 from megatrain.report import html as html_module
@@ -47,7 +49,7 @@ def render_timeline_page(profile: PipelineProfile, advice: list[Advice]) -> str:
         *_layer_table(profile),
         *_definitions(profile),
     ]
-    return html_module.frame(f"Profile of {profile.name}", parts)
+    return html_module.render_page(f"Profile of {profile.name}", body=Markup("\n".join(parts)))
 
 
 def _head(profile: PipelineProfile) -> list[str]:
@@ -235,7 +237,7 @@ def _breakdown_table(profile: PipelineProfile) -> list[str]:
     rows.append(_breakdown_row("all", profile.total, max(profile.peak_memory)))
     return [
         f"<h2>Where the time went, of {html_module.seconds(profile.span)}</h2>",
-        *html_module.table(heads, rows, last_is_whole=True, left=(1,)),
+        html_module.table(heads, rows, has_total=True, left=(1,)),
     ]
 
 
@@ -252,7 +254,7 @@ def _breakdown_bar(breakdown: TimeBreakdown) -> str:
     """Returns a bar of the positive parts."""
     lengths = zip(breakdown, (colour for _, colour in PARTS.values()), strict=True)
     total = sum(max(seconds, 0.0) for seconds in breakdown)
-    return html_module.bars(lengths, whole=total, width=180)
+    return html_module.bars(lengths, total=total, width=180)
 
 
 def _stage_table(profile: PipelineProfile) -> list[str]:
@@ -262,14 +264,14 @@ def _stage_table(profile: PipelineProfile) -> list[str]:
         [
             f"{stage.stage}",
             f"{stage.rank}",
-            escape(stage.layers),
+            stage.layers,
             html_module.seconds(stage.forward),
             html_module.seconds(stage.backward),
             f"{stage.total / mean - 1:+.1%}".replace("-", "−"),
         ]
         for stage in profile.stages
     ]
-    return ["<h2>A microbatch on each stage</h2>", *html_module.table(heads, rows, left=(2,))]
+    return ["<h2>A microbatch on each stage</h2>", html_module.table(heads, rows, left=(2,))]
 
 
 def _layer_table(profile: PipelineProfile) -> list[str]:
@@ -279,20 +281,22 @@ def _layer_table(profile: PipelineProfile) -> list[str]:
     slow = {layer.layer for layer, _ in slow_layers(profile)}
     rows = []
     for layer in profile.layers:
-        title = escape(layer.title)
+        title = layer.title
+        if layer.layer in slow:
+            title = Markup('<span class="slow">{}</span>').format(title)
         lengths = [(layer.forward, shade("F", 0, 1)), (layer.backward, shade("B", 0, 1))]
         rows.append(
             [
-                f'<span class="slow">{title}</span>' if layer.layer in slow else title,
+                title,
                 f"{layer.stage}",
                 html_module.seconds(layer.forward),
                 html_module.seconds(layer.backward) if layer.backward else "–",
-                html_module.bars(lengths, whole=longest, width=240),
+                html_module.bars(lengths, total=longest, width=240),
             ]
         )
     return [
         "<h2>A microbatch in each layer</h2>",
-        *html_module.table(["layer", "stage", "forward", "backward", ""], rows, left=(4,)),
+        html_module.table(["layer", "stage", "forward", "backward", ""], rows, left=(4,)),
         '<p class="small">The backward of the first layer cannot be separated from the rest of its '
         "action, nor the W of a layer from those of the others.</p>",
     ]

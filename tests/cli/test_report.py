@@ -1,4 +1,4 @@
-"""The page of a run holds what the run wrote, whatever the run was and however it ended, and nothing from elsewhere."""
+"""Tests of `megatrain report`: the page shows what the run wrote, and loads nothing."""
 
 import json
 import os
@@ -20,7 +20,10 @@ def loss(step):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of a run that was killed after step 30, went on from 20, skipped a step and finished."""
+    """Folder of a run that was killed after step 30, resumed from 20, skipped a step and finished.
+
+    It has the file, metric and field names of older versions.
+    """
     run = tmp_path / "runs" / "a<b>"
     (run / "logs").mkdir(parents=True)
     config = {
@@ -30,95 +33,83 @@ def folder(tmp_path):
         "train": {"steps": STEPS, "global_batch_size": 8},
     }
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    lines = [
-        {
-            "step": step,
-            "loss": loss(step) if step != 44 else None,
-            "grad_norm": 1.0 + step,
-            "lr": 1e-3,
-            "tokens": 256 * step,
-            "seconds": 0.5,
-            "tokens_per_second": 512.0,
-            "tflops_per_rank": 100.0,
-            "mfu": 0.25,
-            "skipped": step == 44,
-            "memory_gib": 40.0,
-            "memory_predicted_gib": 42.0,
-            "rewards/accuracy": step / STEPS,
-            "valid_f1": 0.5,
-            **({"valid_loss": loss(step) + 1} if step % 20 == 0 else {}),
-            **({"save_stall_seconds": 0.25} if step % 10 == 0 else {}),
-        }
-        for step in range(1, STEPS + 1)
-    ]
     write(
         run / "undone.jsonl",
         *({"step": step, "loss": 9.0, "undone_at": 50} for step in range(41, 51)),
     )
+    lines = [metrics_line(step) for step in range(1, STEPS + 1)]
     write(run / "metrics.jsonl", {"step": 0, "valid_loss": 6.0}, *lines)
-    start = {
-        "time": at(0),
-        "event": "start",
-        "step": None,
-        "ranks": 4,
-        "hosts": ["node1", "node2"],
-        "device": "NVIDIA X",
-        "resume": "auto",
-        "layout": {"tensor": 1, "pipeline": 2, "data": 2, "zero": 1, "schedule": "1f1b"},
-        "versions": {"torch": "2.x"},
-        "attempt": 1,
-    }
-    write(
-        run / "events.jsonl",
-        start,
-        {
-            "time": at(1),
-            "event": "save",
-            "step": 20,
-            "path": "step-20",
-            "seconds": 1.0,
-            "stalled": 0.25,
-        },
-        {**start, "time": at(2), "attempt": 2},
-        {"time": at(3), "event": "resume", "step": 20, "from": "step-20", "why": "the newest"},
-        {
-            "time": at(4),
-            "event": "skip",
-            "step": 44,
-            "what": "non-finite <gradient>",
-            "in_a_row": 1,
-            "first": 344,
-            "last": 351,
-        },
-        {"time": at(5), "event": "rollback", "step": 50, "to": 40, "first": 1000, "last": 1079},
-        {"time": at(9), "event": "finish", "step": STEPS, "why": "all steps are done"},
-    )
+    write(run / "events.jsonl", *event_lines())
     for rank in range(6):  # two of them of an earlier start on more ranks
-        old = {
-            "message": "figures",
-            "pipeline": 7,
-            "seconds": 9.0,
-            "forward": 1.0,
-            "backward": 1.0,
-            "waiting": 1.0,
-            "peak_memory": 2**40,
-        }
-        new = {
-            "message": "figures",
-            "pipeline": rank // 2,
-            "seconds": 0.5,
-            "forward": 0.1,
-            "backward": 0.2,
-            "waiting": 0.02 * (rank % 2),
-            "peak_memory": 2**30 * (rank + 1),
-        }
-        write(
-            run / "logs" / f"rank-{rank:05d}.jsonl",
-            {"message": "start"},
-            old,
-            *([{"message": "start"}, new, new] if rank < 4 else []),
-        )
+        lines = [{"message": "start"}, rank_line(7, rank, seconds=9.0)]
+        if rank < 4:
+            lines += [{"message": "start"}, *2 * [rank_line(rank // 2, rank, seconds=0.5)]]
+        write(run / "logs" / f"rank-{rank:05d}.jsonl", *lines)
     return run
+
+
+def metrics_line(step):
+    line = {
+        "step": step,
+        "loss": loss(step) if step != 44 else None,
+        "grad_norm": 1.0 + step,
+        "lr": 1e-3,
+        "tokens": 256 * step,
+        "seconds": 0.5,
+        "tokens_per_second": 512.0,
+        "tflops_per_rank": 100.0,
+        "mfu": 0.25,
+        "skipped": step == 44,
+        "memory_gib": 40.0,
+        "memory_predicted_gib": 42.0,
+        "rewards/accuracy": step / STEPS,
+        "valid_f1": 0.5,
+    }
+    if step % 20 == 0:
+        line["valid_loss"] = loss(step) + 1
+    if step % 10 == 0:
+        line["save_stall_seconds"] = 0.25
+    return line
+
+
+START = {
+    "event": "start",
+    "step": None,
+    "ranks": 4,
+    "hosts": ["node1", "node2"],
+    "device": "NVIDIA X",
+    "resume": "auto",
+    "layout": {"tensor": 1, "pipeline": 2, "data": 2, "zero": 1, "schedule": "1f1b"},
+    "versions": {"torch": "2.x"},
+}
+
+
+def event_lines():
+    save = {"event": "save", "step": 20, "path": "step-20", "seconds": 1.0, "stalled": 0.25}
+    skip = {"event": "skip", "step": 44, "what": "non-finite <gradient>", "in_a_row": 1}
+    rollback = {"event": "rollback", "step": 50, "to": 40, "first": 1000, "last": 1079}
+    lines = [
+        {**START, "attempt": 1},
+        save,
+        {**START, "attempt": 2},
+        {"event": "resume", "step": 20, "from": "step-20", "why": "the newest"},
+        {**skip, "first": 344, "last": 351},
+        rollback,
+        {"event": "finish", "step": STEPS, "why": "all steps are done"},
+    ]
+    return [{"time": at(minute), **line} for minute, line in enumerate(lines)]
+
+
+def rank_line(pipeline, rank, *, seconds):
+    return {
+        "message": "figures",
+        "pipeline": pipeline,
+        "seconds": seconds,
+        "forward": 0.1,
+        "backward": 0.2,
+        "waiting": 0.02 * (rank % 2),
+        "peak_memory": 2**30 * (rank + 1),
+    }
 
 
 def at(minute):
@@ -130,29 +121,23 @@ def write(path, *lines):
 
 
 class Page(HTMLParser):
-    """What a page holds. It fails on anything from elsewhere, on scripts, and on tags that do not close."""
+    """Parses a page; raises on links to other files, scripts, and tags that are not closed."""
 
     VOID = ("meta", "br")
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.words, self.charts, self.marks, self.rows, self.titles = (
-            [],
-            "",
-            {},
-            [],
-            [],
-            [],
-        )
+        self.open, self.text, self.charts = [], "", {}
+        self.marks, self.rows, self.titles = [], [], []
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
+        values = dict(attributes)
         assert tag not in ("script", "link", "img", "iframe", "object", "base", "image", "use")
-        assert not {"src", "href", "srcset", "xlink:href", "background", "action"} & set(given)
-        assert not any(name.startswith("on") for name in given)
+        assert not {"src", "href", "srcset", "xlink:href", "background", "action"} & set(values)
+        assert not any(name.startswith("on") for name in values)
         assert not any(
             word in (value or "")
             for name, value in attributes
@@ -161,20 +146,20 @@ class Page(HTMLParser):
         )
         if tag not in self.VOID:
             self.open.append(tag)
-        self.note(tag, given)
+        self.collect(tag, values)
 
     def handle_startendtag(self, tag, attributes):
         self.handle_starttag(tag, attributes)
         if tag not in self.VOID:
             self.open.pop()
 
-    def note(self, tag, given):
-        if tag == "svg" and "data-name" in given:
-            self.charts[given["data-name"]] = self.chart = {"svg": given, "lines": []}
-        elif tag == "path" and "data-line" in given:
-            self.chart["lines"].append(given)
-        elif tag == "path" and given.get("class", "").startswith("mark"):
-            self.marks.append((given["class"].split()[1], given["d"]))
+    def collect(self, tag, values):
+        if tag == "svg" and "data-name" in values:
+            self.charts[values["data-name"]] = self.chart = {"svg": values, "lines": []}
+        elif tag == "path" and "data-line" in values:
+            self.chart["lines"].append(values)
+        elif tag == "path" and values.get("class", "").startswith("mark"):
+            self.marks.append((values["class"].split()[1], values["d"]))
         elif tag == "tr":
             self.rows.append([])
         elif tag in ("td", "th"):
@@ -184,7 +169,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.words += data
+        self.text += data
         if "style" in self.open:
             assert "url(" not in data
             assert "@import" not in data
@@ -194,7 +179,7 @@ class Page(HTMLParser):
             self.titles.append(data)
 
     def points(self, chart, shape):
-        """Of a chart's first line of the shape, in steps and values."""
+        """Returns the points (step, value) of a chart's first line of the shape."""
         svg = self.charts[chart]["svg"]
         first, last = map(float, svg["data-steps"].split())
         low, high = map(float, svg["data-values"].split())
@@ -219,9 +204,9 @@ def page_of(*folders):
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_every_curve_is_there_with_its_values(folder, capsys):
+def test_page_has_every_curve_with_its_values(folder, capsys):
     page = page_of(folder)
-    assert f"the page is {folder}/report.html" in capsys.readouterr().out
+    assert f"report: {folder}/report.html" in capsys.readouterr().out
     assert not [path for path in folder.iterdir() if path.name.endswith(".new")]
     assert set(page.charts) == {
         "loss",
@@ -230,8 +215,8 @@ def test_every_curve_is_there_with_its_values(folder, capsys):
         "throughput",
         "compute",
         "model FLOPs utilisation",
-        "peak memory of the fullest rank",
-        "time that training stood still for saves",
+        "highest peak memory of a rank",
+        "training blocked by saves",
         "rewards/accuracy",
         "f1",
     }
@@ -244,20 +229,20 @@ def test_every_curve_is_there_with_its_values(folder, capsys):
         ("throughput", "faint"): {7: 512.0},
         ("compute", "faint"): {7: 100.0},
         ("model FLOPs utilisation", "faint"): {7: 25.0},
-        ("peak memory of the fullest rank", "line"): {7: 40.0},
-        ("time that training stood still for saves", "stems"): {10: 0.25, 60: 0.25},
+        ("highest peak memory of a rank", "line"): {7: 40.0},
+        ("training blocked by saves", "stems"): {10: 0.25, 60: 0.25},
         ("rewards/accuracy", "line"): {30: 0.5},
     }
     for (chart, shape), values in known.items():
         found = dict(page.points(chart, shape))
         for step, value in values.items():
             assert found[step] == pytest.approx(value, rel=0.01), (chart, step)
-    assert 44 not in dict(page.points("loss", "faint")), "its loss was no number"
+    assert 44 not in dict(page.points("loss", "faint")), "its loss was not finite"
     assert [line["style"] for line in page.charts["f1"]["lines"]] == ["stroke:var(--c1)"], (
         "the colour of validation"
     )
     assert [
-        line["data-line"] for line in page.charts["peak memory of the fullest rank"]["lines"]
+        line["data-line"] for line in page.charts["highest peak memory of a rank"]["lines"]
     ] == ["measured", "predicted"]
 
 
@@ -267,7 +252,7 @@ def test_restarts_and_rollbacks_are_marked_on_every_chart(folder):
     assert page.marks == [("restart", restart), ("rollback", rollback)] * len(page.charts)
 
 
-def test_stages_events_skipped_samples_and_config_are_told(folder):
+def test_page_has_stages_events_skipped_samples_and_config(folder):
     page = page_of(folder)
     stages = [row for row in page.rows if row[-1].endswith(" GiB")]
     assert stages == [
@@ -278,8 +263,8 @@ def test_stages_events_skipped_samples_and_config_are_told(folder):
         ["50", "rollback", "1,000 to 1,079", "to 40"],
         ["44", "skip", "344 to 351", "non-finite <gradient>, in a row 1"],
     ]
-    told = [row[1:3] for row in page.rows if row[0].startswith("2026")]
-    assert told == [
+    events = [row[1:3] for row in page.rows if row[0].startswith("2026")]
+    assert events == [
         ["finish", "60"],
         ["rollback", "50"],
         ["skip", "44"],
@@ -288,17 +273,18 @@ def test_stages_events_skipped_samples_and_config_are_told(folder):
         ["save", "20"],
         ["start", "–"],
     ]
-    for words in (
+    for text in (
         "a<b> & co",
-        "llama · tensor 1 x pipeline 2 x data 2 · 1f1b · ZeRO 1 · 4 ranks on 2 machines, NVIDIA X · torch 2.x",
+        "llama · tensor 1 x pipeline 2 x data 2 · 1f1b · ZeRO 1 · "
+        "4 ranks on 2 machines, NVIDIA X · torch 2.x",
         "Finished after step 60: all steps are done",
         "cross-entropy loss (nats per token)",
         "global_batch_size: 8",
     ):
-        assert words in page.words
+        assert text in page.text
 
 
-def test_a_run_that_was_killed_in_the_middle_of_its_lines(folder):
+def test_killed_run_with_truncated_lines(folder):
     for name in ("metrics.jsonl", "events.jsonl"):
         text = (folder / name).read_text()
         (folder / name).write_text(text[:-20])
@@ -307,23 +293,23 @@ def test_a_run_that_was_killed_in_the_middle_of_its_lines(folder):
     )
     os.utime(folder / "metrics.jsonl", (0, 1_700_000_000))
     page = page_of(folder)
-    assert "Killed, or hung: it has not said how it ended" in page.words
+    assert "Killed or hung: no end was logged; last metrics" in page.text
     assert max(step for step, _ in page.points("loss", "faint")) == STEPS - 1
 
 
-def test_a_run_that_goes_on_or_has_only_begun(folder):
+def test_running_run_and_run_without_steps(folder):
     write(
         folder / "events.jsonl", json.loads((folder / "events.jsonl").read_text().splitlines()[0])
     )
-    assert "Going on; its last figures are" in page_of(folder).words
+    assert "Running; last metrics" in page_of(folder).text
     (folder / "metrics.jsonl").unlink()
     page = page_of(folder)
-    assert "No step has been told of yet." in page.words
+    assert "No step has been logged yet." in page.text
     assert page.charts == {}
 
 
-def test_a_run_that_hung_or_was_killed_just_now_does_not_go_on(folder):
-    """And a mark or an undone step after the last step that is kept is drawn; on CPUs two kinds of memory are named."""
+def test_run_that_hung_or_failed_just_now_is_not_running(folder):
+    """Marks and rolled-back steps after the last step are drawn; both CPU memories are explained."""
     start = {**json.loads((folder / "events.jsonl").read_text().splitlines()[0]), "device": "cpu"}
     write(
         folder / "events.jsonl",
@@ -332,29 +318,26 @@ def test_a_run_that_hung_or_was_killed_just_now_does_not_go_on(folder):
     )
     write(folder / "undone.jsonl", {"step": STEPS + 20, "loss": 9.0})
     page = page_of(folder)
-    assert f"Hung in step {STEPS + 4}: nothing has moved" in page.words
-    assert "Going on" not in page.words
+    assert f"Hung in step {STEPS + 4}: nothing has moved" in page.text
+    assert "Running" not in page.text
     assert page.charts["learning rate"]["svg"]["data-steps"] == f"0 {STEPS + 20}"
     assert page.marks == [
         ("stall", f"M{round(WIDTH * (STEPS + 4) / (STEPS + 20))} 0V{HEIGHT}")
     ] * len(page.charts)
     assert page.points("loss", "specks") == [(STEPS + 20, pytest.approx(9.0, rel=0.01))]
-    assert (
-        page.words.count(
-            "how much the process's resident memory has grown since before the model was built"
-        )
-        == 1
+    assert page.text.count("growth of the process's resident memory since") == 1
+    assert "peak of the highest rank, the resident memory of its process" in " ".join(
+        page.text.split()
     )
-    assert "memory is the most of any, the resident memory of its process" in page.words
     write(
         folder / "events.jsonl",
         start,
         {"time": at(5), "event": "fail", "step": STEPS, "cause": "rank 1 was killed"},
     )
-    assert f"Failed after step {STEPS}: rank 1 was killed" in page_of(folder).words
+    assert f"Failed after step {STEPS}: rank 1 was killed" in page_of(folder).text
 
 
-def test_a_run_of_before_there_were_events(tmp_path):
+def test_run_without_events(tmp_path):
     write(tmp_path / "metrics.jsonl", {"step": 1, "loss": 2.0})
     page = page_of(tmp_path)
     assert page.points("loss", "line") == [(1, pytest.approx(2.0))]
@@ -371,14 +354,14 @@ def test_a_run_of_before_there_were_events(tmp_path):
         ),
     ],
 )
-def test_the_loss_has_its_tasks_name(folder, task, name):
+def test_loss_has_the_name_of_its_task(folder, task, name):
     (folder / "config.yaml").write_text(yaml.safe_dump(task))
     page = page_of(folder)
-    assert name in page.words
-    assert "nats" not in page.words
+    assert name in page.text
+    assert "nats" not in page.text
 
 
-def test_several_runs_are_laid_over_each_other(folder, tmp_path):
+def test_several_runs_are_compared_in_the_same_charts(folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     write(
@@ -398,7 +381,7 @@ def test_several_runs_are_laid_over_each_other(folder, tmp_path):
     assert any(row[0] == "other" for row in page.rows)
 
 
-def test_a_picture_of_the_pipeline_is_there_where_steps_were_traced(folder, monkeypatch):
+def test_page_has_timelines_if_steps_were_traced(folder, monkeypatch):
     from megatrain.report import page as page_file
     from megatrain.report import run_folder as reading
 
@@ -406,15 +389,15 @@ def test_a_picture_of_the_pipeline_is_there_where_steps_were_traced(folder, monk
     monkeypatch.setattr(page_file, "timelines", lambda profile: [f"<h2>Measured: {profile}</h2>"])
     assert "Measured: a profile" in page_of(folder).titles
     monkeypatch.setattr(page_file, "timelines", lambda profile: ["x" * 2_000_000])
-    assert "their picture is too large for this page" in page_of(folder).words
+    assert "their timeline is too large for this page" in page_of(folder).text
 
 
-def test_what_is_no_run_is_refused(tmp_path, folder, capsys):
-    for words, said in (
+def test_errors(tmp_path, folder, capsys):
+    for arguments, message in (
         ([tmp_path / "none"], "is not a folder"),
-        ([tmp_path], "holds no run"),
+        ([tmp_path], "contains neither"),
         ([folder, "--output", tmp_path / "no" / "page.html"], "cannot be written"),
     ):
-        assert main(["report", *map(str, words)]) == 1
-        assert said in capsys.readouterr().err
+        assert main(["report", *map(str, arguments)]) == 1
+        assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("**/*.new"))

@@ -1,24 +1,24 @@
-"""What a run's events are told as."""
+"""Tests of a run's timeline, read from its events."""
 
 from datetime import UTC, datetime, timedelta
 
 from megatrain.report.chart import Mark
-from megatrain.report.event_timeline import read_timeline, rows
+from megatrain.report.event_timeline import fold_events, read_timeline
 from megatrain.telemetry.events import Event
 
-BEGAN = datetime(2026, 11, 24, 12, tzinfo=UTC)
+START = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
 
-def events(*told):
-    """(name, step, fields) a minute apart."""
+def events(*described):
+    """Returns events, a minute apart, from (name, step, fields)."""
     return [
-        Event(BEGAN + timedelta(minutes=minute), name, step, fields[0] if fields else {})
-        for minute, (name, step, *fields) in enumerate(told)
+        Event(START + timedelta(minutes=minute), name, step, fields[0] if fields else {})
+        for minute, (name, step, *fields) in enumerate(described)
     ]
 
 
-def test_each_start_but_the_first_is_a_restart_where_it_resumed():
-    story = read_timeline(
+def test_restart_is_marked_at_the_resumed_step():
+    timeline = read_timeline(
         events(
             ("start", None),
             ("save", 40),
@@ -30,15 +30,15 @@ def test_each_start_but_the_first_is_a_restart_where_it_resumed():
             ("resume", 60),
         )
     )
-    assert story.restarts == 3
-    assert story.marks == [Mark(40, "restart"), Mark(0, "restart"), Mark(60, "restart")], (
-        "the second came to no resume"
+    assert timeline.restarts == 3
+    assert timeline.marks == [Mark(40, "restart"), Mark(0, "restart"), Mark(60, "restart")], (
+        "the second start did not resume"
     )
-    assert story.end is None
+    assert timeline.end is None
 
 
-def test_a_restart_is_marked_where_the_start_before_it_failed():
-    story = read_timeline(
+def test_restart_is_marked_at_the_failed_step():
+    timeline = read_timeline(
         events(
             ("start", None),
             ("save", 30),
@@ -52,7 +52,7 @@ def test_a_restart_is_marked_where_the_start_before_it_failed():
             ("start", None),
         )
     )
-    assert story.marks == [
+    assert timeline.marks == [
         Mark(35, "restart"),
         Mark(41, "restart"),
         Mark(0, "restart"),
@@ -61,28 +61,28 @@ def test_a_restart_is_marked_where_the_start_before_it_failed():
 
 
 def test_rollbacks_stalls_and_spikes_are_marked():
-    story = read_timeline(events(("start", None), ("spike", 7), ("rollback", 8), ("stall", 9)))
-    assert story.marks == [Mark(7, "spike"), Mark(8, "rollback"), Mark(9, "stall")]
+    timeline = read_timeline(events(("start", None), ("spike", 7), ("rollback", 8), ("stall", 9)))
+    assert timeline.marks == [Mark(7, "spike"), Mark(8, "rollback"), Mark(9, "stall")]
 
 
-def test_how_it_ended():
+def test_end_of_a_run():
     assert (
         read_timeline(events(("start", None), ("finish", 9, {"why": "all steps are done"}))).end
         == "finished after step 9: all steps are done"
     )
     assert (
         read_timeline(events(("start", None), ("stop", 4))).end
-        == "stopped, to go on later after step 4"
+        == "stopped (resumable) after step 4"
     )
     assert (
         read_timeline(events(("start", None), ("fail", 4, {"error": "UserError: no"}))).end
         == "failed after step 4: UserError: no"
     )
-    assert read_timeline(events(("fail", 4), ("start", None))).end is None, "it goes on"
+    assert read_timeline(events(("fail", 4), ("start", None))).end is None, "it is running"
     assert read_timeline([]).end is None
 
 
-def test_a_run_that_was_killed_or_hung_ended_so_with_its_cause():
+def test_end_of_a_killed_or_hung_run_has_its_cause():
     assert (
         read_timeline(
             events(("start", None), ("save", 4), ("fail", 5, {"cause": "rank 1 was killed"}))
@@ -91,7 +91,7 @@ def test_a_run_that_was_killed_or_hung_ended_so_with_its_cause():
     )
     assert (
         read_timeline(events(("start", None), ("fail", None, {"cause": "rank 1 was killed"}))).end
-        == "failed before its first step was done: rank 1 was killed"
+        == "failed before the first step was complete: rank 1 was killed"
     )
     stall = ("stall", 35, {"cause": "nothing has moved\n  rank 0: step 35"})
     assert read_timeline(events(("start", None), stall)).end == "hung in step 35: nothing has moved"
@@ -111,13 +111,13 @@ def test_a_run_that_was_killed_or_hung_ended_so_with_its_cause():
         == "failed after step 34: nothing has moved; not restarted: step 35 failed twice"
     )
     assert read_timeline(events(("start", None), stall, ("restart", 34))).end is None, (
-        "it is started again"
+        "it is restarted"
     )
 
 
-def test_what_was_there_before_a_run_was_begun_afresh_is_not_told_but_a_supervisors_start_is():
+def test_events_of_replaced_runs_are_dropped_but_not_those_before_a_supervisors_restart():
     never = {"resume": "never"}
-    story = read_timeline(
+    timeline = read_timeline(
         events(
             ("start", None, never),
             ("rollback", 9),
@@ -127,32 +127,38 @@ def test_what_was_there_before_a_run_was_begun_afresh_is_not_told_but_a_supervis
             ("start", None, never),
         )
     )
-    assert [event.event for event in story.events] == ["start", "save", "restart", "start"]
-    assert (story.restarts, story.count("rollback")) == (1, 0)
+    assert [event.event for event in timeline.events] == ["start", "save", "restart", "start"]
+    assert (timeline.restarts, timeline.count("rollback")) == (1, 0)
 
 
-def test_saves_in_a_row_are_one_row_with_their_means():
-    told = events(
+def test_consecutive_saves_are_one_row_with_means():
+    given = events(
         *(
             ("save", step, {"path": f"step-{step}", "seconds": float(step)})
             for step in (10, 20, 30, 60)
         ),
         ("stop", 60),
     )
-    saves, stop = rows(told)
-    assert (saves.event, saves.number, saves.first_step, saves.last_step, saves.words) == (
+    saves, stop = fold_events(given)
+    assert (
+        saves.event,
+        saves.num_events,
+        saves.first_step,
+        saves.last_step,
+        saves.description,
+    ) == (
         "save",
         4,
         10,
         60,
-        "path step-60, seconds on average 30",
+        "path step-60, mean seconds 30",
     )
-    assert (stop.event, stop.number, stop.last_step) == ("stop", 1, 60)
-    assert [row.number for row in rows(told[:3])] == [1, 1, 1]
+    assert (stop.event, stop.num_events, stop.last_step) == ("stop", 1, 60)
+    assert [row.num_events for row in fold_events(given[:3])] == [1, 1, 1]
 
 
-def test_fields_are_said_in_words():
-    (row,) = rows(
+def test_fields_are_formatted():
+    (row,) = fold_events(
         events(
             (
                 "start",
@@ -166,4 +172,9 @@ def test_fields_are_said_in_words():
             )
         )
     )
-    assert row.words == "hosts n0 n1 n2 n3 and 5 more, layout: tensor 2, in a row 3"
+    assert row.description == "hosts n0 n1 n2 n3 and 5 more, layout: tensor 2, in a row 3"
+
+
+def test_old_field_names_are_renamed():
+    (event,) = read_timeline(events(("save", 4, {"stalled": 0.5, "why": "x"}))).events
+    assert event.fields == {"blocking_seconds": 0.5, "reason": "x"}
