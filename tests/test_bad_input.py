@@ -103,13 +103,13 @@ SENTENCES = {
     "optimizer.lr=.nan": "optimizer.lr=nan must be a finite number",
     "model.num_layers=4": "model.num_layers=4 is not a field of a llama config; did you mean",
     "model.num_hidden_layers=four": "model=(llama fields) is refused by transformers: Validation error for field 'num_hidden_layers'",
-    "model.model_type=bert": "model.model_type=bert is not supported; one of gpt2, ",
+    "model.model_type=bert": "model.model_type=bert is not supported (supported: gpt2, ",
     "model=nowhere": "model=nowhere does not exist; give a folder, a config.json, or fields with model_type",
-    "model.hidden_act=relu2": "model.hidden_act=relu2 changes the model in a way that is not built; only silu or",
+    "model.hidden_act=relu2": "model.hidden_act=relu2 is not supported (supported: silu, ",
     # a layout that does not fit the model
-    "parallel.tensor=3": "parallel.tensor=3 does not fit num_attention_heads=4, num_key_value_heads=2 and intermediate_size=48",
-    "parallel.tensor=8": "parallel.tensor=8 does not fit num_attention_heads=4",
-    "model.num_key_value_heads=3": "model.num_key_value_heads=3 does not divide num_attention_heads=4",
+    "parallel.tensor=3": "parallel.tensor=3 must divide num_attention_heads=4 and intermediate_size=48, and must divide num_key_value_heads=2",
+    "parallel.tensor=8": "parallel.tensor=8 must divide num_attention_heads=4",
+    "model.num_key_value_heads=3": "model.num_key_value_heads=3 must divide num_attention_heads=4",
     "parallel.pipeline=5": "parallel.pipeline=5 must be at most num_hidden_layers=4",
     "data.sequence_length=65": "data.sequence_length=65 is more than the model's 64 positions; use at most 64",
     # a batch that does not divide

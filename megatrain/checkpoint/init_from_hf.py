@@ -131,9 +131,9 @@ class Pretrained:
             initialize_parameter(spec, parameter, seed)
             return
         parameter.zero_()
-        part = spec.part_of(parameter)
-        for region in spec.regions():
-            self.tensors.copy(name, region.whole, to=part[region.part])
+        part = spec.local_view(parameter)
+        for region in spec.slices():
+            self.tensors.copy(name, region.full, to=part[region.shard])
 
     def load_master_weights(self, optimizer: ZeroOptimizer) -> None:
         """Loads the bits of masters that rounding the weights lost; all ranks call it together."""
@@ -223,7 +223,7 @@ def stored_names(
     Candidates are the tensor's name, the name without the base model's prefix, and a former name.
     """
     prefix = architecture.names["embedding"].name.partition(".")[0] + "."
-    former = {new: old for old, new in architecture.former_names.items()}
+    former = {new: old for old, new in architecture.renamed_weights.items()}
     candidates = (name, name.removeprefix(prefix), former.get(name, name))
     return [candidate for candidate in dict.fromkeys(candidates) if candidate in stored]
 

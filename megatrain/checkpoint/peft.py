@@ -231,7 +231,7 @@ def _head_names(base: Path) -> set[str]:
     """Returns the names that the head of a language model can have in its files."""
     architecture = read_config(load_hf_config(str(base)))
     head = f"{architecture.names['head'].name}.weight"
-    return {head, *(old for old, new in architecture.former_names.items() if new == head)}
+    return {head, *(old for old, new in architecture.renamed_weights.items() if new == head)}
 
 
 def _write_classifier_config(adapter_folder: Path, base: Path, target: Path) -> None:

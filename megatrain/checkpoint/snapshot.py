@@ -71,6 +71,6 @@ def _full_tensors(optimizer: ZeroOptimizer, mesh: ProcessMesh) -> Iterator[tuple
         if spec.name not in incomplete:
             incomplete[spec.name] = torch.empty(spec.shape, dtype=weights.dtype)
         for rank_spec, part in zip(specs, parts, strict=True):
-            rank_spec.put(rank_spec.part_of(part).cpu(), incomplete[spec.name])
+            rank_spec.unshard_into(rank_spec.local_view(part).cpu(), incomplete[spec.name])
         if last[spec.name] == index:
             yield spec.name, incomplete.pop(spec.name)

@@ -19,11 +19,12 @@ from megatrain.checkpoint.optimizer_state import NamedFlatShard, flat_shard_key,
 from megatrain.checkpoint.tensor_io import Index, SafetensorsFile
 from megatrain.checkpoint.train_state import RunDescription, TrainState, write_train_state
 from megatrain.conversion.sources import Source, TensorReader
-from megatrain.conversion.verify import build_meta_model, compare_bytes, read_parameter
+from megatrain.conversion.verify import compare_bytes, read_parameter
 from megatrain.conversion.writer import BackgroundSync, write_file
 from megatrain.distributed.reshard import make_flat_shard
 from megatrain.distributed.sharding import parameters, shard_spec
 from megatrain.models.config import TransformerConfig
+from megatrain.models.transformer import build_meta_model
 
 _MAX_FILE_BYTES = 5 * 10**9
 

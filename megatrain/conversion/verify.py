@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from megatrain.checkpoint.hf_folder import HFFolder
 from megatrain.checkpoint.tensor_io import raw_bytes
-from megatrain.config.loader import Config
 from megatrain.conversion.sources import CastTensors, Source, TensorReader, read_row_blocks
 from megatrain.conversion.streamed_forward import row_blocks, streamed, with_values
 from megatrain.data.dataloader import Batch
@@ -30,9 +29,8 @@ from megatrain.distributed.mesh import make_mesh
 from megatrain.distributed.sharding import ShardSpec, shard_spec
 from megatrain.errors import CheckpointError
 from megatrain.models.config import TransformerConfig
-from megatrain.models.microbatches import MicrobatchFactory
-from megatrain.models.params import ParamFactory
-from megatrain.models.transformer import build_layers, layer_specs
+from megatrain.models.microbatch import MicrobatchFactory
+from megatrain.models.transformer import build_meta_model
 
 BOUND = 2e-5
 """Largest allowed difference of fp32 logits, relative to the largest logit (at least 1)."""
@@ -200,28 +198,21 @@ def fixed_prompts(architecture: TransformerConfig) -> Tensor:
     return torch.randint(0, architecture.vocab_size, (NUM_PROMPTS, length), generator=generator)
 
 
-def build_meta_model(architecture: TransformerConfig) -> nn.ModuleList:
-    """Returns all layers for one rank, on the meta device."""
-    params = ParamFactory(
-        architecture,
-        make_mesh(0, connect=False),
-        sequence=False,
-        dtype=torch.float32,
-        device="meta",
-    )
-    return build_layers(layer_specs(architecture), params, recompute="none").eval()
-
-
 @torch.no_grad()
 def our_logits(architecture: TransformerConfig, tensors: TensorReader, tokens: Tensor) -> Tensor:
     """Returns logits [B, S, V] of our layers in fp32, which hold one matrix at a time."""
-    layers = build_meta_model(architecture)
+    layers = build_meta_model(architecture).eval()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    microbatches = MicrobatchFactory(
-        Config(), architecture, make_mesh(0, connect=False), torch.device("cpu")
+    factory = MicrobatchFactory(
+        architecture,
+        make_mesh(0, connect=False),
+        torch.device("cpu"),
+        dtype=torch.float32,
+        separate_documents=False,
+        seed=0,
     )
     batch = Batch(tokens, tokens, positions, torch.zeros_like(tokens))
-    microbatch = microbatches.make(batch, step=None, index=0)
+    microbatch = factory.make(batch, step=None, index=0)
 
     def read(parameter: nn.Parameter, rows: slice | None) -> Tensor:
         return read_parameter(tensors, shard_spec(parameter), rows).float()
@@ -240,14 +231,14 @@ def our_logits(architecture: TransformerConfig, tensors: TensorReader, tokens: T
 
 def read_parameter(tensors: TensorReader, spec: ShardSpec, rows: slice | None = None) -> Tensor:
     """Returns the values of a parameter of our layers, or some of its rows."""
-    regions = spec.regions()
-    if rows is not None and len(regions) == 1 and not spec.transposed:
-        first, *others = regions[0].whole
+    slices = spec.slices()
+    if rows is not None and len(slices) == 1 and not spec.transposed:
+        first, *others = slices[0].full
         stored_rows = slice(first.start + rows.start, first.start + rows.stop)
         return tensors.read(spec.name, (stored_rows, *others))
-    part = torch.empty(spec.part_shape(), dtype=tensors.dtype(spec.name))
-    for region in regions:
-        part[region.part] = tensors.read(spec.name, region.whole)
+    part = torch.empty(spec.shard_shape(), dtype=tensors.dtype(spec.name))
+    for piece in slices:
+        part[piece.shard] = tensors.read(spec.name, piece.full)
     values = part.t() if spec.transposed else part
     return values if rows is None else values[rows]
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,8 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatrain.config.schema import Augment, Problem
-from megatrain.data.gpt_dataset import IGNORE_INDEX, Sample
-from megatrain.data.label_targets import encode_classes, encode_value
+from megatrain.data.gpt_dataset import IGNORE_INDEX, Float32, Sample
 from megatrain.data.records import parse_objects
 from megatrain.data.shuffle import Shuffle, keyed_integers
 from megatrain.data.text_augmentation import augment, mask_word, split_words
@@ -34,16 +32,22 @@ from megatrain.data.text_files import find_inputs, read_blocks
 from megatrain.errors import DataError, truncate
 
 MAX_BYTES = 1 << 30
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class LabelledText(NamedTuple):
-    """The words of a text, with the white space around them, and encoded targets.
+    """A text and its labels.
 
-    There is one target per word (None has no loss), or one of the text.
+    Attributes:
+        words: each with the white space around it.
+        labels: the class of each word (None has no loss), or of the text. It is [0] for multi-label and
+            regression problems, whose values are in `targets`.
+        targets: fp32 [labels]: 0 or 1 for each class, or the value of a regression.
     """
 
     words: list[str]
-    targets: list[int | None]
+    labels: list[int | None]
+    targets: Float32 | None = None
 
 
 class LabelSpec(NamedTuple):
@@ -110,22 +114,29 @@ def _labelled_text(record: dict[str, Any], spec: LabelSpec, location: str) -> La
     text = record.get("text")
     if not isinstance(text, str) or not text.strip():
         raise DataError(f'{location}: no text in the field "text"')
-    return LabelledText(split_words(text), [_text_target(record, spec, location)])
+    words, target = split_words(text), _text_target(record, spec, location)
+    if isinstance(target, int):
+        return LabelledText(words, [target])
+    return LabelledText(words, [0], target)
 
 
-def _text_target(record: dict[str, Any], spec: LabelSpec, location: str) -> int:
+def _text_target(record: dict[str, Any], spec: LabelSpec, location: str) -> int | Float32:
+    """Returns a class, or the values of a multi-label or regression problem."""
     value = record.get(spec.field)
     if value is None:
         raise DataError(f'{location}: the field "{spec.field}" is missing')
     if spec.problem == "multi-label":
         if not isinstance(value, list):
             raise DataError(f'{location}: the field "labels" is not a list of classes')
-        return encode_classes(_class(item, spec.labels, location) for item in value)
+        target = np.zeros(len(spec.labels), dtype=np.float32)
+        target[[_class(item, spec.labels, location) for item in value]] = 1.0
+        return target
     if spec.problem == "single-label":
         return _class(value, spec.labels, location)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and abs(value) <= _MAX_FLOAT32):
         raise DataError(f"{location}: the label {_json(value)} is not a number")
-    return encode_value(float(value))
+    return np.array([value], dtype=np.float32)
 
 
 def _class(value: object, labels: list[str], location: str) -> int:
@@ -159,8 +170,8 @@ def _labelled_words(record: dict[str, Any], spec: LabelSpec, location: str) -> L
         )
     if len(labels) != len(words):
         raise DataError(f"{location}: {len(words)} tokens have {len(labels)} labels")
-    targets = [None if label is None else _class(label, spec.labels, location) for label in labels]
-    return LabelledText([f"{word} " for word in words], targets)
+    classes = [None if label is None else _class(label, spec.labels, location) for label in labels]
+    return LabelledText([f"{word} " for word in words], classes)
 
 
 def _is_word(value: object) -> bool:
@@ -172,11 +183,12 @@ def _json(value: object) -> str:
 
 
 class EncodedText(NamedTuple):
-    """The tokens of a text, the label of each, and if the text was truncated."""
+    """The tokens of a text, the label of each, and the targets of the text."""
 
     tokens: list[int]
     labels: list[int]
     is_truncated: bool
+    targets: Float32 | None = None
 
 
 def encode_text(
@@ -192,10 +204,10 @@ def encode_text(
         return EncodedText(tokens, labels, is_truncated)
     labels = [IGNORE_INDEX] * len(tokens)
     if tokens:
-        target = text.targets[0]
-        assert target is not None
-        labels[last_token_index(tokens, padding)] = target
-    return EncodedText(tokens, labels, is_truncated)
+        label = text.labels[0]
+        assert label is not None
+        labels[last_token_index(tokens, padding)] = label
+    return EncodedText(tokens, labels, is_truncated, text.targets)
 
 
 class ClassificationDataset:
@@ -230,13 +242,15 @@ class ClassificationDataset:
         self.samples_per_epoch = len(texts)
         self.limit: int | None = None
         self._order = lru_cache(maxsize=2)(self._make_order)
+        first = texts[0].targets if texts else None
+        self._no_targets = None if first is None else np.zeros_like(first)
         self.num_truncated = 0
         self._encoded = [self._encode(text) for text in texts] if augmentation == "none" else None
 
     def fetch(self, position: int) -> Sample:
         """Returns the sample at `position`."""
         if self.limit is not None and position >= self.limit:
-            return self._make_sample(EncodedText([], [], False))
+            return self._make_sample(EncodedText([], [], False, self._no_targets))
         epoch, index = divmod(position, self.samples_per_epoch)
         index = self._order(epoch)(index)
         if self._encoded is not None:
@@ -258,12 +272,12 @@ class ClassificationDataset:
                 text.words, self._augmentation, share=self._share, key=key, masked=masked
             )
             return text._replace(words=words)
-        pairs = list(zip(text.words, text.targets, strict=True))
-        masked_pairs = None if mask is None else [(f"{mask} ", target) for _, target in pairs]
+        pairs = list(zip(text.words, text.labels, strict=True))
+        masked_pairs = None if mask is None else [(f"{mask} ", label) for _, label in pairs]
         augmented = augment(
             pairs, self._augmentation, share=self._share, key=key, masked=masked_pairs
         )
-        return LabelledText([word for word, _ in augmented], [target for _, target in augmented])
+        return LabelledText([word for word, _ in augmented], [label for _, label in augmented])
 
     def _encode(self, text: LabelledText) -> EncodedText:
         encoded = encode_text(
@@ -283,7 +297,7 @@ class ClassificationDataset:
         tokens[: len(encoded.tokens)] = encoded.tokens
         labels[: len(encoded.labels)] = encoded.labels
         positions, documents = np.arange(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
-        return Sample(tokens, labels, positions, documents)
+        return Sample(tokens, labels, positions, documents, encoded.targets)
 
 
 def last_token_index(tokens: Sequence[int], padding: int) -> int:
@@ -301,12 +315,12 @@ def first_token_labels(text: LabelledText, offsets: Sequence[tuple[int, int]]) -
     """
     labels = [IGNORE_INDEX] * len(offsets)
     start, token = 0, 0
-    for word, target in zip(text.words, text.targets, strict=True):
+    for word, label in zip(text.words, text.labels, strict=True):
         while token < len(offsets) and offsets[token][1] <= start:
             token += 1
         stop = start + len(word.rstrip())
         if token < len(offsets) and offsets[token][0] < stop:
-            labels[token] = IGNORE_INDEX if target is None else target
+            labels[token] = IGNORE_INDEX if label is None else label
             token += 1
         start += len(word)
     return labels

@@ -25,12 +25,16 @@ from megatrain.errors import ConfigError
 
 
 class Batch(NamedTuple):
-    """The samples of one microbatch; fields are int64 [micro_batch_size, sequence_length]."""
+    """The samples of one microbatch: the fields of `Sample`, stacked along dim 0.
+
+    All are int64 [micro_batch_size, sequence_length], but `targets`, fp32 [micro_batch_size, labels].
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
     documents: torch.Tensor
+    targets: torch.Tensor | None = None
 
 
 class DataLoader:
@@ -105,4 +109,8 @@ class DataLoader:
 
 
 def _stack(samples: list[Sample]) -> Batch:
-    return Batch(*(torch.from_numpy(np.stack(field)) for field in zip(*samples, strict=True)))
+    fields = (
+        None if field[0] is None else torch.from_numpy(np.stack(field))
+        for field in zip(*samples, strict=True)
+    )
+    return Batch(*fields)  # type: ignore[arg-type]

@@ -38,6 +38,7 @@ IGNORE_INDEX = -100
 """The label without a loss; torch's default `ignore_index` of cross-entropy."""
 
 Int64 = np.ndarray[Any, np.dtype[np.int64]]
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
 Paths = str | Sequence[Mapping[str, Any]]
 
 
@@ -54,12 +55,14 @@ class Sample(NamedTuple):
         positions: int64[S], for the position embedding.
         documents: int64[S], 0 for the first document in the sample, then 1, 2, ...; attention
             stays within a document.
+        targets: float32[labels], of a text with several classes or with a value.
     """
 
     tokens: Int64
     labels: Int64
     positions: Int64
     documents: Int64
+    targets: Float32 | None = None
 
 
 class Samples(Protocol):

@@ -1,20 +1,24 @@
-"""Collectives along one axis, each with its backward.
+"""Collectives along one mesh axis, with their backwards.
 
-The letters of Megatron-LM (arXiv 1909.08053, section 3; sequence parallelism: arXiv 2205.05198, section 4.2.2):
+In the notation of Megatron-LM (arXiv 1909.08053, section 3) and of its sequence parallelism (arXiv
+2205.05198, section 4.2.2):
 
-    function          forward            backward           before -> after, along the axis
-    copy          f   identity           all-reduce         same on all  -> same on all, used by split weights
-    reduce        f*  all-reduce         identity           partial sums -> same on all
-    gather        g   all-gather         reduce-scatter     sequence split -> whole
-    scatter_sum   g*  reduce-scatter     all-gather         partial sums -> sequence split
-    split             keep own part      all-gather         same on all  -> sequence split
-    collect           all-gather         keep own part      sequence split -> same on all, used alike by all
+    function                    forward          backward         input -> output, along the axis
+    copy_to_tp            f     identity         all-reduce       replicated -> replicated
+    reduce_from_tp        f*    all-reduce       identity         partial sums -> replicated
+    gather_from_sp        g     all-gather       reduce-scatter   sequence shards -> replicated
+    reduce_scatter_to_sp  g*    reduce-scatter   all-gather       partial sums -> sequence shards
+    scatter_to_sp               own shard        all-gather       replicated -> sequence shards
+    gather_to_replicated        all-gather       own shard        sequence shards -> replicated
 
-An axis of size 1 makes each the identity. "Sequence" is dim 0 of the tensors, so parts are contiguous. Tensors without memory (torch's
-meta device) are exchanged in shape alone, with nobody.
+Sharded weights use the output of `gather_from_sp`, so that each rank has a share of its gradient.
+All ranks use the output of `gather_to_replicated` alike.
 
-What is no tensor is gathered and broadcast too. Each collective is noted while it lasts, and no longer: a rank that works before it is
-what the others are seen to wait for.
+On an axis of size 1 each is the identity. The sequence is dim 0 of the tensors, so shards are
+contiguous. Tensors on torch's meta device change their shape only, without communication.
+
+Python objects can be gathered and broadcast as well. Each collective is recorded in the rank's
+activity while it runs.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ T = TypeVar("T")
 
 
 def all_reduce(x: Tensor, axis: MeshAxis, *, op: Any = None) -> Tensor:
-    """Sum (or `op`) over the axis, in place; returns x."""
+    """Reduces x over the axis in place, by default to the sum, and returns it."""
     if axis.size > 1 and not x.is_meta:
         axis.activity.enter_collective("all-reduce", axis)
         dist.all_reduce(x, op=dist.ReduceOp.SUM if op is None else op, group=axis.group)
@@ -39,47 +43,53 @@ def all_reduce(x: Tensor, axis: MeshAxis, *, op: Any = None) -> Tensor:
     return x
 
 
+def mean_over(x: Tensor, axis: MeshAxis) -> Tensor:
+    """Averages x over the axis in place and returns it."""
+    return all_reduce(x, axis).div_(axis.size)
+
+
 def all_gather(x: Tensor, axis: MeshAxis) -> Tensor:
-    """Parts [s, ...] joined along dim 0 in rank order: [s * size, ...]."""
+    """Concatenates shards [s, ...] along dim 0 in rank order: [s * size, ...]."""
     if axis.size == 1:
         return x
-    whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    output = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     if not x.is_meta:
         axis.activity.enter_collective("all-gather", axis)
-        dist.all_gather_into_tensor(whole, x.contiguous(), group=axis.group)
+        dist.all_gather_into_tensor(output, x.contiguous(), group=axis.group)
         axis.activity.leave_collective()
-    return whole
+    return output
 
 
 def reduce_scatter(x: Tensor, axis: MeshAxis) -> Tensor:
-    """This rank's part along dim 0 of the sum over the axis: [s, ...] -> [s / size, ...]."""
+    """Returns this rank's shard along dim 0 of the sum over the axis: [s, ...] -> [s / size,
+    ...]."""
     if axis.size == 1:
         return x
-    part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    shard = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     if not x.is_meta:
         axis.activity.enter_collective("reduce-scatter", axis)
-        dist.reduce_scatter_tensor(part, x.contiguous(), group=axis.group)
+        dist.reduce_scatter_tensor(shard, x.contiguous(), group=axis.group)
         axis.activity.leave_collective()
-    return part
+    return shard
 
 
 def own_shard(x: Tensor, axis: MeshAxis) -> Tensor:
-    """This rank's part along dim 0."""
+    """Returns this rank's shard along dim 0."""
     return x.chunk(axis.size)[axis.rank].contiguous() if axis.size > 1 else x
 
 
 def gather_objects(value: T, axis: MeshAxis) -> list[T]:
-    """What each rank of the axis has, in rank order, on all of them."""
+    """Returns the values of all ranks of the axis in rank order, on all of them."""
     if axis.size == 1:
         return [value]
-    everyone: list[Any] = [None] * axis.size
+    values: list[Any] = [None] * axis.size
     with axis.activity.collective("all-gather", axis):
-        dist.all_gather_object(everyone, value, group=axis.group)
-    return everyone
+        dist.all_gather_object(values, value, group=axis.group)
+    return values
 
 
 def broadcast_object(value: T, axis: MeshAxis) -> T:
-    """What the axis' first rank has, on all of them; those of the others do not matter."""
+    """Returns the value of the axis's first rank on all ranks; the values of others are ignored."""
     if axis.size == 1:
         return value
     values: list[Any] = [value]
@@ -89,13 +99,13 @@ def broadcast_object(value: T, axis: MeshAxis) -> T:
 
 
 def barrier(axis: MeshAxis) -> None:
-    """No rank of the axis returns before all have come."""
+    """Blocks until all ranks of the axis have called it."""
     if axis.size > 1:
         with axis.activity.collective("barrier", axis):
             dist.barrier(axis.group)
 
 
-class _Copy(torch.autograd.Function):
+class _CopyToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: MeshAxis) -> Tensor:
         ctx.axis = axis
@@ -106,7 +116,7 @@ class _Copy(torch.autograd.Function):
         return all_reduce(grad.contiguous(), ctx.axis), None
 
 
-class _Reduce(torch.autograd.Function):
+class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: MeshAxis) -> Tensor:
         return all_reduce(x.clone() if axis.size > 1 else x.view_as(x), axis)
@@ -116,7 +126,7 @@ class _Reduce(torch.autograd.Function):
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
+class _GatherFromSP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: MeshAxis) -> Tensor:
         ctx.axis = axis
@@ -127,7 +137,7 @@ class _Gather(torch.autograd.Function):
         return reduce_scatter(grad, ctx.axis), None
 
 
-class _ScatterSum(torch.autograd.Function):
+class _ReduceScatterToSP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: MeshAxis) -> Tensor:
         ctx.axis = axis
@@ -138,7 +148,7 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather(grad, ctx.axis), None
 
 
-class _Split(torch.autograd.Function):
+class _ScatterToSP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: MeshAxis) -> Tensor:
         ctx.axis = axis
@@ -149,7 +159,7 @@ class _Split(torch.autograd.Function):
         return all_gather(grad, ctx.axis), None
 
 
-class _Collect(torch.autograd.Function):
+class _GatherToReplicated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: MeshAxis) -> Tensor:
         ctx.axis = axis
@@ -161,34 +171,34 @@ class _Collect(torch.autograd.Function):
 
 
 def copy_to_tp(x: Tensor, axis: MeshAxis) -> Tensor:
-    return _Copy.apply(x, axis) if axis.size > 1 else x
+    return _CopyToTP.apply(x, axis) if axis.size > 1 else x
 
 
 def reduce_from_tp(x: Tensor, axis: MeshAxis) -> Tensor:
-    return _Reduce.apply(x, axis) if axis.size > 1 else x
+    return _ReduceFromTP.apply(x, axis) if axis.size > 1 else x
 
 
 def gather_from_sp(x: Tensor, axis: MeshAxis) -> Tensor:
-    return _Gather.apply(x, axis) if axis.size > 1 else x
+    return _GatherFromSP.apply(x, axis) if axis.size > 1 else x
 
 
 def reduce_scatter_to_sp(x: Tensor, axis: MeshAxis) -> Tensor:
-    return _ScatterSum.apply(x, axis) if axis.size > 1 else x
+    return _ReduceScatterToSP.apply(x, axis) if axis.size > 1 else x
 
 
 def scatter_to_sp(x: Tensor, axis: MeshAxis) -> Tensor:
-    return _Split.apply(x, axis) if axis.size > 1 else x
+    return _ScatterToSP.apply(x, axis) if axis.size > 1 else x
 
 
 def gather_to_replicated(x: Tensor, axis: MeshAxis) -> Tensor:
-    return _Collect.apply(x, axis) if axis.size > 1 else x
+    return _GatherToReplicated.apply(x, axis) if axis.size > 1 else x
 
 
 def enter_tensor_parallel(x: Tensor, axis: MeshAxis, *, sequence: bool) -> Tensor:
-    """Into weights split by columns: whole sequence on every tensor rank afterwards."""
+    """Passes x to column-parallel weights: the full sequence on every tensor rank."""
     return gather_from_sp(x, axis) if sequence else copy_to_tp(x, axis)
 
 
 def leave_tensor_parallel(x: Tensor, axis: MeshAxis, *, sequence: bool) -> Tensor:
-    """Out of weights split by rows: partial sums become the sum, whole or split along the sequence."""
+    """Sums the partial sums of row-parallel weights; returns the full sum or its sequence shard."""
     return reduce_scatter_to_sp(x, axis) if sequence else reduce_from_tp(x, axis)

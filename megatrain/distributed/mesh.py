@@ -1,7 +1,8 @@
-"""Who am I on each axis of the layout, and who are my peers.
+"""The process mesh: this rank's coordinates and process groups along each parallelism axis.
 
-Ranks fill a box of pipeline x data x tensor, tensor fastest, so that tensor ranks, which talk most, are neighbours on
-one machine (Megatron-LM SC21, section 3.2). An axis of size 1 has no process group: its collectives are the identity.
+Ranks fill a box of pipeline x data x tensor, with tensor fastest. Tensor ranks communicate most,
+and so are neighbours on one machine (Megatron-LM, SC21, section 3.2). An axis of size 1 has no
+process group: its collectives are the identity.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeshAxis:
-    """This rank's line of peers along one axis.
+    """The ranks along one axis of the mesh that include this rank.
 
     Attributes:
-        rank: this rank's place on the axis.
-        size: how many ranks the axis has.
-        ranks: the peers' global ranks, this one included, in order.
-        group: their process group; None when the axis has one rank, is the world, or the grid was made without processes.
-        name: what a note calls it.
-        activity: where collectives along the axis are noted.
+        rank: this rank's coordinate on the axis.
+        size: number of ranks on the axis.
+        ranks: their global ranks in order, including this rank.
+        group: their process group; None for one rank, for the world, and in a mesh without
+            processes.
+        name: the name in logs and in the watchdog's reports.
+        activity: records collectives along the axis.
     """
 
     rank: int
@@ -40,7 +42,15 @@ class MeshAxis:
 
 @dataclass(frozen=True)
 class ProcessMesh:
-    """The layout as this rank sees it; passed to whoever needs it, never global."""
+    """The layout from one rank's view. It is passed to its users and never global.
+
+    Attributes:
+        model_parallel_group: all ranks of this rank's replica, tensor x pipeline.
+        embedding_group: first and last stage with this rank's tensor and data coordinates, which
+            share a tied embedding.
+        world: all ranks of the run, in torch's default group.
+        self_group: this rank alone, for libraries that require a group.
+    """
 
     rank: int
     world_size: int
@@ -48,22 +58,18 @@ class ProcessMesh:
     pipeline: MeshAxis
     data: MeshAxis
     model_parallel_group: MeshAxis
-    """All ranks of this rank's replica: tensor x pipeline."""
     embedding_group: MeshAxis
-    """First and last stage with this rank's tensor and data place: those that share a tied embedding."""
     world: MeshAxis
-    """All ranks of the run, in torch's own group."""
     self_group: dist.ProcessGroup | None = None
-    """This rank alone, for libraries that want a group where we have none."""
 
     @property
     def activity(self) -> RankActivity:
-        """Where this rank notes what it is doing."""
+        """The record of this rank's current activity."""
         return self.world.activity
 
 
-def box(*, tensor: int, pipeline: int, data: int) -> np.ndarray:
-    """Global ranks by [pipeline, data, tensor]."""
+def global_ranks(*, tensor: int, pipeline: int, data: int) -> np.ndarray:
+    """Returns the global ranks as an array [pipeline, data, tensor]."""
     return np.arange(tensor * pipeline * data).reshape(pipeline, data, tensor)
 
 
@@ -76,8 +82,13 @@ def make_mesh(
     connect: bool = True,
     activity: RankActivity | None = None,
 ) -> ProcessMesh:
-    """This rank's grid, its collectives noted in `activity`; with `connect` every rank of the world must call it together, since it makes process groups."""
-    ranks = box(tensor=tensor, pipeline=pipeline, data=data)
+    """Returns the mesh of this rank.
+
+    Args:
+        connect: create process groups; then all ranks of the world call this together.
+        activity: records this rank's collectives.
+    """
+    ranks = global_ranks(tensor=tensor, pipeline=pipeline, data=data)
     lines = {
         "tensor": ranks.reshape(-1, tensor),
         "pipeline": ranks.reshape(pipeline, -1).T,
@@ -90,58 +101,48 @@ def make_mesh(
     activity = activity or RankActivity()
     axes = {name: _axis(rank, groups, connect, name, activity) for name, groups in lines.items()}
     world = MeshAxis(rank, ranks.size, tuple(range(ranks.size)), name="world", activity=activity)
-    return ProcessMesh(
-        rank=rank,
-        world_size=ranks.size,
-        world=world,
-        self_group=new_group((rank,), name="self_group", activity=activity) if connect else None,
-        **axes,
-    )
+    self_group = new_group((rank,), name="self_group", activity=activity) if connect else None
+    return ProcessMesh(rank=rank, world_size=ranks.size, world=world, self_group=self_group, **axes)
 
 
 def shard_range(axis: MeshAxis, size: int) -> MeshAxis:
-    """The `size` neighbours of this rank on the axis: ranks [k*size, (k+1)*size) of it. All of the axis call it together."""
+    """Returns the part [k*size, (k+1)*size) of an axis that includes this rank.
+
+    All ranks of the axis call this together.
+    """
     first = axis.rank // size * size
     ranks = axis.ranks[first : first + size]
-    group = (
-        new_group(ranks, name=axis.name, activity=axis.activity)
-        if axis.group is not None and size > 1
-        else None
-    )
-    return MeshAxis(
-        rank=axis.rank - first,
-        size=size,
-        ranks=ranks,
-        group=group,
-        name=axis.name,
-        activity=axis.activity,
-    )
+    group = None
+    if axis.group is not None and size > 1:
+        group = new_group(ranks, name=axis.name, activity=axis.activity)
+    return MeshAxis(axis.rank - first, size, ranks, group, axis.name, axis.activity)
 
 
 def _axis(
     rank: int, lines: np.ndarray, connect: bool, name: str, activity: RankActivity
 ) -> MeshAxis:
-    mine = next((tuple(line) for line in lines.tolist() if rank in line), (rank,))
-    # Also for a rank alone on a line of others' (see new_group).
+    ranks = next((tuple(line) for line in lines.tolist() if rank in line), (rank,))
+    # A rank alone also makes a group where others make larger ones (see new_group).
     group = (
-        new_group(mine, name=name, activity=activity) if connect and lines.shape[1] > 1 else None
+        new_group(ranks, name=name, activity=activity) if connect and lines.shape[1] > 1 else None
     )
     return MeshAxis(
-        rank=mine.index(rank),
-        size=len(mine),
-        ranks=mine,
-        group=group if len(mine) > 1 else None,
+        rank=ranks.index(rank),
+        size=len(ranks),
+        ranks=ranks,
+        group=group if len(ranks) > 1 else None,
         name=name,
         activity=activity,
     )
 
 
 def new_group(ranks: tuple[int, ...], *, name: str, activity: RankActivity) -> dist.ProcessGroup:
-    """A group of `ranks`, this one included. Only they meet, so that a grid costs the same on 4 ranks and on 4096.
+    """Creates the process group of `ranks`, which include this rank.
 
-    torch names the group after its ranks and the number of groups that the caller made before. Unless all ranks of the
-    world have made equally many, members wait for each other under different names for ever: so whoever is left out of a
-    round of groups makes one of itself.
+    Only its members synchronise, so that a mesh costs the same on 4 ranks and on 4096. torch names
+    a group after its ranks and the number of groups that the caller has created. Members with
+    different numbers would wait for each other under different names. So every rank creates a group
+    in each round, if only of itself.
     """
     import torch.distributed as dist
 

@@ -1,16 +1,19 @@
-"""Where the elements of a rank's piece of a parameter are in the whole tensor: numbers only, no tensors and no ranks.
+"""Positions of the elements of a rank's flat shard in the full tensor: index arithmetic on numbers
+only.
 
-A piece is a run of neighbours of a rank's flattened parameter: what ZeRO leaves on one replica. In the whole tensor, flattened
-in the parameter's own orientation, these neighbours are one run when the tensor is whole or split by its first dim, and one run
-a row when it is split further in. Of a [4, 6] matrix split by columns over two ranks, the second rank's elements 1 to 7 are
+A flat shard is a range of a rank's flattened parameter: what ZeRO leaves on one replica. Consider
+the full tensor, flattened in the parameter's orientation. There the range is one interval if the
+tensor is unsplit or split by its first dim. If it is split by a later dim, each row has an
+interval. Take a [4, 6] matrix split by columns over two ranks. Elements 1 to 7 of the second rank
+are
 
-    the whole            the rank's part     runs (whole, local, length)
+    full tensor          the rank's shard    intervals (full, local, length)
      0  1  2 | 3  4  5    0  1  2            ( 4, 1, 2)
      6  7  8 | 9 10 11    3  4  5            ( 9, 3, 3)
     12 13 14 |15 16 17    6  7  8            (15, 6, 1)
     18 19 20 |21 22 23    9 10 11
 
-What one piece can give to another is where their runs meet, whatever the layouts that cut them.
+The intersection of two shards' intervals is what one can copy to the other, whatever their layouts.
 """
 
 from __future__ import annotations
@@ -24,16 +27,16 @@ import numpy as np
 from megatrain.distributed.sharding import ShardSpec
 
 Numbers = np.ndarray
-"""int64 [runs]."""
+"""int64 [number of intervals]."""
 
 
 @dataclass(frozen=True)
 class FlatShard:
-    """Elements [first, first + count) of a flattened local parameter, and what the parameter is a part of.
+    """Elements [first, first + count) of a flattened local parameter.
 
     Attributes:
-        shape, dim, start, length, run, stride, transposed: as in `Sharding`, in the whole tensor's orientation.
-        extent: the local parameter's size along `dim`, padding included.
+        shape, dim, start, length, block, block_stride, transposed: as in `ShardSpec`.
+        extent: the local parameter's size along `dim`, including padding.
     """
 
     shape: tuple[int, ...]
@@ -49,9 +52,14 @@ class FlatShard:
 
 
 class Intervals(NamedTuple):
-    """Runs of elements: where each starts in the whole tensor (in the parameter's orientation) and from the piece's first on."""
+    """Intervals of elements.
 
-    whole: Numbers
+    Attributes:
+        full: the start of each in the full tensor, flattened in the parameter's orientation.
+        local: the start of each, counted from the flat shard's first element.
+    """
+
+    full: Numbers
     local: Numbers
     length: Numbers
 
@@ -61,7 +69,7 @@ class Intervals(NamedTuple):
 
 
 class CopyPlan(NamedTuple):
-    """What to copy: where from in the source, where to in the target, how many elements; by target."""
+    """Copies in the order of the target: starts in source and target, and numbers of elements."""
 
     source: Numbers
     target: Numbers
@@ -71,7 +79,7 @@ class CopyPlan(NamedTuple):
 def make_flat_shard(
     s: ShardSpec, local_shape: tuple[int, ...], first: int, count: int
 ) -> FlatShard:
-    """The piece [first, first + count) of a parameter of `local_shape`."""
+    """Returns the range [first, first + count) of a parameter of `local_shape`."""
     oriented = local_shape[::-1] if s.transposed else local_shape
     extent = oriented[s.dim] if s.dim is not None else 0
     return FlatShard(
@@ -88,57 +96,59 @@ def make_flat_shard(
     )
 
 
-def intervals_of(piece: FlatShard) -> Intervals:
-    """The piece as runs in both orders, padding left out; both rise."""
-    shape, dim = piece.shape, piece.dim
+def intervals_of(shard: FlatShard) -> Intervals:
+    """Returns the intervals of a flat shard without padding; `full` and `local` are ascending."""
+    shape, dim = shard.shape, shard.dim
     if dim is None:
         return _clip(
-            Intervals(*(np.array([number], np.int64) for number in (0, 0, math.prod(shape)))), piece
+            Intervals(*(np.array([number], np.int64) for number in (0, 0, math.prod(shape)))), shard
         )
-    if piece.transposed:
+    if shard.transposed:
         shape, dim = shape[::-1], len(shape) - 1 - dim
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    block = piece.block or max(piece.length, 1)
+    block = shard.block or max(shard.length, 1)
     rows = np.arange(outer, dtype=np.int64)[:, None]
-    regions = np.arange(piece.length // block, dtype=np.int64)[None]
-    whole = (rows * shape[dim] + piece.start + regions * piece.block_stride) * inner
-    local = (rows * piece.extent + regions * block) * inner
+    blocks = np.arange(shard.length // block, dtype=np.int64)[None]
+    full = (rows * shape[dim] + shard.start + blocks * shard.block_stride) * inner
+    local = (rows * shard.extent + blocks * block) * inner
     return _clip(
-        Intervals(whole.ravel(), local.ravel(), np.full(whole.size, block * inner, np.int64)), piece
+        Intervals(full.ravel(), local.ravel(), np.full(full.size, block * inner, np.int64)), shard
     )
 
 
-def _clip(runs: Intervals, piece: FlatShard) -> Intervals:
-    """What of the runs is in the piece, counted from its first element."""
-    start = np.maximum(runs.local, piece.first)
-    stop = np.minimum(runs.local + runs.length, piece.first + piece.count)
+def _clip(intervals: Intervals, shard: FlatShard) -> Intervals:
+    """Returns the part of the intervals in the flat shard, counted from its first element."""
+    start = np.maximum(intervals.local, shard.first)
+    stop = np.minimum(intervals.local + intervals.length, shard.first + shard.count)
     kept = stop > start
     start, stop = start[kept], stop[kept]
-    return Intervals(runs.whole[kept] + start - runs.local[kept], start - piece.first, stop - start)
+    return Intervals(
+        intervals.full[kept] + start - intervals.local[kept], start - shard.first, stop - start
+    )
 
 
 def intersect(source: Intervals, target: Intervals) -> CopyPlan:
-    """Where two lists of runs of one whole tensor overlap, neighbours joined."""
-    low = np.searchsorted(source.whole + source.length, target.whole, side="right")
-    high = np.searchsorted(source.whole, target.whole + target.length, side="left")
+    """Returns the overlaps of two lists of intervals of one full tensor, with neighbours joined."""
+    low = np.searchsorted(source.full + source.length, target.full, side="right")
+    high = np.searchsorted(source.full, target.full + target.length, side="left")
     counts = np.maximum(high - low, 0)
     t = np.repeat(np.arange(counts.size), counts)
     s = np.arange(t.size) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(low, counts)
-    start = np.maximum(source.whole[s], target.whole[t])
+    start = np.maximum(source.full[s], target.full[t])
     length = (
-        np.minimum(source.whole[s] + source.length[s], target.whole[t] + target.length[t]) - start
+        np.minimum(source.full[s] + source.length[s], target.full[t] + target.length[t]) - start
     )
     return _join(
         CopyPlan(
-            source.local[s] + start - source.whole[s],
-            target.local[t] + start - target.whole[t],
+            source.local[s] + start - source.full[s],
+            target.local[t] + start - target.full[t],
             length,
         )
     )
 
 
 def _join(copies: CopyPlan) -> CopyPlan:
-    """Copies that go on where the one before ended, on both sides, become one."""
+    """Merges copies that continue the previous one in source and target."""
     source, target, length = copies
     if not length.size:
         return copies
@@ -148,10 +158,10 @@ def _join(copies: CopyPlan) -> CopyPlan:
     return CopyPlan(source[first], target[first], np.add.reduceat(length, first))
 
 
-def covers(target: Intervals, pieces: list[CopyPlan]) -> bool:
-    """Whether the copies together write each element of the target, and none of them twice."""
-    starts = np.concatenate([np.empty(0, np.int64), *(copies.target for copies in pieces)])
-    lengths = np.concatenate([np.empty(0, np.int64), *(copies.length for copies in pieces)])
+def covers(target: Intervals, copies: list[CopyPlan]) -> bool:
+    """Returns True if the copies write each element of the target exactly once."""
+    starts = np.concatenate([np.empty(0, np.int64), *(copy.target for copy in copies)])
+    lengths = np.concatenate([np.empty(0, np.int64), *(copy.length for copy in copies)])
     order = np.argsort(starts, kind="stable")
     starts, lengths = starts[order], lengths[order]
     return int(lengths.sum()) == target.total and bool(

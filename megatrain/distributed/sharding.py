@@ -1,7 +1,8 @@
-"""How a parameter is split, declared once.
+"""Shard specs: one declaration of how a parameter is split.
 
-Every parameter carries a `Sharding`: which tensor of the Hugging Face checkpoint it is a part of, and which part. From
-it alone follow initial weights, the gradient norm, what is summed over which ranks, saving, loading and export.
+Every parameter carries a `ShardSpec`: the tensor of the Hugging Face checkpoint that it is a shard
+of, and which shard. Initial values, the gradient norm, gradient reduction, saving, loading and
+export follow from it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from megatrain.distributed.mesh import MeshAxis
 
 @dataclass(frozen=True)
 class Init:
-    """Initial values: all `value`, or with `std` normal with mean 0, but for a row of zeros, or with `bound` uniform in its ±."""
+    """Initial values.
+
+    Attributes:
+        std: standard deviation of normal values with mean 0; None for other values.
+        bound: bound of values uniform in (-bound, bound]; None for other values.
+        value: the constant value otherwise.
+        zero_row: a row that is zero, beside normal values.
+    """
 
     std: float | None = None
     bound: float | None = None
@@ -26,40 +34,44 @@ class Init:
 
 
 class ShardSlice(NamedTuple):
-    """A rectangle of a whole tensor, and where it lies in the part; both as indices in the whole tensor's orientation."""
+    """A rectangle of a full tensor and its position in a shard, both in the full tensor's
+    orientation."""
 
-    whole: tuple[slice, ...]
-    part: tuple[slice, ...]
+    full: tuple[slice, ...]
+    shard: tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The part of a whole tensor that one rank's parameter holds.
+    """The shard of a full tensor that one rank's parameter holds.
 
-    Along `dim` the part is one run of neighbours, or, where a fused tensor interleaves its roles head by head, equal runs a
-    constant stride apart. Of GPT-NeoX's query_key_value [heads x 3 x head_dim, hidden], with d = head_dim, the second of two
-    tensor ranks holds for its keys, with 4 heads in all,
+    Along `dim` the shard is one contiguous block or, where a fused tensor interleaves its roles
+    head by head, equal blocks at a constant stride. Take GPT-NeoX's query_key_value [heads x 3 x d,
+    hidden] with d = head_dim, 4 heads and two tensor ranks. For its keys, the second rank holds
 
-        whole along dim    | q0 k0 v0 | q1 k1 v1 | q2 k2 v2 | q3 k3 v3 |
-        the part                                      k2         k3         start=7d length=2d run=d stride=3d
+        full along dim    | q0 k0 v0 | q1 k1 v1 | q2 k2 v2 | q3 k3 v3 |
+        shard                                        k2         k3
 
-    `regions` lists the runs. A region of dim 0 is contiguous in a stored tensor, since it takes in every other dim whole; one of
-    dim 1 is a piece of each row. The part joins its regions in order.
+        start=7d, length=2d, block=d, block_stride=3d
 
     Attributes:
-        name: the whole tensor's name in the Hugging Face checkpoint.
-        shape: the whole tensor's shape there.
-        dim: the dim of the whole tensor along which this is a part; None when it holds all of it.
-        start, length: where the part begins and how much it holds, in elements along `dim`. The parameter may hold more rows
-            than `length`: the padding of a vocabulary that does not divide; it stays zero and never leaves the rank.
-        transposed: the parameter holds the part's transpose (GPT-2 stores its matrices as [in, out]).
+        name: the full tensor's name in the Hugging Face checkpoint.
+        shape: the full tensor's shape there.
+        dim: the dim of the full tensor along which this is a shard; None if it is the full tensor.
+        start, length: first element and number of elements along `dim`. A parameter may hold more
+            rows than `length`: the padding of a vocabulary. Padding stays zero and never leaves the
+            rank.
+        transposed: the parameter holds the shard's transpose (GPT-2 stores its matrices as [in,
+            out]).
         init: initial values.
-        kind: what the optimizer's groups tell apart.
-        counted: whether this rank counts the part in the gradient norm and writes it to checkpoints; exactly one rank
-            among those of a replica that hold a part does.
-        summed: axes over which the gradient must be added up before a step, since each rank sees a share of it: norms
-            under sequence parallelism, key and value heads on more ranks than there are heads, tied embeddings.
-        run, stride: elements of each run, and from one run's start to the next; run 0 when there is only one, of `length`.
+        kind: selects the optimizer's parameter group.
+        is_owner: True on exactly one of a replica's ranks that hold the same shard. The owner
+            counts it in the gradient norm and writes it to checkpoints.
+        grad_reduce_axes: axes over which the gradient is summed before a step, because each rank
+            has only a share of it: norms under sequence parallelism, key and value heads on more
+            ranks than there are heads, tied embeddings.
+        block, block_stride: elements of each block, and the distance between block starts; 0 for a
+            single block of `length` elements.
     """
 
     name: str
@@ -75,8 +87,12 @@ class ShardSpec:
     block: int = 0
     block_stride: int = 0
 
-    def regions(self) -> list[ShardSlice]:
-        """The part as rectangles of the whole tensor, in the part's order; none when the part is empty."""
+    def slices(self) -> list[ShardSlice]:
+        """Returns the shard as rectangles of the full tensor, in the shard's order; empty if it is
+        empty.
+
+        A rectangle of dim 0 is contiguous in a stored tensor; one of dim 1 is a piece of each row.
+        """
         if self.dim is None:
             everything = tuple(slice(0, size) for size in self.shape)
             return [ShardSlice(everything, everything)]
@@ -95,43 +111,46 @@ class ShardSpec:
             for dim, size in enumerate(self.shape)
         )
 
-    def part_shape(self) -> tuple[int, ...]:
-        """The part's shape in the whole tensor's orientation."""
+    def shard_shape(self) -> tuple[int, ...]:
+        """Returns the shard's shape in the full tensor's orientation."""
         return tuple(
             self.length if dim == self.dim else size for dim, size in enumerate(self.shape)
         )
 
-    def take(self, whole: Tensor) -> Tensor:
-        """A copy of the part out of the whole tensor."""
-        part = whole.new_empty(self.part_shape())
-        for region in self.regions():
-            part[region.part] = whole[region.whole]
-        return part
+    def shard(self, full: Tensor) -> Tensor:
+        """Returns a copy of the shard of a full tensor."""
+        shard = full.new_empty(self.shard_shape())
+        for part in self.slices():
+            shard[part.shard] = full[part.full]
+        return shard
 
-    def put(self, part: Tensor, whole: Tensor) -> None:
-        """Write the part, in the whole tensor's orientation, into its place there."""
-        for region in self.regions():
-            whole[region.whole] = part[region.part]
+    def unshard_into(self, shard: Tensor, full: Tensor) -> None:
+        """Writes the shard, in the full tensor's orientation, to its position in the full
+        tensor."""
+        for part in self.slices():
+            full[part.full] = shard[part.shard]
 
-    def part_of(self, parameter: Tensor) -> Tensor:
-        """The part that `parameter` holds, without padding, in the whole tensor's orientation (a view)."""
-        part = parameter.t() if self.transposed else parameter
+    def local_view(self, parameter: Tensor) -> Tensor:
+        """Returns a view of a parameter's shard, without padding, in the full tensor's
+        orientation."""
+        shard = parameter.t() if self.transposed else parameter
         if self.dim is None:
-            return part
-        return part.narrow(self.dim, 0, self.length)
+            return shard
+        return shard.narrow(self.dim, 0, self.length)
 
 
 def shard_spec(parameter: Any) -> ShardSpec:
-    """The declaration that a parameter of ours carries, or what is held in its place."""
+    """Returns the shard spec of a parameter, or of what replaces one."""
     return parameter.sharding
 
 
-def declare(parameter: nn.Parameter, declaration: ShardSpec) -> nn.Parameter:
-    parameter.sharding = declaration  # type: ignore[attr-defined]
+def set_shard_spec(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
+    """Attaches a shard spec to a parameter and returns the parameter."""
+    parameter.sharding = spec  # type: ignore[attr-defined]
     return parameter
 
 
 def parameters(module: nn.Module) -> Iterator[tuple[ShardSpec, nn.Parameter]]:
-    """Each parameter of the module once, with its declaration, in the module's order."""
+    """Yields each parameter of the module once, with its shard spec, in the module's order."""
     for parameter in module.parameters():
         yield shard_spec(parameter), parameter

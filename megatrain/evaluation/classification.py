@@ -40,7 +40,10 @@ def measure_classification(
         for text in texts
     ]
     outputs = list(scorer.outputs(Row(sample.tokens, sample.labels) for sample in samples))
-    targets = np.array([label for sample in samples for label in sample.labels if label >= 0])
+    if classifier.problem == "single-label":
+        targets = np.array([label for sample in samples for label in sample.labels if label >= 0])
+    else:
+        targets = np.stack([sample.targets for sample in samples if sample.targets is not None])
     metrics: dict[str, Any] = {}
     if classifier.of_tokens:
         predicted = np.array(

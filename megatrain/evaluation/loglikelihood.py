@@ -23,12 +23,11 @@ from torch import Tensor
 from megatrain.config.loader import Config
 from megatrain.data.dataloader import Batch
 from megatrain.distributed import collectives
+from megatrain.distributed.cross_entropy import vocab_parallel_cross_entropy
 from megatrain.distributed.mesh import MeshAxis, ProcessMesh
-from megatrain.distributed.tensor_parallel import vocab_parallel_cross_entropy
 from megatrain.models.classification_head import ClassificationHead
 from megatrain.models.config import TransformerConfig
-from megatrain.models.microbatch import Microbatch
-from megatrain.models.microbatches import MicrobatchFactory
+from megatrain.models.microbatch import Microbatch, MicrobatchFactory
 from megatrain.models.transformer import Head, HiddenStates
 from megatrain.ops.dtypes import DTYPES
 from megatrain.pipeline.communication import add_communication
@@ -95,7 +94,14 @@ class Scorer:
         self.micro_batch_size = config.train.micro_batch_size
         self.length_multiple = mesh.tensor.size if config.parallel.sequence else 1
         self.hidden_size, self.classifier = architecture.hidden_size, architecture.classifier
-        self.microbatches = MicrobatchFactory(config, architecture, mesh, device)
+        self.microbatch_factory = MicrobatchFactory(
+            architecture,
+            mesh,
+            device,
+            dtype=DTYPES[config.train.dtype],
+            separate_documents=config.data.document_mask or config.data.packing,
+            seed=config.run.seed,
+        )
         is_pipelined = mesh.pipeline.size > 1
         self.microbatches_per_round = 4 * mesh.pipeline.size if is_pipelined else 1
         self.executor = Executor(
@@ -143,7 +149,7 @@ class Scorer:
         rows = [*rows, *[Row([], [])] * (count * size * replicas - num_rows)]
         local = list(_split(rows, size))[self.mesh.data.rank :: replicas]
         microbatches = [
-            self.microbatches.make(_make_batch(group, length), step=None, index=index)
+            self.microbatch_factory.make(_make_batch(group, length), step=None, index=index)
             for index, group in enumerate(local)
         ]
         self.executor.hidden_shape = (length // self.length_multiple, size, self.hidden_size)
@@ -224,13 +230,13 @@ def _class_outputs(
     head: ClassificationHead, hidden_states: HiddenStates | None, microbatch: Microbatch
 ) -> Tensor:
     """Returns float64 [B, classes] scores; for tokens [B, S] classes, -1 without a label."""
-    scores, _ = head.scores(hidden_states, microbatch)
+    scores = head.scores(hidden_states, microbatch)
     labelled = microbatch.labels >= 0
-    if head.classifier.of_tokens:
+    if head.config.of_tokens:
         classes = torch.full(labelled.shape, -1.0, dtype=torch.float64, device=scores.device)
         classes[labelled] = scores.argmax(1).double()
         return classes
-    shape = (labelled.shape[0], head.classifier.num_labels)
+    shape = (labelled.shape[0], head.config.num_labels)
     outputs = torch.zeros(shape, dtype=torch.float64, device=scores.device)
     outputs[labelled.any(1)] = scores.double()
     return outputs

@@ -1,4 +1,5 @@
-"""What a transformers config says of a classifier: its head's name in a checkpoint, its classes and what kind of problem they are."""
+"""Classification heads in transformers configs: their name in a checkpoint, classes and problem
+type."""
 
 from __future__ import annotations
 
@@ -8,19 +9,19 @@ from typing import Any
 from megatrain.errors import ConfigError
 from megatrain.models.config import ClassificationHeadConfig, TransformerConfig, read_config
 
-_HEADS_OF_TOKENS = {"gpt2": "classifier", "gpt_neox": "classifier"}
-"""What transformers calls the matrix of a token classifier where it is not `score`."""
+_TOKEN_CLASSIFIERS = {"gpt2": "classifier", "gpt_neox": "classifier"}
+"""Transformers' name of a token classifier's matrix, in families where it is not `score`."""
 
 PROBLEMS = {
     "single-label": "single_label_classification",
     "multi-label": "multi_label_classification",
     "regression": "regression",
 }
-"""Each `classification.problem` in transformers' words."""
+"""Transformers' `problem_type` for each `classification.problem`."""
 
 
 def any_architecture(hf: Any) -> TransformerConfig:
-    """Of a language model, or of a classifier where the config says that it is one."""
+    """Returns the transformer config of a language model or of a classifier."""
     for name in hf.architectures or ():
         if name.endswith(("ForSequenceClassification", "ForTokenClassification")):
             return with_classifier(hf, of_tokens=name.endswith("ForTokenClassification"))
@@ -30,30 +31,25 @@ def any_architecture(hf: Any) -> TransformerConfig:
 def with_classifier(
     hf: Any, *, of_tokens: bool, dropout: float = 0.0, label_smoothing: float = 0.0
 ) -> TransformerConfig:
-    """The architecture of a transformers config whose labels, problem and padding are set."""
+    """Returns the classifier of a transformers config whose labels, problem and padding are set."""
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    offered = (
-        AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
-    )._model_mapping
-    if type(hf) not in offered:
-        task = "token-classification" if of_tokens else "classification"
+    auto = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    if type(hf) not in auto._model_mapping:
         raise ConfigError(
             "task",
-            task,
-            f"is not offered by transformers for {hf.model_type} models",
-            "choose another family",
+            "token-classification" if of_tokens else "classification",
+            f"is not supported by transformers for {hf.model_type} models",
+            "choose a model of another family",
         )
     problems = {name: problem for problem, name in PROBLEMS.items()}
-    problem: Any = problems.get(
-        hf.problem_type, "regression" if hf.num_labels == 1 and not of_tokens else "single-label"
-    )
-    name = _HEADS_OF_TOKENS.get(hf.model_type, "score") if of_tokens else "score"
+    default = "regression" if hf.num_labels == 1 else "single-label"
+    problem: Any = "single-label" if of_tokens else problems.get(hf.problem_type, default)
     classifier = ClassificationHeadConfig(
         num_labels=hf.num_labels,
         of_tokens=of_tokens,
-        problem="single-label" if of_tokens else problem,
-        name=name,
+        problem=problem,
+        name=_TOKEN_CLASSIFIERS.get(hf.model_type, "score") if of_tokens else "score",
         bias=of_tokens,
         dropout=dropout,
         label_smoothing=label_smoothing,

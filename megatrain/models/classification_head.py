@@ -1,9 +1,13 @@
-"""A decoder that tells labels: the last layer of the list with a small matrix of classes in the vocabulary's place.
+"""A classification head: the last layer of a decoder that predicts classes or values instead of
+tokens.
 
-Which tokens are told a label is said by the labels of the microbatch alone: one token of each text, or the first token of each
-word. So a text's classifier and a word's are one layer.
+The labels of the microbatch mark the tokens that it classifies: one token of each text, or the
+first token of each word. So classifiers of texts and of words share one layer.
 
-    [S, B, H] -> norm -> whole sequence on every tensor rank -> labelled tokens [n, H] -> scores [n, classes] -> loss
+    [S, B, H] -> norm -> full sequence on every tensor rank -> labelled tokens [n, H]
+    -> scores [n, classes] -> loss
+
+Shapes: S sequence, B micro-batch, H hidden, n labelled tokens of the microbatch.
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatrain.data.label_targets import decode_targets
 from megatrain.distributed import collectives
 from megatrain.distributed.tensor_parallel import linear
 from megatrain.models.microbatch import Microbatch
@@ -25,47 +28,54 @@ from megatrain.ops.random import dropout
 class ClassificationHead(nn.Module):
     """Final norm, scores of the labelled tokens, and the sum of their losses (fp32 scalar).
 
-    Every tensor rank holds the whole matrix, sees all labelled tokens and computes the same.
+    Every tensor rank holds the full matrix and computes the same for all labelled tokens.
+
+    Attributes:
+        outcomes: None, or a list to which each forward in evaluation appends scores and targets.
     """
 
-    def __init__(self, parts: ParamFactory) -> None:
+    def __init__(self, params: ParamFactory) -> None:
         super().__init__()
-        a, classifier = parts.architecture, parts.architecture.classifier
-        assert classifier is not None
-        self.classifier, self.axis, self.sequence = classifier, parts.mesh.tensor, parts.sequence
+        a, config = params.architecture, params.architecture.classifier
+        assert config is not None
+        self.config, self.axis, self.sequence = config, params.mesh.tensor, params.sequence
         self.outcomes: list[tuple[Tensor, Tensor]] | None = None
-        """While it is a list, each forward of an evaluation adds its scores and numbers."""
-        self.norm = hidden_norm(parts, "final_norm", None)
-        self.weight = parts.classifier("weight", (classifier.num_labels, a.hidden_size))
-        self.bias = parts.classifier("bias", (classifier.num_labels,)) if classifier.bias else None
+        self.norm = hidden_norm(params, "final_norm", None)
+        self.weight = params.classifier("weight", (config.num_labels, a.hidden_size))
+        self.bias = params.classifier("bias", (config.num_labels,)) if config.bias else None
 
     def forward(self, hidden_states: Any, microbatch: Microbatch) -> Tensor:
-        scores, numbers = self.scores(hidden_states, microbatch)
+        """Returns the sum of the labelled tokens' losses, as transformers defines them."""
+        scores, targets = self.scores(hidden_states, microbatch), self.targets(microbatch)
         if self.outcomes is not None and not self.training:
-            self.outcomes.append((scores.detach(), numbers))
-        classifier = self.classifier
-        right = decode_targets(
-            numbers, problem=classifier.problem, num_labels=classifier.num_labels
-        )
-        if classifier.problem == "single-label":
-            smoothing = classifier.label_smoothing if self.training else 0.0
-            return F.cross_entropy(scores, right, reduction="sum", label_smoothing=smoothing)
-        if classifier.problem == "multi-label":
-            return (
-                F.binary_cross_entropy_with_logits(scores, right, reduction="sum")
-                / classifier.num_labels
-            )
-        return F.mse_loss(scores, right, reduction="sum") / classifier.num_labels
+            self.outcomes.append((scores.detach(), targets))
+        config = self.config
+        if config.problem == "single-label":
+            smoothing = config.label_smoothing if self.training else 0.0
+            return F.cross_entropy(scores, targets, reduction="sum", label_smoothing=smoothing)
+        if config.problem == "multi-label":
+            loss = F.binary_cross_entropy_with_logits(scores, targets, reduction="sum")
+        else:
+            loss = F.mse_loss(scores, targets, reduction="sum")
+        return loss / config.num_labels
 
-    def scores(self, hidden_states: Any, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-        """Of the labelled tokens, in the order of the microbatch's rows: fp32 [n, classes], and their targets' numbers [n]."""
+    def scores(self, hidden_states: Any, microbatch: Microbatch) -> Tensor:
+        """Returns the scores of the labelled tokens, fp32 [n, classes], in the order of the
+        rows."""
         hidden = self.norm(hidden_states.hidden)
         if self.sequence:
             hidden = collectives.gather_to_replicated(hidden, self.axis)
-        labelled = microbatch.labels >= 0
-        rows = hidden.transpose(0, 1)[labelled]
-        if self.training and self.classifier.dropout > 0.0:
+        rows = hidden.transpose(0, 1)[microbatch.labels >= 0]
+        if self.training and self.config.dropout > 0.0:
             rows = dropout(
-                rows, self.classifier.dropout, microbatch.mask_key("classifier"), training=True
+                rows, self.config.dropout, microbatch.mask_key("classifier"), training=True
             )
-        return linear(rows, self.weight, self.bias).float(), microbatch.labels[labelled]
+        return linear(rows, self.weight, self.bias).float()
+
+    def targets(self, microbatch: Microbatch) -> Tensor:
+        """Returns the targets of the labelled tokens: classes int64 [n], or values fp32 [n,
+        labels]."""
+        labelled = microbatch.labels >= 0
+        if microbatch.targets is None:
+            return microbatch.labels[labelled]
+        return microbatch.targets[labelled.any(1)]

@@ -1,8 +1,8 @@
-"""What a model's arithmetic costs and what a device could do: the two sides of model FLOPs utilisation.
+"""Model FLOPs of a token and peak FLOP/s of devices: the two sides of model FLOPs utilisation.
 
-Model FLOPs are those of the forward and backward as written down, whatever recomputation adds: PaLM (Chowdhery et al.
-2022), appendix B. Megatron-LM (Narayanan et al., SC 2021), equation 3, counts the same products, with whole attention
-matrices and one more forward for full recomputation.
+Model FLOPs are those of one forward and backward, without recomputation: PaLM (Chowdhery et al.
+2022), appendix B. Megatron-LM (Narayanan et al., SC 2021), equation 3, counts the same products,
+but complete attention matrices and one more forward for full recomputation.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from megatrain.distributed.mesh import make_mesh
 from megatrain.distributed.sharding import parameters
 from megatrain.models.config import TransformerConfig, read_config
 from megatrain.models.lora import add_adapters
-from megatrain.models.params import ParamFactory
-from megatrain.models.transformer import build_layers, layer_specs
+from megatrain.models.transformer import build_meta_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,12 +27,15 @@ if TYPE_CHECKING:
 def flops_per_token(
     config: PreTrainedConfig, *, sequence_length: int, frozen: bool = False, head: bool = True
 ) -> float:
-    """FLOPs of one token's forward and backward in a sequence of `sequence_length`.
+    """Returns the FLOPs of one token's forward and backward in a sequence of `sequence_length`.
 
-    6 for each weight that multiplies activations: 2 forward, 4 backward. Embedding lookups, norms and biases are no
-    matrix products and count nothing; the head counts whether tied or not, and a classifier's (no `head`) is as good as
-    nothing. Scores and their use cost 12 x query width x sequence, half of it as a token sees on average half of the sequence.
-    `frozen` weights have no gradient and cost 4; the adapters beside them, a percent or less, are left out.
+    Each weight of a matrix product costs 6: 2 in the forward, 4 in the backward. Embedding lookups,
+    norms and biases are not counted. Attention scores and their product with values cost 12 x query
+    width x tokens attended to, on average half of the sequence.
+
+    Args:
+        frozen: weights without a gradient cost 4. Adapters, at most a percent, are not counted.
+        head: count the LM head, tied or not. A classification head is negligible.
     """
     a = read_config(config)
     seen = sum(_tokens_seen(a.window(layer), sequence_length) for layer in range(a.num_layers))
@@ -42,7 +44,7 @@ def flops_per_token(
 
 
 def matrix_weights(config: PreTrainedConfig) -> int:
-    """Weights of all matrix products: each layer's projections, and the head."""
+    """Returns the number of weights in matrix products: each block's linears, and the head."""
     a = read_config(config)
     return a.num_layers * _block_weights(a) + a.hidden_size * a.vocab_size
 
@@ -53,41 +55,41 @@ def _block_weights(a: TransformerConfig) -> int:
 
 
 def _tokens_seen(window: int | None, sequence_length: int) -> float:
-    """Tokens that a token attends to on average: half of the sequence, less with a sliding window."""
+    """Returns the mean number of tokens that a token attends to: at most half of the sequence."""
     if window is None or window >= sequence_length:
         return sequence_length / 2
-    # The first `window` tokens see half of the window on average, all later ones the whole of it.
+    # The first `window` tokens attend to half of the window on average, later ones to all of it.
     return window - window * window / (2 * sequence_length)
 
 
-def layer_costs(model_config: TransformerConfig, sequence_length: int) -> list[float]:
-    """Returns the multiplications per token of each layer's forward pass, from embedding to head.
+def layer_costs(architecture: TransformerConfig, sequence_length: int) -> list[float]:
+    """Returns the multiplications per token of each layer's forward, from embedding to head.
 
     The embedding is a lookup and costs one operation per hidden unit.
     """
-    c = model_config
-    block = _block_weights(c) + c.num_heads * c.head_dim * sequence_length
+    a = architecture
+    block = _block_weights(a) + a.num_heads * a.head_dim * sequence_length
     return [
-        float(c.hidden_size),
-        *[float(block)] * c.num_layers,
-        float(c.hidden_size * c.vocab_size),
+        float(a.hidden_size),
+        *[float(block)] * a.num_layers,
+        float(a.hidden_size * a.vocab_size),
     ]
 
 
-def count_parameters(model_config: TransformerConfig) -> int:
+def count_parameters(architecture: TransformerConfig) -> int:
     """Returns the number of parameters of the model, without padding."""
-    return count_module_parameters(_complete_model(model_config))[1]
+    return count_module_parameters(build_meta_model(architecture))[1]
 
 
-def parameter_shapes(model_config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(architecture: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Returns the name and shape of each tensor of the model, as checkpoints store them."""
-    return {spec.name: spec.shape for spec, _ in parameters(_complete_model(model_config))}
+    return {spec.name: spec.shape for spec, _ in parameters(build_meta_model(architecture))}
 
 
-def count_adapter_parameters(model_config: TransformerConfig, lora: LoraConfig) -> int:
+def count_adapter_parameters(architecture: TransformerConfig, lora: LoraConfig) -> int:
     """Returns the number of trained parameters of the model with LoRA adapters."""
-    model = _complete_model(model_config)
-    add_adapters(model, model_config, lora, make_mesh(0, connect=False).tensor)
+    model = build_meta_model(architecture)
+    add_adapters(model, architecture, lora, make_mesh(0, connect=False).tensor)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -95,30 +97,16 @@ def count_module_parameters(module: torch.nn.Module) -> tuple[int, int]:
     """Returns the elements that a module stores, and those that it owns.
 
     The owned elements of all ranks add up to the model: replicated tensors count on one rank only,
-    padding nowhere.
+    padding on none.
     """
     stored = owned = 0
     for spec, parameter in parameters(module):
         stored += parameter.numel()
         if spec.is_owner:
-            owned += math.prod(spec.part_shape())
+            owned += math.prod(spec.shard_shape())
     return stored, owned
 
 
-def _complete_model(model_config: TransformerConfig) -> torch.nn.Module:
-    """Builds all layers for a single rank on the meta device."""
-    factory = ParamFactory(
-        model_config,
-        make_mesh(0, connect=False),
-        sequence=False,
-        dtype=torch.float32,
-        device="meta",
-    )
-    return build_layers(layer_specs(model_config), factory, recompute="none")
-
-
-# Dense peaks in FLOP/s, without sparsity and TF32, from the makers' data sheets. The first name found as words in the
-# device's own name counts, so special forms stand before the plain one.
 _PEAKS: list[tuple[str, dict[str, float]]] = [
     ("B200", {"bf16": 2250e12, "fp16": 2250e12, "fp32": 75e12}),
     ("H100 PCIe", {"bf16": 756e12, "fp16": 756e12, "fp32": 51e12}),
@@ -137,11 +125,16 @@ _PEAKS: list[tuple[str, dict[str, float]]] = [
     ("MI300X", {"bf16": 1307e12, "fp16": 1307e12, "fp32": 163e12}),
     ("MI250X", {"bf16": 383e12, "fp16": 383e12, "fp32": 48e12}),
 ]
+"""Dense peaks in FLOP/s, without sparsity and TF32, from the vendors' data sheets.
+
+The first entry whose name occurs in the device's name counts, so variants precede the plain model.
+"""
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """The device's dense peak for `dtype` (fp32, bf16, fp16); None for devices not in the table, such as CPUs."""
+    """Returns the device's dense peak for `dtype` (fp32, bf16, fp16); None for unknown devices and
+    CPUs."""
     for name, peaks in _PEAKS:
-        if re.search(rf"\b{name}\b", device_name, re.IGNORECASE):  # A100 is no RTX A1000
+        if re.search(rf"\b{name}\b", device_name, re.IGNORECASE):  # not A100 in RTX A1000
             return peaks.get(dtype)
     return None

@@ -1,4 +1,4 @@
-"""The fields of a transformers config as the families read them: each is honoured or refused, and what nobody read is refused."""
+"""Reads transformers configs field by field, and refuses fields that nothing has read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WITHOUT_EFFECT = frozenset(
         "chunk_size_feed_forward",
     }
 )
-"""What says nothing about the maths of training a decoder: names, labels of classes, what is returned and kept."""
+"""Fields that do not affect the training of a decoder: names, class labels, outputs and caches."""
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -69,7 +69,7 @@ _ROPE_TYPES = {
         }
     ),
 }
-"""What each scaling reads beside rope_theta and partial_rotary_factor."""
+"""Fields of each scaling, beside rope_theta and partial_rotary_factor."""
 
 _ROPE_NUMBERS = frozenset(
     {
@@ -82,26 +82,14 @@ _ROPE_NUMBERS = frozenset(
         "beta_slow",
     }
 )
-"""Of those, the ones that rotations are multiplied or divided by; transformers warns at most."""
+"""Fields that must be positive; transformers checks none of them."""
 
 OLD_ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling"})
-"""What is in rope_parameters since version 5 of transformers."""
-
-
-def _check_rope_number(setting: str, value: Any, *, from_1: bool) -> None:
-    if value is not None and not (
-        isinstance(value, int | float) and (value >= 1 if from_1 else value > 0)
-    ):
-        raise ConfigError(
-            setting,
-            value,
-            "must be a number from 1 on" if from_1 else "must be a number above 0",
-            fix={setting: 1.0},
-        )
+"""Fields that transformers 5 has moved into rope_parameters."""
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    """What a config class says when nothing is given, by field."""
+    """Returns the default of each field of a config class."""
     if dataclasses.is_dataclass(kind):
         return {
             field.name: field.default
@@ -112,10 +100,10 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 class HFConfigReader:
-    """A transformers config that remembers what was read of it.
+    """A transformers config that records which of its fields are read.
 
-    A field that a family does not read cannot be ignored silently, also one that a later transformers adds: unless it stands at
-    its default, `refuse_unread` names it.
+    So no field is ignored silently, including those that a later transformers adds: unless it has
+    its default value, `refuse_unread` names it.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -129,103 +117,95 @@ class HFConfigReader:
         return getattr(self.config, name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field, where this version of the config has it."""
+        """Returns a field, or `default` if this version of the config class lacks it."""
         return getattr(self, name) if hasattr(self.config, name) else default
 
-    def only(self, name: str, *allowed: Any) -> None:
-        """Refuse any other value of a field."""
-        value = self.get(name, allowed[0])
-        if value not in allowed:
-            words = " or ".join(format_value(item) for item in allowed)
+    def only(self, name: str, *supported: Any) -> None:
+        """Raises ConfigError for any other value of a field."""
+        value = self.get(name, supported[0])
+        if value not in supported:
+            values = ", ".join(format_value(item) for item in supported)
             raise ConfigError(
                 f"model.{name}",
                 value,
-                "changes the model in a way that is not built",
-                f"only {words} is",
-                fix={f"model.{name}": allowed[0]},
+                f"is not supported (supported: {values})",
+                fix={f"model.{name}": supported[0]},
             )
 
     def without_effect(self, *names: str) -> None:
-        """Fields of other heads than the language model's."""
+        """Marks fields as read that have no effect here, such as those of other heads."""
         self._read.update(names)
 
     def activation(self, name: str) -> Any:
+        """Returns the activation that a field names."""
         self.only(name, *_ACTIVATIONS)
         return _ACTIVATIONS[getattr(self, name)]
 
     def padding_token(self) -> int | None:
-        """Counted from the end of the vocabulary where negative, as torch does."""
+        """Returns the padding token; as in torch, negative ids count from the vocabulary's end."""
         token = self.pad_token_id
         if token is not None and not -self.vocab_size <= token < self.vocab_size:
             raise ConfigError(
                 "model.pad_token_id",
                 token,
                 f"is outside the vocabulary of {self.vocab_size}",
-                "leave it out: pretraining pads nothing",
+                "pretraining needs no padding token",
                 fix={"model.pad_token_id": None},
             )
         return None if token is None else token % self.vocab_size
 
     def layer_windows(self) -> tuple[int | None, ...]:
-        """The window of each layer, from its type."""
+        """Returns the window of each layer, from `layer_types` and `sliding_window`."""
         window = self.sliding_window
+        kinds = ("full_attention", "sliding_attention")
         for kind in self.layer_types:
-            if kind not in ("full_attention", "sliding_attention"):
+            if kind not in kinds:
                 raise ConfigError(
-                    "model.layer_types", kind, "is not built", "full_attention or sliding_attention"
+                    "model.layer_types", kind, "is not supported", f"use {' or '.join(kinds)}"
                 )
         if "sliding_attention" in self.layer_types and window is None:
             raise ConfigError(
                 "model.layer_types",
                 "sliding_attention",
-                "asks for a window and none is set",
+                "requires a window, and none is set",
                 "set model.use_sliding_window=true and model.sliding_window",
             )
         return tuple(window if kind == "sliding_attention" else None for kind in self.layer_types)
 
     def check_rope(self, kind: str | None = None, *, partial: bool = False) -> float:
-        """Refuse what the rotations of `rotary` do not know; returns the share of a head's dims that turn."""
-        where = "model.rope_parameters" if kind is None else f"model.rope_parameters.{kind}"
+        """Raises ConfigError for scalings that `rope.py` lacks; returns the rotating share of a
+        head.
+
+        Args:
+            kind: the key of a kind of layer in rope_parameters, if each has its own entry.
+            partial: the family supports a share below 1.
+        """
+        setting = "model.rope_parameters" if kind is None else f"model.rope_parameters.{kind}"
         parameters = self.rope_parameters if kind is None else self.rope_parameters[kind]
         rope_type = parameters.get("rope_type", "default")
         if rope_type not in _ROPE_TYPES:
             raise ConfigError(
-                f"{where}.rope_type",
+                f"{setting}.rope_type",
                 rope_type,
-                "is not built",
-                f"one of {', '.join(_ROPE_TYPES)}",
+                f"is not supported (supported: {', '.join(_ROPE_TYPES)})",
                 fix={
-                    where: {"rope_type": "default", "rope_theta": parameters.get("rope_theta", 1e4)}
+                    setting: {
+                        "rope_type": "default",
+                        "rope_theta": parameters.get("rope_theta", 1e4),
+                    }
                 },
             )
-        for name in parameters:
-            if name not in _ROPE_TYPES[rope_type] | {
-                "rope_type",
-                "type",
-                "rope_theta",
-                "partial_rotary_factor",
-            }:
-                raise ConfigError(
-                    f"{where}.{name}",
-                    parameters[name],
-                    f"is not read by rope_type={rope_type}",
-                    fix={where: {key: parameters[key] for key in parameters if key != name}},
-                )
-            if name in _ROPE_NUMBERS:
-                _check_rope_number(f"{where}.{name}", parameters[name], from_1=name == "factor")
+        _check_rope_fields(setting, rope_type, parameters)
         share = parameters.get("partial_rotary_factor", 1.0)
         if share != 1.0 and not partial:
+            name = f"{setting}.partial_rotary_factor"
             raise ConfigError(
-                f"{where}.partial_rotary_factor",
-                share,
-                f"is not built for {self.model_type}",
-                "leave it out",
-                fix={f"{where}.partial_rotary_factor": 1.0},
+                name, share, f"must be 1 in {self.model_type} models", fix={name: 1.0}
             )
         return share
 
     def refuse_unread(self) -> None:
-        """Refuse a field of the config's class that no family's line has read and that says something."""
+        """Raises ConfigError for a field that was not read and does not have its default value."""
         for name, default in _defaults(type(self.config)).items():
             if name in self._read or name in WITHOUT_EFFECT or name.startswith("_"):
                 continue
@@ -234,7 +214,43 @@ class HFConfigReader:
                 raise ConfigError(
                     f"model.{name}",
                     value,
-                    f"is a field of {self.config.model_type} configs that is not built",
-                    f"only {format_value(default)} is",
+                    f"is not supported in {self.config.model_type} models "
+                    f"(supported: {format_value(default)})",
                     fix={f"model.{name}": default},
+                )
+
+
+def _check_rope_fields(setting: str, rope_type: str, parameters: dict[str, Any]) -> None:
+    supported = _ROPE_TYPES[rope_type] | {
+        "rope_type",
+        "type",
+        "rope_theta",
+        "partial_rotary_factor",
+    }
+    for name, value in parameters.items():
+        if name not in supported:
+            raise ConfigError(
+                f"{setting}.{name}",
+                value,
+                f"is not read by rope_type={rope_type}",
+                "leave it out",
+                fix={setting: {key: parameters[key] for key in parameters if key in supported}},
+            )
+        if name in _ROPE_NUMBERS and value is not None:
+            is_number, hint = isinstance(value, int | float), "copy it from the model's config.json"
+            if name == "factor" and not (is_number and value >= 1):
+                raise ConfigError(
+                    f"{setting}.{name}",
+                    value,
+                    "must be a number of at least 1",
+                    hint,
+                    fix={f"{setting}.{name}": 1.0},
+                )
+            if not (is_number and value > 0):
+                raise ConfigError(
+                    f"{setting}.{name}",
+                    value,
+                    "must be a number above 0",
+                    hint,
+                    fix={f"{setting}.{name}": 1.0},
                 )

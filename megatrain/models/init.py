@@ -1,4 +1,4 @@
-"""Initial weights as a function of (seed, name, global index), part by part."""
+"""Initial weights as a function of (seed, tensor name, global index): the same on every layout."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from megatrain.ops.random import normal_slice, uniform_slice
 
 @torch.no_grad()
 def initialize(module: nn.Module, seed: int) -> None:
-    """Fill every parameter; a rank makes the part it holds and no more."""
-    for declaration, parameter in parameters(module):
-        initialize_parameter(declaration, parameter, seed)
+    """Initializes every parameter; a rank generates only its shards."""
+    for spec, parameter in parameters(module):
+        initialize_parameter(spec, parameter, seed)
 
 
-def initialize_parameter(declaration: ShardSpec, parameter: nn.Parameter, seed: int) -> None:
+def initialize_parameter(spec: ShardSpec, parameter: nn.Parameter, seed: int) -> None:
+    """Initializes one parameter; its padding becomes zero."""
     parameter.zero_()
-    part = declaration.part_of(parameter)
-    for region in declaration.regions():
-        part[region.part] = _values(seed, declaration, region.whole)
-    row = declaration.init.zero_row
-    if row is not None and declaration.start <= row < declaration.start + part.shape[0]:
-        part[row - declaration.start] = 0.0
+    shard = spec.local_view(parameter)
+    for part in spec.slices():
+        shard[part.shard] = _values(seed, spec, part.full)
+    row = spec.init.zero_row
+    if row is not None and spec.start <= row < spec.start + shard.shape[0]:
+        shard[row - spec.start] = 0.0
 
 
-def _values(seed: int, declaration: ShardSpec, region: tuple[slice, ...]) -> Tensor | float:
-    init = declaration.init
+def _values(seed: int, spec: ShardSpec, part: tuple[slice, ...]) -> Tensor | float:
+    init = spec.init
     if init.bound is not None:
-        return uniform_slice(seed, declaration.name, declaration.shape, region, bound=init.bound)
+        return uniform_slice(seed, spec.name, spec.shape, part, bound=init.bound)
     if init.std is not None:
-        return normal_slice(seed, declaration.name, declaration.shape, region, std=init.std)
+        return normal_slice(seed, spec.name, spec.shape, part, std=init.std)
     return init.value

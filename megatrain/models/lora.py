@@ -1,22 +1,29 @@
-"""Low-rank adapters beside frozen linear weights, in PEFT's names and orientation: LoRA (arXiv 2106.09685), with rsLoRA's
-scale (arXiv 2312.03732) and DoRA's magnitudes (arXiv 2402.09353) as options.
+"""LoRA (arXiv 2106.09685): low-rank adapters of frozen linears, with PEFT's names and orientation.
 
-    y = W x + s B A x + b          W [out, in] frozen, A [r, in], B [out, r]; s = alpha / r, under rsLoRA alpha / sqrt(r)
-    y = m/|W + s B A| (W x + s B A x) + b          DoRA: m and the norms [out], the norms held constant in the backward
+Options are rsLoRA's scale (arXiv 2312.03732) and DoRA's magnitudes (arXiv 2402.09353).
 
-    W's split      A             B             m            each rank sees a share of the gradient of
-    by columns     whole         as W's rows   as B         A
-    by rows        as W's cols   whole         as B         B, m
+    y = W x + s B A x + b          W [out, in] frozen, A [r, in], B [out, r]
+                                   s = alpha / r, under rsLoRA alpha / sqrt(r)
+    y = m/|W + s B A| (W x + s B A x) + b
+                                   DoRA: m and the norms [out], the norms constant in the backward
 
-Split by rows, B A x are partial sums that join those of W x before they are reduced: no message is added. A module that several
-of our linears are pieces of (GPT-2's c_attn) has one A, which they share, and one B, of which each holds its own rows.
+    split of W     A             B             m            each rank has a share of the gradient of
+    by columns     replicated    as W's rows   as B         A
+    by rows        as W's cols   replicated    as B         B, m
+
+Under a split by rows, B A x are partial sums that join those of W x before the reduction, without
+another collective. Several of our linears may be slices of one module (GPT-2's c_attn). They share
+one A and hold their own rows of one B.
+
+Shapes: r rank.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +31,7 @@ from torch import Tensor, nn
 from megatrain.config.schema import LoraConfig
 from megatrain.distributed import collectives
 from megatrain.distributed.mesh import MeshAxis
-from megatrain.distributed.sharding import Init, ShardSpec, declare, shard_spec
+from megatrain.distributed.sharding import Init, ShardSpec, set_shard_spec, shard_spec
 from megatrain.distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear, linear
 from megatrain.errors import ConfigError
 from megatrain.models.classification_head import ClassificationHead
@@ -34,13 +41,13 @@ from megatrain.ops.nf4 import dequantize
 from megatrain.ops.random import dropout
 
 PREFIX = "base_model.model."
-Split = Literal["rows", "columns"]
+"""Prefix of PEFT's tensor names."""
 
 LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
 def linear_names(architecture: TransformerConfig) -> list[str]:
-    """The linear modules of all blocks, in the Hugging Face model's names."""
+    """Returns the linear modules of all blocks, as the Hugging Face model names them."""
     sources = [architecture.names[role] for role in LINEARS if role != "gate" or architecture.gated]
     names = [
         source.name.format(layer) for layer in range(architecture.num_layers) for source in sources
@@ -49,31 +56,31 @@ def linear_names(architecture: TransformerConfig) -> list[str]:
 
 
 def target_names(architecture: TransformerConfig, targets: str | list[str]) -> set[str]:
-    """The modules that `lora.targets` means: a target is the end of a module's name, from a dot on, as PEFT reads it."""
+    """Returns the modules of `lora.targets`.
+
+    A target is the end of a module's name, from a dot on, as in PEFT.
+    """
     names = linear_names(architecture)
     if targets == "all-linear":
         return set(names)
-    wanted: set[str] = set()
+    selected: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
-        matched = {name for name in names if f".{name}".endswith(f".{target}")}
-        if not matched:
+        matches = {name for name in names if f".{name}".endswith(f".{target}")}
+        if not matches:
             ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
             raise ConfigError(
                 "lora.targets",
                 target,
                 "matches no linear module of the model's blocks",
-                f"there are {ends}; or all-linear",
+                f"the modules are {ends}",
                 fix={"lora.targets": "all-linear"},
             )
-        wanted |= matched
-    return wanted
+        selected |= matches
+    return selected
 
 
 class LoraLinear(ColumnParallelLinear):
-    """A frozen linear and its adapter, in the linear's place.
-
-    `part` is the tensor rank where the input is split among tensor ranks, so that their dropout differs.
-    """
+    """A frozen linear and its adapter, which replace the linear."""
 
     def __init__(
         self,
@@ -87,74 +94,76 @@ class LoraLinear(ColumnParallelLinear):
         self.lora_a, self.lora_b, self.magnitude = a, b, magnitude
         self.scale = scale(settings)
         self.dropout, self.name = settings.dropout, module_name(shard_spec(base.weight))
-        self.rows = (base.axis, base.sequence) if isinstance(base, RowParallelLinear) else None
-        self.part = base.axis.rank if isinstance(base, RowParallelLinear) else None
+        self.axis: MeshAxis | None = None
+        self.sequence = False
+        if isinstance(base, RowParallelLinear):
+            self.axis, self.sequence = base.axis, base.sequence
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:  # type: ignore[override]
+        """Returns the adapted linear's output, or the base's if the microbatch disables
+        adapters."""
         y = linear(x, self.weight)
         if microbatch.adapters:
             y = self._adapted(x, y, microbatch)
-        if self.rows is not None:
-            axis, sequence = self.rows
-            y = collectives.leave_tensor_parallel(y, axis, sequence=sequence)
+        if self.axis is not None:
+            y = collectives.leave_tensor_parallel(y, self.axis, sequence=self.sequence)
         return y if self.bias is None else y + self.bias
 
     def _adapted(self, x: Tensor, y: Tensor, microbatch: Microbatch) -> Tensor:
-        """y = W x becomes W x + s B A x, or DoRA's multiple of it; partial sums where the weight is split by rows."""
+        """Returns W x + s B A x, or DoRA's multiple, from y = W x; partial sums if W is split by
+        rows."""
         dropped = x
         if self.dropout > 0.0 and self.training:
-            dropped = dropout(
-                x, self.dropout, microbatch.mask_key("lora", self.name, self.part), training=True
-            )
-        low = linear(linear(dropped, self.lora_a), self.lora_b) * self.scale
+            # Tensor ranks drop independently where each has a part of the input.
+            shard = None if self.axis is None else self.axis.rank
+            key = microbatch.mask_key("lora", self.name, shard)
+            dropped = dropout(x, self.dropout, key, training=True)
+        low_rank = linear(linear(dropped, self.lora_a), self.lora_b) * self.scale
         if self.magnitude is None:
-            return y + low
+            return y + low_rank
         factor = (self.magnitude / self.norms()).to(y.dtype)
-        # As PEFT has it: what the magnitude adds to W x sees the dropped input too.
-        return (
-            y + (factor - 1) * (y if dropped is x else linear(dropped, self.weight)) + factor * low
-        )
+        # As in PEFT, the magnitude's change of W x sees the dropped input as well.
+        base = y if dropped is x else linear(dropped, self.weight)
+        return y + (factor - 1) * base + factor * low_rank
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """Norm of each row of W + s B A, fp32 [out]; of parts of rows the squares are summed over tensor ranks."""
-        whole = torch.addmm(
+        """Returns the norm of each row of W + s B A, fp32 [out]; tensor ranks sum squares of
+        parts."""
+        weight = torch.addmm(
             dequantize(self.weight, torch.float32).float(),
             self.lora_b.float(),
             self.lora_a.float(),
             alpha=self.scale,
         )
-        squares = whole.square_().sum(1)
-        if self.rows is not None:
-            collectives.all_reduce(squares, self.rows[0])
+        squares = weight.square_().sum(1)
+        if self.axis is not None:
+            collectives.all_reduce(squares, self.axis)
         return squares.sqrt_()
 
 
 def scale(settings: LoraConfig) -> float:
+    """Returns the factor s on B A x."""
     return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
 
 
 def module_name(weight: ShardSpec) -> str:
+    """Returns the Hugging Face module of a weight."""
     return weight.name.removesuffix(".weight")
 
 
 def add_adapters(
     stage: nn.Module, architecture: TransformerConfig, settings: LoraConfig, axis: MeshAxis
 ) -> None:
-    """Freeze every weight of the stage and put adapters, uninitialised, beside the linears that are targets.
+    """Freezes every weight of a stage and adds uninitialised adapters to the target linears.
 
-    A classifier's own matrix is trained itself, under the name that PEFT saves it by (`modules_to_save`).
+    A classifier's own matrix stays trainable, under the name of PEFT's `modules_to_save`.
     """
     targets = target_names(architecture, settings.targets)
     for parameter in stage.parameters():
         parameter.requires_grad_(False)
     for head in (module for module in stage.modules() if isinstance(module, ClassificationHead)):
-        for parameter in (head.weight, head.bias):
-            if parameter is not None:
-                declare(
-                    parameter,
-                    replace(shard_spec(parameter), name=PREFIX + shard_spec(parameter).name),
-                ).requires_grad_(True)
+        _train_head((head.weight, head.bias))
     shared: dict[str, nn.Parameter] = {}
     for module in list(stage.modules()):
         for name, child in list(module.named_children()):
@@ -165,61 +174,55 @@ def add_adapters(
                 setattr(module, name, _adapt(child, settings, axis, shared))
 
 
+def _train_head(parameters: Iterable[nn.Parameter | None]) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            spec = shard_spec(parameter)
+            set_shard_spec(parameter, replace(spec, name=PREFIX + spec.name)).requires_grad_(True)
+
+
 def _adapt(
     base: ColumnParallelLinear,
     settings: LoraConfig,
     axis: MeshAxis,
     shared: dict[str, nn.Parameter],
 ) -> LoraLinear:
-    weight = shard_spec(base.weight)
-    split: Split = "rows" if isinstance(base, RowParallelLinear) else "columns"
-    name = module_name(weight)
+    name, outputs = module_name(shard_spec(base.weight)), base.weight.shape[0]
     if name not in shared:
-        shared[name] = _make_a(base, settings, axis, split)
-    b = _make(
-        base,
-        _output_part(weight, f"{PREFIX}{name}.lora_B.weight", (settings.rank,), split, axis),
-        (base.weight.shape[0], settings.rank),
-    )
+        shared[name] = _make_a(base, settings, axis)
+    b_spec = _output_spec(base, f"{PREFIX}{name}.lora_B.weight", (settings.rank,), axis)
+    b = _make(base, b_spec, (outputs, settings.rank))
     magnitude = None
     if settings.dora:
-        declaration = replace(
-            _output_part(weight, f"{PREFIX}{name}.lora_magnitude_vector", (), split, axis),
-            kind="norm",
-        )
-        magnitude = _make(base, declaration, (base.weight.shape[0],))
+        spec = _output_spec(base, f"{PREFIX}{name}.lora_magnitude_vector", (), axis)
+        magnitude = _make(base, replace(spec, kind="norm"), (outputs,))
     return LoraLinear(base, shared[name], b, magnitude, settings)
 
 
-def _make_a(
-    base: ColumnParallelLinear, settings: LoraConfig, axis: MeshAxis, split: Split
-) -> nn.Parameter:
+def _make_a(base: ColumnParallelLinear, settings: LoraConfig, axis: MeshAxis) -> nn.Parameter:
     weight = shard_spec(base.weight)
     inputs = weight.shape[0 if weight.transposed else 1]
-    # torch's initial weights of a linear, as PEFT takes them: kaiming-uniform with a = sqrt(5).
-    declaration = ShardSpec(
+    # PEFT's initial values, those of torch's linear: kaiming-uniform with a = sqrt(5).
+    spec = ShardSpec(
         f"{PREFIX}{module_name(weight)}.lora_A.weight",
         (settings.rank, inputs),
         init=Init(bound=inputs**-0.5),
     )
-    if split == "columns":
-        declaration = replace(
-            declaration, is_owner=axis.rank == 0, grad_reduce_axes=(axis,) if axis.size > 1 else ()
-        )
+    if not isinstance(base, RowParallelLinear):
+        spec = replace(spec, **_replicated(axis))
     elif axis.size > 1:
-        declaration = replace(declaration, dim=1, start=weight.start, length=weight.length)
-    return _make(base, declaration, (settings.rank, base.weight.shape[1]))
+        spec = replace(spec, dim=1, start=weight.start, length=weight.length)
+    return _make(base, spec, (settings.rank, base.weight.shape[1]))
 
 
-def _output_part(
-    weight: ShardSpec, name: str, more: tuple[int, ...], split: Split, axis: MeshAxis
+def _output_spec(
+    base: ColumnParallelLinear, name: str, more: tuple[int, ...], axis: MeshAxis
 ) -> ShardSpec:
-    """Of a tensor with the weight's outputs as its first dim: the part that goes with this rank's outputs."""
+    """Returns the spec of a tensor [out, *more] that is split as the outputs of a linear."""
+    weight = shard_spec(base.weight)
     shape = (weight.shape[1 if weight.transposed else 0], *more)
-    if split == "rows":
-        return ShardSpec(
-            name, shape, is_owner=axis.rank == 0, grad_reduce_axes=(axis,) if axis.size > 1 else ()
-        )
+    if isinstance(base, RowParallelLinear):
+        return ShardSpec(name, shape, **_replicated(axis))
     return replace(
         weight,
         name=name,
@@ -231,18 +234,23 @@ def _output_part(
     )
 
 
-def _make(
-    base: ColumnParallelLinear, declaration: ShardSpec, shape: tuple[int, ...]
-) -> nn.Parameter:
-    return declare(
-        nn.Parameter(torch.empty(shape, dtype=base.weight.dtype, device=base.weight.device)),
-        declaration,
-    )
+def _replicated(axis: MeshAxis) -> dict[str, Any]:
+    """Returns the fields of a replicated tensor of whose gradient each rank has a share."""
+    return {"is_owner": axis.rank == 0, "grad_reduce_axes": (axis,) if axis.size > 1 else ()}
+
+
+def _make(base: ColumnParallelLinear, spec: ShardSpec, shape: tuple[int, ...]) -> nn.Parameter:
+    tensor = torch.empty(shape, dtype=base.weight.dtype, device=base.weight.device)
+    return set_shard_spec(nn.Parameter(tensor), spec)
 
 
 @torch.no_grad()
 def set_magnitudes(stage: nn.Module) -> None:
-    """DoRA's magnitudes as they start: the norms of the base weights, which must be in place, and B zero. Tensor ranks call it together."""
+    """Sets DoRA's initial magnitudes: the norms of the base weights, which must be loaded, and B =
+    0.
+
+    Tensor ranks call this together.
+    """
     for module in stage.modules():
         if isinstance(module, LoraLinear) and module.magnitude is not None:
             module.magnitude.copy_(module.norms())

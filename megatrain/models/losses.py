@@ -1,16 +1,22 @@
-"""What the head makes of its tokens' losses: their sum, or a loss over pairs of a preferred and a rejected answer.
+"""Objectives: the sum of the tokens' losses, or a loss over pairs of a chosen and a rejected
+answer.
 
-    pairs in a microbatch of B sequences, never split:    chosen 0 | rejected 0 | chosen 1 | rejected 1 | ...
+    a microbatch of B sequences, never split:   chosen 0 | rejected 0 | chosen 1 | rejected 1 | ...
 
-With log-probabilities summed over an answer's tokens (log p) or averaged over them (mean), of the model and of the reference
-that it started from (log r), d being what the chosen answer has more than the rejected one,
+log p is the sum of an answer's log-probabilities, mean p their mean, log r the sum under the
+reference model. d(x) is the difference of x between the chosen and the rejected answer:
 
-    dpo      -log sigmoid(beta d(log p - log r))                                    arXiv 2305.18290, equation 7
-    simpo    -log sigmoid(beta d(mean) - margin)                                    arXiv 2405.14734, equation 6
-    orpo     -mean of the chosen - beta log sigmoid(d(log odds of mean))            arXiv 2403.07691, equations 4 to 7
+    dpo      -log sigmoid(beta d(log p - log r))
+    simpo    -log sigmoid(beta d(mean p) - margin)
+    orpo     -mean p of the chosen - beta log sigmoid(d(log odds of mean p))
 
-`label_smoothing` mixes in the loss of the pair turned around, for labels that may be wrong (cDPO). A pair's reward is what its
-sigmoid compares: beta (log p - log r), or beta mean.
+Sources: DPO, arXiv 2305.18290, equation 7; SimPO, arXiv 2405.14734, equation 6; ORPO, arXiv
+2403.07691, equations 4 to 7.
+
+`label_smoothing` mixes in the loss of the swapped pair, for labels that may be wrong (cDPO). A
+pair's reward is the term inside the sigmoid: beta (log p - log r), or beta mean p.
+
+Shapes: S sequence, B micro-batch.
 """
 
 from __future__ import annotations
@@ -26,19 +32,21 @@ from megatrain.models.microbatch import Microbatch
 
 
 class Objective(Protocol):
-    """The scalar that the head returns, as a sum over what is counted.
+    """The scalar that the head returns: a sum over tokens or pairs.
 
     Attributes:
-        measures: names of what it leaves in `context.measured`, summed over what is counted as well.
+        measures: names of the values that it stores in `Microbatch.measured`, summed in the same
+            way.
     """
 
     measures: tuple[str, ...]
 
     def count(self, labels: Tensor) -> int:
-        """How many terms the sum has, from labels [B, S]."""
+        """Returns the number of terms of the sum, from labels [B, S]."""
 
     def __call__(self, losses: Tensor, microbatch: Microbatch) -> Tensor:
-        """fp32 scalar from the tokens' losses [S, B], 0 where there is none."""
+        """Returns an fp32 scalar from the tokens' losses [S, B], which are 0 for tokens without
+        one."""
 
 
 class TokenLoss:
@@ -54,7 +62,8 @@ class TokenLoss:
 
 
 class PreferenceLoss:
-    """The sum of the pairs' losses; leaves each sequence's log-probability in `context.log_probs`."""
+    """The sum of the pairs' losses; stores each sequence's log-probability in
+    `microbatch.log_probs`."""
 
     measures: tuple[str, ...] = (
         "rewards/chosen",
@@ -71,33 +80,21 @@ class PreferenceLoss:
         self.margin, self.smoothing = settings.margin, settings.label_smoothing
 
     def count(self, labels: Tensor) -> int:
-        return int(_present(labels).sum())
+        return int(_has_pair(labels).sum())
 
     def __call__(self, losses: Tensor, microbatch: Microbatch) -> Tensor:
-        log_probs, lengths = -losses.sum(0), (microbatch.labels >= 0).sum(1)
+        log_probs = -losses.sum(0)
         microbatch.log_probs = log_probs.detach()
-        means = log_probs / lengths.clamp(min=1)
+        means = log_probs / (microbatch.labels >= 0).sum(1).clamp(min=1)
+        rewards = self.beta * means
         if self.task == "dpo":
-            reference = (
-                microbatch.reference
-                if microbatch.reference is not None
-                else torch.zeros_like(log_probs)
-            )
+            reference = microbatch.reference
+            if reference is None:
+                reference = torch.zeros_like(log_probs)
             rewards = self.beta * (log_probs - reference)
-        else:
-            rewards = self.beta * means
         chosen, rejected = rewards[0::2], rewards[1::2]
-        if self.task == "orpo":
-            pairs = -means[0::2] - self.beta * F.logsigmoid(
-                _log_odds(means[0::2]) - _log_odds(means[1::2])
-            )
-        else:
-            logits = chosen - rejected - (self.margin if self.task == "simpo" else 0.0)
-            pairs = -(1 - self.smoothing) * F.logsigmoid(logits) - self.smoothing * F.logsigmoid(
-                -logits
-            )
-        present = _present(microbatch.labels)
-        told = torch.stack(
+        padding = ~_has_pair(microbatch.labels)
+        measured = torch.stack(
             [
                 chosen,
                 rejected,
@@ -107,25 +104,35 @@ class PreferenceLoss:
                 log_probs[1::2],
             ]
         )
-        microbatch.measured = told.detach().masked_fill(~present, 0.0).sum(1)
-        return pairs.masked_fill(~present, 0.0).sum()
+        microbatch.measured = measured.detach().masked_fill(padding, 0.0).sum(1)
+        return self._losses(chosen, rejected, means).masked_fill(padding, 0.0).sum()
+
+    def _losses(self, chosen: Tensor, rejected: Tensor, means: Tensor) -> Tensor:
+        """Returns the pairs' losses [B / 2] from their rewards [B / 2] and mean log-probabilities
+        [B]."""
+        if self.task == "orpo":
+            log_odds_ratio = _log_odds(means[0::2]) - _log_odds(means[1::2])
+            return -means[0::2] - self.beta * F.logsigmoid(log_odds_ratio)
+        logits = chosen - rejected - (self.margin if self.task == "simpo" else 0.0)
+        swapped = self.smoothing * F.logsigmoid(-logits)
+        return -(1 - self.smoothing) * F.logsigmoid(logits) - swapped
 
 
 DEFAULT_BETA = {"dpo": 0.1, "simpo": 2.0, "orpo": 0.1}
-"""Of the papers' own experiments, and of what trains with them since."""
+"""Beta of the papers' experiments, which later trainers use as well."""
 
 
 def make_objective(task: str, settings: PreferenceConfig) -> Objective:
-    """What `task` asks of the head."""
+    """Returns the objective of a task."""
     return PreferenceLoss(task, settings) if task in DEFAULT_BETA else TokenLoss()
 
 
-def _present(labels: Tensor) -> Tensor:
-    """bool [B / 2]: pairs with tokens to compare, and not the padding of a last step."""
+def _has_pair(labels: Tensor) -> Tensor:
+    """Returns bool [B / 2]: False for the padding of a last step, whose pairs have no labels."""
     return (labels >= 0).any(1)[0::2]
 
 
 def _log_odds(mean: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean); a p that rounds to 1 is held just below."""
+    """Returns log(p / (1 - p)) of p = exp(mean); a p that rounds to 1 is clamped just below."""
     mean = mean.clamp(max=-1e-7)
     return mean - torch.log(-torch.expm1(mean))

@@ -1,6 +1,7 @@
-"""Puts the frozen linears of the blocks into 4 bits as they are read: a rank never holds them whole in more than one linear at a time.
+"""Quantizes the frozen linears of the blocks to 4 bits as their weights are read.
 
-Embeddings, norms, biases and the head stay as they are, as in transformers with bitsandbytes' 4-bit weights.
+A rank holds at most one linear unquantized at a time. Embeddings, norms, biases and the head stay
+as they are, as in transformers with bitsandbytes' 4-bit weights.
 """
 
 from __future__ import annotations
@@ -12,40 +13,40 @@ import torch
 from torch import nn
 
 from megatrain.config.schema import LoraConfig
-from megatrain.distributed.sharding import ShardSpec, declare, shard_spec
+from megatrain.distributed.sharding import ShardSpec, set_shard_spec, shard_spec
 from megatrain.distributed.tensor_parallel import ColumnParallelLinear
 from megatrain.errors import ConfigError
 from megatrain.models.config import TransformerConfig
-from megatrain.models.params import check_tensor_split, in_features
+from megatrain.models.params import can_split, in_features
 from megatrain.ops.nf4 import BLOCK, NF4Weight
 
-OLDEST = (0, 50)
-"""Of bitsandbytes: what came before was not tried here, and its kernels for CPUs are another implementation."""
+MIN_BITSANDBYTES = (0, 50)
+"""The oldest tested version; earlier ones have another CPU implementation."""
 
-_BY_ROWS = ("out", "down")
+_ROW_PARALLEL = ("out", "down")
 
 
 @torch.no_grad()
 def quantize_linears(
     stage: nn.Module, *, device: torch.device, fill: Callable[[ShardSpec, nn.Parameter], None]
 ) -> None:
-    """Replace the weights of the stage's linears, which were made without memory, by NF4 of what `fill` writes into each."""
+    """Replaces the weights of a stage's linears, which are on the meta device, by NF4 weights.
+
+    Args:
+        fill: writes the values of a weight.
+    """
     for module in stage.modules():
         if isinstance(module, ColumnParallelLinear):
-            empty, declaration = module.weight, shard_spec(module.weight)
-            whole = declare(
-                nn.Parameter(
-                    torch.empty(empty.shape, dtype=empty.dtype, device=device), requires_grad=False
-                ),
-                declaration,
-            )
-            fill(declaration, whole)
+            meta, spec = module.weight, shard_spec(module.weight)
+            tensor = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+            weight = set_shard_spec(nn.Parameter(tensor, requires_grad=False), spec)
+            fill(spec, weight)
             del module.weight
-            module.weight = NF4Weight(whole.detach(), declaration)
+            module.weight = NF4Weight(weight.detach(), spec)
 
 
 def quantized_weights(module: nn.Module) -> list[NF4Weight]:
-    """The module's weights that are no parameters."""
+    """Returns the module's NF4 weights."""
     weights = (
         child.weight for child in module.modules() if isinstance(child, ColumnParallelLinear)
     )
@@ -53,50 +54,50 @@ def quantized_weights(module: nn.Module) -> list[NF4Weight]:
 
 
 def quantized_bytes(module: nn.Module) -> int:
-    """Of the module's weights that are no parameters."""
+    """Returns the memory of the module's NF4 weights."""
     return sum(weight.nbytes for weight in quantized_weights(module))
 
 
 def check_blocks(architecture: TransformerConfig, settings: LoraConfig, tensor: int) -> None:
-    """Refuse rows that are not whole blocks on every tensor rank: their values would depend on the layout."""
-    if settings.quantize != "none" and not _fits(architecture, tensor):
-        widths = ", ".join(f"{name}={size}" for name, size in _widths(architecture).items())
-        fits = [
-            str(t)
-            for t in range(1, architecture.num_heads + 1)
-            if _fits(architecture, t) and _splits(architecture, t)
-        ]
-        way_out = (
-            f"use parallel.tensor={' or '.join(fits)}, or lora.quantize=none"
-            if fits
-            else "leave it out"
-        )
-        raise ConfigError(
-            "lora.quantize",
-            settings.quantize,
-            f"scales {BLOCK} neighbours of a row together, and with parallel.tensor={tensor} a rank's part "
-            f"of the rows ({widths}) is not whole blocks",
-            way_out,
-            fix={"lora.quantize": "none"},
-        )
+    """Raises ConfigError if a rank's rows are not complete blocks: values would depend on the
+    layout."""
+    if settings.quantize == "none" or _has_full_blocks(architecture, tensor):
+        return
+    widths = ", ".join(f"{name}={size}" for name, size in _widths(architecture).items())
+    sizes = [
+        t
+        for t in range(1, architecture.num_heads + 1)
+        if _has_full_blocks(architecture, t) and can_split(architecture, t)
+    ]
+    raise ConfigError(
+        "lora.quantize",
+        settings.quantize,
+        f"requires rows of complete blocks of {BLOCK} values on each rank, and with "
+        f"parallel.tensor={tensor} a rank's part of the rows ({widths}) is not",
+        f"parallel.tensor={' or '.join(map(str, sizes))} also works" if sizes else "",
+        fix={"lora.quantize": "none"},
+    )
 
 
 def check_bitsandbytes(settings: LoraConfig) -> None:
-    """Refuse 4 bits without bitsandbytes. Looks at what is installed and imports nothing: the import takes hold of the GPUs."""
+    """Raises ConfigError if 4 bits are set and bitsandbytes is missing or too old.
+
+    It reads the installed version without importing bitsandbytes, since the import initialises the
+    GPUs.
+    """
     if settings.quantize == "none":
         return
     try:
-        there = metadata.version("bitsandbytes")
+        version = metadata.version("bitsandbytes")
     except metadata.PackageNotFoundError:
-        there = None
-    if there is None or tuple(int(part) for part in there.split(".")[:2]) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        rule = f"needs bitsandbytes {oldest} or newer, and {there or 'none'} is installed"
+        version = None
+    if version is None or tuple(int(part) for part in version.split(".")[:2]) < MIN_BITSANDBYTES:
         raise ConfigError(
             "lora.quantize",
             settings.quantize,
-            rule,
-            "pip install 'megatrain[qlora]', or lora.quantize=none, which holds the base in train.dtype",
+            f"needs bitsandbytes {'.'.join(map(str, MIN_BITSANDBYTES))} or newer; "
+            f"installed: {version or 'none'}",
+            "or install it: pip install 'megatrain[qlora]'",
             fix={"lora.quantize": "none"},
         )
 
@@ -109,15 +110,7 @@ def _widths(a: TransformerConfig) -> dict[str, int]:
     }
 
 
-def _fits(a: TransformerConfig, tensor: int) -> bool:
+def _has_full_blocks(a: TransformerConfig, tensor: int) -> bool:
     return a.hidden_size % BLOCK == 0 and all(
-        in_features(a, role) % (BLOCK * tensor) == 0 for role in _BY_ROWS
+        in_features(a, role) % (BLOCK * tensor) == 0 for role in _ROW_PARALLEL
     )
-
-
-def _splits(a: TransformerConfig, tensor: int) -> bool:
-    try:
-        check_tensor_split(a, tensor)
-    except ConfigError:
-        return False
-    return True

@@ -1,18 +1,25 @@
-"""Plain causal attention in bf16 on CPUs: torch's forward, and a backward made of batched matrix products.
+"""Plain causal attention in bf16 on CPUs: torch's forward, and a backward of batched matrix
+products.
 
-torch's backward on CPUs multiplies without the processor's units for bf16 and, in short sequences, multiplies what causality
-forbids. This one takes the queries by blocks of rows and multiplies the keys up to the block's end with each:
+torch's backward on CPUs multiplies without the processor's bf16 units. In short sequences it also
+multiplies what causality masks. This backward takes blocks of queries and multiplies each block
+with the keys up to the block's end:
 
     keys      0 ...... S
-    block 0   [=]
-    block 1   [====]              weights P = exp(scale k q' - L)         L the logarithm of each query's sum, of the forward
-    block 2   [=======]           scores' gradient dS = P (v dy' - D)     D = y . dy of each query
-    block 3   [==========]        (FlashAttention-2, arXiv 2307.08691, algorithm 2, with a row for each key)
+    block 0   [=]                 L: log-sum-exp of each query's scores
+    block 1   [====]              D = y . dy of each query
+    block 2   [=======]           weights P = exp(scale k q' - L)
+    block 3   [==========]        scores' gradient dS = P (v dy' - D)
 
-L and D ride along in the products, as two more columns of q and dy beside columns of ones in k and v: a product is rounded to bf16
-once, after the subtraction, so that large scores lose nothing. Two columns, since one of bf16 would be off by 1 part in 512.
-Query heads that share a key are columns of one product. With a row for each key, two of the three products that follow take the
-weights as they lie: one that takes them turned is half as fast.
+This is algorithm 2 of FlashAttention-2 (arXiv 2307.08691) with a row for each key.
+
+L and D are two extra columns of q and dy beside columns of ones in k and v. So a product is rounded
+to bf16 once, after the subtraction, and large scores lose nothing. One bf16 column would be off by
+1 part in 512; therefore two hold each number. Query heads that share a key are columns of one
+product. With a row for each key, two of the three later products read the weights as they lie in
+memory; a product with transposed weights is half as fast.
+
+Shapes: B micro-batch, h query heads, g key-value heads, S sequence, d head_dim.
 """
 
 from __future__ import annotations
@@ -23,21 +30,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.distributed.tensor_parallel import lacks_native_bf16
 from megatrain.ops.compile import compiled
+from megatrain.ops.dtypes import lacks_native_bf16
 
 ROWS = 256
-"""Queries of a product, of all heads that share a key: fewer leave the matrix units waiting."""
+"""Minimum queries of a product, over all heads that share a key; fewer underuse the matrix
+units."""
 BLOCKS = 8
-"""At most, of a sequence: each is compiled by itself."""
+"""Maximum blocks of a sequence; each is compiled separately."""
 SCORES = 1 << 23
-"""Held at a time, twice, in bf16: of as many keys and their queries."""
+"""Maximum scores held at once, in bf16 and twice; more are split over groups of heads."""
 LENGTHS = range(256, 1025)
-"""Of the sequences that gain from it as measured; torch's backward catches up as less and less of what it computes is forbidden."""
+"""Sequence lengths measured to be faster; in longer ones torch's backward wastes a smaller
+share."""
 
 
 def supports(q: Tensor, k: Tensor) -> bool:
-    """Whether q [B, h, S, d] and k [B, g, S, d] are better off here than with torch's backward."""
+    """Returns True if this backward is faster than torch's for q [B, h, S, d] and k [B, g, S,
+    d]."""
     length = q.shape[2]
     return (
         q.dtype == torch.bfloat16
@@ -51,12 +61,15 @@ def supports(q: Tensor, k: Tensor) -> bool:
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, compile: bool = False
 ) -> Tensor:
-    """q [B, h, S, d], k and v [B, g, S, d] -> [B, h, S, d]; `compile` what stands between the backward's products."""
+    """Returns attention [B, h, S, d] of q [B, h, S, d], k and v [B, g, S, d].
+
+    `compile` compiles the elementwise work between the backward's products.
+    """
     return _CausalAttention.apply(q, k, v, scale, compile)
 
 
 def _block(q: Tensor, k: Tensor) -> int:
-    """Positions in a block."""
+    """Returns the number of positions in a block."""
     return max(64, ROWS * k.shape[1] // q.shape[1], q.shape[2] // BLOCKS)
 
 
@@ -74,26 +87,25 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, y, log_sums = (x.detach() for x in ctx.saved_tensors)
         block, shape = _block(q, k), k.shape
-        exact = 2.0 ** round(
-            math.log2(ctx.scale)
-        )  # scales q without rounding; the scores are scaled by the rest of it
+        # A power of two scales q without rounding; the scores are scaled by the rest.
+        exact = 2.0 ** round(math.log2(ctx.scale))
         rest = ctx.scale / exact
         arrange = compiled(_arrange) if ctx.compile else _arrange
         backward = compiled(_backward) if ctx.compile else _backward
         restore = compiled(_restore) if ctx.compile else _restore
         tensors = arrange(q, k, v, y, log_sums / -rest, dy, exact, block)
         rows = q.shape[1] // shape[1] * q.shape[2]
-        some = max(4 * torch.get_num_threads(), SCORES // (rows * q.shape[2]))
+        groups = max(4 * torch.get_num_threads(), SCORES // (rows * q.shape[2]))
         parts = [
             backward(queries, dout, keys, values, rest, block)
             for queries, dout, keys, values in zip(
-                *(x.split(some, dim=-3) for x in tensors), strict=True
+                *(x.split(groups, dim=-3) for x in tensors), strict=True
             )
         ]
         dq, dk, dv = (
             parts[0]
             if len(parts) == 1
-            else (torch.cat(found, dim=-3) for found in zip(*parts, strict=True))
+            else (torch.cat(tensors, dim=-3) for tensors in zip(*parts, strict=True))
         )
         return restore(dq, ctx.scale, shape, block), dk.view(shape), dv.view(shape), None, None
 
@@ -108,7 +120,7 @@ def _arrange(
     scale: float,
     block: int,
 ) -> tuple[Tensor, ...]:
-    """Queries and dout [S/block, B*g, h/g*block, d+2], keys and values [B*g, S, d+2]."""
+    """Returns queries and dout [S/block, B*g, h/g*block, d+2], keys and values [B*g, S, d+2]."""
     groups = k.shape[1]
     return (
         _in_blocks(q * scale, log_sums, groups, block),
@@ -119,14 +131,16 @@ def _arrange(
 
 
 def _in_blocks(x: Tensor, column: Tensor, groups: int, block: int) -> Tensor:
-    """Blocks of rows [S/block, B*g, h/g*block, d+2] of x [B, h, S, d], the rows ending in the column fp32 [B, h, S]."""
+    """Returns x [B, h, S, d] in blocks [S/block, B*g, h/g*block, d+2].
+
+    Each row ends in its number of `column`, fp32 [B, h, S], as two bf16 numbers.
+    """
     x, column = (
         tensor.unflatten(1, (groups, -1)).unflatten(3, (-1, block)).permute(3, 0, 1, 2, 4, 5)
         for tensor in (x, column[..., None])
     )
-    upper = (column.contiguous().view(torch.int32) & -0x10000).view(
-        torch.float32
-    )  # what bf16 holds of it, exactly
+    # The part that bf16 holds exactly.
+    upper = (column.contiguous().view(torch.int32) & -0x10000).view(torch.float32)
     return (
         torch.cat((x, upper.to(x.dtype), (column - upper).to(x.dtype)), dim=-1)
         .flatten(3, 4)
@@ -135,14 +149,17 @@ def _in_blocks(x: Tensor, column: Tensor, groups: int, block: int) -> Tensor:
 
 
 def _with_ones(x: Tensor) -> Tensor:
-    """x [B, g, S, d] and two columns of ones: [B*g, S, d+2]."""
+    """Returns x [B, g, S, d] with two columns of ones: [B*g, S, d+2]."""
     return torch.cat((x, x.new_ones((*x.shape[:-1], 2))), dim=-1).flatten(0, 1)
 
 
 def _backward(
     queries: Tensor, dout: Tensor, keys: Tensor, values: Tensor, rest: float, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [S/block, n, rows, d], but for the scale, dk and dv [n, S, d] of n groups of heads, from what `_arrange` made."""
+    """Returns unscaled dq [S/block, n, rows, d], dk and dv [n, S, d] of n groups of heads.
+
+    The arguments are those that `_arrange` returns, for these groups.
+    """
     dim = keys.shape[-1] - 2
     dq, dk, dv = [], [], []
     for number, (query, grad) in enumerate(zip(queries, dout, strict=True)):
@@ -159,9 +176,12 @@ def _backward(
 
 
 def _weigh(scores: Tensor, dweights: Tensor, rest: float, block: int) -> tuple[Tensor, Tensor]:
-    """Weights and scores' gradients [n, keys, rows] of the last block's queries, from scores and weights' gradients, whose memory it takes."""
+    """Returns weights and scores' gradients [n, keys, rows] of the last block's queries.
+
+    They overwrite the memory of `scores` and of `dweights`, the weights' gradients.
+    """
     length = scores.shape[1]
-    if torch.compiler.is_compiling():  # one pass, in fp32
+    if torch.compiler.is_compiling():  # a single pass, in fp32
         positions = torch.arange(scores.shape[2]) % block + (length - block)
         weights = (
             (scores.float() * rest)
@@ -176,7 +196,7 @@ def _weigh(scores: Tensor, dweights: Tensor, rest: float, block: int) -> tuple[T
 
 
 def _sum(parts: list[Tensor], scale: float) -> Tensor:
-    """scale times the sum, in fp32, of parts [n, keys, d] of more and more keys."""
+    """Returns scale times the fp32 sum of parts [n, keys, d], each with one block of keys more."""
     block = parts[0].shape[1]
     sums = []
     for number in range(len(parts)):
@@ -189,7 +209,10 @@ def _sum(parts: list[Tensor], scale: float) -> Tensor:
 
 
 def _restore(dq: Tensor, scale: float, shape: tuple[int, ...], block: int) -> Tensor:
-    """scale * dq [B, h, S, d] of dq [S/block, B*g, h/g*block, d], where keys have the shape [B, g, S, d]."""
+    """Returns scale * dq as [B, h, S, d], from dq [S/block, B*g, h/g*block, d].
+
+    `shape` is the keys' shape [B, g, S, d].
+    """
     heads = (
         dq.mul(scale).unflatten(1, shape[:2]).unflatten(3, (-1, block)).permute(1, 2, 3, 0, 4, 5)
     )

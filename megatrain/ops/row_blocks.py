@@ -1,7 +1,7 @@
-"""Rows of a tensor by as many as a CPU's cache takes, for work that goes over them several times.
+"""Blocks of rows that fit a CPU's cache, for work that passes over them several times.
 
-Element-wise work on whole activations writes each intermediate result to memory and reads it back. On a GPU, where a kernel's start
-costs more than that, all rows are one slab.
+Elementwise work on whole activations writes each intermediate result to memory and reads it back.
+On a GPU the start of a kernel costs more than that, so all rows form one block.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 ELEMENTS = 1 << 16
-"""For each thread: with two fp32 intermediates half of a 2 MiB cache, with none to spare for a smaller one."""
+"""Elements of a block for each thread: two fp32 intermediates then fill half of a 2 MiB cache."""
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
-    """Ranges of the rows of x [n, ...], one after the other."""
+    """Yields consecutive ranges of the rows of x [n, ...]."""
     count = x.shape[0]
     step = count
     if x.device.type == "cpu":

@@ -13,7 +13,7 @@ from torch import nn
 from megatrain.config.schema import OptimizerConfig, ParallelConfig
 from megatrain.distributed import collectives
 from megatrain.distributed.mesh import MeshAxis, ProcessMesh
-from megatrain.distributed.sharding import ShardSpec, declare, parameters
+from megatrain.distributed.sharding import ShardSpec, parameters, set_shard_spec
 from megatrain.optim.param_groups import decay_groups, decays, lane_padding, make_optimizer
 
 BUCKET = 50_000_000
@@ -76,7 +76,7 @@ def _with_placeholders(
         for group, used in zip(groups, is_used.tolist(), strict=True)
     ]
     placeholders = [
-        declare(
+        set_shard_spec(
             nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device)),
             ShardSpec("", (size,), kind=kind, is_owner=False),
         )

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatrain.distributed import collectives, tensor_parallel
+from megatrain.distributed import collectives
 from megatrain.distributed.tensor_parallel import (
     DeferredWeightGrad,
     compute_deferred_weight_grads,
@@ -31,6 +31,7 @@ from megatrain.models.attention import Attention
 from megatrain.models.classification_head import ClassificationHead
 from megatrain.models.microbatch import Microbatch
 from megatrain.models.transformer import Embedding, HiddenStates
+from megatrain.ops import dtypes
 from megatrain.planner.tensor_tracker import TensorTracker
 
 
@@ -194,7 +195,7 @@ def _classification_loss(
     if head.sequence:
         hidden = collectives.gather_to_replicated(hidden, head.axis)
     labels = microbatch.labels
-    num_labels = labels.numel() if head.classifier.of_tokens else labels.shape[0]
+    num_labels = labels.numel() if head.config.of_tokens else labels.shape[0]
     rows = hidden.transpose(0, 1).flatten(0, 1)[:num_labels]
     return linear(rows.clone(), head.weight, head.bias).float().log_softmax(-1).sum()
 
@@ -259,13 +260,13 @@ def _fused_attention(device: str) -> Iterator[None]:
 @contextmanager
 def _matmul_dtype(device: str) -> Iterator[None]:
     """Converts inputs of matrix products to fp32 if the CPUs of this machine lack bf16 units."""
-    by_device = tensor_parallel.lacks_native_bf16
+    by_device = dtypes.lacks_native_bf16
     lacks_units = by_device(device)
-    tensor_parallel.lacks_native_bf16 = lambda _: lacks_units  # type: ignore[assignment]
+    dtypes.lacks_native_bf16 = lambda _: lacks_units  # type: ignore[assignment]
     try:
         yield
     finally:
-        tensor_parallel.lacks_native_bf16 = by_device
+        dtypes.lacks_native_bf16 = by_device
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -20,11 +20,11 @@ import torch
 
 from megatrain.data.dataloader import Batch
 from megatrain.distributed.mesh import make_mesh
+from megatrain.distributed.sharding import shard_spec
 from megatrain.distributed.tensor_parallel import ColumnParallelLinear
 from megatrain.models.lora import add_adapters
 from megatrain.models.losses import make_objective
-from megatrain.models.microbatch import Microbatch
-from megatrain.models.microbatches import MicrobatchFactory
+from megatrain.models.microbatch import Microbatch, MicrobatchFactory
 from megatrain.models.quantize import quantized_weights
 from megatrain.models.transformer import Head, LayerSpec
 from megatrain.ops.dtypes import DTYPES
@@ -203,7 +203,7 @@ def _quantize(stage: Stage) -> None:
         if isinstance(module, ColumnParallelLinear):
             weight = module.weight
             del module.weight
-            module.weight = NF4Weight.without_memory(weight)  # type: ignore[assignment]
+            module.weight = NF4Weight.on_meta(weight, shard_spec(weight))  # type: ignore[assignment]
 
 
 def _meta_microbatch(spec: RunSpec) -> tuple[Microbatch, int]:
@@ -213,7 +213,14 @@ def _meta_microbatch(spec: RunSpec) -> tuple[Microbatch, int]:
     """
     config, model = spec.config, spec.model
     shape = (config.train.micro_batch_size, config.data.sequence_length)
-    factory = MicrobatchFactory(config, model, make_mesh(0, connect=False), torch.device("meta"))
+    factory = MicrobatchFactory(
+        model,
+        make_mesh(0, connect=False),
+        torch.device("meta"),
+        dtype=DTYPES[config.train.dtype],
+        separate_documents=config.data.document_mask or config.data.packing,
+        seed=config.run.seed,
+    )
     windows = {model.window(layer) for layer in range(model.num_layers)}
     sizes = []
     with TensorTracker() as tracker:

@@ -21,10 +21,9 @@ from megatrain.errors import ConfigError, UserError
 from megatrain.models.config import TransformerConfig
 from megatrain.models.counts import count_adapter_parameters, count_parameters
 from megatrain.models.lora import target_names
-from megatrain.models.params import check_tensor_split
+from megatrain.models.params import check_compile, check_tensor_split
 from megatrain.models.quantize import check_blocks
 from megatrain.models.transformer import LayerSpec
-from megatrain.ops.fused import check_compile
 from megatrain.pipeline.schedule import Schedule
 from megatrain.pipeline.stage_builder import (
     RankPlan,

@@ -19,8 +19,7 @@ from megatrain.models.config import TransformerConfig
 from megatrain.models.init import initialize, initialize_parameter
 from megatrain.models.lora import add_adapters, set_magnitudes
 from megatrain.models.losses import make_objective
-from megatrain.models.microbatch import Microbatch
-from megatrain.models.microbatches import MicrobatchFactory
+from megatrain.models.microbatch import Microbatch, MicrobatchFactory
 from megatrain.models.quantize import quantize_linears
 from megatrain.models.transformer import Head
 from megatrain.ops.dtypes import DTYPES
@@ -137,7 +136,14 @@ class StepRunner:
             device=device,
             activity=mesh.activity,
         )
-        self.microbatch_factory = MicrobatchFactory(config, architecture, mesh, device)
+        self.microbatch_factory = MicrobatchFactory(
+            architecture,
+            mesh,
+            device,
+            dtype=DTYPES[config.train.dtype],
+            separate_documents=config.data.document_mask or config.data.packing,
+            seed=config.run.seed,
+        )
 
     def _build_stage(self, pretrained: Pretrained | None) -> Stage:
         config, architecture, mesh = self.config, self.architecture, self.mesh

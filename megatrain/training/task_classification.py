@@ -20,7 +20,6 @@ from megatrain.data.classification_dataset import (
     read_labelled_texts,
 )
 from megatrain.data.gpt_dataset import select_paths
-from megatrain.data.label_targets import MAX_CLASSES, decode_targets
 from megatrain.data.shuffle import keyed_integers
 from megatrain.data.split import Part, split_documents
 from megatrain.data.tokenizer import load_tokenizer
@@ -203,13 +202,6 @@ def _labels(config: Config, hf: Any) -> list[str]:
             "those of data.train are in the fix",
             fix={"classification.labels": list(found)},
         )
-    if section.problem == "multi-label" and len(labels) > MAX_CLASSES:
-        raise ConfigError(
-            "classification.labels",
-            f"({len(labels)} labels)",
-            f"must have at most {MAX_CLASSES} labels for classification.problem=multi-label",
-            "merge rare labels",
-        )
     return labels
 
 
@@ -231,7 +223,7 @@ def _classifier(architecture: TransformerConfig) -> ClassificationHeadConfig:
 def head_outputs(
     stage: torch.nn.Module, *, first_copy: bool
 ) -> Iterator[list[tuple[Array, Array]]]:
-    """Collects scores and encoded targets of each microbatch, filled in after the block.
+    """Collects scores and targets of each microbatch, filled in after the block.
 
     Args:
         first_copy: collect them if this rank has the head; False on its copies.
@@ -257,7 +249,7 @@ def head_outputs(
 
 
 def _gather(outputs: list[tuple[Array, Array]], world: MeshAxis) -> tuple[Array, Array]:
-    """Returns the scores [n, classes] and encoded targets [n] of all ranks, on all ranks."""
+    """Returns the scores [n, classes] and targets of all ranks, on all ranks."""
     parts = [part for rank_parts in gather_objects(outputs, world) for part in rank_parts]
     scores, targets = zip(*parts, strict=True)
     return np.concatenate(scores), np.concatenate(targets)
@@ -268,13 +260,10 @@ def compute_metrics(scores: Array, targets: Array, classifier: ClassificationHea
 
     Args:
         scores: the outputs of the head [n, classes].
-        targets: encoded as `label_targets.decode_targets` reads them [n].
+        targets: classes [n], or values [n, labels].
     """
-    decoded = decode_targets(
-        torch.from_numpy(targets), problem=classifier.problem, num_labels=classifier.num_labels
-    ).numpy()
     if classifier.problem == "single-label":
-        return classification_metrics.single_label(decoded, scores.argmax(1))
+        return classification_metrics.single_label(targets, scores.argmax(1))
     if classifier.problem == "multi-label":
-        return classification_metrics.multi_label(decoded > 0.5, scores > 0)
-    return classification_metrics.regression(decoded[:, 0], scores[:, 0])
+        return classification_metrics.multi_label(targets > 0.5, scores > 0)
+    return classification_metrics.regression(targets[:, 0], scores[:, 0])

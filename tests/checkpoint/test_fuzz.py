@@ -243,14 +243,14 @@ def read_run(folder):
         resume.check(path, run)
         resume.describe_differences(path, run)
         optimizer = OptimizerState(path / "optimizer")
-        for declaration, parameter in parameters(
+        for spec, parameter in parameters(
             build_stage(config, architecture, make_mesh(0, connect=False), "cpu")
         ):
             states = {
                 state: torch.zeros(parameter.numel())
                 for state in ("master", "exp_avg", "exp_avg_sq")
             }
-            optimizer.load(Fragment(declaration, parameter, tuple(parameter.shape), 0, states))
+            optimizer.load(Fragment(spec, parameter, tuple(parameter.shape), 0, states))
     for path in sorted((folder / "run" / "checkpoints").glob("step-*")):
         own = read_config(load_hf_config(str(path)))
         pretrained = Pretrained(path, own)

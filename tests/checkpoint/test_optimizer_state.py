@@ -53,7 +53,7 @@ def fragments(tensor, replicas, *, empty=False, states=STATES):
 def _fragment(s, rows, replica, replicas, empty, states):
     held = {}
     for state in states:
-        part = s.take(whole(s.name, state if state in STATES else "master"))
+        part = s.shard(whole(s.name, state if state in STATES else "master"))
         part = (
             torch.cat([part, torch.zeros(rows - part.shape[0], COLUMNS)])
             if s.dim == 0

@@ -117,9 +117,9 @@ def load_adapter(model: str, folder: Path):
         layers, architecture, LoraConfig(**LORAS[model]), make_mesh(0, connect=False).tensor
     )
     tensors = load_file(folder / "adapter_model.safetensors")
-    for declaration, parameter in parameters(layers):
+    for spec, parameter in parameters(layers):
         if parameter.requires_grad:
-            parameter.data.copy_(declaration.take(tensors[declaration.name]))
+            parameter.data.copy_(spec.shard(tensors[spec.name]))
     return layers.eval(), architecture
 
 
@@ -152,7 +152,7 @@ def test_peft_loads_a_checkpoint_and_a_resume_is_exact(model, world, parallel, t
     saved = tmp_path / "checkpoints" / "step-00000004"
     assert manifest.find_problem(saved, hashes=True) is None
     assert not list(saved.glob("model*"))
-    frozen = {declaration.name for declaration, _ in parameters(build(MODELS[model]))}
+    frozen = {spec.name for spec, _ in parameters(build(MODELS[model]))}
     assert OptimizerState(saved / "optimizer").names()
     assert not frozen & OptimizerState(saved / "optimizer").names()
 

@@ -82,10 +82,10 @@ def test_wrongly_read_tensor_is_found_by_the_logits(source, tmp_path, capfd, mon
     monkeypatch.setattr(
         verify,
         "read_parameter",
-        lambda tensors, declaration, rows=None: (
-            read(tensors, declaration, rows).flip(0)
-            if declaration.name.endswith("0.self_attn.q_proj.weight")
-            else read(tensors, declaration, rows)
+        lambda tensors, spec, rows=None: (
+            read(tensors, spec, rows).flip(0)
+            if spec.name.endswith("0.self_attn.q_proj.weight")
+            else read(tensors, spec, rows)
         ),
     )
     assert "the logits of" in error_of(capfd, source, tmp_path / "out", "--to", "hf")

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +18,7 @@ from megatrain.data.classification_dataset import (
     last_token_index,
     read_labelled_texts,
 )
-from megatrain.data.label_targets import decode_targets, encode_classes, encode_value
+from megatrain.data.dataloader import DataLoader
 from megatrain.data.text_augmentation import augment, mask_word, split_words
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.errors import DataError
@@ -33,34 +32,6 @@ SINGLE, MULTI, NUMBER, WORDS = (
 )
 
 
-@given(st.sets(st.integers(0, 61)))
-def test_classes_are_encoded_in_one_integer(classes):
-    number = encode_classes(classes)
-    assert number >= 0
-    assert (
-        set(
-            np.flatnonzero(
-                decode_targets(torch.tensor([number]), problem="multi-label", num_labels=62)[
-                    0
-                ].numpy()
-            ).tolist()
-        )
-        == classes
-    )
-
-
-@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
-def test_float_is_encoded_in_one_integer(value):
-    number = encode_value(value)
-    assert number >= 0
-    assert decode_targets(
-        torch.tensor([number, number]), problem="regression", num_labels=1
-    ).tolist() == [
-        [value],
-        [value],
-    ]
-
-
 def write_records(tmp_path, *records):
     file = tmp_path / "labels.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -68,26 +39,29 @@ def write_records(tmp_path, *records):
 
 
 def test_every_form_of_label(tmp_path):
-    def targets(reading, *records):
-        return [
-            target
-            for text in read_labelled_texts(write_records(tmp_path, *records), reading)
-            for target in text.targets
-        ]
+    def labels(spec, *records):
+        texts = read_labelled_texts(write_records(tmp_path, *records), spec)
+        return [label for text in texts for label in text.labels]
 
-    assert targets(SINGLE, {"text": "a", "label": "blue"}, {"text": "a", "label": 1}) == [2, 1]
+    def targets(spec, *records):
+        texts = read_labelled_texts(write_records(tmp_path, *records), spec)
+        assert [text.labels for text in texts] == [[0]] * len(records)
+        assert all(text.targets.dtype == np.float32 for text in texts)
+        return [text.targets.tolist() for text in texts]
+
+    assert labels(SINGLE, {"text": "a", "label": "blue"}, {"text": "a", "label": 1}) == [2, 1]
     assert targets(MULTI, {"text": "a", "labels": ["red", 2]}, {"text": "a", "labels": []}) == [
-        0b101,
-        0,
+        [1.0, 0.0, 1.0],
+        [0.0, 0.0, 0.0],
     ]
-    assert targets(NUMBER, {"text": "a", "label": -1.5}) == [encode_value(-1.5)]
-    assert targets(WORDS, {"tokens": ["a", "b"], "labels": ["green", None]}) == [1, None]
+    assert targets(NUMBER, {"text": "a", "label": -1.5}) == [[-1.5]]
+    assert labels(WORDS, {"tokens": ["a", "b"], "labels": ["green", None]}) == [1, None]
 
 
 def test_names_that_are_numbers_are_names(tmp_path):
     years = LabelSpec(False, "single-label", ["1999", "2", "0"])
     assert [
-        text.targets
+        text.labels
         for text in read_labelled_texts(
             write_records(tmp_path, {"text": "a", "label": 0}, {"text": "a", "label": 1999}), years
         )
@@ -125,6 +99,7 @@ BAD = {
     "no list": (MULTI, {"text": "a", "label": "red"}, 'the field "labels" is missing'),
     "one of a list": (MULTI, {"text": "a", "labels": ["red", "x"]}, 'the label "x" is not in'),
     "no number": (NUMBER, {"text": "a", "label": "1.5"}, 'the label "1.5" is not a number'),
+    "beyond fp32": (NUMBER, {"text": "a", "label": 1e39}, "the label 1e+39 is not a number"),
     "not a finite number": (
         NUMBER,
         {"text": "a", "label": float("nan")},
@@ -228,6 +203,28 @@ def test_a_words_label_stands_at_its_first_token(tokenizer_folder):
         LabelledText(["ab ", "c ", "d "], [1, 2, 0]), [(0, 1), (1, 2), (3, 4), (5, 6)]
     ) == [1, -100, 2, 0]
     assert first_token_labels(LabelledText(["ab ", "c "], [1, 2]), [(0, 4)]) == [1]
+
+
+def test_targets_travel_beside_the_labels(tokenizer_folder):
+    """More classes than an int64 has bits, and padding without a label after the last sample."""
+    targets = [np.eye(100, dtype=np.float32)[number] for number in (0, 70, 99)]
+    texts = [LabelledText(["fox"], [0], target) for target in targets]
+    dataset = ClassificationDataset(
+        texts,
+        load_tokenizer(tokenizer_folder),
+        of_tokens=False,
+        sequence_length=8,
+        padding=0,
+        seed=3,
+    )
+    dataset.limit = 3
+    loader = DataLoader(dataset, global_batch_size=4, micro_batch_size=4, data_rank=0, data_size=1)
+    batch = loader.microbatches(0)[0]
+    loader.close()
+    assert batch.targets.shape == (4, 100)
+    assert sorted(batch.targets.argmax(1)[:3].tolist()) == [0, 70, 99]
+    assert (batch.labels >= 0).sum(1).tolist() == [1, 1, 1, 0]
+    assert not batch.targets[3].any()
 
 
 KEY = (1, 2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatrain.distributed.mesh import box, make_mesh, shard_range
+from megatrain.distributed.mesh import global_ranks, make_mesh, shard_range
 
 
 def meshes(**sizes):
@@ -14,7 +14,7 @@ def meshes(**sizes):
 
 def test_tensor_ranks_are_neighbours_and_stages_are_far_apart():
     """[pipeline, data, tensor]"""
-    assert box(tensor=2, pipeline=2, data=3).tolist() == [
+    assert global_ranks(tensor=2, pipeline=2, data=3).tolist() == [
         [[0, 1], [2, 3], [4, 5]],
         [[6, 7], [8, 9], [10, 11]],
     ]

@@ -31,7 +31,7 @@ def local(s: ShardSpec, extent: int) -> torch.Tensor:
     """The local parameter of a declaration, its elements numbered as in the whole in the parameter's orientation; padding is -1."""
     oriented = s.shape[::-1] if s.transposed else s.shape
     numbered = torch.arange(torch.Size(s.shape).numel()).view(oriented)
-    part = s.take(numbered.t() if s.transposed else numbered)
+    part = s.shard(numbered.t() if s.transposed else numbered)
     if s.dim is not None:
         padding = list(part.shape)
         padding[s.dim] = extent - part.shape[s.dim]
@@ -146,7 +146,7 @@ def test_the_same_cut_is_one_copy():
         ShardSpec("x", (60, 50), 0, 20, 20, transposed=True),
         ShardSpec("x", (64, 3), 0, 4, 16, block=4, block_stride=12),
     ):
-        shape = s.part_shape()[::-1] if s.transposed else s.part_shape()
+        shape = s.shard_shape()[::-1] if s.transposed else s.shard_shape()
         runs = intervals_of(make_flat_shard(s, shape, 3, 40))
         assert [part.tolist() for part in intersect(runs, runs)] == [[0], [0], [40]]
 

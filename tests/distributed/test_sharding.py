@@ -12,31 +12,33 @@ KEYS = ShardSpec(
 
 
 def test_runs_a_stride_apart_are_regions_of_whole_rows():
-    assert KEYS.regions() == [
+    assert KEYS.slices() == [
         ShardSlice((slice(14, 16), slice(0, 5)), (slice(0, 2), slice(0, 5))),
         ShardSlice((slice(20, 22), slice(0, 5)), (slice(2, 4), slice(0, 5))),
     ]
     whole = torch.arange(24 * 5).view(24, 5)
-    assert KEYS.take(whole).tolist() == torch.cat([whole[14:16], whole[20:22]]).tolist()
-    assert KEYS.part_shape() == (4, 5)
+    assert KEYS.shard(whole).tolist() == torch.cat([whole[14:16], whole[20:22]]).tolist()
+    assert KEYS.shard_shape() == (4, 5)
 
 
 def test_one_run_is_one_region():
     everything = (slice(0, 6), slice(0, 4))
-    assert ShardSpec("w", (6, 4)).regions() == [ShardSlice(everything, everything)]
+    assert ShardSpec("w", (6, 4)).slices() == [ShardSlice(everything, everything)]
     rows = ShardSpec("w", (6, 4), 0, 2, 3)
-    assert rows.regions() == [ShardSlice((slice(2, 5), slice(0, 4)), (slice(0, 3), slice(0, 4)))]
+    assert rows.slices() == [ShardSlice((slice(2, 5), slice(0, 4)), (slice(0, 3), slice(0, 4)))]
     columns = ShardSpec("w", (6, 4), 1, 1, 2, transposed=True)
-    assert columns.regions() == [ShardSlice((slice(0, 6), slice(1, 3)), (slice(0, 6), slice(0, 2)))]
-    assert columns.part_of(torch.zeros(2, 6)).shape == columns.part_shape() == (6, 2)
+    assert columns.slices() == [ShardSlice((slice(0, 6), slice(1, 3)), (slice(0, 6), slice(0, 2)))]
+    assert columns.local_view(torch.zeros(2, 6)).shape == columns.shard_shape() == (6, 2)
 
 
 def test_an_empty_part_has_no_region():
     """The vocabulary's last rank may hold padding only."""
     nothing = ShardSpec("w", (6, 4), 0, 6, 0)
-    assert nothing.regions() == []
+    assert nothing.slices() == []
     assert (
-        nothing.take(torch.zeros(6, 4)).shape == nothing.part_of(torch.zeros(3, 4)).shape == (0, 4)
+        nothing.shard(torch.zeros(6, 4)).shape
+        == nothing.local_view(torch.zeros(3, 4)).shape
+        == (0, 4)
     )
 
 
@@ -50,5 +52,5 @@ def test_what_is_taken_and_put_back_is_the_whole(dim):
     ]
     rebuilt = torch.full_like(whole, float("nan"))
     for part in parts:
-        part.put(part.take(whole), rebuilt)
+        part.unshard_into(part.shard(whole), rebuilt)
     assert torch.equal(rebuilt, whole)

@@ -328,7 +328,7 @@ INVALID = {
     "{model} nowhere-*.jsonl": "nowhere-*.jsonl matches no file",
     "{model}": "DATA (files, or an indexed dataset's prefix) or --tasks is required",
     "{model} {texts} optimizer.lr=1": "optimizer.lr=1 is not supported by `megatrain evaluate`; supported: run.output_dir",
-    "{model} {texts} parallel.tensor=3": "parallel.tensor=3 does not fit num_attention_heads=4",
+    "{model} {texts} parallel.tensor=3": "parallel.tensor=3 must divide num_attention_heads=4",
     "{model} {texts} parallel.pipeline=4": "parallel.pipeline=4 must be at most num_hidden_layers=3",
     "{model} {texts} train.dtype=fp16": "train.dtype=fp16 requires a GPU",
     "{model} {texts} --window 65": "--window=65 must be between 1 and the model's 64 positions",

@@ -60,12 +60,10 @@ def build(model: dict[str, Any], *, recompute: str = "none") -> nn.ModuleList:
 @torch.no_grad()
 def scramble(layers: nn.ModuleList) -> None:
     """Randomizes each weight by its name, so that biases and norms matter in the logits."""
-    for declaration, parameter in parameters(layers):
-        generator = torch.Generator().manual_seed(
-            len(declaration.name) * 1000 + sum(map(ord, declaration.name))
-        )
+    for spec, parameter in parameters(layers):
+        generator = torch.Generator().manual_seed(len(spec.name) * 1000 + sum(map(ord, spec.name)))
         values = torch.randn(parameter.shape, generator=generator) * 0.2
-        parameter.copy_(values + declaration.init.value)  # norms stay near what they start from
+        parameter.copy_(values + spec.init.value)  # norms stay near what they start from
 
 
 def make_microbatch(
@@ -115,10 +113,10 @@ def transformers_twin(model: dict[str, Any], layers: nn.ModuleList) -> nn.Module
     twin = AutoModelForCausalLM.from_config(config)
     state = twin.state_dict()
     # Biases that ours lacks would stay at zero there, and nobody would see it.
-    assert {declaration.name for declaration, _ in parameters(layers)} == {
+    assert {spec.name for spec, _ in parameters(layers)} == {
         name for name, _ in twin.named_parameters()
     }
-    for declaration, parameter in parameters(layers):
-        declaration.put(declaration.part_of(parameter.detach()), state[declaration.name])
+    for spec, parameter in parameters(layers):
+        spec.unshard_into(spec.local_view(parameter.detach()), state[spec.name])
     twin.load_state_dict(state)
     return twin.eval()

@@ -40,7 +40,7 @@ class Trained(NamedTuple):
 class Piece(NamedTuple):
     """Some elements of a rank's flattened part of a parameter."""
 
-    declaration: ShardSpec
+    spec: ShardSpec
     shape: tuple[int, ...]
     start: int
     values: Tensor
@@ -71,16 +71,16 @@ def give_weights(stage: nn.Module, network: nn.Module) -> dict[str, Tensor]:
     state, own = network.state_dict(), {}
     # Biases that ours lacks would stay at zero there, and nobody would see it.
     assert {name for name, _ in network.named_parameters()} <= {
-        declaration.name.removeprefix(PREFIX) for declaration, _ in parameters(stage)
+        spec.name.removeprefix(PREFIX) for spec, _ in parameters(stage)
     }
-    for declaration, parameter in parameters(stage):
-        name = declaration.name
+    for spec, parameter in parameters(stage):
+        name = spec.name
         whole = (
             state[name]
             if name in state
-            else own.setdefault(name, torch.full(declaration.shape, float("nan")))
+            else own.setdefault(name, torch.full(spec.shape, float("nan")))
         )
-        declaration.put(declaration.part_of(parameter.detach()), whole)
+        spec.unshard_into(spec.local_view(parameter.detach()), whole)
     network.load_state_dict(state)
     return own
 
@@ -168,11 +168,11 @@ def worst_gradient(ranks: list[Ran], gradients: dict[str, Tensor]) -> float:
     whole = {name: torch.full_like(g, float("nan")) for name, g in gradients.items()}
     parts: dict[tuple[ShardSpec, tuple[int, ...]], Tensor] = {}
     for piece in (piece for ran in ranks for piece in ran.pieces):
-        key = replace(piece.declaration, is_owner=True), piece.shape
+        key = replace(piece.spec, is_owner=True), piece.shape
         flat = parts.setdefault(key, torch.full((torch.Size(piece.shape).numel(),), float("nan")))
         flat[piece.start : piece.start + piece.values.numel()] = piece.values
-    for (declaration, shape), flat in parts.items():
-        declaration.put(declaration.part_of(flat.view(shape)), whole[declaration.name])
+    for (spec, shape), flat in parts.items():
+        spec.unshard_into(spec.local_view(flat.view(shape)), whole[spec.name])
     worst = 0.0
     for name, gradient in gradients.items():
         assert not whole[name].isnan().any(), f"{name} is not whole"

@@ -1,5 +1,7 @@
-"""Every field of a Hugging Face config that changes the maths is honoured, as transformers honours it, or refused."""
+"""Fields of a Hugging Face config that change the computation are honoured, as in transformers, or refused."""
 
+import contextlib
+import copy
 import json
 
 import pytest
@@ -17,7 +19,10 @@ from helpers.networks import (
 
 from megatrain.distributed.sharding import parameters
 from megatrain.errors import ConfigError
+from megatrain.models import hf
 from megatrain.models.config import load_hf_config, read_config
+from megatrain.models.hf import register_family, supported_families
+from megatrain.models.hf.llama import llama_like
 from megatrain.models.hf_reader import HFConfigReader
 
 QWEN2, QWEN3, MISTRAL = ({**LLAMA, "model_type": name} for name in ("qwen2", "qwen3", "mistral"))
@@ -117,13 +122,17 @@ REFUSED = [
     (
         LLAMA,
         {"pretraining_tp": 2},
-        "model.pretraining_tp=2 changes the model in a way that is not built; only 1 is",
+        "model.pretraining_tp=2 is not supported .supported: 1.",
     ),
-    (LLAMA, {"hidden_act": "quick_gelu"}, "model.hidden_act=quick_gelu changes the model"),
+    (
+        LLAMA,
+        {"hidden_act": "quick_gelu"},
+        "model.hidden_act=quick_gelu is not supported .supported: silu",
+    ),
     (
         LLAMA,
         {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
-        "rope_parameters.rope_type=proportional is not built; one of default",
+        "rope_parameters.rope_type=proportional is not supported .supported: default",
     ),
     (
         LLAMA,
@@ -146,7 +155,7 @@ REFUSED = [
                 "partial_rotary_factor": 0.5,
             }
         },
-        "partial_rotary_factor=0.5 is not built",
+        "partial_rotary_factor=0.5 must be 1 in llama models",
     ),
     (
         LLAMA,
@@ -156,13 +165,13 @@ REFUSED = [
     (
         LLAMA,
         {"num_key_value_heads": 3},
-        "model.num_key_value_heads=3 does not divide num_attention_heads=4",
+        "model.num_key_value_heads=3 must divide num_attention_heads=4",
     ),
     (LLAMA, {"head_dim": 7}, "even rotary dimension"),
     (
         LLAMA,
         {"pad_token_id": 67},
-        "model.pad_token_id=67 is outside the vocabulary of 67; leave it out",
+        "model.pad_token_id=67 is outside the vocabulary of 67",
     ),
     (LLAMA, {"attention_dropout": 1.5}, r"model's attention_dropout=1.5 must be in \[0, 1\)"),
     (LLAMA, {"vocab_size": 0}, "model.vocab_size=0 must be at least 1"),
@@ -173,12 +182,12 @@ REFUSED = [
     (
         LLAMA,
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": float("nan")}},
-        "model.rope_parameters.factor=nan must be a number from 1 on",
+        "model.rope_parameters.factor=nan must be a number of at least 1",
     ),
     (
         LLAMA,
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}},
-        "model.rope_parameters.factor=0.5 must be a number from 1 on",
+        "model.rope_parameters.factor=0.5 must be a number of at least 1",
     ),
     (LLAMA, {"rms_norm_eps": -1e-5}, "model's norm_eps=-1e-05 must be at least 0"),
     (MISTRAL, {"sliding_window": 0}, "model.sliding_window=0 must be at least 1"),
@@ -193,31 +202,47 @@ REFUSED = [
     (
         QWEN2,
         {"layer_types": ["sliding_attention"] * 2},
-        "model.layer_types=sliding_attention asks for a window and none is set",
+        "model.layer_types=sliding_attention requires a window",
     ),
-    (GPT2, {"scale_attn_weights": False}, "model.scale_attn_weights=false changes the model"),
+    (GPT2, {"scale_attn_weights": False}, "model.scale_attn_weights=false is not supported"),
     (
         GPT2,
         {"scale_attn_by_inverse_layer_idx": True},
-        "model.scale_attn_by_inverse_layer_idx=true changes the model",
+        "model.scale_attn_by_inverse_layer_idx=true is not supported",
     ),
-    (GPT2, {"add_cross_attention": True}, "model.add_cross_attention=true changes the model"),
-    (GPT2, {"activation_function": "tanh"}, "model.activation_function=tanh changes the model"),
-    (GPT2, {"n_head": 5}, "model.n_head=5 does not divide n_embd=32"),
+    (GPT2, {"add_cross_attention": True}, "model.add_cross_attention=true is not supported"),
+    (GPT2, {"activation_function": "tanh"}, "model.activation_function=tanh is not supported"),
+    (GPT2, {"n_head": 5}, "model.n_head=5 must divide n_embd=32"),
     (GPT2, {"rope_theta": 1e4}, "model.rope_theta=10000.0 is not a field of a gpt2 config"),
     (GPT2, {"resid_pdrop": -0.1}, "model's residual_dropout=-0.1 must be in"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("model", "fields", "words"), REFUSED, ids=[named(case[:2]) for case in REFUSED]
+    ("model", "fields", "message"), REFUSED, ids=[named(case[:2]) for case in REFUSED]
 )
-def test_a_field_that_is_not_built_is_refused(model, fields, words):
-    with pytest.raises(ConfigError, match=words):
-        read_config(load_hf_config(model | fields))
+def test_unsupported_fields_are_refused_and_fixed(model, fields, message):
+    model = copy.deepcopy(model | fields)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_config(load_hf_config(model))
+    error = caught.value
+    assert error.fix or error.hint or "supported:" in error.requirement
+    for setting, value in error.fix.items():
+        _, *path, name = setting.split(".")
+        section = model
+        for key in path:
+            section = section[key]
+        section[name] = value
+    if error.fix:
+        with contextlib.suppress(ConfigError):  # of another field
+            read_config(load_hf_config(model))
+            return
+        with pytest.raises(ConfigError) as another:
+            read_config(load_hf_config(model))
+        assert another.value.setting != error.setting
 
 
-def test_a_folder_is_read_as_inline_fields_are(tmp_path):
+def test_a_folder_equals_inline_fields(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert read_config(load_hf_config(str(tmp_path))) == read_config(load_hf_config(LLAMA))
     assert read_config(load_hf_config(str(tmp_path / "config.json"))) == read_config(
@@ -226,13 +251,13 @@ def test_a_folder_is_read_as_inline_fields_are(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "nonsense"}', "[]"])
-def test_a_folder_that_is_no_config(tmp_path, text):
+def test_a_folder_without_a_valid_config_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError):
         read_config(load_hf_config(str(tmp_path)))
 
 
-def test_a_folder_that_counts_nothing(tmp_path):
+def test_counts_below_one_in_a_folder_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**GPT2, "n_layer": 0}))
     with pytest.raises(ConfigError, match=r"model.n_layer=0 must be at least 1"):
         read_config(load_hf_config(str(tmp_path)))
@@ -251,7 +276,7 @@ def test_a_quantised_checkpoints_config_is_refused(tmp_path):
     "model", [LLAMA, {**LLAMA, "tie_word_embeddings": True}, QWEN3], ids=["llama", "tied", "qwen3"]
 )
 def test_a_padding_token_trains_as_in_transformers(model, padding):
-    """Its embedding starts at zero and learns nothing from the input."""
+    """Its embedding starts at zero and gets no gradient from the input."""
     model = {**model, "pad_token_id": padding}
     layers = build(model)
     embedding = layers[0].tokens.weight
@@ -282,11 +307,9 @@ def test_gpt2_has_no_padding_token():
 )
 def test_names_and_shapes_are_those_of_transformers(model):
     layers = build(model)
-    whole = {
-        declaration.name: torch.zeros(declaration.shape) for declaration, _ in parameters(layers)
-    }
-    for declaration, _ in parameters(layers):
-        declaration.put(declaration.take(whole[declaration.name]) + 1, whole[declaration.name])
+    whole = {spec.name: torch.zeros(spec.shape) for spec, _ in parameters(layers)}
+    for spec, _ in parameters(layers):
+        spec.unshard_into(spec.shard(whole[spec.name]) + 1, whole[spec.name])
     twin = dict(transformers_twin(model, layers).named_parameters())
     assert {name: tensor.shape for name, tensor in whole.items()} == {
         name: tensor.shape for name, tensor in twin.items()
@@ -294,22 +317,60 @@ def test_names_and_shapes_are_those_of_transformers(model):
     assert all((count == 1).all() for count in whole.values()), "each element is held once"
 
 
-def test_what_the_user_wrote_is_not_written_into():
+def test_inline_fields_are_not_modified():
     model = {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
     load_hf_config(model)
     assert model["rope_parameters"] == {"rope_type": "linear", "factor": 2.0}
 
 
-def test_a_field_that_a_family_does_not_read_is_refused_unless_it_says_nothing():
-    """As one would be that a later transformers adds to a config."""
+def test_an_unread_field_is_refused_unless_it_has_its_default():
+    """So is a field that a later transformers adds to a config."""
     fields = HFConfigReader(load_hf_config({**LLAMA, "attention_bias": True}))
     for name in fields.config.to_dict():
         if name not in ("attention_bias", "mlp_bias"):
             fields.get(name)
     with pytest.raises(
         ConfigError,
-        match=r"model\.attention_bias=true is a field of llama configs that is not built; only false is",
+        match=r"model\.attention_bias=true is not supported in llama models .supported: false.",
     ):
         fields.refuse_unread()
     assert fields.attention_bias
-    fields.refuse_unread()  # mlp_bias stands at its default
+    fields.refuse_unread()  # mlp_bias has its default
+
+
+def test_a_registered_family_is_read_by_its_own_reader(monkeypatch):
+    monkeypatch.setattr(hf, "_registered", {})
+    biased = {**LLAMA, "model_type": "llama"}
+    register_family("llama", lambda fields: llama_like(fields, qkv_bias=True))
+    with pytest.raises(ConfigError, match=r"model\.pretraining_tp=2 is not supported"):
+        read_config(load_hf_config({**biased, "pretraining_tp": 2}))
+    architecture = read_config(load_hf_config(biased))
+    assert architecture.qkv_bias
+    assert not architecture.out_bias
+
+
+def test_a_new_model_type_can_be_registered(monkeypatch):
+    """With a config class of the user's own, which transformers knows by `AutoConfig.register`."""
+    from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
+
+    class WideConfig(LlamaConfig):
+        model_type = "wide_llama"
+
+    monkeypatch.setattr(hf, "_registered", {})
+    model = {**LLAMA, "model_type": "wide_llama"}
+    with pytest.raises(ConfigError, match="wide_llama is not supported"):
+        load_hf_config(model)
+    AutoConfig.register("wide_llama", WideConfig)
+    try:
+        register_family("wide_llama", llama_like)
+        assert supported_families() == (*hf.FAMILIES, "wide_llama")
+        architecture = read_config(load_hf_config(model))
+        assert architecture.model_type == "wide_llama"
+        assert architecture.names == read_config(load_hf_config(LLAMA)).names
+    finally:
+        CONFIG_MAPPING._extra_content.pop("wide_llama")
+
+
+def test_an_empty_model_type_is_refused():
+    with pytest.raises(ValueError, match="must not be empty"):
+        register_family("", llama_like)

@@ -55,7 +55,7 @@ def residuals(sequence):
     architecture = read_config(load_hf_config(DROPPING))
     outputs = []
     for rank in (0, 1):
-        parts = ParamFactory(
+        params = ParamFactory(
             architecture,
             make_mesh(rank, tensor=2, connect=False),
             sequence=sequence,
@@ -63,7 +63,7 @@ def residuals(sequence):
             device="cpu",
         )
         outputs.append(
-            ResidualDropout(parts, 0.5, "attention", 0).train()(
+            ResidualDropout(params, 0.5, "attention", 0).train()(
                 ONES, make_microbatch(architecture, tokens(), dropout_key=9)
             )
         )

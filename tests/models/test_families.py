@@ -45,7 +45,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name, record_proper
 def worst_gradient(layers, theirs) -> float:
     """Largest relative norm of a difference; every element of every gradient comes from one of our parameters."""
     whole = {name: torch.full_like(p, float("nan")) for name, p in theirs.items()}
-    for declaration, parameter in parameters(layers):
-        declaration.put(declaration.part_of(parameter.grad), whole[declaration.name])
+    for spec, parameter in parameters(layers):
+        spec.unshard_into(spec.local_view(parameter.grad), whole[spec.name])
     assert not any(gradient.isnan().any() for gradient in whole.values())
     return max(float((whole[name] - p.grad).norm() / p.grad.norm()) for name, p in theirs.items())

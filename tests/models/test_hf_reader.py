@@ -11,7 +11,8 @@ from helpers.model_variants import BASES
 from helpers.networks import build, logits, make_microbatch, scramble, tokens, transformers_twin
 
 from megatrain.errors import ConfigError
-from megatrain.models.config import FAMILIES, _family, load_hf_config, read_config
+from megatrain.models.config import load_hf_config, read_config
+from megatrain.models.hf import FAMILIES, find_family
 from megatrain.models.hf_reader import WITHOUT_EFFECT
 
 # Qwen's windows need their switch before the other fields say something.
@@ -219,7 +220,9 @@ LONG = {
     "short_factor": [1.0, 2.0, 3.0, 4.0],
     "long_factor": [1.0, 3.0, 5.0, 7.0],
 }
-OLD_FLIPS = [(family, name) for family in FAMILIES for name in sorted(_family(family).OLD_FIELDS)]
+OLD_FLIPS = [
+    (family, name) for family in FAMILIES for name in sorted(find_family(family).old_fields)
+]
 
 
 @pytest.mark.parametrize(("family", "name"), OLD_FLIPS)

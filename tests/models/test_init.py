@@ -43,10 +43,10 @@ def pieces(model, *, tensor, pipeline, seed=3):
 
 def whole(model, seed=3):
     tensors = {}
-    for declaration, parameter in pieces(model, tensor=1, pipeline=1, seed=seed):
-        declaration.put(
-            declaration.part_of(parameter.detach()),
-            tensors.setdefault(declaration.name, torch.full(declaration.shape, float("nan"))),
+    for spec, parameter in pieces(model, tensor=1, pipeline=1, seed=seed):
+        spec.unshard_into(
+            spec.local_view(parameter.detach()),
+            tensors.setdefault(spec.name, torch.full(spec.shape, float("nan"))),
         )
     return tensors
 
@@ -56,14 +56,14 @@ def whole(model, seed=3):
 def test_parts_are_slices_of_the_whole(name, tensor, pipeline):
     tensors = whole(MODELS[name])
     counted = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
-    for declaration, parameter in pieces(MODELS[name], tensor=tensor, pipeline=pipeline):
-        part = declaration.part_of(parameter.detach())
-        assert torch.equal(part, declaration.take(tensors[declaration.name])), declaration.name
-        declaration.put(
-            declaration.take(counted[declaration.name]) + declaration.is_owner,
-            counted[declaration.name],
+    for spec, parameter in pieces(MODELS[name], tensor=tensor, pipeline=pipeline):
+        part = spec.local_view(parameter.detach())
+        assert torch.equal(part, spec.shard(tensors[spec.name])), spec.name
+        spec.unshard_into(
+            spec.shard(counted[spec.name]) + spec.is_owner,
+            counted[spec.name],
         )
-        assert parameter.numel() == part.numel() or (parameter[declaration.length :] == 0).all(), (
+        assert parameter.numel() == part.numel() or (parameter[spec.length :] == 0).all(), (
             "padding is zero"
         )
     assert all((count == 1).all() for count in counted.values()), (
@@ -103,7 +103,7 @@ def test_roles_that_alternate_by_key_value_head_are_the_whole_tensor(tensor):
     )
     places = torch.full((fused.head_dim * 8, 32), -1)
     for rank in range(tensor):
-        parts = ParamFactory(
+        params = ParamFactory(
             fused,
             make_mesh(rank, tensor=tensor, connect=False),
             sequence=False,
@@ -111,12 +111,12 @@ def test_roles_that_alternate_by_key_value_head_are_the_whole_tensor(tensor):
             device="meta",
         )
         for number, role in enumerate(roles):
-            declaration = shard_spec(parts.columns(role, 0, bias=False)[0])
-            there = declaration.take(places)
+            spec = shard_spec(params.column_parallel(role, 0, bias=False)[0])
+            there = spec.shard(places)
             assert ((there == -1) | ((there == number) & (role != "query"))).all(), (
                 "only keys and values have copies"
             )
-            declaration.put(torch.full_like(there, number), places)
+            spec.unshard_into(torch.full_like(there, number), places)
     assert (
         places[:, 0].view(2, 4, fused.head_dim).tolist()
         == [[[0] * fused.head_dim] * 2 + [[1] * fused.head_dim, [2] * fused.head_dim]] * 2
@@ -153,7 +153,7 @@ def test_any_part_of_a_tensor_can_be_made_alone():
 )
 def test_a_part_takes_no_memory_of_the_whole(part, monkeypatch):
     """An eighth of 10 MB, and a block's working room."""
-    monkeypatch.setattr("megatrain.ops.random.ROWS_AT_ONCE", 1 << 12)
+    monkeypatch.setattr("megatrain.ops.random.CHUNK_ELEMENTS", 1 << 12)
     shape = (40_000, 64)
     tracemalloc.start()
     try:

@@ -53,7 +53,7 @@ def test_targets_are_ends_of_names():
 def test_a_target_that_matches_nothing_is_refused_with_those_there_are(targets):
     with pytest.raises(
         ConfigError,
-        match=r"matches no linear .* there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; or all-linear",
+        match=r"matches no linear .* the modules are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
     ):
         target_names(architecture(LLAMA), targets)
 
@@ -102,9 +102,9 @@ def test_at_the_start_adapters_change_nothing(dora):
         LoraConfig(rank=4, dora=dora),
         make_mesh(0, connect=False).tensor,
     )
-    for declaration, parameter in parameters(layers):
+    for spec, parameter in parameters(layers):
         if parameter.requires_grad:
-            parameter.data.normal_() if "lora_A" in declaration.name else parameter.data.zero_()
+            parameter.data.normal_() if "lora_A" in spec.name else parameter.data.zero_()
     set_magnitudes(layers)
     torch.testing.assert_close(
         loss(layers, make_microbatch(architecture(LLAMA), tokens())), before, rtol=1e-6, atol=0

@@ -9,8 +9,7 @@ from megatrain.config import loader as configuration
 from megatrain.data.dataloader import Batch
 from megatrain.distributed.mesh import make_mesh
 from megatrain.models.config import load_hf_config, read_config
-from megatrain.models.microbatch import Microbatch
-from megatrain.models.microbatches import MicrobatchFactory
+from megatrain.models.microbatch import Microbatch, MicrobatchFactory
 from megatrain.planner.memory import predict
 from megatrain.planner.run_spec import Cluster, RunSpec
 
@@ -18,11 +17,15 @@ LENGTH, WINDOWS = 16, (5, None)
 ARCHITECTURE = read_config(load_hf_config(BASES["gemma3_text"]))
 
 
-def microbatch_factory(**data):
-    config = configuration.from_dict(
-        {"data": {"sequence_length": LENGTH, **data}, "train": {"steps": 1}}
+def make_factory(*, separate_documents=False):
+    return MicrobatchFactory(
+        ARCHITECTURE,
+        make_mesh(0, connect=False),
+        torch.device("cpu"),
+        dtype=torch.float32,
+        separate_documents=separate_documents,
+        seed=0,
     )
-    return MicrobatchFactory(config, ARCHITECTURE, make_mesh(0, connect=False), torch.device("cpu"))
 
 
 def batch(length=LENGTH, *, first=4):
@@ -33,9 +36,9 @@ def batch(length=LENGTH, *, first=4):
 
 
 def test_microbatches_share_one_mask_a_window():
-    maker = microbatch_factory()
-    trained, another = (maker.make(batch(), step=1, index=index) for index in (0, 1))
-    evaluated = maker.make(batch(), step=None, index=0)
+    factory = make_factory()
+    trained, another = (factory.make(batch(), step=1, index=index) for index in (0, 1))
+    evaluated = factory.make(batch(), step=None, index=0)
     for window in WINDOWS:
         mask = trained.mask(window)
         assert mask is another.mask(window) is evaluated.mask(window)
@@ -45,9 +48,9 @@ def test_microbatches_share_one_mask_a_window():
 
 
 def test_another_length_has_its_own():
-    maker = microbatch_factory()
+    factory = make_factory()
     long, short, again = (
-        maker.make(batch(length), step=1, index=0) for length in (LENGTH, 8, LENGTH)
+        factory.make(batch(length), step=1, index=0) for length in (LENGTH, 8, LENGTH)
     )
     assert [microbatch.mask(5).shape[-1] for microbatch in (long, short, again)] == [
         LENGTH,
@@ -57,8 +60,8 @@ def test_another_length_has_its_own():
 
 
 def test_documents_have_their_own():
-    maker = microbatch_factory(document_mask=True)
-    one, other = (maker.make(batch(first=first), step=1, index=0) for first in (4, 6))
+    factory = make_factory(separate_documents=True)
+    one, other = (factory.make(batch(first=first), step=1, index=0) for first in (4, 6))
     for window in WINDOWS:
         assert one.mask(window).shape == (2, 1, LENGTH, LENGTH)
         assert not one.mask(window).equal(other.mask(window))

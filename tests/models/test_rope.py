@@ -7,7 +7,8 @@ import torch
 from helpers.networks import LLAMA
 
 from megatrain.models.config import load_hf_config, read_config
-from megatrain.models.rope import frequencies, rotate, rotation
+from megatrain.models.rope import frequencies, make_rotation
+from megatrain.ops.rope import rotate
 
 SCALINGS = {
     "default": {"rope_type": "default", "rope_theta": 1e4},
@@ -53,7 +54,9 @@ def test_queries_are_turned_as_in_transformers(name):
     )  # [S, B, heads, head_dim]
     cos, sin = LlamaRotaryEmbedding(architecture.config)(q, positions)
     expected, _ = apply_rotary_pos_emb(q.permute(1, 2, 0, 3), q.permute(1, 2, 0, 3), cos, sin)
-    found = rotate(q, rotation(positions, *frequencies(architecture, length=40), torch.float32))
+    found = rotate(
+        q, make_rotation(positions, *frequencies(architecture, length=40), torch.float32)
+    )
     torch.testing.assert_close(found.permute(1, 2, 0, 3), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -87,24 +90,24 @@ def test_longrope_is_longer_in_long_sequences():
 
 def test_a_part_of_a_head_turns():
     positions, x = torch.arange(5)[None], torch.randn(5, 2, 3, 6)
-    turn = rotation(positions, torch.tensor([1.0, 0.1]), 1.0, torch.float32)
-    y = rotate(x, turn)
+    rotation = make_rotation(positions, torch.tensor([1.0, 0.1]), 1.0, torch.float32)
+    y = rotate(x, rotation)
     assert torch.equal(y[..., 4:], x[..., 4:])
-    assert torch.equal(y[..., :4], rotate(x[..., :4].contiguous(), turn))
+    assert torch.equal(y[..., :4], rotate(x[..., :4].contiguous(), rotation))
 
 
 def test_the_backward_turns_back():
     positions = torch.arange(5)[None]
-    turn = rotation(positions, torch.tensor([1.0, 0.1, 0.01]), 1.5, torch.float64)
+    rotation = make_rotation(positions, torch.tensor([1.0, 0.1, 0.01]), 1.5, torch.float64)
     x = torch.randn(5, 2, 3, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: rotate(x, turn), (x,))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, rotation), (x,))
 
 
 def test_angles_are_exact_at_far_positions_in_bf16():
     """Angles in bf16 would be off by a whole turn here."""
     positions = torch.tensor([[100_000, 100_001]])
-    turn = rotation(positions, torch.tensor([1.0]), 1.0, torch.bfloat16)
-    assert turn.cos.dtype == torch.bfloat16
+    rotation = make_rotation(positions, torch.tensor([1.0]), 1.0, torch.bfloat16)
+    assert rotation.cos.dtype == torch.bfloat16
     torch.testing.assert_close(
-        turn.cos[:, 0, 0, 0].double(), positions[0].double().cos(), rtol=0, atol=0.01
+        rotation.cos[:, 0, 0, 0].double(), positions[0].double().cos(), rtol=0, atol=0.01
     )

@@ -54,21 +54,21 @@ def theirs(model, folder):
 @torch.no_grad()
 def test_tensors_go_into_ranks_and_back_unchanged(name, tmp_path):
     network, saved = theirs(VARIANTS[name], tmp_path)
-    former = read_config(load_hf_config(VARIANTS[name])).former_names
+    former = read_config(load_hf_config(VARIANTS[name])).renamed_weights
     saved = {former.get(key, key): tensor for key, tensor in saved.items()}
     for tensor, pipeline in LAYOUTS:
         back = {}
-        for declaration, parameter in ranks(VARIANTS[name], tensor=tensor, pipeline=pipeline):
-            declaration.part_of(parameter).copy_(declaration.take(saved[declaration.name]))
-            whole = back.setdefault(declaration.name, torch.full(declaration.shape, float("nan")))
-            if declaration.is_owner:
-                declaration.put(declaration.part_of(parameter), whole)
+        for spec, parameter in ranks(VARIANTS[name], tensor=tensor, pipeline=pipeline):
+            spec.local_view(parameter).copy_(spec.shard(saved[spec.name]))
+            whole = back.setdefault(spec.name, torch.full(spec.shape, float("nan")))
+            if spec.is_owner:
+                spec.unshard_into(spec.local_view(parameter), whole)
         assert back.keys() == saved.keys()
         assert all(torch.equal(back[key], saved[key]) for key in saved), (
             f"tensor {tensor}, pipeline {pipeline}"
         )
     layers = build(VARIANTS[name]).eval()
-    for declaration, parameter in parameters(layers):
-        declaration.part_of(parameter).copy_(declaration.take(saved[declaration.name]))
+    for spec, parameter in parameters(layers):
+        spec.local_view(parameter).copy_(spec.shard(saved[spec.name]))
     found = logits(layers, make_microbatch(read_config(load_hf_config(VARIANTS[name])), tokens()))
     torch.testing.assert_close(found, network(tokens()).logits, rtol=0, atol=1e-5)

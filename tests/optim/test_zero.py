@@ -12,7 +12,7 @@ from torch import nn
 
 from megatrain.config import loader as configuration
 from megatrain.distributed.mesh import make_mesh
-from megatrain.distributed.sharding import ShardSpec, declare
+from megatrain.distributed.sharding import ShardSpec, set_shard_spec
 from megatrain.ops.dtypes import DTYPES
 from megatrain.optim.lion import Lion
 from megatrain.optim.param_groups import STATES
@@ -37,7 +37,7 @@ class Tiny(nn.Module):
                 .bfloat16()
                 .float()
             )
-            declare(parameter := nn.Parameter(values), ShardSpec(kind, shape, kind=kind))
+            set_shard_spec(parameter := nn.Parameter(values), ShardSpec(kind, shape, kind=kind))
             self.register_parameter(kind, parameter)
 
     def forward(self, gradients):

@@ -133,9 +133,7 @@ def run_ours(config, architecture, mesh, case):
         backward=runner.optimizer.backward,
         loss_weight=torch.tensor(LOSS_WEIGHT),
     )
-    gradients = {
-        declaration.name: parameter.main_grad for declaration, parameter in parameters(runner.stage)
-    }
+    gradients = {spec.name: parameter.main_grad for spec, parameter in parameters(runner.stage)}
     return Outcome([loss * LOSS_WEIGHT for loss in losses], gradients), runner.schedule.placement
 
 
@@ -194,7 +192,7 @@ def run_theirs(config, architecture, mesh, case, placement):
         losses=losses,
         return_outputs=False,
     )
-    gradients = {declaration.name: parameter.grad for declaration, parameter in parameters(stage)}
+    gradients = {spec.name: parameter.grad for spec, parameter in parameters(stage)}
     return Outcome([loss.detach() for loss in losses], gradients)
 
 

@@ -192,7 +192,7 @@ def scramble(optimizer) -> None:
     for fragment in optimizer.state.fragments():
         s = fragment.sharding
         master = fragment.tensors["master"]
-        part = s.take(scrambled(s.name, s.shape, torch.zeros(s.shape)))
+        part = s.shard(scrambled(s.name, s.shape, torch.zeros(s.shape)))
         master.add_(part.flatten()[fragment.start : fragment.start + master.numel()])
     optimizer.state.copy_masters_to_weights()
 

@@ -230,20 +230,16 @@ def outcomes(tmp_path_factory):
 def whole(outcomes):
     """Assembles master weights and moments of the model from all ranks."""
     found: dict = {}
-    for declaration, shape, start, tensors in (
-        piece for outcome in outcomes for piece in outcome.pieces
-    ):
+    for spec, shape, start, tensors in (piece for outcome in outcomes for piece in outcome.pieces):
         for state, tensor in tensors.items():
             flat = found.setdefault(
-                (declaration, shape, state), torch.full((torch.Size(shape).numel(),), math.nan)
+                (spec, shape, state), torch.full((torch.Size(shape).numel(),), math.nan)
             )
             flat[start : start + tensor.numel()] = tensor
     tensors: dict = {}
-    for (declaration, shape, state), flat in found.items():
-        tensor = tensors.setdefault(
-            f"{declaration.name} {state}", torch.full(declaration.shape, math.nan)
-        )
-        declaration.put(declaration.part_of(flat.view(shape)), tensor)
+    for (spec, shape, state), flat in found.items():
+        tensor = tensors.setdefault(f"{spec.name} {state}", torch.full(spec.shape, math.nan))
+        spec.unshard_into(spec.local_view(flat.view(shape)), tensor)
     return tensors
 
 

@@ -182,7 +182,7 @@ def reference(kind: str, folder: Path):
 def shift(optimizer) -> None:
     for fragment in optimizer.state.fragments():
         s, master = fragment.sharding, fragment.tensors["master"]
-        part = s.take(shifted(s.name, s.shape, torch.zeros(s.shape)))
+        part = s.shard(shifted(s.name, s.shape, torch.zeros(s.shape)))
         master.add_(part.flatten()[fragment.start : fragment.start + master.numel()])
     optimizer.state.copy_masters_to_weights()
 

@@ -23,8 +23,8 @@ from megatrain.evaluation.checks import check_model, choose_kind, make_windows
 from megatrain.evaluation.spec import EvalSpec, model_folder, trained_length
 from megatrain.evaluation.spec import make_config as make_evaluation
 from megatrain.models.classification_config import with_classifier
-from megatrain.models.config import FAMILIES
 from megatrain.models.counts import parameter_shapes
+from megatrain.models.hf import FAMILIES
 from megatrain.training.task_classification import ClassificationTask
 
 VOCABULARY, LENGTH, TEXTS, STEPS, LR = 290, 24, 22, 4, 1e-3

@@ -1,4 +1,5 @@
-"""Gemma 3, its text model: Gemma 2 with norms on queries and keys instead of the scores' cap, and rotations by layer type."""
+"""Gemma 3, text model: Gemma 2 with query and key norms instead of capped scores, RoPE by layer
+type."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ OLD_FIELDS = OLD_ROPE_FIELDS | {"rope_local_base_freq", "sliding_window_pattern"
 
 
 def read(fields: HFConfigReader) -> TransformerConfig:
-    fields.only("attn_logit_softcapping", None)  # transformers' own model does not read it either
+    fields.only("attn_logit_softcapping", None)  # ignored by transformers' model
     kinds = tuple(fields.layer_types)
     for kind in dict.fromkeys(kinds):
         fields.check_rope(kind)

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, layer norms, biases everywhere, query, key and value in one matrix stored as [in, out]."""
+"""GPT-2: learned positions, layer norms, biases, fused query, key and value, matrices [in, out]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = {
     "attention_norm": WeightName("transformer.h.{}.ln_1"),
     **{role: WeightName("transformer.h.{}.attn.c_attn", _QKV) for role in _QKV},
     "out": WeightName("transformer.h.{}.attn.c_proj"),
-    "feedforward_norm": WeightName("transformer.h.{}.ln_2"),
+    "mlp_norm": WeightName("transformer.h.{}.ln_2"),
     "up": WeightName("transformer.h.{}.mlp.c_fc"),
     "down": WeightName("transformer.h.{}.mlp.c_proj"),
     "final_norm": WeightName("transformer.ln_f"),
@@ -26,7 +26,7 @@ def read(fields: HFConfigReader) -> TransformerConfig:
     fields.only("scale_attn_weights", True)
     fields.only("scale_attn_by_inverse_layer_idx", False)
     fields.only("add_cross_attention", False)
-    # Of other heads; and the order of a scaling in half precision, which ours does in fp32 anyway.
+    # Fields of other heads, and the order of a half-precision scaling that ours does in fp32.
     fields.without_effect(
         "summary_type",
         "summary_use_proj",
@@ -36,15 +36,12 @@ def read(fields: HFConfigReader) -> TransformerConfig:
         "reorder_and_upcast_attn",
     )
     if fields.n_embd % fields.n_head:
+        divisors = (n for n in range(fields.n_head, 0, -1) if fields.n_embd % n == 0)
         raise ConfigError(
             "model.n_head",
             fields.n_head,
-            f"does not divide n_embd={fields.n_embd}",
-            fix={
-                "model.n_head": next(
-                    n for n in range(fields.n_head, 0, -1) if fields.n_embd % n == 0
-                )
-            },
+            f"must divide n_embd={fields.n_embd}",
+            fix={"model.n_head": next(divisors)},
         )
     return TransformerConfig(
         model_type="gpt2",

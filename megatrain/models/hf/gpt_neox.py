@@ -1,5 +1,5 @@
-"""GPT-NeoX and Pythia: attention and feed-forward side by side, rotations of a part of each head, query, key and value in one
-matrix, head by head."""
+"""GPT-NeoX and Pythia: parallel attention and MLP, partial rotations, query, key, value fused by
+head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = {
         for role in _QKV
     },
     "out": WeightName("gpt_neox.layers.{}.attention.dense"),
-    "feedforward_norm": WeightName("gpt_neox.layers.{}.post_attention_layernorm"),
+    "mlp_norm": WeightName("gpt_neox.layers.{}.post_attention_layernorm"),
     "up": WeightName("gpt_neox.layers.{}.mlp.dense_h_to_4h"),
     "down": WeightName("gpt_neox.layers.{}.mlp.dense_4h_to_h"),
     "final_norm": WeightName("gpt_neox.final_layer_norm"),
@@ -53,6 +53,6 @@ def read(fields: HFConfigReader) -> TransformerConfig:
         embedding_dropout=fields.hidden_dropout,
         residual_dropout=fields.hidden_dropout,
         attention_dropout=fields.attention_dropout,
-        former_names={"embed_out.weight": "lm_head.weight"},
+        renamed_weights={"embed_out.weight": "lm_head.weight"},
         config=fields.config,
     )

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.x, and what its many relatives have in common with it."""
+"""Llama 1 to 3.x, and the config that many families share with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {
     "query_norm": WeightName("model.layers.{}.self_attn.q_norm"),
     "key_norm": WeightName("model.layers.{}.self_attn.k_norm"),
     "out": WeightName("model.layers.{}.self_attn.o_proj"),
-    "feedforward_norm": WeightName("model.layers.{}.post_attention_layernorm"),
+    "mlp_norm": WeightName("model.layers.{}.post_attention_layernorm"),
     "gate": WeightName("model.layers.{}.mlp.gate_proj"),
     "up": WeightName("model.layers.{}.mlp.up_proj"),
     "down": WeightName("model.layers.{}.mlp.down_proj"),
@@ -29,7 +29,12 @@ NAMES = {
 def llama_like(
     fields: HFConfigReader, *, activation: str = "hidden_act", **switches: Any
 ) -> TransformerConfig:
-    """What the relatives share; `switches` say what differs, `activation` is the field that names it."""
+    """Returns the config of a family like Llama.
+
+    Args:
+        activation: the field that names the activation.
+        switches: fields of the `TransformerConfig` in which the family differs.
+    """
     if "rope_kinds" not in switches and "rotary_dim" not in switches:
         fields.check_rope()
     heads = fields.num_attention_heads

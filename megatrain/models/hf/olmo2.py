@@ -1,4 +1,4 @@
-"""OLMo 2: norms after each branch and none before, and norms over all heads of queries and of keys."""
+"""OLMo 2: post-norms without pre-norms, and norms over all heads of queries and of keys."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from megatrain.models.hf_reader import OLD_ROPE_FIELDS, HFConfigReader
 
 OLD_FIELDS = OLD_ROPE_FIELDS
 NAMES = llama.NAMES | {
-    "attention_norm_after": WeightName("model.layers.{}.post_attention_layernorm"),
-    "feedforward_norm_after": WeightName("model.layers.{}.post_feedforward_layernorm"),
+    "attention_post_norm": WeightName("model.layers.{}.post_attention_layernorm"),
+    "mlp_post_norm": WeightName("model.layers.{}.post_feedforward_layernorm"),
 }
 
 
@@ -21,6 +21,6 @@ def read(fields: HFConfigReader) -> TransformerConfig:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="all",
-        norm_before=False,
-        norm_after=True,
+        pre_norm=False,
+        post_norm=True,
     )

@@ -1,4 +1,4 @@
-"""Phi-3 and 3.5: Llama with query, key and value in one matrix, gate and up in another."""
+"""Phi-3 and 3.5: Llama with fused query, key and value, and fused gate and up."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ NAMES = llama.NAMES | {
 
 
 def read(fields: HFConfigReader) -> TransformerConfig:
-    fields.only("embd_pdrop", 0.0)  # transformers' own model does not read it either
-    fields.without_effect(
-        "original_max_position_embeddings"
-    )  # transformers has put it into rope_parameters
+    fields.only("embd_pdrop", 0.0)  # ignored by transformers' model
+    fields.without_effect("original_max_position_embeddings")  # copied into rope_parameters
     head_dim = fields.hidden_size // fields.num_attention_heads
     return llama.llama_like(
         fields,

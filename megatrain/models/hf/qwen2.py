@@ -10,7 +10,6 @@ OLD_FIELDS = OLD_ROPE_FIELDS
 
 
 def read(fields: HFConfigReader) -> TransformerConfig:
-    fields.without_effect(
-        "use_sliding_window", "max_window_layers"
-    )  # transformers has made layer_types of them
+    # transformers derives layer_types from these.
+    fields.without_effect("use_sliding_window", "max_window_layers")
     return llama_like(fields, qkv_bias=True, windows=fields.layer_windows())

@@ -1,4 +1,5 @@
-"""Qwen 3 (dense): Llama with a norm on each head's query and key, and sliding windows in some layers."""
+"""Qwen 3 (dense): Llama with a norm on each head's query and key, and sliding windows in some
+layers."""
 
 from __future__ import annotations
 
@@ -10,9 +11,8 @@ OLD_FIELDS = OLD_ROPE_FIELDS
 
 
 def read(fields: HFConfigReader) -> TransformerConfig:
-    fields.without_effect(
-        "use_sliding_window", "max_window_layers"
-    )  # transformers has made layer_types of them
+    # transformers derives layer_types from these.
+    fields.without_effect("use_sliding_window", "max_window_layers")
     bias = bool(fields.attention_bias)
     return llama_like(
         fields, qkv_bias=bias, out_bias=bias, qk_norm="head", windows=fields.layer_windows()

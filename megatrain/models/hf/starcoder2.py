@@ -1,4 +1,4 @@
-"""StarCoder 2: Llama's attention with layer norms, biases everywhere, and a feed-forward without a gate."""
+"""StarCoder 2: Llama's attention with layer norms, biases, and a plain MLP."""
 
 from __future__ import annotations
 
