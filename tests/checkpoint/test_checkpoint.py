@@ -8,15 +8,15 @@ import json
 import os
 import shutil
 import subprocess
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from helpers import readme_commands
+from helpers.checkpoint_runs import MODEL, VOCABULARY, pretrain_in_shards, settings
 from helpers.rank_pool import run_ranks
-from helpers.training_runs import merge_sections, pretrain, write_tokens
+from helpers.training_runs import pretrain, write_tokens
 
 from megatrain.__main__ import main
 from megatrain.checkpoint import manifest, resume, retention
@@ -28,44 +28,6 @@ from megatrain.data.gpt_dataset import open_dataset
 from megatrain.errors import CheckpointError
 from megatrain.models.config import load_hf_config, read_config
 from megatrain.planner.run_spec import choose_start, describe_run
-
-VOCABULARY = 67
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": True,
-}
-
-
-def settings(folder, **sections):
-    raw = {
-        "run": {"output_dir": str(folder / "run")},
-        "model": MODEL,
-        "train": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 2},
-        "checkpoint": {"save_every": 1},
-        "eval": {"every": 3, "batches": 2},
-        "data": {
-            "train": str(folder / "tokens"),
-            "valid": str(folder / "tokens"),
-            "sequence_length": 16,
-        },
-    }
-    return merge_sections(raw, sections)
-
-
-def pretrain_in_shards(rank, world_size, raw, shard_bytes):
-    from megatrain.checkpoint import writer
-
-    with patch.object(writer, "MAX_SHARD_BYTES", shard_bytes):
-        pretrain(rank, world_size, raw)
 
 
 @pytest.fixture(scope="module")

@@ -8,35 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapter_runs import BATCH, LENGTH, LORAS, batches, train_and_resume
 from helpers.networks import GPT2, LLAMA, build, logits, make_microbatch, transformers_twin
 from helpers.networks import tokens as some_tokens
 from helpers.rank_pool import run_ranks
-from helpers.training_runs import microbatches
 from safetensors.torch import load_file
 
 from megatrain.checkpoint import manifest, resume
-from megatrain.checkpoint.checkpointer import Checkpointer
-from megatrain.checkpoint.hf_metadata import write_hf_metadata
 from megatrain.checkpoint.optimizer_state import OptimizerState
 from megatrain.checkpoint.peft import join_shards, make_adapter_config, merge_adapter
-from megatrain.checkpoint.train_state import TrainState
 from megatrain.config import loader as configuration
 from megatrain.config.loader import Config
 from megatrain.config.schema import LoraConfig
-from megatrain.data.dataloader import Batch
 from megatrain.distributed.mesh import make_mesh
 from megatrain.distributed.sharding import parameters
 from megatrain.errors import CheckpointError
 from megatrain.models.config import load_hf_config, read_config
 from megatrain.models.lora import add_adapters
-from megatrain.planner.run_spec import describe_run
 
 MODELS = {"llama": {**LLAMA, "tie_word_embeddings": True}, "gpt2": GPT2}
-LORAS = {
-    "llama": {"rank": 4, "alpha": 6, "rslora": True},
-    "gpt2": {"rank": 3, "alpha": 6, "dora": True, "targets": ["c_attn", "c_proj"]},
-}
-LENGTH, BATCH = 12, 4
 
 
 def make_config(model: str, **parallel):
@@ -51,50 +41,6 @@ def make_config(model: str, **parallel):
         "lr_schedule": {"name": "constant"},
     }
     return configuration.from_dict(raw)
-
-
-def batches(step: int, mesh) -> list[Batch]:
-    return microbatches(
-        torch.randint(0, 67, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step)),
-        1,
-        mesh.data,
-    )
-
-
-def save(folder: Path, state: TrainState, *, optimizer, config, architecture, mesh) -> Path:
-    saver = Checkpointer(
-        folder,
-        optimizer=optimizer,
-        mesh=mesh,
-        run=describe_run(config, architecture, data_size=mesh.data.size),
-        keep_last=0,
-        keep_every=0,
-        adapter_config=make_adapter_config(config.lora, architecture, init_from=None),
-        write_metadata=lambda path: write_hf_metadata(
-            path, architecture, dtype=torch.float32, tokenizer=None, chat=None
-        ),
-    )
-    saver.save(state)
-    return saver.finish().path
-
-
-def train_and_resume(rank: int, world_size: int, config, folder: Path):
-    """Returns the losses of steps 3 and 4, uninterrupted and resumed from step 2; saves step 4."""
-    from megatrain.training.step_runner import StepRunner
-
-    p, architecture = config.parallel, read_config(load_hf_config(config.model))
-    mesh = make_mesh(rank, tensor=p.tensor, pipeline=p.pipeline, data=config.data_size(world_size))
-    more = {"config": config, "architecture": architecture, "mesh": mesh}
-    first = StepRunner(config, architecture, mesh, torch.device("cpu"))
-    losses = [first.train_step(step, batches(step, mesh)).loss for step in (1, 2)]
-    path = save(folder, TrainState(2, 0, 2), optimizer=first.optimizer, **more)
-    losses += [first.train_step(step, batches(step, mesh)).loss for step in (3, 4)]
-    second = StepRunner(config, architecture, mesh, torch.device("cpu"))
-    resume.check(path, describe_run(config, architecture, data_size=mesh.data.size))
-    assert resume.load(path, optimizer=second.optimizer, global_batch_size=4, mesh=mesh).step == 2
-    again = [second.train_step(step, batches(step, mesh)).loss for step in (3, 4)]
-    save(folder, TrainState(4, 0, 4), optimizer=second.optimizer, **more)
-    return losses[2:], again, first.evaluate(lambda number: batches(9, mesh), 1).loss
 
 
 def resume_elsewhere(rank: int, world_size: int, config, path: Path):

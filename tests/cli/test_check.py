@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers.checkout_paths import CONFIGS
 from helpers.readme_commands import run as run_command
-from test_configs import WRITTEN_FOR
+from helpers.shipped_configs import WRITTEN_FOR
 
 from megatrain.__main__ import main
 from megatrain.config import loader as configuration

@@ -5,11 +5,11 @@ import os
 import shutil
 
 import pytest
+from helpers.checkpoint_runs import pretrain_in_shards, settings
 from helpers.megatron_layout import write_megatron
 from helpers.rank_pool import run_ranks
 from helpers.tiny_folders import LLAMA, make_folder, random_model
 from helpers.training_runs import write_tokens
-from test_checkpoint import pretrain_in_shards, settings
 
 from megatrain.__main__ import main
 

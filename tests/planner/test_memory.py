@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from helpers.layout_runs import MODELS
 from helpers.rank_pool import run_ranks
-from test_layouts import MODELS
 from torch._subclasses.fake_tensor import FakeTensor
 
 from megatrain.config import loader as configuration

@@ -14,11 +14,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from helpers.layout_runs import LLAMA, layout, reference, run_layout, tokens
 from helpers.rank_pool import run_ranks
 from helpers.reference_model import assert_equal
 from helpers.sleeping_stage import sleeping
 from helpers.training_runs import losses, microbatches, pretrain, write_tokens
-from test_layouts import LLAMA, layout, reference, run_layout, tokens
 
 from megatrain.config import loader as configuration
 from megatrain.distributed.mesh import make_mesh

@@ -7,13 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.rank_pool import run_ranks
-from helpers.reference_model import assert_equal, give_weights, make_stage
-from helpers.reference_model import train as train_plainly
-from helpers.training_runs import assert_same_run, checked, metrics
-from safetensors import safe_open
-from test_lora_runs import scramble, scrambled, trained_by_name
-from test_task_classification import (
+from helpers.classification_runs import (
     LABELS,
     LENGTH,
     LR,
@@ -29,6 +23,12 @@ from test_task_classification import (
     step_loss,
     train,
 )
+from helpers.lora_runs import scramble, scrambled, trained_by_name
+from helpers.rank_pool import run_ranks
+from helpers.reference_model import assert_equal, give_weights, make_stage
+from helpers.reference_model import train as train_plainly
+from helpers.training_runs import assert_same_run, checked, metrics
+from safetensors import safe_open
 
 from megatrain.checkpoint.peft import merge_run
 from megatrain.config import loader as configuration

@@ -9,11 +9,8 @@ from importlib import metadata
 
 import pytest
 import torch
-from helpers.rank_pool import run_ranks
-from helpers.reference_model import assert_equal
-from helpers.training_runs import microbatches
-from safetensors.torch import load_file
-from test_lora_runs import (
+from helpers.adapter_runs import train_and_resume
+from helpers.lora_runs import (
     MODELS,
     PP,
     TP,
@@ -26,7 +23,10 @@ from test_lora_runs import (
     run_layout,
     tokens,
 )
-from test_peft import train_and_resume
+from helpers.rank_pool import run_ranks
+from helpers.reference_model import assert_equal
+from helpers.training_runs import microbatches
+from safetensors.torch import load_file
 
 from megatrain.distributed.mesh import make_mesh
 from megatrain.errors import ConfigError
