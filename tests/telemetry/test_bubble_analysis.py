@@ -492,8 +492,9 @@ def test_the_command_writes_page_trace_and_numbers(run_folder, capsys, tmp_path_
 def error_of(capsys, folder, *arguments):
     assert main(["profile", str(folder), *arguments]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    message, *fixes = error.splitlines()
+    assert message.startswith("error: ")
+    assert all(line.startswith("  fix: ") for line in fixes)
     return error
 
 
