@@ -1,7 +1,7 @@
-"""Files of one JSON object a line that several starts of a run append to and that survive its end at any moment.
+"""JSON Lines files that several starts of a run append to, and files that are replaced atomically.
 
-A line is appended with one write: it is whole or, after a kill or on a full disk, torn. The next writer ends a torn line
-first, and readers read over it, so it costs no other.
+A line is appended with one write: it is complete or, after a kill or on a full disk, truncated.
+The next writer ends a truncated line first, and readers skip it, so other lines survive.
 """
 
 from __future__ import annotations
@@ -19,39 +19,49 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 class LineFile:
-    """Appends objects to a file, each there as soon as `write` returns. OSError where it cannot."""
+    """Appends objects to a file; each is in the file when `write` returns.
+
+    Raises:
+        OSError: the file cannot be opened or written.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Paths are written as text, what is not finite as null."""
-        left = f"{self._end_of_torn_line()}{json.dumps(_plain(line), allow_nan=False)}\n".encode()
-        while left:  # a disk that fills up takes a part, and refuses the next
+        """Writes a line; paths become text, and NaN and infinities become null."""
+        left = (
+            f"{self._end_of_truncated_line()}{json.dumps(_plain(line), allow_nan=False)}\n".encode()
+        )
+        while left:  # a disk that fills up accepts a part; the next write fails
             left = left[os.write(self._file, left) :]
 
     def close(self) -> None:
         os.close(self._file)
 
-    def _end_of_torn_line(self) -> str:
+    def _end_of_truncated_line(self) -> str:
         size = os.fstat(self._file).st_size
         return "\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else ""
 
 
 def read(path: Path, *, last: int | None = None) -> Iterator[dict[str, Any]]:
-    """The objects of a file in turn, none where there is no file. With `last`, those that lie whole in as many bytes at its end."""
+    """Yields the objects of a file; none if the file is missing.
+
+    Args:
+        last: bytes at the end of the file; only lines that lie completely in them are read.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
         before = 0 if last is None else os.fstat(file.fileno()).st_size - last
         if before > 0:
             file.seek(before - 1)
-            file.readline()  # to where a line begins
+            file.readline()  # to the start of a line
         for line in file:
             try:
                 found = json.loads(line)
-            except ValueError:  # torn, or not UTF-8
+            except ValueError:  # truncated, or not UTF-8
                 continue
             if isinstance(found, dict):
                 yield found

@@ -33,12 +33,12 @@ def test_what_is_not_finite_is_null_and_every_line_is_strict_json(tmp_path):
     }
 
 
-@pytest.mark.parametrize("torn", [b'{"n": ', b"7\n", b"\xff\xfe", b"\n\n", b'{"n": 4'])
-def test_torn_lines_and_others_that_are_no_objects_cost_no_other(tmp_path, torn):
+@pytest.mark.parametrize("line", [b'{"n": ', b"7\n", b"\xff\xfe", b"\n\n", b'{"n": 4'])
+def test_truncated_lines_and_lines_without_an_object_are_skipped(tmp_path, line):
     path = tmp_path / "a"
     write(path, {"n": 1})
     with path.open("ab") as file:
-        file.write(torn)
+        file.write(line)
     write(path, {"n": 2}, {"n": 3})
     assert [line["n"] for line in read(path)] == [1, 2, 3]
 

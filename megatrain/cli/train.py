@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--merge",
             action="store_true",
-            help="write the base model with the newest checkpoint's adapters to RUN/merged and exit",
+            help="write the base model merged with the newest adapters to RUN/merged and exit",
         )
     # The deepspeed launcher adds it for scripts that cannot read LOCAL_RANK.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)

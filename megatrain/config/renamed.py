@@ -1,4 +1,7 @@
-"""Settings that were renamed, by their old name. Configs use the new names; run folders may hold the old ones."""
+"""Settings that were renamed, by their old name.
+
+Configs use the new names; run folders may hold the old ones.
+"""
 
 from __future__ import annotations
 

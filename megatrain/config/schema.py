@@ -378,7 +378,7 @@ def default_of(name: str) -> Any:
 
 
 def _nearest_layout(p: ParallelConfig, world_size: int) -> dict[str, int]:
-    """Returns the fix for a layout that does not divide `world_size`: fewer stages or tensor ranks."""
+    """Returns the fix for a layout that does not divide the world: fewer stages or tensor ranks."""
     if world_size % (p.tensor * p.pipeline) == 0:
         return {}
     if world_size % p.tensor == 0:

@@ -105,7 +105,7 @@ def _parsed(choice: str) -> str | int:
 
 
 def _example_fix(name: str, value: Any) -> dict[str, Any]:
-    """Returns the fix for a value that cannot be converted: the number in a text, or the default."""
+    """Returns the fix for a value that cannot be converted: the number in a text or the default."""
     name = name.partition("[")[0]
     if isinstance(value, str):
         with contextlib.suppress(ValueError, ConfigError):

@@ -212,7 +212,7 @@ def _make_batch(rows: Sequence[Row], length: int) -> Batch:
 
 
 def _row_losses(head: Head, hidden_states: HiddenStates | None, microbatch: Microbatch) -> Tensor:
-    """Returns float64 [B, 2]: each row's loss and its number of labels that are not the top token."""
+    """Returns float64 [B, 2]: each row's loss and its number of labels other than the top token."""
     assert hidden_states is not None
     logits = head.logits(hidden_states).flatten(0, 1)
     labels = microbatch.labels.t().reshape(-1)

@@ -1,7 +1,8 @@
 """Classification and regression metrics of scikit-learn, by the names of metrics.jsonl.
 
-Precision of a class that is never predicted, and recall of one that never occurs, are 0. Macro means
-are over the classes that occur in the targets or the predictions; of multi-label problems, over all.
+Precision of a class that is never predicted, and recall of one that never occurs, are 0. Macro
+means are over the classes that occur in the targets or the predictions; of multi-label problems,
+over all.
 scikit-learn is imported by the functions: pretraining does not need it.
 """
 

@@ -98,8 +98,8 @@ class LossSpikes(Callback):
             raise UserError(
                 f"the run went back to {target.path} {target.times} times "
                 f"(stability.max_rollbacks) and fails again at step {since}; lower optimizer.lr, "
-                "resume from an older checkpoint with checkpoint.resume=FOLDER, or inspect the documents that "
-                f"{FILE_NAME} lists"
+                "resume from an older checkpoint with checkpoint.resume=FOLDER, or inspect the "
+                f"documents that {FILE_NAME} lists"
             )
         state = resume.load(
             target.path,

@@ -332,7 +332,8 @@ def test_memory_limit(tmp_path):
         ),
         (
             ["parallel.layers_per_stage=[1,2]"],
-            "parallel.layers_per_stage=[1, 2] has no effect with parallel.schedule=auto, which chooses it",
+            "parallel.layers_per_stage=[1, 2] has no effect with parallel.schedule=auto, "
+            "which chooses it",
         ),
         (
             ["parallel.schedule=zb-v", "parallel.autotune_memory_gib=3"],

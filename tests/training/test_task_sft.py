@@ -499,8 +499,13 @@ SENTENCES = {
     "train.init_from=nowhere": "train.init_from=nowhere does not exist",
     "train.steps=null train.epochs=0": "train.epochs=0 must be at least 1",
     "train.steps=5 train.epochs=1": "train.epochs=1 cannot be combined with train.steps=5",
-    "train.steps=null train.epochs=1 lr_schedule.warmup_steps=50": "lr_schedule.warmup_steps=50 must be at most 3, the steps of the schedule",
-    'train.steps=null train.epochs=1 data.train=[{{"path":"{folder}/train.jsonl","weight":1}},{{"path":"{folder}/valid.jsonl","weight":1}}]': "train.epochs=1 has no meaning for a blend of data; give train.steps",
+    "train.steps=null train.epochs=1 lr_schedule.warmup_steps=50": (
+        "lr_schedule.warmup_steps=50 must be at most 3, the steps of the schedule"
+    ),
+    (
+        'train.steps=null train.epochs=1 data.train=[{{"path":"{folder}/train.jsonl","weight":1}},'
+        '{{"path":"{folder}/valid.jsonl","weight":1}}]'
+    ): "train.epochs=1 has no meaning for a blend of data; give train.steps",
 }
 
 
