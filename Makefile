@@ -1,16 +1,18 @@
-# make install   an environment in .venv     make demo   a small model from files to transformers to answers, on any machine
-# make test      all tests but faults on a cluster (LONG=1: those too, minutes)     make lint   ruff and mypy
+# make install   creates .venv            make demo   trains, finetunes and tries a small model on CPUs
+# make test      all tests but faults on a simulated cluster (LONG=1 adds them)
+# make lint      formatting, ruff, mypy, import contracts, style, generated pages
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
+NUMERICS := tests/ops tests/models tests/optim tests/distributed tests/training/test_layouts.py
 
-.PHONY: install demo test lint
+.PHONY: install demo test test-avx2 lint
 install: .venv/installed
 
-# torch first and alone: deepspeed's build looks at the torch that is there.
+# torch is installed first and alone: deepspeed's build reads the installed version.
 .venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo 'make PYTHON=python3.11 or newer'; exit 1)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo 'use make PYTHON=python3.11 or newer'; exit 1)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
@@ -31,6 +33,14 @@ demo: install
 test: install
 	$(BIN)/python -m pytest $(if $(LONG),,-m 'not chaos')
 
+# The numerics with the instructions of a CPU that has neither AVX-512 nor AMX.
+test-avx2: install
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(NUMERICS)
+
 lint: install
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/check_style.py
+	$(BIN)/python tools/make_architecture.py --check

@@ -27,6 +27,10 @@ class UserError(Exception):
         self.fix: dict[str, Any] = dict(fix or {})
         self.command = command
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the fields instead of the arguments, which subclasses change."""
+        return _unpickle, (type(self), self.args, self.__dict__)
+
     @property
     def fix_text(self) -> str:
         """The fix as the user types it: overrides `section.key=value`, or a command."""
@@ -38,6 +42,12 @@ class UserError(Exception):
     def description(self) -> str:
         """The message and, on a line of its own, the fix."""
         return with_fix(str(self), self.fix_text)
+
+
+def _unpickle(cls: type[UserError], args: tuple[Any, ...], fields: dict[str, Any]) -> UserError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class ConfigError(UserError):

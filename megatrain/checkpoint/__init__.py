@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face folders with the optimizer state beside them."""

@@ -15,9 +15,9 @@ import sys
 import time
 from typing import NamedTuple
 
-from megatrain import __version__
 from megatrain.distributed.env import is_local_rank_zero
 from megatrain.errors import RankError, UserError
+from megatrain.version import __version__
 
 
 class Command(NamedTuple):

@@ -15,12 +15,12 @@ _LENGTHS = frozenset(["train.steps", "train.tokens", "train.epochs"])
 class Issue:
     """An error with its message and the fix as the user types it, empty if there is none."""
 
-    text: str
+    message: str
     fix: str
     error: UserError
 
     def __str__(self) -> str:
-        return with_fix(self.text, self.fix)
+        return with_fix(self.message, self.fix)
 
 
 class IssueCollector:
@@ -32,7 +32,7 @@ class IssueCollector:
 
     def add(self, error: UserError, *, fix: str = "") -> None:
         """Adds an error. `fix` replaces the fix of the error."""
-        if str(error) not in [issue.text for issue in self.errors]:
+        if str(error) not in [issue.message for issue in self.errors]:
             self.errors.append(Issue(str(error), fix or error.fix_text, error))
 
     def raise_first(self) -> None:

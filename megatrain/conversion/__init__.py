@@ -1,0 +1,1 @@
+"""Converts models between formats, with verification."""

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 
-from megatrain import __version__
 from megatrain.checkpoint.hf_folder import HFFolder
 from megatrain.checkpoint.hf_metadata import copy_tokenizer, write_config
 from megatrain.conversion import verify as verification
@@ -36,6 +35,7 @@ from megatrain.models.config import TransformerConfig, load_hf_config
 from megatrain.models.counts import parameter_shapes
 from megatrain.ops.dtypes import DTYPES
 from megatrain.progress import progress_bar
+from megatrain.version import __version__
 
 REPORT_FILE = "conversion.json"
 WORKING_BYTES = 1 << 30

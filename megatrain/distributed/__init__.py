@@ -1,0 +1,1 @@
+"""Ranks, mesh, collectives, and layers split over tensor ranks."""

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatrain import __version__
 from megatrain.checkpoint.init_from_hf import Pretrained
 from megatrain.config.loader import Config
 from megatrain.data.tokenizer import load_tokenizer
@@ -35,6 +34,7 @@ from megatrain.ops.dtypes import DTYPES
 from megatrain.pipeline.stage_builder import build_stage
 from megatrain.progress import progress_bar
 from megatrain.telemetry.plots import plot_confusion_matrix
+from megatrain.version import __version__
 
 logger = logging.getLogger("megatrain")
 

@@ -1,0 +1,1 @@
+"""Starts, supervises and watches the ranks of a run."""

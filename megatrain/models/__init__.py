@@ -1,0 +1,1 @@
+"""Transformer models as lists of layers, read from Hugging Face configs."""

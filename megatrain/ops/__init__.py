@@ -1,0 +1,1 @@
+"""Kernels and numerics on single tensors, without process groups."""

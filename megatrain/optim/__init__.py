@@ -1,0 +1,1 @@
+"""The adapter to DeepSpeed ZeRO, optimizers and learning rates."""

@@ -145,6 +145,26 @@ def _logger(streams: LogStreams, env: RankEnv) -> Iterator[None]:
         streams.lines.close()
 
 
+@contextlib.contextmanager
+def console_logger() -> Iterator[None]:
+    """Prints log lines to standard output, in a process without the streams of a rank."""
+    logger = logging.getLogger("megatrain")
+    if logger.handlers:
+        yield
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_ConsoleFormatter())
+    level, logger.propagate = logger.level, False
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = True
+
+
 class RankJsonLog(logging.Handler):
     """Writes log records as JSON lines with the rank's current step."""
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from megatrain import __version__
 from megatrain.checkpoint import retention
 from megatrain.checkpoint.checkpointer import SaveResult
 from megatrain.checkpoint.train_state import TrainState
@@ -40,6 +39,7 @@ from megatrain.training import loss_spikes
 from megatrain.training.loss_spikes import SpikeThreshold
 from megatrain.training.run_plan import run_header
 from megatrain.training.step_runner import StepReport
+from megatrain.version import __version__
 
 logger = logging.getLogger("megatrain")
 

@@ -47,7 +47,7 @@ def dry_run(config: Config, task: Task) -> str:
     ]
     for rank, plan in enumerate(spec.rank_plans):
         lines.append(f"{rank:>13}  {_layers(plan.chunks):<40}{plan.parameters_per_rank:>15,}")
-    return "\n".join(lines + [f"note: {issue.text}" for issue in notes.errors])
+    return "\n".join(lines + [f"note: {issue.message}" for issue in notes.errors])
 
 
 def check_plan(spec: RunSpec, issues: IssueCollector) -> Iterator[str]:
@@ -165,7 +165,7 @@ def _memory(spec: RunSpec, issues: IssueCollector) -> Iterator[str]:
     of_gpu = f" of a GPU's {limit:g}" if limit is not None else ""
     yield (
         f"heaviest: {total / GIB:,.2f} GiB{of_gpu} on pipeline rank {index} "
-        f"(rank {first} and its peers), an estimate; see docs/check.md"
+        f"(rank {first} and its peers), an estimate; see docs/preflight.md"
     )
     if host := max(rank.host for rank in ranks):
         on_node = host * spec.cluster.ranks_per_node / GIB

@@ -1,4 +1,4 @@
-"""Other ways to start the ranks of two nodes than slurm/pretrain.sh, as docs/cluster.md shows them: the same run."""
+"""Other ways to start the ranks of two nodes than slurm/pretrain.sh, as docs/multi-node.md shows them: the same run."""
 
 from __future__ import annotations
 
