@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megatrain.config.loader import Config
     from megatrain.conversion.convert import convert
     from megatrain.evaluation.run import evaluate
+    from megatrain.models.hf import register_family
     from megatrain.training.callback import Callback
     from megatrain.training.trainer import Trainer
 
@@ -41,6 +42,7 @@ __all__ = [
     "finetune",
     "load_config",
     "pipeline",
+    "register_family",
     "train",
 ]
 
@@ -57,6 +59,7 @@ _ORIGINS = {
     "finetune": "megatrain.api:finetune",
     "load_config": "megatrain.api:load_config",
     "pipeline": "megatrain.pipeline",
+    "register_family": "megatrain.models.hf:register_family",
     "train": "megatrain.api:train",
 }
 
