@@ -40,8 +40,8 @@ class LabelledText(NamedTuple):
 
     Attributes:
         words: each with the white space around it.
-        labels: the class of each word (None has no loss), or of the text. It is [0] for multi-label and
-            regression problems, whose values are in `targets`.
+        labels: the class of each word (None has no loss), or of the text. It is [0] for
+            multi-label and regression problems, whose values are in `targets`.
         targets: fp32 [labels]: 0 or 1 for each class, or the value of a regression.
     """
 

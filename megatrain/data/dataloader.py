@@ -27,7 +27,8 @@ from megatrain.errors import ConfigError
 class Batch(NamedTuple):
     """The samples of one microbatch: the fields of `Sample`, stacked along dim 0.
 
-    All are int64 [micro_batch_size, sequence_length], but `targets`, fp32 [micro_batch_size, labels].
+    All are int64 [micro_batch_size, sequence_length] except `targets`, which is fp32
+    [micro_batch_size, labels].
     """
 
     tokens: torch.Tensor

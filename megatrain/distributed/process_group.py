@@ -11,7 +11,7 @@ from megatrain.distributed import device as device_module
 from megatrain.distributed.env import RankEnv, from_environment
 
 TIMEOUT = timedelta(minutes=30)
-"""Timeout of collectives: the first step of a large run and reading a slow disk are no hang."""
+"""Timeout of collectives, above the time of a large run's first step and of a slow disk."""
 
 
 def current_env() -> RankEnv:

@@ -19,13 +19,13 @@ WHOLE, PART = 4, 2
 
 
 def given(name, rank):
-    """What a rank brings: a part of the sequence to those that join parts, else all of it."""
+    """Returns a rank's input: a part of the sequence if the collective joins parts, else all."""
     rows = PART if name in ("gather_from_sp", "gather_to_replicated") else WHOLE
     return torch.randn(rows, 3, generator=torch.Generator().manual_seed(10 + rank))
 
 
 def upstream(name, rank):
-    """The gradient of what comes out."""
+    """Returns the gradient of the output."""
     rows = PART if name in ("reduce_scatter_to_sp", "scatter_to_sp") else WHOLE
     return torch.randn(rows, 3, generator=torch.Generator().manual_seed(20 + rank))
 

@@ -1,4 +1,4 @@
-"""The runs of a piece against indexing a tensor of numbered elements; what pieces give each other against the same."""
+"""Runs of flat shards, and copies between them, against indexing a tensor of numbered elements."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def test_the_drawing():
 
 
 def local(s: ShardSpec, extent: int) -> torch.Tensor:
-    """The local parameter of a declaration, its elements numbered as in the whole in the parameter's orientation; padding is -1."""
+    """Returns the local parameter of a spec.
+
+    Elements are numbered as in the complete tensor, in the parameter's orientation; padding is -1.
+    """
     oriented = s.shape[::-1] if s.transposed else s.shape
     numbered = torch.arange(torch.Size(s.shape).numel()).view(oriented)
     part = s.shard(numbered.t() if s.transposed else numbered)
@@ -40,7 +43,7 @@ def local(s: ShardSpec, extent: int) -> torch.Tensor:
 
 
 def cut(parameter: torch.Tensor, s: ShardSpec, ranks: int, dice: random.Random):
-    """The parameter's elements dealt to replicas in runs, as ZeRO does: (piece, its elements)."""
+    """Yields (flat shard, its elements) for each replica: a run of elements, as in ZeRO."""
     flat = parameter.flatten()
     ends = sorted(dice.randint(0, flat.numel()) for _ in range(ranks - 1))
     for first, last in zip([0, *ends], [*ends, flat.numel()], strict=True):
@@ -48,7 +51,7 @@ def cut(parameter: torch.Tensor, s: ShardSpec, ranks: int, dice: random.Random):
 
 
 class Whole:
-    """A random tensor, and its declarations on each of the tensor ranks that hold a part of it once, with local extents."""
+    """A random tensor, and its specs on the tensor ranks that hold parts, with local extents."""
 
     def __init__(self, dice: random.Random) -> None:
         self.kind = dice.choice(["whole", "vocabulary", "plain", "fused", "interleaved"])
@@ -114,7 +117,10 @@ class Whole:
 
 
 def test_any_layout_is_made_of_any_other():
-    """Random tensors and cuts: splits by rows and columns, fused and interleaved roles, padding, transposed or not."""
+    """Random tensors and cuts, transposed or not.
+
+    Splits are by rows and columns, with fused and interleaved roles, and with padding.
+    """
     dice = random.Random(5)
     for _ in range(400):
         whole = Whole(dice)

@@ -32,7 +32,7 @@ def labels():
 
 
 def logits():
-    """Some so large that only a shifted softmax is finite."""
+    """Returns logits of which some are so large that only a shifted softmax is finite."""
     return randn(ROWS, VOCABULARY, seed=2) * 50
 
 
@@ -162,9 +162,10 @@ def test_a_linear_split_by_rows_adds_its_bias_once(results, sequence):
 @pytest.mark.parametrize("elements", [1 << 16, 16], ids=["one-slab", "slabs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_linear_adds_its_weight_gradient_into_main_grad(dtype, elements, monkeypatch):
-    """In fp32 whatever the dtype, over several backwards; the bias's goes the usual way.
+    """The sum over several backwards is in fp32 for any dtype; autograd adds the bias's gradient.
 
-    A product may be rounded to the dtype, as units for bf16 do it. The sum may not: beside 1000, bf16 holds only multiples of 4.
+    A product may be rounded to the dtype, as bf16 units do. The sum may not: near 1000, bf16 holds
+    multiples of 4 only.
     """
     monkeypatch.setattr("megatrain.ops.row_blocks.ELEMENTS", elements)
     weight, bias = nn.Parameter(randn(5, 8).to(dtype)), nn.Parameter(randn(5, seed=1).to(dtype))

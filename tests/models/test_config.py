@@ -1,4 +1,4 @@
-"""Fields of a Hugging Face config that change the computation are honoured, as in transformers, or refused."""
+"""Fields of a Hugging Face config that change the computation act as in transformers, or raise."""
 
 import contextlib
 import copy
@@ -350,7 +350,7 @@ def test_a_registered_family_is_read_by_its_own_reader(monkeypatch):
 
 
 def test_a_new_model_type_can_be_registered(monkeypatch):
-    """With a config class of the user's own, which transformers knows by `AutoConfig.register`."""
+    """The model type has its own config class, registered with `AutoConfig.register`."""
     from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
 
     class WideConfig(LlamaConfig):

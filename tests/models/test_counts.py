@@ -1,4 +1,4 @@
-"""FLOPs per token against transformers' own modules and hand-worked numbers; peaks by device name."""
+"""FLOPs per token against transformers' modules and numbers by hand; peaks by device name."""
 
 import pytest
 import torch
@@ -62,17 +62,19 @@ def test_frozen_weights_have_no_gradient_to_compute():
     assert saved == 2 * matrix_weights(config)
 
 
-def test_attention_costs_half_of_the_whole_matrix():
+def test_attention_costs_half_of_the_full_matrix():
     config = config_of("llama")
     more = flops_per_token(config, sequence_length=32) - flops_per_token(config, sequence_length=0)
-    # 3 layers; scores and their use, forward and twice that backward, 64 wide, over 16 of 32 tokens on average.
+    # 3 layers; two products, forward and twice that backward, of width 64, over 16 of 32 tokens on
+    # average.
     assert more == 3 * 2 * (2 * 64 * 16) * 3
 
 
-def test_a_sliding_window_bounds_what_a_token_sees():
+def test_a_sliding_window_bounds_the_tokens_attended_to():
     windowed = AutoConfig.for_model("mistral", **FAMILIES["mistral"], sliding_window=4)
     free = AutoConfig.for_model("mistral", **FAMILIES["mistral"], sliding_window=None)
-    # Tokens 1 to 8 see 1 2 3 4 4 4 4 4, which the formula takes for continuous: 4 - 16 / 16 = 3 instead of 8 / 2.
+    # Tokens 1 to 8 attend to 1 2 3 4 4 4 4 4 tokens. The formula is continuous: 4 - 16 / 16 = 3
+    # instead of 8 / 2.
     ratio = (flops_per_token(windowed, sequence_length=8) - 6 * matrix_weights(windowed)) / (
         flops_per_token(free, sequence_length=8) - 6 * matrix_weights(free)
     )
@@ -81,7 +83,7 @@ def test_a_sliding_window_bounds_what_a_token_sees():
 
 
 def test_windows_of_some_layers():
-    """Of Gemma 2's 3 layers the first and the last have one."""
+    """The first and the last of 3 layers of Gemma 2 have a sliding window."""
     windowed = AutoConfig.for_model("gemma2", **FAMILIES["gemma2"], sliding_window=4)
     scores = flops_per_token(windowed, sequence_length=8) - 6 * matrix_weights(windowed)
     assert scores == 12 * 4 * 32 * (3 + 4 + 3)

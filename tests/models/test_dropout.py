@@ -1,4 +1,7 @@
-"""Dropout: the same mask for the same place, equal where tensor ranks hold copies, independent where they hold parts."""
+"""Dropout masks depend on the position alone.
+
+They are equal where tensor ranks hold copies, and independent where they hold parts.
+"""
 
 import pytest
 import torch
@@ -51,7 +54,7 @@ def test_keys_are_of_everything_that_a_mask_is_for():
 
 
 def residuals(sequence):
-    """What a residual branch's dropout makes of ones on each of two tensor ranks."""
+    """Returns ones after the dropout of a residual branch, on each of two tensor ranks."""
     architecture = read_config(load_hf_config(DROPPING))
     outputs = []
     for rank in (0, 1):

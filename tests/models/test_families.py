@@ -1,4 +1,4 @@
-"""Each family and its variants beside transformers in fp32: logits, loss and every gradient of the same weights."""
+"""Each family and its variants against transformers in fp32: logits, loss and every gradient."""
 
 import pytest
 import torch
@@ -38,12 +38,16 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name, record_proper
     assert worst < 1e-5
     record_property(
         "figures",
-        f"max logit difference {off:.1e} of {float(expected.abs().max()):.1f}, worst gradient {worst:.1e}",
+        f"max logit difference {off:.1e} of {float(expected.abs().max()):.1f}, "
+        f"worst gradient {worst:.1e}",
     )
 
 
 def worst_gradient(layers, theirs) -> float:
-    """Largest relative norm of a difference; every element of every gradient comes from one of our parameters."""
+    """Returns the largest relative norm of a difference of gradients.
+
+    Every element of every gradient comes from one of our parameters.
+    """
     whole = {name: torch.full_like(p, float("nan")) for name, p in theirs.items()}
     for spec, parameter in parameters(layers):
         spec.unshard_into(spec.local_view(parameter.grad), whole[spec.name])

@@ -1,6 +1,6 @@
-"""Every field that a family's config class has, flipped: our logits follow transformers' own, or the field is refused by name.
+"""Every field of a family's config class, changed: logits equal transformers', or it is an error.
 
-The fields are the class's own, so that one that a later transformers adds has no flip here and fails.
+The fields are read from the class: a field that a later transformers adds fails here.
 """
 
 import copy
@@ -105,7 +105,7 @@ ROPES = {
 
 
 def flips(family):
-    """(field, other value) of every field of the family's config class."""
+    """Yields (field, other value) for every field of the family's config class."""
     config = load_hf_config(MODELS[family])
     for name in type(config)().to_dict():
         if name in ("tie_word_embeddings", "attention_bias"):
@@ -113,7 +113,7 @@ def flips(family):
         elif name == "rope_parameters":
             yield name, ROPES.get(family, LINEAR)
         elif name not in NOT_FLIPPED and not name.startswith("_"):
-            assert name in FLIPS, f"{family} has a field {name} that nobody has looked at"
+            assert name in FLIPS, f"{family} has a field {name} without another value in FLIPS"
             yield name, FLIPS[name]
 
 
@@ -126,7 +126,7 @@ def refused(model):
 
 
 def parameters_and_logits(config, given):
-    """A transformers model's parameters, random by name, and its logits."""
+    """Returns the parameters of a transformers model, random by name, and its logits."""
     from transformers import AutoModelForCausalLM
 
     config._attn_implementation = "eager"

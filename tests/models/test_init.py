@@ -1,4 +1,4 @@
-"""Initial weights do not know the layout: any rank's parts are slices of the same whole tensors."""
+"""Initial weights are independent of the layout: parts of ranks are slices of the same tensors."""
 
 import tracemalloc
 from dataclasses import replace
@@ -27,7 +27,7 @@ MODELS = {
 
 
 def pieces(model, *, tensor, pipeline, seed=3):
-    """(declaration, parameter) of every rank."""
+    """Yields (spec, parameter) for every rank."""
     words = ["train.steps=1", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
     config = configuration.load(None, words)
     for rank in range(tensor * pipeline):
@@ -73,7 +73,10 @@ def test_parts_are_slices_of_the_whole(name, tensor, pipeline):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_values_are_those_of_the_architecture(name):
-    """Normal with the config's deviation, smaller where GPT-2 scales the ends of branches; norms one, biases zero."""
+    """Weights are normal with the config's deviation; norms are 1 and biases 0.
+
+    GPT-2 scales the ends of branches.
+    """
     model = MODELS[name]
     residual = 0.02 / (2 * model["n_layer"]) ** 0.5 if name == "gpt2" else 0.02
     for key, tensor in whole(model).items():
@@ -92,8 +95,11 @@ def test_values_are_those_of_the_architecture(name):
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-def test_roles_that_alternate_by_key_value_head_are_the_whole_tensor(tensor):
-    """Two queries, a key and a value for each of 2 heads, as Megatron-LM stores them; 4 ranks hold half of a group each."""
+def test_roles_that_alternate_by_key_value_head_are_the_complete_tensor(tensor):
+    """Megatron-LM stores two queries, a key and a value for each of 2 heads.
+
+    Each of 4 ranks holds half of a group.
+    """
     roles = ("query", "key", "value")
     plain = read_config(load_hf_config(LLAMA))
     fused = replace(

@@ -1,4 +1,4 @@
-"""Adapters on one rank: which modules they stand beside, their shapes, dropout, and what is left without them."""
+"""Adapters on one rank: their target modules, shapes and dropout, and the model without them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def test_targets_are_ends_of_names():
 def test_a_target_that_matches_nothing_is_refused_with_those_there_are(targets):
     with pytest.raises(
         ConfigError,
-        match=r"matches no linear .* the modules are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        match=r"matches no linear .* the modules are "
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
     ):
         target_names(architecture(LLAMA), targets)
 

@@ -1,4 +1,4 @@
-"""Who attends to whom: within a document, within a window, never ahead."""
+"""Tokens attend within their document and their window, and never to later tokens."""
 
 import pytest
 import torch

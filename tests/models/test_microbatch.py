@@ -1,4 +1,4 @@
-"""What microbatches share: masks and rotations are made once for all whose sequences are alike, and never where documents part them."""
+"""Masks and rotations are shared by microbatches of equal positions, unless documents differ."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_factory(*, separate_documents=False):
 
 
 def batch(length=LENGTH, *, first=4):
-    """Two sequences of two documents each; the first one's has `first` tokens."""
+    """Returns two sequences of two documents; the very first document has `first` tokens."""
     tokens = torch.zeros((2, length), dtype=torch.int64)
     documents = torch.stack([(torch.arange(length) >= end).long() for end in (first, 2 * first)])
     return Batch(tokens, tokens, torch.arange(length).expand(2, length), documents)
@@ -68,7 +68,7 @@ def test_documents_have_their_own():
 
 
 def test_a_ranks_memory_has_a_shared_mask_once():
-    """More microbatches on a rank that holds one at a time take no more than their tokens, labels and positions, and a document mask each."""
+    """Further microbatches take only their tokens, labels, positions and a document mask each."""
 
     def bytes_of_a_microbatch(**data):
         raw = {"model": BASES["mistral"], "data": {"sequence_length": 64, **data}}

@@ -1,4 +1,4 @@
-"""A random tiny model that transformers made, into the ranks of several layouts and back: the same tensors by name, to the byte."""
+"""A random tiny model of transformers, loaded into ranks of several layouts and saved, is equal."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 
 
 def ranks(model, *, tensor, pipeline):
-    """(declaration, parameter) of every rank, empty."""
+    """Yields (spec, empty parameter) for every rank."""
     config = configuration.load(
         None, ["train.steps=1", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
     )
@@ -34,7 +34,7 @@ def ranks(model, *, tensor, pipeline):
 
 
 def theirs(model, folder):
-    """A random model of transformers, and what it saves."""
+    """Returns a random model of transformers, and the tensors it saves."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)

@@ -45,7 +45,7 @@ def gradients(
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_model_has_the_same_gradients(dtype, recompute, monkeypatch):
-    """In bf16 the errors are those of eager kernels.
+    """Errors in bf16 are those of eager kernels.
 
     One model has query and key norms, the other RMSNorm with 1 + weight and tanh-GELU gates.
     """

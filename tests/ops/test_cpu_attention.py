@@ -1,4 +1,4 @@
-"""The backward of plain causal attention by blocks, against double precision and beside torch's own."""
+"""The backward of causal attention by blocks, against double precision and torch's backward."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from megatrain.ops.cpu_attention import causal_attention, supports
 def inputs(
     batch: int, heads: int, groups: int, length: int, dim: int, *, size: float = 1.0
 ) -> list[torch.Tensor]:
-    """Query, key and value [B, heads, S, d] as views of [S, B, heads, d], and the output's gradient."""
+    """Returns query, key and value, and the gradient of the output.
+
+    They are [B, heads, S, d], as views of [S, B, heads, d].
+    """
     generator = torch.Generator().manual_seed(length + heads)
     made = [
         torch.randn(length, batch, count, dim, generator=generator)

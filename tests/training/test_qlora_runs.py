@@ -201,7 +201,8 @@ def test_without_bitsandbytes(there, monkeypatch):
     monkeypatch.setattr(metadata, "version", version)
     with pytest.raises(
         ConfigError,
-        match=rf"needs bitsandbytes 0.50 or newer; installed: {there or 'none'}; .*'megatrain\[qlora\]'",
+        match=rf"needs bitsandbytes 0.50 or newer; installed: {there or 'none'}; "
+        r".*'megatrain\[qlora\]'",
     ):
         check_bitsandbytes(config.lora)
     check_bitsandbytes(replace(config.lora, quantize="none"))
