@@ -104,32 +104,18 @@ def test_adapter_loads_in_peft_and_merges_into_a_classifier(
 ):
     """Starts from a sharded language model, or GPT-2 without head and prefix, and resumes."""
     import peft
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     kind = class_of(problem)
     base = tmp_path / "base"
-    torch.manual_seed(0)
-    language_model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**{**MODELS[model], "tie_word_embeddings": False})
-    )
-    (language_model.base_model if model == "gpt2" else language_model).save_pretrained(
-        base, max_shard_size="40KB"
-    )
-    assert (
-        "lm_head.weight"
-        in json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
-    ) == (model == "llama")
+    write_base(model, base)
 
     def run(name, **more):
         sections = {
             "parallel": parallel,
             "lora": LORA,
             "optimizer": {"lr": 1e-2},
-            "train": {
-                "init_from": str(base),
-                "steps": 4,
-                **more,
-            },
+            "train": {"init_from": str(base), "steps": 4, **more},
             "eval": {"every": 2, "batches": 50},
         }
         return train(files, tmp_path, problem, model=model, run=name, world=4, **sections)
@@ -152,30 +138,54 @@ def test_adapter_loads_in_peft_and_merges_into_a_classifier(
     with torch.no_grad():
         torch.testing.assert_close(direct(given).logits, theirs(given).logits, rtol=0, atol=0)
 
-    config = configuration.load(whole / "config.yaml")
-    merged = merge_run(
+    merged = merge(whole)
+    network, found = kind.from_pretrained(merged, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert network.config.id2label == dict(enumerate(LABELS))
+    assert loss_of(network.eval()) == pytest.approx(written["valid_loss"], rel=1e-5)
+    assert not any("lm_head" in name for name in tensor_names(merged))
+    assert not (merged / "generation_config.json").exists()
+    measured = evaluated(merged, files / f"{problem}.jsonl", tmp_path, parallel, window=LENGTH)[
+        "figures"
+    ]
+    assert measured["accuracy"] == pytest.approx(written["valid_accuracy"], abs=1e-6)
+
+
+def write_base(model, folder):
+    """Saves a language model in shards, GPT-2's without a head."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    language_model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**{**MODELS[model], "tie_word_embeddings": False})
+    )
+    (language_model.base_model if model == "gpt2" else language_model).save_pretrained(
+        folder, max_shard_size="40KB"
+    )
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert ("lm_head.weight" in index["weight_map"]) == (model == "llama")
+
+
+def merge(run):
+    """Returns the folder of the base model with the run's adapters merged."""
+    config = configuration.load(run / "config.yaml")
+    return merge_run(
         config.run.output_dir,
         lora=config.lora,
         task=config.task,
         init_from=config.train.init_from,
         resume_from=config.checkpoint.resume,
     )
-    network, found = kind.from_pretrained(merged, output_loading_info=True)
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
-    assert network.config.id2label == dict(enumerate(LABELS))
-    assert loss_of(network.eval()) == pytest.approx(written["valid_loss"], rel=1e-5)
-    names = [
+
+
+def tensor_names(folder):
+    """Returns the names of all tensors in the folder's safetensors files."""
+    return [
         name
-        for file in merged.glob("*.safetensors")
+        for file in folder.glob("*.safetensors")
         for name in safe_open(file, framework="pt").keys()  # noqa: SIM118
     ]
-    assert not any("lm_head" in name for name in names)
-    assert not (merged / "generation_config.json").exists()
-    measured = evaluated(merged, files / f"{problem}.jsonl", tmp_path, parallel, window=LENGTH)[
-        "figures"
-    ]
-    assert measured["accuracy"] == pytest.approx(written["valid_accuracy"], abs=1e-6)
 
 
 def loss_over(files, problem):

@@ -196,19 +196,20 @@ def test_folder_loads_in_transformers_with_the_metrics_of_the_run(
     if problem == "single-label":
         assert sum(figures["support"] for figures in measured["classes"].values()) == TEXTS
         assert inspect(folder, Hints(), hashes=True).whole
-        texts = [record["text"] for record in records]
-        batch = tokenizer(
-            texts, padding=True, return_tensors="pt", return_token_type_ids=False
-        )  # their own padding and pooling
-        with torch.inference_mode():
-            told = network(**batch).logits.argmax(-1)
-        right = [
-            LABELS.index(label) if isinstance(label, str) else label
-            for label in (record["label"] for record in records)
-        ]
-        assert written["valid_accuracy"] == pytest.approx(
-            float((told == torch.tensor(right)).float().mean())
-        )
+        assert written["valid_accuracy"] == pytest.approx(accuracy_of(network, tokenizer, records))
+
+
+def accuracy_of(network, tokenizer, records):
+    """Returns the accuracy of a classifier of transformers, with its padding and pooling."""
+    texts = [record["text"] for record in records]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.inference_mode():
+        predicted = network(**batch).logits.argmax(-1)
+    labels = [
+        LABELS.index(label) if isinstance(label, str) else label
+        for label in (record["label"] for record in records)
+    ]
+    return float((predicted == torch.tensor(labels)).float().mean())
 
 
 def test_start_from_a_language_model_and_from_a_classifier(files, tmp_path):

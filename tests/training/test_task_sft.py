@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,96 +11,20 @@ from helpers.chat_templates import CHATML, WITH_MARKS
 from helpers.networks import transformers_twin
 from helpers.rank_pool import run_ranks
 from helpers.reference_model import assert_equal, make_stage, run_steps, train
+from helpers.sft_runs import CHATS, GPT2, LR, MODEL, STEPS, make_files, settings
 from helpers.training_runs import assert_same_run, checked, finetune, metrics
 
 from megatrain.__main__ import main
 from megatrain.data.dataloader import DataLoader
 from megatrain.data.shuffle import Shuffle, keyed_integers
-from megatrain.data.tokenizer import train_tokenizer
 from megatrain.distributed.mesh import make_mesh
 from megatrain.models.config import load_hf_config, read_config
 from megatrain.training.task_sft import SFTTask
 
-VOCABULARY, LENGTH, CHATS, STEPS, LR = 290, 96, 20, 4, 1e-3
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-GPT2 = {
-    "model_type": "gpt2",
-    "vocab_size": VOCABULARY,
-    "n_embd": 32,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 128,
-    "attn_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "resid_pdrop": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Writes chats of different lengths, a tokenizer, and templates with and without marks."""
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("finetune")
-    random = np.random.default_rng(0)
-    (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 5)}))
-    train_tokenizer(
-        [folder / "text.jsonl"],
-        vocab_size=VOCABULARY,
-        output=folder / "tokenizer",
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-
-    def turn(role, most):
-        return {"role": role, "content": " ".join(random.choice(WORDS, random.integers(1, most)))}
-
-    for name in ("train", "valid"):
-        chats = [
-            [turn("user", 8), turn("assistant", 12)] * int(random.integers(1, 3))
-            for _ in range(CHATS)
-        ]
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
-        )
-    AutoModelForCausalLM.from_config(load_hf_config(GPT2)).save_pretrained(folder / "gpt2")
-    (folder / "marks.jinja").write_text(WITH_MARKS)
-    (folder / "chatml.jinja").write_text(CHATML)
-    return folder
-
-
-def settings(files, **sections):
-    raw = {
-        "run": {"output_dir": str(files / "run"), "seed": 7},
-        "model": MODEL,
-        "data": {
-            "train": str(files / "train.jsonl"),
-            "valid": str(files / "valid.jsonl"),
-            "tokenizer": str(files / "tokenizer"),
-            "chat_template": str(files / "chatml.jinja"),
-            "sequence_length": LENGTH,
-            "too_long": "error",
-        },
-        "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 1},
-        "optimizer": {"lr": LR, "grad_clip": 0.5},
-        "lr_schedule": {"name": "constant"},
-    }
-    for name, section in sections.items():
-        raw[name] = {**raw.get(name, {}), **section}
-    return raw
+    return make_files(tmp_path_factory.mktemp("finetune"))
 
 
 # -- truth from outside --------------------------------------------------------------------------
@@ -463,82 +386,3 @@ def test_generation_config_is_kept_with_the_end_of_answers(tmp_path):
         "special_tokens_map.json",
         "chat_template.jinja",
     }
-
-
-SENTENCES = {
-    "data.chat_template=null": (
-        "data.tokenizer={folder}/tokenizer has no chat template; set data.chat_template=FILE"
-    ),
-    "data.tokenizer=null": "data.tokenizer=null must be set; give the model's tokenizer",
-    "data.train=null": "data.train=null must be set; give a file, folder or glob",
-    "data.train=nowhere.jsonl": "nowhere.jsonl does not exist",
-    "data.document_mask=true": "data.document_mask=true has no effect on chats; remove it",
-    "data.train={folder}/text.jsonl": (
-        "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: "
-        "messages;"
-    ),
-    "data.train={folder}/indexed": (
-        "data.train={folder}/indexed must be files of chats, not an indexed dataset"
-    ),
-    "train.init_from={folder}/run": (
-        "{folder}/run is a run folder, not a model; use one of its checkpoints, such as "
-        "{folder}/run/checkpoints/step-2"
-    ),
-    "checkpoint.resume={folder}/run": (
-        "checkpoint.resume={folder}/run has no manifest.json; use one of the run's checkpoints, "
-        "such as {folder}/run/checkpoints/step-2"
-    ),
-    "checkpoint.resume={folder}/run/checkpoints": (
-        "checkpoint.resume={folder}/run/checkpoints has no manifest.json; use one of the run's "
-        "checkpoints, such as {folder}/run/checkpoints/step-2"
-    ),
-    "data.sequence_length=24 data.too_long=error": "{folder}/train.jsonl, line 1: takes ",
-    "train.init_from={folder}/gpt2": (
-        "train.init_from={folder}/gpt2 does not fit the model: missing: model.embed_tokens.weight, "
-    ),
-    "train.init_from=nowhere": "train.init_from=nowhere does not exist",
-    "train.steps=null train.epochs=0": "train.epochs=0 must be at least 1",
-    "train.steps=5 train.epochs=1": "train.epochs=1 cannot be combined with train.steps=5",
-    "train.steps=null train.epochs=1 lr_schedule.warmup_steps=50": (
-        "lr_schedule.warmup_steps=50 must be at most 3, the steps of the schedule"
-    ),
-    (
-        'train.steps=null train.epochs=1 data.train=[{{"path":"{folder}/train.jsonl","weight":1}},'
-        '{{"path":"{folder}/valid.jsonl","weight":1}}]'
-    ): "train.epochs=1 has no meaning for a blend of data; give train.steps",
-}
-
-
-@pytest.mark.parametrize("words", SENTENCES)
-def test_invalid_settings_are_refused(words, files, tmp_path, capfd, monkeypatch):
-    for name, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
-        monkeypatch.setenv(name, value)
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(settings(files, run={"output_dir": str(tmp_path / "run")})))
-    (files / "indexed.idx").touch()
-    for step in (1, 2):
-        (files / f"run/checkpoints/step-{step}").mkdir(parents=True, exist_ok=True)
-    assert main(["finetune", str(file), *words.format(folder=files).split()]) == 1
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith("error: " + SENTENCES[words].format(folder=files))
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "word",
-    [
-        "data.packing=true",
-        "data.chat_template=x",
-        "data.train_on=all",
-        "data.too_long=skip",
-        "train.epochs=1 train.steps=null",
-    ],
-)
-def test_pretraining_refuses_settings_of_finetuning(word, files, tmp_path, capfd):
-    file = tmp_path / "run.yaml"
-    raw = settings(files, run={"output_dir": str(tmp_path / "run")})
-    del raw["data"]["chat_template"]
-    file.write_text(yaml.safe_dump(raw))
-    assert main(["pretrain", str(file), *word.split()]) == 1
-    assert "finetun" in capfd.readouterr().err
