@@ -94,18 +94,18 @@ def weights(output):
 def test_killed_ranks_restart_without_loss(resume, run_file, undisturbed, tmp_path):
     for trial in range(10):
         output = tmp_path / f"run-{trial}"
-        if resume == "never":  # what an earlier run has left in the folder is not gone on from
+        if resume == "never":  # a checkpoint of an earlier run is ignored
             shutil.copytree(undisturbed / LAST, output / LAST)
         if words := killed_once(run_file, output, f"checkpoint.resume={resume}"):
             break
-    assert words.startswith("rank 1 was killed by SIGKILL")
+    assert words.startswith("rank 1 was killed by signal SIGKILL")
     assert "restart 1 of 3 (run.max_restarts) after a failure in step " in words
     assert weights(output) == weights(undisturbed)
     story = [event for event in events.read(output) if event.event in ("restart", "resume")]
     assert [event.event for event in story] == ["restart", "resume"]
     assert (story[0].fields["restart"], story[0].fields["cause"]) == (
         1,
-        "rank 1 was killed by SIGKILL (often: out of memory)",
+        "rank 1 was killed by signal SIGKILL (often: out of memory)",
     )
     assert 5 <= story[1].step <= story[0].step < STEPS
     assert [line["step"] for line in files.read(output / "metrics.jsonl")] == list(

@@ -1,4 +1,4 @@
-"""Invalid settings of finetuning are refused with one line."""
+"""Invalid settings of finetuning are refused with one sentence and a fix."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ SENTENCES = {
     "data.train=nowhere.jsonl": "nowhere.jsonl does not exist",
     "data.document_mask=true": "data.document_mask=true has no effect on chats; remove it",
     "data.train={folder}/text.jsonl": (
-        "{folder}/text.jsonl, line 1: missing fields: it has text, and one of these is needed: "
-        "messages;"
+        "{folder}/text.jsonl, line 1: missing fields: it has text; required: messages;"
     ),
     "data.train={folder}/indexed": (
         "data.train={folder}/indexed must be files of chats, not an indexed dataset"
@@ -54,7 +53,7 @@ SENTENCES = {
     (
         'train.steps=null train.epochs=1 data.train=[{{"path":"{folder}/train.jsonl","weight":1}},'
         '{{"path":"{folder}/valid.jsonl","weight":1}}]'
-    ): "train.epochs=1 has no meaning for a blend of data; give train.steps",
+    ): "train.epochs=1 requires a single dataset, not a blend; set train.steps instead",
 }
 
 
@@ -70,8 +69,10 @@ def test_invalid_settings_are_refused(words, files, tmp_path, capfd, monkeypatch
     assert main(["finetune", str(file), *words.format(folder=files).split()]) == 1
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.startswith("error: " + SENTENCES[words].format(folder=files))
-    assert err.count("\n") == 1
+    error, *fixes = err.splitlines()
+    assert error.startswith("error: " + SENTENCES[words].format(folder=files))
+    assert len(fixes) <= 1
+    assert all(fix.startswith("  fix: ") for fix in fixes)
 
 
 @pytest.mark.parametrize(
