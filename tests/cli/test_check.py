@@ -281,13 +281,13 @@ def test_configs_lack_only_their_files(name, check, monkeypatch, tmp_path):
         monkeypatch.setenv(
             variable, os.environ.get(variable, "cpu" if variable == "DS_ACCELERATOR" else "1")
         )
-    verb, ranks = "finetune" if name.startswith("finetune") else "pretrain", WRITTEN_FOR[name][0]
+    command, ranks = "finetune" if name.startswith("finetune") else "pretrain", WRITTEN_FOR[name][0]
     nodes = max(1, ranks // 8)
     file = CONFIGS / f"{name}.yaml"
     result = check(
         file, "--nodes", str(nodes), "--gpus-per-node", str(ranks // nodes), "--gpu-memory", "H100"
     )
-    assert result.out.startswith(f"megatrain {verb} ")
+    assert result.out.startswith(f"megatrain {command} ")
     loaded = configuration.load(file)
     wanted = {
         f"data.train={loaded.data.train} does not exist",

@@ -309,7 +309,7 @@ def test_running_run_and_run_without_steps(folder):
 
 
 def test_run_that_hung_or_failed_just_now_is_not_running(folder):
-    """Marks and rolled-back steps after the last step are drawn; both CPU memories are explained."""
+    """Draws marks and rolled-back steps after the last step; explains both CPU memories."""
     start = {**json.loads((folder / "events.jsonl").read_text().splitlines()[0]), "device": "cpu"}
     write(
         folder / "events.jsonl",

@@ -141,7 +141,7 @@ DPO = {"task": "dpo", "train__micro_batch_size": 2, "train__global_batch_size": 
 ROWS = {
     "unknown section": row(trian={"log_every": 2}),
     "old name": row(train__save_every=5),
-    "misspelt name": row(train__log_evry=5),
+    "typo in a name": row(train__log_evry=5),
     "wrong choice": row(train__dtype="bf17"),
     "quoted number": row(parallel__zero="1"),
     "infinite": row(optimizer__lr=float("inf")),
@@ -238,7 +238,7 @@ def _error_of(entry, settings):
 
 
 def _apply(error, settings):
-    """Returns the settings after the fix; a name that is no setting is replaced by it."""
+    """Returns the settings after the fix, which replaces an unknown name."""
     fixed = {name: value for name, value in settings.items() if name.split("[")[0] != error.setting}
     if error.setting in settings and error.setting in error.fix:
         fixed[error.setting] = error.fix[error.setting]

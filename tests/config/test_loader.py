@@ -27,8 +27,7 @@ def written(tmp_path, text):
     return file
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# reading
+# -- reading -------------------------------------------------------------------------------------
 
 
 def test_defaults_are_a_valid_config():
@@ -59,7 +58,8 @@ def test_what_is_merged_may_be_given_once_more(tmp_path):
     read = load(
         written(
             tmp_path,
-            "train: {steps: 5}\nmodel:\n  a: &a {x: 1, y: 2}\n  b: &b {<<: *a, x: 3}\n  c: {<<: *b, y: 4}\n",
+            "train: {steps: 5}\nmodel:\n  a: &a {x: 1, y: 2}\n  b: &b {<<: *a, x: 3}\n"
+            "  c: {<<: *b, y: 4}\n",
         )
     )
     assert read.model == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}}
@@ -158,10 +158,15 @@ BAD_FILES = {
     "trian: {}": "trian={} is not a section of the config; did you mean `train`?",
     "train: {stepz: 1}": "train.stepz=1 is not a setting; did you mean `steps`?",
     "train: {steps: !!python/object/apply:os.getcwd []}": "must be valid YAML",
-    "run:\n  name: 2024-13-45": "must be valid YAML: '2024-13-45' cannot be read (month must be in 1..12) (line 2, column 9)",
+    "run:\n  name: 2024-13-45": (
+        "must be valid YAML: '2024-13-45' cannot be read (month must be in 1..12) "
+        "(line 2, column 9)"
+    ),
     "train: {steps: " + "9" * 5000 + "}": "cannot be read (Exceeds the limit",
     "train: " + "[" * 5000: "must be valid YAML: nested too deeply",
-    "train: {[steps]: 1}": "must be valid YAML: a key must be text, not a list or mapping (line 1, column 9)",
+    "train: {[steps]: 1}": (
+        "must be valid YAML: a key must be text, not a list or mapping (line 1, column 9)"
+    ),
     "on: {a: 1}": "true={'a': 1} is not a section of the config",
     "5:": "5=null is not a section of the config",
 }
@@ -185,8 +190,7 @@ def test_files_that_cannot_be_read(tmp_path):
         load(file)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is refused, with the words that say so
+# -- invalid settings and their messages ---------------------------------------------------------
 
 REFUSED = {
     "steps": "argument=steps must have the form section.key=value",
@@ -212,9 +216,15 @@ REFUSED = {
     "data.train=[a]": "data.train[0]=a must be a mapping",
     "train.dtype=bf17": "train.dtype=bf17 must be one of fp32, bf16, fp16; did you mean `bf16`?",
     "stability.on_loss_spike=on": "stability.on_loss_spike=true must be one of off, warn, rollback",
-    "stability.max_rollbacks=5": "stability.max_rollbacks=5 has no effect with stability.on_loss_spike=warn; set stability.on_loss_spike=rollback",
+    "stability.max_rollbacks=5": (
+        "stability.max_rollbacks=5 has no effect with stability.on_loss_spike=warn; "
+        "set stability.on_loss_spike=rollback"
+    ),
     "stability.spike_threshold=0": "stability.spike_threshold=0.0 must be above 0",
-    "stability.on_loss_spike=rollback": "stability.on_loss_spike=rollback requires checkpoints, but checkpoint.save_every=0 saves only at the end",
+    "stability.on_loss_spike=rollback": (
+        "stability.on_loss_spike=rollback requires checkpoints, "
+        "but checkpoint.save_every=0 saves only at the end"
+    ),
     "parallel.zero=4": "parallel.zero=4 must be one of 0, 1, 2, 3",
     "parallel.zero=true": "parallel.zero=true must be one of 0, 1, 2, 3",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] must be two numbers in [0, 1)",
@@ -232,11 +242,16 @@ REFUSED = {
     "train.dtype=1": "train.dtype=1 must be one of fp32, bf16, fp16",
     "run.master_port=70000": "run.master_port=70000 must be in [0, 65535]",
     "lr_schedule.stable_fraction=1.1": "lr_schedule.stable_fraction=1.1 must be in [0, 1]",
-    "lr_schedule.warmup_steps=11": "lr_schedule.warmup_steps=11 must be at most 10, the steps of the schedule",
+    "lr_schedule.warmup_steps=11": (
+        "lr_schedule.warmup_steps=11 must be at most 10, the steps of the schedule"
+    ),
     "lr_schedule.min_lr=1": "lr_schedule.min_lr=1.0 must be at most optimizer.lr=0.0003",
     "train.tokens=5": "train.tokens=5 cannot be combined with train.steps=10; set exactly one of",
     "train.steps=null": "train.steps=null is missing; set exactly one of",
-    "eval.early_stopping_metric=valid_accuracy": "eval.early_stopping_metric=valid_accuracy has no effect with eval.early_stopping_patience=0",
+    "eval.early_stopping_metric=valid_accuracy": (
+        "eval.early_stopping_metric=valid_accuracy has no effect with "
+        "eval.early_stopping_patience=0"
+    ),
     "parallel.sequence=true": "parallel.sequence=true requires parallel.tensor of at least 2",
 }
 
@@ -251,7 +266,8 @@ def test_refused(word, message):
     [
         (
             ["stability.on_loss_spike=off", "stability.spike_threshold=5"],
-            "stability.spike_threshold=5.0 has no effect with stability.on_loss_spike=off; set stability.on_loss_spike=warn or rollback",
+            "stability.spike_threshold=5.0 has no effect with stability.on_loss_spike=off; "
+            "set stability.on_loss_spike=warn or rollback",
         ),
         (
             ["stability.spike_window=8", "stability.spike_patience=3"],
@@ -326,8 +342,7 @@ def test_sequence_parallel_divides_the_sequence():
     assert made(*words, "data.sequence_length=1023").parallel.sequence
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what follows from several settings
+# -- values derived from several settings --------------------------------------------------------
 
 
 def test_data_size_is_derived():

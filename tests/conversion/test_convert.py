@@ -1,4 +1,4 @@
-"""A conversion writes the tensors of its source, verifies them, and appears complete or not at all."""
+"""Conversions: written tensors equal the source, are verified, and appear atomically."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def test_lower_dtype_rounds_to_nearest_and_reports_the_difference(dtype, folders
     assert to_hf(folders["gpt2"], tmp_path / "out", "--dtype", dtype) == 0
     output = capfd.readouterr().out
     assert (
-        f"rounding changes a weight by at most {'0.002' if dtype == 'bf16' else '0.00024'} of its value"
-        in output
+        "rounding changes a weight by at most "
+        f"{'0.002' if dtype == 'bf16' else '0.00024'} of its value" in output
     )
     assert "rounding changed logits by at most" in output
     to = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
@@ -138,7 +138,8 @@ def test_lower_dtype_rounds_to_nearest_and_reports_the_difference(dtype, folders
 def test_values_beyond_fp16_are_rejected(source, tmp_path, capfd):
     edit_tensors(source, lambda tensors: tensors["model.norm.weight"].fill_(7e4))
     assert (
-        "model.norm.weight contains 7e+04, which exceeds the range of fp16; use --dtype bf16 or fp32"
+        "model.norm.weight contains 7e+04, which exceeds the range of fp16; "
+        "use --dtype bf16 or fp32"
         in error_of(capfd, source, tmp_path / "out", "--to", "hf", "--dtype", "fp16")
     )
 

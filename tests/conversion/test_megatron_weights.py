@@ -81,8 +81,8 @@ def test_conversion_restores_the_original_model(case, tmp_path, capfd):
     output = capfd.readouterr().out
     tensor, pipeline = layout.get("tensor", 1), layout.get("pipeline", 1)
     assert (
-        f"Megatron-LM checkpoint, tensor {tensor} x pipeline {pipeline} ranks ({fields['model_type']})"
-        in output
+        f"Megatron-LM checkpoint, tensor {tensor} x pipeline {pipeline} ranks "
+        f"({fields['model_type']})" in output
     )
     assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "hf")
     figures = json.loads((tmp_path / "out" / "conversion.json").read_text())["proof"]

@@ -75,7 +75,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_forward_and_backward(results, name):
+def test_forward_and_backward_equal_the_table(results, name):
     forward, backward = TABLE[name]
     outputs = WAYS[forward](given(name, 0), given(name, 1))
     gradients = WAYS[backward](upstream(name, 0), upstream(name, 1))
@@ -84,7 +84,7 @@ def test_forward_and_backward(results, name):
         torch.testing.assert_close(results[rank][name][1], gradients[rank])
 
 
-def test_all_reduce_is_in_place_and_takes_other_operations(results):
+def test_all_reduce_is_in_place_and_supports_maximum(results):
     for rank in (0, 1):
         returned, x = results[rank]["all_reduce"]
         assert returned.tolist() == x.tolist() == [1.0, 2.0]
@@ -92,6 +92,6 @@ def test_all_reduce_is_in_place_and_takes_other_operations(results):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_alone_each_is_the_identity(name):
+def test_collectives_of_one_rank_return_their_input(name):
     x = torch.randn(4, 3)
     assert getattr(collectives, name)(x, MeshAxis(0, 1, (0,))) is x

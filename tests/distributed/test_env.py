@@ -161,11 +161,11 @@ def test_launcher_with_one_rank():
         ("x[098-101]", "x098 x099 x100 x101"),
     ],
 )
-def test_hosts(node_list, names):
+def test_expand_hosts_lists_all_names(node_list, names):
     assert " ".join(expand_hosts(node_list)) == names
 
 
-def test_one_rank_of_a_machine_prints():
+def test_one_rank_per_machine_is_local_rank_zero():
     assert is_local_rank_zero({})
     assert not is_local_rank_zero(TORCHRUN)
     assert is_local_rank_zero({**TORCHRUN, "LOCAL_RANK": "0"})

@@ -29,13 +29,13 @@ def known(monkeypatch):
     return addresses
 
 
-def test_names_that_resolve(known):
+def test_names_that_resolve_are_accepted(known):
     check_host_names(ENV, gloo=True)
     known[OWN_NAME] = ["127.0.1.1", "fe80::7%eth0", "10.0.0.7"]
     check_host_names(ENV, gloo=True)
 
 
-def test_rendezvous_address_that_does_not_resolve(known):
+def test_unresolved_rendezvous_address_is_refused(known):
     del known["gpu-a-001"]
     with pytest.raises(
         UserError,
@@ -51,7 +51,7 @@ def test_rendezvous_address_that_does_not_resolve(known):
         (socket.EAI_NONAME, "cannot be resolved"),
     ],
 )
-def test_own_name_that_other_machines_cannot_use(own, message, known, monkeypatch):
+def test_local_host_name_must_be_reachable_from_other_machines(own, message, known, monkeypatch):
     known[OWN_NAME] = own
     with pytest.raises(
         UserError, match=rf"this machine, gpu-a-007\S+ {message}.* export GLOO_SOCKET_IFNAME"
@@ -63,7 +63,7 @@ def test_own_name_that_other_machines_cannot_use(own, message, known, monkeypatc
     check_host_names(ENV, gloo=True)
 
 
-def test_name_server_without_an_answer_is_asked_again(known, monkeypatch):
+def test_lookup_is_retried_if_the_name_server_times_out(known, monkeypatch):
     pauses = []
     known["gpu-a-001"] = socket.EAI_AGAIN
     monkeypatch.setattr(

@@ -20,7 +20,7 @@ def test_tensor_ranks_are_neighbours_and_stages_are_far_apart():
     ]
 
 
-def test_the_axes_of_one_rank():
+def test_axes_of_a_rank_list_its_peers():
     mesh = make_mesh(8, tensor=2, pipeline=2, data=3, connect=False)
     assert (mesh.rank, mesh.world_size) == (8, 12)
     lines = {
@@ -42,7 +42,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s.values())))
-def test_every_axis_parts_the_world(sizes):
+def test_each_axis_partitions_the_world(sizes):
     every = meshes(**sizes)
     for name in ("tensor", "pipeline", "data", "model_parallel_group"):
         axes = [getattr(mesh, name) for mesh in every]
@@ -54,7 +54,7 @@ def test_every_axis_parts_the_world(sizes):
 
 
 @pytest.mark.parametrize("pipeline", [2, 3, 4])
-def test_only_first_and_last_stage_share_ends(pipeline):
+def test_only_first_and_last_stage_are_in_the_embedding_group(pipeline):
     every = meshes(tensor=2, pipeline=pipeline)
     for rank, mesh in enumerate(every):
         inner = 0 < mesh.pipeline.rank < pipeline - 1
@@ -62,7 +62,7 @@ def test_only_first_and_last_stage_share_ends(pipeline):
         assert mesh.embedding_group.ranks == expected
 
 
-def test_part_of_an_axis():
+def test_shard_range_splits_an_axis():
     parts = [shard_range(mesh.tensor, 2) for mesh in meshes(tensor=4, data=2)]
     assert [part.ranks for part in parts] == [(0, 1)] * 2 + [(2, 3)] * 2 + [(4, 5)] * 2 + [
         (6, 7)

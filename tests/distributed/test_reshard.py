@@ -18,7 +18,7 @@ from megatrain.distributed.reshard import (
 from megatrain.distributed.sharding import ShardSpec
 
 
-def test_the_drawing():
+def test_intervals_equal_the_drawing():
     piece = make_flat_shard(ShardSpec("x", (4, 6), 1, 3, 3), (4, 3), 1, 6)
     assert [tuple(run) for run in np.stack(intervals_of(piece), 1).tolist()] == [
         (4, 0, 2),
@@ -116,7 +116,7 @@ class Whole:
         ]
 
 
-def test_any_layout_is_made_of_any_other():
+def test_any_layout_is_rebuilt_from_any_other():
     """Random tensors and cuts, transposed or not.
 
     Splits are by rows and columns, with fused and interleaved roles, and with padding.
@@ -146,7 +146,7 @@ def test_any_layout_is_made_of_any_other():
                 assert covers(runs, every)
 
 
-def test_the_same_cut_is_one_copy():
+def test_equal_shards_need_one_copy():
     for s in (
         ShardSpec("x", (50, 60), 1, 20, 20),
         ShardSpec("x", (60, 50), 0, 20, 20, transposed=True),
@@ -161,7 +161,7 @@ def copies(*rows: tuple[int, int, int]) -> CopyPlan:
     return CopyPlan(*np.array(rows, np.int64).reshape(-1, 3).T)
 
 
-def test_what_is_missing_or_there_twice_is_seen():
+def test_covers_detects_gaps_and_overlaps():
     target = Intervals(*np.array([[0], [0], [10]], np.int64))
     assert covers(target, [copies((0, 0, 4)), copies((9, 4, 6))])
     assert not covers(target, [copies((0, 0, 4))])

@@ -11,7 +11,7 @@ KEYS = ShardSpec(
 )
 
 
-def test_runs_a_stride_apart_are_regions_of_whole_rows():
+def test_strided_blocks_are_slices_of_full_rows():
     assert KEYS.slices() == [
         ShardSlice((slice(14, 16), slice(0, 5)), (slice(0, 2), slice(0, 5))),
         ShardSlice((slice(20, 22), slice(0, 5)), (slice(2, 4), slice(0, 5))),
@@ -21,7 +21,7 @@ def test_runs_a_stride_apart_are_regions_of_whole_rows():
     assert KEYS.shard_shape() == (4, 5)
 
 
-def test_one_run_is_one_region():
+def test_contiguous_shard_is_one_slice():
     everything = (slice(0, 6), slice(0, 4))
     assert ShardSpec("w", (6, 4)).slices() == [ShardSlice(everything, everything)]
     rows = ShardSpec("w", (6, 4), 0, 2, 3)
@@ -31,7 +31,7 @@ def test_one_run_is_one_region():
     assert columns.local_view(torch.zeros(2, 6)).shape == columns.shard_shape() == (6, 2)
 
 
-def test_an_empty_part_has_no_region():
+def test_empty_shard_has_no_slices():
     """The vocabulary's last rank may hold padding only."""
     nothing = ShardSpec("w", (6, 4), 0, 6, 0)
     assert nothing.slices() == []
@@ -43,7 +43,7 @@ def test_an_empty_part_has_no_region():
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_what_is_taken_and_put_back_is_the_whole(dim):
+def test_shard_and_unshard_restore_the_tensor(dim):
     whole = torch.randn(24, 24)
     parts = [
         ShardSpec("w", (24, 24), dim, start=role * 2 + rank * 12, length=4, block=2, block_stride=6)

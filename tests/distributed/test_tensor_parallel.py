@@ -89,7 +89,7 @@ def reference():
     return losses.detach(), x.grad
 
 
-def test_cross_entropy_on_one_rank():
+def test_cross_entropy_on_one_rank_equals_torch():
     x = logits().requires_grad_()
     losses = vocab_parallel_cross_entropy(
         x.clone(), labels(), start=0, vocab_size=VOCABULARY, axis=ALONE
@@ -102,7 +102,7 @@ def test_cross_entropy_on_one_rank():
     assert (x.grad[labels() < 0] == 0).all()
 
 
-def test_cross_entropy_on_two_ranks(results):
+def test_cross_entropy_on_two_ranks_equals_torch(results):
     expected, gradient = reference()
     parts = []
     for losses, part in (rank["cross entropy"] for rank in results):
@@ -130,7 +130,7 @@ def test_cross_entropy_of_bf16_is_computed_in_fp32():
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_a_split_embedding_and_its_padding_token(results, sequence):
+def test_split_embedding_ignores_the_padding_token(results, sequence):
     weight = randn(VOCABULARY, HIDDEN, seed=5).requires_grad_()
     expected = F.embedding(tokens().t(), weight, padding_idx=PADDING)
     expected.backward(randn(8, 2, HIDDEN, seed=6))
@@ -144,7 +144,7 @@ def test_a_split_embedding_and_its_padding_token(results, sequence):
 
 
 @pytest.mark.parametrize("padding", [None, PADDING])
-def test_an_embedding_on_one_rank(padding):
+def test_embedding_on_one_rank_ignores_the_padding_token(padding):
     weight = nn.Parameter(randn(VOCABULARY, HIDDEN, seed=5))
     VocabParallelEmbedding(weight, start=0, axis=ALONE, sequence=False, padding_token=padding)(
         tokens()
@@ -153,7 +153,7 @@ def test_an_embedding_on_one_rank(padding):
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_a_linear_split_by_rows_adds_its_bias_once(results, sequence):
+def test_row_parallel_linear_adds_its_bias_once(results, sequence):
     expected = F.linear(randn(4, 2, 8, seed=9), randn(5, 8, seed=7), randn(5, seed=8))
     outputs = [rank[f"rows, sequence={sequence}"][0] for rank in results]
     torch.testing.assert_close(torch.cat(outputs) if sequence else outputs[0], expected)
@@ -161,7 +161,7 @@ def test_a_linear_split_by_rows_adds_its_bias_once(results, sequence):
 
 @pytest.mark.parametrize("elements", [1 << 16, 16], ids=["one-slab", "slabs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_linear_adds_its_weight_gradient_into_main_grad(dtype, elements, monkeypatch):
+def test_linear_accumulates_its_weight_gradient_in_main_grad(dtype, elements, monkeypatch):
     """The sum over several backwards is in fp32 for any dtype; autograd adds the bias's gradient.
 
     A product may be rounded to the dtype, as bf16 units do. The sum may not: near 1000, bf16 holds
@@ -189,7 +189,7 @@ def test_a_linear_adds_its_weight_gradient_into_main_grad(dtype, elements, monke
     assert bias.grad.dtype == dtype
 
 
-def test_a_linear_without_main_grad_is_torchs():
+def test_linear_without_main_grad_equals_torch():
     weight, bias, x = (
         nn.Parameter(randn(5, 8)),
         nn.Parameter(randn(5, seed=1)),
@@ -204,7 +204,7 @@ def test_a_linear_without_main_grad_is_torchs():
         torch.testing.assert_close(mine, theirs)
 
 
-def test_a_frozen_linear_keeps_nothing_and_hands_its_gradient_on():
+def test_frozen_linear_saves_nothing_and_returns_its_input_gradient():
     weight, bias = (
         nn.Parameter(randn(5, HIDDEN), requires_grad=False),
         nn.Parameter(randn(5, seed=4), requires_grad=False),
@@ -218,7 +218,7 @@ def test_a_frozen_linear_keeps_nothing_and_hands_its_gradient_on():
     torch.testing.assert_close(given, x.grad)
 
 
-def test_a_linear_of_no_rows_has_gradients_of_no_rows():
+def test_linear_of_zero_rows_has_empty_gradients():
     """A microbatch without a label has none for its head."""
     x = torch.zeros(0, HIDDEN, requires_grad=True)
     layer = ColumnParallelLinear(nn.Parameter(randn(5, HIDDEN)), nn.Parameter(randn(5)))

@@ -151,7 +151,8 @@ def test_missing_field_lists_the_others(tmp_path):
     file.write_text('{"messages": [], "id": 1}\n')
     with pytest.raises(
         DataError,
-        match=r'chats.jsonl, line 1: no field "text"; it has messages, id: name the field of the text with --field',
+        match=r'chats.jsonl, line 1: no field "text"; it has messages, id: '
+        "name the field of the text with --field",
     ):
         list(
             read_documents(

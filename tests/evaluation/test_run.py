@@ -21,7 +21,8 @@ from megatrain.evaluation.spec import EvalSpec, make_config
 
 WINDOW, STRIDE = 24, 10
 TEXTS = [
-    "Ranks fill a box of pipeline x data x tensor, tensor fastest, so that tensor ranks, which talk most, are neighbours.",
+    "Ranks fill a box of pipeline x data x tensor, tensor fastest, so that tensor ranks, "
+    "which talk most, are neighbours.",
     "A stage\n\n takes a slice; — one rank takes all of it.",
     "x",
     " leading and trailing ",
@@ -305,7 +306,8 @@ def test_command_on_two_ranks(folder, tmp_path):
 def test_python_function_on_two_ranks(folder, tmp_path):
     code = (
         "from megatrain.evaluation.run import evaluate\n"
-        f"result = evaluate({str(folder / 'llama')!r}, {str(folder / 'texts.jsonl')!r}, window=24,\n"
+        f"result = evaluate({str(folder / 'llama')!r}, {str(folder / 'texts.jsonl')!r},\n"
+        "    window=24,\n"
         f"    overrides={{'parallel.pipeline': 2, 'run.output_dir': {str(tmp_path / 'run')!r}}})\n"
         "print(result.path, result.metrics['loss'], result.content['settings']['pipeline'])"
     )
@@ -321,15 +323,26 @@ def test_python_function_on_two_ranks(folder, tmp_path):
 
 
 INVALID = {
-    "{adapters} {texts}": "{adapters} contains an adapter without its base model; `megatrain finetune CONFIG --merge` writes",
-    "nowhere {texts}": "nowhere does not exist; give a checkpoint, a Hugging Face folder or a run's folder",
-    "{empty} {texts}": "{empty} has no config.json; use a checkpoint, a Hugging Face folder or a run's folder",
+    "{adapters} {texts}": (
+        "{adapters} contains an adapter without its base model; "
+        "`megatrain finetune CONFIG --merge` writes"
+    ),
+    "nowhere {texts}": (
+        "nowhere does not exist; give a checkpoint, a Hugging Face folder or a run's folder"
+    ),
+    "{empty} {texts}": (
+        "{empty} has no config.json; use a checkpoint, a Hugging Face folder or a run's folder"
+    ),
     "{model} nowhere.jsonl": "nowhere.jsonl does not exist",
     "{model} nowhere-*.jsonl": "nowhere-*.jsonl matches no file",
     "{model}": "DATA (files, or an indexed dataset's prefix) or --tasks is required",
-    "{model} {texts} optimizer.lr=1": "optimizer.lr=1 is not supported by `megatrain evaluate`; supported: run.output_dir",
+    "{model} {texts} optimizer.lr=1": (
+        "optimizer.lr=1 is not supported by `megatrain evaluate`; supported: run.output_dir"
+    ),
     "{model} {texts} parallel.tensor=3": "parallel.tensor=3 must divide num_attention_heads=4",
-    "{model} {texts} parallel.pipeline=4": "parallel.pipeline=4 must be at most num_hidden_layers=3",
+    "{model} {texts} parallel.pipeline=4": (
+        "parallel.pipeline=4 must be at most num_hidden_layers=3"
+    ),
     "{model} {texts} train.dtype=fp16": "train.dtype=fp16 requires a GPU",
     "{model} {texts} --window 65": "--window=65 must be between 1 and the model's 64 positions",
     "{model} {texts} --window 8 --stride 9": "--stride=9 must be between 1 and --window=8",

@@ -247,7 +247,7 @@ def test_counts_below_one_in_a_folder_are_refused(tmp_path):
         read_config(load_hf_config(str(tmp_path)))
 
 
-def test_a_quantised_checkpoints_config_is_refused(tmp_path):
+def test_config_of_a_quantised_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({**LLAMA, "quantization_config": {"quant_method": "fp8"}})
     )
@@ -289,7 +289,7 @@ def test_gpt2_has_no_padding_token():
     [LLAMA, QWEN2, QWEN3, GPT2, {**GPT2, "tie_word_embeddings": False}],
     ids=lambda m: m["model_type"],
 )
-def test_names_and_shapes_are_those_of_transformers(model):
+def test_names_and_shapes_equal_transformers(model):
     layers = build(model)
     whole = {spec.name: torch.zeros(spec.shape) for spec, _ in parameters(layers)}
     for spec, _ in parameters(layers):

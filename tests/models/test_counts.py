@@ -54,7 +54,7 @@ def test_matrix_weights_are_those_of_transformers_modules(name):
     assert matrix_weights(config) == sum(weight.numel() for weight in matrices)
 
 
-def test_frozen_weights_have_no_gradient_to_compute():
+def test_flops_exclude_gradients_of_frozen_weights():
     config = config_of("llama")
     saved = flops_per_token(config, sequence_length=32) - flops_per_token(
         config, sequence_length=32, frozen=True
@@ -82,7 +82,7 @@ def test_a_sliding_window_bounds_the_tokens_attended_to():
     assert flops_per_token(windowed, sequence_length=4) == flops_per_token(free, sequence_length=4)
 
 
-def test_windows_of_some_layers():
+def test_flops_count_windows_of_some_layers():
     """The first and the last of 3 layers of Gemma 2 have a sliding window."""
     windowed = AutoConfig.for_model("gemma2", **FAMILIES["gemma2"], sliding_window=4)
     scores = flops_per_token(windowed, sequence_length=8) - 6 * matrix_weights(windowed)
@@ -103,5 +103,5 @@ def test_windows_of_some_layers():
         ("cpu", "fp32", None),
     ],
 )
-def test_peaks(device, dtype, peak):
+def test_peak_flops_depend_on_device_and_dtype(device, dtype, peak):
     assert peak_flops(device, dtype) == peak

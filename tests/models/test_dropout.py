@@ -18,7 +18,7 @@ DROPPING = {**GPT2, "attn_pdrop": 0.1, "embd_pdrop": 0.2, "resid_pdrop": 0.3}
 ONES = torch.ones(64, 64)
 
 
-def test_a_mask_follows_from_its_key():
+def test_mask_depends_on_its_key_only():
     assert torch.equal(dropout(ONES, 0.5, 7, training=True), dropout(ONES, 0.5, 7, training=True))
     assert not torch.equal(
         dropout(ONES, 0.5, 7, training=True), dropout(ONES, 0.5, 8, training=True)
@@ -28,7 +28,7 @@ def test_a_mask_follows_from_its_key():
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
-def test_what_is_kept_is_scaled_and_its_share_is_right(probability):
+def test_kept_elements_are_scaled_and_have_the_expected_share(probability):
     y = dropout(torch.ones(400, 400), probability, 3, training=True)
     kept = y != 0
     torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - probability)))
@@ -36,7 +36,7 @@ def test_what_is_kept_is_scaled_and_its_share_is_right(probability):
     assert abs(float(kept.float().mean()) - (1 - probability)) < 5 * deviation
 
 
-def test_keys_are_of_everything_that_a_mask_is_for():
+def test_keys_differ_by_step_microbatch_layer_and_rank():
     places = [
         (seed, step, microbatch, place, layer, rank)
         for seed in (1, 2)
@@ -73,7 +73,7 @@ def residuals(sequence):
     return outputs
 
 
-def test_copies_drop_the_same_and_parts_on_their_own():
+def test_replicated_tensors_share_a_mask_and_shards_have_independent_masks():
     first, second = residuals(sequence=False)
     assert torch.equal(first, second)
     first, second = residuals(sequence=True)
@@ -96,7 +96,7 @@ def run(model, recompute="none", *, dropout_key=9, training=True):
     "model", [DROPPING, {**LLAMA, "attention_dropout": 0.2}], ids=["gpt2", "llama"]
 )
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_a_recomputed_forward_drops_the_same(model, recompute):
+def test_recomputed_forward_uses_the_same_mask(model, recompute):
     plain, gradients = run(model)
     again, same = run(model, recompute)
     assert plain == again
@@ -106,12 +106,12 @@ def test_a_recomputed_forward_drops_the_same(model, recompute):
 
 
 @pytest.mark.parametrize("field", ["attn_pdrop", "embd_pdrop", "resid_pdrop"])
-def test_each_probability_acts_in_training_alone(field):
+def test_each_probability_applies_in_training_only(field):
     model = {**GPT2, field: 0.5}
     assert run(model)[0] != run(GPT2)[0]
     assert run(model, training=False)[0] == run(GPT2, training=False)[0]
 
 
-def test_attention_written_out_equals_torchs_kernel():
+def test_unfused_attention_equals_torch_kernel():
     """The two paths differ by the dropout alone: as its probability goes to nothing they meet."""
     assert run({**LLAMA, "attention_dropout": 1e-9})[0] == pytest.approx(run(LLAMA)[0], rel=1e-5)

@@ -18,7 +18,7 @@ from megatrain.models.config import load_hf_config, read_config
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits_loss_and_gradients_are_those_of_transformers(name, record_property):
+def test_logits_loss_and_gradients_equal_transformers(name, record_property):
     model = VARIANTS[name]
     architecture = read_config(load_hf_config(model))
     layers = build(model)

@@ -186,7 +186,7 @@ QUIET = {
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_each_field_is_honoured_or_refused(family):
+def test_each_field_is_used_or_refused(family):
     given = tokens()
     before = parameters_and_logits(load_hf_config(MODELS[family]), given)
     for name, value in flips(family):
@@ -226,7 +226,7 @@ OLD_FLIPS = [
 
 
 @pytest.mark.parametrize(("family", "name"), OLD_FLIPS)
-def test_a_field_by_its_old_name_is_honoured(family, name):
+def test_old_name_of_a_field_is_used(family, name):
     given = tokens()
     model = copy.deepcopy(MODELS[family]) | {
         name: LONG if (family, name) == ("phi3", "rope_scaling") else OLD[name]

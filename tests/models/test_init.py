@@ -53,7 +53,7 @@ def whole(model, seed=3):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (4, 1), (1, 2), (2, 2)])
-def test_parts_are_slices_of_the_whole(name, tensor, pipeline):
+def test_shards_are_slices_of_the_full_tensor(name, tensor, pipeline):
     tensors = whole(MODELS[name])
     counted = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
     for spec, parameter in pieces(MODELS[name], tensor=tensor, pipeline=pipeline):
@@ -72,7 +72,7 @@ def test_parts_are_slices_of_the_whole(name, tensor, pipeline):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_values_are_those_of_the_architecture(name):
+def test_values_follow_the_initialisation_of_the_architecture(name):
     """Weights are normal with the config's deviation; norms are 1 and biases 0.
 
     GPT-2 scales the ends of branches.
@@ -129,7 +129,7 @@ def test_roles_that_alternate_by_key_value_head_are_the_complete_tensor(tensor):
     )
 
 
-def test_seeds_and_names_give_other_values():
+def test_values_differ_by_seed_and_name():
     first, second = whole(LLAMA), whole(LLAMA, seed=4)
     matrices = [key for key in first if first[key].dim() == 2]
     assert all(not torch.equal(first[key], second[key]) for key in matrices)
@@ -137,7 +137,7 @@ def test_seeds_and_names_give_other_values():
     assert len(values) == len(matrices)
 
 
-def test_any_part_of_a_tensor_can_be_made_alone():
+def test_slice_equals_the_slice_of_the_full_tensor():
     shape = (37, 21)
     all_of_it = normal_slice(1, "name", shape, (slice(0, 37), slice(0, 21)), std=2.0)
     for rows, columns in [
@@ -157,7 +157,7 @@ def test_any_part_of_a_tensor_can_be_made_alone():
     [(slice(10_000, 15_000), slice(0, 64)), (slice(0, 40_000), slice(8, 16))],
     ids=["rows", "columns"],
 )
-def test_a_part_takes_no_memory_of_the_whole(part, monkeypatch):
+def test_slice_takes_memory_of_its_own_size(part, monkeypatch):
     """An eighth of 10 MB, and a block's working room."""
     monkeypatch.setattr("megatrain.ops.random.CHUNK_ELEMENTS", 1 << 12)
     shape = (40_000, 64)
@@ -171,7 +171,7 @@ def test_a_part_takes_no_memory_of_the_whole(part, monkeypatch):
     assert peak < 1.5 * made.nbytes
 
 
-def test_initial_values_are_the_same_for_ever():
+def test_initial_values_never_change():
     """A run that is started again years later starts from the same weights."""
     found = normal_slice(
         1234, "model.embed_tokens.weight", (4, 8), (slice(0, 2), slice(0, 3)), std=1.0

@@ -35,7 +35,7 @@ def adapted(model, **settings):
     return layers
 
 
-def test_targets_are_ends_of_names():
+def test_targets_match_ends_of_names():
     llama, gpt2 = architecture(LLAMA), architecture(GPT2)
     assert target_names(llama, ["q_proj", "mlp.up_proj"]) == {
         f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")
@@ -50,7 +50,7 @@ def test_targets_are_ends_of_names():
 @pytest.mark.parametrize(
     "targets", [["q_proj", "w_proj"], "proj", ["lm_head"], ["embed_tokens"], ["input_layernorm"]]
 )
-def test_a_target_that_matches_nothing_is_refused_with_those_there_are(targets):
+def test_unknown_target_is_refused_with_the_available_modules(targets):
     with pytest.raises(
         ConfigError,
         match=r"matches no linear .* the modules are "
@@ -76,7 +76,7 @@ def test_a_fused_module_has_one_pair():
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_without_adapters_the_model_is_what_it_was(model, dora):
+def test_disabled_adapters_leave_the_base_model(model, dora):
     plain = build(model)
     scramble(plain)
     layers = adapted(model, dora=dora)
@@ -93,7 +93,7 @@ def test_without_adapters_the_model_is_what_it_was(model, dora):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_at_the_start_adapters_change_nothing(dora):
+def test_new_adapters_do_not_change_the_loss(dora):
     layers = build(LLAMA)
     scramble(layers)
     before = loss(layers, make_microbatch(architecture(LLAMA), tokens()))
@@ -112,7 +112,7 @@ def test_at_the_start_adapters_change_nothing(dora):
     )
 
 
-def test_dropout_is_of_the_key_and_only_while_training():
+def test_dropout_depends_on_the_key_and_applies_in_training_only():
     def once(key: int | None, *, train: bool) -> float:
         layers = adapted(LLAMA, dropout=0.5).train(train)
         return loss(layers, make_microbatch(architecture(LLAMA), tokens(), dropout_key=key)).item()

@@ -28,7 +28,7 @@ def made(model):
 
 @MODELS
 @torch.no_grad()
-def test_two_documents_in_a_sample_are_as_each_alone(model):
+def test_packed_documents_equal_separate_documents(model):
     """Logits, and the losses of the tokens inside each."""
     layers, architecture = made(model)
     given = tokens()
@@ -58,7 +58,7 @@ def test_two_documents_in_a_sample_are_as_each_alone(model):
 
 @MODELS
 @torch.no_grad()
-def test_no_token_sees_those_after_it(model):
+def test_tokens_do_not_attend_to_later_tokens(model):
     layers, architecture = made(model)
     given = tokens()
     changed = given.clone()
@@ -69,7 +69,7 @@ def test_no_token_sees_those_after_it(model):
 
 
 @torch.no_grad()
-def test_a_window_reaches_as_far_as_layers_carry_it():
+def test_receptive_field_of_a_window_grows_with_the_layers():
     """4 tokens, itself included, in each of 2 layers: 6 tokens back and no further."""
     layers, architecture = made(MISTRAL)
     given = tokens()
@@ -86,7 +86,7 @@ def drawn(mask):
     return ["".join("x" if cell else "." for cell in row) for row in mask]
 
 
-def test_masks_as_drawn():
+def test_masks_equal_the_drawings():
     given = make_microbatch(
         read_config(load_hf_config(GPT2)),
         tokens(rows=1, length=6),

@@ -47,7 +47,7 @@ def test_microbatches_share_one_mask_a_window():
     assert trained.rotations is another.rotations
 
 
-def test_another_length_has_its_own():
+def test_other_lengths_have_separate_masks():
     factory = make_factory()
     long, short, again = (
         factory.make(batch(length), step=1, index=0) for length in (LENGTH, 8, LENGTH)
@@ -59,7 +59,7 @@ def test_another_length_has_its_own():
     ]
 
 
-def test_documents_have_their_own():
+def test_document_masks_are_not_shared():
     factory = make_factory(separate_documents=True)
     one, other = (factory.make(batch(first=first), step=1, index=0) for first in (4, 6))
     for window in WINDOWS:
@@ -67,7 +67,7 @@ def test_documents_have_their_own():
         assert not one.mask(window).equal(other.mask(window))
 
 
-def test_a_ranks_memory_has_a_shared_mask_once():
+def test_memory_estimate_counts_a_shared_mask_once():
     """Further microbatches take only their tokens, labels, positions and a document mask each."""
 
     def bytes_of_a_microbatch(**data):

@@ -42,7 +42,7 @@ SCALINGS = {
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_queries_are_turned_as_in_transformers(name):
+def test_rotated_queries_equal_transformers(name):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
     architecture = read_config(
@@ -60,7 +60,7 @@ def test_queries_are_turned_as_in_transformers(name):
     torch.testing.assert_close(found.permute(1, 2, 0, 3), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_scalings_differ():
+def test_scaling_types_give_different_frequencies():
     found = {
         name: frequencies(
             read_config(load_hf_config({**LLAMA, "head_dim": 16, "rope_parameters": scaling})),
@@ -76,7 +76,7 @@ def test_scalings_differ():
     )  # within the positions that the model is made for
 
 
-def test_longrope_is_longer_in_long_sequences():
+def test_longrope_uses_long_factors_in_long_sequences():
     architecture = read_config(
         load_hf_config({**LLAMA, "head_dim": 16, "rope_parameters": SCALINGS["longrope"]})
     )
@@ -88,7 +88,7 @@ def test_longrope_is_longer_in_long_sequences():
     assert short.factor == long.factor == pytest.approx((1 + math.log(4) / math.log(32)) ** 0.5)
 
 
-def test_a_part_of_a_head_turns():
+def test_partial_rotary_leaves_the_rest_of_a_head():
     positions, x = torch.arange(5)[None], torch.randn(5, 2, 3, 6)
     rotation = make_rotation(positions, torch.tensor([1.0, 0.1]), 1.0, torch.float32)
     y = rotate(x, rotation)
@@ -96,7 +96,7 @@ def test_a_part_of_a_head_turns():
     assert torch.equal(y[..., :4], rotate(x[..., :4].contiguous(), rotation))
 
 
-def test_the_backward_turns_back():
+def test_backward_passes_gradcheck():
     positions = torch.arange(5)[None]
     rotation = make_rotation(positions, torch.tensor([1.0, 0.1, 0.01]), 1.5, torch.float64)
     x = torch.randn(5, 2, 3, 6, dtype=torch.float64, requires_grad=True)

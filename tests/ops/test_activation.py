@@ -7,7 +7,7 @@ from megatrain.ops.activation import _gate_backward, activate, gated_activation
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu"])
-def test_gradients_of_gates(name):
+def test_gate_gradients_equal_autograd(name):
     """The formula of the compiled backward equals autograd in double precision."""
     generator = torch.Generator().manual_seed(3)
     gate, up, grad = (torch.randn(4, 5, generator=generator, dtype=torch.float32) for _ in range(3))

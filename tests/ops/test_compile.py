@@ -44,7 +44,7 @@ def gradients(
 @needs_compiler
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_model_has_the_same_gradients(dtype, recompute, monkeypatch):
+def test_compiled_model_has_the_same_gradients(dtype, recompute, monkeypatch):
     """Errors in bf16 are those of eager kernels.
 
     One model has query and key norms, the other RMSNorm with 1 + weight and tanh-GELU gates.
@@ -85,7 +85,7 @@ def test_a_compiled_model_has_the_same_gradients(dtype, recompute, monkeypatch):
             assert error < (1e-5 if dtype == torch.float32 else max(2 * usual, 0.04)), name
 
 
-def test_compilation_requires_a_compiler_and_something_to_compile(monkeypatch, tmp_path):
+def test_compilation_requires_a_compiler_and_a_compilable_module(monkeypatch, tmp_path):
     llama, gpt2 = (read_config(load_hf_config(model)) for model in (LLAMA, GPT2))
     with pytest.raises(
         ConfigError,

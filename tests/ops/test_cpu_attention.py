@@ -55,7 +55,7 @@ def ours(
 
 @pytest.mark.parametrize("size", [1.0, 8.0], ids=["small-scores", "large-scores"])
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 2, 16), (2, 2, 24), (6, 1, 8)])
-def test_gradients_are_as_near_as_rounding_allows(heads, groups, dim, size):
+def test_gradients_are_accurate_to_rounding(heads, groups, dim, size):
     tensors = inputs(2, heads, groups, 512, dim, size=size)
     exact = gradients(torchs, tensors, torch.float64)
     errors = {}
@@ -72,7 +72,7 @@ def test_gradients_are_as_near_as_rounding_allows(heads, groups, dim, size):
         assert max(errors[name]) < 0.012, errors
 
 
-def test_groups_of_heads_are_taken_a_few_at_a_time_when_scores_are_many(monkeypatch):
+def test_many_scores_are_computed_a_few_groups_of_heads_at_a_time(monkeypatch):
     tensors = inputs(3, 4, 4, 512, 16)
     whole = gradients(ours, tensors, torch.bfloat16)
     monkeypatch.setattr(cpu_attention, "SCORES", 0)
@@ -81,7 +81,7 @@ def test_groups_of_heads_are_taken_a_few_at_a_time_when_scores_are_many(monkeypa
         assert torch.equal(x, y)
 
 
-def test_other_inputs_are_left_to_torch():
+def test_supports_rejects_other_inputs():
     q, k, _, _ = inputs(1, 4, 2, 512, 8)
     assert not supports(q.float(), k.float())
     assert not supports(q[:, :, :500], k[:, :, :500])
@@ -92,9 +92,7 @@ def test_other_inputs_are_left_to_torch():
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_a_model_trains_through_it_where_nothing_but_causality_masks(
-    recompute, masked, monkeypatch
-):
+def test_model_uses_the_kernel_for_causal_masks_only(recompute, masked, monkeypatch):
     # Also on CPUs without bf16 units.
     monkeypatch.setattr(cpu_attention, "lacks_native_bf16", lambda device: False)
     monkeypatch.setattr(attention, "to_matmul_dtype", lambda x: x)

@@ -12,7 +12,7 @@ from megatrain.ops.row_blocks import row_blocks
 
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
-def test_rms_norm_over_several_blocks(dtype, bound, plus_one):
+def test_rms_norm_over_several_blocks_is_accurate(dtype, bound, plus_one):
     generator = torch.Generator().manual_seed(1)
     x, weight, grad = (
         torch.randn(*shape, generator=generator).to(dtype)
@@ -33,7 +33,7 @@ def test_rms_norm_over_several_blocks(dtype, bound, plus_one):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
-def test_torchs_kernel_for_gpus_computes_the_same(dtype, bound):
+def test_rms_norm_equals_torch_kernel(dtype, bound):
     generator = torch.Generator().manual_seed(2)
     x, weight, grad = (
         torch.randn(*shape, generator=generator).to(dtype)
@@ -58,7 +58,7 @@ def relative_error(found, exact):
     return float((found.detach().double() - exact).norm() / exact.norm())
 
 
-def test_row_blocks_are_all_rows_in_order():
+def test_row_blocks_cover_all_rows_in_order():
     x = torch.zeros(1000, 300)
     parts = [x[part].shape[0] for part in row_blocks(x)]
     assert sum(parts) == 1000

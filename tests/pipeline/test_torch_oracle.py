@@ -1,9 +1,9 @@
 """The executor against torch.distributed.pipelining: equal losses and gradients for equal layers.
 
-All schedules of torch 2.13 run over gloo on CPUs. To split a backward, torch splits the autograd graph;
-megatrain defers the gradients of linear weights only. torch computes the loss from complete logits,
-megatrain in the model's head. Schedules that megatrain lacks (looped BFS, interleaved zero bubble with
-two chunks per rank) are compared with its interleaved one on the same placement.
+All schedules of torch 2.13 run over gloo on CPUs. To split a backward, torch splits the autograd
+graph; megatrain defers the gradients of linear weights only. torch computes the loss from complete
+logits, megatrain in the model's head. Schedules that megatrain lacks (looped BFS, interleaved zero
+bubble with two chunks per rank) are compared with its interleaved one on the same placement.
 """
 
 from __future__ import annotations
