@@ -3,7 +3,7 @@
 #
 #     sbatch -N 1 slurm/finetune.sh configs/finetune_lora_llama3_8b.yaml run.output_dir=/shared/runs/lora
 #
-# Partition, account and time are options of sbatch. What jobs of your site need beside them goes into slurm/site.env.
+# Partition, account and time are options of sbatch; slurm/site.env is for other settings of your site.
 #SBATCH --job-name=finetune
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -15,5 +15,5 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
-cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the repository}" || exit 1
+cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch from the repository}" || exit 1
 exec bash slurm/job.sh finetune "$@"

@@ -1,4 +1,4 @@
-"""What holds for all tests, before any of them imports torch."""
+"""Settings of all tests, made before any of them imports torch."""
 
 import os
 from collections import Counter
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from helpers.launches import extensions, launch, server  # noqa: F401  (fixtures)
 
-# Their tensors are tiny, and threads that wait for each other cost more than they help, most of all on a busy machine.
+# The tensors of tests are tiny: more threads cost more than they help.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure() -> None:
-    """Refuse two test files of one name at once: pytest imports them by it, and only a run of all tests would show the clash."""
+    """Refuses two test files of one name: pytest imports them by name, so the two would clash."""
     names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
     if twice := sorted(name for name, count in names.items() if count > 1):
         raise pytest.UsageError(

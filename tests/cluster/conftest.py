@@ -1,15 +1,12 @@
-"""One Slurm cluster, and one process that jobs' ranks are forked from, for all tests of this folder."""
+"""One Slurm cluster and one process that forks the ranks of jobs, for all tests of this folder."""
 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.netns_slurm import Cluster, Missing, find_programs
 from helpers.warm_ranks import WarmPython
 
@@ -19,7 +16,7 @@ def programs():
     try:
         return find_programs(Path(tempfile.gettempdir()) / f"megatrain-slurm-{os.getuid()}")
     except Missing as reason:
-        pytest.skip(f"no Slurm cluster can be made here: {reason}")
+        pytest.skip(f"no Slurm cluster can run on this machine: {reason}")
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +31,7 @@ def cluster(programs, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def warm(programs, tmp_path_factory):
-    """The program that stands in for python in jobs."""
+    """The program that replaces python in jobs."""
     python = WarmPython(tmp_path_factory.mktemp("warm"))
     try:
         python.start()

@@ -1,7 +1,8 @@
-"""kill -9 of any rank at any moment: nothing that was whole is lost, and the run ends as if nothing had happened.
+"""kill -9 of any rank at any moment: no complete checkpoint is lost, and the run ends unchanged.
 
-A trial names a phase, waits until the chosen rank is in it, lets a random time pass, and kills. What was hit is read from what
-the dead rank has left (marks.py), and trials go on until each phase was hit as often as asked.
+A trial chooses a phase and a rank, and kills the rank a random time after it entered the phase. The
+marks of the dead rank (helpers/fault_marks.py) show the phase that was hit. Trials continue until
+each phase was hit often enough.
 """
 
 from __future__ import annotations
@@ -11,25 +12,21 @@ import random
 import re
 import signal
 import statistics
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.fault_marks import PHASES, State
 from helpers.slurm_jobs import (
     ENDED,
     TIMEOUT,
     Job,
     assert_same,
+    complete_steps,
     last_step,
     metrics,
     rank_processes,
-    whole,
     write_run,
 )
 
@@ -40,10 +37,10 @@ LAYOUTS = {
     "tensor2-pipeline2-bf16": ({"tensor": 2, "pipeline": 2}, {"dtype": "bf16"}),
     "data4-zero3": ({"data": 4, "zero": 3}, {}),
 }
-LONGEST = {"loading": 0.15, "stepping": 0.1, "evaluating": 0.1, "saving": 0.5}
-"""Seconds up to which a rank is left alone in a phase before it is killed: about as long as the phase takes."""
-OFTEN = {"loading": 1, "stepping": 15, "evaluating": 3, "saving": 3}
-"""In which of the job's first so many entries into a phase."""
+MAX_PAUSE = {"loading": 0.15, "stepping": 0.1, "evaluating": 0.1, "saving": 0.5}
+"""Maximum seconds in a phase before the kill: about the duration of the phase."""
+MAX_ENTRY = {"loading": 1, "stepping": 15, "evaluating": 3, "saving": 3}
+"""The kill is in one of the job's first entries into a phase, up to this number."""
 
 
 class Hit(NamedTuple):
@@ -52,33 +49,34 @@ class Hit(NamedTuple):
     seconds: float
     """From the kill to the end of the job."""
     is_named: bool
-    """Whether the job's words say which rank ended, beside what Slurm says."""
+    """True if the job's log names the rank, apart from Slurm's message."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_killed_in_each_phase_and_started_again(layout, cluster, warm, tmp_path):
+def test_kill_in_each_phase(layout, cluster, warm, tmp_path):
     parallel, train = LAYOUTS[layout]
     trials = Trials(cluster, warm, tmp_path, seed=layout, parallel=parallel, train=train)
     while missing := trials.missing(2):
-        assert len(trials.hits) < 20, (
-            f"after 20 kills these were not hit as often as asked: {missing}"
-        )
-        trials.go_on(trials.in_phase)
+        assert len(trials.hits) < 20, f"phases that 20 kills did not hit often enough: {missing}"
+        trials.run_trial(trials.in_phase)
     trials.finish()
 
 
-def test_killed_at_any_moment_from_the_start_and_queued_again(cluster, warm, tmp_path):
+def test_kill_at_any_moment(cluster, warm, tmp_path):
     trials = Trials(cluster, warm, tmp_path, seed="any moment")
     while len(trials.hits) < 4:
-        trials.go_on(trials.some_time)
+        trials.run_trial(trials.some_time)
     trials.finish()
 
 
 class Trials:
-    """Jobs of one run, each killed, until the run is through; then of another. Each is held to an undisturbed one when it is."""
+    """Jobs of a run that are killed until the run is complete; then jobs of another run.
+
+    Each complete run is compared with an undisturbed one.
+    """
 
     def __init__(self, cluster, python, folder, *, seed, parallel=None, train=None) -> None:
-        self.folder, self.hits, self.again = folder, [], []
+        self.folder, self.hits, self.recovery_seconds = folder, [], []
         self._random, self._runs, self._killed_at = random.Random(seed), 0, None
         run_file = write_run(
             folder,
@@ -100,7 +98,7 @@ class Trials:
             MARKS_SLOW="0.02",
         )
         undisturbed = self._submit("undisturbed")
-        assert undisturbed.wait() == "COMPLETED", undisturbed.words()
+        assert undisturbed.wait() == "COMPLETED", undisturbed.log()
         self._new_run()
 
     def _new_run(self):
@@ -111,68 +109,77 @@ class Trials:
     def output(self):
         return self.folder / f"run-{self._runs}"
 
-    # -- one trial ---------------------------------------------------------------------------------------------------
+    # -- one trial -------------------------------------------------------------------------------
 
-    def go_on(self, find):
-        """Kill what `find(job)` names, see that nothing is lost, and start again; a run that was through before is compared."""
-        before = whole(self.output)
+    def run_trial(self, find):
+        """Kills the rank that `find(job)` returns, checks the run folder and restarts.
+
+        Compares the run instead if it is complete before the kill.
+        """
+        before = complete_steps(self.output)
         target = find(self.job)
         if target is None or (hit := self._kill(*target)) is None:
             self._compare()
             self._new_run()
             return
         self.hits.append(hit)
-        self._look(before)
-        newest = max(whole(self.output), default=None)
+        self._check_folder(before)
+        newest = max(complete_steps(self.output), default=None)
         if self._random.random() < 0.25:
             self.job.requeue()
         else:
             self.job = self._submit(self.output.name)
-        from_there = (
+        message = (
             "starting from scratch"
             if newest is None
             else f"resuming from {self.output}/checkpoints/step-{newest:08d}"
         )
-        self.job.until(lambda: from_there in self.job.words(), from_there)
+        self.job.until(lambda: message in self.job.log(), message)
 
     def missing(self, times):
-        """The phases that were not hit so often yet."""
+        """Returns the phases with fewer hits than `times`."""
         counts = Counter(hit.phase for hit in self.hits)
         return [phase for phase in PHASES if counts[phase] < times]
 
     def in_phase(self, job):
-        """A rank in a phase that was hit too rarely yet, once it has been there for a while. Loading needs something to load."""
-        phases = [phase for phase in self.missing(2) if phase != "loading" or whole(self.output)]
+        """Returns a rank in a phase that needs more hits, some time after it entered the phase."""
+        # Loading requires a checkpoint.
+        phases = [
+            phase for phase in self.missing(2) if phase != "loading" or complete_steps(self.output)
+        ]
         phase = self._random.choice(phases or ["saving"])
-        # Rank 0 publishes: of a checkpoint that others wrote, all may be there when one of them is killed.
+        # Rank 0 publishes a checkpoint, often when other ranks have written all of it.
         rank = 0 if phase == "saving" and self._random.random() < 0.6 else self._random.randrange(4)
-        times, pause = self._random.randint(1, OFTEN[phase]), self._random.random() * LONGEST[phase]
-        state = self._once(
+        times, pause = (
+            self._random.randint(1, MAX_ENTRY[phase]),
+            self._random.random() * MAX_PAUSE[phase],
+        )
+        state = self._wait_for_state(
             job, rank, lambda state: phase in state.active and state.entered[phase] >= times
         )
         time.sleep(pause)
         return state and (rank, state)
 
     def some_time(self, job):
-        """A rank some time after it began."""
+        """Returns a rank some time after it has started."""
         rank, pause = self._random.randrange(4), self._random.random() * 4
-        state = self._once(job, rank, lambda state: True)
+        state = self._wait_for_state(job, rank, lambda state: True)
         time.sleep(pause)
         return state and (rank, state)
 
-    def _once(self, job, rank, condition) -> State | None:
-        """What a rank has left once it is so; None where the job ends before."""
+    def _wait_for_state(self, job, rank, condition) -> State | None:
+        """Returns the marks of a rank once the condition holds; None if the job ends before."""
         until = time.monotonic() + TIMEOUT
-        for look in range(10**9):
+        for poll in range(10**9):
             state = job.mark(rank)
             if state is not None and state.entered["stepping"] > 1 and self._killed_at is not None:
-                self.again.append(time.monotonic() - self._killed_at)
+                self.recovery_seconds.append(time.monotonic() - self._killed_at)
                 self._killed_at = None
             if state is not None and condition(state):
                 return state
-            if look % 200 == 199 and job.state in ENDED:
+            if poll % 200 == 199 and job.state in ENDED:
                 return None
-            assert time.monotonic() < until, job.words()
+            assert time.monotonic() < until, job.log()
             time.sleep(0.002)
         return None
 
@@ -185,31 +192,27 @@ class Trials:
         ended = self.job.wait()
         if ended == "COMPLETED":
             return None
-        assert killed_at is not None, self.job.words()
-        assert ended == "FAILED", self.job.words()
+        assert killed_at is not None, self.job.log()
+        assert ended == "FAILED", self.job.log()
         self._killed_at = killed_at
-        left = self.job.mark(rank)
-        assert left is not None
+        marks = self.job.mark(rank)
+        assert marks is not None
         return Hit(
-            left.phase,
+            marks.phase,
             rank,
             time.monotonic() - killed_at,
-            re.search(rf"^rank {rank} .*(ended|was killed)", self.job.words(), re.MULTILINE)
+            re.search(rf"^rank {rank} .*(ended|was killed)", self.job.log(), re.MULTILINE)
             is not None,
         )
 
-    # -- what must hold ----------------------------------------------------------------------------------------------
+    # -- checks ----------------------------------------------------------------------------------
 
-    def _look(self, before):
-        """Nothing that was whole, or said to be, is lost; nobody is left; what is written of steps is in order."""
-        now, said = (
-            whole(self.output),
-            [
-                int(step)
-                for step in re.findall(r"^saved \S+/step-(\d+) ", self.job.words(), re.MULTILINE)
-            ],
-        )
-        assert max([0, *before, *said]) <= max([0, *now]), (before, said, now)
+    def _check_folder(self, before):
+        """Asserts that no checkpoint is lost, no process is left and steps are in order."""
+        now = complete_steps(self.output)
+        saved = re.findall(r"^saved \S+/step-(\d+) ", self.job.log(), re.MULTILINE)
+        reported = [int(step) for step in saved]
+        assert max([0, *before, *reported]) <= max([0, *now]), (before, reported, now)
         assert len(now) >= min(len(before), KEEP)
         assert rank_processes(self.output) == []
         steps = [line["step"] for line in metrics(self.output)]
@@ -220,8 +223,8 @@ class Trials:
         assert_same(self.output, self.folder / "undisturbed", STEPS)
 
     def finish(self):
-        """Let the last job go through."""
-        assert self.job.wait() == "COMPLETED", self.job.words()
+        """Waits for the last job, compares it and prints a summary of all hits."""
+        assert self.job.wait() == "COMPLETED", self.job.log()
         self._compare()
         hits = ", ".join(
             f"{count} {phase}"
@@ -229,12 +232,15 @@ class Trials:
         )
         named = sum(hit.is_named for hit in self.hits)
         ends = sorted(hit.seconds for hit in self.hits)
-        again = (
-            f"; training again {statistics.median(self.again):.1f} s after it, {max(self.again):.1f} s at most"
-            if self.again
-            else ""
-        )
+        recovery = ""
+        if seconds := self.recovery_seconds:
+            recovery = (
+                f"; training again {statistics.median(seconds):.1f} s after it, max "
+                f"{max(seconds):.1f} s"
+            )
         print(
-            f"\n{len(self.hits)} kills ({hits}) in {self._runs} runs, {named} with the rank named; the job's end {statistics.median(ends):.1f} s "
-            f"after a kill, {ends[-1]:.1f} s at most{again}"
+            f"\n{len(self.hits)} kills ({hits}) in {self._runs} runs, "
+            f"{named} with the rank named; "
+            f"the job's end {statistics.median(ends):.1f} s after a kill, "
+            f"max {ends[-1]:.1f} s{recovery}"
         )

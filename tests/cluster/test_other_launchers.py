@@ -1,4 +1,4 @@
-"""Other ways to start the ranks of two nodes than slurm/pretrain.sh, as docs/multi-node.md shows them: the same run."""
+"""Launchers of docs/multi-node.md besides slurm/pretrain.sh give the same run on two nodes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.slurm_jobs import ROOT, TIMEOUT, Job, assert_same, write_run
 
 pytestmark = pytest.mark.chaos
@@ -16,15 +14,17 @@ STEPS = 4
 BIN = Path(sys.executable).parent
 TORCHRUN = """#SBATCH --ntasks-per-node=1
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 2 --rdzv-backend c10d \
---rdzv-endpoint "$(scontrol show hostnames | head -n1):29500" --rdzv-id "$SLURM_JOB_ID" megatrain/pretrain.py"""
+--rdzv-endpoint "$(scontrol show hostnames | head -n1):29500" --rdzv-id "$SLURM_JOB_ID" \
+megatrain/pretrain.py"""
 DEEPSPEED = """#SBATCH --ntasks-per-node=2
 scontrol show hostnames | sed 's/$/ slots=2/' > {folder}/hosts
-deepspeed --hostfile {folder}/hosts --launcher slurm --launcher_args=--ntasks-per-node=2 --no_ssh_check \
---master_addr "$(scontrol show hostnames | head -n1)" megatrain/pretrain.py"""
+deepspeed --hostfile {folder}/hosts --launcher slurm --launcher_args=--ntasks-per-node=2 \
+--no_ssh_check --master_addr "$(scontrol show hostnames | head -n1)" megatrain/pretrain.py"""
 DEEPSPEED_PER_NODE = """#SBATCH --ntasks-per-node=1
 scontrol show hostnames | sed 's/$/ slots=2/' > {folder}/hosts
 export MASTER=$(scontrol show hostnames | head -n1)
-srun bash -c 'deepspeed --hostfile {folder}/hosts --no_ssh --node_rank $SLURM_NODEID --master_addr $MASTER "$@"' - megatrain/pretrain.py"""
+srun bash -c 'deepspeed --hostfile {folder}/hosts --no_ssh --node_rank $SLURM_NODEID \
+--master_addr $MASTER "$@"' - megatrain/pretrain.py"""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def run_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(cluster, warm, run_file):
     job = Job(cluster, run_file, run_file.parent / "undisturbed", python=warm)
-    assert job.wait() == "COMPLETED", job.words()
+    assert job.wait() == "COMPLETED", job.log()
     return job.output
 
 
@@ -48,7 +48,8 @@ def test_two_nodes(commands, cluster, run_file, undisturbed, tmp_path):
     output, log = tmp_path / "run", tmp_path / "out"
     script = tmp_path / "job.sh"
     script.write_text(
-        f"#!/bin/bash\n{commands.format(folder=tmp_path)} {run_file} run.output_dir={shlex.quote(str(output))}\n"
+        f"#!/bin/bash\n{commands.format(folder=tmp_path)} {run_file} "
+        f"run.output_dir={shlex.quote(str(output))}\n"
     )
     job = cluster.run(
         "sbatch",

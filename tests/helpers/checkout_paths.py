@@ -1,4 +1,4 @@
-"""Where the checkout's files lie, said once, so that a test may move from folder to folder."""
+"""Paths of the checkout, so that tests do not depend on their own folder."""
 
 from pathlib import Path
 

@@ -1,11 +1,12 @@
-"""What a rank is doing, left where a kill cannot take it back, and ranks on slow disks and with wrong clocks.
+"""Marks of what a rank is doing, which survive a kill; and ranks with slow disks and wrong clocks.
 
-A rank keeps a file of counts, mapped into its memory: of each phase how often it was entered and whether it is under way. Who kills the
-rank reads afterwards what it was doing. Asked for by variables of the job:
+A rank keeps counts in a file that is mapped into its memory: for each phase, how often it was
+entered and whether it is active. A test reads them after it has killed the rank. Environment
+variables of the job enable this:
 
     MARKS=FOLDER            the files, FOLDER/JOB-ATTEMPT-RANK
-    MARKS_SLOW=0.02         seconds that each fsync, rename and read of a tensor takes more, as on a file system far away
-    MARKS_CLOCK=node2:3600  seconds by which Python's clock on a node is ahead
+    MARKS_SLOW=0.02         seconds added to each fsync, rename and read of a tensor: a remote disk
+    MARKS_CLOCK=node2:3600  seconds by which the clock of a node is ahead
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SIZE = 8 * (1 + len(PHASES))
 
 
 class State(NamedTuple):
-    """A rank's process, and of each phase how often it was entered; those under way."""
+    """A rank's process, the number of entries of each phase, and the active phases."""
 
     process: int
     entered: dict[str, int]
@@ -32,7 +33,7 @@ class State(NamedTuple):
 
     @property
     def phase(self) -> str:
-        """The one that counts: a save goes on beside steps and evaluations."""
+        """The most specific active phase: a save runs beside steps and evaluations."""
         return next(
             (
                 name
@@ -44,21 +45,21 @@ class State(NamedTuple):
 
 
 def read(folder: Path, job: str, attempt: int, rank: int) -> State | None:
-    """What the rank has left so far, None before it has begun."""
+    """Returns the marks of a rank; None before it has started."""
     try:
-        words = struct.unpack(f"<{_SIZE // 4}I", (folder / f"{job}-{attempt}-{rank}").read_bytes())
+        values = struct.unpack(f"<{_SIZE // 4}I", (folder / f"{job}-{attempt}-{rank}").read_bytes())
     except FileNotFoundError:
         return None
-    counts, active = words[2::2], words[3::2]
+    counts, active = values[2::2], values[3::2]
     return State(
-        words[0],
+        values[0],
         dict(zip(PHASES, counts, strict=True)),
         frozenset(name for name, on in zip(PHASES, active, strict=True) if on),
     )
 
 
 def install(environ: Mapping[str, str]) -> None:
-    """Do in this process what the variables ask for."""
+    """Applies the environment variables to this process."""
     if seconds := float(environ.get("MARKS_SLOW", 0)):
         _slow_files(seconds)
     node, _, ahead = environ.get("MARKS_CLOCK", "").partition(":")
@@ -70,7 +71,8 @@ def install(environ: Mapping[str, str]) -> None:
         and "SLURM_PROCID" in environ
         and environ.get("SLURM_STEP_ID", "").isdigit()
     ):
-        name = f"{environ['SLURM_JOB_ID']}-{environ.get('SLURM_RESTART_COUNT', 0)}-{environ['SLURM_PROCID']}"
+        attempt = environ.get("SLURM_RESTART_COUNT", 0)
+        name = f"{environ['SLURM_JOB_ID']}-{attempt}-{environ['SLURM_PROCID']}"
         _mark_phases(_Marks(Path(environ["MARKS"]) / name))
 
 
@@ -115,7 +117,7 @@ def _mark_phases(marks: _Marks) -> None:
 
 
 def _mark_saving(marks: _Marks, saver: type) -> None:
-    """From the copy of the tensors until all ranks know that the checkpoint is there."""
+    """Marks saving: from the copy of tensors until all ranks know the checkpoint."""
     save, proceed = saver.save, saver.proceed  # type: ignore[attr-defined]
 
     def marked_save(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +138,7 @@ def _mark_saving(marks: _Marks, saver: type) -> None:
 def _slow_files(seconds: float) -> None:
     from megatrain.checkpoint.optimizer_state import OptimizerState
 
-    def late(work: Callable[..., Any]) -> Callable[..., Any]:
+    def delayed(work: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(work)
         def done(*args: Any, **kwargs: Any) -> Any:
             time.sleep(seconds)
@@ -144,5 +146,9 @@ def _slow_files(seconds: float) -> None:
 
         return done
 
-    os.fsync, os.rename, os.unlink = late(os.fsync), late(os.rename), late(os.unlink)
-    OptimizerState.load = late(OptimizerState.load)  # type: ignore[method-assign]
+    os.fsync, os.rename, os.unlink = (
+        delayed(os.fsync),
+        delayed(os.rename),
+        delayed(os.unlink),
+    )
+    OptimizerState.load = delayed(OptimizerState.load)  # type: ignore[method-assign]

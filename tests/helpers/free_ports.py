@@ -1,4 +1,4 @@
-"""A port to meet at that stays free until it is used: between a look for one and a server on it, another process may be given it."""
+"""Reserved ports: no other process is given the port before the test's server listens on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """One that the system gives to nobody else, while a server that may reuse addresses, as torch's stores may, can have it."""
+    """Reserves a port that only a server reusing addresses can take, such as torch's stores."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))

@@ -1,7 +1,7 @@
 """Writes a transformers model as Megatron-LM would have saved it.
 
-It follows the published layout of names, ranks and fused tensors with loops over heads and ranks, and
-shares no code with the conversion.
+It follows the published layout of names, ranks and fused tensors with loops over heads and ranks.
+It shares no code with the conversion.
 """
 
 from __future__ import annotations

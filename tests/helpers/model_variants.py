@@ -1,4 +1,4 @@
-"""A tiny model of each family, and variants that throw its switches: inline fields of a run's `model:`, by name."""
+"""Tiny models of each family, and variants with other options, as fields of a run's `model:`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""A real Slurm of a few nodes on one machine, for tests: each node is a network namespace with a host name of its own.
+"""A real Slurm of a few nodes on one machine: each node is a network namespace with a host name.
 
     namespace NAMEctl:  br0 10.77.0.1   slurmctld, and the user's sbatch, squeue, scancel
                          |        |
     namespace NAME1:    10.77.0.11 node1: slurmd     NAME2:  10.77.0.12 node2: slurmd     ...
 
-So ranks of two nodes meet over a network, and a script that takes localhost for another node fails as it would on a cluster.
-Needs root. Debian's packages are unpacked into a folder where Slurm is not installed. Only processes that were started here
-are ended.
+Ranks of two nodes connect over a network, so a script that uses localhost for another node fails
+as on a cluster. Requires root. If Slurm is not installed, Debian's packages are unpacked into a
+folder. Only processes that were started here are ended.
 """
 
 from __future__ import annotations
@@ -45,16 +45,19 @@ _RUNNING = (
 
 
 class Missing(Exception):
-    """Why there can be no cluster here."""
+    """The reason why this machine cannot run a cluster."""
 
 
 def find_programs(folder: Path) -> dict[str, str]:
-    """The environment in which Slurm's programs are found, unpacked into `folder` where they are not installed; or Missing."""
+    """Returns the environment for Slurm's programs; unpacks them into `folder` if necessary.
+
+    Raises Missing if that is impossible.
+    """
     if os.geteuid() != 0:
         raise Missing("network namespaces need root")
     for program in ("ip", "unshare", "mount"):
         if shutil.which(program) is None:
-            raise Missing(f"there is no `{program}` (Debian: iproute2, util-linux, mount)")
+            raise Missing(f"`{program}` is missing (Debian: iproute2, util-linux, mount)")
     probe = f"mtprobe{os.getpid()}"
     if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode:
         raise Missing("network namespaces are not allowed here")
@@ -64,8 +67,8 @@ def find_programs(folder: Path) -> dict[str, str]:
     return _unpacked(folder)
 
 
-def _of_the_shell() -> dict[str, str]:
-    """The environment without what other tests have set for ranks of this process: jobs inherit the user's."""
+def _shell_environment() -> dict[str, str]:
+    """Returns the environment without the variables that other tests set for ranks."""
     set_for_ranks = ("GLOO_", "MASTER_", "SLURM_", "RANK", "LOCAL_", "WORLD_SIZE", "DS_ACCELERATOR")
     return {name: value for name, value in os.environ.items() if not name.startswith(set_for_ranks)}
 
@@ -74,14 +77,14 @@ def _unpacked(folder: Path) -> dict[str, str]:
     ready = folder / "ready"
     if not ready.exists():
         if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-            raise Missing("Slurm is not installed and there is no apt-get to fetch it with")
+            raise Missing("Slurm is not installed, and apt-get is missing")
         folder.mkdir(parents=True, exist_ok=True)
         for command in (["apt-get", "update", "-qq"], ["apt-get", "download", "-qq", *_PACKAGES]):
             if not _succeeds(command, folder):
                 raise Missing(f"Slurm is not installed and `{' '.join(command[:2])}` fails")
         for package in folder.glob("*.deb"):
             subprocess.run(["dpkg", "-x", package, folder / "root"], check=True)
-        # Slurm's daemons ask the name they were called by which one they are.
+        # Slurm's daemons take their role from the name of the program.
         for name in ("slurmctld", "slurmd", "slurmstepd"):
             link = folder / "root/usr/sbin" / name
             if not link.exists():
@@ -105,9 +108,10 @@ def _succeeds(command: list[str], folder: Path) -> bool:
 
 
 class Cluster:
-    """Nodes of the given names with `cpus` pretended cores each, from `start` to `stop`.
+    """Nodes of the given names with `cpus` claimed cores each, from `start` to `stop`.
 
-    A node calls itself by its name and `domain`. Those in `unknown` have no address under their name: Slurm knows them by number.
+    The host name of a node is its name and `domain`. The names in `unknown` do not resolve: Slurm
+    reaches these nodes by address.
     """
 
     def __init__(
@@ -130,17 +134,21 @@ class Cluster:
         )
         self.name = f"mt{os.urandom(3).hex()}"
         self.disk = folder / "disk"
-        """A file system of its own, of 4 MB, that jobs may fill."""
+        """A file system of 4 MB that jobs may fill."""
         self.host = socket.gethostname().partition(".")[0]
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self.environment = {**_of_the_shell(), **programs, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = {
+            **_shell_environment(),
+            **programs,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+        }
 
-    # -- the user's side ---------------------------------------------------------------------------------------------
+    # -- commands of the user --------------------------------------------------------------------
 
     def run(
         self, *command: object, check: bool = True, cwd: Path | None = None, **more: str
     ) -> str:
-        """Run a command where the user sits, with more environment; returns what it prints."""
+        """Runs a command on the login node with additional environment; returns its output."""
         done = subprocess.run(
             self._within("ctl", command),
             env={**self.environment, **more},
@@ -157,13 +165,13 @@ class Cluster:
         return self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
 
     def wait(self, job: str, *, timeout: float) -> str:
-        """The job's last state. (`sbatch --wait` asks ever more rarely.)"""
+        """Returns the job's last state. (`sbatch --wait` polls ever more rarely.)"""
         until = time.monotonic() + timeout
         while (state := self.state(job)) in _RUNNING and time.monotonic() < until:
             time.sleep(0.3)
         return state
 
-    # -- daemons -----------------------------------------------------------------------------------------------------
+    # -- daemons ---------------------------------------------------------------------------------
 
     def start(self) -> None:
         for name in ("log", "state", "munge", *(f"spool/{name}" for name in self.names)):
@@ -214,10 +222,10 @@ class Cluster:
             shutil.rmtree(f"/etc/netns/{self.name}{name}", ignore_errors=True)
         subprocess.run(["umount", "--lazy", self.disk], capture_output=True)
 
-    def _daemon(self, name: str, place: str | None, *command: str) -> None:
+    def _daemon(self, name: str, namespace: str | None, *command: str) -> None:
         with (self.folder / f"log/{name}.out").open("wb") as log:
             self.daemons[name] = subprocess.Popen(
-                command if place is None else self._within(place, command),
+                command if namespace is None else self._within(namespace, command),
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -251,25 +259,25 @@ class Cluster:
                 raise AssertionError(f"no {what} after 60 s:\n{logs}")
             time.sleep(0.1)
 
-    # -- network -----------------------------------------------------------------------------------------------------
+    # -- network ---------------------------------------------------------------------------------
 
     def _numbered(self) -> list[tuple[int, str]]:
         return list(enumerate(self.names, start=1))
 
-    def _within(self, place: str, command: tuple[object, ...]) -> list[str]:
-        """The command inside a namespace; on a node under the node's host name."""
-        words = [str(word) for word in command]
-        if place != "ctl":
-            words = [
+    def _within(self, namespace: str, command: tuple[object, ...]) -> list[str]:
+        """Returns the command that runs `command` in a namespace, with the node's host name."""
+        arguments = [str(argument) for argument in command]
+        if namespace != "ctl":
+            arguments = [
                 "unshare",
                 "--uts",
                 "sh",
                 "-c",
                 'hostname "$0" && exec "$@"',
-                self.names[int(place) - 1] + self.domain,
-                *words,
+                self.names[int(namespace) - 1] + self.domain,
+                *arguments,
             ]
-        return ["ip", "netns", "exec", self.name + place, *words]
+        return ["ip", "netns", "exec", self.name + namespace, *arguments]
 
     def _connect(self) -> None:
         control = f"{self.name}ctl"
@@ -296,7 +304,7 @@ class Cluster:
                 f"ip -n {control} link set v{i} master br0 up",
             ]
         for name in (control, *(f"{self.name}{i}" for i, _ in self._numbered())):
-            # `ip netns exec` lays what is here over /etc.
+            # `ip netns exec` mounts these files over /etc.
             folder = Path("/etc/netns") / name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "hosts").write_text("\n".join(hosts) + "\n")
@@ -305,15 +313,17 @@ class Cluster:
 
     def _write_configuration(self) -> None:
         f = self.folder
-        # slurmd loads a cgroup plugin even if nothing uses it; v1 loads where no cgroups are mounted.
+        # slurmd always loads a cgroup plugin; v1 loads without mounted cgroups.
         (f / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         plugins = (
             f"PluginDir={self.programs['SLURM_PLUGINS']}"
             if "SLURM_PLUGINS" in self.programs
             else ""
         )
+        nodes_of_partition = ",".join(self.names)
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={name}{self.domain} NodeAddr={_SUBNET}.{10 + i} CPUs={self.cpus} RealMemory=8000"
+            f"NodeName={name} NodeHostname={name}{self.domain} NodeAddr={_SUBNET}.{10 + i} "
+            f"CPUs={self.cpus} RealMemory=8000"
             for i, name in self._numbered()
         )
         (f / "slurm.conf").write_text(f"""\
@@ -324,7 +334,7 @@ SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 {plugins}
-# cred_expire is also the pause before a requeued job may start again: 120 s unless set, and at least 5.
+# cred_expire is also the pause before a requeued job starts: by default 120 s, at least 5.
 AuthInfo=socket={f}/munge.sock,cred_expire=5
 MailProg=/bin/true
 StateSaveLocation={f}/state
@@ -353,5 +363,5 @@ MinJobAge=3600
 JobRequeue=1
 PropagateResourceLimits=NONE
 {nodes}
-PartitionName=test Nodes={",".join(self.names)} Default=YES DefaultTime=10 MaxTime=UNLIMITED State=UP
+PartitionName=test Nodes={nodes_of_partition} Default=YES DefaultTime=10 MaxTime=UNLIMITED State=UP
 """)

@@ -137,7 +137,7 @@ def run_ranks(
         if not ready:
             _stop(world_size)
             raise AssertionError(
-                f"ranks {sorted(waiting.values())} gave no answer in {timeout:.0f} s"
+                f"ranks {sorted(waiting.values())} did not answer within {timeout:.0f} s"
             )
         for pipe in ready:
             try:

@@ -1,7 +1,7 @@
-"""Runs `megatrain` commands as a shell does, each a process of its own, but forked from one that has imported everything.
+"""Runs `megatrain` commands in processes that are forked from one that has imported everything.
 
-A command that starts from nothing spends more on imports than the small runs of these tests on their work. The process
-that imports is started with the first command and lives as long as pytest. A command has its own session, and its output in files.
+Imports take longer than the small runs of these tests. The importing process starts with the first
+command and lives as long as pytest. Each command has its own session and output files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Ended(NamedTuple):
 
 
 class Command:
-    """One that was started; `pid` may be signalled until `wait` has returned."""
+    """A started command; `pid` may be signalled until `wait` has returned."""
 
     def __init__(self, pid: int, folder: Path) -> None:
         self.pid, self.folder = pid, folder
@@ -37,32 +37,41 @@ class Command:
         return bool(select.select([self._end], [], [], timeout)[0])
 
     def wait(self, timeout: float = 300.0) -> Ended:
-        """The exit code, negative after a signal, and what it has printed; killed and an error when it takes too long."""
+        """Returns the exit code (negative after a signal) and the output.
+
+        Kills the command and raises AssertionError after `timeout` seconds.
+        """
         late = not self.has_ended(timeout)
         if late:
             os.killpg(self.pid, signal.SIGKILL)
-        code = _ask({"wait": self.pid})
+        code = _request({"wait": self.pid})
         os.close(self._end)
         out, err = (self.folder / "out").read_text(), (self.folder / "err").read_text()
         assert not late, f"no end in {timeout:.0f} s:\n{out}{err}"
         return Ended(code, out, err)
 
 
-def start(*words: object, folder: Path) -> Command:
-    """`megatrain WORDS` where this process is, its output in a new folder within `folder`."""
+def start(*arguments: object, folder: Path) -> Command:
+    """Starts `megatrain ARGUMENTS` in the current folder, with a new output folder in `folder`."""
     own = folder / f"command-{os.urandom(4).hex()}"
     own.mkdir()
     return Command(
-        _ask({"words": [str(word) for word in words], "folder": str(own), "where": os.getcwd()}),
+        _request(
+            {
+                "arguments": [str(argument) for argument in arguments],
+                "folder": str(own),
+                "cwd": os.getcwd(),
+            }
+        ),
         own,
     )
 
 
-def run(*words: object, folder: Path, timeout: float = 300.0) -> Ended:
-    return start(*words, folder=folder).wait(timeout)
+def run(*arguments: object, folder: Path, timeout: float = 300.0) -> Ended:
+    return start(*arguments, folder=folder).wait(timeout)
 
 
-def _ask(order: dict[str, object]) -> int:
+def _request(request: dict[str, object]) -> int:
     global _server
     if _server is None:
         environment = {
@@ -85,16 +94,16 @@ def _ask(order: dict[str, object]) -> int:
         )
     assert _server.stdin is not None
     assert _server.stdout is not None
-    _server.stdin.write(json.dumps(order) + "\n")
+    _server.stdin.write(json.dumps(request) + "\n")
     _server.stdin.flush()
     return int(_server.stdout.readline())
 
 
 @atexit.register
 def stop() -> None:
-    """End the importing process, and with it what a failed test has left running; the next command starts a new one.
+    """Ends the importing process and all running commands; the next command starts a new one.
 
-    It is told to, as it would wait for ever for the end of its input: ranks forked after it (ranks.py) hold the pipe too.
+    A message ends it, because the end of its input does not: ranks forked later hold the pipe too.
     """
     global _server
     if _server is None:
@@ -110,18 +119,17 @@ def stop() -> None:
     _server = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# in the process that imports
+# -- in the importing process --------------------------------------------------------------------
 
 
-def _fork(words: list[str], folder: str, where: str) -> int:
+def _fork(arguments: list[str], folder: str, cwd: str) -> int:
     child = os.fork()
     if child:
         return child
     code = 70
     try:
         os.setsid()
-        os.chdir(where)
+        os.chdir(cwd)
         for name, descriptor in (("out", 1), ("err", 2)):
             os.dup2(
                 os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND),
@@ -130,7 +138,7 @@ def _fork(words: list[str], folder: str, where: str) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         from megatrain.__main__ import main
 
-        code = main(words)
+        code = main(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     finally:
@@ -149,19 +157,19 @@ def _serve() -> None:
 
     die_with_parent(os.getppid())
     import_before_fork()
-    under_way: set[int] = set()
+    running: set[int] = set()
     for line in sys.stdin:
-        order = json.loads(line)
-        if "stop" in order:
+        request = json.loads(line)
+        if "stop" in request:
             break
-        if "wait" in order:
-            answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
-            under_way.remove(order["wait"])
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+            running.remove(request["wait"])
         else:
-            answer = _fork(order["words"], order["folder"], order["where"])
-            under_way.add(answer)
+            answer = _fork(request["arguments"], request["folder"], request["cwd"])
+            running.add(answer)
         print(answer, flush=True)
-    for pid in under_way:
+    for pid in running:
         os.killpg(pid, signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""Runs submitted to the test cluster, and what they leave behind."""
+"""Runs submitted to the test cluster, and readers of their output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatrain.data.indexed_dataset import IndexedWriter
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 300
-"""Seconds for what takes some ten on a quiet machine."""
+"""Seconds; on an idle machine everything takes about ten."""
 MODEL = {
     "model_type": "llama",
     "vocab_size": 67,
@@ -43,7 +43,7 @@ def write_run(
     parallel: dict[str, Any] | None = None,
     **sections: dict[str, Any],
 ) -> Path:
-    """A run's YAML with data beside it, for four ranks: 2 stages x 2 replicas unless said."""
+    """Writes data and the YAML of a run on four ranks; the default is 2 stages x 2 replicas."""
     with IndexedWriter(folder / "tokens", vocab_size=67) as writer:
         for document in np.random.default_rng(0).integers(0, 67, (40, 30)):
             writer.add(document)
@@ -63,7 +63,7 @@ def write_run(
 
 
 class Job:
-    """One submission of slurm/pretrain.sh on two nodes of two ranks; `python` is the program that its ranks are started with."""
+    """A submission of slurm/pretrain.sh on two nodes of two ranks; `python` starts the ranks."""
 
     def __init__(
         self,
@@ -72,14 +72,14 @@ class Job:
         output: Path,
         *,
         python: Path | str = sys.executable,
-        words: tuple[str, ...] = (),
+        overrides: tuple[str, ...] = (),
         options: tuple[str, ...] = (),
         log_folder: Path | None = None,
         **environment: str,
     ) -> None:
         self.cluster, self.output = cluster, output
-        self.log = (log_folder or output.parent) / f"{output.name}.out"
-        self.began = len(self._log())
+        self.log_path = (log_folder or output.parent) / f"{output.name}.out"
+        self.began = len(self._full_log())
         self.id = cluster.run(
             "sbatch",
             "--parsable",
@@ -89,11 +89,11 @@ class Job:
             "--cpus-per-task=1",
             f"--chdir={ROOT}",
             *options,
-            f"--output={self.log}",
+            f"--output={self.log_path}",
             "slurm/pretrain.sh",
             run_file,
             f"run.output_dir={output}",
-            *words,
+            *overrides,
             cwd=ROOT,
             PYTHON=str(python),
             OMP_NUM_THREADS="1",
@@ -104,17 +104,17 @@ class Job:
         self.marks = Path(environment["MARKS"]) if "MARKS" in environment else None
 
     def requeue(self) -> None:
-        """Have a job that has ended start anew, as the same job."""
-        self.began = len(self._log())
+        """Requeues a job that has ended."""
+        self.began = len(self._full_log())
         self.cluster.run("scontrol", "requeue", self.id)
         self.attempt += 1
 
-    def _log(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
+    def _full_log(self) -> str:
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
-    def words(self) -> str:
-        """What this job has said, since it was last queued."""
-        return self._log()[self.began :]
+    def log(self) -> str:
+        """Returns the job's log since it was last queued."""
+        return self._full_log()[self.began :]
 
     @property
     def state(self) -> str:
@@ -124,30 +124,30 @@ class Job:
         return self.cluster.wait(self.id, timeout=TIMEOUT)
 
     def until(self, condition: Any, what: str) -> None:
-        """Wait for the condition; the job must not end before it holds."""
-        until, look = time.monotonic() + TIMEOUT, 0
+        """Waits for the condition, which must hold before the job ends."""
+        until, polls = time.monotonic() + TIMEOUT, 0
         while not condition():
             assert time.monotonic() < until, (
-                f"not {what} after {TIMEOUT} s; the job's log:\n{self.words()[-4000:]}"
+                f"not {what} after {TIMEOUT} s; the job's log:\n{self.log()[-4000:]}"
             )
             time.sleep(0.1)
-            look += 1
-            if look % 20 == 0:  # asking Slurm costs more than looking at files
+            polls += 1
+            if polls % 20 == 0:  # asking Slurm costs more than reading files
                 assert self.state not in ENDED or condition(), (
-                    f"ended before {what}:\n{self.words()[-4000:]}"
+                    f"ended before {what}:\n{self.log()[-4000:]}"
                 )
 
     def until_beyond(self, step: int) -> None:
         self.until(lambda: last_step(self.output) > step, f"beyond step {step}")
 
     def mark(self, rank: int) -> fault_marks.State | None:
-        """What a rank of the job is doing, where it was asked to leave that."""
+        """Returns the marks of a rank; the job must have a folder for them."""
         assert self.marks is not None
         return fault_marks.read(self.marks, self.id, self.attempt, rank)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, without what is of time."""
+    """Returns the complete lines of metrics.jsonl, without times."""
     path = output / "metrics.jsonl"
     lines = (
         [
@@ -172,8 +172,8 @@ def last_step(output: Path) -> int:
     return max((line["step"] for line in metrics(output)), default=0)
 
 
-def whole(output: Path) -> list[int]:
-    """The steps of the run's whole checkpoints, every hash compared."""
+def complete_steps(output: Path) -> list[int]:
+    """Returns the steps of the run's complete checkpoints; compares all hashes."""
     folders = (output / "checkpoints").glob("step-*")
     return sorted(
         int(folder.name[5:])
@@ -183,7 +183,7 @@ def whole(output: Path) -> list[int]:
 
 
 def content(output: Path, step: int) -> dict[str, str]:
-    """Hashes of all tensor files of a checkpoint."""
+    """Returns the hash of each tensor file of a checkpoint."""
     folder = output / f"checkpoints/step-{step:08d}"
     paths = sorted(folder.rglob("*.safetensors"))
     assert paths, f"nothing in {folder}"
@@ -194,7 +194,7 @@ def content(output: Path, step: int) -> dict[str, str]:
 
 
 def rank_processes(output: Path) -> list[int]:
-    """Process ids of the ranks of a run that are alive, as their logs name them, the last that began of each rank."""
+    """Returns the ids of a run's live processes: of each rank's log, the last that started."""
     found = []
     for log in sorted((output / "logs").glob("rank-*.log")):
         starts = [
@@ -207,7 +207,7 @@ def rank_processes(output: Path) -> list[int]:
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process runs; one that has ended and is not waited for does not."""
+    """Returns True if a process runs, and False if it is gone or a zombie."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -215,7 +215,7 @@ def is_alive(process: int) -> bool:
 
 
 def assert_same(output: Path, undisturbed: Path, steps: int) -> None:
-    """The run has done each step once and in order, with the numbers and at last the tensors of the one that nothing happened to."""
+    """Asserts that the run took each step once, with metrics and tensors of the undisturbed run."""
     assert metrics(output) == metrics(undisturbed)
     assert [line["step"] for line in metrics(output) if "loss" in line] == list(range(1, steps + 1))
     assert content(output, steps) == content(undisturbed, steps)

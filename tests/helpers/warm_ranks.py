@@ -1,11 +1,12 @@
-"""Slurm's tasks, forked from one process that has imported everything: a rank that starts from nothing spends 3 s of CPU on it.
+"""Slurm's tasks, forked from one process that has imported everything, which takes 3 s of CPU.
 
-    srun on node2   PROGRAM megatrain/pretrain.py CONFIG     in place of python: tells the server its arguments, environment,
-          |                                                  streams and process id, passes signals on, ends as the rank does
-    the server      forks; the child enters the network, host name and files of that process, and is the rank
+    srun on node2   PROGRAM megatrain/pretrain.py CONFIG, in place of python: sends the server its
+          |         arguments, environment, streams and process id; forwards signals; ends as the
+          |         rank ends
+    the server      forks; the child enters the namespaces of that process and becomes the rank
 
-So a rank that is killed ends its task by the same signal, and a task that Slurm kills takes its rank with it. What a test asks
-of the ranks beside that, it says in variables of the job (marks.py).
+A rank that is killed ends its task by the same signal, and a task that Slurm kills ends its rank.
+Tests configure faults of ranks by variables of the job (fault_marks.py).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class WarmPython:
-    """The server, from `start` to `stop`, and the program that stands in for python."""
+    """The server, from `start` to `stop`, and the program that replaces python."""
 
     def __init__(self, folder: Path) -> None:
         self.program, self._socket = folder / "python", folder / "socket"
@@ -62,46 +63,44 @@ class WarmPython:
             self._server.wait()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# in place of python, under srun
+# -- in place of python, under srun ----------------------------------------------------------------
 
 
-def run(path: str, words: list[str]) -> None:
-    """Have the server run the words, and end as they do."""
+def run(path: str, arguments: list[str]) -> None:
+    """Runs the arguments on the server and ends as they end."""
     server = socket.socket(socket.AF_UNIX)
     server.connect(path)
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         server.send(bytes([number]))
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
-    order = json.dumps(
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    request = json.dumps(
         {
-            "words": words,
+            "arguments": arguments,
             "environment": dict(os.environ),
             "folder": os.getcwd(),
-            "like": os.getpid(),
+            "namespaces_of": os.getpid(),
         }
     ).encode()
     streams = array.array("i", [1, 2])
     server.sendmsg(
-        [len(order).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
+        [len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
     )
-    server.sendall(order)
-    for number in _PASSED_ON:
-        signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    server.sendall(request)
+    for number in _FORWARDED:
+        signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     answer = server.recv(16)
     code = int(answer) if answer else 70
     if code < 0:
-        for number in _PASSED_ON:
+        for number in _FORWARDED:
             signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# in the process that imports
+# -- in the importing process --------------------------------------------------------------------
 
 
 def serve(path: str) -> None:
@@ -123,47 +122,47 @@ def serve(path: str) -> None:
         for key, _ in ready.select():
             if key.fileobj is listener:
                 task = _Task(listener.accept()[0])
-                ready.register(task.client, selectors.EVENT_READ, (task, task.hear))
+                ready.register(task.client, selectors.EVENT_READ, (task, task.receive))
                 ready.register(task.end, selectors.EVENT_READ, (task, task.answer))
             else:
-                task, heard = key.data
-                if not heard():
+                task, received = key.data
+                if not received():
                     ready.unregister(key.fileobj)
                     if key.fileobj == task.end:
                         os.close(task.end)
 
 
 class _Task:
-    """A client and the child that runs its words."""
+    """A client and the child that runs its arguments."""
 
     def __init__(self, client: socket.socket) -> None:
         self.client = client
         head, ancillary, _, _ = client.recvmsg(8, socket.CMSG_SPACE(8))
         streams = array.array("i", ancillary[0][2])
-        size, order = int.from_bytes(head, "big"), b""
-        while len(order) < size:
-            order += client.recv(size - len(order))
+        size, request = int.from_bytes(head, "big"), b""
+        while len(request) < size:
+            request += client.recv(size - len(request))
         self.child = os.fork()
         if not self.child:
-            _become(json.loads(order), *streams)
+            _run_task(json.loads(request), *streams)
         for stream in streams:
             os.close(stream)
         self.end = os.pidfd_open(self.child)
 
-    def hear(self) -> bool:
-        """A signal that the client passes on; the end of a client ends its child."""
+    def receive(self) -> bool:
+        """Forwards a signal of the client; kills the child if the client has ended."""
         try:
-            heard = self.client.recv(1)
+            received = self.client.recv(1)
         except ConnectionResetError:
-            heard = b""
+            received = b""
         if self.child:
-            os.kill(self.child, heard[0] if heard else signal.SIGKILL)
-        if not heard:
+            os.kill(self.child, received[0] if received else signal.SIGKILL)
+        if not received:
             self.client.close()
-        return bool(heard)
+        return bool(received)
 
     def answer(self) -> bool:
-        """The child has ended."""
+        """Sends the exit code of the child to the client."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
         self.child = 0
         with contextlib.suppress(OSError):
@@ -171,21 +170,21 @@ class _Task:
         return False
 
 
-def _become(order: dict, out: int, err: int) -> None:
-    """Be the task: never returns."""
+def _run_task(request: dict, out: int, err: int) -> None:
+    """Runs the task in this process and exits."""
     code = 70
     try:
         os.setpgid(0, 0)
         _die_with_parent()
-        for number in (*_PASSED_ON, signal.SIGCHLD):
+        for number in (*_FORWARDED, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         os.dup2(out, 1)
         os.dup2(err, 2)
-        _enter(order["like"])
-        os.chdir(order["folder"])
+        _enter_namespaces(request["namespaces_of"])
+        os.chdir(request["folder"])
         os.environ.clear()
-        os.environ.update(order["environment"], DS_ACCELERATOR="cpu")
-        code = _work(order["words"])
+        os.environ.update(request["environment"], DS_ACCELERATOR="cpu")
+        code = _run_python(request["arguments"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -204,8 +203,8 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
-def _enter(process: int) -> None:
-    """The network, host name and mounts of another process."""
+def _enter_namespaces(process: int) -> None:
+    """Enters the network, host name and mounts of another process."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -216,18 +215,18 @@ def _enter(process: int) -> None:
             raise OSError(ctypes.get_errno(), "setns")
 
 
-def _work(words: list[str]) -> int:
-    """What python would do with the words, of those that jobs use."""
+def _run_python(arguments: list[str]) -> int:
+    """Does what python would do with the arguments; supports those that jobs use."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from helpers import fault_marks
     from megatrain.__main__ import main
 
     fault_marks.install(os.environ)
-    if words[:2] == ["-m", "megatrain"]:
-        return main(words[2:])
-    script = Path(words[0])
-    assert script.parent.name == "megatrain", words
-    return main([script.stem, *words[1:]])
+    if arguments[:2] == ["-m", "megatrain"]:
+        return main(arguments[2:])
+    script = Path(arguments[0])
+    assert script.parent.name == "megatrain", arguments
+    return main([script.stem, *arguments[1:]])
 
 
 if __name__ == "__main__":
