@@ -1,4 +1,4 @@
-"""Every YAML in configs/ loads, and describes a model and a layout that fit each other."""
+"""Every YAML in configs/ loads, and its layout fits its model."""
 
 from importlib.util import find_spec
 
@@ -12,21 +12,21 @@ from megatrain.models.config import load_hf_config, read_config
 from megatrain.models.counts import matrix_weights
 
 
-def test_the_table_above_is_complete():
+def test_table_lists_all_configs():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(WRITTEN_FOR)
 
 
 @pytest.mark.parametrize("name", WRITTEN_FOR)
-def test_a_config_runs_dry(name, capsys, monkeypatch, tmp_path):
-    """Every stage's share is built, without memory, and asserted to add up to the model; data need not be there."""
+def test_dry_run(name, capsys, monkeypatch, tmp_path):
+    """Stages are built without memory, and add up to the model; missing data are only noted."""
     monkeypatch.chdir(tmp_path)
-    verb = "finetune" if name.startswith("finetune") else "pretrain"
-    assert main([verb, str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
-    shown = capsys.readouterr().out
+    command = "finetune" if name.startswith("finetune") else "pretrain"
+    assert main([command, str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
+    output = capsys.readouterr().out
     loaded = loader.load(CONFIGS / f"{name}.yaml")
     notes = (
         ["there is no file"] * 2
-        if verb == "pretrain"
+        if command == "pretrain"
         else [str(loaded.data.train), str(loaded.data.valid)]
     )
     notes += ["train.init_from="] if loaded.train.init_from else []
@@ -36,13 +36,13 @@ def test_a_config_runs_dry(name, capsys, monkeypatch, tmp_path):
         if loaded.lora.quantize == "nf4" and find_spec("bitsandbytes") is None
         else []
     )
-    assert all(f"\nnote: {note}" in shown for note in notes)
-    assert shown.count("\nnote: ") == len(notes)
+    assert all(f"\nnote: {note}" in output for note in notes)
+    assert output.count("\nnote: ") == len(notes)
     stages = loader.load(CONFIGS / f"{name}.yaml").parallel.pipeline
     assert (
         sum(
             line.split()[0].isdigit()
-            for line in shown.splitlines()
+            for line in output.splitlines()
             if line.startswith("  ") and line.strip()
         )
         == stages
@@ -51,7 +51,7 @@ def test_a_config_runs_dry(name, capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", WRITTEN_FOR)
-def test_a_config_loads_and_its_layout_fits(name):
+def test_layout_fits_the_model(name):
     ranks, billions = WRITTEN_FOR[name]
     loaded = loader.load(CONFIGS / f"{name}.yaml")
     architecture = read_config(load_hf_config(loaded.model))

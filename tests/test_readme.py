@@ -1,4 +1,4 @@
-"""README.md and docs/ name existing files, commands and settings; generated pages are up to date."""
+"""README.md and docs/ name existing files, commands and settings; generated pages are current."""
 
 import re
 import subprocess

@@ -12,6 +12,10 @@ from helpers.checkout_paths import CONFIGS, PACKAGE, ROOT
 from megatrain.cli.main import COMMANDS, main
 from megatrain.config import loader
 
+MISSING_CONFIG = (
+    "error: CONFIG=none.yaml does not exist; give a YAML file of settings; "
+    "`megatrain config` prints one\n"
+)
 HEAVY = {"torch", "deepspeed", "transformers", "numpy", "tokenizers", "matplotlib"}
 
 
@@ -95,7 +99,7 @@ def test_os_errors_are_one_line(capsys, tmp_path, monkeypatch):
 
 def test_option_between_config_and_overrides(capsys):
     assert main(["pretrain", "none.yaml", "--dry-run", "train.steps=1"]) == 1
-    assert capsys.readouterr().err == "error: CONFIG=none.yaml does not exist\n"
+    assert capsys.readouterr().err == MISSING_CONFIG
 
 
 def test_options_are_not_abbreviated(capsys):
@@ -111,9 +115,7 @@ def test_one_rank_of_a_machine_prints_the_error(capsys, monkeypatch, rank):
     waited = []
     monkeypatch.setattr("megatrain.cli.main.time.sleep", waited.append)
     assert main(["pretrain", "none.yaml"]) == 1
-    assert capsys.readouterr().err == (
-        "error: CONFIG=none.yaml does not exist\n" if rank == 0 else ""
-    )
+    assert capsys.readouterr().err == (MISSING_CONFIG if rank == 0 else "")
     assert waited == ([] if rank == 0 else [10.0]), (
         "a launcher ends all ranks when the first exits; that one must be the rank that prints"
     )
@@ -143,7 +145,7 @@ def test_max_restarts_is_refused_under_a_launcher(capsys, monkeypatch):
 def test_scripts_accept_arguments_of_launchers_in_any_folder(tmp_path, script, extra):
     command = [sys.executable, str(PACKAGE / f"{script}.py"), *extra, "none.yaml", "train.steps=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (1, "error: CONFIG=none.yaml does not exist\n")
+    assert (done.returncode, done.stderr) == (1, MISSING_CONFIG)
 
 
 @pytest.mark.parametrize(
