@@ -1,10 +1,13 @@
-"""Measure `megatrain convert` beside `cp` of the same bytes on the same disk, interleaved in one run, and its peak memory.
+"""Compares `megatrain convert` with `cp` of the same bytes on one disk, and measures its memory.
 
-    python benchmarks/convert.py [--folder DIR] [--laps 3]          7 GB of temporary files; 1.1e9 parameters in bf16
+    python benchmarks/convert.py [--folder DIR] [--laps 3]
 
-Every lap copies with `cp`, copies and waits for the disk with `cp` and `sync`, converts without the proof, and with it. A
-conversion waits for the disk, the proof reads all of it back, compares and hashes it and computes logits of source and target.
-CPU seconds are beside seconds, since a machine's other work lengthens what computes more than what waits for a disk. Nothing is asserted: times are for reading.
+The model has 1.1e9 parameters in bf16; temporary files take 7 GB.
+
+Each lap runs, in turn: `cp`; `cp` and `sync`; a conversion without verification; one with it. A
+conversion waits for the disk. Verification reads everything back, compares and hashes it, and
+computes logits of source and target. CPU seconds are printed too, because other load on the machine
+slows computation more than waiting for a disk. The benchmark asserts no limits.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ MODEL = {
 
 
 class RandomModel:
-    """Normal weights in bf16, each tensor made when it is asked for."""
+    """Normal weights in bf16; each tensor is created when it is read."""
 
     def __init__(self, shapes):
         self.shapes, self._last = shapes, ("", torch.empty(0))
@@ -67,7 +70,7 @@ class RandomModel:
 
 
 def make_model(folder, fields=MODEL):
-    """A folder of the model, as transformers writes one; returns its bytes of tensors."""
+    """Writes a folder of the model as transformers does; returns the bytes of its tensors."""
     folder.mkdir(parents=True)
     config = load_hf_config(fields)
     config.dtype = "bfloat16"
@@ -99,16 +102,16 @@ def _cpu() -> float:
 
 
 def peak_memory(words: list[str]) -> tuple[float, str]:
-    """GiB of the largest resident set of a conversion in a process of its own, and what it said."""
-    with tempfile.TemporaryFile("w+") as said:
+    """Returns the peak memory of a conversion in its own process, in GiB, and its output."""
+    with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "megatrain", "convert", *words], stdout=said
+            [sys.executable, "-m", "megatrain", "convert", *words], stdout=output
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
-        said.seek(0)
-        return usage.ru_maxrss / 2**20, said.read()
+        output.seek(0)
+        return usage.ru_maxrss / 2**20, output.read()
 
 
 def main() -> int:
@@ -156,7 +159,7 @@ def main() -> int:
 
 
 def warm_up(root):
-    """Import all that a conversion needs."""
+    """Imports everything that a conversion needs."""
     make_model(
         root / "model", {**MODEL, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 100}
     )
@@ -164,7 +167,7 @@ def warm_up(root):
 
 
 def report(seconds: dict[str, list[Cost]], size: int) -> None:
-    """Medians, and the median of each lap's ratio."""
+    """Prints medians, and the median over laps of the ratios."""
     if not all(seconds.values()):
         return
     for name, costs in seconds.items():
@@ -177,20 +180,21 @@ def report(seconds: dict[str, list[Cost]], size: int) -> None:
 
 
 def report_memory(source: Path, target: Path) -> None:
-    """The largest resident set of each kind of conversion, in a process of its own, beside what it said."""
+    """Prints the measured and the predicted memory of each kind of conversion."""
     for words in (
         ["--to", "hf", "--no-verify"],
         ["--to", "hf"],
         ["--to", "hf", "--dtype", "fp16"],
         ["--to", "checkpoint"],
     ):
-        memory, said = peak_memory([str(source), str(target), *words])
-        promised = next(line.strip() for line in said.splitlines() if "memory" in line)
+        memory, output = peak_memory([str(source), str(target), *words])
+        predicted = next(line.strip() for line in output.splitlines() if "memory" in line)
         proof = json.loads((target / "conversion.json").read_text())["proof"]
         shutil.rmtree(target)
         found = "" if proof is None else f"; logits differ by {proof['max_logit_difference']:.3g}"
         print(
-            f"convert {' '.join(words)}: {memory:.2f} GiB; it said: {promised}{found}", flush=True
+            f"convert {' '.join(words)}: {memory:.2f} GiB; predicted: {predicted}{found}",
+            flush=True,
         )
 
 

@@ -1,11 +1,11 @@
-"""Measure the data room beside Megatron-LM's and beside the bare tokenizer, interleaved in one run.
+"""Compares the data pipeline with Megatron-LM's and with the tokenizer alone.
 
     pip install --no-deps megatron-core==0.16.1
-    python benchmarks/data.py                                  1e9 tokens in 2e6 documents, 2 GB of temporary files
-    python benchmarks/data.py --tokens 1e8 --text-mb 4         smaller
+    python benchmarks/data.py                               # 1e9 tokens in 2e6 documents, 2 GB
+    python benchmarks/data.py --tokens 1e8 --text-mb 4      # smaller
 
-Every lap measures each contestant once, so that what else the machine does hits all alike; medians and the median of
-each lap's ratio are printed. Nothing is asserted: times are for reading.
+Each lap measures each contestant once, so that other load on the machine affects all alike. Medians
+and the median over laps of the ratios are printed. The benchmark asserts no limits.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ MICROBATCH = 8
 
 
 class Cost(NamedTuple):
-    """What one lap took."""
+    """The time of one lap."""
 
     wall: float  # seconds
     cpu: float  # seconds of this process and its finished children
 
 
 def measure(work: Callable[[], Any]) -> Cost:
-    """Run once and return what it took."""
+    """Calls `work` once and returns its time."""
     wall, cpu = time.perf_counter(), _cpu_seconds()
     work()
     return Cost(time.perf_counter() - wall, _cpu_seconds() - cpu)
@@ -50,7 +50,7 @@ def _cpu_seconds() -> float:
 
 
 def interleave(contestants: dict[str, Callable[[], Any]], *, laps: int) -> dict[str, list[Cost]]:
-    """Measure every contestant in every lap, in turn; a first lap, with its imports, is not counted."""
+    """Measures all contestants in each lap, in turn; the first, with its imports, is dropped."""
     costs: dict[str, list[Cost]] = {name: [] for name in contestants}
     for lap in range(laps + 1):
         for name, work in contestants.items():
@@ -61,12 +61,12 @@ def interleave(contestants: dict[str, Callable[[], Any]], *, laps: int) -> dict[
 
 
 def ratio(over: list[Cost], under: list[Cost], *, by: str = "wall") -> float:
-    """Return the median over laps of one contestant's time over another's."""
+    """Returns the median over laps of one contestant's time over another's."""
     return median(getattr(a, by) / getattr(b, by) for a, b in zip(over, under, strict=True))
 
 
 def write_dataset(prefix: Path, *, num_tokens: int) -> None:
-    """Write random tokens in documents of lognormal length, 500 on average, much faster than a writer would."""
+    """Writes random tokens in documents of lognormal length, on average 500 tokens."""
     import numpy as np
 
     from megatrain.data.indexed_dataset import write_index
@@ -86,7 +86,7 @@ def write_dataset(prefix: Path, *, num_tokens: int) -> None:
 
 
 def open_ours(prefix: Path, *, document_mask: bool = False) -> Any:
-    """Open a data set, ready to give samples."""
+    """Opens a dataset of samples."""
     from megatrain.data.gpt_dataset import GPTDataset
     from megatrain.data.indexed_dataset import IndexedDataset
 
@@ -100,13 +100,13 @@ def open_ours(prefix: Path, *, document_mask: bool = False) -> Any:
 
 
 def open_theirs(prefix: Path, cache: Path) -> Any:
-    """Open the same data with Megatron's GPTDataset: one epoch, no masks, its index files kept in `cache`."""
+    """Opens the same data with Megatron's GPTDataset: one epoch, no masks, index in `cache`."""
     import numpy as np
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-    class Vocabulary:  # all that GPTDataset asks of a tokenizer
+    class Vocabulary:  # the attributes that GPTDataset reads
         vocab_size, eod, pad, unique_identifiers = VOCAB_SIZE, 0, 0, {"class": "random"}
 
     config = GPTDatasetConfig(
@@ -127,7 +127,7 @@ def open_theirs(prefix: Path, cache: Path) -> Any:
 
 
 def compare_opening(prefix: Path, cache: Path, *, laps: int) -> None:
-    """Print what it takes until the first sample can be asked for."""
+    """Prints the time until the first sample can be read."""
 
     def cold() -> None:
         shutil.rmtree(cache, ignore_errors=True)
@@ -148,7 +148,7 @@ def compare_opening(prefix: Path, cache: Path, *, laps: int) -> None:
 
 
 def compare_fetching(prefix: Path, cache: Path | None, *, laps: int, count: int) -> None:
-    """Print samples a second, one by one and in microbatches of tensors; without `cache`, ours alone."""
+    """Prints samples per second, single and in microbatches; without `cache` only ours."""
     import torch
     from torch.utils.data import default_collate
 
@@ -166,7 +166,7 @@ def compare_fetching(prefix: Path, cache: Path | None, *, laps: int, count: int)
     cursor = {"one": 0}
 
     def positions() -> range:
-        # New ones each time: both read pages that neither has just read.
+        # New positions each time, so that neither contestant reads pages that were just read.
         first = cursor["one"]
         cursor["one"] = (first + count) % max(num_samples - count, 1)
         return range(first, min(first + count, num_samples))
@@ -199,6 +199,10 @@ def compare_fetching(prefix: Path, cache: Path | None, *, laps: int, count: int)
         contestants |= {f"microbatches of {MICROBATCH}, GPTDataset + collate": theirs_batches}
     costs = interleave(contestants, laps=laps)
     loader.close()
+    _print_fetching(costs, count=count)
+
+
+def _print_fetching(costs: dict[str, list[Cost]], *, count: int) -> None:
     print(f"\nsamples of {SEQUENCE_LENGTH} tokens, median samples/s")
     for name, some in costs.items():
         peer = next(
@@ -212,7 +216,7 @@ def compare_fetching(prefix: Path, cache: Path | None, *, laps: int, count: int)
 
 
 def compare_preprocessing(folder: Path, *, laps: int, text_mb: float) -> None:
-    """Print MB of text a second and a CPU-second, beside encode_batch on texts that lie in memory."""
+    """Prints MB of text per second and per CPU second; compares encode_batch on texts in memory."""
     from tokenizers import Tokenizer
 
     from megatrain.data.preprocess import preprocess
@@ -246,13 +250,14 @@ def compare_preprocessing(folder: Path, *, laps: int, text_mb: float) -> None:
         )
         print(
             f"  {name:32} {wall:6.2f} MB/s   {cpu:6.2f} MB/CPU-s   this / bare "
-            f"{ratio(costs[bare], some):5.2f} in time, {ratio(costs[bare], some, by='cpu'):5.2f} in CPU time"
+            f"{ratio(costs[bare], some):5.2f} in time, "
+            f"{ratio(costs[bare], some, by='cpu'):5.2f} in CPU time"
         )
 
 
 def main() -> None:
-    """Run the three comparisons."""
-    parser = argparse.ArgumentParser(description="The data room beside Megatron-LM's.")
+    """Runs the three comparisons."""
+    parser = argparse.ArgumentParser(description="Compares the data pipeline with Megatron-LM's.")
     parser.add_argument(
         "--tokens", type=float, default=1e9, help="tokens of the generated data set"
     )
@@ -269,9 +274,7 @@ def main() -> None:
         if has_megatron:
             compare_opening(folder / "data", folder / "cache", laps=args.laps)
         else:
-            print(
-                "Megatron-LM's side is left out; for it: pip install --no-deps megatron-core==0.16.1"
-            )
+            print("Megatron-LM is not installed (pip install --no-deps megatron-core==0.16.1)")
         cache = folder / "cache" if has_megatron else None
         compare_fetching(folder / "data", cache, laps=args.laps, count=args.samples)
         compare_preprocessing(folder, laps=args.laps, text_mb=args.text_mb)

@@ -1,9 +1,10 @@
-"""Time and memory at sizes no machine here could train: `megatrain check` on up to 4096 ranks, and the sample index over 10T tokens.
+"""Time and memory at large scale: `megatrain check` up to 4096 ranks, a sample index of 10T tokens.
 
     python benchmarks/scale.py [--folder FOLDER] [--documents N]
 
-The index is opened and read as data rank 4095 of 4096 does: two datasets of 5T tokens each, whole indices of N documents each (20 bytes a
-document) beside .bin files that hold nothing (sparse: the file system must take files of 10 TB). Each figure is of a process of its own.
+The index is opened and read as by data rank 4095 of 4096. There are two datasets of 5T tokens, with
+full indices of N documents (20 bytes each) and sparse .bin files: the file system must support
+files of 10 TB. Each figure is of a process of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TOKENS, RANKS, LENGTH = 5_000_000_000_000, 4096, 8192
-"""Of each dataset; data ranks; tokens in a sample."""
+"""Tokens per dataset; data ranks; tokens per sample."""
 
 CHECKS = {
     "gpt_1t on 3072 ranks": ["configs/gpt_1t.yaml", "--nodes", "384", "--gpus-per-node", "8"],
@@ -69,40 +70,41 @@ def main() -> None:
     if args.read:
         read(Path(args.read[0]), masked=args.read[1] == "masked")
         return
-    for name, words in CHECKS.items():
+    for name, arguments in CHECKS.items():
         show(
             f"check {name}",
-            [sys.executable, "-m", "megatrain", "check", *words, "--gpu-memory", "80"],
+            [sys.executable, "-m", "megatrain", "check", *arguments, "--gpu-memory", "80"],
         )
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write(Path(folder), args.documents)
         for how in ("plain", "masked"):
             show(
-                f"index, {2 * TOKENS / 1e12:.0f}T tokens, {2 * args.documents:.2g} documents, {how}",
+                f"index, {2 * TOKENS / 1e12:.0f}T tokens, {2 * args.documents:.2g} "
+                f"documents, {how}",
                 [sys.executable, __file__, "--read", folder, how],
             )
 
 
 def show(name: str, command: list[str]) -> None:
-    """Seconds of a process from its start to its end, its CPU seconds and its peak memory, and what it prints about itself."""
+    """Prints seconds, CPU seconds and peak memory of a process, and the JSON lines it prints."""
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
     )
     assert process.stdout is not None
-    told = [line for line in process.stdout if line.startswith("{")]
+    lines = [line for line in process.stdout if line.startswith("{")]
     _, _, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     cpu = usage.ru_utime + usage.ru_stime
     print(
         f"{name:<70}{seconds:>7.2f} s {cpu:>7.2f} s CPU {usage.ru_maxrss / 1024:>7.0f} MiB",
-        *(line.strip() for line in told),
+        *(line.strip() for line in lines),
         flush=True,
     )
 
 
 def write(folder: Path, documents: int) -> None:
-    """Two datasets whose documents are all of one length: an index as preprocessing writes it, and a .bin of nothing."""
+    """Writes two datasets of documents of one length: a complete index and an empty .bin file."""
     import numpy as np
 
     from megatrain.data.indexed_dataset import write_index
@@ -119,7 +121,7 @@ def write(folder: Path, documents: int) -> None:
 
 
 def read(folder: Path, *, masked: bool) -> None:
-    """What the last data rank does: open, then steps from anywhere in the run; memory of its own beside pages of the files."""
+    """Opens the data as the last data rank and reads steps of the whole run; prints the costs."""
     from megatrain.config.loader import Data
     from megatrain.data.dataloader import DataLoader
     from megatrain.data.gpt_dataset import open_dataset
@@ -158,7 +160,7 @@ def read(folder: Path, *, masked: bool) -> None:
 
 
 def own_memory() -> int:
-    """Bytes in memory that are no pages of files."""
+    """Returns the resident memory without pages of files, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 

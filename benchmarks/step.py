@@ -1,11 +1,15 @@
-"""Training steps of this trainer beside a bare transformers loop, plain and compiled, and its layouts beside one process.
+"""Compares training steps with a plain transformers loop, and layouts with one process.
 
-    python benchmarks/step.py one  [--dtype bf16] [--laps 7]     one process: ours and bare, each plain and compiled, and the GEMMs alone
-    python benchmarks/step.py two  [--dtype fp32] [--laps 5]     2 ranks x 1 thread against our own process with 2 threads
+    python benchmarks/step.py one  [--dtype bf16] [--laps 7]
+    python benchmarks/step.py two  [--dtype fp32] [--laps 5]
 
-Contenders live side by side and take turns, a lap each, so that a noisy machine is noisy for all; ratios are medians of
-the laps' ratios. A lap is one optimizer step with clipping at 1. "share of GEMM" is the model's arithmetic a second over
-that of the model's own matrix products in the same run, dtype and threads. On a GPU the model has a billion weights.
+`one` compares in one process ours and the plain loop, each eager and compiled, and the GEMMs alone.
+`two` compares 2 ranks of 1 thread with our own process of 2 threads.
+
+Contenders run side by side and take turns, one lap each, so that other load affects all alike.
+Ratios are medians of the laps' ratios. A lap is one optimizer step with clipping at 1. "share of
+GEMM" is the model's FLOP/s over those of its matrix products alone, in the same run, dtype and
+threads. On a GPU the model has a billion weights.
 """
 
 from __future__ import annotations
@@ -57,8 +61,7 @@ def random_tokens(model, count, seed):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# contenders: each makes a function that does one lap
+# -- contenders: each returns a function that runs one lap ----------------------------------------
 
 
 def ours(model, dtype, accumulations, rank=0, world_size=1, compiled=False, **parallel):
@@ -102,7 +105,7 @@ def ours(model, dtype, accumulations, rank=0, world_size=1, compiled=False, **pa
 
 
 def bare(model, dtype, accumulations, compiled=False):
-    """What one writes by hand: the model in `dtype`, fused AdamW, clipping."""
+    """Makes a handwritten loop: the model in `dtype`, fused AdamW, clipping."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -128,7 +131,7 @@ def bare(model, dtype, accumulations, compiled=False):
 
 
 def gemms(model, dtype, accumulations):
-    """Forward, input-gradient and weight-gradient products of one microbatch, nothing else; see `gemm_flops`."""
+    """Makes the matrix products of forward and backward of a microbatch; see `gemm_flops`."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,7 +156,7 @@ def gemms(model, dtype, accumulations):
 
 
 def shapes(model):
-    """(in, out, how many) of the model's matrices."""
+    """Returns (inputs, outputs, number) of the model's matrices."""
     hidden, inner, layers = (
         model["hidden_size"],
         model["intermediate_size"],
@@ -178,8 +181,7 @@ def gemm_flops(model):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a contender's process, or its two
+# -- processes of contenders ----------------------------------------------------------------------
 
 
 def serve(pipe, store, threads, rank, world_size, make, arguments):
@@ -228,7 +230,7 @@ def serve(pipe, store, threads, rank, world_size, make, arguments):
 
 
 def laps(pipe, lap):
-    """One at each word from the parent, until it is gone."""
+    """Runs a lap for each message of the parent, until the parent has exited."""
     import torch
 
     from megatrain.distributed.device import has_gpu
@@ -302,7 +304,7 @@ def race(contenders, laps):
 
 
 def ratio(a, b, index=0):
-    """How many times the tokens of b a does in the same time: median over laps."""
+    """Returns the throughput of a over that of b: median over laps."""
     return statistics.median(
         (a.tokens / x[index]) / (b.tokens / y[index]) for x, y in zip(a.laps, b.laps, strict=True)
     )
@@ -314,12 +316,14 @@ def table(contenders, base, gemm=None, model=None):
 
     per_token = flops_per_token(load_hf_config(model), sequence_length=length(model))
     print(
-        f"\n{'':24}{'tokens/s':>10}{'ratio':>8}{'ratio per CPU-s':>17}{'CPU-ms/token':>14}{'share of GEMM':>15}{'peak GB':>9}"
+        f"\n{'':24}{'tokens/s':>10}{'ratio':>8}{'ratio per CPU-s':>17}{'CPU-ms/token':>14}"
+        f"{'share of GEMM':>15}{'peak GB':>9}"
     )
     for c in contenders:
         share = f"{c.rate * per_token / (gemm_flops(model) / gemm.median(0)):.2f}" if gemm else "-"
         print(
-            f"{c.name:24}{c.rate:>10.0f}{ratio(c, base):>8.2f}{ratio(c, base, 1):>17.2f}{c.median(1) / c.tokens * 1e3:>14.3f}"
+            f"{c.name:24}{c.rate:>10.0f}{ratio(c, base):>8.2f}{ratio(c, base, 1):>17.2f}"
+            f"{c.median(1) / c.tokens * 1e3:>14.3f}"
             f"{share:>15}{c.median(2) / 1e9:>9.2f}"
         )
     if gemm:
@@ -333,7 +337,7 @@ def main():
     parser.add_argument("what", choices=["one", "two"])
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--laps", type=int, default=5)
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled ones out")
+    parser.add_argument("--no-compile", action="store_true", help="skip the compiled contenders")
     args = parser.parse_args()
     import torch
 
@@ -357,7 +361,8 @@ def main():
             if not args.no_compile:
                 _, _, mine_compiled, bare_compiled = racers
                 print(
-                    f"megatrain / bare compiled: {ratio(mine, bare_compiled):.2f}; both compiled: {ratio(mine_compiled, bare_compiled):.2f}"
+                    f"megatrain / bare compiled: {ratio(mine, bare_compiled):.2f}; both "
+                    f"compiled: {ratio(mine_compiled, bare_compiled):.2f}"
                 )
         else:
             tokens = 16 * MICRO_BATCH * length(model)

@@ -8,6 +8,7 @@ import struct
 
 import pytest
 import yaml
+from helpers.messages import split_error
 from helpers.small_run import CONFIG, LENGTH, write_data
 
 from megatrain.__main__ import main
@@ -50,11 +51,7 @@ def refusal(run_file, capfd, monkeypatch):
         assert main(["pretrain", str(run_file), *overrides]) == 1
         out, err = capfd.readouterr()
         assert out == ""
-        assert err.startswith("error: ")
-        assert err.endswith("\n")
-        message, *fix = err.removeprefix("error: ").splitlines()
-        assert len(fix) <= 1
-        assert all(line.startswith("  fix: ") for line in fix)
+        message, _ = split_error(err)
         return message
 
     return refuse
