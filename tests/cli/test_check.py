@@ -330,5 +330,5 @@ def test_4096_ranks(check, monkeypatch, tmp_path):
 def test_help(capsys):
     with pytest.raises(SystemExit):
         main(["check", "--help"])
-    assert "before the queue" in " ".join(capsys.readouterr().out.split())
+    assert "check a run before it waits in the queue" in " ".join(capsys.readouterr().out.split())
     assert Path(configuration.__file__).exists()

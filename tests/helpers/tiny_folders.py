@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from helpers.messages import split_error
+
 VOCABULARY = 67
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = {
@@ -76,10 +78,8 @@ def error_of(capfd, *arguments):
     assert convert(*arguments) == 1
     assert (sorted(target.iterdir()) if target.is_dir() else None) == before
     assert not [path for path in target.parent.iterdir() if path.name.startswith(".converting")]
-    err = capfd.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
+    message, _ = split_error(capfd.readouterr().err)
+    return message
 
 
 def edit_tensors(folder, change):
