@@ -166,7 +166,7 @@ def _long_sentences(text: str) -> Iterator[str]:
 
 
 def _words(source: str, path: Path) -> Iterator[Finding]:
-    if path == Path(__file__).resolve():
+    if path in (Path(__file__).resolve(), ROOT / "tests" / "test_style.py"):  # lists the words
         return
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         is_data = token.type == tokenize.STRING and " " not in token.string  # a name, not prose
