@@ -21,7 +21,7 @@ def dataset(tmp_path):
 
 
 def lists(sample):
-    return [field.tolist() for field in sample]
+    return [field.tolist() for field in sample if field is not None]
 
 
 def samples(dataset, **settings):
