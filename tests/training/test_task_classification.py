@@ -115,7 +115,7 @@ def test_tensors_equal_those_of_transformers_classifier(family, of_tokens):
     if type(hf) not in kind._model_mapping:
         with pytest.raises(
             ConfigError,
-            match=f"task=token-classification is not offered by transformers for {family} models",
+            match=f"task=token-classification is not supported by transformers for {family} models",
         ):
             with_classifier(hf, of_tokens=of_tokens)
         return

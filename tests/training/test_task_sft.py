@@ -280,7 +280,7 @@ def test_check_counts_the_steps_of_epochs(files, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("megatrain.training.task_sft.FEW_BYTES", 1000)
     many = said()
     assert "  work    3 epochs, in steps of 384 tokens" in many.out
-    assert "only the data say" in many.err
+    assert "only the data determine" in many.err
     SFTTask().prepare(checked(raw), "train")
     assert said().out.rpartition("checkpoints: ")[0] == few.out.rpartition("checkpoints: ")[0]
     sequences = SFTTask().open(checked(raw), read_config(load_hf_config(MODEL)), "train").per_epoch
