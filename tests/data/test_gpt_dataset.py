@@ -135,7 +135,7 @@ def test_the_document_mask(tmp_path, monkeypatch):
         epoch = SimpleNamespace(offset=offset, order=lambda index: index)
         monkeypatch.setattr(source, "_epoch", lambda number, epoch=epoch: epoch)
         sample = source.fetch(0)
-    assert [field.tolist() for field in sample if field is not None] == list(fields)
+        assert [field.tolist() for field in sample if field is not None] == list(fields)
 
 
 def test_a_sample_of_many_small_documents(tmp_path):
