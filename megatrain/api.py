@@ -97,7 +97,7 @@ def check(
     from megatrain.training.run_plan import check_output_parent, check_plan
     from megatrain.training.select_task import select_task
 
-    ranks = gpus_per_node or config.model_ranks * (config.parallel.data or 1)
+    ranks = gpus_per_node or config.local_world_size
     cluster = Cluster(nodes, ranks, "cuda" if gpus_per_node else "cpu", gpu_memory_gib)
     issues = IssueCollector()
     spec = validate_run(config, select_task(config, command), cluster, issues)
@@ -139,7 +139,7 @@ def train(
         5.2826
     """
     env = from_environment(os.environ)
-    world_size = config.model_ranks * (config.parallel.data or 1)
+    world_size = config.local_world_size
     if env is None and world_size > 1:
         return _train_on_local_ranks(config, callbacks, command, world_size)
     device.set_environment(env.local_size if env else 1)

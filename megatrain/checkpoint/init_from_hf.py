@@ -25,6 +25,7 @@ from megatrain.models.init import initialize_parameter
 from megatrain.models.lora import PREFIX as ADAPTER_PREFIX
 from megatrain.optim.zero import ZeroOptimizer
 from megatrain.optim.zero_state import Fragment
+from megatrain.text import join_names
 
 BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 """Masks and rotary frequencies that old versions of transformers saved; the config implies them."""
@@ -233,5 +234,4 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _listed(kind: str, names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return f"{kind}: {', '.join(names[:_MAX_LISTED])}{more}" if names else ""
+    return f"{kind}: {join_names(names, limit=_MAX_LISTED)}" if names else ""

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         issues.add(error)
     if args.nodes > 1 and args.gpus_per_node is None:
         raise UserError("--nodes requires --gpus-per-node, the number of ranks per machine")
-    ranks = args.gpus_per_node or config.model_ranks * (config.parallel.data or 1)
+    ranks = args.gpus_per_node or config.local_world_size
     on_gpu = not args.cpu and (
         args.gpus_per_node is not None or args.gpu_memory is not None or device.has_gpu()
     )

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from megatrain.config.loader import Config, load
+from megatrain.config.loader import load
 from megatrain.distributed import device
 from megatrain.distributed.env import from_environment
 from megatrain.errors import ConfigError
@@ -49,7 +49,7 @@ def _train(args: argparse.Namespace) -> int:
     """Trains on the ranks of a launcher, or starts the ranks of the layout on this machine."""
     config = load(args.config, args.overrides)
     env = from_environment(os.environ)
-    world_size = env.world_size if env else local_world_size(config)
+    world_size = env.world_size if env else config.local_world_size
     device.set_environment(env.local_size if env else world_size)
     # Imports torch, so it comes after the environment is set.
     from megatrain.training.preflight import check_start
@@ -73,11 +73,6 @@ def _train(args: argparse.Namespace) -> int:
         return start_rank(target, config, env)
     check_start(config, task, world_size)
     return run_local(target, config, world_size=world_size)
-
-
-def local_world_size(config: Config) -> int:
-    """Returns the number of ranks to start without a launcher: one replica, or `parallel.data`."""
-    return config.model_ranks * (config.parallel.data or 1)
 
 
 def _show_samples(args: argparse.Namespace, *, count: int = 3) -> int:

@@ -289,6 +289,11 @@ class Config:
         """Ranks of one replica."""
         return self.parallel.tensor * self.parallel.pipeline
 
+    @property
+    def local_world_size(self) -> int:
+        """Ranks that start without a launcher: those of one replica, or of `parallel.data`."""
+        return self.model_ranks * (self.parallel.data or 1)
+
     def data_size(self, world_size: int) -> int:
         """Returns the number of replicas among `world_size` ranks.
 

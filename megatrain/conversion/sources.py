@@ -22,6 +22,7 @@ from megatrain.checkpoint.tensor_io import ByteSpan, Index
 from megatrain.checkpoint.train_state import train_state_path
 from megatrain.errors import CheckpointError
 from megatrain.models.config import TransformerConfig, load_hf_config
+from megatrain.text import join_names
 
 BLOCK_BYTES = 16 << 20
 """Bytes of the rows that are read at once."""
@@ -232,11 +233,11 @@ def check_coverage(
     missing, unexpected = sorted(set(expected) - found), sorted(found - set(expected))
     problems = []
     if missing:
-        problems.append(f"lacks {_join_names(missing)}")
+        problems.append(f"lacks {join_names(missing, limit=5)}")
     if unexpected:
         problems.append(
-            f"contains {_join_names(unexpected)}, which the {architecture.model_type} of its "
-            "config does not have"
+            f"contains {join_names(unexpected, limit=5)}, which the "
+            f"{architecture.model_type} of its config does not have"
         )
     if problems:
         raise CheckpointError(f"{source.folder} {' and '.join(problems)}")
@@ -246,7 +247,3 @@ def check_coverage(
                 f"{source.folder} contains {name} of shape {source.shape(name)}, "
                 f"but its config requires {shape}"
             )
-
-
-def _join_names(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

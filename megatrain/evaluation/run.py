@@ -140,7 +140,7 @@ def _run_ranks(config: Config, spec: EvalSpec) -> EvalResult:
 def _local_size(config: Config) -> int:
     """Returns the number of ranks on this machine."""
     env = from_environment(os.environ)
-    return env.local_size if env else config.model_ranks * (config.parallel.data or 1)
+    return env.local_size if env else config.local_world_size
 
 
 def _check_inputs(data: Sequence[str], tasks: Sequence[str], harness: Mapping[str, Any]) -> None:

@@ -25,8 +25,8 @@ from megatrain.config.loader import Config
 from megatrain.distributed import device
 from megatrain.distributed.activity import RankActivity
 from megatrain.distributed.env import RankEnv
+from megatrain.distributed.process_group import GROUP_TIMEOUT
 from megatrain.errors import ConfigError, UserError
-from megatrain.launch.rendezvous import GROUP_TIMEOUT
 from megatrain.launch.supervisor import (
     STOP_SIGNALS,
     RankProcess,

@@ -18,17 +18,11 @@ from typing import TYPE_CHECKING
 
 from megatrain.distributed import device
 from megatrain.distributed.env import RankEnv, check_host_names
+from megatrain.distributed.process_group import GROUP_TIMEOUT
 from megatrain.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
-
-GROUP_TIMEOUT = timedelta(minutes=30)
-"""Timeout of collectives.
-
-The first step of a large run, a slow file system or a long evaluation on one rank must not exceed
-it.
-"""
 
 _MIN_TIMEOUT = 120.0
 """Seconds that the start of a run's ranks may spread over, however short run.hang_timeout is."""

@@ -12,17 +12,17 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 from megatrain.config.loader import Config
 from megatrain.distributed import device as device_module
 from megatrain.distributed.activity import RankActivity, WorldGroup
 from megatrain.distributed.env import RankEnv
+from megatrain.distributed.process_group import init_process_group
 from megatrain.errors import UserError
 from megatrain.launch.failure_reporter import FailureReporter, write_elastic_error_file
 from megatrain.launch.failures import Reporter, report_of
 from megatrain.launch.rendezvous import (
-    GROUP_TIMEOUT,
     ReportedByRank0,
     rendezvous,
     rendezvous_timeout,
@@ -30,9 +30,6 @@ from megatrain.launch.rendezvous import (
 from megatrain.launch.watchdog import start_watchdog
 from megatrain.launch.watchdog_thread import WatchdogThread
 from megatrain.telemetry import rank_log
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 RankFunction = Callable[[Config, RankEnv, RankActivity], object]
 """The work of a rank."""
@@ -84,7 +81,7 @@ def _run(
         reporter = FailureReporter(config, env, console=streams.err, log=streams.log, report=report)
         watchdog = start_watchdog(activity, reporter, store, hang_timeout=hang_timeout)
         with activity.collective("joining the", WorldGroup(range(env.world_size))):
-            _init_process_group(env, store)
+            init_process_group(env, store)
         function(config, env, activity)
         _destroy_process_group()
         watchdog.close()
@@ -101,22 +98,6 @@ def _run(
         traceback.print_exc(file=streams.log)
         streams.lines.write("ERROR", traceback.format_exc())
         _fail(error, env, streams.err, report, watchdog)
-
-
-def _init_process_group(env: RankEnv, store: Store) -> None:
-    import torch
-    import torch.distributed as dist
-
-    device = device_module.select_device(env)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=env.rank,
-        world_size=env.world_size,
-        timeout=GROUP_TIMEOUT,
-    )
 
 
 def _destroy_process_group() -> None:

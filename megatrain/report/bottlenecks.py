@@ -8,6 +8,7 @@ from typing import NamedTuple
 from megatrain.pipeline.partition import blocks_per_stage
 from megatrain.planner.cost_model import best_cut, cost_model, rank_slowness
 from megatrain.telemetry.bubble_analysis import LayerTimes, PipelineProfile, PipelineTimes
+from megatrain.text import join_names
 
 MIN_GAIN = 0.01
 """Least predicted share of a step's time for advice."""
@@ -108,8 +109,7 @@ def _moves(measured: PipelineTimes, cut: list[range]) -> str:
         f"{_block_names(measured, layers)} from stage {source} to stage {target}"
         for (source, target), layers in sorted(moved.items())
     ]
-    more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
-    return f"move {', '.join(parts[:4])}{more}"
+    return f"move {join_names(parts, limit=4)}"
 
 
 def _block_names(measured: PipelineTimes, layers: list[int]) -> str:

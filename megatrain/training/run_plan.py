@@ -27,7 +27,7 @@ def dry_run(config: Config, task: Task) -> str:
 
     Errors of missing files, packages and of the data are notes. Any other error is raised.
     """
-    world_size = config.model_ranks * (config.parallel.data or 1)
+    world_size = config.local_world_size
     cluster = Cluster(1, world_size, "cuda" if device_module.has_gpu() else "cpu")
     issues, notes = IssueCollector(), IssueCollector()
     spec = validate_run(config, task, cluster, issues, file_issues=notes, read_data=False)
