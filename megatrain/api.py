@@ -93,16 +93,13 @@ def check(
     """
     from megatrain.config.issues import IssueCollector
     from megatrain.planner.run_spec import Cluster
-    from megatrain.training.preflight import validate_run
-    from megatrain.training.run_plan import check_output_parent, check_plan
+    from megatrain.training.run_plan import check_run
     from megatrain.training.select_task import select_task
 
     ranks = gpus_per_node or config.local_world_size
     cluster = Cluster(nodes, ranks, "cuda" if gpus_per_node else "cpu", gpu_memory_gib)
     issues = IssueCollector()
-    spec = validate_run(config, select_task(config, command), cluster, issues)
-    check_output_parent(config, issues)
-    for _ in check_plan(spec, issues) if spec is not None else ():
+    for _ in check_run(config, select_task(config, command), cluster, issues):
         pass  # the lines that `megatrain check` prints
     return issues.errors
 

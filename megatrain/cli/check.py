@@ -72,16 +72,13 @@ def run(args: argparse.Namespace) -> int:
     device.set_environment(1)
     # Imports torch, so it comes after the environment is set.
     from megatrain.planner.run_spec import Cluster
-    from megatrain.training.preflight import validate_run
-    from megatrain.training.run_plan import check_output_parent, check_plan
+    from megatrain.training.run_plan import check_run
     from megatrain.training.select_task import select_command, select_task
 
     command = args.verb or select_command(config)
     cluster = Cluster(args.nodes, ranks, "cuda" if on_gpu else "cpu", args.gpu_memory)
     print(f"megatrain {command} {args.config}")
-    spec = validate_run(config, select_task(config, command), cluster, issues)
-    check_output_parent(config, issues)
-    for line in check_plan(spec, issues) if spec is not None else ():
+    for line in check_run(config, select_task(config, command), cluster, issues):
         print(line)
     return _report(issues, config.run_name)
 

@@ -50,7 +50,21 @@ def dry_run(config: Config, task: Task) -> str:
     return "\n".join(lines + [f"note: {issue.message}" for issue in notes.errors])
 
 
-def check_plan(spec: RunSpec, issues: IssueCollector) -> Iterator[str]:
+def check_run(
+    config: Config, task: Task, cluster: Cluster, issues: IssueCollector
+) -> Iterator[str]:
+    """Validates a run without starting it; yields the lines of its plan.
+
+    Args:
+        issues: receives all errors and warnings.
+    """
+    spec = validate_run(config, task, cluster, issues)
+    _check_output_parent(config, issues)
+    if spec is not None:
+        yield from _check_plan(spec, issues)
+
+
+def _check_plan(spec: RunSpec, issues: IssueCollector) -> Iterator[str]:
     """Yields the plan with memory and disk space; adds an error or warning if they do not fit."""
     cluster, train = spec.cluster, spec.config.train
     kind = "GPUs" if cluster.device == "cuda" else "CPUs"
@@ -66,7 +80,7 @@ def check_plan(spec: RunSpec, issues: IssueCollector) -> Iterator[str]:
     _check_tensor_groups(spec, issues)
 
 
-def check_output_parent(config: Config, issues: IssueCollector) -> None:
+def _check_output_parent(config: Config, issues: IssueCollector) -> None:
     """Adds an error if the output folder, or the parent to create it in, is read-only."""
     output = Path(config.run.output_dir)
     if reason := _write_error(output):
